@@ -1,0 +1,53 @@
+"""Counter-based random bits: a hash of integer coordinates, the same on every device, mesh and backend.
+
+Randomness that lives inside attention (annealing, dropout) must be computable for any tile of the
+[length, length] square without the rest of it, so it is a pure function of coordinates and not a stream.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio
+_RESOLUTION = 1 << 24  # bits compared with a probability; float32 holds 0 .. 2**24 exactly
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """MurmurHash3's 32-bit finaliser: every input bit flips every output bit with probability 1/2."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def counter_hash(*words: jax.Array | int) -> jax.Array:
+    """Hashes integers, broadcast against each other, to uniform uint32 bits.
+
+    Words are absorbed left to right; put the ones that vary least first, so that only the last
+    absorption runs at full rank.
+    """
+    h = jnp.uint32(_GOLDEN)
+    for word in words:
+        h = _mix((h ^ jnp.asarray(word).astype(jnp.uint32)) + jnp.uint32(_GOLDEN))
+    return h
+
+
+def bernoulli(bits: jax.Array, probability: jax.Array | float) -> jax.Array:
+    """True with the given probability, decided by 24 of the bits: 0 is never and 1 is always, exactly."""
+    threshold = jnp.round(jnp.asarray(probability, jnp.float32) * _RESOLUTION).astype(jnp.uint32)
+    return (bits >> 8) < threshold
+
+
+def dropout(x: jax.Array, rate: float, seeds: jax.Array | None, *site: jax.Array | int) -> jax.Array:
+    """Inverted dropout on `x` [batch, ...], decided element by element from (seed, site, coordinates).
+
+    Args:
+      seeds: uint32 [batch], one per example, so that the result does not depend on how examples are
+        batched or sharded; None turns dropout off.
+      site: integers that tell apart the places in the network that use the same seeds.
+    """
+    if seeds is None or rate == 0.0:
+        return x
+    index = [seeds.reshape((-1,) + (1,) * (x.ndim - 1)), *site]
+    index += [jax.lax.broadcasted_iota(jnp.uint32, (1,) * d + x.shape[d : d + 1] + (1,) * (x.ndim - d - 1), d)
+              for d in range(1, x.ndim)]
+    drop = bernoulli(counter_hash(*index), rate)
+    return jnp.where(drop, 0, x / (1.0 - rate)).astype(x.dtype)

@@ -1,0 +1,104 @@
+"""Which query may see which key: a description that every attention backend evaluates, never a stored square."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax.attention.hashing import bernoulli, counter_hash
+from dlm_jax.errors import ConfigError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """A rule on (query position, key position), narrowed by segments, lengths and a window.
+
+    Build one with the class methods. Positions are array indices, not the rotary positions of packed rows.
+    """
+
+    kind: str = dataclasses.field(metadata={"static": True})
+    block_size: int = dataclasses.field(default=0, metadata={"static": True})
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    ratio: jax.Array | None = None
+    seed: jax.Array | None = None
+    example_index: jax.Array | None = None  # uint32 [batch]
+    allowed_matrix: jax.Array | None = None  # bool [length, length]
+    segment_ids: jax.Array | None = None  # int32 [batch, length]
+    lengths: jax.Array | None = None  # int32 [batch]
+
+    @classmethod
+    def causal(cls) -> Self:
+        """A query sees itself and what precedes it."""
+        return cls(kind="causal")
+
+    @classmethod
+    def bidirectional(cls) -> Self:
+        """A query sees every position."""
+        return cls(kind="bidirectional")
+
+    @classmethod
+    def annealed(cls, ratio: jax.Array | float, seed: jax.Array | int,
+                 example_index: jax.Array | None = None) -> Self:
+        """Causal, and each later key opened with probability `ratio` (arXiv 2410.17891, section 3.2).
+
+        Args:
+          ratio: 0 is causal and 1 is bidirectional, both exactly.
+          seed: uint32; give another one each step.
+          example_index: uint32 [batch], a pattern for each example; None shares one pattern across the batch.
+        """
+        return cls(kind="annealed", ratio=jnp.asarray(ratio, jnp.float32), seed=jnp.asarray(seed, jnp.uint32),
+                   example_index=None if example_index is None else jnp.asarray(example_index, jnp.uint32))
+
+    @classmethod
+    def block_causal(cls, block_size: int) -> Self:
+        """A query sees its own block of `block_size` positions whole, and every earlier block."""
+        if block_size < 1:
+            raise ConfigError(f"block_size must be at least 1, got {block_size}")
+        return cls(kind="block_causal", block_size=block_size)
+
+    @classmethod
+    def matrix(cls, allowed: jax.Array) -> Self:
+        """`allowed` [length, length] bool: query i sees key j where allowed[i, j]. For tests and experiments."""
+        return cls(kind="matrix", allowed_matrix=jnp.asarray(allowed, bool))
+
+    def with_segments(self, segment_ids: jax.Array) -> Self:
+        """Also forbids seeing another segment; `segment_ids` int [batch, length]."""
+        return dataclasses.replace(self, segment_ids=jnp.asarray(segment_ids, jnp.int32))
+
+    def with_lengths(self, lengths: jax.Array) -> Self:
+        """Also forbids keys at or past `lengths` int [batch], which are padding."""
+        return dataclasses.replace(self, lengths=jnp.asarray(lengths, jnp.int32))
+
+    def with_window(self, window: int | None) -> Self:
+        """Also forbids keys `window` or more positions away, on either side (Mistral's, made symmetric)."""
+        return dataclasses.replace(self, window=window)
+
+    def allowed(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+        """Evaluates the rule: positions int [Q] and [K] give bool [batch or 1, Q, K]."""
+        q, k = query_positions[None, :, None], key_positions[None, None, :]
+        allowed = self._rule(q, k)
+        if self.window is not None:
+            allowed &= jnp.abs(q - k) < self.window
+        if self.segment_ids is not None:
+            query_segment = jnp.take(self.segment_ids, query_positions, axis=1)[:, :, None]
+            allowed &= query_segment == jnp.take(self.segment_ids, key_positions, axis=1)[:, None, :]
+        if self.lengths is not None:
+            allowed &= k < self.lengths[:, None, None]
+        return allowed
+
+    def _rule(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        match self.kind:
+            case "causal":
+                return k <= q
+            case "bidirectional":
+                return jnp.ones(jnp.broadcast_shapes(q.shape, k.shape), bool)
+            case "annealed":
+                example = 0 if self.example_index is None else self.example_index[:, None, None]
+                return (k <= q) | bernoulli(counter_hash(self.seed, example, q, k), self.ratio)
+            case "block_causal":
+                return k // self.block_size <= q // self.block_size
+            case "matrix":
+                return self.allowed_matrix[q[0], k[0]][None]
+        raise ValueError(f"unknown attention mask kind {self.kind!r}")

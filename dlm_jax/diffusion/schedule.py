@@ -1,0 +1,66 @@
+"""Noise schedules of absorbing diffusion, and the times at which a batch is noised.
+
+At time t in (0, 1] each token has survived with probability alpha(t), and the bound integrates the masked
+tokens' cross-entropy against the weight -alpha'(t) / (1 - alpha(t)) (MD4, arXiv 2406.04329, eq. 4).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax.diffusion.randomness import TIMES, stream
+from dlm_jax.errors import ConfigError
+
+_NAMES = ("linear", "cosine", "polynomial")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """alpha(t) = 1 - t (linear), 1 - sin(pi t / 2) (cosine) or 1 - t**power (polynomial)."""
+
+    name: str = "linear"
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.name not in _NAMES:
+            raise ConfigError(f"unknown noise schedule {self.name!r}; choose one of {', '.join(_NAMES)}")
+        if self.power <= 0:
+            raise ConfigError(f"the power of a polynomial noise schedule must be positive, got {self.power}")
+
+    def mask_probability(self, t: jax.Array) -> jax.Array:
+        """1 - alpha(t): how likely a token is masked at time t."""
+        match self.name:
+            case "linear":
+                return t
+            case "cosine":
+                return jnp.sin(0.5 * math.pi * t)
+            case _:
+                return t**self.power
+
+    def weight(self, t: jax.Array) -> jax.Array:
+        """-alpha'(t) / (1 - alpha(t)), the weight of a masked token's cross-entropy in the bound; 1/t if linear."""
+        match self.name:
+            case "linear":
+                return 1.0 / t
+            case "cosine":
+                return 0.5 * math.pi / jnp.tan(0.5 * math.pi * t)
+            case _:
+                return self.power / t
+
+
+def sample_times(seed: jax.Array | int, step: jax.Array | int, example_index: jax.Array, batch_size: int, *,
+                 low: jax.Array | float = 1e-3, high: jax.Array | float = 1.0) -> jax.Array:
+    """Times float32 [batch] in [low, high), stratified over the global batch.
+
+    One uniform offset a step, and the examples of the global batch evenly spaced from it (Kingma et al.,
+    arXiv 2107.00630, appendix I.1): each time alone is uniform, together they cover the range.
+
+    Args:
+      example_index: [batch] global indices; the batch at hand may be any part of the global one.
+      batch_size: size of the global batch, accumulation included.
+    """
+    offset = jax.random.uniform(jax.random.fold_in(stream(seed, TIMES), step))
+    slot = (example_index % batch_size).astype(jnp.float32)
+    return low + (high - low) * ((slot + offset) / batch_size)

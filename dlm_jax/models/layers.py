@@ -1,0 +1,144 @@
+"""The parts of a decoder block.
+
+Every parameter of a block carries a leading `layers` dimension: a block object holds the whole stack, and
+`transformer.py` scans over it, handing each call a block whose parameters have lost that dimension.
+Parameters name their logical axes in `.axes`, one entry a dimension; `parallel.rules` maps them to a mesh.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dlm_jax.attention import AttentionMask, attend
+from dlm_jax.attention.hashing import dropout
+from dlm_jax.models.config import Compute, ModelConfig
+from dlm_jax.models.rotary import rotate
+
+Axes = tuple[str | None, ...]
+
+_ACTIVATIONS = {
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+class Initializer:
+    """Makes parameters of one type, random ones from one stream."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.stddev, self.rngs, self.dtype = config.initializer_range, rngs, dtype
+
+    def normal(self, shape: tuple[int, ...], axes: Axes, stddev: float | None = None) -> nnx.Param:
+        value = jax.random.normal(self.rngs.params(), shape, self.dtype)
+        return nnx.Param(value * (self.stddev if stddev is None else stddev), axes=axes)
+
+    def full(self, shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
+        return nnx.Param(jnp.full(shape, value, self.dtype), axes=axes)
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm over the last dimension, in float32."""
+
+    def __init__(self, config: ModelConfig, shape: tuple[int, ...], init: Initializer, kind: str | None = None):
+        axes = ("layers",) * (len(shape) - 1) + (None,)
+        self.kind, self.eps = kind or config.norm, config.norm_eps
+        self.scale = init.full(shape, axes, 1.0)
+        self.bias = init.full(shape, axes, 0.0) if self.kind == "layer" else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y -= jnp.mean(y, axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y *= self.scale[...].astype(jnp.float32)
+        if self.bias is not None:
+            y += self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """Contracts the last `num_inputs` dimensions of the input with a kernel [layers, *inputs, *outputs]."""
+
+    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: Axes, num_layers: int, bias: bool,
+                 init: Initializer, stddev: float | None = None):
+        self.num_inputs = len(inputs)
+        self.kernel = init.normal((num_layers, *inputs, *outputs), ("layers", *axes), stddev)
+        # A bias along the residual stream stays whole on every device: it is added where the stream is.
+        bias_axes = tuple(None if axis == "embed" else axis for axis in axes[len(inputs):])
+        self.bias = init.full((num_layers, *outputs), ("layers", *bias_axes), 0.0) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        contracted = tuple(range(x.ndim - self.num_inputs, x.ndim)), tuple(range(self.num_inputs))
+        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), (contracted, ((), ())))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention with grouped queries, optional rotary positions and query/key norms."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
+        d, n = (config.hidden_size,), config.num_layers
+        heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+        self.backend, self.dropout_rate = compute.attention, config.attention_dropout
+        self.q = Linear(d, heads, ("embed", "heads", "head_dim"), n, config.qkv_bias, init)
+        self.k = Linear(d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
+        self.v = Linear(d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
+        self.out = Linear(heads, d, ("heads", "head_dim", "embed"), n, config.out_bias, init,
+                          stddev=residual_stddev(config))
+        self.q_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
+        self.k_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
+
+    def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
+                 dropout_seeds: jax.Array | None) -> jax.Array:
+        query, key, value = self.q(x), self.k(x), self.v(x)  # [batch, length, heads or kv_heads, head_dim]
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if cos_sin is not None:
+            query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+        return self.out(attend(query, key, value, mask, backend=self.backend, dropout_rate=self.dropout_rate,
+                               dropout_seeds=dropout_seeds))
+
+
+class MLP(nnx.Module):
+    """Two-layer perceptron, gated or not."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        d, f, n = (config.hidden_size,), (config.mlp_size,), config.num_layers
+        self.activation = config.activation
+        self.gate = Linear(d, f, ("embed", "mlp"), n, config.mlp_bias, init) if config.gated_mlp else None
+        self.up = Linear(d, f, ("embed", "mlp"), n, config.mlp_bias, init)
+        self.down = Linear(f, d, ("mlp", "embed"), n, config.mlp_bias, init, stddev=residual_stddev(config))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        activate = _ACTIVATIONS[self.activation]
+        return self.down(activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and perceptron around a residual stream; holds all layers' parameters stacked."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
+        shape = (config.num_layers, config.hidden_size)
+        self.dropout_rate = config.residual_dropout
+        self.attention_norm = Norm(config, shape, init)
+        self.attention = Attention(config, compute, init)
+        self.mlp_norm = Norm(config, shape, init)
+        self.mlp = MLP(config, init)
+
+    def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
+                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None]) -> jax.Array:
+        """`x` [batch, length, embed]; `seeds` for the dropout of probabilities and of the two branches."""
+        y = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0])
+        x = x + dropout(y, self.dropout_rate, seeds[1])
+        y = self.mlp(self.mlp_norm(x))
+        return x + dropout(y, self.dropout_rate, seeds[2])
+
+
+def residual_stddev(config: ModelConfig) -> float:
+    """GPT-2 starts the projections onto the residual stream smaller, by the root of their number."""
+    scale = (2 * config.num_layers) ** -0.5 if config.family == "gpt2" else 1.0
+    return config.initializer_range * scale

@@ -1,0 +1,104 @@
+"""The decoder stack: embedding, scanned blocks, final norm, head. It knows nothing of diffusion."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.attention.hashing import counter_hash, dropout
+from dlm_jax.errors import ConfigError
+from dlm_jax.models.config import Compute, ModelConfig
+from dlm_jax.models.layers import Block, Initializer, Norm
+from dlm_jax.models.rotary import frequencies, rotation
+
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
+
+
+class Embedding(nnx.Module):
+    """A table of vectors."""
+
+    def __init__(self, size: int, axis: str | None, config: ModelConfig, init: Initializer):
+        self.embedding = init.normal((size, config.hidden_size), (axis, "embed"))
+
+    def __call__(self, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return jnp.take(self.embedding[...], index, axis=0).astype(dtype)
+
+
+class Head(nnx.Module):
+    """The output projection of a model whose embedding is not tied to it."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        self.kernel = init.normal((config.hidden_size, config.vocab_size), ("embed", "vocab"))
+
+
+class Transformer(nnx.Module):
+    """A language model whose logits at position n predict token n + 1, under whatever attention mask it is given.
+
+    Args:
+      config: the architecture.
+      compute: types, rematerialisation and attention backend.
+      rngs: source of the initial weights.
+      param_dtype: type of the parameters.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, compute: Compute = Compute(),
+                 param_dtype: jnp.dtype = jnp.float32):
+        init = Initializer(config, rngs, param_dtype)
+        self.config, self.compute = config, compute
+        self.embed = Embedding(config.vocab_size, "vocab", config, init)
+        self.positions = Embedding(config.max_length, None, config, init) if config.positions == "learned" else None
+        self.blocks = Block(config, compute, init)
+        self.final_norm = Norm(config, (config.hidden_size,), init)
+        self.head = None if config.tie_embeddings else Head(config, init)
+
+    def hidden(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None,
+               dropout_seeds: jax.Array | None = None) -> jax.Array:
+        """The states the head reads: int `tokens` [batch, length] to [batch, length, embed] in the compute type.
+
+        Args:
+          attention: which position sees which; the model's sliding window, if it has one, is added.
+          positions: int [length] or [batch, length]; None counts from 0.
+          dropout_seeds: uint32 [batch], one per example; None turns dropout off.
+        """
+        config, dtype = self.config, jnp.dtype(self.compute.dtype)
+        if self.positions is not None and tokens.shape[1] > config.max_length:
+            raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
+                              "learned positions; use shorter rows")
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])
+        attention = attention.with_window(config.sliding_window)
+        x = self.embed(tokens, dtype)
+        if self.positions is not None:
+            x += self.positions(positions, dtype)
+            cos_sin = None
+        else:
+            cos_sin = rotation(positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+        x = dropout(x, config.embed_dropout, dropout_seeds)
+
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x: jax.Array, layer_input: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
+            index, params = layer_input
+            seeds = (None,) * 3 if dropout_seeds is None else tuple(
+                counter_hash(dropout_seeds, index, site) for site in range(3))
+            return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds), None
+
+        if self.compute.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), stacked))
+        return self.final_norm(x)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits [..., vocab] of hidden states [..., embed]."""
+        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:
+        """Float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""
+        return self.unembed(self.hidden(tokens, attention, positions=positions))
+
+
+def abstract_model(config: ModelConfig, compute: Compute = Compute(), param_dtype: str = "float32") -> Transformer:
+    """The model with shapes in place of arrays: what a checkpoint must hold, without allocating it."""
+    return nnx.eval_shape(
+        lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(param_dtype)))

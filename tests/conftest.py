@@ -1,0 +1,20 @@
+"""Eight host devices, CPU, exact float32 products: set before JAX starts."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def test_data() -> pathlib.Path:
+    """The folder of real data that DLM_TEST_DATA names."""
+    if not os.environ.get("DLM_TEST_DATA"):
+        pytest.skip("DLM_TEST_DATA is not set: it names the folder of real data")
+    return pathlib.Path(os.environ["DLM_TEST_DATA"]).resolve()

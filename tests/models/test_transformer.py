@@ -1,0 +1,101 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.errors import ConfigError
+from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
+
+GPT2 = ModelConfig("gpt2", vocab_size=61, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=8,
+                   mlp_size=64, max_length=24, norm="layer", positions="learned", gated_mlp=False,
+                   activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True,
+                   embed_dropout=0.1, attention_dropout=0.1, residual_dropout=0.1)
+QWEN3 = ModelConfig("qwen3", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=12,
+                    mlp_size=48, max_length=24, qk_norm=True)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 20)))
+
+
+def build(config, **kwargs):
+    return Transformer(config, rngs=nnx.Rngs(0), **kwargs)
+
+
+@pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
+def test_causal_logits_ignore_the_future_and_bidirectional_do_not(config):
+    model = build(config)
+    changed = TOKENS.at[:, 12].add(1)
+    difference = lambda mask: jnp.abs(model(TOKENS, mask) - model(changed, mask)).max(axis=(0, 2))  # noqa: E731
+    assert (difference(AttentionMask.causal())[:12] == 0).all()
+    assert (difference(AttentionMask.bidirectional()) > 0).all()
+
+
+@pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
+def test_every_parameter_matters_and_names_its_axes(config):
+    model = build(config)
+    grads = jax.grad(lambda m: jnp.sum(m(TOKENS, AttentionMask.causal()) * jnp.arange(61.0)))(model)
+    for path, grad in nnx.to_flat_state(nnx.state(grads)):
+        assert len(grad.axes) == grad[...].ndim, path
+        is_key_bias = "k" in path and "bias" in path  # softmax does not see a constant added to all scores
+        assert is_key_bias or jnp.abs(grad[...]).max() > 0, path
+
+
+def test_remat_changes_nothing():
+    loss = lambda m: jnp.mean(jax.nn.logsumexp(m(TOKENS, AttentionMask.causal()), axis=-1))  # noqa: E731
+    reference = jax.tree.leaves(jax.grad(loss)(build(GPT2)))
+    for remat in ("dots", "full"):
+        for a, b in zip(reference, jax.tree.leaves(jax.grad(loss)(build(GPT2, compute=Compute(remat=remat)))), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_dropout_acts_per_example_and_only_with_seeds():
+    model, seeds = build(GPT2), jnp.array([4, 5, 6], jnp.uint32)
+    run = lambda rows: model.hidden(TOKENS[rows], AttentionMask.causal(), dropout_seeds=seeds[rows])  # noqa: E731
+    everything = run(np.arange(3))
+    np.testing.assert_allclose(everything[2], run(np.array([2]))[0], atol=1e-5)
+    plain = model.hidden(TOKENS, AttentionMask.causal())
+    assert jnp.abs(everything - plain).max() > 0.01
+    np.testing.assert_array_equal(plain, model.hidden(TOKENS, AttentionMask.causal()))
+
+
+def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones():
+    reference = build(QWEN3)(TOKENS, AttentionMask.causal())
+    model = build(QWEN3, compute=Compute(dtype="bfloat16"))
+    logits = model(TOKENS, AttentionMask.causal())
+    assert logits.dtype == jnp.float32 and model.embed.embedding[...].dtype == jnp.float32
+    np.testing.assert_allclose(logits, reference, atol=0.05)
+
+
+def test_positions_restart_where_told():
+    model = build(GPT2)
+    segments = jnp.asarray([[0] * 8 + [1] * 12] * 3)
+    positions = jnp.concatenate([jnp.arange(8), jnp.arange(12)])
+    packed = model(TOKENS, AttentionMask.causal().with_segments(segments), positions=positions)
+    np.testing.assert_allclose(packed[:, 8:], model(TOKENS[:, 8:], AttentionMask.causal()), atol=1e-5)
+
+
+def test_the_window_of_the_model_is_honoured():
+    config = dataclasses.replace(QWEN3, sliding_window=4, num_layers=1)
+    model = build(config)
+    changed = TOKENS.at[:, 5].add(1)
+    moved = jnp.abs(model(TOKENS, AttentionMask.causal()) - model(changed, AttentionMask.causal())).max(axis=(0, 2)) > 0
+    np.testing.assert_array_equal(np.flatnonzero(moved), [5, 6, 7, 8])
+
+
+def test_a_sequence_past_the_learned_positions_is_refused():
+    with pytest.raises(ConfigError, match="30 tokens, but the model has 24"):
+        build(GPT2)(jnp.zeros((1, 30), int), AttentionMask.causal())
+
+
+def test_impossible_configs_are_refused():
+    with pytest.raises(ConfigError, match="not a multiple"):
+        dataclasses.replace(QWEN3, num_kv_heads=3)
+    with pytest.raises(ConfigError, match="activation 'swish' is unknown"):
+        dataclasses.replace(QWEN3, activation="swish")
+
+
+def test_the_abstract_model_has_the_shapes_of_the_real_one():
+    shapes = lambda m: [(path, leaf.shape, leaf.dtype) for path, leaf in nnx.to_flat_state(nnx.state(m))]  # noqa: E731
+    assert shapes(abstract_model(QWEN3)) == shapes(build(QWEN3))
