@@ -1,0 +1,41 @@
+"""DiffuLLaMA: Llama-2-7B, adapted on 65B tokens of SlimPajama and StarCoder (arXiv 2410.17891).
+
+    dlm train --config=diffullama_7b --workdir=DIR --config.data.train='slimpajama/*.jsonl.gz'
+
+The paper mixes SlimPajama and StarCoder 0.693584 : 0.306416. Attention is bidirectional from the start, as in the
+paper; diffullama_7b_annealed opens it gradually. It departs from the authors' code, not from their paper, in
+    objective.normaliser      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
+    data.length               2048 tokens; theirs reads rows of 2049
+    model.param_dtype         float32 master parameters, computing in bfloat16; theirs loads bfloat16
+and draws times stratified over the batch, which theirs does not.
+"""
+
+from dlm_jax.cli.recipes import train_defaults
+
+
+def get_config():
+    config = train_defaults()
+    config.num_steps = 2_070  # 65B tokens
+
+    config.model.source = "meta-llama/Llama-2-7b-hf"
+    config.model.mask_token = 811  # an existing token
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+
+    config.data.length = 2048
+    config.data.batch_size = 15_360  # 60 rows a GPU x 64 GPUs x 4 micro-batches
+    config.data.validation_fraction = 0.0005
+
+    config.objective.anneal_steps = 0
+
+    config.optimizer.accumulate_steps = 4
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.schedule = "constant"
+    config.optimizer.b2 = 0.95
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.clip_norm = 1.0
+
+    config.validation.every = 100
+    config.checkpoint.every = 100
+    config.log.every = 5
+    return config

@@ -1,0 +1,12 @@
+"""DiffuLLaMA with annealed attention: not the paper's, whose attention kernel could not; its authors expect it to help.
+
+    dlm train --config=diffullama_7b_annealed --workdir=DIR --config.data.train='slimpajama/*.jsonl.gz'
+"""
+
+from dlm_jax.cli.recipes import load_recipe
+
+
+def get_config():
+    config = load_recipe("diffullama_7b")
+    config.objective.anneal_steps = 100  # 3B tokens; DiffuGPT-S opens over 1.3B, -M over 13B
+    return config

@@ -1,0 +1,38 @@
+"""The main job in a few minutes on two cores: the small base model under assets/ becomes a diffusion model.
+
+    dlm train --config=quickstart --workdir=DIR
+
+It learns from stories that the base model itself wrote, so that neither network nor other data is needed.
+"""
+
+import pathlib
+
+from dlm_jax.cli.recipes import train_defaults
+
+ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
+
+
+def get_config():
+    config = train_defaults()
+    config.num_steps = 200
+
+    config.model.source = str(ASSETS / "stories")
+    config.model.mask_token = "<|mask|>"
+
+    config.data.train = (str(ASSETS / "stories" / "train.jsonl"),)
+    config.data.validation = (str(ASSETS / "stories" / "heldout.jsonl"),)
+    config.data.length = 128
+    config.data.batch_size = 32
+
+    config.objective.anneal_steps = 60
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 20
+    config.optimizer.b2 = 0.99
+
+    config.validation.every = 50
+    config.validation.num_rows = 64
+    config.checkpoint.every = 100
+    config.log.every = 10
+    return config

@@ -1,0 +1,73 @@
+"""How probable a model finds held-out text, in nats a token.
+
+For a diffusion model an upper bound, estimated from random maskings; for an autoregressive one the exact value.
+
+  dlm evaluate --model=runs/first --data heldout.jsonl --json=bound.json
+  dlm evaluate --model=gpt2 --data heldout.jsonl --objective=autoregressive
+"""
+
+import argparse
+import math
+import tempfile
+
+from dlm_jax.cli.shared import add_json_argument, add_model_arguments, load_model, write_result
+from dlm_jax.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--data", required=True, nargs="+", action="extend", metavar="FILE",
+                        help="text files or globs: .txt, .jsonl, .json")
+    parser.add_argument("--objective", choices=("diffusion", "autoregressive"), default="diffusion",
+                        help="what the model is evaluated as (default %(default)s)")
+    parser.add_argument("--num_samples", type=int, default=16, help="maskings of each row (default %(default)s)")
+    parser.add_argument("--num_rows", type=int, default=256, help="rows, from the first (default %(default)s)")
+    parser.add_argument("--length", type=int, help="tokens a row (default: as many as the model takes, at most 512)")
+    parser.add_argument("--document_separator", default="", help="what parts the documents of a .txt file")
+    parser.add_argument("--text_key", default="text", help="the key of the text in JSON (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the maskings (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows at a time (default %(default)s)")
+    add_json_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from dlm_jax.data.config import DataConfig
+    from dlm_jax.data.corpus import load_rows
+    from dlm_jax.evaluation import autoregressive_nll, bound
+
+    if arguments.num_rows < 1:
+        raise ConfigError(f"--num_rows must be at least 1, got {arguments.num_rows}")
+    lm = load_model(arguments)
+    length = arguments.length or min(lm.config.max_length, 512)
+    if length > lm.config.max_length:
+        raise ConfigError(f"--length={length} is more than the {lm.config.max_length} tokens the model takes")
+    data = DataConfig(train=tuple(arguments.data), validation_fraction=0.0, length=length,
+                      text_key=arguments.text_key, document_separator=arguments.document_separator)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, _ = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
+        rows = rows[np.arange(min(len(rows), arguments.num_rows))]
+    maskable = np.ones(rows.tokens.shape, bool)
+    if arguments.objective == "autoregressive":
+        estimate = autoregressive_nll(lm.model, rows.tokens, maskable, batch_size=arguments.batch_size)
+    else:
+        estimate = bound(lm.model, rows.tokens, maskable, mask_token_id=lm.mask_token_id, shift=lm.pretrained.shift,
+                         num_samples=arguments.num_samples, seed=arguments.seed, batch_size=arguments.batch_size)
+    result = {"model": lm.pretrained.source, "objective": arguments.objective, "data": arguments.data,
+              "num_rows": len(rows), "length": length, "num_tokens": estimate.num_tokens,
+              "nats_per_token": estimate.nats_per_token, "standard_error": estimate.standard_error,
+              "perplexity": math.exp(estimate.nats_per_token)}
+    if arguments.objective == "diffusion":
+        result |= {"num_samples": arguments.num_samples, "seed": arguments.seed}
+    write_result(arguments.json, result, _table(result))
+
+
+def _table(result: dict) -> str:
+    at_most = "at most " if result["objective"] == "diffusion" else ""
+    error = f" +- {result['standard_error']:.4f}" if at_most else ""
+    lines = {"model": f"{result['model']}, {result['objective']}",
+             "text": f"{result['num_tokens']} tokens in {result['num_rows']} rows of {result['length']}",
+             "nats per token": f"{at_most}{result['nats_per_token']:.4f}{error}",
+             "perplexity": f"{at_most}{result['perplexity']:.2f}"}
+    return "\n".join(f"{name:<16}{value}" for name, value in lines.items())

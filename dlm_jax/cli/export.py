@@ -1,0 +1,24 @@
+"""Writes a model as a Hugging Face directory: weights, config, tokenizer, a model card.
+
+  dlm export --model=runs/first@5000 --output=first-hf
+  dlm export --model=runs/first --output=first-diffugpt --layout=diffugpt
+"""
+
+import argparse
+
+from dlm_jax.cli.shared import add_model_arguments, load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--layout", choices=("hf", "diffugpt"), default="hf",
+                        help="for transformers, or for the DiffuGPT release's code (default %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    pretrained = load_model(arguments).pretrained
+    from dlm_jax.hf import save_pretrained
+
+    save_pretrained(arguments.output, pretrained, layout=arguments.layout, dtype=arguments.dtype)
+    print(f"{pretrained.source} is in {arguments.output}, layout {arguments.layout}, {arguments.dtype}")

@@ -1,0 +1,109 @@
+"""`dlm COMMAND ...`: finds the command, reads its arguments, and turns errors into one sentence."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dlm_jax.cli.values import hint
+from dlm_jax.errors import DLMError
+
+# Each is a module of this package with `add_arguments(parser)` and `run(arguments)`.
+COMMANDS = {
+    "quickstart": "the main job in a few minutes: adapt a model, measure it, sample it, export it",
+    "train": "adapt a pretrained model to diffusion, or train an autoregressive one",
+    "sample": "write text: from nothing, from a prompt, or into gaps",
+    "evaluate": "how probable a model finds held-out text",
+    "export": "write a model in Hugging Face format",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The arguments of a command, with `overrides` if it takes a recipe. A misspelt name is what is told first."""
+        takes_overrides = self.get_default("overrides") is not None
+        overrides, others = split_overrides(argv) if takes_overrides else ([], argv)
+        known = [option for action in self._actions for option in action.option_strings]
+        for argument in others:
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and flag not in ("--", *known):
+                self.error(f"there is no argument {flag}{hint(flag, known)}")
+        arguments = self.parse_args(others)
+        if takes_overrides:
+            arguments.overrides = overrides
+        return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0 done, 1 refused or failed with a sentence on stderr, 2 misused, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"dlm: there is no command {name!r}{hint(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}",
+              file=sys.stderr)
+        return 2
+    _keep_libraries_quiet()
+    command = importlib.import_module(f"dlm_jax.cli.{name}")
+    parser = Parser(prog=f"dlm {name}", description=command.__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_arguments(parser)
+    arguments = parser.parse(rest)
+    try:
+        command.run(arguments)
+        sys.stdout.flush()
+    except DLMError as error:
+        print(f"dlm {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"dlm {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
+    return 0
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """(key, text) of every `--config.key=text`, `--config.key text` or bare `--config.switch`, and what is left."""
+    overrides, others, waiting = [], [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--config."):
+            others.append(argument)
+            continue
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            text = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
+        overrides.append((key, text))
+    return overrides, others
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {meaning}" for name, meaning in COMMANDS.items()]
+    return "\n".join(["usage: dlm COMMAND [--argument=value ...]", "",
+                      "Turns autoregressive language models into diffusion language models, and uses them.", "",
+                      "commands:", *lines, "", "dlm COMMAND --help lists the arguments of a command."])
+
+
+def _keep_libraries_quiet() -> None:
+    """Before they are imported: what they would say about themselves on start-up is not about the user's run."""
+    for variable, value in {"TF_CPP_MIN_LOG_LEVEL": "2", "TRANSFORMERS_VERBOSITY": "error",
+                            "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TOKENIZERS_PARALLELISM": "true"}.items():
+        os.environ.setdefault(variable, value)
+    for name in ("absl", "jax._src.xla_bridge"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

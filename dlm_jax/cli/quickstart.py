@@ -1,0 +1,177 @@
+"""The main job from end to end: an autoregressive model becomes a diffusion model, is measured, sampled and exported.
+
+  dlm quickstart --base=assets/stories --data='assets/stories/train.jsonl' --workdir=quickstart
+
+It adapts the base with annealed attention, trains the same network from random weights at the same budget for
+comparison, and writes a figure and a Hugging Face export. Run it again to resume, or to see the results again.
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import time
+
+from dlm_jax.cli.config import build_config
+from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.errors import ConfigError
+
+MASK_TOKEN = "<|mask|>"
+BOUND_SAMPLES = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help="the autoregressive model: a directory or a hub id")
+    parser.add_argument("--data", required=True, nargs="+", help="paths or globs of training text")
+    parser.add_argument("--validation", nargs="+", default=[],
+                        help="paths or globs of held-out text (default: a part of the training text)")
+    parser.add_argument("--workdir", default="quickstart", help="where everything goes (default %(default)s)")
+    parser.add_argument("--minutes", type=float,
+                        help="budget of each of the two runs (default: as many steps as the recipe says)")
+    parser.add_argument("--prompt", default="Once upon a time", help="a text to continue (default %(default)r)")
+    parser.add_argument("--infill", default="Once upon a time, there was a little <mask:12> The end.",
+                        help="a text with a gap to fill (default %(default)r)")
+    parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
+                        help="sets one key of the recipe quickstart; any number of these")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from dlm_jax.pipeline import DiffusionLM
+    from dlm_jax.training import train
+
+    started, workdir = time.time(), pathlib.Path(arguments.workdir)
+    config = plan(arguments)
+    runs = {"adapted": config, "random weights": dataclasses.replace(
+        config, model=dataclasses.replace(config.model, init="random"))}
+    for name, run_config in runs.items():
+        heading(f"training: {name}")
+        if train(run_config, workdir / folder(name))["interrupted"]:
+            raise KeyboardInterrupt
+
+    heading("held-out text")
+    results = measure(arguments.base, config, {name: workdir / folder(name) for name in runs})
+    report(results)
+    figure = workdir / "quickstart.png"
+    draw({name: workdir / folder(name) for name in runs}, config, results, figure)
+
+    adapted = DiffusionLM.from_pretrained(workdir / folder("adapted"))
+    texts = write(adapted, arguments.prompt, arguments.infill)
+    (workdir / "samples.txt").write_text(texts)
+    heading("what it writes")
+    print(texts)
+    adapted.save_pretrained(workdir / "export")
+    heading(f"done in {(time.time() - started) / 60:.1f} minutes")
+    for what, path in {"adapted model": workdir / folder("adapted"), "figure": figure,
+                       "samples": workdir / "samples.txt", "Hugging Face export": workdir / "export"}.items():
+        print(f"  {what:<20} {path}")
+    print(f'  sample more          dlm sample --model={workdir / folder("adapted")} --prompt="{arguments.prompt}"')
+
+
+def folder(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def plan(arguments: argparse.Namespace) -> "TrainConfig":  # noqa: F821
+    """The run for this base and corpus, with a budget in proportion, announced before it begins."""
+    from dlm_jax.hf import read_model_config
+    from dlm_jax.training import TrainConfig, count_params, step_seconds
+
+    overrides = [("model.source", arguments.base), ("model.mask_token", MASK_TOKEN),
+                 ("data.train", ",".join(arguments.data)), ("data.validation", ",".join(arguments.validation)),
+                 ("data.cache_dir", str(pathlib.Path(arguments.workdir) / "data")), *arguments.overrides]
+    config = build_config(TrainConfig, load_recipe("quickstart"), overrides)
+    model = read_model_config(arguments.base)
+    if model.max_length < config.data.length:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, length=model.max_length))
+    seconds, tokens = step_seconds(model, config.data), config.data.batch_size * config.data.length
+    if arguments.minutes is not None:
+        if arguments.minutes <= 0:
+            raise ConfigError(f"--minutes must be positive, got {arguments.minutes}")
+        steps = max(10, int(60 * arguments.minutes / seconds))
+        config = dataclasses.replace(
+            config, num_steps=steps, objective=dataclasses.replace(config.objective, anneal_steps=steps // 2),
+            validation=dataclasses.replace(config.validation, every=max(1, steps // 5)))
+    print(f"base {arguments.base}: {model.family}, {count_params(model) / 1e6:.1f} million parameters\n"
+          f"budget: 2 runs x {config.num_steps} steps x {tokens:,} tokens, about "
+          f"{2 * config.num_steps * seconds / 60:.1f} minutes here ({seconds:.1f} s a step); change it with --minutes\n"
+          f"(the paper adapts GPT-2 with 131 billion tokens; a small budget shows the effect, not the full quality)")
+    return config
+
+
+def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> dict[str, float]:  # noqa: F821
+    """Nats per token on the held-out rows: the parent's exact loss, and bounds before and after."""
+    import numpy as np
+
+    from dlm_jax.data import load_rows
+    from dlm_jax.evaluation import autoregressive_nll, bound
+    from dlm_jax.hf import load_pretrained
+
+    start = load_pretrained(base, mask_token=MASK_TOKEN)
+    _, held_out = load_rows(config.data, start.tokenizer, vocab_size=start.model.config.vocab_size,
+                            cache_dir=config.data.cache_dir)
+    if held_out is None:
+        raise ConfigError("there is no held-out text: give --validation files or a data.validation_fraction")
+    tokens = np.stack([held_out[i].tokens for i in range(min(len(held_out), config.validation.num_rows))])
+    maskable = np.ones(tokens.shape, bool)
+    results = {"the AR parent, exact": autoregressive_nll(start.model, tokens, maskable).nats_per_token}
+    models = {"before adaptation": lambda: start}
+    models |= {name: lambda path=path: load_pretrained(path) for name, path in runs.items()}
+    for name, load in models.items():
+        pretrained = load()
+        results[name] = bound(pretrained.model, tokens, maskable, mask_token_id=pretrained.mask_token_id,
+                              shift=pretrained.shift, num_samples=BOUND_SAMPLES).nats_per_token
+    return results
+
+
+def report(results: dict[str, float]) -> None:
+    """The table, and by how much adaptation wins."""
+    print("  nats per token (bound for diffusion models; lower is better)   perplexity")
+    for name, nats in results.items():
+        print(f"  {name:<24} {nats:8.3f} {' ' * 30} {math.exp(nats):10.1f}")
+    margin = results["random weights"] - results["adapted"]
+    print(f"  the adapted model beats random weights at equal budget by {margin:.3f} nats per token" if margin > 0 else
+          f"  the adapted model does NOT beat random weights at this budget (by {margin:.3f} nats per token)")
+
+
+def draw(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str, float],  # noqa: F821
+         path: pathlib.Path) -> None:
+    """Training loss and held-out bound of both runs against tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from dlm_jax.training import read_records
+
+    per_step = config.data.batch_size * config.data.length / 1e6
+    colours = dict(zip(runs, ("#1b6ca8", "#8d96a3"), strict=True))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True, sharey=True)
+    for name, workdir in runs.items():
+        for axes, kind in ((left, "train"), (right, "validation")):
+            records = read_records(workdir, kind)
+            axes.plot([r["step"] * per_step for r in records], [r["bound"] for r in records], color=colours[name],
+                      label=name, marker="o" if kind == "validation" else None, markersize=4)
+    right.axhline(results["the AR parent, exact"], color="black", linestyle="--", linewidth=1, label="AR parent, exact")
+    left.set(title="training loss", xlabel="tokens seen (millions)", ylabel="bound, nats per token")
+    right.set(title="held-out bound", xlabel="tokens seen (millions)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def write(lm: "DiffusionLM", prompt: str, gap: str) -> str:  # noqa: F821
+    """Samples without a prompt, from a prefix and into a gap."""
+    settings = {"num_steps": 96, "policy": "confidence", "temperature": 0.7, "top_p": 0.9}
+    length = min(96, lm.config.max_length - 32)
+    sections = {
+        "unconditional": lm.generate("", max_new_tokens=length, **settings)[0],
+        f"from the prefix {prompt!r}": lm.generate(prompt, max_new_tokens=length, **settings)[0],
+        f"into the gap of {gap!r}": lm.infill(gap, **settings)[0],
+    }
+    return "\n\n".join(f"[{title}]\n{text.strip()}" for title, text in sections.items()) + "\n"

@@ -1,0 +1,175 @@
+"""How probable a model finds given text: the diffusion bound by Monte Carlo, and the exact autoregressive value.
+
+The bound of one row with n maskable tokens is the expectation over a number of masked tokens l, uniform on
+1 .. n, and over which l of them are masked, of (n / l) times the summed cross-entropy of the masked tokens.
+This is the integral over time of the training objective, for every noise schedule at once, without its
+variance from the number of masked tokens (LLaDA, arXiv 2502.09992, eq. 6; Ou et al., arXiv 2406.03736).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.data.batch import Batch
+from dlm_jax.diffusion import example_keys, token_nll
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.models import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundEstimate:
+    """Negative log-likelihood of rows of tokens, or an upper bound on it.
+
+    Attributes:
+      nats: summed over all tokens.
+      nats_per_token: the same, divided by their number.
+      standard_error: Monte Carlo error of `nats_per_token` for these very rows; 0 for an exact value.
+      num_tokens: how many tokens were scored.
+      rows: the same for each row alone.
+    """
+
+    nats: float
+    nats_per_token: float
+    standard_error: float
+    num_tokens: int
+    rows: tuple[Self, ...] = dataclasses.field(default=(), repr=False)
+
+    @classmethod
+    def from_samples(cls, values: np.ndarray, row_tokens: np.ndarray) -> Self:
+        """From `values` [num_samples, num_rows] in nats, sample s of a row drawn from the s-th of equal strata.
+
+        The error comes from differences between neighbouring strata, which if anything overstate it.
+        """
+        values = np.asarray(values, np.float64)
+        variance = np.zeros(values.shape[1])
+        if len(values) > 1:
+            variance = (np.diff(values, axis=0) ** 2).mean(axis=0) / (2 * len(values))
+        nats = values.mean(axis=0)
+        rows = tuple(map(cls._of, nats, variance, row_tokens))
+        return dataclasses.replace(cls._of(nats.sum(), variance.sum(), np.sum(row_tokens)), rows=rows)
+
+    @classmethod
+    def _of(cls, nats: float, variance: float, num_tokens: int) -> Self:
+        per_token = 1 / max(num_tokens, 1)
+        return cls(float(nats), float(nats * per_token), float(variance**0.5 * per_token), int(num_tokens))
+
+
+BoundFn = Callable[[nnx.State, Batch, jax.Array | int], jax.Array]
+
+
+def make_bound_fn(graphdef: nnx.GraphDef, *, mask_token_id: int, shift: bool, num_samples: int, seed: int) -> BoundFn:
+    """A function of (params, batch, sample) that gives each row's estimate, float32 [batch] in nats.
+
+    `sample`, an int or int32 [batch], picks one of `num_samples` strata of the number of masked tokens; the mean
+    over all of them is an unbiased estimate of the bound. Noise is fixed by (seed, batch.example_index, sample).
+    It is compiled once a shape and runs where its arguments lie, on one device or under a mesh. Attention is
+    bidirectional always, within segments if the batch has them.
+    """
+    if num_samples < 2:
+        raise ConfigError(f"num_samples must be at least 2, so that an error can be given, got {num_samples}")
+    return functools.partial(_bound_values, graphdef, mask_token_id=mask_token_id, shift=shift,
+                             num_samples=num_samples, seed=seed)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mask_token_id", "shift", "num_samples", "seed"))
+def _bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sample: jax.Array, *,
+                  mask_token_id: int, shift: bool, num_samples: int, seed: int) -> jax.Array:
+    sample = jnp.broadcast_to(sample, batch.example_index.shape)
+    keys = jax.vmap(jax.random.fold_in)(example_keys(seed, batch.example_index), sample)
+    draw = functools.partial(_masked, num_samples=num_samples)
+    masked, weight = jax.vmap(draw)(batch.maskable, keys, sample)
+    noised = dataclasses.replace(batch, tokens=jnp.where(masked, mask_token_id, batch.tokens))
+    nll = _nll(nnx.merge(graphdef, params), noised, batch.tokens, AttentionMask.bidirectional(), shift)
+    return weight * jnp.where(masked, nll, 0).sum(axis=1)
+
+
+def _masked(maskable: jax.Array, key: jax.Array, sample: jax.Array, *, num_samples: int) -> tuple[jax.Array, jax.Array]:
+    """One row's masked positions bool [length] and weight n / l, for a number l from the given stratum of 1 .. n."""
+    total = maskable.sum()
+    count_key, order_key = jax.random.split(key)
+    fraction = (sample + jax.random.uniform(count_key)) / num_samples
+    number = jnp.clip(1 + jnp.floor(fraction * total).astype(jnp.int32), 1, jnp.maximum(total, 1))
+    position_keys = jax.vmap(jax.random.fold_in, (None, 0))(order_key, jnp.arange(maskable.shape[0]))
+    order = jnp.where(maskable, jax.vmap(jax.random.uniform)(position_keys), 2.0)
+    rank = jnp.argsort(jnp.argsort(order))
+    return maskable & (rank < number), total / number
+
+
+def _nll(model: Transformer, batch: Batch, targets: jax.Array, attention: AttentionMask, shift: bool) -> jax.Array:
+    """Cross-entropy of `targets`, float32 [batch, length], after reading `batch.tokens`."""
+    if batch.segment_ids is not None:
+        attention = attention.with_segments(batch.segment_ids)
+    hidden = model.hidden(batch.tokens, attention, positions=batch.positions)
+    return token_nll(hidden, model.unembed, targets, shift=shift)
+
+
+def bound(model: Transformer, tokens: np.ndarray, maskable: np.ndarray, *, mask_token_id: int, shift: bool = True,
+          num_samples: int = 128, seed: int = 0, batch_size: int = 16,
+          segment_ids: np.ndarray | None = None) -> BoundEstimate:
+    """The diffusion model's upper bound on the negative log-likelihood of rows.
+
+    Args:
+      tokens: int [num_rows, length].
+      maskable: bool [num_rows, length], the tokens to score; the others, position 0 among them, are context.
+      num_samples: forward passes a row, at least 2.
+      batch_size: rows in one forward pass; it does not change the result.
+      segment_ids: int [num_rows, length]; a token sees its own segment only. Give padding one of its own.
+    """
+    graphdef, params = nnx.split(model)
+    values_of = make_bound_fn(graphdef, mask_token_id=mask_token_id, shift=shift, num_samples=num_samples, seed=seed)
+    maskable = _scorable(maskable)
+    row, sample = (x.ravel() for x in np.meshgrid(np.arange(len(tokens)), np.arange(num_samples)))
+    values = _in_batches(lambda batch, picked: values_of(params, batch, picked), tokens, maskable, segment_ids,
+                         row, sample, batch_size, "bound")
+    return BoundEstimate.from_samples(values.reshape(num_samples, len(tokens)), maskable.sum(axis=1))
+
+
+def autoregressive_nll(model: Transformer, tokens: np.ndarray, maskable: np.ndarray, *, batch_size: int = 16,
+                       segment_ids: np.ndarray | None = None) -> BoundEstimate:
+    """The exact negative log-likelihood under causal attention; arguments as in `bound`."""
+    graphdef, params = nnx.split(model)
+    maskable = _scorable(maskable)
+    row = np.arange(len(tokens))
+    values = _in_batches(lambda batch, _: _autoregressive_values(graphdef, params, batch), tokens, maskable,
+                         segment_ids, row, row, batch_size, "likelihood")
+    return BoundEstimate.from_samples(values[None], maskable.sum(axis=1))
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _autoregressive_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Array:
+    nll = _nll(nnx.merge(graphdef, params), batch, batch.tokens, AttentionMask.causal(), shift=True)
+    return jnp.where(batch.maskable, nll, 0).sum(axis=1)
+
+
+def _scorable(maskable: np.ndarray) -> np.ndarray:
+    """The tokens to score: position 0 is context always."""
+    scorable = np.array(maskable, bool)
+    scorable[:, 0] = False
+    if not scorable.any():
+        raise DataError("there is no token to score: every row holds at most its context, position 0")
+    return scorable
+
+
+def _in_batches(values_of: Callable[[Batch, np.ndarray], jax.Array], tokens: np.ndarray, maskable: np.ndarray,
+                segment_ids: np.ndarray | None, row: np.ndarray, sample: np.ndarray, batch_size: int,
+                name: str) -> np.ndarray:
+    """Evaluates pairs (row, sample), `batch_size` at a time; the last batch is filled up with repetitions."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = min(batch_size, len(row))
+    values = []
+    for start in tqdm(range(0, len(row), batch_size), desc=name, leave=False, disable=None):
+        at = np.arange(start, start + batch_size) % len(row)
+        batch = Batch(tokens=jnp.asarray(tokens[row[at]], jnp.int32), maskable=jnp.asarray(maskable[row[at]]),
+                      example_index=jnp.asarray(row[at], jnp.uint32),
+                      segment_ids=None if segment_ids is None else jnp.asarray(segment_ids[row[at]], jnp.int32))
+        values.append(values_of(batch, jnp.asarray(sample[at], jnp.int32)))
+    return np.concatenate([np.asarray(x) for x in values])[: len(row)]

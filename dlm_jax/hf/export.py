@@ -1,0 +1,149 @@
+"""Export: a Transformer becomes a directory that `transformers`, or the DiffuGPT release's own code, loads."""
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.hf import keys
+from dlm_jax.hf.card import model_card
+from dlm_jax.hf.config import config_to_hf
+from dlm_jax.hf.load import Pretrained
+from dlm_jax.hf.tensors import write_tensors
+from dlm_jax.models import Transformer
+
+LAYOUTS = ("hf", "diffugpt")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: str = "hf", dtype: str = "float32",
+                    recipe: dict[str, Any] | None = None, max_shard_bytes: float = 5e9) -> None:
+    """Writes a model, its tokenizer, its configuration and a model card.
+
+    The directory appears whole or not at all; one that holds an earlier export is replaced. With several
+    processes all of them call this, and the first writes.
+
+    Args:
+      layout: "hf" loads with `AutoModelForCausalLM` and carries `sample_torch.py`, which samples it as a
+        diffusion model; "diffugpt" has the tensor names of the DiffuGPT release and runs under its code.
+      dtype: type of the stored weights, "float32", "bfloat16" or "float16".
+      recipe: how the model was made, for the model card.
+      max_shard_bytes: weights beyond this are split over several files with an index.
+
+    Raises:
+      CheckpointError: the model does not fit the layout or the type, or the directory holds something else.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout {layout!r} is unknown; choose {' or '.join(LAYOUTS)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    config, tokenizer = pretrained.model.config, pretrained.tokenizer
+    hf_config = config_to_hf(config, pretrained.hf_config, mask_token_id=pretrained.mask_token_id,
+                             shift=pretrained.shift, dtype=dtype)
+    for name in ("bos_token_id", "eos_token_id"):  # left out, transformers would put its own
+        if hf_config.get(name) is None:
+            hf_config[name] = getattr(pretrained, name)
+    tensors = hf_tensors(pretrained.model)
+    if layout == "diffugpt":
+        tokenizer = _release_tokenizer(pretrained)
+        hf_config["task_specific_params"] = {"text-generation": {"do_sample": True, "max_length": config.max_length}}
+        tensors.setdefault(keys.HEAD, tensors[keys.embedding_name(config.family)])  # it stores tied weights twice
+        tensors = {keys.release_name(name, config.family): tensor for name, tensor in tensors.items()}
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+
+    def fetch(name: str) -> np.ndarray:
+        value = tensors[name][1]()
+        if dtype == "float16" and np.abs(value).max() > np.finfo(np.float16).max:
+            raise CheckpointError(f"{name} exceeds the range of float16; export as bfloat16 or float32")
+        return value.astype(jnp.dtype(dtype))
+
+    if jax.process_index() > 0:  # gathering a tensor takes every process
+        for name in shapes:
+            fetch(name)
+        return
+    with _appearing_whole(Path(directory).expanduser()) as folder:
+        write_tensors(folder, shapes, fetch, jnp.dtype(dtype), max_shard_bytes)
+        _write_json(folder / "config.json", hf_config)
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write_json(folder / "generation_config.json", {name: hf_config[name] for name in special
+                                                        if hf_config.get(name) is not None})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(pretrained, layout, dtype, recipe))
+        if layout == "hf":
+            shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)
+
+
+def hf_tensors(model: Transformer) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Shape of every HF tensor by name, and a function that brings it to the host."""
+    parts: dict[str, list[tuple[keys.Key, tuple[int, ...], jax.Array, int | None]]] = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        key = keys.KEYS[model.config.family][".".join(path)]
+        for layer, (name, shape) in enumerate(keys.slices(key, leaf.shape)):
+            part = key, shape, leaf[...], layer if leaf.axes[0] == "layers" else None
+            parts.setdefault(name, []).append(part)
+
+    def gather(name: str) -> np.ndarray:
+        thirds = sorted(parts[name], key=lambda part: part[0].third or 0)
+        arrays = [keys.to_hf(_to_host(array if layer is None else array[layer]), key)
+                  for key, _, array, layer in thirds]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+
+    return {name: (keys.hf_shape(*parts[name][0][:2]), lambda name=name: gather(name)) for name in parts}
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _release_tokenizer(pretrained: Pretrained) -> Any:
+    """A copy of the tokenizer that names the mask token, as the release's code asks it to."""
+    if pretrained.model.config.family != "gpt2":
+        raise CheckpointError(f"the layout diffugpt is for GPT-2 models; the release stores a "
+                              f"{pretrained.model.config.family} as plain HF, so use the layout hf")
+    if pretrained.mask_token_id is None or pretrained.tokenizer is None:
+        raise CheckpointError("the layout diffugpt needs a tokenizer and a mask token, and this model lacks one of them")
+    tokenizer = copy.deepcopy(pretrained.tokenizer)
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(pretrained.mask_token_id)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _appearing_whole(directory: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which becomes `directory` once everything is in it."""
+    if directory.exists() and not _replaceable(directory):
+        raise CheckpointError(f"{directory} holds something other than an earlier export; choose a new directory")
+    folder, replaced = (directory.parent / f".{directory.name}.{what}-{os.getpid()}" for what in ("new", "old"))
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        if directory.exists():
+            directory.rename(replaced)
+        folder.rename(directory)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaceable(directory: Path) -> bool:
+    if not directory.is_dir():
+        return False
+    card = directory / "README.md"
+    return not any(directory.iterdir()) or card.is_file() and "library_name: dlm_jax" in card.read_text()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,46 @@
+"""From what a user names, a directory or a hub id, to a local directory."""
+
+import re
+from pathlib import Path
+
+from dlm_jax.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SETTINGS = ["*.json", "*.txt", "tokenizer.model"]
+
+
+def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded, or found in the hub's cache.
+
+    Args:
+      weights: whether to fetch the weights too, or only configuration and tokenizer.
+
+    Raises:
+      CheckpointError: there is no such directory, or the hub cannot be reached or does not have it.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the directory that holds config.json and the weights")
+    name = str(path_or_hub_id)
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"there is no directory {name}")
+    from huggingface_hub import errors, snapshot_download
+
+    def download(patterns: list[str]) -> Path:  # the files at the top: below lie other formats of the same weights
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+    try:
+        directory = download([*_SETTINGS, *(["*.safetensors"] if weights else [])])
+        if weights and not any(directory.glob("*.safetensors")):
+            directory = download([*_SETTINGS, "*.bin"])
+    except errors.GatedRepoError as error:
+        raise CheckpointError(f"the hub gives {name} only to those who accepted its terms: accept them on its page, "
+                              "then log in with `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise CheckpointError(f"neither a directory here nor a repository on the hub is called {name}") from error
+    except (OSError, errors.HfHubHTTPError) as error:
+        raise CheckpointError(f"{name} is not a directory here, and the Hugging Face hub cannot be reached to fetch it; "
+                              "check the network, or give the path of a local copy") from error
+    return directory

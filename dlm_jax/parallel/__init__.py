@@ -1,0 +1,8 @@
+"""Where arrays live: the device mesh, and one table from logical axes to mesh axes."""
+
+from dlm_jax.parallel.mesh import AXES, MeshConfig, describe_mesh, make_mesh
+from dlm_jax.parallel.place import place_rows
+from dlm_jax.parallel.rules import RULES, array_sharding, is_param, param_shardings, spec_of, state_shardings
+
+__all__ = ["AXES", "RULES", "MeshConfig", "array_sharding", "describe_mesh", "is_param", "make_mesh", "param_shardings",
+           "place_rows", "spec_of", "state_shardings"]

@@ -1,0 +1,185 @@
+"""DiffusionLM: a model, its tokenizer and its mask token, and what a user does with them."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.diffusion import example_keys
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation import BoundEstimate, bound
+from dlm_jax.hf import Pretrained, load_pretrained, save_pretrained
+from dlm_jax.models import Compute, ModelConfig, Transformer
+from dlm_jax.sampling import SamplerConfig, make_canvas, sample
+from dlm_jax.sampling.text import Piece, decode, encode, split_gaps
+from dlm_jax.training.workdir import is_workdir, load_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionLM:
+    """A diffusion language model ready for use; build one with `from_pretrained`.
+
+    Every method's result depends on the seed and on an example's place in the list given, never on the batch size.
+    """
+
+    pretrained: Pretrained
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike, mask_token: str | int | None = None,
+                        dtype: str = "float32") -> Self:
+        """Loads a Hugging Face directory or hub id, a DiffuGPT release, or a training workdir, `workdir@step`.
+
+        Args:
+          mask_token: an id, or a token, which is added to the vocabulary if new; None takes the one on
+            record. Without any the model can give logits and be saved, not sampled.
+          dtype: "float32" or "bfloat16", of parameters and activations.
+        """
+        compute = Compute(dtype=dtype)
+        if not is_workdir(path_or_hub_id):
+            return cls(load_pretrained(path_or_hub_id, mask_token=mask_token, compute=compute, param_dtype=dtype))
+        if mask_token is not None:
+            raise ConfigError(f"{path_or_hub_id} is a training workdir, whose mask token is on record; leave "
+                              "mask_token out, or export the model and give it another")
+        pretrained = load_workdir(path_or_hub_id, compute=compute)
+        graphdef, params = nnx.split(pretrained.model)
+        model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params))
+        return cls(dataclasses.replace(pretrained, model=model))
+
+    @property
+    def model(self) -> Transformer:
+        return self.pretrained.model
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.pretrained.model.config
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.pretrained.tokenizer is None:
+            raise ConfigError(f"{self.pretrained.source} has no tokenizer; put its tokenizer files beside the weights")
+        return self.pretrained.tokenizer
+
+    @property
+    def mask_token_id(self) -> int:
+        if self.pretrained.mask_token_id is None:
+            raise ConfigError(f"{self.pretrained.source} records no mask token; name one with mask_token=")
+        return self.pretrained.mask_token_id
+
+    def logits(self, tokens: np.ndarray, attention: AttentionMask | None = None) -> jax.Array:
+        """Float32 logits [batch, length, vocab] of int `tokens` [batch, length]; position n predicts n + 1.
+
+        `attention` is bidirectional by default.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise DataError(f"tokens must be integers [batch, length], got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.shape[1] > self.config.max_length:
+            raise DataError(f"{tokens.shape[1]} tokens a row, and the model takes at most {self.config.max_length}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise DataError(f"token ids must lie in 0 .. {self.config.vocab_size - 1}, the model's vocabulary, "
+                            f"got {tokens.min()} .. {tokens.max()}")
+        return _logits(*nnx.split(self.model), jnp.asarray(tokens, jnp.int32),
+                       AttentionMask.bidirectional() if attention is None else attention)
+
+    def generate(self, prompts: str | Sequence[str] = "", max_new_tokens: int = 128, num_steps: int = 64,
+                 policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None,
+                 top_k: int | None = None, seed: int = 0, batch_size: int = 16,
+                 example_index: Sequence[int] | None = None) -> list[str]:
+        """Continues each prompt, "" for none: the prompt as it was, and the text that follows, up to an EOS token.
+
+        Args:
+          max_new_tokens: how many tokens follow each prompt.
+          num_steps, policy, temperature, top_p, top_k: see `sampling.SamplerConfig`.
+          example_index: which random numbers each prompt gets, 0, 1, 2, ... by default.
+        """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        config = SamplerConfig(policy, num_steps, temperature, top_p, top_k)
+        pieces = [[prompt, max_new_tokens] for prompt in _texts(prompts, "prompts")]
+        return self._fill(pieces, config, seed, batch_size, example_index, self.pretrained.eos_token_id)
+
+    def infill(self, texts: str | Sequence[str], gap_length: int = 16, num_steps: int = 64,
+               policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None,
+               top_k: int | None = None, seed: int = 0, batch_size: int = 16,
+               example_index: Sequence[int] | None = None) -> list[str]:
+        """Fills the gaps of each text: `<mask:12>` is one of 12 tokens, `<mask>` one of `gap_length`.
+
+        What stands around gaps comes back character for character. Other arguments as in `generate`.
+        """
+        config = SamplerConfig(policy, num_steps, temperature, top_p, top_k)
+        pieces = [split_gaps(text, gap_length) for text in _texts(texts, "texts")]
+        return self._fill(pieces, config, seed, batch_size, example_index, None)
+
+    def score(self, texts: str | Sequence[str], num_samples: int = 128, seed: int = 0,
+              batch_size: int = 16) -> list[BoundEstimate]:
+        """An upper bound on each text's negative log-likelihood: nats, nats per token and its standard error."""
+        mask_token_id, bos_token_id = self.mask_token_id, self._bos_token_id
+        rows = [encode(self.tokenizer, [text], bos_token_id)[0] for text in _texts(texts, "texts")]
+        for number, row in enumerate(rows):
+            if len(row) == 1:
+                raise DataError(f"text {number} is empty, so there is nothing to score")
+        canvas = make_canvas(rows, self.config.max_length)
+        padding = np.arange(canvas.tokens.shape[1]) >= canvas.lengths[:, None]
+        estimate = bound(self.model, canvas.tokens, ~padding, mask_token_id=mask_token_id,
+                         shift=self.pretrained.shift, num_samples=num_samples, seed=seed, batch_size=batch_size,
+                         segment_ids=padding)
+        return list(estimate.rows)
+
+    def save_pretrained(self, directory: str | os.PathLike, layout: str = "hf") -> None:
+        """Writes weights, config and tokenizer for `transformers` ("hf") or the DiffuGPT release ("diffugpt")."""
+        save_pretrained(directory, self.pretrained, layout=layout)
+
+    @property
+    def _bos_token_id(self) -> int:
+        """What position 0 holds: BOS, or for a tokenizer without one its end-of-text token."""
+        for token_id in (self.pretrained.bos_token_id, self.pretrained.eos_token_id):
+            if token_id is not None and token_id < self.config.vocab_size:
+                return token_id
+        raise ConfigError(f"{self.pretrained.source} has no BOS or EOS token to begin a text with; set bos_token "
+                          "in its tokenizer_config.json")
+
+    def _fill(self, pieces: Sequence[Sequence[Piece]], config: SamplerConfig, seed: int, batch_size: int,
+              example_index: Sequence[int] | None, stop_token_id: int | None) -> list[str]:
+        """Samples all rows, those of like length together, and puts the texts back in order."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        index = np.arange(len(pieces)) if example_index is None else np.asarray(example_index)
+        if len(index) != len(pieces):
+            raise ConfigError(f"example_index has {len(index)} entries for {len(pieces)} texts")
+        keys = example_keys(seed, jnp.asarray(index, jnp.uint32))
+        mask_token_id, bos_token_id = self.mask_token_id, self._bos_token_id
+        rows, gaps = zip(*(encode(self.tokenizer, piece, bos_token_id) for piece in pieces), strict=True)
+        canvas = make_canvas(rows, self.config.max_length)
+        by_length = np.argsort(canvas.lengths, kind="stable")
+        batch_size = min(batch_size, len(pieces))
+        texts = [""] * len(pieces)
+        for start in tqdm(range(0, len(pieces), batch_size), desc="sampling", leave=False, disable=None):
+            # The last batch repeats rows, to have the shape of the others and no program of its own.
+            chosen = np.resize(by_length[start : start + batch_size], batch_size)
+            part = canvas.take(chosen)
+            filled = sample(self.model, part.tokens, part.fixed, part.lengths, keys[chosen],
+                            mask_token_id=mask_token_id, shift=self.pretrained.shift, config=config)
+            for i, row in zip(chosen, np.asarray(filled), strict=True):
+                texts[i] = decode(self.tokenizer, pieces[i], gaps[i], row, stop_token_id)
+        return texts
+
+
+def _texts(texts: str | Sequence[str], name: str) -> list[str]:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise DataError(f'{name} is an empty list; give at least one text ("" to begin from nothing)')
+    return texts
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _logits(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array, attention: AttentionMask) -> jax.Array:
+    return nnx.merge(graphdef, params)(tokens, attention)

@@ -1,0 +1,116 @@
+"""Everything a training run depends on, as frozen dataclasses; each field carries its meaning for `--print_config`."""
+
+import dataclasses
+from typing import Literal
+
+from dlm_jax.data.config import DataConfig
+from dlm_jax.errors import ConfigError
+from dlm_jax.parallel import MeshConfig
+from dlm_jax.training.objective import ObjectiveConfig
+from dlm_jax.training.optimizer import OptimizerConfig
+
+
+def _field(default: object, meaning: str) -> object:
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where the network comes from and how it is computed."""
+
+    source: str = _field("", "the base model: a directory, a hub id, or a workdir[@step]")
+    init: Literal["pretrained", "random"] = _field("pretrained", "take the source's weights, or only its shape")
+    mask_token: int | str | None = _field(None, "an id, an existing token or a new one; None: what the source records")
+    param_dtype: Literal["float32", "bfloat16"] = _field("float32", "type of the stored parameters")
+    dtype: Literal["float32", "bfloat16"] = _field("float32", "type of activations and matrix products")
+    remat: Literal["none", "dots", "full"] = _field("none", "what the backward pass recomputes to save memory")
+    attention: str = _field("auto", "attention backend")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = _field(1000, "steps between checkpoints; the last step is always kept")
+    keep: int = _field(2, "how many of the latest checkpoints stay")
+    keep_best: bool = _field(True, "also keep the one with the best validation loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    every: int = _field(1000, "steps between validations; 0: never")
+    num_rows: int = _field(256, "held-out rows used, the same each time")
+    num_samples: int = _field(4, "noise levels drawn for each row, the same each time")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int = _field(50, "steps between records; each is the mean over the steps since the last")
+    tensorboard: bool = _field(True, "write TensorBoard events beside metrics.jsonl")
+    wandb: str | None = _field(None, "Weights & Biases project to log to; None: do not")
+    sample_every: int = _field(0, "steps between texts sampled into the log; 0: never")
+    sample_steps: int = _field(64, "denoising steps for such a text")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole run."""
+
+    seed: int = _field(0, "source of all randomness: noise, dropout, order of the data, new weights")
+    num_steps: int = _field(10_000, "optimizer steps")
+    model: ModelSource = _field(ModelSource(), "the base model")
+    data: DataConfig = _field(DataConfig(), "the corpus and how it becomes batches")
+    objective: ObjectiveConfig = _field(ObjectiveConfig(), "what is minimised")
+    optimizer: OptimizerConfig = _field(OptimizerConfig(), "how it is minimised")
+    mesh: MeshConfig = _field(MeshConfig(), "how devices share the work; -1 takes what the others leave")
+    checkpoint: CheckpointConfig = _field(CheckpointConfig(), "what is saved")
+    validation: ValidationConfig = _field(ValidationConfig(), "what is checked on held-out rows")
+    log: LogConfig = _field(LogConfig(), "what is reported")
+
+    def __post_init__(self) -> None:
+        """Refuses what no single room can see to be impossible."""
+        if self.num_steps < 1:
+            raise ConfigError(f"num_steps must be at least 1, got {self.num_steps}")
+        if self.data.batch_size % self.optimizer.accumulate_steps:
+            raise ConfigError(f"data.batch_size {self.data.batch_size} is not a multiple of "
+                              f"optimizer.accumulate_steps {self.optimizer.accumulate_steps}")
+        if self.checkpoint.every < 1 or self.checkpoint.keep < 1 or self.log.every < 1:
+            raise ConfigError("checkpoint.every, checkpoint.keep and log.every must be at least 1")
+        if self.log.sample_every and self.objective.name != "diffusion":
+            raise ConfigError("log.sample_every samples by diffusion, which the autoregressive objective does not "
+                              "learn; set it to 0")
+
+
+# Changing these makes a run another run: other parameters, other batches, other noise or another optimizer state.
+# Everything else may change when a run is resumed, and the change is shown.
+_FIXED_ON_RESUME = ("seed", "model.source", "model.init", "model.mask_token", "model.param_dtype", "data.",
+                    "objective.name", "objective.shift", "optimizer.name")
+_FREE_ON_RESUME = ("data.cache_dir",)
+
+
+def flat_dict(config: object, prefix: str = "") -> dict[str, object]:
+    """`{"optimizer.name": "adamw", ...}`: every leaf of nested dataclasses by its dotted key."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        flat.update(flat_dict(value, key + ".") if dataclasses.is_dataclass(value) else {key: _plain(value)})
+    return flat
+
+
+def config_changes(saved: dict[str, object], config: TrainConfig) -> list[str]:
+    """`key: old -> new` for every difference between a saved flat dict and `config`.
+
+    Raises:
+      ConfigError: a difference would make the resumed run another run.
+    """
+    current = flat_dict(config)
+    changed = [key for key in current if saved.get(key) != current[key]]
+    lines = {key: f"{key}: {saved.get(key)!r} -> {current[key]!r}" for key in changed}
+    refused = [lines[key] for key in changed if key.startswith(_FIXED_ON_RESUME) and key not in _FREE_ON_RESUME]
+    if refused:
+        raise ConfigError(f"this workdir holds a run with another setting ({'; '.join(refused)}), which a resumed run "
+                          "may not change; restore the setting or choose a new workdir")
+    return list(lines.values())
+
+
+def _plain(value: object) -> object:
+    """As JSON would give it back."""
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,67 @@
+"""Floating-point operations a step must do, and what the device could do: their ratio is the utilisation (MFU)."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dlm_jax.data.config import DataConfig
+from dlm_jax.models import ModelConfig, abstract_model
+
+# Dense bfloat16 peak of one JAX device, FLOP/s, by the vendors' data sheets; the first key found in the device
+# kind counts. A JAX device is one core on TPU v2, v3 and v7x, and a chip otherwise.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
+    "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 1153e12,
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's peak, or None where it is not known (CPUs among them)."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+
+
+def count_params(config: ModelConfig, part: str | None = None) -> int:
+    """Parameters of the model, or of one of its parts, such as "blocks"."""
+    model = abstract_model(config)
+    leaves = jax.tree.leaves(nnx.state(model if part is None else getattr(model, part)))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def train_flops(config: ModelConfig, tokens: float, scored: float, length: int) -> float:
+    """FLOPs of a forward and a backward pass over `tokens` tokens in rows of `length`, `scored` of them scored.
+
+    6 x (parameters of the blocks) x tokens, for their matrix products;
+    + 12 x layers x heads x head_dim x length x tokens, for attention over the whole square (no causal half);
+    + 6 x hidden x vocabulary x scored, for the head, needed only where a token is scored.
+    What is computed again (remat, chunked loss) does not count.
+    """
+    blocks = 6 * count_params(config, "blocks") * tokens
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
+    return blocks + attention + 6 * config.hidden_size * config.vocab_size * scored
+
+
+def step_seconds(config: ModelConfig, data: DataConfig) -> float:
+    """A rough forecast of the seconds a step takes on the devices at hand, before anything is compiled."""
+    tokens = data.batch_size * data.length
+    flops = train_flops(config, tokens, tokens / 2, data.length)
+    device = jax.devices()[0]
+    speed = peak_flops(device) or measured_flops()
+    return flops / (_USUAL_SHARE * speed * jax.device_count())
+
+
+_USUAL_SHARE = 0.35  # of the peak, or of a large matrix product's speed, that a training step reaches
+
+
+def measured_flops(size: int = 1024, repeats: int = 4) -> float:
+    """FLOP/s of a float32 matrix product of this size on the default device."""
+    product, matrix = jax.jit(jnp.matmul), jnp.ones((size, size), jnp.float32)
+    product(matrix, matrix).block_until_ready()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        product(matrix, matrix).block_until_ready()
+    return repeats * 2 * size**3 / (time.perf_counter() - began)

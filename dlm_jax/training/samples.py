@@ -1,0 +1,24 @@
+"""A text sampled into the log, to see what a loss means."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dlm_jax.diffusion import example_keys
+from dlm_jax.errors import ConfigError
+from dlm_jax.hf import Pretrained
+from dlm_jax.sampling import SamplerConfig, sample
+
+
+def sample_text(base: Pretrained, params: nnx.State, *, length: int, num_steps: int, seed: int) -> str:
+    """An unconditional text of `length` tokens from the parameters as they stand; the same noise each time."""
+    first = base.eos_token_id if base.bos_token_id is None else base.bos_token_id
+    if first is None:
+        raise ConfigError("log.sample_every needs a tokenizer with a BOS or EOS token to begin a text with")
+    model = nnx.merge(nnx.graphdef(base.model), params)
+    tokens = jnp.full((1, length), first, jnp.int32)
+    fixed = jnp.arange(length)[None] == 0
+    tokens = sample(model, tokens, fixed, jnp.full((1,), length), example_keys(seed, jnp.zeros((1,), jnp.uint32)),
+                    mask_token_id=base.mask_token_id, shift=base.shift,
+                    config=SamplerConfig(num_steps=num_steps, temperature=1.0, top_p=0.9))
+    return base.tokenizer.decode(jax.device_get(tokens)[0], skip_special_tokens=True)

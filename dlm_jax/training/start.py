@@ -1,0 +1,101 @@
+"""How a run begins: the base model on its mesh, checks of what only base and config together can show, a summary."""
+
+import dataclasses
+import zlib
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dlm_jax.attention import choose_backend
+from dlm_jax.data.rows import Rows
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.hf import Pretrained, load_pretrained
+from dlm_jax.hf.tokenizer import choose_mask_token
+from dlm_jax.models import Compute, ModelConfig, abstract_model
+from dlm_jax.parallel import describe_mesh, param_shardings
+from dlm_jax.training.config import TrainConfig
+from dlm_jax.training.flops import count_params
+from dlm_jax.training.objective import check_mask_token
+from dlm_jax.training.workdir import described_model, is_workdir, load_workdir
+
+
+def load_base(config: TrainConfig, workdir: Path, mesh: Mesh, *, resumed: bool) -> Pretrained:
+    """The model that training starts from, its parameters on the mesh; only their shapes where a run is resumed.
+
+    Raises:
+      ConfigError: the objective, the data or the mesh do not fit the model.
+      CheckpointError: the source cannot be read.
+    """
+    model = config.model
+    compute = Compute(model.dtype, model.remat, model.attention)
+    choose_backend(model.attention)
+
+    def shardings(model_config: ModelConfig) -> object:
+        return param_shardings(abstract_model(model_config, compute, model.param_dtype), mesh)
+
+    if resumed:
+        base = described_model(workdir, compute)
+    elif not model.source:
+        raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
+    elif is_workdir(model.source) and model.init == "pretrained":
+        base = load_workdir(model.source, compute=compute, param_dtype=model.param_dtype, shardings=shardings)
+        mask_token_id, is_new = choose_mask_token(model.mask_token, base.mask_token_id, base.model.config.vocab_size,
+                                                  base.tokenizer)
+        if is_new:
+            raise ConfigError(f"model.mask_token {model.mask_token!r} is new to {model.source}, and a workdir's "
+                              "vocabulary is fixed; export it first, and start from the export")
+        base = dataclasses.replace(base, mask_token_id=mask_token_id)
+    else:
+        base = load_pretrained(model.source, mask_token=model.mask_token, compute=compute,
+                               param_dtype=model.param_dtype, shardings=shardings, init=model.init, seed=config.seed)
+    check_fit(config, base)
+    return dataclasses.replace(base, shift=config.objective.shift)
+
+
+def check_fit(config: TrainConfig, base: Pretrained) -> None:
+    """Raises ConfigError where config and base model contradict each other."""
+    architecture = base.model.config
+    check_mask_token(config.objective, base.mask_token_id, architecture.vocab_size)
+    if config.data.length > architecture.max_length:
+        raise ConfigError(f"data.length {config.data.length} is longer than the {architecture.max_length} positions of "
+                          f"the model {base.source}")
+    if base.tokenizer is None:
+        raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files beside its config.json")
+
+
+def data_mark(rows: Rows) -> list[int]:
+    """Tells one set of rows from another: their number, and a checksum of up to 64 of them."""
+    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)]
+    return [len(rows), zlib.crc32(np.ascontiguousarray(some.tokens))]
+
+
+def check_data(workdir: Path, saved: list[int], found: list[int]) -> None:
+    """Raises DataError where a resumed run would meet other rows than it began with."""
+    if saved != found:
+        raise DataError(f"the training text is not the one that the run in {workdir} began with ({saved[0]} rows then, "
+                        f"{found[0]} rows now); restore the files, or choose a new workdir")
+
+
+def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int, changes: list[str]) -> list[str]:
+    """What the run is, for people."""
+    architecture, data = base.model.config, config.data
+    per_step = data.batch_size * data.length
+    objective = config.objective.name
+    if objective == "diffusion":
+        opening = f"annealed over {config.objective.anneal_steps} steps" if config.objective.anneal_steps else \
+            "bidirectional from the start"
+        objective += f", mask token {base.mask_token_id}, attention {opening}"
+    lines = [
+        f"model      {base.source} ({architecture.family}), {count_params(architecture) / 1e6:,.1f}M parameters, "
+        f"{config.model.init} weights",
+        f"objective  {objective}",
+        f"batch      {data.batch_size} x {data.length} = {per_step:,} tokens a step"
+        + (f", in {config.optimizer.accumulate_steps} micro-batches" if config.optimizer.accumulate_steps > 1 else ""),
+        f"run        {config.num_steps:,} steps, {config.num_steps * per_step:,} tokens",
+        f"devices    {describe_mesh(mesh)}, {config.model.dtype}, "
+        f"{choose_backend(config.model.attention)} attention",
+    ]
+    if first:
+        lines.append(f"resumed    from step {first:,}")
+    return lines + [f"changed    {change}" for change in changes]

@@ -1,0 +1,64 @@
+"""Everything that changes from step to step."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dlm_jax.parallel import param_shardings, state_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state that a step takes and gives back.
+
+    Attributes:
+      step: int32 scalar, steps taken.
+      params: the model's parameters, as `nnx.split` gives them.
+      opt_state: optax's state; its moments carry the logical axes of their parameters.
+      ema: moving average of `params` in float32, or None.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: optax.OptState
+    ema: nnx.State | None
+
+    @classmethod
+    def create(cls, params: nnx.State, optimizer: optax.GradientTransformation, ema: bool) -> Self:
+        """The state before the first step."""
+        average = jax.tree.map(lambda p: p.astype(jnp.float32), params) if ema else None
+        return cls(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), ema=average)
+
+    @property
+    def inference_params(self) -> nnx.State:
+        """What is validated and exported: the average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def state_layout(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh) -> TrainState:
+    """The state as shapes with shardings, for compiling, for creating it in place and for restoring it."""
+    shapes = jax.eval_shape(lambda p: TrainState.create(p, optimizer, ema), params)
+    placed = param_shardings(params, mesh)
+    shardings = dataclasses.replace(state_shardings(shapes, mesh), params=placed, ema=placed if ema else None)
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+                        shapes, shardings)
+
+
+def shardings_of(layout: object) -> object:
+    """The shardings of a tree of shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, layout)
+
+
+def create_state(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh) -> TrainState:
+    """The first state, made where it will live. Takes over `params`, which must not be used afterwards."""
+    layout = state_layout(params, optimizer, ema, mesh)
+    params = jax.device_put(params, shardings_of(layout.params))
+    create = jax.jit(lambda p: TrainState.create(p, optimizer, ema), out_shardings=shardings_of(layout),
+                     donate_argnums=0)
+    return create(params)

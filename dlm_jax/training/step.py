@@ -1,0 +1,131 @@
+"""The training step: one program, from a state and a batch to the next state and its metrics."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from dlm_jax.data.batch import Batch
+from dlm_jax.diffusion import LossSums, dropout_seeds, loss_sums
+from dlm_jax.parallel import array_sharding, is_param, spec_of
+from dlm_jax.training.objective import ObjectiveConfig, loss_of, prepare, ratio_of
+from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
+from dlm_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
+                    objective: ObjectiveConfig, config: OptimizerConfig, num_steps: int, seed: int,
+                    mask_token_id: int | None) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step; it takes the state over (donation), so use only what it returns.
+
+    Gradients are those of sums over tokens, added up in float32 over micro-batches and devices and divided once
+    by the count of the whole batch, so that the result does not depend on how the batch is cut up.
+    """
+    rate = learning_rate(config, num_steps)
+
+    def loss(params: nnx.State, batch: Batch, step: jax.Array, batch_size: int) -> tuple[jax.Array, LossSums]:
+        model = nnx.merge(graphdef, gather_tables(params, mesh))
+        noised, mask = prepare(objective, batch, step, seed=seed, batch_size=batch_size, mask_token_id=mask_token_id)
+        hidden = model.hidden(noised.tokens, mask, positions=batch.positions,
+                              dropout_seeds=dropout_seeds(seed, batch.example_index))
+        sums = loss_sums(_split_rows(hidden, mesh), model.unembed, noised, shift=objective.shift)
+        return loss_of(objective, sums), sums
+
+    def gradients(params: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, LossSums]:
+        """Summed over micro-batches; float32."""
+        batch_size = batch.tokens.shape[0]
+        gradient = jax.grad(functools.partial(loss, batch_size=batch_size), has_aux=True)
+        if config.accumulate_steps == 1:
+            return gradient(params, batch, step)
+
+        def add(total: tuple[nnx.State, LossSums], micro_batch: Batch) -> tuple[tuple[nnx.State, LossSums], None]:
+            return jax.tree.map(jnp.add, total, gradient(params, micro_batch, step)), None
+
+        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums.zero()
+        return jax.lax.scan(add, zero, micro_batches(batch, config.accumulate_steps))[0]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, sums = gradients(state.params, batch, state.step)
+        count = sums.normaliser(objective.normaliser)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay)
+        metrics = statistics(sums) | {
+            "loss": loss_of(objective, sums) / count,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": rate(state.step),
+            "anneal_ratio": ratio_of(objective, state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveConfig, seed: int,
+                   num_rows: int, num_samples: int,
+                   mask_token_id: int | None) -> Callable[[nnx.State, Batch, jax.Array], LossSums]:
+    """The jitted sums of the bound over held-out rows, at one draw of noise: bidirectional, without dropout.
+
+    The noise depends on (seed, row, draw) only, and covers all times whatever training does: the times of all
+    `num_rows * num_samples` draws are evenly spaced, and so are those of each row.
+    """
+    objective = ObjectiveConfig(name=objective.name, shift=objective.shift, schedule=objective.schedule,
+                                power=objective.power, min_time=objective.min_time)
+
+    @jax.jit
+    def eval_step(params: nnx.State, batch: Batch, draw: jax.Array) -> LossSums:
+        model = nnx.merge(graphdef, gather_tables(params, mesh))
+        batch = dataclasses.replace(batch, example_index=batch.example_index + draw.astype(jnp.uint32) * num_rows)
+        noised, mask = prepare(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
+                               mask_token_id=mask_token_id)
+        hidden = model.hidden(noised.tokens, mask, positions=batch.positions)
+        return loss_sums(_split_rows(hidden, mesh), model.unembed, noised, shift=objective.shift)
+
+    return eval_step
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """[batch, ...] to [count, batch / count, ...]; strided, so that each device keeps its own rows."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+
+
+def statistics(sums: LossSums) -> Metrics:
+    """What people read off the sums: nats per token, shares and counts."""
+    scored = jnp.maximum(sums.scored, 1.0)
+    return {
+        "bound": sums.weighted_nll / sums.normaliser("maskable"),  # nats per token
+        "masked_nll": sums.nll / scored,  # unweighted, nats per masked token
+        "accuracy": sums.correct / scored,
+        "masked_tokens": sums.scored,
+    }
+
+
+def gather_tables(params: nnx.State, mesh: Mesh) -> nnx.State:
+    """Makes embedding tables whole along `embed` once a step: looking rows up in a table split that way would
+    move activations instead, which are larger."""
+
+    def gather(param: nnx.Variable) -> nnx.Variable:
+        if "layers" in param.axes or "embed" not in param.axes:
+            return param
+        axes = tuple(None if axis == "embed" else axis for axis in param.axes)
+        value = param.get_value()
+        return param.replace(jax.lax.with_sharding_constraint(
+            value, NamedSharding(mesh, spec_of(axes, value.shape, mesh))))
+
+    return jax.tree.map(gather, params, is_leaf=is_param)
+
+
+def _split_rows(hidden: jax.Array, mesh: Mesh) -> jax.Array:
+    """Holds [batch, length, embed] split as the batch is, whatever the parameters around it suggest."""
+    return jax.lax.with_sharding_constraint(hidden, array_sharding(mesh, "batch", "length", None))

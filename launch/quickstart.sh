@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The main job, from a fresh machine: sets itself up, adapts a base model to diffusion, samples it and exports it.
+#   bash launch/quickstart.sh                                         the small base under assets/, offline
+#   bash launch/quickstart.sh --base gpt2 --data 'text/*.txt'         any hub id or path, any text
+# Everything goes to ./quickstart (or --workdir DIR). Running it again resumes, or shows the results again.
+# `bash launch/quickstart.sh --help` lists all arguments.
+set -euo pipefail
+here=$PWD
+cd "$(dirname "$0")/.."
+root=$PWD
+source launch/setup_env.sh
+setup_env ""
+cd "$here"
+case " $* " in
+    *" --base"*) ;;
+    *) set -- --base "$root/assets/stories-gpt2" "$@" ;;
+esac
+case " $* " in
+    *" --data"*) ;;
+    *) set -- --data "$root/assets/stories/train.jsonl" --validation "$root/assets/stories/heldout.jsonl" "$@" ;;
+esac
+exec "$PYTHON" -m dlm_jax.cli.main quickstart "$@"

@@ -1,0 +1,41 @@
+# Sourced by the scripts beside it, from the project's root: an environment with the project in it, made once.
+#   setup_env EXTRAS   uses the active environment or makes .venv, installs -e .[EXTRAS] if what is required has
+#                      changed since, and leaves the interpreter's path in $PYTHON. EXTRAS may be empty.
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "dlm_jax needs Python 3.11, 3.12 or 3.13, and none is on the PATH; install one and run this again." >&2
+    return 1
+}
+
+setup_env() {
+    local extras=$1 python target=".${1:+[$1]}" home stamp wanted
+    if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
+        PYTHON=$(command -v python)
+    else
+        if [ ! -x .venv/bin/python ]; then
+            python=$(find_python) || return 1
+            "$python" -m venv .venv || return 1
+        fi
+        PYTHON=$PWD/.venv/bin/python
+    fi
+    home=$("$PYTHON" -c 'import sys; print(sys.prefix)') || return 1
+    stamp=$home/.dlm_jax-${extras:-base}
+    wanted=$(cat requirements.txt setup.py pyproject.toml <(pwd) | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "installing into $home (once, about two minutes)"
+        if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$target" > "$stamp.log" 2>&1; then
+            tail -n 20 "$stamp.log" >&2
+            echo "the installation failed; the whole log is $stamp.log" >&2
+            return 1
+        fi
+        echo "$wanted" > "$stamp"
+    fi
+    echo "environment $home"
+}

@@ -1,0 +1,46 @@
+"""Packaging. Recipes and the small base model travel inside the package, as `dlm_jax/configs` and `dlm_jax/assets`."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "dlm_jax" / "__init__.py").read_text()).group(1)
+
+
+def requirements() -> list[str]:
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def beside(folder: str) -> dict[str, str]:
+    """Package name -> folder, for a folder beside the package and those within it."""
+    paths = sorted({path.parent.relative_to(HERE) for path in (HERE / folder).rglob("*") if path.is_file()})
+    return {"dlm_jax." + ".".join(path.parts): str(path) for path in paths if path.name != "__pycache__"}
+
+
+SHIPPED = beside("configs") | beside("assets")
+
+setup(
+    name="dlm-jax",
+    version=VERSION,
+    description="Turns pretrained autoregressive language models into diffusion language models, in JAX",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=[*find_packages(include=["dlm_jax", "dlm_jax.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={package: ["*"] for package in SHIPPED},
+    install_requires=requirements(),
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "tracking": ["wandb"],
+        "evaluation": ["lm-eval"],
+        # torch is the reference that logits and gradients are compared with; nothing else needs it.
+        "test": ["import-linter", "pytest", "ruff", "torch==2.13.0"],
+    },
+    entry_points={"console_scripts": ["dlm=dlm_jax.cli.main:main"]},
+)

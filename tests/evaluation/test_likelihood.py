@@ -1,0 +1,127 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from scipy.special import beta
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.data.batch import Batch
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation import autoregressive_nll, bound, make_bound_fn
+from dlm_jax.models import ModelConfig, Transformer
+
+MASK = 12
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig("llama", vocab_size=13, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+                         mlp_size=32, max_length=64, initializer_range=0.5)
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+def rows_of(count, length=5, seed=0):
+    tokens = np.random.default_rng(seed).integers(0, 13, (count, length))  # some are the mask's id, as given tokens
+    return tokens, np.ones((count, length), bool)
+
+
+def log_probabilities(model, tokens, attention):
+    return np.asarray(jax.nn.log_softmax(model(jnp.asarray(tokens), attention)), np.float64)
+
+
+def enumerated_bound(model, row, shift):
+    """The integral over t of 1/t times the expected cross-entropy of the masked, mask by mask: Beta functions."""
+    n = len(row) - 1
+    masks = np.array([mask for mask in itertools.product([False, True], repeat=n) if any(mask)])
+    noised = np.where(np.pad(masks, ((0, 0), (1, 0))), MASK, row)
+    logp = log_probabilities(model, noised, AttentionMask.bidirectional())
+    total = 0.0
+    for mask, logp_row in zip(masks, logp, strict=True):
+        k = mask.sum()
+        weight = beta(k, n - k + 1)  # the integral of t**(k-1) (1-t)**(n-k)
+        total -= weight * sum(logp_row[position - shift, row[position]] for position in np.flatnonzero(mask) + 1)
+    return total
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_the_bound_is_unbiased_and_its_error_honest(model, shift):
+    (row,), _ = rows_of(1)
+    copies = 2000
+    estimate = bound(model, np.tile(row, (copies, 1)), np.ones((copies, 5), bool), mask_token_id=MASK, shift=shift,
+                     num_samples=3, batch_size=1000)
+    expected = enumerated_bound(model, row, shift)
+    spread = np.std([r.nats for r in estimate.rows]) / copies**0.5
+    assert abs(estimate.nats / copies - expected) < 4 * spread
+    assert estimate.nats_per_token == pytest.approx(estimate.nats / (4 * copies))
+    assert 0.9 < 4 * estimate.standard_error / spread < 1.6  # overstated, and a little only
+
+
+def test_the_bound_exceeds_zero_and_depends_on_the_seed_only(model):
+    tokens, maskable = rows_of(7, length=9)
+    first, again, batched, other = (
+        bound(model, tokens, maskable, mask_token_id=MASK, num_samples=4, seed=seed, batch_size=size)
+        for seed, size in ((0, 5), (0, 5), (0, 28), (1, 5)))
+    assert first == again
+    assert first.num_tokens == 56
+    assert len(first.rows) == 7
+    assert first.nats == pytest.approx(batched.nats, rel=1e-5)
+    assert first.nats != other.nats
+    assert abs(first.nats - other.nats) < 6 * 56 * (first.standard_error + other.standard_error)
+
+
+def test_padding_with_a_segment_of_its_own_changes_nothing(model):
+    tokens, maskable = rows_of(3, length=9)
+    wide = np.pad(tokens, ((0, 0), (0, 7)), constant_values=3)
+    padding = np.tile(np.arange(16) >= 9, (3, 1))
+    options = {"mask_token_id": MASK, "num_samples": 4}
+    plain = bound(model, tokens, maskable, **options)
+    padded = bound(model, wide, ~padding, segment_ids=padding, **options)
+    np.testing.assert_allclose([r.nats for r in padded.rows], [r.nats for r in plain.rows], rtol=1e-5)
+    plain, padded = autoregressive_nll(model, tokens, maskable), autoregressive_nll(model, wide, ~padding)
+    np.testing.assert_allclose([r.nats for r in padded.rows], [r.nats for r in plain.rows], rtol=1e-5)
+
+
+def test_only_maskable_tokens_are_noised_and_scored(model):
+    tokens, maskable = rows_of(2)
+    maskable[:, 1:4] = False
+    estimate = bound(model, tokens, maskable, mask_token_id=MASK, num_samples=2)
+    noised = tokens.copy()
+    noised[:, 4] = MASK
+    logp = log_probabilities(model, noised, AttentionMask.bidirectional())
+    np.testing.assert_allclose([r.nats for r in estimate.rows], -logp[[0, 1], 3, tokens[:, 4]], rtol=1e-4)
+    assert estimate.standard_error < 1e-6
+    assert estimate.num_tokens == 2
+
+
+def test_one_device_and_eight_agree(model):
+    tokens, maskable = rows_of(8, length=9)
+    batch = Batch(jnp.asarray(tokens), jnp.asarray(maskable).at[:, 0].set(False), jnp.arange(8, dtype=jnp.uint32))
+    graphdef, params = nnx.split(model)
+    values_of = make_bound_fn(graphdef, mask_token_id=MASK, shift=True, num_samples=4, seed=0)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    for sample in range(4):
+        np.testing.assert_allclose(values_of(everywhere, spread, sample), values_of(params, batch, sample), rtol=1e-5)
+
+
+def test_the_autoregressive_value_is_the_definition(model):
+    tokens, maskable = rows_of(3, length=9)
+    logp = log_probabilities(model, tokens, AttentionMask.causal())
+    expected = [-sum(logp[i, n - 1, tokens[i, n]] for n in range(1, 9)) for i in range(3)]
+    estimate = autoregressive_nll(model, tokens, maskable, batch_size=2)
+    np.testing.assert_allclose([r.nats for r in estimate.rows], expected, rtol=1e-5)
+    assert estimate.nats_per_token == pytest.approx(sum(expected) / 24, rel=1e-5)
+    assert estimate.standard_error == 0
+
+
+def test_impossible_requests_are_refused(model):
+    tokens, maskable = rows_of(2)
+    with pytest.raises(ConfigError, match="num_samples must be at least 2"):
+        bound(model, tokens, maskable, mask_token_id=MASK, num_samples=1)
+    with pytest.raises(DataError, match="no token to score"):
+        bound(model, tokens, np.zeros((2, 5), bool), mask_token_id=MASK)

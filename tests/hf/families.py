@@ -1,0 +1,68 @@
+"""Tiny Hugging Face models of every family, with biases and norms that are not what they are initialised to."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+torch.set_num_threads(1)
+
+_GPT2 = dict(vocab_size=97, n_embd=32, n_head=4, n_layer=2, n_positions=48, bos_token_id=0, eos_token_id=0)
+_LLAMA = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+              intermediate_size=56, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+
+LENGTH = 48
+
+CASES = {
+    "gpt2": ("GPT2", _GPT2),
+    "gpt2-untied-relu": ("GPT2", _GPT2 | dict(tie_word_embeddings=False, n_inner=40, activation_function="relu")),
+    "llama1": ("Llama", _LLAMA | dict(num_key_value_heads=4)),
+    "llama2-grouped-tied": ("Llama", _LLAMA | dict(tie_word_embeddings=True)),
+    "llama-biases": ("Llama", _LLAMA | dict(attention_bias=True, mlp_bias=True, head_dim=12)),
+    "llama-linear-rope": ("Llama", _LLAMA | dict(
+        max_position_embeddings=16, rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0))),
+    "llama3-rope": ("Llama", _LLAMA | dict(rope_parameters=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0,
+        original_max_position_embeddings=16))),
+    "mistral-window": ("Mistral", _LLAMA | dict(sliding_window=7, head_dim=16)),
+    "mistral": ("Mistral", _LLAMA | dict(sliding_window=None)),
+    "qwen2": ("Qwen2", _LLAMA),
+    "qwen2-window": ("Qwen2", _LLAMA | dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    "qwen3": ("Qwen3", _LLAMA | dict(head_dim=24, tie_word_embeddings=True)),
+    "qwen3-biases": ("Qwen3", _LLAMA | dict(head_dim=16, attention_bias=True)),
+}
+
+
+def make(case: str, seed: int = 0) -> torch.nn.Module:
+    """A random HF model without dropout."""
+    name, settings = CASES[case]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    for dropout in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            is_norm_scale = parameter.ndim == 1 and parameter_name.endswith("weight")
+            parameter.normal_(1.0 if is_norm_scale else 0.0, 0.15)
+    return model
+
+
+def save(case: str, directory: Path, seed: int = 0, **options: object) -> torch.nn.Module:
+    """Makes a model and writes it as transformers does."""
+    model = make(case, seed)
+    model.save_pretrained(directory, **options)
+    return model
+
+
+def tokens(batch: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:
+    """Random int32 [batch, length]."""
+    return np.random.default_rng(seed).integers(3, 97, (batch, length)).astype(np.int32)
+
+
+def torch_logits(model: torch.nn.Module, inputs: np.ndarray) -> np.ndarray:
+    """Causal logits of an HF model."""
+    with torch.no_grad():
+        return model(torch.from_numpy(inputs).long()).logits.numpy()

@@ -1,0 +1,165 @@
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import dlm_jax
+from dlm_jax import AttentionMask, DiffusionLM, DLMError
+from dlm_jax.evaluation import bound
+from dlm_jax.hf import load_pretrained
+from dlm_jax.sampling.loop import _sample
+
+STEPS = {"num_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A GPT-2 of random weights in HF layout, one token a byte: what a user might have on disk."""
+    directory = tmp_path_factory.mktemp("base")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>")
+    tokenizer.save_pretrained(directory)
+    config = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96,
+              "bos_token_id": 256, "eos_token_id": 256, "initializer_range": 0.4}
+    (directory / "config.json").write_text(json.dumps(config))
+    DiffusionLM(load_pretrained(directory, init="random")).save_pretrained(directory / "weights")
+    return directory / "weights"
+
+
+@pytest.fixture(scope="module")
+def lm(base):
+    return DiffusionLM.from_pretrained(base, mask_token="<mask>")
+
+
+def test_importing_the_package_does_not_wait_for_jax():
+    code = "import sys, dlm_jax; print('jax' in sys.modules, dlm_jax.__version__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", dlm_jax.__version__]
+    for name in dlm_jax.__all__:
+        assert getattr(dlm_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Missing'"):
+        dlm_jax.Missing  # noqa: B018
+
+
+def test_logits_are_bidirectional_unless_told_otherwise(lm):
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 7))
+    expected = lm.model(jnp.asarray(tokens), AttentionMask.bidirectional())
+    np.testing.assert_allclose(lm.logits(tokens), expected, atol=1e-5)
+    causal = lm.logits(tokens, AttentionMask.causal())
+    assert causal.shape == (2, 7, 258)
+    assert causal.dtype == jnp.float32
+    assert np.abs(causal - lm.logits(tokens)).max() > 0.1
+    matrix = AttentionMask.matrix(np.tril(np.ones((7, 7), bool)))
+    np.testing.assert_allclose(lm.logits(tokens, matrix), causal, atol=1e-5)
+
+
+def test_a_prompt_s_text_depends_on_itself_and_its_index_only(lm):
+    prompts = ["Once", "", "a much longer prompt, of another bucket", "Zoë 🏠", ""]
+    options = {"max_new_tokens": 9, "policy": "random", "top_p": 0.9, **STEPS}
+    texts = lm.generate(prompts, **options)
+    assert all(text.startswith(prompt) for prompt, text in zip(prompts, texts, strict=True))
+    assert lm.generate(prompts, batch_size=2, **options) == texts
+    assert [lm.generate(prompt, example_index=[i], **options)[0] for i, prompt in enumerate(prompts)] == texts
+    assert texts[1] != texts[4]  # two samples of one prompt
+    assert lm.generate(prompts, seed=1, **options) != texts
+
+
+def test_as_many_tokens_are_written_as_asked_for_up_to_the_end_of_text(lm):
+    pieces = lm.infill("ab<mask:20>", **STEPS)[0]  # which an end of text does not cut
+    text = lm.generate("ab", max_new_tokens=20, **STEPS)[0]
+    assert pieces.startswith(text)
+    assert 2 < len(text) <= 22
+
+
+def test_infill_keeps_what_stands_around_the_gaps(lm):
+    texts = ["  The cat<mask:4>\r\n sat — <mask> on ", "<mask:3> end"]
+    first, second = lm.infill(texts, gap_length=2, **STEPS)
+    assert first.startswith("  The cat")
+    assert first.endswith(" on ")
+    assert "\r\n sat — " in first
+    assert second.endswith(" end")
+    assert lm.infill(texts[::-1], gap_length=2, example_index=[1, 0], **STEPS) == [second, first]
+
+
+def test_a_second_prompt_of_similar_length_runs_the_same_program(lm):
+    lm.generate("a prompt", max_new_tokens=10, **STEPS)
+    compiled = _sample._cache_size()
+    lm.generate("another", max_new_tokens=12, **STEPS)
+    assert _sample._cache_size() == compiled
+
+
+def test_score_is_the_bound_of_each_text(lm):
+    texts = ["a story", "a rather longer story than that, in another bucket"]
+    scores = lm.score(texts, num_samples=16)
+    assert [score.num_tokens for score in scores] == [len(text) for text in texts]
+    row = np.array([[256, *lm.tokenizer(texts[0])["input_ids"]]])
+    alone = bound(lm.model, row, np.ones_like(row, bool), mask_token_id=lm.mask_token_id, shift=True, num_samples=16)
+    assert scores[0].nats == pytest.approx(alone.nats, rel=1e-4)
+    assert scores[0].nats_per_token == pytest.approx(alone.nats / len(texts[0]), rel=1e-4)
+    assert 0 < scores[0].standard_error < scores[0].nats_per_token
+    assert lm.score(texts, num_samples=16, batch_size=3)[1].nats == pytest.approx(scores[1].nats, rel=1e-4)
+
+
+def test_a_saved_model_needs_no_mask_token_and_writes_the_same(lm, tmp_path):
+    lm.save_pretrained(tmp_path / "saved")
+    again = DiffusionLM.from_pretrained(tmp_path / "saved")
+    assert again.mask_token_id == lm.mask_token_id == 257
+    assert again.generate("ab", max_new_tokens=8, **STEPS) == lm.generate("ab", max_new_tokens=8, **STEPS)
+
+
+def test_bfloat16_halves_the_parameters_and_still_writes(base):
+    lm = DiffusionLM.from_pretrained(base, mask_token="<mask>", dtype="bfloat16")
+    assert lm.model.final_norm.scale[...].dtype == jnp.bfloat16
+    assert lm.logits(np.zeros((1, 4), int)).dtype == jnp.float32
+    assert lm.generate("ab", max_new_tokens=4, **STEPS)[0].startswith("ab")
+
+
+@pytest.mark.parametrize(("call", "word"), [
+    (lambda lm: lm.generate([]), "prompts is an empty list"),
+    (lambda lm: lm.generate("a" * 96, max_new_tokens=4), "text 0 has 101 tokens, gaps included, .* at most 96"),
+    (lambda lm: lm.generate("a", max_new_tokens=0), "max_new_tokens must be at least 1"),
+    (lambda lm: lm.generate("a", num_steps=0), "num_steps must be at least 1"),
+    (lambda lm: lm.generate("a", policy="best"), "unknown reveal policy 'best'"),
+    (lambda lm: lm.generate("a", top_p=1.1), "top_p must lie in"),
+    (lambda lm: lm.generate("a", temperature=-1), "temperature must be 0"),
+    (lambda lm: lm.generate("a", batch_size=0), "batch_size must be at least 1"),
+    (lambda lm: lm.generate("a", example_index=[0, 1]), "example_index has 2 entries for 1 texts"),
+    (lambda lm: lm.infill("nothing to fill"), "no gap in 'nothing to fill'"),
+    (lambda lm: lm.infill("a<mask:0>b"), "at least 1 token"),
+    (lambda lm: lm.infill("a<mask>b", gap_length=0), "at least 1 token"),
+    (lambda lm: lm.score(["a", ""]), "text 1 is empty"),
+    (lambda lm: lm.score("a", num_samples=1), "num_samples must be at least 2"),
+    (lambda lm: lm.score("a", batch_size=0), "batch_size must be at least 1"),
+    (lambda lm: lm.logits(np.zeros(4, int)), r"\[batch, length\]"),
+    (lambda lm: lm.logits(np.zeros((1, 97), int)), "at most 96"),
+    (lambda lm: lm.logits(np.full((1, 4), 258)), r"0 \.\. 257"),
+    (lambda lm: lm.save_pretrained("unused", layout="other"), "layout 'other' is unknown"),
+])
+def test_bad_input_is_one_clear_sentence(lm, call, word):
+    with pytest.raises(DLMError, match=word) as error:
+        call(lm)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_mask_token_there_are_logits_and_no_samples(base):
+    lm = DiffusionLM.from_pretrained(base)
+    assert lm.logits(np.zeros((1, 4), int)).shape == (1, 4, 257)
+    with pytest.raises(DLMError, match="records no mask token; name one with mask_token="):
+        lm.generate("a", **STEPS)
+
+
+def test_a_real_llama_fills_gaps_in_real_text(test_data):
+    lm = DiffusionLM.from_pretrained(test_data / "stories260K_hf", mask_token="<mask_token>")
+    text = lm.infill("Once upon a time, there was a <mask:2> girl named Lily.<mask:8>", num_steps=8, temperature=0.0)[0]
+    assert text.startswith("Once upon a time, there was a ")
+    assert " girl named Lily." in text
+    assert lm.generate("One day,", max_new_tokens=12, num_steps=4)[0].startswith("One day,")
+    assert 0 < lm.score("Once upon a time, there was a little girl.", num_samples=8)[0].nats_per_token < 20

@@ -1,0 +1,182 @@
+import json
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dlm_jax.errors import ConfigError, DataError, TrainingError
+from dlm_jax.training import load_workdir, read_records, train
+from dlm_jax.training.checkpoint import restore_state, saved_steps
+from tests.training.conftest import changed
+
+TIMING = ("tokens_per_second", "seconds_per_step")
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The workdir of an uninterrupted run, and its summary."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, train(config, workdir)
+
+
+def records(workdir, last_step=20):
+    """All that does not depend on the clock."""
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in read_records(workdir) if r["step"] <= last_step]
+
+
+def items(workdir, step):
+    """Every array of a checkpoint by name."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        return {f"{item}/{name}": np.asarray(value) for item in ("params", "optimizer", "ema")
+                for name, value in reader.restore(workdir / "checkpoints" / str(step) / item).items()}
+
+
+def test_what_a_run_leaves(whole, config):
+    workdir, summary = whole
+    assert summary["step"] == 20 and summary["tokens"] == 20 * 16 * 16 and not summary["interrupted"]
+    assert [r["step"] for r in read_records(workdir, "train")] == [4, 8, 12, 16, 20]
+    validation = read_records(workdir, "validation")
+    assert [r["step"] for r in validation] == [0, 5, 10, 15, 20]  # with every checkpoint, so that the best is known
+    best = min((r for r in validation if r["step"]), key=lambda r: r["bound"])["step"]
+    assert summary["best_step"] == best
+    assert set(saved_steps(workdir)) == {15, 20, best}
+    assert list((workdir / "tensorboard").iterdir())
+    record = read_records(workdir, "train")[0]
+    assert {"loss", "bound", "masked_nll", "accuracy", "grad_norm", "learning_rate", "anneal_ratio"} < set(record)
+    assert record["anneal_ratio"] == 0.5  # (step + 1) / anneal_steps at the fourth step
+    assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
+
+
+def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(whole, config, tmp_path):
+    train(changed(config, "num_steps", 10), tmp_path)
+    summary = train(config, tmp_path)
+    assert summary["changes"] == ["num_steps: 10 -> 20"]
+    expected, found = items(whole[0], 20), items(tmp_path, 20)
+    assert len(expected) > 60
+    assert {name for name in expected if not np.array_equal(expected[name], found[name])} == set()
+    wanted = records(whole[0])
+    assert [r for r in records(tmp_path) if r["step"] != 10 or r["kind"] != "train"] == wanted
+
+
+def test_resuming_forgets_what_was_recorded_after_the_checkpoint(whole, config, tmp_path):
+    train(changed(config, "num_steps", 10), tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 12, "kind": "train", "loss": 1.0}) + '\n{"step": 13, "ki')
+    train(changed(config, "num_steps", 11), tmp_path)
+    assert [r["step"] for r in read_records(tmp_path, "train")] == [4, 8, 10, 11]
+
+
+def test_a_signal_saves_and_ends(whole, config, tmp_path):
+    def interrupt():
+        while not (tmp_path / "metrics.jsonl").exists() or not read_records(tmp_path, "train"):
+            threading.Event().wait(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    summary = train(changed(config, "num_steps", 10_000), tmp_path)
+    assert summary["interrupted"] and 4 <= summary["step"] < 10_000
+    assert saved_steps(tmp_path)[-1] == summary["step"]
+
+
+def test_nan_names_the_step_and_keeps_earlier_checkpoints(config, tmp_path):
+    train(changed(config, "num_steps", 5), tmp_path)
+    broken = changed(changed(config, "optimizer.learning_rate", 1e30), "optimizer.warmup_steps", 0)
+    with pytest.raises(TrainingError, match=r"at step [6-9]"):
+        train(broken, tmp_path)
+    assert saved_steps(tmp_path) == [5]
+
+
+def test_a_finished_run_has_nothing_to_do(whole, config, capsys):
+    summary = train(config, whole[0])
+    assert summary["step"] == 20 and summary["train"] == whole[1]["train"]
+    assert "has taken its 20 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key, value", [("seed", 4), ("data.length", 8), ("optimizer.name", "lion"),
+                                        ("model.mask_token", 3), ("objective.shift", False)])
+def test_changes_that_would_make_another_run_are_refused(whole, config, key, value):
+    with pytest.raises(ConfigError, match=key):
+        train(changed(changed(config, key, value), "num_steps", 25), whole[0])
+
+
+def test_other_text_under_the_same_name_is_refused(config, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abc def " * 400)
+    run = changed(changed(changed(config, "data.train", (str(text),)), "num_steps", 1), "data.document_separator", " d")
+    train(run, tmp_path / "run")
+    text.write_text("abc deh " * 400)
+    with pytest.raises(DataError, match="began with"):
+        train(changed(run, "num_steps", 2), tmp_path / "run")
+
+
+def test_a_workdir_gives_its_model_without_optimizer_or_mesh(whole, config):
+    workdir, summary = whole
+    loaded = load_workdir(workdir)
+    assert loaded.mask_token_id == 11 and loaded.model.config.vocab_size == 12
+    assert loaded.tokenizer.decode([1, 2, 11]) == "ab<mask>" and loaded.shift and loaded.source.endswith("@20")
+    leaves = jax.tree.leaves(nnx.state(loaded.model))
+    assert all(len(leaf.devices()) == 1 for leaf in leaves)
+    stored = items(workdir, 20)
+    assert np.array_equal(loaded.model.embed.embedding[...], stored["ema/embed.embedding"])  # the average is what counts
+    assert load_workdir(f"{workdir}@best").source.endswith(f"@{summary['best_step']}")
+    assert load_workdir(f"{workdir}@15").source.endswith("@15")
+
+
+def test_a_state_moves_to_another_mesh(whole, config, tmp_path):
+    """Fewer devices take over, and go on with the same loss to rounding."""
+    import shutil
+
+    from dlm_jax.parallel import MeshConfig
+
+    shutil.copytree(whole[0], tmp_path / "run", ignore=shutil.ignore_patterns("20"))
+    assert saved_steps(tmp_path / "run")[-1] == 15
+    train(changed(config, "mesh", MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path / "run")
+    for kind in ("train", "validation"):
+        expected, found = read_records(whole[0], kind)[-1], read_records(tmp_path / "run", kind)[-1]
+        assert found["bound"] == pytest.approx(expected["bound"], rel=1e-5)
+
+
+def test_sampled_text_is_logged(config, tmp_path):
+    run = changed(changed(config, "num_steps", 2), "log.sample_every", 2)
+    train(changed(run, "log.sample_steps", 4), tmp_path)
+    (record,) = read_records(tmp_path, "sample")
+    assert record["step"] == 2 and set(record["text"]) <= set("abcdefgh <unk>")
+
+
+def test_autoregressive_training_on_the_same_machine(config, tmp_path):
+    from dlm_jax.training.config import ObjectiveConfig
+
+    run = changed(changed(config, "objective", ObjectiveConfig(name="autoregressive")), "num_steps", 12)
+    run = changed(run, "model.mask_token", None)
+    summary = train(run, tmp_path)
+    assert summary["train"]["masked_tokens"] == 16 * 15  # every token but the first of each row
+    assert summary["train"]["bound"] == pytest.approx(summary["train"]["masked_nll"])
+    assert summary["validation"]["bound"] < read_records(tmp_path, "validation")[0]["bound"]
+    assert load_workdir(tmp_path).mask_token_id is None
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("model.mask_token", None, "mask token"), ("data.length", 64, "32 positions"), ("data.batch_size", 20, "divide"),
+    ("model.source", "", "model.source"), ("mesh.tensor", 3, "devices"),
+    ("log.wandb", "project", "wandb")])
+def test_what_cannot_work_is_refused_at_start(config, tmp_path, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        train(changed(config, key, value), tmp_path)
+
+
+def test_restored_state_has_the_step(whole, config):
+    from dlm_jax.parallel import make_mesh
+    from dlm_jax.training.optimizer import make_optimizer
+    from dlm_jax.training.state import state_layout
+
+    mesh = make_mesh()
+    model = load_workdir(whole[0]).model
+    layout = state_layout(nnx.state(model), make_optimizer(config.optimizer, 20), True, mesh)
+    state, progress = restore_state(whole[0], 20, layout)
+    assert int(state.step) == 20 and progress["window"]["steps"] == 0
