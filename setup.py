@@ -14,13 +14,8 @@ def requirements() -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def beside(folder: str) -> dict[str, str]:
-    """Package name -> folder, for a folder beside the package and those within it."""
-    paths = sorted({path.parent.relative_to(HERE) for path in (HERE / folder).rglob("*") if path.is_file()})
-    return {"dlm_jax." + ".".join(path.parts): str(path) for path in paths if path.name != "__pycache__"}
-
-
-SHIPPED = beside("configs") | beside("assets")
+# Folders beside the package that travel inside it.
+SHIPPED = {f"dlm_jax.{folder}": folder for folder in ("configs", "assets") if (HERE / folder).is_dir()}
 
 setup(
     name="dlm-jax",
@@ -32,7 +27,8 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["dlm_jax", "dlm_jax.*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={package: ["*"] for package in SHIPPED},
+    package_data=dict.fromkeys(SHIPPED, ["**/*"]),
+    exclude_package_data={"": ["*.pyc"]},
     install_requires=requirements(),
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
@@ -40,7 +36,7 @@ setup(
         "tracking": ["wandb"],
         "evaluation": ["lm-eval"],
         # torch is the reference that logits and gradients are compared with; nothing else needs it.
-        "test": ["import-linter", "pytest", "ruff", "torch==2.13.0"],
+        "test": ["import-linter>=2.3", "pytest>=8", "ruff==0.17.*", "scipy", "torch==2.13.0"],
     },
     entry_points={"console_scripts": ["dlm=dlm_jax.cli.main:main"]},
 )

@@ -16,7 +16,7 @@ def get_config():
     config = train_defaults()
     config.num_steps = 200
 
-    config.model.source = str(ASSETS / "stories")
+    config.model.source = str(ASSETS / "stories-gpt2")
     config.model.mask_token = "<|mask|>"
 
     config.data.train = (str(ASSETS / "stories" / "train.jsonl"),)

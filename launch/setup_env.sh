@@ -30,6 +30,7 @@ setup_env() {
     wanted=$(cat requirements.txt setup.py pyproject.toml <(pwd) | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into $home (once, about two minutes)"
+        "$PYTHON" -m pip --version > /dev/null 2>&1 || "$PYTHON" -m ensurepip > "$stamp.log" 2>&1 || true
         if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$target" > "$stamp.log" 2>&1; then
             tail -n 20 "$stamp.log" >&2
             echo "the installation failed; the whole log is $stamp.log" >&2

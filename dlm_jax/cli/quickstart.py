@@ -1,6 +1,6 @@
 """The main job from end to end: an autoregressive model becomes a diffusion model, is measured, sampled and exported.
 
-  dlm quickstart --base=assets/stories --data='assets/stories/train.jsonl' --workdir=quickstart
+  dlm quickstart --base=assets/stories-gpt2 --data='assets/stories/train.jsonl' --workdir=quickstart
 
 It adapts the base with annealed attention, trains the same network from random weights at the same budget for
 comparison, and writes a figure and a Hugging Face export. Run it again to resume, or to see the results again.
@@ -11,10 +11,15 @@ import dataclasses
 import math
 import pathlib
 import time
+from typing import TYPE_CHECKING
 
 from dlm_jax.cli.config import build_config
 from dlm_jax.cli.recipes import load_recipe
 from dlm_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dlm_jax.pipeline import DiffusionLM
+    from dlm_jax.training import TrainConfig
 
 MASK_TOKEN = "<|mask|>"
 BOUND_SAMPLES = 16
@@ -75,16 +80,17 @@ def heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def plan(arguments: argparse.Namespace) -> "TrainConfig":  # noqa: F821
+def plan(arguments: argparse.Namespace) -> "TrainConfig":
     """The run for this base and corpus, with a budget in proportion, announced before it begins."""
-    from dlm_jax.hf import read_model_config
+    from dlm_jax.hf.config import config_from_hf, read_config
+    from dlm_jax.hf.hub import locate
     from dlm_jax.training import TrainConfig, count_params, step_seconds
 
     overrides = [("model.source", arguments.base), ("model.mask_token", MASK_TOKEN),
                  ("data.train", ",".join(arguments.data)), ("data.validation", ",".join(arguments.validation)),
                  ("data.cache_dir", str(pathlib.Path(arguments.workdir) / "data")), *arguments.overrides]
     config = build_config(TrainConfig, load_recipe("quickstart"), overrides)
-    model = read_model_config(arguments.base)
+    model = config_from_hf(read_config(locate(arguments.base, weights=False)))
     if model.max_length < config.data.length:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, length=model.max_length))
     seconds, tokens = step_seconds(model, config.data), config.data.batch_size * config.data.length
@@ -102,28 +108,26 @@ def plan(arguments: argparse.Namespace) -> "TrainConfig":  # noqa: F821
     return config
 
 
-def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> dict[str, float]:  # noqa: F821
+def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> dict[str, float]:
     """Nats per token on the held-out rows: the parent's exact loss, and bounds before and after."""
     import numpy as np
 
-    from dlm_jax.data import load_rows
+    from dlm_jax.data.corpus import load_rows
     from dlm_jax.evaluation import autoregressive_nll, bound
-    from dlm_jax.hf import load_pretrained
+    from dlm_jax.pipeline import DiffusionLM
 
-    start = load_pretrained(base, mask_token=MASK_TOKEN)
-    _, held_out = load_rows(config.data, start.tokenizer, vocab_size=start.model.config.vocab_size,
+    start = DiffusionLM.from_pretrained(base, mask_token=MASK_TOKEN)
+    _, held_out = load_rows(config.data, start.tokenizer, vocab_size=start.config.vocab_size,
                             cache_dir=config.data.cache_dir)
     if held_out is None:
         raise ConfigError("there is no held-out text: give --validation files or a data.validation_fraction")
-    tokens = np.stack([held_out[i].tokens for i in range(min(len(held_out), config.validation.num_rows))])
+    tokens = held_out[np.arange(min(len(held_out), config.validation.num_rows))].tokens
     maskable = np.ones(tokens.shape, bool)
     results = {"the AR parent, exact": autoregressive_nll(start.model, tokens, maskable).nats_per_token}
-    models = {"before adaptation": lambda: start}
-    models |= {name: lambda path=path: load_pretrained(path) for name, path in runs.items()}
-    for name, load in models.items():
-        pretrained = load()
-        results[name] = bound(pretrained.model, tokens, maskable, mask_token_id=pretrained.mask_token_id,
-                              shift=pretrained.shift, num_samples=BOUND_SAMPLES).nats_per_token
+    for name, source in {"before adaptation": None, **runs}.items():
+        lm = start if source is None else DiffusionLM.from_pretrained(source)
+        results[name] = bound(lm.model, tokens, maskable, mask_token_id=lm.mask_token_id, shift=lm.pretrained.shift,
+                              num_samples=BOUND_SAMPLES).nats_per_token
     return results
 
 
@@ -137,7 +141,7 @@ def report(results: dict[str, float]) -> None:
           f"  the adapted model does NOT beat random weights at this budget (by {margin:.3f} nats per token)")
 
 
-def draw(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str, float],  # noqa: F821
+def draw(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str, float],
          path: pathlib.Path) -> None:
     """Training loss and held-out bound of both runs against tokens seen."""
     import matplotlib
@@ -165,7 +169,7 @@ def draw(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str
     plt.close(figure)
 
 
-def write(lm: "DiffusionLM", prompt: str, gap: str) -> str:  # noqa: F821
+def write(lm: "DiffusionLM", prompt: str, gap: str) -> str:
     """Samples without a prompt, from a prefix and into a gap."""
     settings = {"num_steps": 96, "policy": "confidence", "temperature": 0.7, "top_p": 0.9}
     length = min(96, lm.config.max_length - 32)

@@ -1,7 +1,6 @@
 """Every random number is a function of (seed, purpose, step or global example index) and of nothing else."""
 
 import jax
-import jax.numpy as jnp
 
 from dlm_jax.attention.hashing import counter_hash
 

@@ -12,19 +12,14 @@ from typing import Any
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import ModelConfig, RopeScaling
 
-# For each family the settings that HF's code would obey and this library does not, with the values under
-# which they change nothing.
-_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gpt2": {
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "quantization_config": (None,),
-    },
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"),
-                    {"partial_rotary_factor": (None, 1), "quantization_config": (None,)}),
+# Settings that HF's code obeys and this library does not, with the values under which they change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "partial_rotary_factor": (None, 1),
+    "quantization_config": (None,),
 }
-FAMILIES = tuple(_NEUTRAL)
 
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
@@ -72,9 +67,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
       CheckpointError: a family or setting that this library does not compute, or a size that is missing.
     """
     family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise CheckpointError(f"config.json has model_type {family!r}; supported are {', '.join(FAMILIES)}")
-    for name, allowed in _NEUTRAL[family].items():
+    if family not in _ARCHITECTURES:
+        raise CheckpointError(f"config.json has model_type {family!r}; supported are {', '.join(_ARCHITECTURES)}")
+    for name, allowed in _NEUTRAL.items():
         if name in hf and hf[name] not in allowed:
             raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not compute")
     return _from_gpt2(hf) if family == "gpt2" else _from_llama(hf, family)
@@ -136,8 +131,8 @@ def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
     attention_bias = family in ("llama", "qwen3") and hf.get("attention_bias", False)
     theta, scaling = _rope(hf)
     return ModelConfig(
-        family=family, vocab_size=_size(hf, "vocab_size"), hidden_size=hidden, num_layers=_size(hf, "num_hidden_layers"),
-        num_heads=heads, num_kv_heads=kv_heads,
+        family=family, vocab_size=_size(hf, "vocab_size"), hidden_size=hidden,
+        num_layers=_size(hf, "num_hidden_layers"), num_heads=heads, num_kv_heads=kv_heads,
         head_dim=hf.get("head_dim", 128 if family == "qwen3" else None) or _head_dim(hf, hidden, heads),
         mlp_size=_size(hf, "intermediate_size"), max_length=_size(hf, "max_position_embeddings"),
         norm="rms", norm_eps=hf.get("rms_norm_eps", 1e-6), activation=_activation(hf.get("hidden_act", "silu")),
@@ -210,7 +205,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
                                           rope["high_freq_factor"], original)
     except KeyError as error:
         raise CheckpointError(f"config.json asks for {kind} RoPE scaling without its {error}") from error
-    raise CheckpointError(f"config.json asks for RoPE scaling of type {kind!r}; supported are default, linear and llama3")
+    raise CheckpointError(f"config.json asks for RoPE scaling of type {kind!r}; supported are linear and llama3")
 
 
 def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -80,6 +80,8 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: st
                                                         if hf_config.get(name) is not None})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if layout == "diffugpt":
+            _spell_merges_as_before(folder / "tokenizer.json")
         (folder / "README.md").write_text(model_card(pretrained, layout, dtype, recipe))
         if layout == "hf":
             shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)
@@ -115,10 +117,18 @@ def _release_tokenizer(pretrained: Pretrained) -> Any:
         raise CheckpointError(f"the layout diffugpt is for GPT-2 models; the release stores a "
                               f"{pretrained.model.config.family} as plain HF, so use the layout hf")
     if pretrained.mask_token_id is None or pretrained.tokenizer is None:
-        raise CheckpointError("the layout diffugpt needs a tokenizer and a mask token, and this model lacks one of them")
+        raise CheckpointError("the layout diffugpt needs a tokenizer and a mask token; this model lacks one of them")
     tokenizer = copy.deepcopy(pretrained.tokenizer)
     tokenizer.mask_token = tokenizer.convert_ids_to_tokens(pretrained.mask_token_id)
     return tokenizer
+
+
+def _spell_merges_as_before(path: Path) -> None:
+    """Writes a BPE's merges as "a b", not ["a", "b"]: tokenizers before 0.20, the release's, read only the former."""
+    content = json.loads(path.read_text())
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    path.write_text(json.dumps(content, ensure_ascii=False))
 
 
 @contextlib.contextmanager
@@ -142,7 +152,7 @@ def _replaceable(directory: Path) -> bool:
     if not directory.is_dir():
         return False
     card = directory / "README.md"
-    return not any(directory.iterdir()) or card.is_file() and "library_name: dlm_jax" in card.read_text()
+    return not any(directory.iterdir()) or (card.is_file() and "library_name: dlm_jax" in card.read_text())
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -41,6 +41,6 @@ def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise CheckpointError(f"neither a directory here nor a repository on the hub is called {name}") from error
     except (OSError, errors.HfHubHTTPError) as error:
-        raise CheckpointError(f"{name} is not a directory here, and the Hugging Face hub cannot be reached to fetch it; "
-                              "check the network, or give the path of a local copy") from error
+        raise CheckpointError(f"{name} is not a directory here, and the Hugging Face hub cannot be reached to fetch "
+                              "it; check the network, or give the path of a local copy") from error
     return directory

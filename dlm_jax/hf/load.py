@@ -114,8 +114,8 @@ def load_pretrained(path_or_hub_id: str | Path, *, mask_token: str | int | None 
 
 
 def _initialise(seed: jax.Array, config: ModelConfig, compute: Compute, param_dtype: str) -> list[jax.Array]:
-    rngs = nnx.Rngs(jax.random.key(seed))
-    return jax.tree.leaves(nnx.state(Transformer(config, compute=compute, rngs=rngs, param_dtype=jnp.dtype(param_dtype))))
+    rngs, dtype = nnx.Rngs(jax.random.key(seed)), jnp.dtype(param_dtype)
+    return jax.tree.leaves(nnx.state(Transformer(config, compute=compute, rngs=rngs, param_dtype=dtype)))
 
 
 def _settle_embeddings(config: ModelConfig, tensors: dict[str, np.ndarray]) -> ModelConfig:
@@ -146,5 +146,5 @@ def _settle_release(config: ModelConfig, tensors: dict[str, np.ndarray], recorde
 
 
 def _equal(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> bool:
-    return a is b or a.shape == b.shape and all(
-        np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
+    return a is b or (a.shape == b.shape and all(
+        np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows)))

@@ -82,7 +82,11 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
             return State(state.step + 1, jnp.where(reveal, drawn, state.tokens), state.masked & ~reveal)
 
     start = State(jnp.int32(0), jnp.where(gaps, mask_token_id, tokens), gaps)
-    return jax.lax.while_loop(lambda state: state.masked.any(), advance, start).tokens
+
+    def unfinished(state: State) -> jax.Array:
+        return state.masked.any() & (state.step < config.num_steps)
+
+    return jax.lax.while_loop(unfinished, advance, start).tokens
 
 
 def _draw(network: Network, hidden: jax.Array, wanted: jax.Array, step: jax.Array, *, keys: jax.Array,

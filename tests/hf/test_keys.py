@@ -50,4 +50,4 @@ def test_buffers_are_left_out_but_biases_stay():
 def test_release_names_lead_back():
     for key in keys.KEYS["gpt2"].values():
         name = key.name.format(i=3)
-        assert list(keys.canonical([keys.release_name(name, "gpt2"), "denoise_model.wpe.weight"], "gpt2"))[0] == name
+        assert name in keys.canonical([keys.release_name(name, "gpt2"), "denoise_model.wpe.weight"], "gpt2")

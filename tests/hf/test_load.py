@@ -1,6 +1,8 @@
 """What import accepts, what it refuses, and where it puts things."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -252,7 +254,8 @@ def as_release(directory, keep):
     rewrite(directory, rename)
 
 
-@pytest.mark.parametrize("keep", [("embed_tokens.weight",), ("lm_head.weight",), ("embed_tokens.weight", "lm_head.weight")])
+@pytest.mark.parametrize("keep", [
+    ("embed_tokens.weight",), ("lm_head.weight",), ("embed_tokens.weight", "lm_head.weight")])
 def test_the_released_layout(tmp_path, keep):
     model = families.save("gpt2", tmp_path)
     as_release(tmp_path, keep)
@@ -287,3 +290,27 @@ def test_import_is_quiet(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_pretrained(tmp_path)
+
+
+def test_the_arrays_that_are_read_into_are_the_parameters(tmp_path, monkeypatch):
+    from dlm_jax.hf import stream
+
+    families.save("llama1", tmp_path)
+    addresses, allocate = set(), stream._aligned_empty
+
+    def recorded(*arguments):
+        array = allocate(*arguments)
+        addresses.add(array.ctypes.data)
+        return array
+
+    monkeypatch.setattr(stream, "_aligned_empty", recorded)
+    params = jax.tree.leaves(nnx.state(load_pretrained(tmp_path).model))
+    assert {leaf.unsafe_buffer_pointer() for leaf in params} == addresses  # on CPU no second copy is made
+
+
+def test_safetensors_and_tokenizer_load_without_torch(test_data):
+    program = ("import sys; sys.modules['torch'] = None\n"
+               "from dlm_jax.hf import load_pretrained\n"
+               f"print(load_pretrained({str(test_data / 'stories260K_hf')!r}).tokenizer.encode('Once'))")
+    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", program], capture_output=True, text=True)
+    assert run.stdout == "[1, 403]\n" and run.stderr == ""

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +24,20 @@ from dlm_jax.training.config import (
 )
 
 LETTERS = "abcdefgh "
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """The tests here run a few programs many times, each time made anew: compiled once, they are read back."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+                "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        reset_cache()
+        if values is settings:
+            yield
 
 
 @pytest.fixture(scope="session")

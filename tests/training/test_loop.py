@@ -105,12 +105,12 @@ def test_changes_that_would_make_another_run_are_refused(whole, config, key, val
         train(changed(changed(config, key, value), "num_steps", 25), whole[0])
 
 
-def test_other_text_under_the_same_name_is_refused(config, tmp_path):
+def test_other_text_under_the_same_name_is_refused(config, corpus, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("abc def " * 400)
-    run = changed(changed(changed(config, "data.train", (str(text),)), "num_steps", 1), "data.document_separator", " d")
+    text.write_text(corpus.read_text())
+    run = changed(changed(config, "data.train", (str(text),)), "num_steps", 1)
     train(run, tmp_path / "run")
-    text.write_text("abc deh " * 400)
+    text.write_text(corpus.read_text().replace("a", "b"))
     with pytest.raises(DataError, match="began with"):
         train(changed(run, "num_steps", 2), tmp_path / "run")
 
@@ -123,7 +123,7 @@ def test_a_workdir_gives_its_model_without_optimizer_or_mesh(whole, config):
     leaves = jax.tree.leaves(nnx.state(loaded.model))
     assert all(len(leaf.devices()) == 1 for leaf in leaves)
     stored = items(workdir, 20)
-    assert np.array_equal(loaded.model.embed.embedding[...], stored["ema/embed.embedding"])  # the average is what counts
+    assert np.array_equal(loaded.model.embed.embedding[...], stored["ema/embed.embedding"])
     assert load_workdir(f"{workdir}@best").source.endswith(f"@{summary['best_step']}")
     assert load_workdir(f"{workdir}@15").source.endswith("@15")
 

@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from dlm_jax.errors import ConfigError
+from dlm_jax.models import ModelConfig, abstract_model
+from dlm_jax.parallel import MeshConfig, array_sharding, make_mesh, param_shardings, spec_of, state_shardings
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def model(**changes):
+    sizes = dict(family="llama", vocab_size=64, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4,
+                 mlp_size=32, max_length=8, tie_embeddings=False)
+    return abstract_model(ModelConfig(**sizes | changes))
+
+
+def test_every_parameter_has_its_place(mesh):
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(model(), mesh))
+    assert specs["blocks"]["attention"]["q"]["kernel"].get_value() == P(None, "fsdp", "tensor", None)
+    assert specs["blocks"]["attention"]["out"]["kernel"].get_value() == P(None, "tensor", None, "fsdp")
+    assert specs["blocks"]["mlp"]["down"]["kernel"].get_value() == P(None, "tensor", "fsdp")
+    assert specs["embed"]["embedding"].get_value() == P("tensor", "fsdp")
+    assert specs["head"]["kernel"].get_value() == P("fsdp", "tensor")
+    assert specs["final_norm"]["scale"].get_value() == P(None)
+
+
+def test_a_vocabulary_that_does_not_divide_stays_whole(mesh):
+    specs = param_shardings(model(vocab_size=65), mesh)
+    assert specs["embed"]["embedding"].get_value().spec == P(None, "fsdp")
+
+
+def test_an_axis_that_does_not_divide_is_named_with_its_mesh_axis():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    with pytest.raises(ConfigError, match="kv_heads axis of blocks.attention.k.kernel has size 2.* tensor of size 4"):
+        param_shardings(model(), mesh)
+
+
+def test_unknown_axis_and_wrong_rank_are_refused(mesh):
+    with pytest.raises(ConfigError, match="'channels'"):
+        spec_of(("channels",), (4,), mesh)
+    with pytest.raises(ConfigError, match="2 logical axes"):
+        spec_of(("embed", "mlp"), (4,), mesh)
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(1.0), optax.adafactor(1.0, min_dim_size_to_factor=4)])
+def test_optimizer_state_follows_its_parameter(mesh, optimizer):
+    params = nnx.state(model())
+    opt_state = jax.eval_shape(optimizer.init, params)
+    shardings = state_shardings(opt_state, mesh)
+    jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), opt_state, shardings)  # raises unless all divide
+    if hasattr(opt_state[0], "mu"):
+        assert shardings[0].mu["blocks"]["mlp"]["up"]["kernel"].get_value().spec == P(None, "fsdp", "tensor")
+        assert shardings[0].count.spec == P()
+    else:
+        assert shardings[0].v_row["blocks"]["mlp"]["up"]["kernel"].get_value().spec == P()
+
+
+def test_batches_split_over_data_and_fsdp(mesh):
+    sharding = array_sharding(mesh, "batch", "length")
+    placed = jax.device_put(jnp.zeros((8, 4)), sharding)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}

@@ -1,0 +1,51 @@
+import json
+
+import pytest
+
+from dlm_jax.errors import TrainingError
+from dlm_jax.training.config import LogConfig
+from dlm_jax.training.metrics import MetricsLog, Window, read_records, truncate_records
+
+STEP = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1}
+
+
+def test_a_window_means_what_varies_and_keeps_what_is_scheduled():
+    window = Window()
+    window.add(1, STEP)
+    window.add(2, {"loss": 4.0, "grad_norm": 1.0, "learning_rate": 0.2})
+    assert window.means() == {"loss": 3.0, "grad_norm": 1.0, "learning_rate": 0.2}
+
+
+def test_a_window_goes_on_from_its_saved_state():
+    whole, first = Window(), Window()
+    for window in (whole, first):
+        window.add(1, {**STEP, "loss": 0.1})
+    second = Window(**json.loads(json.dumps(first.state())))
+    for window in (whole, second):
+        window.add(2, {**STEP, "loss": 0.7})
+    assert second.means() == whole.means()
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_is_not_finite_is_an_error_that_names_the_step(name):
+    with pytest.raises(TrainingError, match=f"{name} is nan at step 7"):
+        Window().add(7, {**STEP, name: float("nan")})
+
+
+def test_records_past_the_checkpoint_and_cut_lines_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "kind": "train"}\n{"step": 5, "kind": "train"}\n{"step": 2, "ki')
+    truncate_records(path, 4)
+    assert read_records(tmp_path) == [{"step": 1, "kind": "train"}]
+
+
+def test_every_record_reaches_file_and_board(tmp_path):
+    log = MetricsLog(tmp_path, LogConfig(tensorboard=True), {}, 0)
+    log.write(3, "train", {"loss": 1.5})
+    log.write(3, "sample", {"text": "once"})
+    log.close()
+    assert read_records(tmp_path) == [{"step": 3, "kind": "train", "loss": 1.5},
+                                      {"step": 3, "kind": "sample", "text": "once"}]
+    assert read_records(tmp_path, "sample") == [{"step": 3, "text": "once"}]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes() and b"once" in events.read_bytes()
