@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
+    except OSError as error:
+        print(f"dlm {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     return 0
 
 

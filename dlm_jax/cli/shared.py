@@ -6,7 +6,6 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from dlm_jax.cli.values import read
-from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from dlm_jax.pipeline import DiffusionLM
@@ -39,7 +38,4 @@ def write_result(destination: str | None, result: object, table: str) -> None:
         return
     from dlm_jax.training.workdir import write_json
 
-    try:
-        write_json(pathlib.Path(destination), result)
-    except OSError as error:
-        raise ConfigError(f"--json={destination} cannot be written: {error.strerror}") from error
+    write_json(pathlib.Path(destination), result)

@@ -37,4 +37,5 @@ def run(arguments: argparse.Namespace) -> None:
                           "with --config.data.train=FILES")
     from dlm_jax.training.loop import train
 
-    train(config, arguments.workdir)
+    if train(config, arguments.workdir)["interrupted"]:
+        raise KeyboardInterrupt

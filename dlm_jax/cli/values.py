@@ -107,6 +107,8 @@ def _number(text: str, kind: type) -> int | float:
     if kind is int and not text.strip("+-_ 0123456789"):
         return int(text)
     number = float(text)
+    if number != number:
+        raise Unfit
     return int(number) if kind is int and number.is_integer() else number  # 1e6 is an integer too
 
 

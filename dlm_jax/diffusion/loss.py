@@ -71,14 +71,14 @@ def loss_sums(hidden: jax.Array, unembed: Unembed, batch: CorruptedBatch, *, shi
 
 def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, *, shift: bool = True,
               chunk_size: int = 128) -> jax.Array:
-    """Cross-entropy of `targets` int [batch, length], float32 [batch, length] in nats; 0 at position 0 under `shift`."""
+    """Cross-entropy of int `targets`, float32 [batch, length] in nats each; 0 at position 0 under `shift`."""
     nll, _ = _token_scores(hidden, unembed, targets, shift, chunk_size)
     return nll.at[:, 0].set(0.0) if shift else nll
 
 
 def _token_scores(hidden: jax.Array, unembed: Unembed, targets: jax.Array, shift: bool,
                   chunk_size: int) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and correctness, float32 [batch, length] each, aligned with `targets`; under shift column 0 is void."""
+    """Cross-entropy and correctness, float32 [batch, length], aligned with `targets`; column 0 is void under shift."""
     if shift:  # the loss's one place where the AR alignment is undone
         targets = jnp.roll(targets, -1, axis=1)
     batch, length, _ = hidden.shape

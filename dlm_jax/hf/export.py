@@ -81,7 +81,7 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: st
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if layout == "diffugpt":
-            _spell_merges_as_before(folder / "tokenizer.json")
+            _spell_tokenizer_as_before(folder)
         (folder / "README.md").write_text(model_card(pretrained, layout, dtype, recipe))
         if layout == "hf":
             shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)
@@ -123,12 +123,16 @@ def _release_tokenizer(pretrained: Pretrained) -> Any:
     return tokenizer
 
 
-def _spell_merges_as_before(path: Path) -> None:
-    """Writes a BPE's merges as "a b", not ["a", "b"]: tokenizers before 0.20, the release's, read only the former."""
-    content = json.loads(path.read_text())
-    merges = content["model"]["merges"]
-    content["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    path.write_text(json.dumps(content, ensure_ascii=False))
+def _spell_tokenizer_as_before(folder: Path) -> None:
+    """Rewrites two things that transformers 5 spells in a way which 4.44, the release's version, cannot read."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    if merges := content["model"].get("merges"):
+        content["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(folder / "tokenizer_config.json", settings)
 
 
 @contextlib.contextmanager

@@ -105,6 +105,8 @@ def config_changes(saved: dict[str, object], config: TrainConfig) -> list[str]:
     changed = [key for key in current if saved.get(key) != current[key]]
     lines = {key: f"{key}: {saved.get(key)!r} -> {current[key]!r}" for key in changed}
     refused = [lines[key] for key in changed if key.startswith(_FIXED_ON_RESUME) and key not in _FREE_ON_RESUME]
+    if bool(saved.get("optimizer.ema_decay")) != bool(config.optimizer.ema_decay):  # an average cannot begin half-way
+        refused.append(lines["optimizer.ema_decay"])
     if refused:
         raise ConfigError(f"this workdir holds a run with another setting ({'; '.join(refused)}), which a resumed run "
                           "may not change; restore the setting or choose a new workdir")

@@ -49,16 +49,22 @@ def load_base(config: TrainConfig, workdir: Path, mesh: Mesh, *, resumed: bool) 
     else:
         base = load_pretrained(model.source, mask_token=model.mask_token, compute=compute,
                                param_dtype=model.param_dtype, shardings=shardings, init=model.init, seed=config.seed)
-    check_fit(config, base)
+    check_fit(config, base, mesh)
     return dataclasses.replace(base, shift=config.objective.shift)
 
 
-def check_fit(config: TrainConfig, base: Pretrained) -> None:
-    """Raises ConfigError where config and base model contradict each other."""
-    architecture = base.model.config
+def check_fit(config: TrainConfig, base: Pretrained, mesh: Mesh) -> None:
+    """Raises ConfigError where config, base model and mesh contradict each other."""
+    architecture, data = base.model.config, config.data
     check_mask_token(config.objective, base.mask_token_id, architecture.vocab_size)
-    if config.data.length > architecture.max_length:
-        raise ConfigError(f"data.length {config.data.length} is longer than the {architecture.max_length} positions of "
+    parts, micro_batches = mesh.shape["data"] * mesh.shape["fsdp"], config.optimizer.accumulate_steps
+    if data.batch_size % (parts * micro_batches):
+        raise ConfigError(f"data.batch_size {data.batch_size} does not divide into {micro_batches} micro-batches over "
+                          f"the {parts} parts of the mesh axes data and fsdp")
+    if data.length % mesh.shape["context"]:
+        raise ConfigError(f"data.length {data.length} does not divide over mesh.context {mesh.shape['context']}")
+    if data.length > architecture.max_length:
+        raise ConfigError(f"data.length {data.length} is longer than the {architecture.max_length} positions of "
                           f"the model {base.source}")
     if base.tokenizer is None:
         raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files beside its config.json")

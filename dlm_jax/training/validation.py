@@ -1,9 +1,10 @@
 """The loss on held-out rows: the same rows, under the same noise, each time."""
 
 import dataclasses
+import functools
+import operator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -11,7 +12,6 @@ from jax.sharding import Mesh
 from dlm_jax.data.batch import Batch
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import Rows
-from dlm_jax.diffusion import LossSums
 from dlm_jax.parallel import place_rows
 from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.step import make_eval_step, statistics
@@ -44,8 +44,6 @@ class Validation:
 
     def __call__(self, params: nnx.State) -> dict[str, float]:
         """The bound in nats per token with its companions, under bidirectional attention; see `statistics`."""
-        sums = LossSums.zero()
-        for batch in self._batches:
-            for draw in range(self.num_samples):
-                sums += self._eval_step(params, batch, jnp.int32(draw))
+        sums = functools.reduce(operator.add, (self._eval_step(params, batch, np.int32(draw))
+                                               for batch in self._batches for draw in range(self.num_samples)))
         return {name: float(value) for name, value in jax.device_get(statistics(sums)).items()}

@@ -30,12 +30,13 @@ def naive(query, key, value, allowed):
     return out
 
 
+SEGMENTS = jnp.repeat(jnp.arange(2), jnp.array([5, 8]))[None].repeat(2, 0)
 MASKS = {
     "causal": AttentionMask.causal(),
     "bidirectional": AttentionMask.bidirectional(),
     "annealed": AttentionMask.annealed(0.4, 3, jnp.arange(2)),
     "block_causal": AttentionMask.block_causal(4),
-    "segments": AttentionMask.bidirectional().with_segments(jnp.repeat(jnp.arange(2), jnp.array([5, 8]))[None].repeat(2, 0)),
+    "segments": AttentionMask.bidirectional().with_segments(SEGMENTS),
     "lengths": AttentionMask.bidirectional().with_lengths(jnp.array([13, 6])),
     "window": AttentionMask.causal().with_window(3),
 }

@@ -95,6 +95,7 @@ def test_what_does_not_fit_is_one_sentence(capsys, workdir, text, tmp_path):
             (("sample", f"--model={workdir}@77"), "77"),
             (("sample", f"--model={workdir}", "--json=no/such/folder/x.json", "--max_new_tokens=2"), "no/such/folder"),
             (("sample", f"--model={workdir}", "--max_new_tokens=500"), "32"),
+            (("train", "--config=quickstart", f"--config.data.train={text}", f"--workdir={text}"), str(text)),
             (("export", f"--model={text}", f"--output={tmp_path}"), str(text))):
         assert main([str(argument) for argument in arguments]) == 1
         err = capsys.readouterr().err

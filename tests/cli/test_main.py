@@ -89,9 +89,9 @@ def test_errors_and_interrupts_end_without_a_trace(capsys, monkeypatch):
 def test_overrides_stand_anywhere_and_in_three_forms(capsys):
     assert split_overrides(["--config.a=1=2", "--x", "--config.b.c", "-3", "--config.d", "--y=1", "--config.e"]) == (
         [("a", "1=2"), ("b.c", "-3"), ("d", "true"), ("e", "true")], ["--x", "--y=1"])
-    forms = (("--config.num_steps=7", "--config=quickstart", "--print_config", "--config.log.tensorboard=false"),
-             ("--config.log.tensorboard", "false", "--print_config", "--config", "quickstart", "--config.num_steps", "7"))
-    printed = [run(capsys, "train", *form) for form in forms]
+    forms = ("--config.num_steps=7 --config=quickstart --print_config --config.log.tensorboard=false",
+             "--config.log.tensorboard false --print_config --config quickstart --config.num_steps 7")
+    printed = [run(capsys, "train", *form.split()) for form in forms]
     assert printed[0] == printed[1]
     status, out, _ = printed[0]
     assert status == 0 and "--config.num_steps=7 " in out and "--config.log.tensorboard=false " in out

@@ -60,6 +60,6 @@ def test_a_recipe_that_is_not_there_is_named_with_the_nearest(tmp_path):
         load_recipe(str(tmp_path / "mime.py"))
     with pytest.raises(ConfigError, match="did you mean quickstart"):
         load_recipe("quikstart")
+    (tmp_path / "mine.txt").write_text("")
     with pytest.raises(ConfigError, match="not a Python file"):
-        (tmp_path / "mine.txt").write_text("")
         load_recipe(str(tmp_path / "mine.txt"))

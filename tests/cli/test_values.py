@@ -20,7 +20,8 @@ SAYS = [
     (tuple[tuple[int, float, float], ...], "((0, 0.5, 1), (9, 0, 1))", ((0, 0.5, 1.0), (9, 0.0, 1.0))),
 ]
 REFUSED = [
-    (int, "1.5"), (int, "one"), (int, ""), (int, "1e400"), (int, "nan"), (float, "x"), (bool, "maybe"), (bool, "2"),
+    (int, "1.5"), (int, "one"), (int, ""), (int, "1e400"), (int, "nan"), (float, "x"), (float, "nan"), (bool, "maybe"),
+    (bool, "2"),
     (Literal["x", "y"], "z"), (Literal[1, 2], "3"), (int | None, "x"), (tuple[int, ...], "1,x"),
     (tuple[int, float], "(1,)"), (tuple[int, float], "1"), (tuple[str, ...], "('a',"), (tuple[int, ...], "(1, True)"),
 ]

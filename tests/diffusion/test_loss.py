@@ -90,7 +90,8 @@ def test_position_zero_is_never_scored_under_the_shift():
 
 def test_autoregression_is_the_same_loss_without_corruption():
     sums = loss_sums(HIDDEN, unembed, uncorrupted(TOKENS, MASKABLE))
-    np.testing.assert_allclose(sums.weighted_nll / sums.normaliser("maskable"), naive_nll(True)[:, 1:].mean(), rtol=1e-5)
+    loss = sums.weighted_nll / sums.normaliser("maskable")
+    np.testing.assert_allclose(loss, naive_nll(True)[:, 1:].mean(), rtol=1e-5)
 
 
 def test_sums_add_over_micro_batches():
@@ -110,7 +111,8 @@ def test_the_maskable_normaliser_is_unbiased_and_the_release_form_is_not(schedul
 
     def estimates(seed):
         t = jax.random.uniform(jax.random.key(seed), (1,), minval=1e-3)
-        batch = corrupt(TOKENS[:1], MASKABLE[:1], t, example_keys(seed, jnp.arange(1)), mask_token_id=MASK, schedule=schedule)
+        keys = example_keys(seed, jnp.arange(1))
+        batch = corrupt(TOKENS[:1], MASKABLE[:1], t, keys, mask_token_id=MASK, schedule=schedule)
         weighted = jnp.sum(jnp.where(batch.scored[0, 1:], batch.weights[0, 1:] * constants, 0.0))
         return weighted / (L - 1), weighted / jnp.maximum(batch.scored.sum(), 1)
 

@@ -26,11 +26,9 @@ CASES = {
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0,
         original_max_position_embeddings=16))),
     "mistral-window": ("Mistral", _LLAMA | dict(sliding_window=7, head_dim=16)),
-    "mistral": ("Mistral", _LLAMA | dict(sliding_window=None)),
     "qwen2": ("Qwen2", _LLAMA),
     "qwen2-window": ("Qwen2", _LLAMA | dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)),
     "qwen3": ("Qwen3", _LLAMA | dict(head_dim=24, tie_word_embeddings=True)),
-    "qwen3-biases": ("Qwen3", _LLAMA | dict(head_dim=16, attention_bias=True)),
 }
 
 

@@ -123,6 +123,8 @@ def test_the_release_layout(gpt2, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["task_specific_params"]["text-generation"]["max_length"] == 48
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").mask_token_id == 50257
+    # transformers 4.44, which the release runs on, reads only this spelling.
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["merges"][0] == "Ġ t"
     assert_same_model(gpt2, load_pretrained(tmp_path / "out"))
 
 
@@ -131,6 +133,15 @@ def test_the_release_layout_names_an_existing_mask_token(gpt2, tmp_path):
     save_pretrained(tmp_path / "out", gpt2, layout="diffugpt")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").mask_token_id == 10541
     assert gpt2.tokenizer.mask_token is None
+
+
+def test_the_release_layout_names_a_tokenizer_class_that_the_release_knows(gpt2, tmp_path):
+    generic = transformers.PreTrainedTokenizerFast(tokenizer_object=gpt2.tokenizer.backend_tokenizer,
+                                                   bos_token="<|endoftext|>")
+    save_pretrained(tmp_path / "out", dataclasses.replace(gpt2, tokenizer=generic), layout="diffugpt")
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert load_pretrained(tmp_path / "out").tokenizer.mask_token_id == 50257
 
 
 def test_what_the_release_layout_cannot_hold(stories, tmp_path):

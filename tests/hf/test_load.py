@@ -15,7 +15,8 @@ from flax import nnx
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import CheckpointError, ConfigError
-from dlm_jax.hf import load_pretrained
+from dlm_jax.hf import load_pretrained, stream
+from dlm_jax.models import abstract_model
 from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings
 from tests.hf import families
 
@@ -72,7 +73,6 @@ def test_sharded_import_equals_the_plain_one(mesh_config, mask_token, tmp_path, 
     mesh = make_mesh(mesh_config)
 
     def shardings(config):
-        from dlm_jax.models import abstract_model
 
         return param_shardings(nnx.state(abstract_model(config)), mesh)
 
@@ -84,14 +84,13 @@ def test_sharded_import_equals_the_plain_one(mesh_config, mask_token, tmp_path, 
 
 
 def test_each_device_reads_only_its_part(tmp_path, monkeypatch):
-    from dlm_jax.hf import stream
 
     families.save("llama1", tmp_path)
     mesh = make_mesh(MeshConfig(fsdp=8))
     copied = []
     monkeypatch.setattr(stream, "_copy", lambda target, source: copied.append(target.size))
     loaded = load_pretrained(tmp_path, shardings=lambda config: param_shardings(
-        nnx.state(stream.abstract_model(config)), mesh))
+        nnx.state(abstract_model(config)), mesh))
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(loaded.model)))
     assert sum(copied) == total  # each value once: no device reads what another holds
 
@@ -141,7 +140,7 @@ def add(state):
 
 
 def reshape(state):
-    state["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(32, 16)
+    state["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(16, 32)
 
 
 def integers(state):
@@ -155,12 +154,12 @@ def untied_without_head(state):
 @pytest.mark.parametrize(("change", "said"), [
     (drop, r"lacks: model\.layers\.1\.mlp\.up_proj\.weight"),
     (add, r"unknown tensors: model\.layers\.2\.mlp\.up_proj\.weight"),
-    (reshape, r"model\.layers\.0\.self_attn\.k_proj\.weight \(32, 16\) instead of \(16, 32\)"),
+    (reshape, r"model\.layers\.0\.self_attn\.k_proj\.weight \(16, 32\) instead of \(32, 32\)"),
     (integers, r"model\.norm\.weight int32"),
     (untied_without_head, r"lacks: lm_head\.weight"),
 ])
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, said):
-    families.save("mistral", tmp_path)
+    families.save("llama1", tmp_path)
     rewrite(tmp_path, change)
     with pytest.raises(CheckpointError, match=said):
         load_pretrained(tmp_path)
@@ -227,13 +226,12 @@ def test_a_new_mask_token_takes_a_spare_row_where_there_is_one(tmp_path, test_da
 
 
 def test_random_weights_need_no_checkpoint_and_follow_the_seed(tmp_path):
-    families.save("mistral", tmp_path)
+    families.save("llama1", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     a, b, c = (load_pretrained(tmp_path, init="random", seed=seed) for seed in (1, 1, 2))
     assert_same_parameters(a, b)
     assert not np.array_equal(a.model.embed.embedding[...], c.model.embed.embedding[...])
     mesh = make_mesh(MeshConfig(fsdp=8))
-    from dlm_jax.models import abstract_model
 
     sharded = load_pretrained(tmp_path, init="random", seed=1, shardings=lambda config: param_shardings(
         nnx.state(abstract_model(config)), mesh))
@@ -293,7 +291,6 @@ def test_import_is_quiet(tmp_path):
 
 
 def test_the_arrays_that_are_read_into_are_the_parameters(tmp_path, monkeypatch):
-    from dlm_jax.hf import stream
 
     families.save("llama1", tmp_path)
     addresses, allocate = set(), stream._aligned_empty

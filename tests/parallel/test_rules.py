@@ -54,7 +54,8 @@ def test_optimizer_state_follows_its_parameter(mesh, optimizer):
     params = nnx.state(model())
     opt_state = jax.eval_shape(optimizer.init, params)
     shardings = state_shardings(opt_state, mesh)
-    jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), opt_state, shardings)  # raises unless all divide
+    # shard_shape raises unless every axis divides
+    jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), opt_state, shardings)
     if hasattr(opt_state[0], "mu"):
         assert shardings[0].mu["blocks"]["mlp"]["up"]["kernel"].get_value().spec == P(None, "fsdp", "tensor")
         assert shardings[0].count.spec == P()

@@ -27,16 +27,18 @@ LETTERS = "abcdefgh "
 
 
 @pytest.fixture(scope="package", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """The tests here run a few programs many times, each time made anew: compiled once, they are read back."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-                "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
+def quick_compilation(tmp_path_factory):
+    """Compiling is most of the time here: little optimisation, and what is compiled once is read back."""
+    defaults = {"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None,
+                "jax_persistent_cache_min_compile_time_secs": 1.0, "jax_persistent_cache_min_entry_size_bytes": 0}
+    quick = {"jax_disable_most_optimizations": True,
+             "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+             "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+    for settings in (quick, defaults):
+        for name, value in settings.items():
             jax.config.update(name, value)
         reset_cache()
-        if values is settings:
+        if settings is quick:
             yield
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import pytest
 
@@ -36,5 +37,4 @@ def test_impossible_combinations_are_refused(config, changes, message):
         return dataclasses.replace(part, **{name: replaced(getattr(part, name), rest, value) if rest else value})
 
     with pytest.raises(ConfigError, match=message):
-        for key, value in changes.items():
-            config = replaced(config, key, value)
+        functools.reduce(lambda part, item: replaced(part, *item), changes.items(), config)

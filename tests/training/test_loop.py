@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from dlm_jax.errors import ConfigError, DataError, TrainingError
-from dlm_jax.training import load_workdir, read_records, train
+from dlm_jax.training import load_workdir, loop, read_records, train
 from dlm_jax.training.checkpoint import restore_state, saved_steps
+from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed
 
 TIMING = ("tokens_per_second", "seconds_per_step")
@@ -84,12 +85,22 @@ def test_a_signal_saves_and_ends(whole, config, tmp_path):
     assert saved_steps(tmp_path)[-1] == summary["step"]
 
 
-def test_nan_names_the_step_and_keeps_earlier_checkpoints(config, tmp_path):
-    train(changed(config, "num_steps", 5), tmp_path)
-    broken = changed(changed(config, "optimizer.learning_rate", 1e30), "optimizer.warmup_steps", 0)
-    with pytest.raises(TrainingError, match=r"at step [6-9]"):
-        train(broken, tmp_path)
+def test_nan_names_the_step_and_keeps_earlier_checkpoints(config, tmp_path, monkeypatch):
+    def make_poisoned(*args, **kwargs):
+        step = make_train_step(*args, **kwargs)
+
+        def poisoned(state, batch):
+            taken = int(state.step)
+            state, metrics = step(state, batch)
+            return state, metrics | ({"loss": metrics["loss"] * jax.numpy.nan} if taken == 7 else {})
+
+        return poisoned
+
+    monkeypatch.setattr(loop, "make_train_step", make_poisoned)
+    with pytest.raises(TrainingError, match="loss is nan at step 8; .*earlier steps"):
+        train(config, tmp_path)
     assert saved_steps(tmp_path) == [5]
+    assert [r["step"] for r in read_records(tmp_path, "train")] == [4]
 
 
 def test_a_finished_run_has_nothing_to_do(whole, config, capsys):
@@ -99,7 +110,8 @@ def test_a_finished_run_has_nothing_to_do(whole, config, capsys):
 
 
 @pytest.mark.parametrize("key, value", [("seed", 4), ("data.length", 8), ("optimizer.name", "lion"),
-                                        ("model.mask_token", 3), ("objective.shift", False)])
+                                        ("model.mask_token", 3), ("objective.shift", False),
+                                        ("optimizer.ema_decay", 0.0)])
 def test_changes_that_would_make_another_run_are_refused(whole, config, key, value):
     with pytest.raises(ConfigError, match=key):
         train(changed(changed(config, key, value), "num_steps", 25), whole[0])
@@ -162,8 +174,8 @@ def test_autoregressive_training_on_the_same_machine(config, tmp_path):
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("model.mask_token", None, "mask token"), ("data.length", 64, "32 positions"), ("data.batch_size", 20, "divide"),
-    ("model.source", "", "model.source"), ("mesh.tensor", 3, "devices"),
+    ("model.mask_token", None, "mask token"), ("data.length", 64, "32 positions"), ("data.batch_size", 24, "divide"),
+    ("model.source", "", "model.source"), ("mesh.context", 3, "devices"), ("mesh.tensor", 3, "devices"),
     ("log.wandb", "project", "wandb")])
 def test_what_cannot_work_is_refused_at_start(config, tmp_path, key, value, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,8 +59,7 @@ def test_autoregressive_is_causal_and_scores_everything_clean():
 
 
 def test_segments_are_kept_apart():
-    rows = batch()
-    rows = Batch(rows.tokens, rows.maskable, rows.example_index, segment_ids=jnp.arange(8)[None] // 4 + jnp.zeros((16, 1), int))
+    rows = dataclasses.replace(batch(), segment_ids=jnp.broadcast_to(jnp.arange(8) // 4, (16, 8)))
     allowed = prepared(ObjectiveConfig(), rows=rows)[1].allowed(POSITIONS, POSITIONS)
     assert allowed[0, 0, 3] and not allowed[0, 0, 4]
 

@@ -8,7 +8,8 @@ from dlm_jax.training.workdir import split_step
 
 
 @pytest.mark.parametrize("path, expected", [
-    ("runs/a@500", (Path("runs/a"), "500")), ("runs/a@best", (Path("runs/a"), "best")), ("runs/a", (Path("runs/a"), None)),
+    ("runs/a@500", (Path("runs/a"), "500")), ("runs/a@best", (Path("runs/a"), "best")),
+    ("runs/a", (Path("runs/a"), None)),
     ("me@home/a", (Path("me@home/a"), None)), ("runs/a@last", (Path("runs/a@last"), None))])
 def test_a_step_is_split_off(path, expected):
     assert split_step(path) == expected

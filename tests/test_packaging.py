@@ -1,0 +1,75 @@
+"""What an installed package needs, and the habits of the house."""
+
+import ast
+import importlib
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+import dlm_jax
+
+ROOT = pathlib.Path(dlm_jax.__file__).parents[1]
+MODULES = sorted((ROOT / "dlm_jax").rglob("*.py"))
+# Where the name to import is not the name to install.
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
+OPTIONAL = {"torch", "wandb"}
+
+
+@pytest.fixture(scope="module")
+def setup_arguments() -> dict:
+    """What setup.py hands to setuptools."""
+    setuptools = pytest.importorskip("setuptools")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(setuptools, "setup", lambda **arguments: found.update(arguments))
+        runpy.run_path(str(ROOT / "setup.py"))
+    return found
+
+
+def required() -> set[str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return {re.split(r"[<>=!;\[ ]", line)[0].lower() for line in lines if line and not line.startswith("#")}
+
+
+def test_every_room_is_packaged_with_recipes_and_assets(setup_arguments):
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES}
+    assert rooms | {"dlm_jax.configs", "dlm_jax.assets"} == set(setup_arguments["packages"])
+    assert {re.split(r"[<>=]", line)[0].lower() for line in setup_arguments["install_requires"]} == required()
+
+
+def test_the_entry_point_exists(setup_arguments):
+    (script,) = setup_arguments["entry_points"]["console_scripts"]
+    name, module, function = re.fullmatch(r"(\w+)=([\w.]+):(\w+)", script).groups()
+    assert name == "dlm" and callable(getattr(importlib.import_module(module), function))
+
+
+def test_what_is_imported_is_required():
+    needed = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                needed |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                needed.add(node.module.split(".")[0])
+    needed -= set(sys.stdlib_module_names) | {"dlm_jax"} | OPTIONAL
+    assert {DISTRIBUTIONS.get(name, name).replace("_", "-").lower() for name in needed} <= required()
+
+
+def test_every_module_says_what_it_is():
+    modules = [path for path in MODULES if path.name != "__init__.py"]
+    assert not [path.name for path in modules if not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {path.parent.name for path in MODULES} - {"dlm_jax"}
+    assert not {room for room in rooms if not list((ROOT / "tests" / room).glob("test_*.py"))}
+
+
+@pytest.mark.parametrize("script", [*sorted(path.name for path in (ROOT / "launch").glob("*.sh")), "../.ci/run"])
+def test_scripts_parse(script):
+    assert subprocess.run(["bash", "-n", ROOT / "launch" / script], check=False).returncode == 0
