@@ -13,7 +13,7 @@ import pathlib
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TEMPERATURE, TOP_P = 0.9, 0.95
+TEMPERATURE, TOP_P = 0.8, 0.95
 TRAIN_BYTES, HELDOUT_BYTES = 900_000, 60_000
 
 

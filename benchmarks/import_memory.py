@@ -96,7 +96,8 @@ def main() -> None:
         print(f"| {dtype} | {stored / 1e9:.2f} | {result['parameter_bytes'] / 2**30:.2f} | "
               f"{result['peak_bytes'] / 2**30:.2f} | {result['ratio']:.3f} | {result['seconds']:.1f} |", flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
-    report = {"limit": LIMIT, "platform": platform.platform(), "jax": jax.__version__, "to_float32_from": results}
+    machine = f"{platform.system()} {platform.machine()}"
+    report = {"limit": LIMIT, "platform": machine, "jax": jax.__version__, "to_float32_from": results}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     if worst := [dtype for dtype, result in results.items() if result["ratio"] > LIMIT]:
         sys.exit(f"importing from {', '.join(worst)} takes more than {LIMIT} times the parameters' memory")

@@ -34,7 +34,7 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str, recipe: dict[s
     config = pretrained.model.config
     is_diffusion = pretrained.mask_token_id is not None
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(pretrained.model)))
-    base = Path(pretrained.source).name
+    base = Path(pretrained.source).resolve().name
     facts = {
         "kind": "masked diffusion language model" if is_diffusion else "autoregressive language model",
         "base": base,

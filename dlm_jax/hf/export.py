@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.hf import keys
@@ -61,8 +62,10 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: st
         tensors.setdefault(keys.HEAD, tensors[keys.embedding_name(config.family)])  # it stores tied weights twice
         tensors = {keys.release_name(name, config.family): tensor for name, tensor in tensors.items()}
     shapes = {name: shape for name, (shape, _) in tensors.items()}
+    progress = tqdm(desc="exporting", total=len(shapes), leave=False, disable=None, delay=3)
 
     def fetch(name: str) -> np.ndarray:
+        progress.update()
         value = tensors[name][1]()
         if dtype == "float16" and np.abs(value).max() > np.finfo(np.float16).max:
             raise CheckpointError(f"{name} exceeds the range of float16; export as bfloat16 or float32")
@@ -72,7 +75,7 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: st
         for name in shapes:
             fetch(name)
         return
-    with _appearing_whole(Path(directory).expanduser()) as folder:
+    with progress, _appearing_whole(Path(directory).expanduser()) as folder:
         write_tensors(folder, shapes, fetch, jnp.dtype(dtype), max_shard_bytes)
         _write_json(folder / "config.json", hf_config)
         special = ("bos_token_id", "eos_token_id", "pad_token_id")

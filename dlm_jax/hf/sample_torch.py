@@ -11,11 +11,14 @@ import argparse
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load_model(directory: str | Path) -> torch.nn.Module:
     """The exported model, with the attention code that takes a mask of any shape."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise SystemExit("this needs transformers 5: earlier versions attend causally whatever mask they are given")
     return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa").eval()
 
 

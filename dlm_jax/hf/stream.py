@@ -53,7 +53,8 @@ def stream_parameters(tensors: Mapping[str, np.ndarray], config: ModelConfig, sh
     """
     flat = nnx.to_flat_state(shapes)
     loaded = []
-    for (path, leaf), place in tqdm(zip(flat, places, strict=True), "importing", len(flat), delay=3, leave=False):
+    progress = tqdm(zip(flat, places, strict=True), "importing", len(flat), leave=False, disable=None, delay=3)
+    for (path, leaf), place in progress:
         key = keys.KEYS[config.family][".".join(path)]
         stored = _Stored(tensors, key, leaf, new_row)
         loaded.append((path, leaf.replace(jax.make_array_from_callback(leaf.shape, place, stored.read))))

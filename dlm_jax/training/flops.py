@@ -54,7 +54,7 @@ def step_seconds(config: ModelConfig, data: DataConfig) -> float:
     return flops / (_USUAL_SHARE * speed * jax.device_count())
 
 
-_USUAL_SHARE = 0.35  # of the peak, or of a large matrix product's speed, that a training step reaches
+_USUAL_SHARE = 0.3  # of the peak, or of a large matrix product's speed, that a training step reaches
 
 
 def measured_flops(size: int = 1024, repeats: int = 4) -> float:

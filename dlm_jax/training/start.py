@@ -93,8 +93,8 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
             "bidirectional from the start"
         objective += f", mask token {base.mask_token_id}, attention {opening}"
     lines = [
-        f"model      {base.source} ({architecture.family}), {count_params(architecture) / 1e6:,.1f}M parameters, "
-        f"{config.model.init} weights",
+        f"model      {config.model.source} ({architecture.family}), {count_params(architecture) / 1e6:,.1f}M parameters"
+        f", {config.model.init} weights",
         f"objective  {objective}",
         f"batch      {data.batch_size} x {data.length} = {per_step:,} tokens a step"
         + (f", in {config.optimizer.accumulate_steps} micro-batches" if config.optimizer.accumulate_steps > 1 else ""),

@@ -1,8 +1,11 @@
 """Tiny Hugging Face models of every family, with biases and norms that are not what they are initialised to."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 
@@ -64,3 +67,17 @@ def torch_logits(model: torch.nn.Module, inputs: np.ndarray) -> np.ndarray:
     """Causal logits of an HF model."""
     with torch.no_grad():
         return model(torch.from_numpy(inputs).long()).logits.numpy()
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Applies `change` to the tensors of a checkpoint."""
+    path = directory / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    change(state)
+    safetensors.torch.save_file(state, path)
+
+
+def set_config(directory: Path, **settings: object) -> None:
+    """Changes settings in a checkpoint's config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))

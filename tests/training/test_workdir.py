@@ -1,9 +1,14 @@
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dlm_jax.errors import CheckpointError
-from dlm_jax.training import is_workdir, load_workdir
+from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.parallel import make_mesh
+from dlm_jax.training import is_workdir, load_workdir, train
+from dlm_jax.training.config import ObjectiveConfig, ValidationConfig
+from dlm_jax.training.start import load_base
 from dlm_jax.training.workdir import split_step
 
 
@@ -24,3 +29,21 @@ def test_what_is_no_workdir_is_refused(tmp_path):
     assert not is_workdir(tmp_path) and not is_workdir("gpt2")
     with pytest.raises(CheckpointError, match="is not a workdir"):
         load_workdir(tmp_path)
+
+
+def test_a_run_starts_from_another_runs_workdir(config, tmp_path):
+    """An autoregressive run gives the base of a diffusion run, which needs a token of its vocabulary as mask."""
+    parent = dataclasses.replace(config, num_steps=1, objective=ObjectiveConfig(name="autoregressive"),
+                                 model=dataclasses.replace(config.model, mask_token=None),
+                                 validation=ValidationConfig(every=0))
+    train(parent, tmp_path / "parent")
+    child = lambda token: dataclasses.replace(config, model=dataclasses.replace(  # noqa: E731
+        config.model, source=f"{tmp_path / 'parent'}@1", init="pretrained", mask_token=token))
+    base = load_base(child("<unk>"), tmp_path / "child", make_mesh(config.mesh), resumed=False)
+    assert base.mask_token_id == 10 and base.shift
+    stored = load_workdir(tmp_path / "parent").model
+    np.testing.assert_array_equal(base.model.embed.embedding[...], stored.embed.embedding[...])
+    with pytest.raises(ConfigError, match="export it first"):
+        load_base(child("<mask>"), tmp_path / "child", make_mesh(config.mesh), resumed=False)
+    with pytest.raises(ConfigError, match="no mask token"):
+        load_base(child(None), tmp_path / "child", make_mesh(config.mesh), resumed=False)
