@@ -45,16 +45,15 @@ def train_flops(config: ModelConfig, tokens: float, scored: float, length: int) 
     return blocks + attention + 6 * config.hidden_size * config.vocab_size * scored
 
 
+_USUAL_SHARE = 0.3  # of the peak, or of a large matrix product's speed, that a training step reaches
+
+
 def step_seconds(config: ModelConfig, data: DataConfig) -> float:
     """A rough forecast of the seconds a step takes on the devices at hand, before anything is compiled."""
     tokens = data.batch_size * data.length
-    flops = train_flops(config, tokens, tokens / 2, data.length)
-    device = jax.devices()[0]
-    speed = peak_flops(device) or measured_flops()
-    return flops / (_USUAL_SHARE * speed * jax.device_count())
-
-
-_USUAL_SHARE = 0.3  # of the peak, or of a large matrix product's speed, that a training step reaches
+    peak = peak_flops(jax.devices()[0])
+    speed = peak * jax.device_count() if peak else measured_flops()
+    return train_flops(config, tokens, tokens / 2, data.length) / (_USUAL_SHARE * speed)
 
 
 def measured_flops(size: int = 1024, repeats: int = 4) -> float:
