@@ -14,7 +14,7 @@ ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
 
 def get_config():
     config = train_defaults()
-    config.num_steps = 200
+    config.num_steps = 800
 
     config.model.source = str(ASSETS / "stories-gpt2")
     config.model.mask_token = "<|mask|>"
@@ -22,17 +22,17 @@ def get_config():
     config.data.train = (str(ASSETS / "stories" / "train.jsonl"),)
     config.data.validation = (str(ASSETS / "stories" / "heldout.jsonl"),)
     config.data.length = 128
-    config.data.batch_size = 32
+    config.data.batch_size = 8
 
-    config.objective.anneal_steps = 60
+    config.objective.anneal_steps = 250
 
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 1.5e-3
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 20
+    config.optimizer.warmup_steps = 40
     config.optimizer.b2 = 0.99
 
-    config.validation.every = 50
+    config.validation.every = 100
     config.validation.num_rows = 64
-    config.checkpoint.every = 100
-    config.log.every = 10
+    config.checkpoint.every = 200
+    config.log.every = 50
     return config

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float,
                         help="budget of each of the two runs (default: as many steps as the recipe says)")
     parser.add_argument("--prompt", default="Once upon a time", help="a text to continue (default %(default)r)")
-    parser.add_argument("--infill", default="Once upon a time, there was a little <mask:12> The end.",
+    parser.add_argument("--infill", default="Tom was sad because he had lost his <mask:8> Then his mom helped him and he was happy.",
                         help="a text with a gap to fill (default %(default)r)")
     parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
                         help="sets one key of the recipe quickstart; any number of these")
@@ -171,7 +171,7 @@ def draw(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str
 
 def write(lm: "DiffusionLM", prompt: str, gap: str) -> str:
     """Samples without a prompt, from a prefix and into a gap."""
-    settings = {"num_steps": 96, "policy": "confidence", "temperature": 0.7, "top_p": 0.9}
+    settings = {"num_steps": 96, "policy": "confidence", "temperature": 0.8, "top_p": 0.9}
     length = min(96, lm.config.max_length - 32)
     sections = {
         "unconditional": lm.generate("", max_new_tokens=length, **settings)[0],

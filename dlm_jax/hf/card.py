@@ -51,7 +51,7 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str, recipe: dict[s
     tags = ["diffusion", "masked-diffusion"] if is_diffusion else ["causal-lm"]
     sections = [
         f"---\nlibrary_name: dlm_jax\npipeline_tag: text-generation\ntags: {json.dumps(tags)}\n---",
-        f"# {base}, a {facts['kind']}",
+        f"# {base}: {facts['kind']}",
         f"| | |\n| --- | --- |\n{table}",
     ]
     if is_diffusion:

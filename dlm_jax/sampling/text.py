@@ -36,13 +36,19 @@ def split_gaps(text: str, gap_length: int) -> list[Piece]:
 
 def encode(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[Piece],
            bos_token_id: int) -> tuple[list[int], list[range]]:
-    """A row that begins with BOS, a GAP for each token to fill in; and where in it each gap lies."""
+    """A row that begins with BOS, a GAP for each token to fill in; and where in it each gap lies.
+
+    Tokenizers join a space to the word after it. One that stands before a gap is therefore left to the gap, or the
+    network would meet a lone space, which it hardly knows; `decode` sets it right.
+    """
     row, gaps = [bos_token_id], []
     for number, piece in enumerate(pieces):
         if isinstance(piece, int):
             gaps.append(range(len(row), len(row) + piece))
             row += [GAP] * piece
-        elif piece:
+            continue
+        piece = piece.removesuffix(" ") if number + 1 < len(pieces) else piece
+        if piece:
             row += _tokens(tokenizer, piece) if number == 0 else _inner_tokens(tokenizer, piece)
     return row, gaps
 
@@ -60,7 +66,7 @@ def decode(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[Piece], gaps: 
         if stop_token_id in tokens:
             tokens = tokens[: tokens.index(stop_token_id)]
         before, after = _text(tokenizer, filled[: gap.start]), _text(tokenizer, filled[: gap.start] + tokens)
-        text[2 * number + 1] = _beyond(before, after)
+        text[2 * number + 1] = _beyond(before, after).removeprefix(" " if pieces[2 * number].endswith(" ") else "")
     return "".join(text)
 
 

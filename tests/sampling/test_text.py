@@ -59,6 +59,18 @@ def test_a_gap_may_end_within_a_character(bytes_tokenizer):
     assert text[-2:] == "xb"
 
 
+def test_a_space_before_a_gap_is_left_to_the_gap_and_comes_back_once(bytes_tokenizer):
+    for pieces, text in ((["He ", 4, " and"], " ran"), (["He ", 4], " ran"), (["", 1, "e ", 4, " and"], "H ran")):
+        row, gaps = encode(bytes_tokenizer, pieces, bytes_tokenizer.bos_token_id)
+        bare = [{"He ": "He", "e ": "e"}.get(piece, piece) for piece in pieces]
+        assert row == encode(bytes_tokenizer, bare, bytes_tokenizer.bos_token_id)[0]
+        written = decode(bytes_tokenizer, pieces, gaps, fill(bytes_tokenizer, row, gaps, text))
+        assert written == "He ran" + (" and" if pieces[-1] == " and" else "")
+    pieces = ["He ", 3, "."]
+    row, gaps = encode(bytes_tokenizer, pieces, bytes_tokenizer.bos_token_id)
+    assert decode(bytes_tokenizer, pieces, gaps, fill(bytes_tokenizer, row, gaps, "ran")) == "He ran."
+
+
 def test_text_ends_before_the_stop_token(bytes_tokenizer):
     row, gaps = encode(bytes_tokenizer, ["so", 4], bytes_tokenizer.bos_token_id)
     filled = fill(bytes_tokenizer, row, gaps, "abcd")
