@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float,
                         help="budget of each of the two runs (default: as many steps as the recipe says)")
     parser.add_argument("--prompt", default="Once upon a time", help="a text to continue (default %(default)r)")
-    parser.add_argument("--infill", default="Tom was sad because he had lost his <mask:8> Then his mom helped him and he was happy.",
+    parser.add_argument("--infill", default="Tom was sad. He <mask:8> Then his mom helped him and he was happy.",
                         help="a text with a gap to fill (default %(default)r)")
     parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
                         help="sets one key of the recipe quickstart; any number of these")
