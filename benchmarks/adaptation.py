@@ -1,10 +1,12 @@
 """What each ingredient of the adaptation is worth: held-out bound against tokens seen, over seeds.
 
-    python benchmarks/adaptation.py --base=DIR --data='DIR/*.json' --out=docs
+    python assets/build_base.py corpus --stories=DIR --out=build/stories
+    python benchmarks/adaptation.py --base=DIR --data build/stories/train.jsonl \\
+        --validation build/stories/validation.jsonl
 
 trains, from one base model and at one budget, with the same rows in the same order for each seed:
 `adapted` (shift and annealed attention), `no annealing` (bidirectional from the start), `no shift` and `random
-weights`. It writes OUT/adaptation.md (table), OUT/figures/adaptation.png and benchmarks/results/adaptation.json.
+weights`. It writes OUT/figures/adaptation.png and benchmarks/results/adaptation.json, and prints the table.
 Runs that are done are not repeated; one that was cut short resumes.
 """
 
@@ -41,7 +43,7 @@ def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
         num_steps=num_steps,
         model=ModelSource(source=args.base, init="random" if variant == "random weights" else "pretrained",
                           mask_token="<|mask|>"),
-        data=DataConfig(train=tuple(args.data), validation_fraction=0.05, length=args.length,
+        data=DataConfig(train=tuple(args.data), validation=tuple(args.validation), length=args.length,
                         batch_size=args.batch_size, cache_dir=str(args.work / "data")),
         objective=ObjectiveConfig(shift=variant != "no shift",
                                   anneal_steps=0 if variant == "no annealing" else num_steps // 3),
@@ -109,11 +111,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="the AR base model: a directory or hub id")
     parser.add_argument("--data", nargs="+", required=True, help="paths or globs of text")
+    parser.add_argument("--validation", nargs="+", required=True, help="paths or globs of held-out text")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("adaptation_runs"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=2_500_000, help="budget of each run")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--validation_rows", type=int, default=256)
