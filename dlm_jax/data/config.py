@@ -42,10 +42,10 @@ class DataConfig:
 
     def __post_init__(self):
         if self.pack not in PACK_MODES:
-            raise ConfigError(f"data.pack is {self.pack!r}; it must be one of {', '.join(PACK_MODES)}.")
+            raise ConfigError(f"data.pack is {self.pack!r}; it must be one of {', '.join(PACK_MODES)}")
         if self.length < 2:
-            raise ConfigError(f"data.length is {self.length}; a row needs a context token and one more.")
+            raise ConfigError(f"data.length is {self.length}; a row needs a context token and one more")
         if self.batch_size < 1:
-            raise ConfigError(f"data.batch_size is {self.batch_size}; it must be at least 1.")
+            raise ConfigError(f"data.batch_size is {self.batch_size}; it must be at least 1")
         if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"data.validation_fraction is {self.validation_fraction}, not in [0, 1).")
+            raise ConfigError(f"data.validation_fraction is {self.validation_fraction}, not in [0, 1)")

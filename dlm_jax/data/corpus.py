@@ -34,14 +34,14 @@ def load_rows(
     """
     if len(tokenizer) > vocab_size:
         raise DataError(
-            f"The tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, the model's vocabulary "
-            f"only {vocab_size}; use the tokenizer that belongs to the model."
+            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, the model's vocabulary "
+            f"only {vocab_size}; use the tokenizer that belongs to the model"
         )
     if not config.train:
-        raise DataError("data.train names no file; give paths or globs of text.")
+        raise DataError("data.train names no file; give paths or globs of text")
     train, validation = sources.expand(config.train), sources.expand(config.validation)
     if shared := {path.resolve() for path in train} & {path.resolve() for path in validation}:
-        raise DataError(f"{min(shared)} is both training and validation text.")
+        raise DataError(f"{min(shared)} is both training and validation text")
     cache = Path(config.cache_dir or cache_dir)
     if validation:
         return (
@@ -83,7 +83,7 @@ def _cached(
     found = row_files.read(directory)
     if not len(found):
         raise DataError(
-            f"The {part} text is too short for one row of {config.length} tokens; give more text"
+            f"the {part} text is too short for one row of {config.length} tokens; give more text"
             + (", validation files or a larger data.validation_fraction" if part == "held-out" else "")
             + " or a smaller data.length. (Without data.document_separator a .txt file is one document.)"
         )

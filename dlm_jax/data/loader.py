@@ -33,7 +33,7 @@ class Loader:
         shuffle: reorder in every epoch; else the rows come in order.
         """
         if not len(rows):
-            raise DataError("There is no row to draw batches from.")
+            raise DataError("there is no row to draw batches from")
         self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:

@@ -50,7 +50,7 @@ def write(directory: Path, blocks: Iterable[tuple[np.ndarray, np.ndarray]], *, l
             os.rename(Path(beside) / "rows", directory)
     except OSError as error:
         if not (directory / _MANIFEST).is_file():  # else another process wrote the same rows first
-            raise DataError(f"{directory}: the rows cannot be written ({error}).") from error
+            raise DataError(f"{directory}: the rows cannot be written ({error})") from error
 
 
 def _write(directory: Path, blocks: Iterable[tuple[np.ndarray, np.ndarray]], length: int, segments: bool) -> None:
@@ -78,7 +78,7 @@ def read(directory: Path) -> Rows:
         tokens = _map(directory / _TOKENS, shape)
         return Rows(tokens, _map(directory / _SEGMENTS, shape) if manifest["segments"] else None)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"The cached rows in {directory} are damaged ({error}); remove it.") from error
+        raise DataError(f"the cached rows in {directory} are damaged ({error}); remove it") from error
 
 
 def _map(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -26,11 +26,11 @@ def expand(patterns: Sequence[str]) -> list[Path]:
         files = [path for path in matches if path.is_file()]
         if not files:
             hint = f"; it is a folder, try {pattern.rstrip('/')}/*.jsonl" if matches else ""
-            raise DataError(f"No file matches {pattern!r}{hint}.")
+            raise DataError(f"no file matches {pattern!r}{hint}")
         found.update(files)
     for path in found:
         if _kind(path) not in SUFFIXES:
-            raise DataError(f"{path}: not a kind of file this reads ({', '.join(SUFFIXES)}, each also .gz).")
+            raise DataError(f"{path}: not a kind of file this reads ({', '.join(SUFFIXES)}, each also .gz)")
     return sorted(found)
 
 
@@ -51,9 +51,9 @@ def documents(paths: Sequence[Path], *, text_key: str = "text", separator: str =
                 texts = _split(file, separator) if plain else _json_texts(file, path, text_key)
                 yield from (text for text in texts if text.strip())
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error.reason}).") from error
+            raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be read ({error}).") from error
+            raise DataError(f"{path}: cannot be read ({error})") from error
 
 
 def _kind(path: Path) -> str:
@@ -98,18 +98,18 @@ def _parse(text: str, where: str):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error}).") from error
+        raise DataError(f"{where}: not JSON ({error})") from error
 
 
 def _text(value, where: str, text_key: str) -> str:
     if isinstance(value, dict):
         if text_key not in value:
-            raise DataError(f"{where}: no key {text_key!r} (it has {', '.join(value)}); set data.text_key.")
+            raise DataError(f"{where}: no key {text_key!r} (it has {', '.join(value)}); set data.text_key")
         value = value[text_key]
     if not isinstance(value, str):
-        raise DataError(f"{where}: {type(value).__name__} where text was expected.")
+        raise DataError(f"{where}: {type(value).__name__} where text was expected")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
-        raise DataError(f"{where}: not valid Unicode ({error.reason}).") from error
+        raise DataError(f"{where}: not valid Unicode ({error.reason})") from error
     return value

@@ -43,11 +43,11 @@ def boundary_tokens(
     """
     name, bos, eos = tokenizer.name_or_path, tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
-        raise DataError(f"The tokenizer {name!r} has no EOS token to put between documents.")
+        raise DataError(f"the tokenizer {name!r} has no EOS token to put between documents")
     if add_bos is None:
         add_bos = bos is not None and (segments or tokenizer("a")["input_ids"][0] == bos)
     if add_bos and bos is None:
-        raise DataError(f"data.add_bos is set, but the tokenizer {name!r} has no BOS token.")
+        raise DataError(f"data.add_bos is set, but the tokenizer {name!r} has no BOS token")
     return (bos if add_bos else None), eos
 
 

@@ -16,7 +16,7 @@ def test_globs_are_expanded_sorted_and_each_file_named_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"), [("none*.txt", "No file matches"), ("", "is a folder"), ("x.csv", "not a kind")]
+    ("pattern", "message"), [("none*.txt", "no file matches"), ("", "is a folder"), ("x.csv", "not a kind")]
 )
 def test_what_cannot_be_read_is_refused(tmp_path, pattern, message):
     (tmp_path / "x.csv").touch()
