@@ -171,7 +171,7 @@ def draw(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str
 
 def write(lm: "DiffusionLM", prompt: str, gap: str) -> str:
     """Samples without a prompt, from a prefix and into a gap."""
-    settings = {"num_steps": 96, "policy": "confidence", "temperature": 0.8, "top_p": 0.9}
+    settings = {"num_steps": 96, "policy": "confidence", "temperature": 1.0}
     length = min(96, lm.config.max_length - 32)
     sections = {
         "unconditional": lm.generate("", max_new_tokens=length, **settings)[0],
