@@ -49,10 +49,7 @@ class DiffusionLM:
         if mask_token is not None:
             raise ConfigError(f"{path_or_hub_id} is a training workdir, whose mask token is on record; leave "
                               "mask_token out, or export the model and give it another")
-        pretrained = load_workdir(path_or_hub_id, compute=compute)
-        graphdef, params = nnx.split(pretrained.model)
-        model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params))
-        return cls(dataclasses.replace(pretrained, model=model))
+        return cls(load_workdir(path_or_hub_id, compute=compute, param_dtype=dtype))
 
     @property
     def model(self) -> Transformer:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
@@ -29,15 +29,15 @@ python inf_diffugpt.py --model_name THIS_DIRECTORY --base_model_name THIS_DIRECT
 }
 
 
-def model_card(pretrained: "Pretrained", layout: str, dtype: str, recipe: dict[str, Any] | None) -> str:
+def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
     """README.md of an export: what the model is, how to use it, and the recipe it was made by."""
     config = pretrained.model.config
     is_diffusion = pretrained.mask_token_id is not None
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(pretrained.model)))
-    base = Path(pretrained.source).resolve().name
+    name, recipe = Path(pretrained.source).resolve().name, pretrained.recipe or {}
     facts = {
         "kind": "masked diffusion language model" if is_diffusion else "autoregressive language model",
-        "base": base,
+        "base": recipe.get("model.source", name),
         "architecture": f"{config.family}, {config.num_layers} layers of width {config.hidden_size}, "
                         f"{config.num_heads} heads",
         "parameters": f"{size:,} ({dtype})",
@@ -51,7 +51,7 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str, recipe: dict[s
     tags = ["diffusion", "masked-diffusion"] if is_diffusion else ["causal-lm"]
     sections = [
         f"---\nlibrary_name: dlm_jax\npipeline_tag: text-generation\ntags: {json.dumps(tags)}\n---",
-        f"# {base}: {facts['kind']}",
+        f"# {name}: {facts['kind']}",
         f"| | |\n| --- | --- |\n{table}",
     ]
     if is_diffusion:

@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: str = "hf", dtype: str = "float32",
-                    recipe: dict[str, Any] | None = None, max_shard_bytes: float = 5e9) -> None:
+                    max_shard_bytes: float = 5e9) -> None:
     """Writes a model, its tokenizer, its configuration and a model card.
 
     The directory appears whole or not at all; one that holds an earlier export is replaced. With several
@@ -39,7 +39,6 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: st
       layout: "hf" loads with `AutoModelForCausalLM` and carries `sample_torch.py`, which samples it as a
         diffusion model; "diffugpt" has the tensor names of the DiffuGPT release and runs under its code.
       dtype: type of the stored weights, "float32", "bfloat16" or "float16".
-      recipe: how the model was made, for the model card.
       max_shard_bytes: weights beyond this are split over several files with an index.
 
     Raises:
@@ -85,7 +84,7 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: st
             tokenizer.save_pretrained(folder)
         if layout == "diffugpt":
             _spell_tokenizer_as_before(folder)
-        (folder / "README.md").write_text(model_card(pretrained, layout, dtype, recipe))
+        (folder / "README.md").write_text(model_card(pretrained, layout, dtype))
         if layout == "hf":
             shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)
 

@@ -35,7 +35,8 @@ class Pretrained:
       mask_token_id: None for an AR model that has not been given one.
       shift: whether logits at position n predict token n + 1.
       hf_config: the config.json it came from.
-      source: the directory or hub id it came from.
+      source: the directory, workdir or hub id it came from.
+      recipe: the settings of the run that made it, for the model card of an export; None where unknown.
     """
 
     model: Transformer
@@ -44,6 +45,7 @@ class Pretrained:
     shift: bool
     hf_config: dict[str, Any]
     source: str
+    recipe: dict[str, Any] | None = None
 
     @property
     def bos_token_id(self) -> int | None:

@@ -76,11 +76,11 @@ def described_model(directory: Path, compute: Compute, param_dtype: str | None =
     if not (directory / "model" / "config.json").is_file():
         raise CheckpointError(f"{directory} is not a workdir: it has no model/config.json")
     hf_config = read_config(directory / "model")
-    param_dtype = param_dtype or read_run_config(directory)["model.param_dtype"]
+    recipe = read_run_config(directory)
     return Pretrained(
-        model=abstract_model(config_from_hf(hf_config), compute, param_dtype),
+        model=abstract_model(config_from_hf(hf_config), compute, param_dtype or recipe["model.param_dtype"]),
         tokenizer=load_tokenizer(directory / "model"), mask_token_id=recorded_mask_token_id(hf_config),
-        shift=recorded_shift(hf_config), hf_config=hf_config, source=str(directory))
+        shift=recorded_shift(hf_config), hf_config=hf_config, source=str(directory), recipe=recipe)
 
 
 def describe_run(directory: Path, config: TrainConfig, base: Pretrained) -> None:

@@ -44,8 +44,8 @@ def assert_same_model(a, b):
 
 
 def test_a_reimport_needs_no_flag(stories, tmp_path):
-    stories = dataclasses.replace(stories, shift=False)
-    save_pretrained(tmp_path / "out", stories, recipe={"objective": "diffusion"})
+    stories = dataclasses.replace(stories, shift=False, recipe={"model.source": "parent", "num_steps": 7})
+    save_pretrained(tmp_path / "out", stories)
     again = load_pretrained(tmp_path / "out")
     assert_same_model(stories, again)
     assert again.tokenizer.mask_token_id == 512
@@ -53,7 +53,7 @@ def test_a_reimport_needs_no_flag(stories, tmp_path):
     assert again.tokenizer.encode(text) == stories.tokenizer.encode(text)
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 2
     card = (tmp_path / "out" / "README.md").read_text()
-    assert '"objective": "diffusion"' in card and "| mask token id | 512 |" in card
+    assert '"num_steps": 7' in card and "| base | parent |" in card and "| mask token id | 512 |" in card
 
 
 def test_shards_load_here_and_in_transformers(stories, tmp_path):
