@@ -33,10 +33,12 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "gcs": ["gcsfs"],
+        "datasets": ["datasets>=3.0"],
         "tracking": ["wandb"],
         "evaluation": ["lm-eval"],
         # torch is the reference that logits and gradients are compared with; nothing else needs it.
-        "test": ["import-linter>=2.3", "pytest>=8", "ruff==0.17.*", "scipy", "torch==2.13.0"],
+        "test": ["datasets>=3.0", "import-linter>=2.3", "pytest>=8", "ruff==0.17.*", "scipy", "torch==2.13.0"],
     },
     entry_points={"console_scripts": ["dlm=dlm_jax.cli.main:main"]},
 )

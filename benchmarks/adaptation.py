@@ -64,7 +64,7 @@ def parent_nll(config: TrainConfig) -> float:
     parent = load_pretrained(config.model.source, mask_token=config.model.mask_token)
     _, rows = load_rows(config.data, parent.tokenizer, vocab_size=parent.model.config.vocab_size,
                         cache_dir=config.data.cache_dir)
-    tokens = rows[np.arange(min(len(rows), config.validation.num_rows))].tokens
+    tokens = rows[np.arange(min(len(rows), config.validation.num_rows))].tokens.astype(np.int32)
     return autoregressive_nll(parent.model, tokens, np.ones(tokens.shape, bool)).nats_per_token
 
 

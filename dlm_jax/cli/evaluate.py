@@ -17,7 +17,7 @@ from dlm_jax.errors import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--data", required=True, nargs="+", action="extend", metavar="FILE",
-                        help="text files or globs: .txt, .jsonl, .json")
+                        help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME")
     parser.add_argument("--objective", choices=("diffusion", "autoregressive"), default="diffusion",
                         help="what the model is evaluated as (default %(default)s)")
     parser.add_argument("--num_samples", type=int, default=16, help="maskings of each row (default %(default)s)")
@@ -31,10 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import numpy as np
-
     from dlm_jax.data.config import DataConfig
     from dlm_jax.data.corpus import load_rows
+    from dlm_jax.data.loader import Loader
     from dlm_jax.evaluation import autoregressive_nll, bound
 
     if arguments.num_rows < 1:
@@ -46,16 +45,18 @@ def run(arguments: argparse.Namespace) -> None:
     data = DataConfig(train=tuple(arguments.data), validation_fraction=0.0, length=length,
                       text_key=arguments.text_key, document_separator=arguments.document_separator)
     with tempfile.TemporaryDirectory() as folder:
-        rows, _ = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
-        rows = rows[np.arange(min(len(rows), arguments.num_rows))]
-    maskable = np.ones(rows.tokens.shape, bool)
+        (rows,), held_out = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
+        rows = rows if held_out is None else held_out  # prepared rows may have a held-out part
+        batch = Loader([rows], min(len(rows), arguments.num_rows), shuffle=False).batch(0)
     if arguments.objective == "autoregressive":
-        estimate = autoregressive_nll(lm.model, rows.tokens, maskable, batch_size=arguments.batch_size)
+        estimate = autoregressive_nll(lm.model, batch.tokens, batch.maskable, segment_ids=batch.segment_ids,
+                                      batch_size=arguments.batch_size)
     else:
-        estimate = bound(lm.model, rows.tokens, maskable, mask_token_id=lm.mask_token_id, shift=lm.pretrained.shift,
-                         num_samples=arguments.num_samples, seed=arguments.seed, batch_size=arguments.batch_size)
+        estimate = bound(lm.model, batch.tokens, batch.maskable, mask_token_id=lm.mask_token_id,
+                         shift=lm.pretrained.shift, segment_ids=batch.segment_ids, num_samples=arguments.num_samples,
+                         seed=arguments.seed, batch_size=arguments.batch_size)
     result = {"model": lm.pretrained.source, "objective": arguments.objective, "data": arguments.data,
-              "num_rows": len(rows), "length": length, "num_tokens": estimate.num_tokens,
+              "num_rows": len(batch.tokens), "length": length, "num_tokens": estimate.num_tokens,
               "nats_per_token": estimate.nats_per_token, "standard_error": estimate.standard_error,
               "perplexity": math.exp(estimate.nats_per_token)}
     if arguments.objective == "diffusion":

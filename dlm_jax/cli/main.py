@@ -14,6 +14,7 @@ from dlm_jax.errors import DLMError
 # Each is a module of this package with `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = {
     "quickstart": "the main job in a few minutes: adapt a model, measure it, sample it, export it",
+    "prepare": "turn a corpus into rows of tokens, once, for training at speed",
     "train": "adapt a pretrained model to diffusion, or train an autoregressive one",
     "sample": "write text: from nothing, from a prompt, or into gaps",
     "evaluate": "how probable a model finds held-out text",

@@ -121,7 +121,7 @@ def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> 
                             cache_dir=config.data.cache_dir)
     if held_out is None:
         raise ConfigError("there is no held-out text: give --validation files or a data.validation_fraction")
-    tokens = held_out[np.arange(min(len(held_out), config.validation.num_rows))].tokens
+    tokens = held_out[np.arange(min(len(held_out), config.validation.num_rows))].tokens.astype(np.int32)
     maskable = np.ones(tokens.shape, bool)
     results = {"the AR parent, exact": autoregressive_nll(start.model, tokens, maskable).nats_per_token}
     for name, source in {"before adaptation": None, **runs}.items():

@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.workdir is None:
         raise ConfigError("--workdir is missing: name a directory for checkpoints, metrics and logs")
     if not config.data.train:
-        raise ConfigError(f"the recipe {arguments.config} names no text: give files or globs of .txt, .jsonl or .json "
-                          "with --config.data.train=FILES")
+        raise ConfigError(f"the recipe {arguments.config} names no text: give files, globs or a directory made by "
+                          "`dlm prepare` with --config.data.train=FILES")
     from dlm_jax.training.loop import train
 
     if train(config, arguments.workdir)["interrupted"]:

@@ -1,94 +1,131 @@
-"""From a DataConfig to rows: read, hold out, tokenise, pack, and keep on disk for the next run."""
+"""From a DataConfig to row sources: prepared directories are opened, raw text is prepared into a cache first."""
 
-import hashlib
-import json
+import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from dlm_jax.data import rows as row_files
-from dlm_jax.data import sources, tokenize
-from dlm_jax.data.config import DataConfig
-from dlm_jax.data.packing import pack
-from dlm_jax.data.rows import Rows
+from dlm_jax.data import manifest as manifests
+from dlm_jax.data import progress as progresses
+from dlm_jax.data.config import DataConfig, RowsConfig
+from dlm_jax.data.manifest import Manifest
+from dlm_jax.data.prepare import make_form, prepare
+from dlm_jax.data.remote import is_remote, read_file
+from dlm_jax.data.rows import Concatenated, RowSource
+from dlm_jax.data.sources import Source, open_sources
 from dlm_jax.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1  # raise when the same inputs would give other rows
 
-
-def load_rows(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab_size: int, cache_dir: str | Path
-) -> tuple[Rows, Rows | None]:
+def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab_size: int,
+              cache_dir: str | Path) -> tuple[list[RowSource], RowSource | None]:
     """The training rows and the validation rows (None where nothing is held out) of a corpus.
 
-    Rows are kept in `config.cache_dir`, else `cache_dir`, under a fingerprint of the files (path, size,
-    time), the tokenizer and the settings, so that a second run maps them at once.
+    Raw text is tokenised into `config.cache_dir`, else `cache_dir`, once: a second run finds the rows there.
+
+    Returns:
+      One training source for each weight, or a single one where no weights are given; the validation rows.
 
     Raises:
-      DataError: no file matches, a file is corrupt, the corpus is too small for one row or for a held-out
-        part, or the tokenizer has more tokens than the model's `vocab_size`.
+      DataError: nothing matches, a file is damaged, the corpus is too small for one row or for a held-out part, or
+        the tokenizer or prepared rows do not fit the model.
     """
     if len(tokenizer) > vocab_size:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, the model's vocabulary "
-            f"only {vocab_size}; use the tokenizer that belongs to the model"
-        )
+        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, the model's vocabulary "
+                        f"only {vocab_size}; use the tokenizer that belongs to the model")
     if not config.train:
-        raise DataError("data.train names no file; give paths or globs of text")
-    train, validation = sources.expand(config.train), sources.expand(config.validation)
-    if shared := {path.resolve() for path in train} & {path.resolve() for path in validation}:
+        raise DataError("data.train names no text; give files or globs, or a directory made by `dlm prepare`")
+    corpora = _Corpora(config, tokenizer, Path(config.cache_dir or cache_dir))
+    if config.validation and (shared := corpora.raw_files(config.train) & corpora.raw_files(config.validation)):
         raise DataError(f"{min(shared)} is both training and validation text")
-    cache = Path(config.cache_dir or cache_dir)
-    if validation:
-        return (
-            _cached(config, train, "train", 0.0, tokenizer, cache),
-            _cached(config, validation, "validation", 0.0, tokenizer, cache),
-        )
-    fraction = config.validation_fraction
-    training_rows = _cached(config, train, "train", fraction, tokenizer, cache)
-    return training_rows, _cached(config, train, "held-out", fraction, tokenizer, cache) if fraction else None
+    held_out = 0.0 if config.validation else config.validation_fraction
+    entries = [(entry,) for entry in config.train] if config.weights else [config.train]
+    opened = [corpora.open(entry, held_out) for entry in entries]
+    train = [_joined([manifest.rows(directory, "train") for directory, manifest in found]) for found in opened]
+    for entry, rows in zip(entries, train, strict=True):
+        if not len(rows):
+            raise DataError(_too_short(", ".join(entry), config.length))
+    if config.validation:
+        found = corpora.open(config.validation, 0.0)
+    else:
+        found = [pair for pairs in opened for pair in pairs if "validation" in pair[1].parts]
+        if not found:
+            return train, None
+    held = _joined([manifest.rows(directory, "validation" if "validation" in manifest.parts else "train")
+                    for directory, manifest in found])
+    if not len(held):
+        raise DataError(_too_short("the held-out text", config.length,
+                                   ", validation files or a larger data.validation_fraction"))
+    return train, held
 
 
-def is_held_out(document: str, fraction: float) -> bool:
-    """Whether a document is in the held-out part: by a hash of its text, whatever its neighbours."""
-    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+def sources_of(config: RowsConfig, specs: Sequence[str]) -> list[Source]:
+    """The sources of raw text that files, globs and names of datasets mean."""
+    lines = "\n" if config.examples.format != "none" else ""  # examples in a text file stand one in a line
+    return open_sources(specs, separator=config.document_separator or lines)
 
 
-def _cached(
-    config: DataConfig,
-    paths: list[Path],
-    part: str,
-    fraction: float,
-    tokenizer: "PreTrainedTokenizerBase",
-    cache: Path,
-) -> Rows:
-    segments = config.pack == "segments"
-    bos, eos = tokenize.boundary_tokens(tokenizer, add_bos=config.add_bos, segments=segments)
-    directory = cache / _fingerprint(
-        [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths],
-        [part, fraction, config.text_key, config.document_separator, config.length, segments, bos, eos],
-        tokenize.fingerprint(tokenizer),
-    )
-    if not directory.exists():
-        documents = sources.documents(paths, text_key=config.text_key, separator=config.document_separator)
-        wanted = (text for text in documents if is_held_out(text, fraction) == (part == "held-out"))
-        wanted = tqdm(wanted, f"tokenising the {part} text", unit=" documents", delay=2, leave=False)
-        blocks = pack(tokenize.encode(wanted, tokenizer), config.length, bos=bos, eos=eos)
-        row_files.write(directory, blocks, length=config.length, segments=segments)
-    found = row_files.read(directory)
-    if not len(found):
-        raise DataError(
-            f"the {part} text is too short for one row of {config.length} tokens; give more text"
-            + (", validation files or a larger data.validation_fraction" if part == "held-out" else "")
-            + " or a smaller data.length. (Without data.document_separator a .txt file is one document.)"
-        )
-    return found
+class _Corpora:
+    """Opens entries of `data.train` and `data.validation` for one configuration and tokenizer."""
+
+    def __init__(self, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", cache: Path):
+        self._config, self._tokenizer, self._cache = config, tokenizer, cache
+
+    def open(self, entries: Sequence[str], validation_fraction: float) -> list[tuple[str, Manifest]]:
+        """Prepared rows with their directories: those that entries name, and those made from all raw entries."""
+        found, raw = [], []
+        for entry in entries:
+            if manifest := _prepared(entry):
+                manifests.check_fit(manifest, entry, self._config, self._tokenizer)
+                found.append((entry, manifest))
+            else:
+                raw.append(entry)
+        return found + ([self._cached(sources_of(self._config, raw), validation_fraction)] if raw else [])
+
+    def raw_files(self, entries: Sequence[str]) -> set[str]:
+        raw = [entry for entry in entries if not _prepared(entry)]
+        return {source.identity()[0] for source in sources_of(self._config, raw)} if raw else set()
+
+    def _cached(self, sources: Sequence[Source], validation_fraction: float) -> tuple[str, Manifest]:
+        config = manifests.rows_config(self._config, validation_fraction)
+        identity = manifests.identity_of(sources, self._tokenizer, config, make_form(self._tokenizer, config))
+        directory = self._cache / identity
+        if not directory.exists():
+            # Processes that share the folder do the same work beside each other, and the first to finish wins.
+            try:
+                self._cache.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix=identity + ".", dir=self._cache) as beside:
+                    rows = os.path.join(beside, "rows")
+                    prepare(sources, rows, self._tokenizer, config)
+                    os.rename(rows, directory)
+            except OSError as error:
+                if not directory.exists():
+                    raise DataError(f"{directory}: the rows cannot be written ({error})") from error
+        manifest = manifests.read(str(directory))
+        if manifest is None:
+            raise DataError(f"the rows in {directory} are damaged (no {manifests.FILE}); remove it")
+        return str(directory), manifest
 
 
-def _fingerprint(*facts) -> str:
-    return hashlib.sha256(json.dumps([_FORMAT, *facts]).encode()).hexdigest()[:20]
+def _prepared(entry: str) -> Manifest | None:
+    """The manifest of an entry that is a prepared directory, finished or not."""
+    if entry.startswith(("tfds:", "hf:")) or not (is_remote(entry) or Path(entry).is_dir()):
+        return None
+    directory = entry.rstrip("/")
+    manifest = manifests.read(directory)
+    if manifest is None and read_file(f"{directory}/{progresses.FILE}") is not None:
+        raise DataError(f"the rows in {directory} are not finished; run its `dlm prepare` command again, and it "
+                        "goes on")
+    return manifest
+
+
+def _joined(sources: list[RowSource]) -> RowSource:
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
+
+
+def _too_short(what: str, length: int, remedy: str = "") -> str:
+    return (f"{what} is too short for one row of {length} tokens; give more text{remedy} or a smaller data.length. "
+            "(Without data.document_separator a .txt file is one document.)")

@@ -1,119 +1,95 @@
 """Batches as a function of the step."""
 
-import hashlib
-import queue
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import grain
 import numpy as np
-from grain.experimental import index_shuffle
 
 from dlm_jax.data.batch import Batch
-from dlm_jax.data.packing import positions_of
-from dlm_jax.data.rows import Rows
+from dlm_jax.data.mixture import Mixture
+from dlm_jax.data.packing import positions_of, segments_of
+from dlm_jax.data.rows import Rows, RowSource
 from dlm_jax.errors import DataError
-
-
-def shuffled(index: int, count: int, seed: int) -> int:
-    """Element `index` of the sequence that runs through 0..count-1 again and again, each in a new order."""
-    epoch, index = divmod(index, count)
-    mixed = hashlib.blake2b(f"{seed},{epoch}".encode(), digest_size=4).digest()
-    return index_shuffle(index, max_index=count - 1, seed=int.from_bytes(mixed, "big"), rounds=4)
 
 
 class Loader:
     """Gives the batch of any step, the same whenever and wherever it is asked for."""
 
-    def __init__(self, rows: Rows, batch_size: int, *, seed: int = 0, shuffle: bool = True):
+    def __init__(self, sources: Sequence[RowSource], batch_size: int, *, weights: Sequence[float] = (), seed: int = 0,
+                 shuffle: bool = True, random_length: float = 0.0):
         """Args:
-        rows: what to draw from; once through is an epoch, and batches run on from one to the next.
+        sources: what to draw from; batches run on from one time through a source to the next.
         batch_size: rows in the global batch.
+        weights: share of each source, needed if there are several; see `Mixture`.
         seed: decides the order.
-        shuffle: reorder in every epoch; else the rows come in order.
+        shuffle: reorder a source each time through; else its rows come in order.
+        random_length: share of the rows that are cut to a random length (LLaDA's 1%); the rest of such a row is
+          padding, which is neither seen nor noised nor scored.
         """
-        if not len(rows):
+        if not sources or not all(len(source) for source in sources):
             raise DataError("there is no row to draw batches from")
-        self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
+        self.mixture = Mixture(sources, weights, seed=seed, shuffle=shuffle)
+        self.batch_size, self.seed, self.random_length = batch_size, seed, random_length
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step as NumPy arrays, or the part of it at `rows` of the global batch."""
         examples = np.arange(self.batch_size, dtype=np.int64)[rows or slice(None)] + step * self.batch_size
-        count = len(self.rows)
-        order = [shuffled(int(i), count, self.seed) for i in examples] if self.shuffle else examples % count
-        drawn = self.rows[np.asarray(order)]
-        maskable = np.ones(drawn.tokens.shape, bool)
+        drawn = self.mixture[examples]
+        if self.random_length:
+            drawn = cut(drawn, random_lengths(examples, self.random_length, drawn.length, self.seed))
+        maskable = np.ones(drawn.tokens.shape, bool) if drawn.maskable is None else drawn.maskable.copy()
         maskable[:, 0] = False
-        positions = None
-        if drawn.segment_ids is not None:
-            positions = positions_of(drawn.segment_ids)
+        positions = segment_ids = None
+        if drawn.starts is not None:
+            positions, segment_ids = positions_of(drawn.starts), segments_of(drawn.starts)
             maskable &= positions > 0  # a segment's first position is its context
-        return Batch(
-            tokens=np.asarray(drawn.tokens, np.int32),
-            maskable=maskable,
-            example_index=examples.astype(np.uint32),
-            segment_ids=drawn.segment_ids,
-            positions=positions,
-        )
+        return Batch(tokens=drawn.tokens.astype(np.int32), maskable=maskable, example_index=examples.astype(np.uint32),
+                     segment_ids=segment_ids, positions=positions)
 
-    def prefetch(
-        self,
-        start_step: int = 0,
-        place: Callable[[Batch], Any] = lambda batch: batch,
-        *,
-        rows: slice | None = None,
-        depth: int = 2,
-    ) -> "Prefetcher":
-        """Iterates `place(batch)` from `start_step` on, made ahead by a thread; close it, or use `with`."""
-        return Prefetcher(lambda step: place(self.batch(step, rows)), start_step, depth)
+    def batches(self, start_step: int = 0, place: Callable[[Callable[[slice], Batch]], Any] | None = None,
+                threads: int = 2, ahead: int = 4) -> grain.DatasetIterator:
+        """Iterates over the batches from a step on, read ahead by threads; close it when done.
+
+        Args:
+          place: makes of `read`, a function from slices of the global batch to that part of it, what is iterated
+            over: `place(read)`. It decides which rows this process reads at all. None: whole batches.
+        """
+        steps = grain.MapDataset.source(_Steps(self, place or (lambda read: read(slice(None)))))
+        return iter(steps[start_step:].to_iter_dataset(grain.ReadOptions(threads, ahead)))
 
 
-class Prefetcher:
-    """Iterates `make(start), make(start + 1), ...`, made ahead by a thread; its exceptions come out here."""
+class _Steps:
+    """The batches as Grain sees them: a source with random access, one element a step."""
 
-    def __init__(self, make: Callable[[int], Any], start: int = 0, depth: int = 2):
-        self._ready: queue.Queue = queue.Queue(depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(make, start), daemon=True, name="prefetch")
-        self._thread.start()
+    def __init__(self, loader: Loader, place: Callable[[Callable[[slice], Batch]], Any]):
+        self._loader, self._place = loader, place
 
-    def _work(self, make: Callable[[int], Any], step: int) -> None:
-        while not self._closed.is_set():
-            try:
-                item = (make(step), None)
-            except BaseException as error:  # handed to the consumer, whatever it is
-                item = (None, error)
-            self._put(item)
-            if item[1] is not None:
-                return
-            step += 1
+    def __len__(self) -> int:
+        return 1 << 40  # without end
 
-    def _put(self, item: tuple) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def __getitem__(self, step: int) -> Any:
+        return self._place(lambda rows: self._loader.batch(step, rows))
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
 
-    def __next__(self) -> Any:
-        if self._closed.is_set():
-            raise StopIteration
-        value, error = self._ready.get()
-        if error is not None:
-            self.close()
-            raise error
-        return value
+def cut(rows: Rows, lengths: np.ndarray) -> Rows:
+    """Rows of which the first `lengths` [rows] tokens count; what follows is a segment of its own, not maskable."""
+    rows = rows.with_planes(("starts", "maskable"))
+    index = np.arange(rows.length)
+    return Rows(rows.tokens, np.where(index < lengths[:, None], rows.starts, index == lengths[:, None]),
+                rows.maskable & (index < lengths[:, None]))
 
-    def close(self) -> None:
-        """Stops the thread and drops what it has made; harmless when repeated."""
-        self._closed.set()
-        self._thread.join()
 
-    def __enter__(self) -> Self:
-        return self
+def random_lengths(examples: np.ndarray, share: float, length: int, seed: int) -> np.ndarray:
+    """For a `share` of the examples a length drawn from 2..length, for the others `length`; int [examples]."""
+    chosen, drawn = (_uniform(examples, seed, draw) for draw in range(2))
+    return np.where(chosen < share, 2 + (drawn * (length - 1)).astype(np.int64), length)
 
-    def __exit__(self, *exc_info) -> None:
-        self.close()
+
+def _uniform(examples: np.ndarray, seed: int, draw: int) -> np.ndarray:
+    """Numbers in [0, 1) that depend on (seed, draw, example) alone: splitmix64 (Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        x = examples.astype(np.uint64) + np.uint64((seed * 2 + draw + 1) * 0x9E3779B97F4A7C15 % 2**64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

@@ -1,28 +1,28 @@
-"""Rows of tokens with random access, in memory or mapped from a file."""
+"""Rows of tokens with random access, in memory or wherever they are kept."""
 
 import dataclasses
-import json
-import os
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Protocol, Self
 
 import numpy as np
 
-from dlm_jax.errors import DataError
-
-_MANIFEST, _TOKENS, _SEGMENTS = "rows.json", "tokens.int32", "segments.int32"
+PLANES = ("starts", "maskable")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Attributes:
-    tokens: int32 [rows, length].
-    segment_ids: int32 [rows, length], or None where documents run on without a boundary.
+    """Rows in memory.
+
+    Attributes:
+      tokens: unsigned or int32 [rows, length].
+      starts: bool [rows, length], where a document begins (the first position of a row always does); None
+        where documents run on without a boundary.
+      maskable: bool [rows, length], where a token may be noised and scored; None: everywhere.
     """
 
     tokens: np.ndarray
-    segment_ids: np.ndarray | None = None
+    starts: np.ndarray | None = None
+    maskable: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -31,60 +31,69 @@ class Rows:
     def length(self) -> int:
         return self.tokens.shape[1]
 
-    def __getitem__(self, indices) -> "Rows":
-        """The rows at `indices` (whatever NumPy indexes an axis by), copied to memory for a list or array."""
-        segment_ids = None if self.segment_ids is None else self.segment_ids[indices]
-        return Rows(self.tokens[indices], segment_ids)
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """The names of the bits that are there."""
+        return tuple(name for name in PLANES if getattr(self, name) is not None)
+
+    def __getitem__(self, indices: np.ndarray | Sequence[int] | slice) -> Self:
+        """The rows at `indices`, whatever NumPy indexes an axis by."""
+        return type(self)(self.tokens[indices], *(plane if plane is None else plane[indices]
+                                                  for plane in (self.starts, self.maskable)))
+
+    def with_planes(self, planes: Sequence[str]) -> Self:
+        """The same rows with all of `planes` there: one document, and maskable everywhere, unless said otherwise."""
+        added = {}
+        if "starts" in planes and self.starts is None:
+            added["starts"] = np.zeros(self.tokens.shape, bool)
+            added["starts"][:, 0] = True
+        if "maskable" in planes and self.maskable is None:
+            added["maskable"] = np.ones(self.tokens.shape, bool)
+        return dataclasses.replace(self, **added)
 
 
-def write(directory: Path, blocks: Iterable[tuple[np.ndarray, np.ndarray]], *, length: int, segments: bool) -> None:
-    """Streams blocks of (tokens, segment ids) [n, length] into `directory`, which appears once complete.
+class RowSource(Protocol):
+    """What rows are drawn from."""
 
-    Raises:
-      DataError: it cannot be written.
-    """
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=directory.name + ".", dir=directory.parent) as beside:
-            _write(Path(beside) / "rows", blocks, length, segments)
-            os.rename(Path(beside) / "rows", directory)
-    except OSError as error:
-        if not (directory / _MANIFEST).is_file():  # else another process wrote the same rows first
-            raise DataError(f"{directory}: the rows cannot be written ({error})") from error
+    length: int
+    planes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: np.ndarray) -> Rows: ...
 
 
-def _write(directory: Path, blocks: Iterable[tuple[np.ndarray, np.ndarray]], length: int, segments: bool) -> None:
-    directory.mkdir()
-    count = 0
-    with open(directory / _TOKENS, "wb") as token_file, open(directory / _SEGMENTS, "wb") as segment_file:
-        for tokens, segment_ids in blocks:
-            tokens.astype("<i4").tofile(token_file)
-            if segments:
-                segment_ids.astype("<i4").tofile(segment_file)
-            count += len(tokens)
-    manifest = {"rows": count, "length": length, "segments": segments}
-    (directory / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+class Concatenated:
+    """Several row sources, one after the other."""
+
+    def __init__(self, sources: Sequence[RowSource]):
+        self._sources = sources
+        self._ends = np.cumsum([len(source) for source in sources])
+        self.length = sources[0].length
+        self.planes = union_of_planes(sources)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, indices: np.ndarray) -> Rows:
+        indices = np.arange(len(self))[indices]
+        which = np.searchsorted(self._ends, indices, side="right")
+        starts = self._ends - [len(source) for source in self._sources]
+        return gather(self._sources, which, indices - starts[which], self.planes)
 
 
-def read(directory: Path) -> Rows:
-    """Maps the rows that `write` left in `directory`.
-
-    Raises:
-      DataError: a file is missing or shorter than the manifest says.
-    """
-    try:
-        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-        shape = manifest["rows"], manifest["length"]
-        tokens = _map(directory / _TOKENS, shape)
-        return Rows(tokens, _map(directory / _SEGMENTS, shape) if manifest["segments"] else None)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"the cached rows in {directory} are damaged ({error}); remove it") from error
+def union_of_planes(sources: Sequence[RowSource]) -> tuple[str, ...]:
+    return tuple(name for name in PLANES if any(name in source.planes for source in sources))
 
 
-def _map(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    size, expected = path.stat().st_size, 4 * shape[0] * shape[1]
-    if size != expected:
-        raise ValueError(f"{path.name} has {size} bytes, not {expected}")
-    if shape[0] == 0:  # an empty file cannot be mapped
-        return np.zeros(shape, np.int32)
-    return np.memmap(path, "<i4", "r", shape=shape)
+def gather(sources: Sequence[RowSource], which: np.ndarray, indices: np.ndarray, planes: Sequence[str]) -> Rows:
+    """Row k is row `indices[k]` of `sources[which[k]]`; each source is asked once."""
+    if len(sources) == 1:
+        return sources[0][indices].with_planes(planes)
+    order = np.argsort(which, kind="stable")
+    found = [source[indices[which == i]].with_planes(planes) for i, source in enumerate(sources) if (which == i).any()]
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return Rows(*(None if name in PLANES and name not in planes
+                  else np.concatenate([getattr(rows, name) for rows in found])[place]
+                  for name in ("tokens", *PLANES)))

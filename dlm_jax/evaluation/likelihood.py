@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.data.batch import Batch
+from dlm_jax.data.packing import positions_of
 from dlm_jax.diffusion import example_keys, token_nll
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.models import Transformer
@@ -121,7 +122,8 @@ def bound(model: Transformer, tokens: np.ndarray, maskable: np.ndarray, *, mask_
       maskable: bool [num_rows, length], the tokens to score; the others, position 0 among them, are context.
       num_samples: forward passes a row, at least 2.
       batch_size: rows in one forward pass; it does not change the result.
-      segment_ids: int [num_rows, length]; a token sees its own segment only. Give padding one of its own.
+      segment_ids: int [num_rows, length]; a token sees its own segment only, and positions restart with each. Give
+        padding one of its own.
     """
     graphdef, params = nnx.split(model)
     values_of = make_bound_fn(graphdef, mask_token_id=mask_token_id, shift=shift, num_samples=num_samples, seed=seed)
@@ -165,11 +167,15 @@ def _in_batches(values_of: Callable[[Batch, np.ndarray], jax.Array], tokens: np.
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     batch_size = min(batch_size, len(row))
+    positions = None
+    if segment_ids is not None:
+        positions = positions_of(np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0)
     values = []
     for start in tqdm(range(0, len(row), batch_size), desc=name, leave=False, disable=None):
         at = np.arange(start, start + batch_size) % len(row)
         batch = Batch(tokens=jnp.asarray(tokens[row[at]], jnp.int32), maskable=jnp.asarray(maskable[row[at]]),
                       example_index=jnp.asarray(row[at], jnp.uint32),
-                      segment_ids=None if segment_ids is None else jnp.asarray(segment_ids[row[at]], jnp.int32))
+                      segment_ids=None if segment_ids is None else jnp.asarray(segment_ids[row[at]], jnp.int32),
+                      positions=None if positions is None else jnp.asarray(positions[row[at]]))
         values.append(values_of(batch, jnp.asarray(sample[at], jnp.int32)))
     return np.concatenate([np.asarray(x) for x in values])[: len(row)]

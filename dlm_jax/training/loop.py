@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from dlm_jax.data.corpus import load_rows
-from dlm_jax.data.loader import Loader, Prefetcher
+from dlm_jax.data.loader import Loader
 from dlm_jax.parallel import make_mesh, place_rows
 from dlm_jax.training.checkpoint import CheckpointWriter, best_step, restore_state, saved_steps
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
@@ -58,12 +58,13 @@ class _Run:
         # From here on the parameters live in the state; of the model only the shape is kept.
         self.base = dataclasses.replace(base, model=nnx.eval_shape(lambda: base.model))
 
-        train_rows, held_out = load_rows(config.data, self.base.tokenizer,
-                                         vocab_size=self.base.model.config.vocab_size, cache_dir=workdir / "data")
+        sources, held_out = load_rows(config.data, self.base.tokenizer,
+                                      vocab_size=self.base.model.config.vocab_size, cache_dir=workdir / "data")
         batch_size = config.data.batch_size
-        loader = Loader(train_rows, batch_size, seed=config.seed)
-        self.batches = stack.enter_context(Prefetcher(
-            lambda step: place_rows(lambda rows: loader.batch(step, rows), batch_size, self.mesh), self.first))
+        loader = Loader(sources, batch_size, weights=config.data.weights, seed=config.seed,
+                        random_length=config.data.random_length)
+        self.batches = loader.batches(self.first, lambda read: place_rows(read, batch_size, self.mesh))
+        stack.callback(self.batches.close)
         self.validation = None
         if config.validation.every and held_out is not None:
             self.validation = Validation(
@@ -75,7 +76,7 @@ class _Run:
         self.train_step = make_train_step(
             graphdef, optimizer, self.mesh, objective=config.objective, config=config.optimizer,
             num_steps=config.num_steps, seed=config.seed, mask_token_id=self.base.mask_token_id)
-        self.data_mark, progress = data_mark(train_rows), {}
+        self.data_mark, progress = data_mark(sources), {}
         if self.first:
             layout = state_layout(params, optimizer, ema, self.mesh)
             self.state, progress = restore_state(workdir, self.first, layout)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 
 from dlm_jax.attention import choose_backend
-from dlm_jax.data.rows import Rows
+from dlm_jax.data.rows import RowSource
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.hf import Pretrained, load_pretrained
 from dlm_jax.hf.tokenizer import choose_mask_token
@@ -70,17 +71,21 @@ def check_fit(config: TrainConfig, base: Pretrained, mesh: Mesh) -> None:
         raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files beside its config.json")
 
 
-def data_mark(rows: Rows) -> list[int]:
-    """Tells one set of rows from another: their number, and a checksum of up to 64 of them."""
-    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)]
-    return [len(rows), zlib.crc32(np.ascontiguousarray(some.tokens))]
+def data_mark(sources: Sequence[RowSource]) -> list[int]:
+    """Tells one set of rows from another: of each source their number, and a checksum of up to 64 of them."""
+    marks = []
+    for rows in sources:
+        some = rows[np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)]
+        marks += [len(rows), zlib.crc32(np.ascontiguousarray(some.tokens, np.int32))]
+    return marks
 
 
 def check_data(workdir: Path, saved: list[int], found: list[int]) -> None:
     """Raises DataError where a resumed run would meet other rows than it began with."""
     if saved != found:
-        raise DataError(f"the training text is not the one that the run in {workdir} began with ({saved[0]} rows then, "
-                        f"{found[0]} rows now); restore the files, or choose a new workdir")
+        raise DataError(f"the training text is not the one that the run in {workdir} began with "
+                        f"({sum(saved[::2])} rows then, {sum(found[::2])} rows now); restore the files, or choose a "
+                        "new workdir")
 
 
 def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int, changes: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dlm_jax.data.batch import Batch
 from dlm_jax.data.loader import Loader
-from dlm_jax.data.rows import Rows
+from dlm_jax.data.rows import RowSource
 from dlm_jax.parallel import place_rows
 from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.step import make_eval_step, statistics
@@ -26,13 +26,13 @@ class Validation:
       batch_size: rows of one forward pass.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, rows: Rows, mesh: Mesh, *, num_rows: int, num_samples: int,
+    def __init__(self, graphdef: nnx.GraphDef, rows: RowSource, mesh: Mesh, *, num_rows: int, num_samples: int,
                  batch_size: int, objective: ObjectiveConfig, seed: int, mask_token_id: int | None):
         self.num_rows = min(num_rows, len(rows))
         self.num_samples = num_samples if objective.name == "diffusion" else 1
         self._eval_step = make_eval_step(graphdef, mesh, objective=objective, seed=seed, num_rows=self.num_rows,
                                          num_samples=self.num_samples, mask_token_id=mask_token_id)
-        loader = Loader(rows, batch_size, shuffle=False)
+        loader = Loader([rows], batch_size, shuffle=False)
         self._batches = [place_rows(lambda part, k=k: self._read(loader, k, part), batch_size, mesh)
                          for k in range(-(-self.num_rows // batch_size))]
 

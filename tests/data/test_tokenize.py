@@ -1,16 +1,38 @@
 import copy
+import pickle
+from collections import Counter
 
+import numpy as np
 import pytest
+from tokenizers import normalizers
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
-from dlm_jax.data.tokenize import boundary_tokens, encode, fingerprint
+from dlm_jax.data.tokenize import TextForm, boundary_tokens, encode, fingerprint
 from dlm_jax.errors import DataError
 
 
-def test_batches_give_what_single_texts_give(bos_tokenizer):
-    texts = [f"text number {i} é" * (i % 5) for i in range(23)]
-    single = [bos_tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    assert list(encode(iter(texts), bos_tokenizer, batch_size=4)) == single
+def test_text_becomes_its_tokens_between_boundaries(bos_tokenizer):
+    texts = [f"text number {i} \u00e9" * (i % 5 + 1) for i in range(23)]
+    form = pickle.loads(pickle.dumps(TextForm(bos_tokenizer, "text", bos=0, eos=1)))
+    piece = form.encode([form.read({"text": text})[1] for text in texts], Counter())
+    single = [[*bos_tokenizer.encode(text), 1] for text in texts]  # this one adds BOS by itself
+    assert piece.tokens.tolist() == [token for document in single for token in document]
+    assert np.flatnonzero(piece.starts).tolist() == np.cumsum([0, *map(len, single[:-1])]).tolist()
+    assert piece.maskable is None
+    assert form.read({"text": " \n"}) is None
+
+
+def test_a_long_text_is_neither_cut_nor_padded(tokenizer):
+    texts = ["a" * 5000, "b"]
+    tokenizer(texts, truncation=True, max_length=3, padding="max_length") if tokenizer.pad_token else None
+    tokenizer("some text", truncation=True, max_length=3)
+    assert [len(ids) for ids in encode(tokenizer, texts)] == [5000, 1]
+
+
+def test_fast_and_slow_tokenizers_go_the_same_road(test_data):
+    fast = AutoTokenizer.from_pretrained(test_data / "stories260K_hf")
+    texts = ["Once upon a time, there was a girl.", "  two  spaces\n", "\u00e9"]
+    assert encode(fast, texts) == [fast.encode(text, add_special_tokens=False) for text in texts]
 
 
 def test_boundaries_follow_the_tokenizer_unless_told(tokenizer, bos_tokenizer):
@@ -32,13 +54,26 @@ def test_missing_boundaries_are_refused(tokenizer):
         boundary_tokens(bare, add_bos=None, segments=False)
 
 
-def test_fingerprint_changes_with_the_vocabulary_only(tokenizer, bos_tokenizer):
+def test_fingerprint_changes_with_what_text_becomes_only(tokenizer, bos_tokenizer):
     before = fingerprint(tokenizer)
     tokenizer("some text", truncation=True, max_length=3)
-    assert fingerprint(tokenizer) == before != fingerprint(bos_tokenizer)
+    assert fingerprint(tokenizer) == before
     grown = copy.deepcopy(tokenizer)
-    grown.add_tokens("<|mask|>")
+    grown.add_tokens("Hello")
     assert fingerprint(grown) != before
+    other_eos = copy.deepcopy(tokenizer)
+    other_eos.eos_token = "<s>"
+    assert fingerprint(other_eos) != before
+    normalised = copy.deepcopy(tokenizer)
+    normalised.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert fingerprint(normalised) != before  # the same vocabulary, used in another way
+
+
+def test_a_new_mask_token_leaves_the_fingerprint_alone(tokenizer):
+    adapted = copy.deepcopy(tokenizer)
+    adapted.add_special_tokens({"mask_token": "<|mask|>"})
+    assert len(adapted) == len(tokenizer) + 1
+    assert fingerprint(adapted) == fingerprint(tokenizer)
 
 
 def test_the_real_tokenizers_bring_their_own_habit(test_data):

@@ -1,0 +1,137 @@
+"""How fast text becomes rows, and rows become batches.
+
+    python benchmarks/data.py --tokenizer=DIR --data 'text/*.jsonl'
+
+compares `dlm prepare` with a plain loop over the same files with the same tokenizer (`tokenizers.encode_batch_fast`,
+reading and writing left out), in tokens a second of CPU time, so that the number of cores does not matter; and counts
+the tokens a second that the loader gives on one core, shuffled, at several row lengths and packings. Writes
+benchmarks/results/data.json.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import shutil
+import tempfile
+import time
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for the plain loop; worker processes have one each anyway
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "data.json"
+TARGET = 20 * 500_000  # twenty times what training GPT-2 small on an H200 is thought to consume, tokens a second
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def plain_loop(files: list[str], tokenizer) -> tuple[int, float]:
+    """(tokens, CPU seconds) of the shortest program that tokenises these files."""
+    from dlm_jax.data.sources import open_sources
+
+    texts = [json.loads(line)["text"] for source in open_sources(files) for line in source.records()]
+    backend, tokens, began = tokenizer.backend_tokenizer, 0, cpu_seconds()
+    for start in range(0, len(texts), 1000):
+        encodings = backend.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)
+        tokens += sum(len(encoding.ids) for encoding in encodings)
+    return tokens, cpu_seconds() - began
+
+
+def prepared(files: list[str], tokenizer, workers: int) -> dict[str, float]:
+    """Tokens, CPU seconds and seconds of a whole `prepare`, the start of its workers included."""
+    from dlm_jax.data.config import RowsConfig
+    from dlm_jax.data.prepare import prepare
+    from dlm_jax.data.sources import open_sources
+
+    with tempfile.TemporaryDirectory() as folder:
+        cpu, began = cpu_seconds(), time.perf_counter()
+        manifest = prepare(open_sources(files), f"{folder}/rows", tokenizer, RowsConfig(validation_fraction=0.0),
+                           workers=workers)
+        return {"workers": workers, "tokens": manifest.parts["train"].tokens, "cpu_seconds": cpu_seconds() - cpu,
+                "seconds": time.perf_counter() - began}
+
+
+def loader_speed(length: int, pack: str, folder: str, seconds: float, mixture: bool) -> dict[str, object]:
+    """Tokens a second of CPU time, over random rows of four files."""
+    import numpy as np
+
+    from dlm_jax.data.loader import Loader
+    from dlm_jax.data.rows import Rows
+    from dlm_jax.data.shards import RowFiles, RowLayout, write_shard
+
+    random, count = np.random.default_rng(0), (32 << 20) // length
+    planes = ("starts",) if pack == "segments" else ()
+    layout = RowLayout.fitting(length, 50_257, planes)
+    shards = []
+    for number in range(4):
+        rows = Rows(random.integers(0, 50_257, (count // 4, length)).astype(np.uint32),
+                    random.random((count // 4, length)) < 0.002 if planes else None)
+        shards.append(write_shard(folder, f"{length}-{pack}-{number}.array_record", [layout.encode(rows)]))
+    sources = [RowFiles(folder, shards[:2], layout), RowFiles(folder, shards[2:], layout)] if mixture else \
+        [RowFiles(folder, shards, layout)]
+    batch_size = (1 << 17) // length
+    loader = Loader(sources, batch_size, weights=(0.693584, 0.306416) if mixture else ())
+    loader.batch(0)
+    step, began, wall = 0, time.process_time(), time.perf_counter()
+    while time.perf_counter() - wall < seconds:
+        step += 1
+        loader.batch(step)
+    tokens = step * batch_size * length
+    return {"length": length, "pack": pack, "mixture": mixture,
+            "tokens_per_cpu_second": tokens / (time.process_time() - began),
+            "tokens_per_second": tokens / (time.perf_counter() - wall)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="a directory with a fast tokenizer")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL files")
+    parser.add_argument("--repeat", type=int, default=8, help="so many times the files' text, to outlast the start-up")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each loader measurement")
+    args = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    from dlm_jax.data.sources import open_sources
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for number in range(args.repeat):
+            for source in open_sources(args.data):
+                files.append(f"{folder}/{number}-{len(files)}.jsonl")
+                shutil.copyfile(source.name, files[-1])
+        plain_loop(files[:1], tokenizer)
+        tokens, cpu = plain_loop(files, tokenizer)
+        runs = [prepared(files, tokenizer, workers) for workers in (0, 1, os.cpu_count())]
+        baseline = tokens / cpu
+        print(f"plain tokenizers loop: {baseline / 1e6:.3f} million tokens a CPU second ({tokens:,} tokens)")
+        for run in runs:
+            run["ratio"] = run["tokens"] / run["cpu_seconds"] / baseline
+            print(f"dlm prepare, {run['workers']} workers: {run['ratio'] * baseline / 1e6:.3f} million tokens a CPU "
+                  f"second, {run['ratio']:.2f} of the loop; {run['tokens'] / run['seconds'] / 1e6:.3f} a second")
+        loaders = [loader_speed(length, pack, folder, args.seconds, mixture) for length, pack, mixture in
+                   ((512, "plain", False), (1024, "plain", False), (2048, "plain", False), (512, "segments", False),
+                    (512, "plain", True))]
+    print("\n| row | packing | sources | million tokens a second, one core | of the target |\n"
+          "| --- | --- | --- | --- | --- |")
+    for row in loaders:
+        speed = row["tokens_per_cpu_second"]
+        print(f"| {row['length']} | {row['pack']} | {2 if row['mixture'] else 1} | {speed / 1e6:.1f} | "
+              f"{speed / TARGET:.1f} x |")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({
+        "plain_loop_tokens_per_cpu_second": baseline, "prepare": runs, "loader": loaders,
+        "target_tokens_per_second": TARGET, "cores": os.cpu_count(), "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "grain",
+                                                                         "array_record", "numpy")}}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Turns a corpus into rows of tokens, once, for `dlm train` to read at speed.
+
+  dlm prepare --config=diffugpt_s --data 'fineweb/*.parquet' --output=fineweb-rows
+  dlm train --config=diffugpt_s --config.data.train=fineweb-rows --workdir=runs/gpt2
+
+The recipe says which tokenizer, length and packing training will ask for. Stopped, the same command goes on. Text comes
+from files (.txt .jsonl .json .parquet .arrow, also .gz and .zst), from tfds:NAME and from hf:NAME?name=CONFIG.
+"""
+
+import argparse
+import os
+import time
+
+from dlm_jax.cli.shared import add_json_argument, write_result
+from dlm_jax.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="RECIPE", help="the recipe that will train on the rows (default: none)")
+    parser.add_argument("--data", nargs="+", action="extend", metavar="SOURCE",
+                        help="files, globs, tfds:NAME or hf:NAME (default: the recipe's data.train)")
+    parser.add_argument("--tokenizer", metavar="MODEL",
+                        help="a directory or hub id (default: the recipe's model.source)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the rows go; may be gs://...")
+    parser.add_argument("--workers", type=int, help="tokenising processes (default: as many as there are cores)")
+    parser.add_argument("--shard_size", type=int, default=64, metavar="MIB",
+                        help="about how large a file becomes, in MiB (default %(default)s)")
+    parser.add_argument("--note", default="", help="kept in the manifest: the licence, for instance")
+    parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
+                        help="sets one key of the recipe, such as --config.data.length=1024; any number of these")
+    add_json_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from dlm_jax.cli.config import build_config
+    from dlm_jax.cli.recipes import load_recipe, train_defaults
+    from dlm_jax.training.config import TrainConfig
+
+    recipe = load_recipe(arguments.config) if arguments.config else train_defaults()
+    config = build_config(TrainConfig, recipe, arguments.overrides)
+    specs, model = arguments.data or config.data.train, arguments.tokenizer or config.model.source
+    if not specs:
+        raise ConfigError("--data is missing: name files, globs, tfds:NAME or hf:NAME")
+    if not model:
+        raise ConfigError("--tokenizer is missing: name the model whose tokenizer to use, a directory or hub id")
+    workers = os.cpu_count() if arguments.workers is None else arguments.workers
+    if workers < 0 or arguments.shard_size < 1:
+        raise ConfigError("--workers must not be negative, and --shard_size at least 1")
+
+    from dlm_jax.data.corpus import sources_of
+    from dlm_jax.data.manifest import rows_config
+    from dlm_jax.data.prepare import prepare
+    from dlm_jax.hf.hub import locate
+    from dlm_jax.hf.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(locate(model, weights=False))
+    if tokenizer is None:
+        raise ConfigError(f"{model} has no tokenizer files")
+    began = time.monotonic()
+    manifest = prepare(sources_of(config.data, specs), arguments.output.rstrip("/"), tokenizer,
+                       rows_config(config.data, 0.0 if config.data.validation else config.data.validation_fraction),
+                       workers=workers, shard_bytes=arguments.shard_size << 20, note=arguments.note)
+    seconds = time.monotonic() - began
+    parts = {name: {"rows": part.rows, "documents": part.documents, "tokens": part.tokens, "files": len(part.shards)}
+             for name, part in manifest.parts.items()}
+    result = {"output": arguments.output, "length": manifest.layout.length, "parts": parts, "counts": manifest.counts,
+              "bad_records": list(manifest.bad_records), "seconds": round(seconds, 2)}
+    write_result(arguments.json, result, _table(result))
+
+
+def _table(result: dict) -> str:
+    lines = [f"{name:<14}{part['rows']:,} rows of {result['length']}: {part['tokens']:,} tokens of "
+             f"{part['documents']:,} documents, in {part['files']} files" for name, part in result["parts"].items()]
+    lines += [f"{name:<14}{count:,}" for name, count in result["counts"].items()]
+    total = sum(part["tokens"] for part in result["parts"].values())
+    rate = f" ({total / result['seconds']:,.0f} tokens a second)" if result["seconds"] > 1 else ""
+    return "\n".join([*lines, f"{'output':<14}{result['output']}, after {result['seconds']:.0f} s{rate}"])

@@ -1,0 +1,135 @@
+"""Rows in ArrayRecord files: how a row becomes a record, and how files become rows again."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dlm_jax.data.remote import is_remote, put_file
+from dlm_jax.data.rows import Rows
+from dlm_jax.errors import DataError
+
+# One record a chunk, so that a row is read alone; token ids compress too little to pay for it.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """The bytes of a row: its tokens, little-endian, then one bit a token for each plane.
+
+    Attributes:
+      length: tokens a row.
+      dtype: "uint16" or "uint32".
+      planes: of `rows.PLANES`.
+    """
+
+    length: int
+    dtype: str
+    planes: tuple[str, ...]
+
+    @classmethod
+    def fitting(cls, length: int, vocab_size: int, planes: Sequence[str]) -> "RowLayout":
+        return cls(length, "uint16" if vocab_size <= 1 << 16 else "uint32", tuple(planes))
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.length * np.dtype(self.dtype).itemsize
+
+    @property
+    def _plane_bytes(self) -> int:
+        return -(-self.length // 8)
+
+    @property
+    def row_bytes(self) -> int:
+        return self._token_bytes + len(self.planes) * self._plane_bytes
+
+    def encode(self, rows: Rows) -> np.ndarray:
+        """uint8 [rows, row_bytes]."""
+        rows = rows.with_planes(self.planes)
+        tokens = rows.tokens.astype(np.dtype(self.dtype).newbyteorder("<"))
+        parts = [tokens.view(np.uint8), *(np.packbits(getattr(rows, name), axis=1) for name in self.planes)]
+        return np.concatenate(parts, axis=1) if self.planes else parts[0]
+
+    def decode(self, records: Sequence[bytes]) -> Rows:
+        data = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.row_bytes)
+        tokens = np.ascontiguousarray(data[:, :self._token_bytes]).view(np.dtype(self.dtype).newbyteorder("<"))
+        planes = {}
+        for k, name in enumerate(self.planes):
+            start = self._token_bytes + k * self._plane_bytes
+            bits = np.unpackbits(data[:, start : start + self._plane_bytes], axis=1, count=self.length)
+            planes[name] = bits.view(bool)
+        return Rows(tokens, **planes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file, as the manifest lists it."""
+
+    file: str
+    rows: int
+    bytes: int
+
+
+def write_shard(directory: str, file: str, blocks: Iterable[np.ndarray]) -> Shard:
+    """Writes encoded rows (uint8 [n, row_bytes]) as one file, which appears whole or not at all.
+
+    Raises:
+      DataError: it cannot be written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    remote, count = is_remote(directory), 0
+    try:
+        with tempfile.TemporaryDirectory(dir=None if remote else directory, prefix=".writing-") as beside:
+            local = os.path.join(beside, file)
+            writer = ArrayRecordWriter(local, _WRITER_OPTIONS)
+            for block in blocks:
+                for row in block:
+                    writer.write(row.tobytes())
+                count += len(block)
+            writer.close()
+            size = os.path.getsize(local)
+            put_file(local, f"{directory}/{file}")
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{directory}/{file} cannot be written: {error}") from error
+    return Shard(file, count, size)
+
+
+class RowFiles:
+    """The rows of a list of shards; a `RowSource` that opens files as they are needed and can be pickled."""
+
+    def __init__(self, directory: str, shards: Sequence[Shard], layout: RowLayout):
+        """Raises DataError: a file is missing, has another size than it was written with, or is out of reach."""
+        from grain.sources import ArrayRecordDataSource
+
+        if is_remote(directory):
+            raise DataError(f"{directory}: ArrayRecord files are read from a mounted filesystem; mount the bucket (for "
+                            "Google Cloud Storage: gcsfuse BUCKET FOLDER) or copy the directory, and give its local "
+                            "path")
+        self.length, self.planes, self._layout = layout.length, layout.planes, layout
+        self._count = sum(shard.rows for shard in shards)
+        for shard in shards:
+            path = Path(directory, shard.file)
+            if not path.is_file():
+                raise DataError(f"{path} is missing; the manifest beside it lists it. Prepare the corpus again")
+            if path.stat().st_size != shard.bytes:
+                raise DataError(f"{path} has {path.stat().st_size:,} bytes, not the {shard.bytes:,} it was written "
+                                "with; copy it again, or prepare the corpus again")
+        # With the counts given, no file is opened before it is read.
+        self._records = ArrayRecordDataSource(
+            [f"{directory}/{shard.file}[0:{shard.rows}]" for shard in shards]) if self._count else None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, indices: np.ndarray) -> Rows:
+        indices = np.arange(self._count)[indices].tolist()
+        if not indices:
+            return Rows(np.zeros((0, self.length), self._layout.dtype)).with_planes(self.planes)
+        try:
+            return self._layout.decode(self._records.__getitems__(indices))
+        except (RuntimeError, ValueError) as error:  # what ArrayRecord raises where a checksum does not match
+            raise DataError(f"rows cannot be read, a file is damaged ({error}); prepare the corpus again") from error

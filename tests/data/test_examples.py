@@ -1,0 +1,280 @@
+import copy
+import json
+import pickle
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from transformers import GPT2TokenizerFast
+
+from dlm_jax.data.config import ExampleConfig
+from dlm_jax.data.encode import Encoder
+from dlm_jax.data.examples import ExampleForm
+from dlm_jax.data.records import BadRecord, Chunk
+from dlm_jax.errors import ConfigError, DataError
+
+BOS, EOS = 0, 1  # of the byte tokenizers
+CHATML = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA2 = ("{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+          "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}" \
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "im_end"}, {"role": "user", "content": "More! ü"},
+        {"role": "assistant", "content": "no more"}]
+
+
+def form_of(tokenizer, format, length=64, **settings):
+    return ExampleForm(tokenizer, ExampleConfig(format=format, **settings), length)
+
+
+def rows_of(form, records):
+    """(tokens, starts, maskable, counts), one row an example."""
+    counts = Counter()
+    piece = form.encode([form.read(record)[1] for record in records], counts)
+    assert (piece.tokens.dtype, piece.starts.dtype, piece.maskable.dtype) == (np.uint32, bool, bool)
+    tokens, starts, maskable = (part.reshape(-1, form.length) for part in
+                                (piece.tokens, piece.starts, piece.maskable))
+    assert starts[:, 0].all() and not maskable[:, 0].any() and len(tokens) == counts["examples"]
+    assert form.planes == (("maskable",) if form.config.padding == "trained" else ("starts", "maskable"))
+    assert "starts" in form.planes or not starts[:, 1:].any()  # what is not kept says nothing
+    return tokens, starts, maskable, counts
+
+
+def random_text(source: random.Random, most: int) -> str:
+    return "x" + "".join(source.choice("ab \n\t|#é🙂<>/s") for _ in range(source.randrange(most)))
+
+
+def random_records(count: int = 60) -> list[dict[str, str]]:
+    source = random.Random(0)
+    return [{"prompt": random_text(source, 30), "response": random_text(source, 30)} for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def gpt2(test_data):
+    bpe = test_data / "gpt2_bpe"
+    return GPT2TokenizerFast(vocab=str(bpe / "encoder.json"), merges=str(bpe / "vocab.bpe"))
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.mark.parametrize("padding", ["ignored", "trained"])
+@pytest.mark.parametrize("separator", ["\n", "", "\n\n### "])
+def test_a_row_is_bos_prompt_separator_response_eos_padding(bos_tokenizer, padding, separator):
+    records = random_records()
+    form = form_of(bos_tokenizer, "prompt_response", 300, padding=padding, separator=separator)
+    for record, row, starts, maskable in zip(records, *rows_of(form, records)[:3], strict=True):
+        prompt = [BOS, *bos_tokenizer.encode(record["prompt"] + separator, add_special_tokens=False)]
+        response = [*bos_tokenizer.encode(record["response"], add_special_tokens=False), EOS]
+        begin, end = len(prompt), len(prompt) + len(response)
+        assert row.tolist() == prompt + response + [EOS] * (form.length - end)
+        assert not maskable[:begin].any() and maskable[begin:end].all()
+        assert bos_tokenizer.decode(row[1:begin]) == record["prompt"] + separator
+        assert bos_tokenizer.decode(row[begin : end - 1]) == record["response"]
+        if padding == "ignored":
+            assert maskable.sum() == len(response) and (row[maskable] == EOS).sum() == 1
+            assert np.flatnonzero(starts).tolist() == [0, end]
+        else:
+            assert maskable[end:].all() and np.flatnonzero(starts).tolist() == [0]
+
+
+def test_without_bos_a_row_begins_with_eos_as_generation_does(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    tokens, _, maskable, _ = rows_of(form_of(bare, "prompt_response"), [{"prompt": "ab", "response": "c"}])
+    assert bare.decode(tokens[0, :4]) == "</s>ab\n"
+    assert np.flatnonzero(maskable[0]).tolist() == [4, 5]
+
+
+def test_padding_is_the_token_asked_for_else_the_tokenizers_own_else_eos(tokenizer):
+    def last(tokenizer, **settings):
+        form = form_of(tokenizer, "prompt_response", **settings)
+        return tokenizer.decode(rows_of(form, [{"prompt": "a", "response": "b"}])[0][0, -1])
+
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    assert [last(tokenizer), last(padded), last(padded, pad_token="<s>")] == ["</s>", "<pad>", "<s>"]
+
+
+@pytest.mark.parametrize(("spare", "examples", "truncated", "dropped"), [
+    (0, 1, 0, 0), (-1, 1, 1, 0), (-3, 1, 1, 0), (-4, 0, 0, 1), (-9, 0, 0, 1)])
+def test_too_long_truncates_down_to_one_token_of_response(tokenizer, spare, examples, truncated, dropped):
+    record = {"prompt": "abcdefgh", "response": "xyz"}  # 1 + 8 + 1 and 3 + 1 tokens
+    form = form_of(tokenizer, "prompt_response", 14 + spare, too_long="truncate")
+    tokens, starts, maskable, counts = rows_of(form, [record])
+    assert counts == Counter(examples=examples, truncated=truncated, dropped=dropped)
+    if truncated:  # the row is full, and does not say that the response ends here
+        assert tokenizer.decode(tokens[0][maskable[0]]) == "xyz"[: 4 + spare]
+        assert maskable[0, -1] and starts.sum() == 1
+
+
+def test_too_long_drops_or_refuses(tokenizer):
+    records = [{"prompt": "a", "response": "b" * n} for n in (60, 61, 62)]  # + 4 tokens
+    tokens, _, _, counts = rows_of(form_of(tokenizer, "prompt_response", too_long="drop"), records)
+    assert len(tokens) == 1 and counts == Counter(examples=1, dropped=2)
+    encoder = Encoder(form_of(tokenizer, "prompt_response"))
+    assert encoder(Chunk("some.jsonl", "line", 8, records[:1])).counts["examples"] == 1
+    with pytest.raises(DataError, match=r"line 9: an example of 65 tokens .* of 64; .*data.length.*too_long"):
+        encoder(Chunk("some.jsonl", "line", 8, records))
+
+
+def test_all_examples_dropped_is_an_empty_piece(tokenizer):
+    form = form_of(tokenizer, "prompt_response", 3, too_long="drop")
+    assert rows_of(form, [{"prompt": "a", "response": "b"}])[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize(("format", "record", "reason"), [
+    ("prompt_response", {"prompt": "a"}, "no key 'response'"),
+    ("prompt_response", {"prompt": " \n", "response": "b"}, "blank prompt"),
+    ("prompt_response", {"prompt": "a", "response": ""}, "blank response"),
+    ("prompt_response", {"prompt": "a", "response": 7}, "int under 'response'"),
+    ("prompt_response", {"prompt": "a", "response": "b</s>c"}, "EOS in its midst"),
+    ("prompt_response", "just text", "prompt, response was expected"),
+    ("alpaca", {"instruction": " ", "input": "x", "output": "b"}, "blank prompt"),
+    ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "int under 'input'"),
+    ("gsm8k", {"question": "a"}, "no key 'answer'"),
+    ("gsm8k_symbolic", "a|b", r"no \|\|"),
+    ("gsm8k_symbolic", "a||", "blank response"),
+    ("messages", {"chat": []}, r"no list of messages under 'messages' \(it has chat\)"),
+    ("messages", {"messages": ["a"]}, "message 1: str"),
+    ("messages", {"messages": [{"role": "user", "content": None}]}, "message 1: NoneType under 'content'"),
+    ("messages", {"messages": [{"from": ["gpt"], "value": "a"}]}, "message 1: list under 'role'"),
+    ("messages", {"messages": TALK[:2]}, "no message is the assistant's"),
+    ("messages", {"messages": TALK[2:]}, "blank history before message 1"),
+    ("messages", {"messages": [*TALK[:2], {"role": "assistant", "content": "\n"}]}, "blank message 3"),
+])
+def test_bad_records_say_why(chat_tokenizer, format, record, reason):
+    with pytest.raises(BadRecord, match=reason):
+        form_of(chat_tokenizer, format).read(record)
+
+
+def test_blank_lines_are_no_records(tokenizer):
+    assert form_of(tokenizer, "gsm8k_symbolic").read(" \n") is None
+
+
+def test_settings_are_checked_before_the_first_record(tokenizer, tmp_path):
+    missing, broken, silent = (tmp_path / f"{name}.jinja" for name in ("missing", "broken", "silent"))
+    broken.write_text("{% for %}")
+    silent.write_text("{{ messages[0].content }}")
+    for error, match, settings in [
+        (ConfigError, "format is 'none'", {"format": "none"}),
+        (ConfigError, "pad_token is '<pad>'", {"format": "gsm8k", "pad_token": "<pad>"}),
+        (DataError, "no chat template.*data.examples.chat_template", {"format": "messages"}),
+        (ConfigError, "missing.jinja cannot be read", {"format": "messages", "chat_template": str(missing)}),
+        (DataError, "broken.jinja.*Expected an expression", {"format": "messages", "chat_template": str(broken)}),
+        (DataError, "silent.jinja.*leaves out the answer", {"format": "messages", "chat_template": str(silent)}),
+    ]:
+        with pytest.raises(error, match=match):
+            form_of(tokenizer, **settings)
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(DataError, match="no EOS"):
+        form_of(endless, "gsm8k")
+
+
+@pytest.mark.parametrize(("template", "learnt", "bos"), [
+    (CHATML, ["im_end<|im_end|>", "no more<|im_end|>"], []),
+    (LLAMA2, [" im_end </s>", " no more </s>"], []),
+    (PLAIN, [" im_end</s>", " no more</s>"], [BOS]),  # no mark of its own: BOS and EOS are added
+])
+def test_each_turn_of_the_assistant_is_an_example(chat_tokenizer, tmp_path, template, learnt, bos):
+    file = tmp_path / "chat.jinja"
+    file.write_text(template)
+    talk = TALK[1:] if template == LLAMA2 else TALK
+    form = form_of(chat_tokenizer, "messages", 200, chat_template=str(file))
+    tokens, starts, maskable, counts = rows_of(form, [{"messages": talk}])
+    assert counts["examples"] == 2
+    for row, row_starts, row_maskable, response, turn in zip(
+            tokens, starts, maskable, learnt, (len(talk) - 3, len(talk) - 1), strict=True):
+        prompt = chat_tokenizer.apply_chat_template(
+            talk[:turn], chat_template=template, add_generation_prompt=True, return_dict=False)
+        begin, end = np.flatnonzero(row_maskable)[[0, -1]]
+        assert row[:begin].tolist() == bos + prompt
+        assert chat_tokenizer.decode(row[begin : end + 1]) == response
+        assert row_maskable[begin : end + 1].all() and np.flatnonzero(row_starts).tolist() == [0, end + 1]
+    assert chat_tokenizer.chat_template == CHATML
+
+
+def test_a_conversation_is_held_out_as_one_by_its_first_prompt(chat_tokenizer):
+    form = form_of(chat_tokenizer, "messages", 200)
+    assert form.read({"messages": TALK})[0] == form.read({"messages": TALK[:3]})[0]
+    pairs = form_of(chat_tokenizer, "prompt_response")
+    assert pairs.read({"prompt": "a", "response": "b"})[0] == pairs.read({"prompt": "a", "response": "c"})[0]
+
+
+def test_sharegpt_is_read_as_messages(chat_tokenizer):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    shared = [{"from": names[message["role"]], "value": message["content"]} for message in TALK]
+    form = form_of(chat_tokenizer, "messages", 200, messages_key="conversations")
+    assert form.columns == ("conversations",)
+    assert form.read({"conversations": shared}) == form.read({"conversations": TALK})
+
+
+@pytest.mark.parametrize(("template", "reason"), [
+    ("{% if messages | length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + CHATML,
+     r"fails at message 3 \(one turn only"),
+    (CHATML + "{% if messages | length > 2 %}{{ messages | length }}{% endif %}", "ends message 3 with"),
+    ("{{ messages | length }}" + CHATML, "tokens before message 3"),
+])
+def test_what_a_template_cannot_write_is_a_bad_record(chat_tokenizer, template, reason):
+    chat_tokenizer.chat_template = template
+    with pytest.raises(BadRecord, match=reason):
+        form_of(chat_tokenizer, "messages").read({"messages": TALK[:3]})
+
+
+def test_a_form_travels_to_workers(chat_tokenizer, tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text(CHATML)
+    form = form_of(chat_tokenizer, "messages", 200, chat_template=str(file))
+    travelled = pickle.dumps(form)
+    file.unlink()  # the template travels with it
+    for here, there in zip(rows_of(form, [{"messages": TALK}]), rows_of(pickle.loads(travelled), [{"messages": TALK}]),
+                           strict=True):
+        np.testing.assert_equal(here, there)
+
+
+def test_gsm8k_is_learnt_word_for_word(gpt2, test_data):
+    records = [json.loads(line) for line in (test_data / "gsm8k/test.jsonl").open(encoding="utf-8")]
+    tokens, _, maskable, counts = rows_of(form_of(gpt2, "gsm8k", 640), records)
+    assert counts == Counter(examples=len(records)) and (tokens[:, 0] == gpt2.bos_token_id).all()
+    answers = gpt2.batch_decode([row[learnt] for row, learnt in zip(tokens, maskable, strict=True)])
+    assert answers == [record["answer"] + "<|endoftext|>" for record in records]
+
+
+@pytest.mark.parametrize("as_record", [str, lambda line: {"text": line}])
+def test_symbolic_gsm8k_is_parted_at_its_bars(gpt2, test_data, as_record):
+    lines = (test_data / "gsm8k_icot/test.txt").read_text(encoding="utf-8").splitlines()
+    tokens, _, maskable, _ = rows_of(form_of(gpt2, "gsm8k_symbolic", 512), map(as_record, lines))
+    for line, row, learnt in zip(lines, tokens, maskable, strict=True):
+        begin, end = np.flatnonzero(learnt)[[0, -1]]
+        assert f"{gpt2.decode(row[1 : begin - 1])}||{gpt2.decode(row[begin:end])}" == line
+        assert gpt2.decode(row[begin - 1]) == "\n"
+
+
+def test_alpaca_asks_with_and_without_input(gpt2, test_data):
+    records = json.loads((test_data / "alpaca/alpaca_en_demo.json").read_text(encoding="utf-8"))[:300]
+    cut, left_out = (form_of(gpt2, "alpaca", 192, too_long=policy) for policy in ("truncate", "drop"))
+    tokens, _, maskable, counts = rows_of(cut, records)
+    assert 0 < counts["truncated"] < counts["examples"] == len(records) - counts["dropped"]
+    few, _, _, fewer = rows_of(left_out, records)
+    assert fewer == Counter(examples=counts["examples"] - counts["truncated"],
+                            dropped=counts["dropped"] + counts["truncated"])
+    whole = ~(maskable[:, -1] & (tokens[:, -1] != gpt2.eos_token_id))
+    np.testing.assert_array_equal(tokens[whole], few)
+    fitting = (record for record in records if len(cut.read(record)[1][0].prompt) < 192)
+    for record, row, learnt in zip(fitting, tokens, maskable, strict=True):
+        begin = np.flatnonzero(learnt)[0]
+        prompt = gpt2.decode(row[1:begin])
+        assert prompt.startswith("Below is an instruction that describes a task")
+        assert prompt.endswith("### Response:\n") and f"### Instruction:\n{record['instruction']}\n\n" in prompt
+        assert ("### Input:" in prompt) == ("further context" in prompt) == bool(record["input"])
+        assert record["input"] in prompt
+        assert (record["output"] + "<|endoftext|>").startswith(gpt2.decode(row[learnt]).rstrip("�"))
