@@ -1,6 +1,6 @@
 """DiffuGPT-M: GPT-2 medium, adapted on 210B tokens of FineWeb (arXiv 2410.17891).
 
-    dlm train --config=diffugpt_m --workdir=DIR --config.data.train='fineweb/*.jsonl.gz'
+    dlm train --config=diffugpt_m --workdir=DIR --config.data.train=FINEWEB
 
 As diffugpt_s, deviations included, with longer rows, larger batches, fewer steps, and a new token as the mask.
 """

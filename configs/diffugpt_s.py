@@ -1,6 +1,6 @@
 """DiffuGPT-S: GPT-2 small, adapted on 131B tokens of FineWeb (arXiv 2410.17891).
 
-    dlm train --config=diffugpt_s --workdir=DIR --config.data.train='fineweb/*.jsonl.gz'
+    dlm train --config=diffugpt_s --workdir=DIR --config.data.train=FINEWEB
 
 The paper takes 30B unique tokens of FineWeb sample-100BT. It departs from the authors' code, not from their paper, in
     objective.normaliser      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")

@@ -1,9 +1,11 @@
-"""DiffuLLaMA: Llama-2-7B, adapted on 65B tokens of SlimPajama and StarCoder (arXiv 2410.17891).
+r"""DiffuLLaMA: Llama-2-7B, adapted on 65B tokens of SlimPajama and StarCoder (arXiv 2410.17891).
 
-    dlm train --config=diffullama_7b --workdir=DIR --config.data.train='slimpajama/*.jsonl.gz'
+    dlm train --config=diffullama_7b --workdir=DIR --config.data.train=SLIMPAJAMA,STARCODER \
+        --config.data.weights=0.693584,0.306416
 
-The paper mixes SlimPajama and StarCoder 0.693584 : 0.306416. Attention is bidirectional from the start, as in the
-paper; diffullama_7b_annealed opens it gradually. It departs from the authors' code, not from their paper, in
+with directories made by `dlm prepare` (docs/data.md has the commands), in the paper's proportion. Attention is
+bidirectional from the start, as in the paper; diffullama_7b_annealed opens it gradually. It departs from the authors'
+code, not from their paper, in
     objective.normaliser      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
     data.length               2048 tokens; theirs reads rows of 2049
     model.param_dtype         float32 master parameters, computing in bfloat16; theirs loads bfloat16

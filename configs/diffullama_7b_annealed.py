@@ -1,6 +1,6 @@
 """DiffuLLaMA with annealed attention: not the paper's, whose attention kernel could not; its authors expect it to help.
 
-    dlm train --config=diffullama_7b_annealed --workdir=DIR --config.data.train='slimpajama/*.jsonl.gz'
+    dlm train --config=diffullama_7b_annealed --workdir=DIR --config.data.train=SLIMPAJAMA
 """
 
 from dlm_jax.cli.recipes import load_recipe

@@ -13,6 +13,16 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="session")
+def tfds_folder(tmp_path_factory) -> pathlib.Path:
+    """Where a real dataset of TensorFlow Datasets is prepared; see `tests/named_datasets.py`."""
+    from tests.named_datasets import build_tfds
+
+    folder = tmp_path_factory.mktemp("tfds")
+    build_tfds(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def test_data() -> pathlib.Path:
     """The folder of real data that DLM_TEST_DATA names."""
     if not os.environ.get("DLM_TEST_DATA"):

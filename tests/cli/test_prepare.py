@@ -75,6 +75,18 @@ def test_examples_train(capsys, recipe, tmp_path):
     assert read_records(tmp_path / "run", "train")[-1]["masked_tokens"] < 8 * 6  # of 8 x 16 tokens only the responses
 
 
+def test_a_dataset_of_tfds_trains(recipe, tfds_folder, tmp_path):
+    source, rows = f"tfds:toy/small?data_dir={tfds_folder}", tmp_path / "rows"
+    assert run("prepare", f"--config={recipe}", "--data", source, f"--output={rows}") == 0
+    assert json.loads((rows / "manifest.json").read_text())["sources"] == [source]
+    losses = []
+    for name, data in (("direct", source), ("prepared", rows)):
+        assert run("train", f"--config={recipe}", f"--config.data.train={data}", f"--workdir={tmp_path / name}") == 0
+        losses.append([record["loss"] for record in read_records(tmp_path / name, "train")])
+    assert losses[0] == losses[1]
+    assert "tensorflow" not in sys.modules
+
+
 @pytest.mark.parametrize(("arguments", "sentence"), [
     ((), "--data is missing"),
     (("--data", "{text}", "--config.model.source="), "--tokenizer is missing"),

@@ -1,6 +1,5 @@
 """Datasets by name, read as they would be after their download: from files."""
 
-import importlib.resources.abc
 import json
 import os
 import sys
@@ -13,41 +12,9 @@ from dlm_jax.data.records import BadRecord, BrokenSource, text_of
 from dlm_jax.data.sources import chunks, open_sources
 from dlm_jax.data.sources.named import parse_spec
 from dlm_jax.errors import DataError
+from tests.named_datasets import RECORDS
 
-COUNT = 600
-RECORDS = [{"text": f"é {number}\n", "number": number, "nested": {"tags": ["a", "b"][:number % 3]},
-            "turns": [{"role": "user", "content": "hi"}] * (number % 3)} for number in range(COUNT)]
-
-
-@pytest.fixture(scope="module")
-def tfds_folder(tmp_path_factory):
-    import numpy as np
-    import tensorflow_datasets as tfds
-
-    features = tfds.features
-
-    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.2.0")
-        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="small"), tfds.core.BuilderConfig(name="large"))
-
-        def _info(self):
-            return tfds.core.DatasetInfo(builder=self, disable_shuffling=True, features=features.FeaturesDict({
-                "text": features.Text(), "number": features.Scalar(np.int64),
-                "nested": {"tags": features.Sequence(features.Text())},
-                "turns": features.Sequence({"role": features.Text(), "content": features.Text()})}))
-
-        def _split_generators(self, _):
-            return {"train": enumerate(RECORDS), "test": enumerate(RECORDS[:3])}
-
-        def _generate_examples(self):
-            raise NotImplementedError
-
-    tfds.disable_progress_bar()
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as patch:  # tfds needs the backport to build, and does not require it
-        patch.setitem(sys.modules, "importlib_resources", importlib.resources)
-        Toy(data_dir=folder, config="small", file_format="array_record").download_and_prepare()
-    return folder
+COUNT = len(RECORDS)
 
 
 @pytest.fixture(scope="module")

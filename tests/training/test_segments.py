@@ -1,0 +1,69 @@
+"""Documents packed with segment ids train as if each had a row of its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dlm_jax.data.loader import Loader
+from dlm_jax.data.rows import Rows
+from dlm_jax.diffusion import loss_sums, token_nll
+from dlm_jax.models import ModelConfig, Transformer
+from dlm_jax.training.objective import ObjectiveConfig, prepare
+
+GPT2 = ModelConfig("gpt2", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
+                   mlp_size=64, max_length=24, norm="layer", positions="learned", gated_mlp=False,
+                   activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True)
+LLAMA = ModelConfig("llama", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+                    mlp_size=48, max_length=24)
+MASK, FIRST, SECOND = 60, 9, 11
+CONFIGS = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+
+
+def loaded(tokens: np.ndarray, begins: tuple[int, ...] = ()):
+    starts = np.isin(np.arange(tokens.shape[1]), (0, *begins)) & np.ones(tokens.shape, bool)
+    return jax.tree.map(jnp.asarray, Loader([Rows(tokens, starts)], len(tokens), shuffle=False).batch(0))
+
+
+def tokens_of(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 60, (4, FIRST + SECOND))
+
+
+def sums_of(model, objective, batch):
+    noised, mask = prepare(objective, batch, jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)
+    hidden = model.hidden(noised.tokens, mask, positions=batch.positions)
+    return loss_sums(hidden, model.unembed, noised), token_nll(hidden, model.unembed, noised.targets), noised
+
+
+@CONFIGS
+def test_the_autoregressive_loss_is_that_of_the_documents_apart(config):
+    model, tokens = Transformer(config, rngs=nnx.Rngs(0)), tokens_of()
+    objective = ObjectiveConfig(name="autoregressive")
+    packed = sums_of(model, objective, loaded(tokens, (FIRST,)))[0]
+    apart = [sums_of(model, objective, loaded(part))[0] for part in (tokens[:, :FIRST], tokens[:, FIRST:])]
+    np.testing.assert_allclose(packed.nll, apart[0].nll + apart[1].nll, rtol=1e-5)
+    assert packed.scored == apart[0].scored + apart[1].scored == 4 * (FIRST + SECOND - 2)
+
+
+@CONFIGS
+@pytest.mark.parametrize("anneal_steps", [0, 8])
+def test_no_document_hears_of_its_neighbour(config, anneal_steps):
+    model, objective = Transformer(config, rngs=nnx.Rngs(0)), ObjectiveConfig(anneal_steps=anneal_steps)
+    tokens, other = tokens_of(), tokens_of(1)
+    for changed, kept in ((slice(0, FIRST), slice(FIRST + 1, None)), (slice(FIRST, None), slice(1, FIRST))):
+        mixed = tokens.copy()
+        mixed[:, changed] = other[:, changed]
+        first, second = (sums_of(model, objective, loaded(each, (FIRST,))) for each in (tokens, mixed))
+        np.testing.assert_array_equal(first[1][:, kept], second[1][:, kept])
+        assert not np.array_equal(first[1], second[1])
+        assert not first[2].scored[:, [0, FIRST]].any()  # the first token of each is its context
+
+
+def test_bidirectional_bound_terms_are_those_of_the_document_alone():
+    model, tokens = Transformer(GPT2, rngs=nnx.Rngs(0)), tokens_of()
+    _, nll, noised = sums_of(model, ObjectiveConfig(), loaded(tokens, (FIRST,)))
+    alone = model.hidden(noised.tokens[:, FIRST:], prepare(
+        ObjectiveConfig(), loaded(tokens[:, FIRST:]), jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)[1])
+    np.testing.assert_allclose(nll[:, FIRST + 1:],
+                               token_nll(alone, model.unembed, jnp.asarray(tokens[:, FIRST:]))[:, 1:], rtol=2e-5)
