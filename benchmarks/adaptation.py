@@ -129,7 +129,8 @@ def main() -> None:
         for variant in args.variants:
             config = configure(args, variant, seed)
             workdir = args.work / f"{variant.replace(' ', '_')}-{seed}"
-            train(config, workdir)
+            if train(config, workdir)["interrupted"]:
+                raise SystemExit("stopped; the same command goes on from there")
             curves[variant].append(curve(workdir, config.data.batch_size * config.data.length))
             print(f"{variant}, seed {seed}: {curves[variant][-1][-1][1]:.3f} nats per token", flush=True)
     parent, summary = parent_nll(config), summarise(curves)
