@@ -83,7 +83,8 @@ class TrainConfig:
 # Everything else may change when a run is resumed, and the change is shown.
 _FIXED_ON_RESUME = ("seed", "model.source", "model.init", "model.mask_token", "model.param_dtype", "data.",
                     "objective.name", "objective.shift", "optimizer.name")
-_FREE_ON_RESUME = ("data.cache_dir",)
+# That rows which lie elsewhere are the same rows is checked by their content.
+_FREE_ON_RESUME = ("data.cache_dir", "data.bad_records", "data.train", "data.validation")
 
 
 def flat_dict(config: object, prefix: str = "") -> dict[str, object]:
