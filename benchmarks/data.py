@@ -109,7 +109,7 @@ def main() -> None:
         loops = [plain_loop(files, tokenizer)]
         runs = [prepared(files, tokenizer, workers) for workers in (0, 1, os.cpu_count())]
         loops.append(plain_loop(files, tokenizer))
-        tokens, baseline = loops[0][0], max(tokens / cpu for tokens, cpu in loops)  # the faster, whatever the machine did
+        tokens, baseline = loops[0][0], max(tokens / cpu for tokens, cpu in loops)  # the faster one
         print(f"plain tokenizers loop: {baseline / 1e6:.3f} million tokens a CPU second ({tokens:,} tokens)")
         for run in runs:
             run["ratio"] = run["tokens"] / run["cpu_seconds"] / baseline
