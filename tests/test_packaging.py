@@ -16,7 +16,7 @@ ROOT = pathlib.Path(dlm_jax.__file__).parents[1]
 MODULES = sorted((ROOT / "dlm_jax").rglob("*.py"))
 # Where the name to import is not the name to install.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
-OPTIONAL = {"torch", "wandb"}
+OPTIONAL = {"datasets", "torch", "wandb"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_every_module_says_what_it_is():
 
 
 def test_tests_mirror_the_rooms():
-    rooms = {path.parent.name for path in MODULES} - {"dlm_jax"}
+    rooms = {path.parent.relative_to(ROOT / "dlm_jax") for path in MODULES}
     assert not {room for room in rooms if not list((ROOT / "tests" / room).glob("test_*.py"))}
 
 
