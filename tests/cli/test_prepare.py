@@ -107,7 +107,7 @@ def test_what_is_wrong_is_said_in_a_sentence(capsys, recipe, text, tmp_path, arg
 
 def test_ctrl_c_stops_and_the_same_command_goes_on(base, tmp_path):
     path = tmp_path / "long.jsonl"
-    path.write_text((json.dumps({"text": "The cat sat on the mat. " * 40}) + "\n") * 15_000)
+    path.write_text((json.dumps({"text": "The cat sat on the mat. " * 40}) + "\n") * 30_000)
     command = [sys.executable, "-m", "dlm_jax.cli.main", "prepare", f"--tokenizer={base}", "--data", str(path),
                f"--output={tmp_path / 'rows'}", "--workers=1", "--shard_size=1", "--config.data.length=16"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -227,7 +227,8 @@ def test_random_weights_need_no_checkpoint_and_follow_the_seed(tmp_path):
     assert_same_parameters(a, b)
     assert not np.array_equal(a.model.embed.embedding[...], c.model.embed.embedding[...])
     sharded = load_pretrained(tmp_path, init="random", seed=1, shardings=split_over(make_mesh(MeshConfig(fsdp=8))))
-    assert_same_parameters(a, sharded)
+    # The same bits drawn; the normal's inverse error function may be compiled otherwise (jax 0.12).
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), nnx.state(a.model), nnx.state(sharded.model))
     with pytest.raises(ConfigError, match="init 'guess'"):
         load_pretrained(tmp_path, init="guess")
 

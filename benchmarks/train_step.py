@@ -1,0 +1,207 @@
+"""A whole training step (noise, forward, backward, AdamW), ours and PyTorch's, side by side in one run.
+
+    python benchmarks/train_step.py                                             GPT-2 small, 2 x 512, float32: a CPU
+    python benchmarks/train_step.py --model=gpt2-medium --batch_size=32 --length=1024 --dtype=bfloat16      a GPU
+    python benchmarks/train_step.py --model=llama2-7b --layers=8 --batch_size=8 --length=2048 --dtype=bfloat16
+
+Both start from random weights and see the same random tokens; times are drawn from U(0, 1) on both sides, half of the
+tokens are masked on average. PyTorch runs transformers' model with a 4-D attention mask under SDPA, full logits and its
+own AdamW, as the DiffuLLaMA release does. The two take turns, so that what else the machine does falls on both.
+Writes benchmarks/results/train_step-MODEL-DEVICE.json.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+HF_CONFIGS = {
+    "gpt2-small": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
+                   "vocab_size": 50257},
+    "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024,
+                    "vocab_size": 50257},
+    "llama2-7b": {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 32, "intermediate_size": 11008, "max_position_embeddings": 4096,
+                  "rms_norm_eps": 1e-5, "vocab_size": 32000, "tie_word_embeddings": False},
+}
+MASK_TOKEN_ID = 811
+ANNEAL_RATIO = 0.5  # of the annealed variants: as far from causal as from bidirectional
+
+
+def hf_config(args: argparse.Namespace) -> dict:
+    config = dict(HF_CONFIGS[args.model])
+    if config["model_type"] == "gpt2":
+        config |= {"embd_pdrop": args.dropout, "attn_pdrop": args.dropout, "resid_pdrop": args.dropout}
+    if args.layers:
+        config["n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers"] = args.layers
+    return config
+
+
+def tokens_of(args: argparse.Namespace) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, HF_CONFIGS[args.model]["vocab_size"], (args.batch_size, args.length))
+
+
+def ours(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
+    """A function that takes one step and waits for it."""
+    import jax
+    from flax import nnx
+
+    from dlm_jax.data.batch import Batch
+    from dlm_jax.hf import config_from_hf
+    from dlm_jax.models import Compute, Transformer
+    from dlm_jax.parallel import MeshConfig, make_mesh
+    from dlm_jax.training.objective import ObjectiveConfig
+    from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from dlm_jax.training.state import create_state
+    from dlm_jax.training.step import make_train_step
+
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = nnx.jit(lambda: Transformer(config_from_hf(hf_config(args)), rngs=nnx.Rngs(0), param_dtype=args.param_dtype,
+                                        compute=Compute(args.dtype, args.remat, args.attention)))()
+    graphdef, params = nnx.split(model)
+    optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01)
+    # Half of 10^6 steps gone: the ratio of the annealed variant stays where it is.
+    objective = ObjectiveConfig(anneal_steps=2_000_000 if annealed else 0)
+    optimizer = make_optimizer(optimizer_config, 10**6)
+    state = create_state(params, optimizer, False, mesh)
+    state = dataclasses.replace(state, step=state.step + 1_000_000)
+    step = make_train_step(graphdef, optimizer, mesh, objective=objective, config=optimizer_config,
+                           num_steps=10**6, seed=0, mask_token_id=MASK_TOKEN_ID)
+    tokens = tokens_of(args).astype(np.int32)
+    maskable = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
+    number = iter(range(10**9))
+
+    def run() -> None:
+        nonlocal state
+        index = np.arange(args.batch_size, dtype=np.uint32) + next(number) * args.batch_size
+        state, metrics = step(state, Batch(tokens, maskable, index))
+        jax.block_until_ready((state, metrics))
+
+    return run
+
+
+def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
+    """The same step as the release's code takes it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = hf_config(args)
+    config = AutoConfig.for_model(config.pop("model_type"), **config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa",
+                                             dtype=getattr(torch, args.param_dtype)).to(device).train()
+    if args.remat != "none":
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+    tokens = torch.from_numpy(tokens_of(args)).to(device)
+    length = args.length
+    mixed = args.dtype != args.param_dtype
+    autocast = torch.autocast(device, getattr(torch, args.dtype)) if mixed else contextlib.nullcontext()
+
+    def run() -> None:
+        with torch.no_grad():
+            t = 1e-3 + (1 - 1e-3) * torch.rand(tokens.shape[0], 1, device=device)
+            masked = torch.rand(tokens.shape, device=device) < t
+            masked[:, 0] = False
+            noised = torch.where(masked, MASK_TOKEN_ID, tokens)
+            allowed = torch.ones(length, length, dtype=torch.bool, device=device)
+            if annealed:
+                allowed = allowed.tril() | (torch.rand(length, length, device=device) < ANNEAL_RATIO)
+            bias = torch.where(allowed, 0.0, torch.finfo(torch.float32).min).to(getattr(torch, args.dtype))
+            bias = bias.expand(tokens.shape[0], 1, length, length)
+        with autocast:
+            logits = model(input_ids=noised, attention_mask=bias, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
+                                                 tokens[:, 1:].reshape(-1), reduction="none")
+        loss = (loss.view(tokens.shape[0], -1) * masked[:, 1:] / t).sum() / (tokens.shape[0] * (length - 1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def measure(runs: dict[str, Callable[[], None]], steps: int, turns: int) -> dict[str, list[float]]:
+    """Seconds of each step, the contenders taking turns of a few steps; the first two of each do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+        run()
+    for _ in range(turns):
+        for name, run in runs.items():
+            for _ in range(-(-steps // turns)):
+                began = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=HF_CONFIGS, default="gpt2-small")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the model has, for small memories")
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--param_dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dropout", type=float, default=0.1, help="of GPT-2, on both sides")
+    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
+    parser.add_argument("--attention", default="auto", help="our backend")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's, on a CPU")
+    parser.add_argument("--only", choices=("ours", "pytorch"), help="leave the other out")
+    parser.add_argument("--annealed", choices=("both", "off", "on"), default="both")
+    args = parser.parse_args()
+
+    import jax
+
+    from dlm_jax.hf import config_from_hf
+    from dlm_jax.training.flops import peak_flops, train_flops
+
+    results = []
+    for annealed in {"both": (False, True), "off": (False,), "on": (True,)}[args.annealed]:
+        contenders = {name: make(args, annealed) for name, make in (("ours", ours), ("pytorch", pytorch))
+                      if args.only in (None, name)}
+        for name, seconds in measure(contenders, args.steps, args.turns).items():
+            median = statistics.median(seconds)
+            results.append({"side": name, "annealed": annealed, "seconds_per_step": median,
+                            "tokens_per_second": args.batch_size * args.length / median, "seconds": seconds})
+    tokens = args.batch_size * args.length
+    flops = train_flops(config_from_hf(hf_config(args)), tokens, tokens, args.length)
+    peak = peak_flops(jax.devices()[0])
+    print(f"{args.model}, {args.batch_size} x {args.length}, {args.dtype}, dropout {args.dropout}, {jax.devices()[0]}; "
+          f"{args.steps} steps, median")
+    print("| attention | side | seconds a step | tokens a second | of PyTorch |" + (" MFU |" if peak else ""))
+    print("| --- | --- | --- | --- | --- |" + (" --- |" if peak else ""))
+    for row in results:
+        other = [r for r in results if r["side"] == "pytorch" and r["annealed"] == row["annealed"]]
+        row["ratio"] = row["tokens_per_second"] / other[0]["tokens_per_second"] if other else None
+        row["mfu"] = flops / row["seconds_per_step"] / peak if peak else None
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        print(f"| {'annealed' if row['annealed'] else 'bidirectional'} | {row['side']} | {row['seconds_per_step']:.3f} | "
+              f"{row['tokens_per_second']:,.0f} | {ratio} |"
+              + (f" {row['mfu']:.1%} |" if peak else ""))
+    device = jax.devices()[0].device_kind.replace(" ", "-").lower()
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"train_step-{args.model}-{device}.json").write_text(json.dumps({
+        "settings": vars(args), "results": results, "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
+    }, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
