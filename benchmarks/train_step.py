@@ -191,7 +191,8 @@ def main() -> None:
         row["ratio"] = row["tokens_per_second"] / other[0]["tokens_per_second"] if other else None
         row["mfu"] = flops / row["seconds_per_step"] / peak if peak else None
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        print(f"| {'annealed' if row['annealed'] else 'bidirectional'} | {row['side']} | {row['seconds_per_step']:.3f} | "
+        kind = "annealed" if row["annealed"] else "bidirectional"
+        print(f"| {kind} | {row['side']} | {row['seconds_per_step']:.3f} | "
               f"{row['tokens_per_second']:,.0f} | {ratio} |"
               + (f" {row['mfu']:.1%} |" if peak else ""))
     device = jax.devices()[0].device_kind.replace(" ", "-").lower()
