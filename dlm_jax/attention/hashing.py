@@ -6,9 +6,10 @@ Randomness that lives inside attention (annealing, dropout) must be computable f
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio
-_RESOLUTION = 1 << 24  # bits compared with a probability; float32 holds 0 .. 2**24 exactly
+_GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio
+RESOLUTION = 1 << 24  # bits compared with a probability; float32 holds 0 .. 2**24 exactly
 
 
 def _mix(h: jax.Array) -> jax.Array:
@@ -18,22 +19,32 @@ def _mix(h: jax.Array) -> jax.Array:
     return h ^ (h >> 16)
 
 
-def counter_hash(*words: jax.Array | int) -> jax.Array:
+def counter_hash(*words: jax.Array | int, state: jax.Array | int = _GOLDEN) -> jax.Array:
     """Hashes integers, broadcast against each other, to uniform uint32 bits.
 
     Words are absorbed left to right; put the ones that vary least first, so that only the last
-    absorption runs at full rank.
+    absorption runs at full rank. `state` goes on from the hash of earlier words: hash(a, b) is hash(b, state=hash(a)).
     """
-    h = jnp.uint32(_GOLDEN)
+    h = jnp.asarray(state).astype(jnp.uint32)
     for word in words:
-        h = _mix((h ^ jnp.asarray(word).astype(jnp.uint32)) + jnp.uint32(_GOLDEN))
+        h = _mix((h ^ jnp.asarray(word).astype(jnp.uint32)) + _GOLDEN)
     return h
+
+
+def threshold(probability: jax.Array | float) -> jax.Array | np.ndarray:
+    """How many of the 2**24 values of a draw stand for true, int32; a constant where the probability is one."""
+    xp = jnp if isinstance(probability, jax.Array) else np
+    return xp.round(xp.asarray(probability, xp.float32) * RESOLUTION).astype(xp.int32)
+
+
+def below(bits: jax.Array, threshold: jax.Array | int) -> jax.Array:
+    """True for `threshold` of the 2**24 values that the upper bits take."""
+    return (bits >> 8).astype(jnp.int32) < threshold
 
 
 def bernoulli(bits: jax.Array, probability: jax.Array | float) -> jax.Array:
     """True with the given probability, decided by 24 of the bits: 0 is never and 1 is always, exactly."""
-    threshold = jnp.round(jnp.asarray(probability, jnp.float32) * _RESOLUTION).astype(jnp.uint32)
-    return (bits >> 8) < threshold
+    return below(bits, threshold(probability))
 
 
 def dropout(x: jax.Array, rate: float, seeds: jax.Array | None, *site: jax.Array | int) -> jax.Array:

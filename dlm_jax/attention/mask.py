@@ -6,7 +6,8 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from dlm_jax.attention.hashing import bernoulli, counter_hash
+from dlm_jax.attention.hashing import counter_hash, threshold
+from dlm_jax.attention.rule import Numbers, Rule
 from dlm_jax.errors import ConfigError
 
 
@@ -75,30 +76,27 @@ class AttentionMask:
         """Also forbids keys `window` or more positions away, on either side (Mistral's, made symmetric)."""
         return dataclasses.replace(self, window=window)
 
+    @property
+    def rule(self) -> Rule:
+        """What of this mask is known when a program is compiled."""
+        return Rule(self.kind, self.block_size, self.window, self.segment_ids is not None, self.lengths is not None)
+
+    def numbers(self) -> Numbers:
+        """What the rule needs to know of each example, each int32 or uint32 [batch or 1]."""
+        annealed = self.kind == "annealed"
+        example = 0 if self.example_index is None else self.example_index
+        return Numbers(
+            threshold=jnp.atleast_1d(jnp.asarray(threshold(self.ratio) if annealed else 0, jnp.int32)),
+            pattern=jnp.atleast_1d(counter_hash(self.seed, example) if annealed else jnp.uint32(0)),
+            length=jnp.full(1, jnp.iinfo(jnp.int32).max) if self.lengths is None else self.lengths)
+
     def allowed(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """Evaluates the rule: positions int [Q] and [K] give bool [batch or 1, Q, K]."""
         q, k = query_positions[None, :, None], key_positions[None, None, :]
-        allowed = self._rule(q, k)
-        if self.window is not None:
-            allowed &= jnp.abs(q - k) < self.window
+        query_segments = key_segments = None
         if self.segment_ids is not None:
-            query_segment = jnp.take(self.segment_ids, query_positions, axis=1)[:, :, None]
-            allowed &= query_segment == jnp.take(self.segment_ids, key_positions, axis=1)[:, None, :]
-        if self.lengths is not None:
-            allowed &= k < self.lengths[:, None, None]
-        return allowed
-
-    def _rule(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        match self.kind:
-            case "causal":
-                return k <= q
-            case "bidirectional":
-                return jnp.ones(jnp.broadcast_shapes(q.shape, k.shape), bool)
-            case "annealed":
-                example = 0 if self.example_index is None else self.example_index[:, None, None]
-                return (k <= q) | bernoulli(counter_hash(self.seed, example, q, k), self.ratio)
-            case "block_causal":
-                return k // self.block_size <= q // self.block_size
-            case "matrix":
-                return self.allowed_matrix[q[0], k[0]][None]
-        raise ValueError(f"unknown attention mask kind {self.kind!r}")
+            query_segments = jnp.take(self.segment_ids, query_positions, axis=1)[:, :, None]
+            key_segments = jnp.take(self.segment_ids, key_positions, axis=1)[:, None, :]
+        numbers = Numbers(*(x[:, None, None] for x in self.numbers()))
+        allowed = self.rule.allowed(q, k, numbers, query_segments, key_segments)
+        return allowed if self.allowed_matrix is None else allowed & self.allowed_matrix[q[0], k[0]]
