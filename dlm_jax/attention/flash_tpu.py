@@ -38,6 +38,39 @@ def flash_attention_tpu(query: jax.Array, key: jax.Array, value: jax.Array, mask
       [batch, Q, heads, head_dim] in the type of `query`; with `return_residuals` also the logsumexp of the scores,
       float32 [batch, heads, Q], -1e30 where a query sees nothing.
     """
+    plan, scalars, tensors = _prepare(query, key, value, mask, dropout_rate, dropout_seeds, query_offset, key_offset,
+                                      kv_head_offset, block_q, block_k, interpret)
+    out, logsumexp = _attention(plan, scalars, tensors)
+    out = _length_second(out, query.shape[1])
+    return (out, logsumexp[:, :, 0, :query.shape[1]]) if return_residuals else out
+
+
+def flash_attention_tpu_gradients(
+        query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, out: jax.Array, logsumexp: jax.Array,
+        d_out: jax.Array, *, dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None,
+        query_offset: jax.Array | int = 0, key_offset: jax.Array | int = 0, kv_head_offset: jax.Array | int = 0,
+        block_q: int = 512, block_k: int = 512, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a shard of the keys adds to the gradients of query, key and value, given the whole attention's results.
+
+    Args:
+      out: [batch, Q, heads, head_dim] and logsumexp float32 [batch, heads, Q], over all shards of the keys.
+      d_out: the gradient of `out`. The other arguments are those of `flash_attention_tpu`.
+    """
+    plan, scalars, tensors = _prepare(query, key, value, mask, dropout_rate, dropout_seeds, query_offset, key_offset,
+                                      kv_head_offset, block_q, block_k, interpret)
+    padding = tensors.query.shape[-1] - query.shape[1]
+    logsumexp = jnp.pad(logsumexp, ((0, 0), (0, 0), (0, padding)))[:, :, None]
+    out, d_out = (_length_last(x, plan.block_q) for x in (out, d_out))
+    _, gradients = _backward(plan, (scalars, tensors, out, logsumexp), (d_out, jnp.zeros_like(logsumexp)))
+    return (_length_second(gradients.query, query.shape[1]) * query.shape[-1] ** -0.5,
+            _length_second(gradients.key, key.shape[1]), _length_second(gradients.value, key.shape[1]))
+
+
+def _prepare(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, dropout_rate: float,
+             dropout_seeds: jax.Array | None, query_offset: jax.Array | int, key_offset: jax.Array | int,
+             kv_head_offset: jax.Array | int, block_q: int, block_k: int,
+             interpret: bool) -> tuple[Plan, Scalars, Tensors]:
+    """From the arguments of `flash_attention_tpu` to what the kernels take."""
     if mask.kind == "matrix":
         raise ConfigError("the TPU flash kernel evaluates masks by rule: use the dense backend for an explicit matrix")
     if not interpret and (block_q % _LANES or block_k % _LANES):
@@ -66,10 +99,7 @@ def flash_attention_tpu(query: jax.Array, key: jax.Array, value: jax.Array, mask
         query_segments=query_bounds, key_segments=key_bounds, streams=streams.astype(jnp.int32))
     tensors = Tensors(_length_last(query * head_dim**-0.5, block_q), _length_last(key, block_k),
                       _length_last(value, block_k), query_segments, key_segments)
-
-    out, logsumexp = _attention(plan, scalars, tensors)
-    out = out[..., :q_len].transpose(0, 3, 1, 2)
-    return (out, logsumexp[:, :, 0, :q_len]) if return_residuals else out
+    return plan, scalars, tensors
 
 
 def _tile_length(length: int, largest: int) -> int:
@@ -82,6 +112,11 @@ def _tile_length(length: int, largest: int) -> int:
 def _length_last(x: jax.Array, block: int) -> jax.Array:
     """[batch, length, heads, head_dim] to [batch, heads, head_dim, length filled up to whole tiles]."""
     return jnp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, -x.shape[1] % block)))
+
+
+def _length_second(x: jax.Array, length: int) -> jax.Array:
+    """The way back: [batch, heads, head_dim, length filled up] to [batch, length, heads, head_dim]."""
+    return x[..., :length].transpose(0, 3, 1, 2)
 
 
 def _segments(segment_ids: jax.Array, offset: jax.Array | int, length: int, block: int,

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dlm_jax.attention import Partition
 from dlm_jax.errors import ConfigError
 
 
@@ -81,11 +82,13 @@ class Compute:
         logits, softmax, norms and rotary angles are float32 always.
       remat: what the backward pass recomputes: "none", "dots" (keep products with parameters) or "full".
       attention: an attention backend by name, or "auto".
+      partition: the mesh axes that split activations, for backends that XLA cannot split by itself.
     """
 
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    partition: Partition | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):

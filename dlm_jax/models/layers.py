@@ -83,7 +83,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
         d, n = (config.hidden_size,), config.num_layers
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-        self.backend, self.dropout_rate = compute.attention, config.attention_dropout
+        self.compute, self.dropout_rate = compute, config.attention_dropout
         self.q = Linear(d, heads, ("embed", "heads", "head_dim"), n, config.qkv_bias, init)
         self.k = Linear(d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
         self.v = Linear(d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
@@ -99,7 +99,8 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if cos_sin is not None:
             query, key = rotate(query, cos_sin), rotate(key, cos_sin)
-        return self.out(attend(query, key, value, mask, backend=self.backend, dropout_rate=self.dropout_rate,
+        return self.out(attend(query, key, value, mask, backend=self.compute.attention,
+                               partition=self.compute.partition, dropout_rate=self.dropout_rate,
                                dropout_seeds=dropout_seeds))
 
 

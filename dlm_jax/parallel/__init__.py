@@ -2,7 +2,15 @@
 
 from dlm_jax.parallel.mesh import AXES, MeshConfig, describe_mesh, make_mesh
 from dlm_jax.parallel.place import place_rows
-from dlm_jax.parallel.rules import RULES, array_sharding, is_param, param_shardings, spec_of, state_shardings
+from dlm_jax.parallel.rules import (
+    ATTENTION_PARTITION,
+    RULES,
+    array_sharding,
+    is_param,
+    param_shardings,
+    spec_of,
+    state_shardings,
+)
 
-__all__ = ["AXES", "RULES", "MeshConfig", "array_sharding", "describe_mesh", "is_param", "make_mesh", "param_shardings",
+__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "describe_mesh", "is_param", "make_mesh", "param_shardings",
            "place_rows", "spec_of", "state_shardings"]

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dlm_jax.attention import Partition
 from dlm_jax.errors import ConfigError
 
 BATCH_AXES = ("data", "fsdp")
@@ -24,6 +25,9 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "layers": None,
     None: None,
 }
+
+# The same for attention, whose kernels XLA cannot split by itself.
+ATTENTION_PARTITION = Partition(batch=BATCH_AXES, heads=RULES["heads"], length=RULES["length"])
 
 # Vocabularies are seldom round (GPT-2: 50257, and a mask token adds one): one that does not divide stays whole.
 _MAY_STAY_WHOLE = ("vocab",)

@@ -51,6 +51,7 @@ class _Run:
         self.config, self.workdir = config, workdir
         workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = make_mesh(config.mesh)
+        stack.enter_context(jax.set_mesh(self.mesh))  # for what is split by hand, inside the model
         self.first = max(saved_steps(workdir), default=0)
         self.changes = config_changes(read_run_config(workdir), config) if self.first else []
         base = load_base(config, workdir, self.mesh, resumed=bool(self.first))

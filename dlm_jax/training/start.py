@@ -14,7 +14,7 @@ from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.hf import Pretrained, load_pretrained
 from dlm_jax.hf.tokenizer import choose_mask_token
 from dlm_jax.models import Compute, ModelConfig, abstract_model
-from dlm_jax.parallel import describe_mesh, param_shardings
+from dlm_jax.parallel import ATTENTION_PARTITION, describe_mesh, param_shardings
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params
 from dlm_jax.training.objective import check_mask_token
@@ -29,8 +29,8 @@ def load_base(config: TrainConfig, workdir: Path, mesh: Mesh, *, resumed: bool) 
       CheckpointError: the source cannot be read.
     """
     model = config.model
-    compute = Compute(model.dtype, model.remat, model.attention)
-    choose_backend(model.attention)
+    compute = Compute(model.dtype, model.remat, choose_backend(model.attention, mesh.devices.flat[0].platform),
+                      ATTENTION_PARTITION)
 
     def shardings(model_config: ModelConfig) -> object:
         return param_shardings(abstract_model(model_config, compute, model.param_dtype), mesh)
@@ -105,7 +105,7 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
         + (f", in {config.optimizer.accumulate_steps} micro-batches" if config.optimizer.accumulate_steps > 1 else ""),
         f"run        {config.num_steps:,} steps, {config.num_steps * per_step:,} tokens",
         f"devices    {describe_mesh(mesh)}, {config.model.dtype}, "
-        f"{choose_backend(config.model.attention)} attention",
+        f"{base.model.compute.attention} attention",
     ]
     if first:
         lines.append(f"resumed    from step {first:,}")
