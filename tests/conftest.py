@@ -1,10 +1,14 @@
-"""Eight host devices, CPU, exact float32 products: set before JAX starts."""
+"""Eight host devices, CPU, exact float32 products: set before JAX starts.
+
+Eight devices on few cores may wait long for each other, where the default is to give up after 40 seconds.
+"""
 
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+                           " --xla_cpu_collective_call_terminate_timeout_seconds=600")
 
 import jax
 import pytest

@@ -1,9 +1,10 @@
-"""From hidden states to the bound: cross-entropy in chunks, so that no [batch, length, vocab] array exists.
+"""From hidden states to the bound: cross-entropy where a token was masked, never a [batch, length, vocab] array.
 
 Sums come out unnormalised and additive, so that micro-batches and devices add them and one division ends the step.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Self
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax.diffusion.corruption import CorruptedBatch
+from dlm_jax.diffusion.head_loss import HeadPlan, head_loss
 
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., embed] -> float32 logits [..., vocab]
 
@@ -20,16 +22,18 @@ NORMALISERS = ("maskable", "masked")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Float32 scalars summed over positions; adds up over micro-batches.
+    """Float32 scalars summed over positions; adds up over micro-batches. Only `loss` has a gradient.
 
     Attributes:
-      weighted_nll: weights x cross-entropy over the scored positions, nats.
+      loss: what is minimised: the objective's weights x cross-entropy over the scored positions, nats.
+      weighted_nll: the bound's weights x cross-entropy over the scored positions, nats.
       nll: cross-entropy over the scored positions, nats.
       correct: how many scored positions have the target as their likeliest token.
       scored: how many positions were scored.
       maskable: how many positions could have been.
     """
 
+    loss: jax.Array
     weighted_nll: jax.Array
     nll: jax.Array
     correct: jax.Array
@@ -44,7 +48,7 @@ class LossSums:
         return jax.tree.map(jnp.add, self, other)
 
     def normaliser(self, name: str) -> jax.Array:
-        """What the weighted sum is divided by, at least 1.
+        """What the loss is divided by, at least 1.
 
         "maskable" makes the loss an unbiased estimate of the bound in nats per token, whatever the batch size.
         "masked" is the release's form, for comparison; its value depends on how a batch is cut up.
@@ -52,51 +56,59 @@ class LossSums:
         return jnp.maximum(self.maskable if name == "maskable" else self.scored, 1.0)
 
 
-def loss_sums(hidden: jax.Array, unembed: Unembed, batch: CorruptedBatch, *, shift: bool = True,
-              chunk_size: int = 128) -> LossSums:
-    """Scores `hidden` [batch, length, embed] against the batch's targets.
+def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: CorruptedBatch, *,
+              weights: jax.Array | None = None, shift: bool = True) -> LossSums:
+    """Scores `hidden` [batch, length, embed] against the batch's targets, where it says.
 
     Args:
+      kernel: of the head, [vocab, embed] or [embed, vocab] as `plan` says.
+      weights: float32 [batch, length], of each position's cross-entropy in what is minimised; None: the bound's.
       shift: logits at n - 1 predict token n (the AR alignment, kept); position 0 is then never scored.
-      chunk_size: positions along the length whose logits exist at one time.
     """
-    scored = batch.scored
+    targets, scored, bound_weights = batch.targets, batch.scored, batch.weights
+    weights = bound_weights if weights is None else weights
     if shift:
-        scored = scored.at[:, 0].set(False)
-    nll, correct = _token_scores(hidden, unembed, batch.targets, shift, chunk_size)
-    total = lambda x: jnp.sum(jnp.where(scored, x, 0.0), dtype=jnp.float32)  # noqa: E731
-    return LossSums(weighted_nll=total(batch.weights * nll), nll=total(nll), correct=total(correct), scored=total(1.0),
-                    maskable=jnp.sum(batch.maskable, dtype=jnp.float32))
+        scored, targets, bound_weights, weights = _shift(scored, targets, bound_weights, weights)
+    bound_weights, weights = (jnp.where(scored, x, 0.0) for x in (bound_weights, weights))
+    loss, nll, correct = head_loss(hidden, kernel, targets, scored, weights, plan)
+    total = functools.partial(jnp.sum, dtype=jnp.float32)
+    return LossSums(loss=loss, weighted_nll=total(bound_weights * nll), nll=total(nll), correct=total(correct),
+                    scored=total(scored), maskable=total(batch.maskable))
 
 
-def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, *, shift: bool = True,
-              chunk_size: int = 128) -> jax.Array:
-    """Cross-entropy of int `targets`, float32 [batch, length] in nats each; 0 at position 0 under `shift`."""
-    nll, _ = _token_scores(hidden, unembed, targets, shift, chunk_size)
-    return nll.at[:, 0].set(0.0) if shift else nll
+def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, wanted: jax.Array | None = None, *,
+              shift: bool = True, chunk_size: int = 128) -> jax.Array:
+    """Cross-entropy of int `targets`, float32 [batch, length] in nats each; not differentiable.
+
+    Args:
+      wanted: bool [batch, length], where it is computed; 0 comes out elsewhere, and at position 0 under `shift`. Each
+        row's wanted positions are put first, and a loop visits as many chunks of columns as the fullest row needs:
+        rows stay on their devices, however they are spread.
+      chunk_size: positions of each row whose logits exist at one time.
+    """
+    wanted = jnp.ones(targets.shape, bool) if wanted is None else wanted
+    if shift:
+        wanted, targets = _shift(wanted, targets)
+    size = min(chunk_size, targets.shape[1])
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+
+    def visit(index: jax.Array, nll: jax.Array) -> jax.Array:
+        at = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)  # the last may repeat what was before
+        logits = unembed(jnp.take_along_axis(hidden, at[..., None], axis=1))  # [batch, size, vocab]
+        target = jnp.take_along_axis(targets, at, axis=1)[..., None]
+        found = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+        return jax.lax.dynamic_update_slice_in_dim(nll, found, index * size, axis=1)
+
+    num_chunks = -(-jnp.max(jnp.sum(wanted, axis=1)) // size)
+    nll = jax.lax.fori_loop(0, num_chunks, visit, jnp.zeros(targets.shape, jnp.float32))
+    nll = jnp.where(wanted, jnp.take_along_axis(nll, jnp.argsort(order, axis=1), axis=1), 0.0)
+    return jnp.roll(nll, 1, axis=1) if shift else nll
 
 
-def _token_scores(hidden: jax.Array, unembed: Unembed, targets: jax.Array, shift: bool,
-                  chunk_size: int) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and correctness, float32 [batch, length], aligned with `targets`; column 0 is void under shift."""
-    if shift:  # the loss's one place where the AR alignment is undone
-        targets = jnp.roll(targets, -1, axis=1)
-    batch, length, _ = hidden.shape
-    num_chunks = -(-length // chunk_size)
-    padding = num_chunks * chunk_size - length if num_chunks > 1 else 0
+def _shift(scored: jax.Array, *others: jax.Array) -> list[jax.Array]:
+    """Each [batch, length], moved to the position whose state predicts it; nothing predicts position 0.
 
-    @jax.checkpoint  # the backward pass makes each chunk's logits again instead of keeping them
-    def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = unembed(hidden)  # [batch, chunk, vocab]
-        target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - target_logit
-        return nll, (target_logit >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)).astype(jnp.float32)
-
-    if num_chunks == 1:
-        nll, correct = score(hidden, targets)
-    else:
-        pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-        chunks = lambda x: jnp.moveaxis(pad(x).reshape(batch, num_chunks, chunk_size, *x.shape[2:]), 1, 0)  # noqa: E731
-        scores = jax.lax.map(lambda chunk: score(*chunk), (chunks(hidden), chunks(targets)))
-        nll, correct = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in scores)
-    return (jnp.roll(nll, 1, axis=1), jnp.roll(correct, 1, axis=1)) if shift else (nll, correct)
+    The one place of the loss where the AR alignment is undone, on small arrays: the states stay where they are.
+    """
+    scored = scored & (jnp.arange(scored.shape[1]) > 0)
+    return [jnp.roll(x, -1, axis=1) for x in (scored, *others)]

@@ -88,8 +88,8 @@ def _bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sampl
     draw = functools.partial(_masked, num_samples=num_samples)
     masked, weight = jax.vmap(draw)(batch.maskable, keys, sample)
     noised = dataclasses.replace(batch, tokens=jnp.where(masked, mask_token_id, batch.tokens))
-    nll = _nll(nnx.merge(graphdef, params), noised, batch.tokens, AttentionMask.bidirectional(), shift)
-    return weight * jnp.where(masked, nll, 0).sum(axis=1)
+    nll = _nll(nnx.merge(graphdef, params), noised, batch.tokens, masked, AttentionMask.bidirectional(), shift)
+    return weight * nll.sum(axis=1)
 
 
 def _masked(maskable: jax.Array, key: jax.Array, sample: jax.Array, *, num_samples: int) -> tuple[jax.Array, jax.Array]:
@@ -104,12 +104,13 @@ def _masked(maskable: jax.Array, key: jax.Array, sample: jax.Array, *, num_sampl
     return maskable & (rank < number), total / number
 
 
-def _nll(model: Transformer, batch: Batch, targets: jax.Array, attention: AttentionMask, shift: bool) -> jax.Array:
-    """Cross-entropy of `targets`, float32 [batch, length], after reading `batch.tokens`."""
+def _nll(model: Transformer, batch: Batch, targets: jax.Array, wanted: jax.Array, attention: AttentionMask,
+         shift: bool) -> jax.Array:
+    """Cross-entropy of `targets` where `wanted`, else 0: float32 [batch, length], after reading `batch.tokens`."""
     if batch.segment_ids is not None:
         attention = attention.with_segments(batch.segment_ids)
     hidden = model.hidden(batch.tokens, attention, positions=batch.positions)
-    return token_nll(hidden, model.unembed, targets, shift=shift)
+    return token_nll(hidden, model.unembed, targets, wanted, shift=shift)
 
 
 def bound(model: Transformer, tokens: np.ndarray, maskable: np.ndarray, *, mask_token_id: int, shift: bool = True,
@@ -147,8 +148,8 @@ def autoregressive_nll(model: Transformer, tokens: np.ndarray, maskable: np.ndar
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _autoregressive_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Array:
-    nll = _nll(nnx.merge(graphdef, params), batch, batch.tokens, AttentionMask.causal(), shift=True)
-    return jnp.where(batch.maskable, nll, 0).sum(axis=1)
+    model = nnx.merge(graphdef, params)
+    return _nll(model, batch, batch.tokens, batch.maskable, AttentionMask.causal(), shift=True).sum(axis=1)
 
 
 def _scorable(maskable: np.ndarray) -> np.ndarray:

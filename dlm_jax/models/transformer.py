@@ -88,9 +88,14 @@ class Transformer(nnx.Module):
         x, _ = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), stacked))
         return self.final_norm(x)
 
+    @property
+    def head_kernel(self) -> nnx.Param:
+        """What `unembed` multiplies by, as it lies: [vocab, embed] if tied to the embedding, else [embed, vocab]."""
+        return self.embed.embedding if self.head is None else self.head.kernel
+
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., vocab] of hidden states [..., embed]."""
-        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        kernel = self.head_kernel[...] if self.head is not None else self.head_kernel[...].T
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:

@@ -12,5 +12,5 @@ from dlm_jax.parallel.rules import (
     state_shardings,
 )
 
-__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "describe_mesh", "is_param", "make_mesh", "param_shardings",
-           "place_rows", "spec_of", "state_shardings"]
+__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "describe_mesh", "is_param",
+           "make_mesh", "param_shardings", "place_rows", "spec_of", "state_shardings"]

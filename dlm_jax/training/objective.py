@@ -1,4 +1,4 @@
-"""What a step minimises: from a batch to a corrupted batch and an attention mask, and from sums to a loss."""
+"""What a step minimises: from a batch to a corrupted batch and an attention mask, and the weights of the loss."""
 
 import dataclasses
 from typing import Literal
@@ -10,7 +10,6 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.data.batch import Batch
 from dlm_jax.diffusion import (
     CorruptedBatch,
-    LossSums,
     NoiseSchedule,
     anneal_ratio,
     annealing_seed,
@@ -115,6 +114,6 @@ def prepare(config: ObjectiveConfig, batch: Batch, step: jax.Array, *, seed: int
                    schedule=config.noise), mask
 
 
-def loss_of(config: ObjectiveConfig, sums: LossSums) -> jax.Array:
-    """The part of `sums` that is minimised, not yet divided."""
-    return sums.weighted_nll if config.weight == "elbo" else sums.nll
+def loss_weights(config: ObjectiveConfig, batch: CorruptedBatch) -> jax.Array:
+    """Weights [batch, length] of the cross-entropy in what is minimised: the bound's, or 1."""
+    return batch.weights if config.weight == "elbo" else jnp.ones_like(batch.weights)

@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from dlm_jax.data.batch import Batch
-from dlm_jax.diffusion import LossSums, dropout_seeds, loss_sums
+from dlm_jax.diffusion import HeadPlan, LossSums, dropout_seeds, loss_sums
+from dlm_jax.models import Transformer
 from dlm_jax.parallel import array_sharding, is_param, spec_of
-from dlm_jax.training.objective import ObjectiveConfig, loss_of, prepare, ratio_of
+from dlm_jax.training.objective import ObjectiveConfig, loss_weights, prepare, ratio_of
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
 from dlm_jax.training.state import TrainState
 
@@ -29,14 +30,16 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     by the count of the whole batch, so that the result does not depend on how the batch is cut up.
     """
     rate = learning_rate(config, num_steps)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def loss(params: nnx.State, batch: Batch, step: jax.Array, batch_size: int) -> tuple[jax.Array, LossSums]:
         model = nnx.merge(graphdef, gather_tables(params, mesh))
         noised, mask = prepare(objective, batch, step, seed=seed, batch_size=batch_size, mask_token_id=mask_token_id)
         hidden = model.hidden(noised.tokens, mask, positions=batch.positions,
                               dropout_seeds=dropout_seeds(seed, batch.example_index))
-        sums = loss_sums(_split_rows(hidden, mesh), model.unembed, noised, shift=objective.shift)
-        return loss_of(objective, sums), sums
+        sums = loss_sums(hidden, *head_of(nnx.merge(graphdef, params), mesh), noised,
+                         weights=loss_weights(objective, noised), shift=objective.shift)
+        return sums.loss, sums
 
     def gradients(params: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, LossSums]:
         """Summed over micro-batches; float32."""
@@ -49,7 +52,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             return jax.tree.map(jnp.add, total, gradient(params, micro_batch, step)), None
 
         zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums.zero()
-        return jax.lax.scan(add, zero, micro_batches(batch, config.accumulate_steps))[0]
+        return jax.lax.scan(add, zero, micro_batches(batch, config.accumulate_steps, parts))[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -62,7 +65,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay)
         metrics = statistics(sums) | {
-            "loss": loss_of(objective, sums) / count,
+            "loss": sums.loss / count,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state.step),
             "anneal_ratio": ratio_of(objective, state.step),
@@ -77,8 +80,8 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
                    mask_token_id: int | None) -> Callable[[nnx.State, Batch, jax.Array], LossSums]:
     """The jitted sums of the bound over held-out rows, at one draw of noise: bidirectional, without dropout.
 
-    The noise depends on (seed, row, draw) only, and covers all times whatever training does: the times of all
-    `num_rows * num_samples` draws are evenly spaced, and so are those of each row.
+    The noise depends on (seed, row, draw) only, and covers all times whatever training does: the draws of a row are
+    neighbours among `num_rows * num_samples` examples, whose times spread over the range, and so do those of each row.
     """
     objective = ObjectiveConfig(name=objective.name, shift=objective.shift, schedule=objective.schedule,
                                 power=objective.power, min_time=objective.min_time)
@@ -86,18 +89,26 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
     @jax.jit
     def eval_step(params: nnx.State, batch: Batch, draw: jax.Array) -> LossSums:
         model = nnx.merge(graphdef, gather_tables(params, mesh))
-        batch = dataclasses.replace(batch, example_index=batch.example_index + draw.astype(jnp.uint32) * num_rows)
+        batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + draw.astype(jnp.uint32))
         noised, mask = prepare(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
                                mask_token_id=mask_token_id)
         hidden = model.hidden(noised.tokens, mask, positions=batch.positions)
-        return loss_sums(_split_rows(hidden, mesh), model.unembed, noised, shift=objective.shift)
+        return loss_sums(hidden, *head_of(nnx.merge(graphdef, params), mesh), noised, shift=objective.shift)
 
     return eval_step
 
 
-def micro_batches(batch: Batch, count: int) -> Batch:
-    """[batch, ...] to [count, batch / count, ...]; strided, so that each device keeps its own rows."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+def micro_batches(batch: Batch, count: int, parts: int) -> Batch:
+    """[batch, ...] to [count, batch / count, ...] of rows that lie in `parts` contiguous parts.
+
+    A micro-batch takes a contiguous run of each part: no row changes its device, and pairs of rows, whose times
+    balance, stay together wherever the run is even.
+    """
+    def cut(x: jax.Array) -> jax.Array:
+        runs = x.reshape(parts, count, -1, *x.shape[1:])
+        return jnp.swapaxes(runs, 0, 1).reshape(count, -1, *x.shape[1:])
+
+    return jax.tree.map(cut, batch)
 
 
 def statistics(sums: LossSums) -> Metrics:
@@ -126,6 +137,10 @@ def gather_tables(params: nnx.State, mesh: Mesh) -> nnx.State:
     return jax.tree.map(gather, params, is_leaf=is_param)
 
 
-def _split_rows(hidden: jax.Array, mesh: Mesh) -> jax.Array:
-    """Holds [batch, length, embed] split as the batch is, whatever the parameters around it suggest."""
-    return jax.lax.with_sharding_constraint(hidden, array_sharding(mesh, "batch", "length", None))
+def head_of(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
+    """The head's kernel and how it lies on the mesh; of a model whose tables are not gathered, as the loss gathers
+    the head in the type it computes in, and scatters its gradient."""
+    param = model.head_kernel
+    kernel = param.get_value()
+    return kernel, HeadPlan(param.axes.index("vocab"), mesh, array_sharding(mesh, "batch", "length").spec,
+                            spec_of(param.axes, kernel.shape, mesh))

@@ -111,7 +111,9 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(base, tmp_path):
     command = [sys.executable, "-m", "dlm_jax.cli.main", "prepare", f"--tokenizer={base}", "--data", str(path),
                f"--output={tmp_path / 'rows'}", "--workers=1", "--shard_size=1", "--config.data.length=16"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"JAX_PLATFORMS": "cpu"})
+                               env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                               # Where the tests run in the background, Ctrl-C may be ignored, and that is inherited.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 60
     while not (tmp_path / "rows" / "progress.npz").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import kstest
 
 from dlm_jax.diffusion import NoiseSchedule, anneal_ratio, sample_times
+from dlm_jax.diffusion.schedule import radical_inverse
 from dlm_jax.errors import ConfigError
 
 SCHEDULES = [NoiseSchedule("linear"), NoiseSchedule("cosine"), NoiseSchedule("polynomial", power=3.0)]
@@ -17,10 +19,35 @@ def test_the_weight_is_the_logarithmic_derivative_of_the_mask_probability(schedu
     np.testing.assert_allclose(schedule.mask_probability(jnp.array([0.0, 1.0])), [0.0, 1.0], atol=1e-7)
 
 
-def test_times_cover_the_range_one_in_each_stratum():
-    index = jnp.arange(64, 128, dtype=jnp.uint32)
-    t = np.asarray(sample_times(0, 1, index, 64, low=0.2, high=0.8))
-    np.testing.assert_array_equal(np.floor((t - 0.2) / 0.6 * 64 + 1e-4).astype(int), np.arange(64))
+def test_radical_inverse_mirrors_the_digits():
+    np.testing.assert_array_equal(radical_inverse(jnp.arange(8)), np.array([0, 4, 2, 6, 1, 5, 3, 7]) / 8)
+    points = np.asarray(radical_inverse(jnp.arange(2**16)))
+    np.testing.assert_array_equal(np.sort(points), np.arange(2**16) / 2**16)
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_times_balance_in_pairs_that_cover_the_range(batch_size):
+    index = jnp.arange(64, 64 + batch_size, dtype=jnp.uint32)
+    t = np.asarray(sample_times(0, 1, index, batch_size, low=0.2, high=0.8)) - 0.2
+    np.testing.assert_allclose(t[::2] + t[1::2], 0.6, atol=1e-6)
+    for rows in (t[::2], t[1::2]):  # one in each stratum, and evenly spaced
+        np.testing.assert_array_equal(np.sort(np.floor(rows / 0.6 * len(rows)).astype(int)), np.arange(len(rows)))
+        np.testing.assert_allclose(np.diff(np.sort(rows)), 0.6 / len(rows), atol=1e-6)
+
+
+def test_every_device_has_the_same_work():
+    t = np.asarray(sample_times(0, 1, jnp.arange(64), 64, low=0.0)).reshape(16, 4)  # 16 devices of 4 rows
+    np.testing.assert_allclose(t.mean(axis=1), 0.5, atol=1e-6)
+    assert (np.floor(np.sort(t, axis=1)[:, 2:] * 2) == 1).all()  # half of its rows above a half
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_odd_batches_leave_one_row_unpaired(batch_size):
+    index = jnp.arange(7 * batch_size, 8 * batch_size, dtype=jnp.uint32)
+    t = np.asarray(sample_times(0, 7, index, batch_size))
+    pairs = batch_size // 2
+    np.testing.assert_allclose(t[0 : 2 * pairs : 2] + t[1 : 2 * pairs : 2], 1 + 1e-3, atol=1e-6)
+    assert ((t >= 1e-3) & (t <= 1)).all() and len(np.unique(t)) == batch_size
 
 
 def test_times_belong_to_the_example_not_to_the_device():
@@ -30,10 +57,11 @@ def test_times_belong_to_the_example_not_to_the_device():
     assert (np.asarray(whole) != np.asarray(sample_times(3, 5, index, 8))).all()
 
 
-def test_a_time_alone_is_uniform():
-    t = np.asarray(jax.vmap(lambda step: sample_times(0, step, jnp.array([5]), 8))(jnp.arange(4000)))[:, 0]
-    within = (t - 5 / 8) * 8  # the offset inside stratum 5, up to the shift of min_time
-    assert abs(within.mean() - 0.5) < 0.02 and abs(within.var() - 1 / 12) < 0.01
+@pytest.mark.parametrize("row, batch_size", [(0, 1), (5, 8), (6, 8)])
+def test_a_time_alone_is_uniform(row, batch_size):
+    draw = jax.vmap(lambda step: sample_times(0, step, jnp.array([row]), batch_size, low=0.0))
+    t = np.asarray(draw(jnp.arange(4000)))[:, 0]
+    assert kstest(t, "uniform").pvalue > 0.01
 
 
 def test_annealing_rises_from_the_first_step_and_stays_open():

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import CorruptedBatch, loss_sums, token_nll
+from dlm_jax.diffusion import CorruptedBatch, HeadPlan, loss_sums, token_nll
 from dlm_jax.hf import load_pretrained
 from dlm_jax.hf.export import hf_tensors
 from dlm_jax.hf.keys import release_name
@@ -32,9 +32,10 @@ def test_release_case(case, test_data):
     def loss(params):
         model = nnx.merge(graphdef, params)
         hidden = model.hidden(batch.tokens, attention)
-        sums = loss_sums(hidden, model.unembed, batch, shift=True, chunk_size=16)
+        plan = HeadPlan(model.head_kernel.axes.index("vocab"), chunk_size=16)
+        sums = loss_sums(hidden, model.head_kernel.get_value(), plan, batch, shift=True)
         per_token = token_nll(hidden, model.unembed, batch.targets, shift=True)
-        return sums.weighted_nll / sums.normaliser("masked"), (model.unembed(hidden), per_token)
+        return sums.loss / sums.normaliser("masked"), (model.unembed(hidden), per_token)
 
     graphdef, params = nnx.split(pretrained.model)
     (value, (logits, per_token)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)

@@ -6,7 +6,7 @@ import pytest
 
 from dlm_jax.data.batch import Batch
 from dlm_jax.errors import ConfigError
-from dlm_jax.training.objective import ObjectiveConfig, check_mask_token, prepare, ratio_of, time_range
+from dlm_jax.training.objective import ObjectiveConfig, check_mask_token, loss_weights, prepare, ratio_of, time_range
 
 POSITIONS = jnp.arange(8)
 
@@ -25,9 +25,15 @@ def test_diffusion_masks_what_it_scores_and_never_position_0():
     np.testing.assert_array_equal(noised.tokens == 9, noised.scored)
     assert not noised.scored[:, 0].any() and 0.3 < noised.scored[:, 1:].mean() < 0.7
     assert mask.allowed(POSITIONS, POSITIONS).all()
-    order = np.argsort(noised.weights[:, 0])  # times are stratified: the weights 1/t are spread evenly
-    times = 1 / np.asarray(noised.weights[:, 0])[order][::-1]
-    np.testing.assert_allclose(np.diff(times), 1 / 16, rtol=0.01)
+    times = 1 / np.asarray(noised.weights[:, 0])  # the weights 1/t are those of pairs that balance, spread evenly
+    np.testing.assert_allclose(times[::2] + times[1::2], 1 + 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(np.diff(np.sort(times[::2])), 1 / 8, rtol=0.01)
+
+
+def test_the_loss_weighs_by_the_bound_or_evenly():
+    noised, _ = prepared(ObjectiveConfig())
+    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(), noised), noised.weights)
+    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(weight="uniform"), noised), np.ones((16, 8)))
 
 
 def test_any_part_of_a_batch_is_noised_as_in_the_whole():

@@ -10,7 +10,9 @@ from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import Rows
 from dlm_jax.diffusion import loss_sums, token_nll
 from dlm_jax.models import ModelConfig, Transformer
+from dlm_jax.parallel import make_mesh
 from dlm_jax.training.objective import ObjectiveConfig, prepare
+from dlm_jax.training.step import head_of
 
 GPT2 = ModelConfig("gpt2", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
                    mlp_size=64, max_length=24, norm="layer", positions="learned", gated_mlp=False,
@@ -18,6 +20,7 @@ GPT2 = ModelConfig("gpt2", vocab_size=61, hidden_size=32, num_layers=2, num_head
 LLAMA = ModelConfig("llama", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
                     mlp_size=48, max_length=24)
 MASK, FIRST, SECOND = 60, 9, 11
+MESH = make_mesh(devices=jax.devices()[:1])
 CONFIGS = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 
 
@@ -33,7 +36,7 @@ def tokens_of(seed: int = 0) -> np.ndarray:
 def sums_of(model, objective, batch):
     noised, mask = prepare(objective, batch, jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)
     hidden = model.hidden(noised.tokens, mask, positions=batch.positions)
-    return loss_sums(hidden, model.unembed, noised), token_nll(hidden, model.unembed, noised.targets), noised
+    return loss_sums(hidden, *head_of(model, MESH), noised), token_nll(hidden, model.unembed, noised.targets), noised
 
 
 @CONFIGS

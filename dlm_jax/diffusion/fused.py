@@ -1,0 +1,185 @@
+"""Head, cross-entropy and their gradients on one device: at the scored positions only, a chunk at a time.
+
+The scored positions are put first, and a loop of as many trips as they need visits them: exact for any number of
+positions, and the logits of one chunk are all that ever exists. The gradients are made in the same pass, while a
+chunk's logits are at hand: three matrix products, not the four of a backward pass that makes the logits again.
+
+Where the vocabulary is split over a mesh axis, a device has the logits of its part, and the collectives inside the
+loops run over that axis alone: along it the rows, and with them the numbers of trips, are the same. Over any other
+axis the numbers differ, and a collective would wait for ever.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Positions(NamedTuple):
+    """What is scored against what.
+
+    Attributes:
+      hidden: [tokens, embed], the states the head reads.
+      targets: int32 [tokens].
+      scored: bool [tokens]; elsewhere nothing is computed, and all that comes out is 0.
+      weights: float32 [tokens]; the gradients are those of the sum of weights x cross-entropy.
+    """
+
+    hidden: jax.Array
+    targets: jax.Array
+    scored: jax.Array
+    weights: jax.Array
+
+
+class Scores(NamedTuple):
+    """Float32 [tokens] each: nats, whether the target is the likeliest token, and the logits' logsumexp."""
+
+    nll: jax.Array
+    correct: jax.Array
+    logsumexp: jax.Array
+
+
+class Head(NamedTuple):
+    """The output projection, or this device's part of it.
+
+    Attributes:
+      kernel: [vocab, embed] (a tied table) or [embed, vocab], of the hidden states' type; used as it lies.
+      vocab_axis: 0 or 1.
+      mesh_axes: the mesh axes over which the vocabulary is split, in order; none for the whole of it.
+    """
+
+    kernel: jax.Array
+    vocab_axis: int
+    mesh_axes: tuple[str, ...] = ()
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[tokens, embed] to float32 [tokens, vocab]."""
+        return _dot(hidden, self.kernel, 1, 1 - self.vocab_axis)
+
+    def hidden_gradient(self, logits_gradient: jax.Array) -> jax.Array:
+        """[tokens, vocab] to float32 [tokens, embed], summed over this part of the vocabulary only."""
+        return _dot(logits_gradient.astype(self.kernel.dtype), self.kernel, 1, self.vocab_axis)
+
+    def kernel_gradient(self, hidden: jax.Array, logits_gradient: jax.Array) -> jax.Array:
+        """Float32, in the shape of the kernel."""
+        pair = (logits_gradient.astype(hidden.dtype), hidden)
+        return _dot(*(pair if self.vocab_axis == 0 else pair[::-1]), 0, 0)
+
+    def over_parts(self, reduce: Callable, x: jax.Array) -> jax.Array:
+        """`reduce`, such as lax.psum, over the parts of the vocabulary."""
+        return reduce(x, self.mesh_axes) if self.mesh_axes else x
+
+    def local(self, targets: jax.Array) -> jax.Array:
+        """Targets as columns of this part; those of other parts fall outside 0 .. vocab - 1."""
+        part = lax.axis_index(self.mesh_axes) if self.mesh_axes else 0
+        return targets - part * self.kernel.shape[self.vocab_axis]
+
+
+def score(at: Positions, head: Head, chunk_size: int, *,
+          gradients: bool = False) -> tuple[Scores, tuple[jax.Array, jax.Array] | None]:
+    """The scores and, if wanted, the gradients of sum(weights x nll): `hidden`'s in its type, the kernel's in float32.
+
+    The kernel's is of these positions alone: sums over devices that hold others are left to the caller.
+    """
+    def visit(chunk: jax.Array, carry: tuple) -> tuple:
+        scores, grads = carry
+        hidden, targets, weights = (_take(x, chunk) for x in (at.hidden, at.targets, at.weights))
+        targets, logits = head.local(targets), head.logits(hidden)
+        top = head.over_parts(lax.pmax, jnp.max(logits, axis=1))
+        logsumexp = top + jnp.log(head.over_parts(lax.psum, jnp.sum(jnp.exp(logits - top[:, None]), axis=1)))
+        target_logit = head.over_parts(lax.psum, _pick(logits, targets))
+        found = Scores(logsumexp - target_logit, (target_logit >= top).astype(jnp.float32), logsumexp)
+        scores = jax.tree.map(lambda whole, part: _put(whole, chunk, part), scores, found)
+        if gradients:
+            by_logits = _logits_gradient(logits, logsumexp, targets, weights)
+            by_hidden = head.over_parts(lax.psum, head.hidden_gradient(by_logits))
+            grads = _put(grads[0], chunk, by_hidden), grads[1] + head.kernel_gradient(hidden, by_logits)
+        return scores, grads
+
+    zero = jnp.zeros(at.scored.shape, jnp.float32)
+    start = (jnp.zeros_like(at.hidden), jnp.zeros(head.kernel.shape, jnp.float32)) if gradients else None
+    return _over_chunks(at.scored, chunk_size, visit, (Scores(zero, zero, zero), start))
+
+
+def gradients_by_block(at: Positions, head: Head, logsumexp: jax.Array, chunk_size: int, block_size: int,
+                       reduce: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The gradients of `score`, the kernel's by blocks of `block_size` of the vocabulary, each given to `reduce`.
+
+    For a vocabulary so large that the kernel's gradient, before it is summed and scattered over devices, would be too.
+    It costs a fourth matrix product, as the logits are made again.
+
+    Args:
+      logsumexp: of `score`.
+      reduce: sums a block over devices, and may keep only its part along the embed axis; called equally often by all.
+    """
+    vocab, axis = head.kernel.shape[head.vocab_axis], head.vocab_axis
+    targets = head.local(at.targets)
+
+    def block(index: jax.Array, carry: tuple) -> tuple:
+        by_hidden, by_kernel = carry
+        first = jnp.minimum(index * block_size, vocab - block_size)  # the last block overlaps its neighbour,
+        fresh = jnp.arange(block_size) >= index * block_size - first  # and leaves out what that has counted
+        part = head._replace(kernel=lax.dynamic_slice_in_dim(head.kernel, first, block_size, axis))
+
+        def visit(chunk: jax.Array, carry: tuple) -> tuple:
+            hidden, weights, total = (_take(x, chunk) for x in (at.hidden, at.weights, logsumexp))
+            by_logits = _logits_gradient(part.logits(hidden), total, _take(targets, chunk) - first, weights) * fresh
+            return (carry[0].at[chunk].add(part.hidden_gradient(by_logits), mode="drop"),
+                    carry[1] + part.kernel_gradient(hidden, by_logits))
+
+        start = by_hidden, jnp.zeros(part.kernel.shape, jnp.float32)
+        by_hidden, by_block = _over_chunks(at.scored, chunk_size, visit, start)
+        before = lax.dynamic_slice_in_dim(by_kernel, first, block_size, axis)
+        return by_hidden, lax.dynamic_update_slice_in_dim(by_kernel, before + reduce(by_block), first, axis)
+
+    kernel = jax.eval_shape(reduce, jax.ShapeDtypeStruct(head.kernel.shape, jnp.float32))
+    start = jnp.zeros(at.hidden.shape, jnp.float32), jnp.zeros(kernel.shape, kernel.dtype)
+    by_hidden, by_kernel = lax.fori_loop(0, -(-vocab // block_size), block, start)
+    return head.over_parts(lax.psum, by_hidden).astype(at.hidden.dtype), by_kernel
+
+
+def _over_chunks(scored: jax.Array, chunk_size: int, visit: Callable, carry: object) -> object:
+    """Folds `visit(positions [size], carry)` over the scored positions; what fills up the last chunk lies outside.
+
+    The rest that does not make up a chunk goes by quarters of one, so that little is computed for nothing.
+    """
+    tokens, = scored.shape
+    quarter = -(-min(chunk_size, tokens) // 4)
+    order = jnp.flatnonzero(scored, size=tokens, fill_value=tokens)
+    order = jnp.pad(order, (0, 4 * quarter), constant_values=tokens)
+    count = jnp.sum(scored)
+    chunks = count // (4 * quarter)
+
+    def visit_at(size: int, index: jax.Array, carry: object) -> object:
+        return visit(lax.dynamic_slice_in_dim(order, index * size, size), carry)
+
+    carry = lax.fori_loop(0, chunks, functools.partial(visit_at, 4 * quarter), carry)
+    return lax.fori_loop(4 * chunks, -(-count // quarter), functools.partial(visit_at, quarter), carry)
+
+
+def _logits_gradient(logits: jax.Array, logsumexp: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Of sum(weights x nll): weights x (softmax - one-hot), the one-hot a comparison and no array."""
+    softmax = jnp.exp(logits - logsumexp[:, None])
+    columns = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return weights[:, None] * jnp.where(columns == targets[:, None], softmax - 1, softmax)
+
+
+def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Each row's logit at its target, 0 where that lies outside."""
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    return jnp.where(inside, jnp.take_along_axis(logits, jnp.where(inside, targets, 0)[:, None], axis=1)[:, 0], 0)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    return x.at[index].set(values.astype(x.dtype), mode="drop")
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
