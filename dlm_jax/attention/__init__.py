@@ -39,6 +39,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
     """
     if backend == "auto":
         backend = "dense" if mask.kind == "matrix" else choose_backend()
+    if backend not in BACKENDS:
+        choose_backend(backend)  # which says what there is
     if backend == "dense":
         return dense_attention(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds)
     return sharded_attention_tpu(query, key, value, mask, partition=partition, dropout_rate=dropout_rate,

@@ -108,12 +108,13 @@ def test_what_is_wrong_is_said_in_a_sentence(capsys, recipe, text, tmp_path, arg
 def test_ctrl_c_stops_and_the_same_command_goes_on(base, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text((json.dumps({"text": "The cat sat on the mat. " * 40}) + "\n") * 30_000)
-    command = [sys.executable, "-m", "dlm_jax.cli.main", "prepare", f"--tokenizer={base}", "--data", str(path),
-               f"--output={tmp_path / 'rows'}", "--workers=1", "--shard_size=1", "--config.data.length=16"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                               # Where the tests run in the background, Ctrl-C may be ignored, and that is inherited.
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    command = ["prepare", f"--tokenizer={base}", "--data", path, f"--output={tmp_path / 'rows'}", "--workers=1",
+               "--shard_size=1", "--config.data.length=16"]
+    # Where the tests run in the background, Ctrl-C may be ignored, and that is inherited.
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); " \
+              "from dlm_jax.cli.main import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", program, *map(str, command)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     deadline = time.monotonic() + 60
     while not (tmp_path / "rows" / "progress.npz").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -123,6 +124,6 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(base, tmp_path):
     assert not (tmp_path / "rows" / "manifest.json").exists()
     written = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "rows").glob("train*")}
     assert written
-    assert run(*command[3:]) == 0
+    assert run(*command) == 0
     after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "rows").glob("train*")}
     assert len(after) > len(written) and written.items() <= after.items()
