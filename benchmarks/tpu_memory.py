@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from dlm_jax.data.batch import Batch
 from dlm_jax.hf import config_from_hf
 from dlm_jax.models import Compute, abstract_model
-from dlm_jax.parallel import MeshConfig, array_sharding, make_mesh
+from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, array_sharding, make_mesh
 from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.state import state_layout
@@ -40,7 +40,7 @@ def lower(args: argparse.Namespace) -> jax.stages.Lowered:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
     mesh = make_mesh(MeshConfig(data=args.data, fsdp=-1, tensor=args.tensor, context=args.context), devices)
     model_config = config_from_hf(LLAMA2_7B | ({"num_hidden_layers": args.layers} if args.layers else {}))
-    model = abstract_model(model_config, Compute("bfloat16", args.remat, args.attention))
+    model = abstract_model(model_config, Compute("bfloat16", args.remat, args.attention, ATTENTION_PARTITION))
     graphdef, params = nnx.split(model)
     optimizer_config = OptimizerConfig(schedule="constant")
     optimizer = make_optimizer(optimizer_config, 1000)
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--context", type=int, default=1)
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--attention", default="flash_tpu", choices=("flash_tpu", "dense"))
     parser.add_argument("--anneal", type=int, default=1, help="1: attention is being annealed; 0: bidirectional")
     args = parser.parse_args()
     began = time.perf_counter()

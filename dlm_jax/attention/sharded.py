@@ -58,7 +58,7 @@ class Ring:
     tuning: tuple[tuple[str, object], ...]
 
     def options(self, dropout_seeds: jax.Array | None, kv_head_offset: jax.Array, query: jax.Array, key: jax.Array,
-                hop: int) -> dict:
+                hop: jax.Array | int) -> dict:
         """The kernel's keywords when the keys at hand have come `hop` devices along the ring."""
         here = jax.lax.axis_index(self.axis)
         return {"dropout_rate": self.dropout_rate, "dropout_seeds": dropout_seeds, "kv_head_offset": kv_head_offset,
@@ -104,14 +104,19 @@ def _merge(out: jax.Array, logsumexp: jax.Array, part: jax.Array,
 
 def _backward(ring: Ring, saved, d_out: jax.Array):
     query, key, value, mask, dropout_seeds, kv_head_offset, out, logsumexp = saved
-    d_query = d_key = d_value = 0.0  # float32 sums
-    for hop in range(ring.size):
+    def visit(carry: tuple, hop: jax.Array) -> tuple[tuple, None]:
+        key, value, sums = carry
         options = ring.options(dropout_seeds, kv_head_offset, query, key, hop)
         parts = flash_attention_tpu_gradients(query, key, value, mask, out, logsumexp, d_out, **options)
-        d_query, d_key, d_value = (total + part.astype(jnp.float32)
-                                   for total, part in zip((d_query, d_key, d_value), parts, strict=True))
+        sums = tuple(total + part.astype(jnp.float32) for total, part in zip(sums, parts, strict=True))
         if ring.size > 1:  # the gradients travel with their keys, and after the last hop are home
-            key, value, d_key, d_value = ring.travel(key, value, d_key, d_value)
+            key, value, by_key, by_value = ring.travel(key, value, *sums[1:])
+            sums = sums[0], by_key, by_value
+        return (key, value, sums), None
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
+    # A loop and not its hops written out, so that only one hop's arrays exist at a time.
+    (_, _, (d_query, d_key, d_value)), _ = jax.lax.scan(visit, (key, value, zeros), jnp.arange(ring.size))
     return (d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype), None, None, None)
 
 

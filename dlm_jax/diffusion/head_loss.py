@@ -35,7 +35,7 @@ class HeadPlan:
     rows: PartitionSpec = PartitionSpec(None, None)
     kernel: PartitionSpec = PartitionSpec(None, None)
     chunk_size: int = 512
-    max_gradient_bytes: int = 2**29
+    max_gradient_bytes: int = 2**28
 
     def mesh_axes(self, *entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
         """Those named by entries of a partition that do split something."""

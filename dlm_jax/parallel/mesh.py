@@ -20,7 +20,7 @@ class MeshConfig:
     """Sizes of the mesh axes; at most one is -1 and takes the devices the others leave."""
 
     data: int = _size(1, "copies of the parameters, each with its own part of the batch")
-    fsdp: int = _size(-1, "parts of the batch that also share the storage of parameters and optimizer state")
+    fsdp: int = _size(-1, "parts of the batch that, with context, also share the storage of parameters and optimizer")
     tensor: int = _size(1, "parts of every matrix product (heads, perceptron, vocabulary)")
     context: int = _size(1, "parts of the sequence")
 

@@ -17,7 +17,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "length": "context",
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),  # the parts of a sequence share the storage of parameters too
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",

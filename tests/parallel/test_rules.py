@@ -9,6 +9,8 @@ from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig, abstract_model
 from dlm_jax.parallel import MeshConfig, array_sharding, make_mesh, param_shardings, spec_of, state_shardings
 
+STORED = ("fsdp", "context")  # the parts of a batch and of its sequences share the storage of parameters
+
 
 @pytest.fixture(scope="module")
 def mesh():
@@ -23,17 +25,17 @@ def model(**changes):
 
 def test_every_parameter_has_its_place(mesh):
     specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(model(), mesh))
-    assert specs["blocks"]["attention"]["q"]["kernel"].get_value() == P(None, "fsdp", "tensor", None)
-    assert specs["blocks"]["attention"]["out"]["kernel"].get_value() == P(None, "tensor", None, "fsdp")
-    assert specs["blocks"]["mlp"]["down"]["kernel"].get_value() == P(None, "tensor", "fsdp")
-    assert specs["embed"]["embedding"].get_value() == P("tensor", "fsdp")
-    assert specs["head"]["kernel"].get_value() == P("fsdp", "tensor")
+    assert specs["blocks"]["attention"]["q"]["kernel"].get_value() == P(None, STORED, "tensor", None)
+    assert specs["blocks"]["attention"]["out"]["kernel"].get_value() == P(None, "tensor", None, STORED)
+    assert specs["blocks"]["mlp"]["down"]["kernel"].get_value() == P(None, "tensor", STORED)
+    assert specs["embed"]["embedding"].get_value() == P("tensor", STORED)
+    assert specs["head"]["kernel"].get_value() == P(STORED, "tensor")
     assert specs["final_norm"]["scale"].get_value() == P(None)
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole(mesh):
     specs = param_shardings(model(vocab_size=65), mesh)
-    assert specs["embed"]["embedding"].get_value().spec == P(None, "fsdp")
+    assert specs["embed"]["embedding"].get_value().spec == P(None, STORED)
 
 
 def test_an_axis_that_does_not_divide_is_named_with_its_mesh_axis():
@@ -57,7 +59,7 @@ def test_optimizer_state_follows_its_parameter(mesh, optimizer):
     # shard_shape raises unless every axis divides
     jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), opt_state, shardings)
     if hasattr(opt_state[0], "mu"):
-        assert shardings[0].mu["blocks"]["mlp"]["up"]["kernel"].get_value().spec == P(None, "fsdp", "tensor")
+        assert shardings[0].mu["blocks"]["mlp"]["up"]["kernel"].get_value().spec == P(None, STORED, "tensor")
         assert shardings[0].count.spec == P()
     else:
         assert shardings[0].v_row["blocks"]["mlp"]["up"]["kernel"].get_value().spec == P()
