@@ -88,7 +88,7 @@ def read(directory: str) -> Manifest | None:
 
 def identity_of(sources: Sequence[Source], tokenizer: "PreTrainedTokenizerBase", config: RowsConfig, form: Form) -> str:
     """A hash of all that decides the rows: the sources' content, the tokenizer, the settings."""
-    settings = settings_of(config)
+    settings = dataclasses.asdict(config)
     settings.pop("bad_records")  # a run that met one may go on with another policy
     facts = [FORMAT, [source.identity() for source in sources], tokenize.fingerprint(tokenizer), settings, form.facts]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
@@ -98,11 +98,6 @@ def rows_config(config: RowsConfig, validation_fraction: float) -> RowsConfig:
     """The part of `config`, perhaps a `DataConfig`, that decides the rows."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(RowsConfig)}
     return RowsConfig(**values | {"validation_fraction": validation_fraction})
-
-
-def settings_of(config: RowsConfig) -> dict[str, Any]:
-    """As the manifest keeps them."""
-    return dataclasses.asdict(config)
 
 
 def check_fit(manifest: Manifest, directory: str, config: RowsConfig, tokenizer: "PreTrainedTokenizerBase") -> None:

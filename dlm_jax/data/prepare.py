@@ -4,6 +4,7 @@ This process reads and packs, in one order; workers parse and tokenise. The rows
 tokenizer and the settings alone, not on the number of workers or on interruptions.
 """
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ _SAVE_SECONDS = 60  # at most so much work is lost
 
 
 def prepare(sources: Sequence[Source], directory: str, tokenizer: "PreTrainedTokenizerBase", config: RowsConfig, *,
-            workers: int = 0, shard_bytes: int = SHARD_BYTES, note: str = "", title: str = "tokenising") -> Manifest:
+            workers: int = 0, shard_bytes: int = SHARD_BYTES, note: str = "") -> Manifest:
     """Writes the rows of `sources` and their manifest into `directory`, or finds that they are there already.
 
     Args:
@@ -42,7 +43,6 @@ def prepare(sources: Sequence[Source], directory: str, tokenizer: "PreTrainedTok
       workers: processes that tokenise; 0: this one does.
       shard_bytes: about how large a file becomes.
       note: kept in the manifest, for a licence.
-      title: what the progress bar says.
 
     Raises:
       DataError: a source cannot be read, a record is bad and `config.bad_records` is "stop", the sources hold
@@ -61,7 +61,7 @@ def prepare(sources: Sequence[Source], directory: str, tokenizer: "PreTrainedTok
     encoder, skip = Encoder(form, config.validation_fraction), config.bad_records == "skip"
     marks: deque[tuple[Mark, int]] = deque()  # of the chunks on their way, with how much the bar has then seen
     saved = time.monotonic()
-    with ordered_map(encoder, workers) as encode, _bar(sources, title) as bar:
+    with ordered_map(encoder, workers) as encode, _bar(sources) as bar:
         for encoded in encode(_read(sources, progress.mark, form, skip, marks)):
             if encoded.bad and not skip:
                 raise DataError(f"{encoded.bad[0]}; set data.bad_records to skip to leave such records out")
@@ -80,7 +80,7 @@ def prepare(sources: Sequence[Source], directory: str, tokenizer: "PreTrainedTok
     for part in progresses.PARTS:
         progress.flush(part)
     manifest = Manifest(
-        identity=identity, layout=layout, settings=manifests.settings_of(config), note=note,
+        identity=identity, layout=layout, settings=dataclasses.asdict(config), note=note,
         tokenizer={"name": tokenizer.name_or_path, "fingerprint": fingerprint(tokenizer), "vocab_size": len(tokenizer)},
         sources=tuple(source.name for source in sources),
         parts={part: Part(sum(shard.rows for shard in progress.shards[part]), progress.counts[f"{part}.documents"],
@@ -122,10 +122,10 @@ def _read(sources: Sequence[Source], start: Mark, form: Form, skip: bool,
         seen += source.size or 0
 
 
-def _bar(sources: Sequence[Source], title: str) -> tqdm:
+def _bar(sources: Sequence[Source]) -> tqdm:
     known = all(source.size is not None for source in sources)
-    return tqdm(desc=title, total=sum(source.size for source in sources) if known else None, unit="", unit_scale=True,
-                delay=2, leave=False)
+    total = sum(source.size for source in sources) if known else None
+    return tqdm(desc="tokenising", total=total, unit="", unit_scale=True, delay=2, leave=False)
 
 
 def _nothing(sources: Sequence[Source], progress: Progress) -> str:
