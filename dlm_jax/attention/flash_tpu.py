@@ -9,7 +9,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_jax.attention.flash_tpu_backward import key_value_gradients, query_gradient
-from dlm_jax.attention.flash_tpu_tile import NOTHING, Blocks, Gradient, Plan, Scalars, Tensors, Tile, launch, product
+from dlm_jax.attention.flash_tpu_tile import (
+    NOTHING,
+    Blocks,
+    Gradient,
+    Plan,
+    Scalars,
+    Tensors,
+    Tile,
+    launch,
+    over_keys,
+    product,
+)
 from dlm_jax.attention.hashing import counter_hash
 from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.errors import ConfigError
@@ -136,11 +147,7 @@ def _attention(plan: Plan, scalars: Scalars, tensors: Tensors) -> tuple[jax.Arra
     batch, heads, head_dim, q_len = tensors.query.shape
     k_tiles = tensors.key.shape[-1] // plan.block_k
 
-    def place(b, h, i, j, scalars):
-        some, _ = Tile(plan, scalars, b, h, i, j).extent()
-        return b, h, i, jnp.where(some, j, 0)  # a tile that is skipped is not fetched either
-
-    blocks = Blocks(plan, head_dim, place)
+    blocks = Blocks(plan, head_dim, functools.partial(over_keys, plan))
     row = pltpu.VMEM((1, plan.block_q), jnp.float32)
     return launch(
         plan, "flash_attention", functools.partial(_kernel, plan), (batch, heads, q_len // plan.block_q, k_tiles), 1,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dlm_jax.attention.flash_tpu_tile import Blocks, Gradient, Plan, Scalars, Tensors, Tile, launch, product
+from dlm_jax.attention.flash_tpu_tile import Blocks, Gradient, Plan, Scalars, Tensors, Tile, launch, over_keys, product
 
 
 def query_gradient(plan: Plan, scalars: Scalars, tensors: Tensors, gradient: Gradient) -> jax.Array:
@@ -15,11 +15,7 @@ def query_gradient(plan: Plan, scalars: Scalars, tensors: Tensors, gradient: Gra
     batch, heads, head_dim, q_len = tensors.query.shape
     k_tiles = tensors.key.shape[-1] // plan.block_k
 
-    def place(b, h, i, j, scalars):
-        some, _ = Tile(plan, scalars, b, h, i, j).extent()
-        return b, h, i, jnp.where(some, j, 0)  # a tile that is skipped is not fetched either
-
-    blocks = Blocks(plan, head_dim, place)
+    blocks = Blocks(plan, head_dim, functools.partial(over_keys, plan))
     return launch(
         plan, "flash_attention_dq", functools.partial(_query_kernel, plan),
         (batch, heads, q_len // plan.block_q, k_tiles), 1, (blocks.tensors, blocks.gradient), blocks.query,

@@ -140,6 +140,13 @@ class Blocks:
         self.gradient = Gradient(self.query, self.row, self.row)
 
 
+def over_keys(plan: Plan, b: jax.Array, h: jax.Array, i: jax.Array, j: jax.Array,
+              scalars: Scalars) -> tuple[jax.Array, ...]:
+    """The `place` of a grid that steps over the tiles of keys; one that is skipped is not fetched either."""
+    some, _ = Tile(plan, scalars, b, h, i, j).extent()
+    return b, h, i, jnp.where(some, j, 0)
+
+
 def launch(plan: Plan, name: str, kernel: Callable[..., None], grid: tuple[int, ...], sequential: int,
            in_specs: tuple, out_specs: tuple, outputs: tuple, scratch: tuple, *arguments) -> tuple[jax.Array, ...]:
     """Runs a kernel over a grid whose last `sequential` dimensions share its scratch memory."""
