@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import jax
@@ -19,7 +19,7 @@ from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
 from dlm_jax.hf import Pretrained, load_pretrained, save_pretrained
 from dlm_jax.models import Compute, ModelConfig, Transformer
-from dlm_jax.sampling import SamplerConfig, make_canvas, sample
+from dlm_jax.sampling import SamplerConfig, Snapshot, Task, make_canvas, sample, sampler_config, stream
 from dlm_jax.sampling.text import Piece, decode, encode, split_gaps
 from dlm_jax.training.workdir import is_workdir, load_workdir
 
@@ -87,34 +87,36 @@ class DiffusionLM:
         return _logits(*nnx.split(self.model), jnp.asarray(tokens, jnp.int32),
                        AttentionMask.bidirectional() if attention is None else attention)
 
-    def generate(self, prompts: str | Sequence[str] = "", max_new_tokens: int = 128, num_steps: int = 64,
-                 policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None,
-                 top_k: int | None = None, seed: int = 0, batch_size: int = 16,
-                 example_index: Sequence[int] | None = None) -> list[str]:
+    def generate(self, prompts: str | Sequence[str] = "", max_new_tokens: int = 128, num_steps: int | None = None,
+                 policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
+                 batch_size: int = 16, example_index: Sequence[int] | None = None,
+                 on_step: Callable[[Snapshot], None] | None = None, **settings) -> list[str]:
         """Continues each prompt, "" for none: the prompt as it was, and the text that follows, up to an EOS token.
 
         Args:
           max_new_tokens: how many tokens follow each prompt.
-          num_steps, policy, temperature, top_p, top_k: see `sampling.SamplerConfig`.
+          num_steps, policy, temperature, top_p, settings: see `sampling.SamplerConfig`. The policy "autoregressive"
+            writes from left to right, as the model's parent does, and needs no mask token.
           example_index: which random numbers each prompt gets, 0, 1, 2, ... by default.
+          on_step: called before the first step of each batch and after every step; the texts are the same with it.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        config = SamplerConfig(policy, num_steps, temperature, top_p, top_k)
+        config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
         pieces = [[prompt, max_new_tokens] for prompt in _texts(prompts, "prompts")]
-        return self._fill(pieces, config, seed, batch_size, example_index, self.pretrained.eos_token_id)
+        return self._fill(pieces, config, seed, batch_size, example_index, on_step, stop_at_eos=True)
 
-    def infill(self, texts: str | Sequence[str], gap_length: int = 16, num_steps: int = 64,
-               policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None,
-               top_k: int | None = None, seed: int = 0, batch_size: int = 16,
-               example_index: Sequence[int] | None = None) -> list[str]:
+    def infill(self, texts: str | Sequence[str], gap_length: int = 16, num_steps: int | None = None,
+               policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
+               batch_size: int = 16, example_index: Sequence[int] | None = None,
+               on_step: Callable[[Snapshot], None] | None = None, **settings) -> list[str]:
         """Fills the gaps of each text: `<mask:12>` is one of 12 tokens, `<mask>` one of `gap_length`.
 
         What stands around gaps comes back character for character. Other arguments as in `generate`.
         """
-        config = SamplerConfig(policy, num_steps, temperature, top_p, top_k)
+        config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
         pieces = [split_gaps(text, gap_length) for text in _texts(texts, "texts")]
-        return self._fill(pieces, config, seed, batch_size, example_index, None)
+        return self._fill(pieces, config, seed, batch_size, example_index, on_step, stop_at_eos=False)
 
     def score(self, texts: str | Sequence[str], num_samples: int = 128, seed: int = 0,
               batch_size: int = 16) -> list[BoundEstimate]:
@@ -145,7 +147,8 @@ class DiffusionLM:
                           "in its tokenizer_config.json")
 
     def _fill(self, pieces: Sequence[Sequence[Piece]], config: SamplerConfig, seed: int, batch_size: int,
-              example_index: Sequence[int] | None, stop_token_id: int | None) -> list[str]:
+              example_index: Sequence[int] | None, on_step: Callable[[Snapshot], None] | None, *,
+              stop_at_eos: bool) -> list[str]:
         """Samples all rows, those of like length together, and puts the texts back in order."""
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
@@ -153,8 +156,11 @@ class DiffusionLM:
         if len(index) != len(pieces):
             raise ConfigError(f"example_index has {len(index)} entries for {len(pieces)} texts")
         keys = example_keys(seed, jnp.asarray(index, jnp.uint32))
-        mask_token_id, bos_token_id = self.mask_token_id, self._bos_token_id
-        rows, gaps = zip(*(encode(self.tokenizer, piece, bos_token_id) for piece in pieces), strict=True)
+        eos_token_id = self.pretrained.eos_token_id
+        mask_token_id = self.pretrained.mask_token_id if config.policy == "autoregressive" else self.mask_token_id
+        task = Task(config, mask_token_id, self.pretrained.shift, eos_token_id,
+                    stop_at_eos=stop_at_eos and eos_token_id is not None)
+        rows, gaps = zip(*(encode(self.tokenizer, piece, self._bos_token_id) for piece in pieces), strict=True)
         canvas = make_canvas(rows, self.config.max_length)
         by_length = np.argsort(canvas.lengths, kind="stable")
         batch_size = min(batch_size, len(pieces))
@@ -163,11 +169,20 @@ class DiffusionLM:
             # The last batch repeats rows, to have the shape of the others and no program of its own.
             chosen = np.resize(by_length[start : start + batch_size], batch_size)
             part = canvas.take(chosen)
-            filled = sample(self.model, part.tokens, part.fixed, part.lengths, keys[chosen],
-                            mask_token_id=mask_token_id, shift=self.pretrained.shift, config=config)
+            arguments = self.model, part.tokens, part.fixed, part.lengths, keys[chosen], task
+            filled = sample(*arguments).tokens if on_step is None else self._watched(arguments, chosen, on_step)
             for i, row in zip(chosen, np.asarray(filled), strict=True):
-                texts[i] = decode(self.tokenizer, pieces[i], gaps[i], row, stop_token_id)
+                texts[i] = decode(self.tokenizer, pieces[i], gaps[i], row, eos_token_id if stop_at_eos else None)
         return texts
+
+    def _watched(self, arguments: tuple, rows: np.ndarray, on_step: Callable[[Snapshot], None]) -> jax.Array:
+        """The tokens that `sample` would give, every step shown."""
+        number = len(np.unique(rows))  # without repetitions
+        for step, state in enumerate(stream(*arguments)):
+            tokens, masked, confidence = (np.asarray(x)[:number]
+                                          for x in (state.tokens, state.masked, state.confidence))
+            on_step(Snapshot(step, rows[:number], arguments[3][:number], tokens, masked, confidence))
+        return state.tokens
 
 
 def _texts(texts: str | Sequence[str], name: str) -> list[str]:

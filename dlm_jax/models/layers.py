@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask, attend
+from dlm_jax.attention.dense import dense_attention
 from dlm_jax.attention.hashing import dropout
+from dlm_jax.models.cache import Cache, Memory
 from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.rotary import rotate
 
@@ -93,15 +95,19 @@ class Attention(nnx.Module):
         self.k_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
-                 dropout_seeds: jax.Array | None) -> jax.Array:
+                 dropout_seeds: jax.Array | None, memory: Memory | None) -> tuple[jax.Array, Cache | None]:
         query, key, value = self.q(x), self.k(x), self.v(x)  # [batch, length, heads or kv_heads, head_dim]
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if cos_sin is not None:
             query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+        if memory is not None:
+            cache = memory.cache.write(memory.layer, memory.positions, key, value)
+            seen = dense_attention(query, *cache.read(memory.layer), mask, query_positions=memory.positions)
+            return self.out(seen), cache
         return self.out(attend(query, key, value, mask, backend=self.compute.attention,
                                partition=self.compute.partition, dropout_rate=self.dropout_rate,
-                               dropout_seeds=dropout_seeds))
+                               dropout_seeds=dropout_seeds)), None
 
 
 class MLP(nnx.Module):
@@ -131,12 +137,13 @@ class Block(nnx.Module):
         self.mlp = MLP(config, init)
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
-                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None]) -> jax.Array:
+                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None],
+                 memory: Memory | None) -> tuple[jax.Array, Cache | None]:
         """`x` [batch, length, embed]; `seeds` for the dropout of probabilities and of the two branches."""
-        y = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0])
+        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], memory)
         x = x + dropout(y, self.dropout_rate, seeds[1])
         y = self.mlp(self.mlp_norm(x))
-        return x + dropout(y, self.dropout_rate, seeds[2])
+        return x + dropout(y, self.dropout_rate, seeds[2]), cache
 
 
 def residual_stddev(config: ModelConfig) -> float:

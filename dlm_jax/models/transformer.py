@@ -7,6 +7,7 @@ from flax import nnx
 from dlm_jax.attention import AttentionMask
 from dlm_jax.attention.hashing import counter_hash, dropout
 from dlm_jax.errors import ConfigError
+from dlm_jax.models.cache import Cache, Memory
 from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.layers import Block, Initializer, Norm
 from dlm_jax.models.rotary import frequencies, rotation
@@ -60,6 +61,21 @@ class Transformer(nnx.Module):
           positions: int [length] or [batch, length]; None counts from 0.
           dropout_seeds: uint32 [batch], one per example; None turns dropout off.
         """
+        return self._run(tokens, attention, positions, dropout_seeds, None)[0]
+
+    def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
+                      cache: Cache) -> tuple[jax.Array, Cache]:
+        """The states of some positions, which see what is cached of all: int `tokens` [batch, Q] to [batch, Q, embed].
+
+        Args:
+          attention: a rule on positions of the whole row; it must forbid what has not been written yet.
+          positions: int [batch, Q], where in its row each token stands; past the cache's end: not written.
+          cache: as it was; the keys and values of these tokens are written before any is seen.
+        """
+        return self._run(tokens, attention, positions, None, cache)
+
+    def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
+             dropout_seeds: jax.Array | None, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -69,7 +85,8 @@ class Transformer(nnx.Module):
         attention = attention.with_window(config.sliding_window)
         x = self.embed(tokens, dtype)
         if self.positions is not None:
-            x += self.positions(positions, dtype)
+            # Positions past a cache's end are padding; a row that is too long has been refused above.
+            x += self.positions(jnp.minimum(positions, config.max_length - 1), dtype)
             cos_sin = None
         else:
             cos_sin = rotation(positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
@@ -77,16 +94,18 @@ class Transformer(nnx.Module):
 
         graphdef, stacked = nnx.split(self.blocks)
 
-        def layer(x: jax.Array, layer_input: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
-            index, params = layer_input
+        def layer(carry: tuple[jax.Array, Cache | None],
+                  layer_input: tuple[jax.Array, nnx.State]) -> tuple[tuple[jax.Array, Cache | None], None]:
+            (x, cache), (index, params) = carry, layer_input
+            memory = None if cache is None else Memory(cache, index, positions)
             seeds = (None,) * 3 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(3))
-            return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds), None
+            return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, memory), None
 
         if self.compute.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(layer, x, (jnp.arange(config.num_layers), stacked))
-        return self.final_norm(x)
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), (jnp.arange(config.num_layers), stacked))
+        return self.final_norm(x), cache
 
     @property
     def head_kernel(self) -> nnx.Param:

@@ -1,36 +1,38 @@
 """The sampling loop: from a canvas with gaps to tokens, one compiled program."""
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from dlm_jax.attention import AttentionMask
-from dlm_jax.sampling.choice import choose
-from dlm_jax.sampling.config import SamplerConfig
-from dlm_jax.sampling.policies import POLICIES, Planned, quota
+from dlm_jax.errors import ConfigError
+from dlm_jax.sampling import autoregressive, denoise
+from dlm_jax.sampling.canvas import bucket
+from dlm_jax.sampling.task import Network, Request, State, Task, wanted
 
 
-class Network(Protocol):
-    """What the sampler needs of a model, which is also a Flax NNX module."""
+class Sample(NamedTuple):
+    """What sampling gives.
 
-    def hidden(self, tokens: jax.Array, attention: AttentionMask) -> jax.Array: ...
+    Attributes:
+      tokens: int32 [batch, length], every gap filled; behind a drawn end of text with that token.
+      confidence: float32 [batch, length], the log-probability of each token when it was drawn, 0 where given.
+      steps: int32 [batch], the forward passes that each row had use of.
+    """
 
-    def unembed(self, hidden: jax.Array) -> jax.Array: ...
-
-
-class State(NamedTuple):
-    """The loop's carry: the step count, the canvas int32 [batch, length], and where it is still masked."""
-
-    step: jax.Array
     tokens: jax.Array
-    masked: jax.Array
+    confidence: jax.Array
+    steps: jax.Array
 
 
-def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array, *,
-           mask_token_id: int, shift: bool, config: SamplerConfig) -> jax.Array:
+def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+           task: Task) -> Sample:
     """Fills the gaps of a batch.
 
     A row's result depends on its own tokens and key, never on the other rows, the padding or the batch size.
@@ -40,87 +42,74 @@ def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
       fixed: bool [batch, length], True where the token is given. Position 0 is context and always kept.
       lengths: int32 [batch]; positions from there on are padding, never seen and never filled.
       keys: random keys [batch], one a row.
-      mask_token_id: the mask's id, which is never drawn as a token.
-      shift: whether the network's output at position n - 1 predicts position n.
 
-    Returns:
-      int32 [batch, length], every gap filled.
+    Raises:
+      ConfigError: the policy cannot fill these gaps: one token a step in too few steps, or a text behind a gap from
+        left to right.
     """
+    task = _checked(task, fixed, lengths)
+    return _sample(*nnx.split(model), *_arrays(tokens, fixed, lengths), keys, task)
+
+
+def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+           task: Task) -> Iterator[State]:
+    """As `sample`, one compiled step at a time: yields the state before the first step and after each."""
+    task = _checked(task, fixed, lengths)
     graphdef, params = nnx.split(model)
-    return _sample(graphdef, params, jnp.asarray(tokens, jnp.int32), jnp.asarray(fixed, bool),
-                   jnp.asarray(lengths, jnp.int32), keys, mask_token_id, shift, config)
+    request, state, more = _begin(graphdef, params, *_arrays(tokens, fixed, lengths), keys, task)
+    yield state
+    while more:
+        state, more = _step(graphdef, params, request, state, task)
+        yield state
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mask_token_id", "shift", "config"))
+def _checked(task: Task, fixed: jax.Array, lengths: jax.Array) -> Task:
+    """The task, when it is known that its policy can do what is asked, and how wide the prompts are."""
+    config, fixed, lengths = task.config, np.asarray(fixed), np.asarray(lengths)
+    positions = np.arange(fixed.shape[1])
+    gaps = ~fixed & (positions < lengths[:, None])
+    number = gaps.sum(axis=1)
+    if config.policy == "first_hitting" and config.num_steps is not None and number.max() > config.num_steps:
+        raise ConfigError(f"first_hitting reveals one token a step, and {number.max()} are to be found in "
+                          f"{config.num_steps} steps; leave num_steps out, or choose random_exact")
+    if config.policy != "autoregressive":
+        if task.mask_token_id is None:
+            raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
+        return task
+    if (gaps & (positions < (lengths - number)[:, None])).any():
+        raise ConfigError("autoregressive decoding continues a text and fills no gap that has text behind it; choose "
+                          "another policy")
+    return dataclasses.replace(task, prompt_width=bucket((lengths - number).max(), fixed.shape[1]))
+
+
+def _arrays(tokens: jax.Array, fixed: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(fixed, bool), jnp.asarray(lengths, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "task"))
 def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-            keys: jax.Array, mask_token_id: int, shift: bool, config: SamplerConfig) -> jax.Array:
-    network, policy = nnx.merge(graphdef, params), POLICIES[config.policy]
-    positions = jnp.arange(tokens.shape[1])
-    attention = AttentionMask.bidirectional().with_lengths(lengths)
-    gaps = ~fixed & (positions > 0) & (positions < lengths[:, None])
-    plan_keys, token_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, stream) for stream in (0, 1))
-    draw = functools.partial(_draw, network, keys=token_keys, mask_token_id=mask_token_id, shift=shift, config=config)
-
-    if isinstance(policy, Planned):
-        plan = jax.vmap(policy.plan, (0, 0, None))(plan_keys, gaps, config.num_steps)
-
-        def advance(state: State) -> State:
-            # Each row jumps to the next step of its plan that reveals something: the others would change nothing.
-            step = jnp.where(state.masked, plan, config.num_steps).min(axis=1)
-            reveal = state.masked & (plan == step[:, None])
-            drawn, _ = draw(network.hidden(state.tokens, attention), reveal, step)
-            return State(state.step + 1, jnp.where(reveal, drawn, state.tokens), state.masked & ~reveal)
-    else:
-        total = gaps.sum(axis=1)
-
-        def advance(state: State) -> State:
-            step = jnp.full_like(total, state.step)
-            drawn, score = draw(network.hidden(state.tokens, attention), state.masked, step)
-            order = jnp.lexsort((-score, ~state.masked), axis=1)  # the masked first, the best of them first
-            rank = jnp.argsort(order, axis=1)
-            reveal = state.masked & (rank < quota(step, total, config.num_steps)[:, None])
-            return State(state.step + 1, jnp.where(reveal, drawn, state.tokens), state.masked & ~reveal)
-
-    start = State(jnp.int32(0), jnp.where(gaps, mask_token_id, tokens), gaps)
-
-    def unfinished(state: State) -> jax.Array:
-        return state.masked.any() & (state.step < config.num_steps)
-
-    return jax.lax.while_loop(unfinished, advance, start).tokens
+            keys: jax.Array, task: Task) -> Sample:
+    network, engine = nnx.merge(graphdef, params), _engine(task)
+    request, state = engine.start(network, task, tokens, fixed, lengths, keys)
+    state = jax.lax.while_loop(lambda state: wanted(task, request, state).any(),
+                               functools.partial(engine.advance, network, task, request), state)
+    # Whatever is masked still stands behind an end of text.
+    tokens = jnp.where(state.masked, task.eos_token_id, state.tokens) if task.stop_at_eos else state.tokens
+    return Sample(tokens, state.confidence, state.steps)
 
 
-def _draw(network: Network, hidden: jax.Array, wanted: jax.Array, step: jax.Array, *, keys: jax.Array,
-          mask_token_id: int, shift: bool, config: SamplerConfig) -> tuple[jax.Array, jax.Array]:
-    """Draws a token where `wanted`, running the head only there, a slice of each row at a time.
+@functools.partial(jax.jit, static_argnames=("graphdef", "task"))
+def _begin(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+           task: Task) -> tuple[Request, State, jax.Array]:
+    request, state = _engine(task).start(nnx.merge(graphdef, params), task, tokens, fixed, lengths, keys)
+    return request, state, wanted(task, request, state).any()
 
-    Args:
-      hidden: [batch, length, embed].
-      wanted: bool [batch, length].
-      step: int32 [batch]; with the row's key and the position it determines the randomness.
 
-    Returns:
-      Tokens int32 and the policy's scores float32 [batch, length], meaningful where `wanted`.
-    """
-    policy = POLICIES[config.policy]
-    batch, length = wanted.shape
-    parts = max(8, config.num_steps) if isinstance(policy, Planned) else 8
-    width = min(length, -(-length // parts // 8) * 8)
-    rows = jnp.arange(batch)[:, None]
-    order = jnp.argsort(~wanted, axis=1, stable=True)  # wanted positions first
-    step_keys = jax.vmap(jax.random.fold_in)(keys, step)
+@functools.partial(jax.jit, static_argnames=("graphdef", "task"))
+def _step(graphdef: Any, params: nnx.State, request: Request, state: State, task: Task) -> tuple[State, jax.Array]:
+    state = _engine(task).advance(nnx.merge(graphdef, params), task, request, state)
+    return state, wanted(task, request, state).any()
 
-    def fill(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        start, tokens, scores = carry
-        at = jax.lax.dynamic_slice_in_dim(order, start, width, axis=1)  # [batch, width]
-        read = jnp.maximum(at - 1, 0) if shift else at  # the one place where sampling undoes the shift
-        logits = network.unembed(jnp.take_along_axis(hidden, read[:, :, None], axis=1))
-        logits = logits.at[:, :, mask_token_id].set(-jnp.inf)
-        position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(step_keys, at)
-        token = jax.vmap(jax.vmap(lambda x, key: choose(x, key, config)))(logits, position_keys)
-        score = jnp.zeros(at.shape) if isinstance(policy, Planned) else policy.score(logits, token)
-        return start + width, tokens.at[rows, at].set(token), scores.at[rows, at].set(score)
 
-    number = wanted.sum(axis=1).max()
-    empty = (jnp.int32(0), jnp.zeros(wanted.shape, jnp.int32), jnp.zeros(wanted.shape))
-    _, tokens, scores = jax.lax.while_loop(lambda carry: carry[0] < number, fill, empty)
-    return tokens, scores
+def _engine(task: Task) -> ModuleType:
+    return autoregressive if task.config.policy == "autoregressive" else denoise

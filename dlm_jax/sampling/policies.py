@@ -1,8 +1,7 @@
 """Reveal policies: which of the still masked positions are filled in at each step.
 
-A policy is one of two kinds. `Planned` does not look at the network's output, so the whole order is drawn
-before the first step and the head runs only where a token is about to be revealed. `Ranked` scores a
-candidate token at every masked position and reveals the best. To add a policy, write its function and
+A policy either goes by chance, so that a step knows what it reveals before the network runs and the head runs only
+there; or it scores a candidate token at every masked position and reveals the best. To add one, write its score and
 name it in `POLICIES`.
 """
 
@@ -14,45 +13,50 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
-    """`plan(key, masked [length], num_steps)` gives the step in [0, num_steps) at which each position is revealed."""
+class Policy:
+    """What tells policies apart.
 
-    plan: Callable[[jax.Array, jax.Array, int], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranked:
-    """`score(logits [..., vocab], token [...])` gives a float [...]; the highest are revealed, `quota` at each step."""
-
-    score: Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def random_plan(key: jax.Array, masked: jax.Array, num_steps: int) -> jax.Array:
-    """The ancestral process: an independent, uniform step for each position, int32 [length].
-
-    It is the release's loop, drawn at once: revealing each masked token with probability 1/(t+1) for
-    t = num_steps-1, ..., 1 and the rest at the end gives every token each step with probability 1/num_steps.
+    Attributes:
+      score: `score(logits [..., vocab], token [...])` gives a float [...], and the highest are revealed; None: by
+        chance.
+      independent: every position draws its step by itself, so that the counts vary: the ancestral process, which
+        the release runs. Otherwise each step has its count.
+      paced: whether it takes 64 steps where their number is not given; otherwise one step a token at most.
     """
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(masked.shape[0]))  # padding changes nothing
-    return jax.vmap(lambda k: jax.random.randint(k, (), 0, num_steps))(keys)
+
+    score: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    independent: bool = False
+    paced: bool = True
 
 
-def token_probability(logits: jax.Array, token: jax.Array) -> jax.Array:
+def probability(logits: jax.Array, token: jax.Array) -> jax.Array:
     """The log-probability of the candidate under the network itself, before temperature and cut-offs."""
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def quota(step: jax.Array, total: jax.Array, num_steps: int) -> jax.Array:
-    """How many of a row's `total` gaps step number `step` reveals: even shares, no remainder left for the end.
+def margin(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """By how much the likeliest token's probability exceeds the second's (arXiv 2502.06768)."""
+    del token
+    first, second = jnp.moveaxis(jax.lax.top_k(logits, 2)[0], -1, 0)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.exp(first - total) - jnp.exp(second - total)
 
-    Rows with fewer gaps than steps reveal one a step and are done early, as no forward pass need reveal nothing.
-    """
-    steps = jnp.clip(total, 1, num_steps)
-    return (step + 1) * total // steps - step * total // steps
+
+def negative_entropy(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """The sum of p log p in nats: how concentrated the prediction is."""
+    del token
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0).sum(axis=-1)
 
 
-POLICIES: dict[str, Planned | Ranked] = {
-    "random": Planned(random_plan),
-    "confidence": Ranked(token_probability),
+POLICIES = {
+    "random": Policy(independent=True),
+    "random_exact": Policy(),
+    "first_hitting": Policy(paced=False),
+    "confidence": Policy(probability),
+    "margin": Policy(margin),
+    "entropy": Policy(negative_entropy),
+    "threshold": Policy(probability, paced=False),
+    "autoregressive": Policy(probability, paced=False),  # not by denoising: see autoregressive.py
 }

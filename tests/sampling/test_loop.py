@@ -6,7 +6,7 @@ from flax import nnx
 from scipy import stats
 
 from dlm_jax.models import ModelConfig, Transformer
-from dlm_jax.sampling import POLICIES, SamplerConfig, sample
+from dlm_jax.sampling import POLICIES, SamplerConfig, Task, sample
 from dlm_jax.sampling.loop import _sample
 from tests.sampling.toys import Joint, Toy, confidence_law, random_law
 
@@ -21,8 +21,7 @@ def run(network, tokens, fixed, lengths=None, *, keys=None, mask=None, shift=Tru
     tokens = np.asarray(tokens)
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
     keys = keys_of(len(tokens)) if keys is None else keys
-    return np.asarray(sample(network, tokens, fixed, lengths, keys, mask_token_id=mask, shift=shift,
-                             config=SamplerConfig(**config)))
+    return np.asarray(sample(network, tokens, fixed, lengths, keys, Task(SamplerConfig(**config), mask, shift)).tokens)
 
 
 def assert_follows(law, samples):
