@@ -2,30 +2,14 @@
 
 import jax
 
+from dlm_jax.attention.choice import BACKENDS, Choice, Work, choose_backend
+from dlm_jax.attention.cudnn import cudnn_attention
 from dlm_jax.attention.dense import dense_attention
 from dlm_jax.attention.mask import AttentionMask
-from dlm_jax.attention.sharded import Partition, sharded_attention_tpu
-from dlm_jax.errors import ConfigError
+from dlm_jax.attention.partition import Partition
+from dlm_jax.attention.sharded import sharded_attention_tpu
 
-__all__ = ["BACKENDS", "AttentionMask", "Partition", "attend", "choose_backend"]
-
-BACKENDS = ("dense", "flash_tpu")
-
-
-def choose_backend(name: str = "auto", platform: str | None = None) -> str:
-    """The backend that `name` stands for on a platform, by default that of JAX's first device.
-
-    Raises:
-      ConfigError: there is no such backend, or it cannot run there.
-    """
-    platform = platform or jax.default_backend()
-    if name == "auto":
-        return "flash_tpu" if platform == "tpu" else "dense"
-    if name not in BACKENDS:
-        raise ConfigError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(BACKENDS)}")
-    if name == "flash_tpu" and platform != "tpu":
-        raise ConfigError(f"the attention backend flash_tpu needs a TPU, and these devices are {platform}; choose auto")
-    return name
+__all__ = ["BACKENDS", "AttentionMask", "Choice", "Partition", "Work", "attend", "choose_backend"]
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, backend: str = "auto",
@@ -34,14 +18,18 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
     """Attention by a backend; shapes as in `dense_attention`.
 
     Args:
-      backend: "auto" chooses by the platform, and the dense one for an explicit matrix.
+      backend: "auto" chooses by the platform, and among what can do this work: see `choose_backend`.
       partition: the mesh axes that split the arrays, for backends that XLA cannot split by itself.
+
+    Raises:
+      ConfigError: the backend cannot do this work.
     """
-    if backend == "auto":
-        backend = "dense" if mask.kind == "matrix" else choose_backend()
-    if backend not in BACKENDS:
-        choose_backend(backend)  # which says what there is
-    if backend == "dense":
-        return dense_attention(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds)
-    return sharded_attention_tpu(query, key, value, mask, partition=partition, dropout_rate=dropout_rate,
-                                 dropout_seeds=dropout_seeds)
+    drops = dropout_rate > 0 and dropout_seeds is not None
+    work = Work(query.dtype.name, query.shape[-1], dropout=drops, matrix=mask.kind == "matrix")
+    backend = choose_backend(backend, work).backend
+    if backend == "cudnn":
+        return cudnn_attention(query, key, value, mask, partition=partition)
+    if backend == "flash_tpu":
+        return sharded_attention_tpu(query, key, value, mask, partition=partition, dropout_rate=dropout_rate,
+                                     dropout_seeds=dropout_seeds)
+    return dense_attention(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds)

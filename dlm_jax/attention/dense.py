@@ -10,13 +10,15 @@ _FORBIDDEN = -1e30  # finite, so that a query that may see nothing gives a mean 
 
 
 def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
-                    dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None) -> jax.Array:
+                    dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None,
+                    query_positions: jax.Array | None = None) -> jax.Array:
     """Softmax attention with grouped queries; softmax in float32.
 
     Args:
       query: [batch, Q, heads, head_dim], already free of any scale.
       key, value: [batch, K, kv_heads, head_dim]; heads is a multiple of kv_heads.
       dropout_seeds: uint32 [batch], or None for no dropout of the probabilities.
+      query_positions: int [Q] or [batch, Q], where the queries stand among the keys; None: from 0 on.
 
     Returns:
       [batch, Q, heads, head_dim] in the type of `query`.
@@ -32,7 +34,8 @@ def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: At
     scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, groups, q_len, k_len)
     if mask.kind != "bidirectional" or mask.window or mask.segment_ids is not None or mask.lengths is not None:
-        allowed = mask.allowed(jnp.arange(q_len), jnp.arange(k_len))  # [batch or 1, Q, K]
+        positions = jnp.arange(q_len) if query_positions is None else query_positions
+        allowed = mask.allowed(positions, jnp.arange(k_len))  # [batch or 1, Q, K]
         scores = jnp.where(allowed[:, None, None], scores, _FORBIDDEN)
     probabilities = jax.nn.softmax(scores, axis=-1)
     probabilities = dropout(probabilities, dropout_rate, dropout_seeds)

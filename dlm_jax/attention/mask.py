@@ -46,7 +46,8 @@ class AttentionMask:
 
         Args:
           ratio: 0 is causal and 1 is bidirectional, both exactly.
-          seed: uint32; give another one each step.
+          seed: uint32; give another one each step. The layers of a network are given one mask, and so share its
+            pattern within a step, as in the release.
           example_index: uint32 [batch], a pattern for each example; None shares one pattern across the batch.
         """
         return cls(kind="annealed", ratio=jnp.asarray(ratio, jnp.float32), seed=jnp.asarray(seed, jnp.uint32),
@@ -91,12 +92,14 @@ class AttentionMask:
             length=jnp.full(1, jnp.iinfo(jnp.int32).max) if self.lengths is None else self.lengths)
 
     def allowed(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-        """Evaluates the rule: positions int [Q] and [K] give bool [batch or 1, Q, K]."""
-        q, k = query_positions[None, :, None], key_positions[None, None, :]
+        """Evaluates the rule: positions int [Q] or [batch, Q] and [K] give bool [batch or 1, Q, K]."""
+        query_positions = jnp.atleast_2d(query_positions)
+        q, k = query_positions[:, :, None], key_positions[None, None, :]
         query_segments = key_segments = None
         if self.segment_ids is not None:
-            query_segments = jnp.take(self.segment_ids, query_positions, axis=1)[:, :, None]
+            at = jnp.broadcast_to(query_positions, (len(self.segment_ids), q.shape[1]))
+            query_segments = jnp.take_along_axis(self.segment_ids, at, axis=1)[:, :, None]
             key_segments = jnp.take(self.segment_ids, key_positions, axis=1)[:, None, :]
         numbers = Numbers(*(x[:, None, None] for x in self.numbers()))
         allowed = self.rule.allowed(q, k, numbers, query_segments, key_segments)
-        return allowed if self.allowed_matrix is None else allowed & self.allowed_matrix[q[0], k[0]]
+        return allowed if self.allowed_matrix is None else allowed & self.allowed_matrix[q, k]

@@ -9,15 +9,7 @@ from jax.sharding import PartitionSpec
 
 from dlm_jax.attention.flash_tpu import flash_attention_tpu, flash_attention_tpu_gradients
 from dlm_jax.attention.mask import AttentionMask
-
-
-@dataclasses.dataclass(frozen=True)
-class Partition:
-    """The mesh axes over which attention's arrays are split."""
-
-    batch: tuple[str, ...]
-    heads: str
-    length: str
+from dlm_jax.attention.partition import Partition, is_split, over_shards
 
 
 def sharded_attention_tpu(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
@@ -30,11 +22,10 @@ def sharded_attention_tpu(query: jax.Array, key: jax.Array, value: jax.Array, ma
       partition: how they are split; None: they are not.
       tuning: block sizes and `interpret`, as for `flash_attention_tpu`.
     """
-    if partition is None or jax.sharding.get_abstract_mesh().empty:
+    if not is_split(partition):
         return flash_attention_tpu(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds,
                                    **tuning)
     rows = PartitionSpec(partition.batch)
-    split = PartitionSpec(partition.batch, partition.length, partition.heads, None)
     # Whatever a mask or dropout knows of each example is split as the batch is; a row of segments stays whole.
     by_example = functools.partial(jax.tree.map, lambda x: rows if x.ndim else PartitionSpec())
 
@@ -44,8 +35,8 @@ def sharded_attention_tpu(query: jax.Array, key: jax.Array, value: jax.Array, ma
         ring = Ring(partition.length, jax.lax.axis_size(partition.length), dropout_rate, tuple(tuning.items()))
         return _ring_attention(ring, query, key, value, mask, dropout_seeds, head)
 
-    return jax.shard_map(local, in_specs=(split, split, split, by_example(mask), by_example(dropout_seeds)),
-                         out_specs=split, check_vma=False)(query, key, value, mask, dropout_seeds)
+    specs = by_example(mask), by_example(dropout_seeds)
+    return over_shards(partition, local, specs, query, key, value, mask, dropout_seeds)
 
 
 @dataclasses.dataclass(frozen=True)

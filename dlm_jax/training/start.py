@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
-from dlm_jax.attention import choose_backend
+from dlm_jax.attention import Choice, Work, choose_backend
 from dlm_jax.data.rows import RowSource
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.hf import Pretrained, load_pretrained
@@ -29,10 +30,10 @@ def load_base(config: TrainConfig, workdir: Path, mesh: Mesh, *, resumed: bool) 
       CheckpointError: the source cannot be read.
     """
     model = config.model
-    compute = Compute(model.dtype, model.remat, choose_backend(model.attention, mesh.devices.flat[0].platform),
-                      ATTENTION_PARTITION)
+    compute = Compute(model.dtype, model.remat, model.attention, ATTENTION_PARTITION)
 
     def shardings(model_config: ModelConfig) -> object:
+        choose_attention(config, model_config, mesh)  # what it refuses, it refuses before any weights are read
         return param_shardings(abstract_model(model_config, compute, model.param_dtype), mesh)
 
     if resumed:
@@ -51,7 +52,15 @@ def load_base(config: TrainConfig, workdir: Path, mesh: Mesh, *, resumed: bool) 
         base = load_pretrained(model.source, mask_token=model.mask_token, compute=compute,
                                param_dtype=model.param_dtype, shardings=shardings, init=model.init, seed=config.seed)
     check_fit(config, base, mesh)
-    return dataclasses.replace(base, shift=config.objective.shift)
+    compute = dataclasses.replace(compute, attention=choose_attention(config, base.model.config, mesh).backend)
+    graphdef = nnx.graphdef(abstract_model(base.model.config, compute, model.param_dtype))
+    return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), shift=config.objective.shift)
+
+
+def choose_attention(config: TrainConfig, architecture: ModelConfig, mesh: Mesh) -> Choice:
+    """The attention backend of the whole run, of its training and its validations alike."""
+    work = Work(config.model.dtype, architecture.head_dim, dropout=architecture.attention_dropout > 0)
+    return choose_backend(config.model.attention, work, mesh.devices.flat[0].platform)
 
 
 def check_fit(config: TrainConfig, base: Pretrained, mesh: Mesh) -> None:
@@ -92,7 +101,7 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
     """What the run is, for people."""
     architecture, data = base.model.config, config.data
     per_step = data.batch_size * data.length
-    objective = config.objective.name
+    objective, attention = config.objective.name, choose_attention(config, architecture, mesh)
     if objective == "diffusion":
         opening = f"annealed over {config.objective.anneal_steps} steps" if config.objective.anneal_steps else \
             "bidirectional from the start"
@@ -105,7 +114,7 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
         + (f", in {config.optimizer.accumulate_steps} micro-batches" if config.optimizer.accumulate_steps > 1 else ""),
         f"run        {config.num_steps:,} steps, {config.num_steps * per_step:,} tokens",
         f"devices    {describe_mesh(mesh)}, {config.model.dtype}, "
-        f"{base.model.compute.attention} attention",
+        f"{attention.backend} attention" + (f" ({attention.reason})" if attention.reason else ""),
     ]
     if first:
         lines.append(f"resumed    from step {first:,}")

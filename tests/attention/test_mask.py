@@ -1,20 +1,33 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.attention.hashing import counter_hash, dropout
+from dlm_jax.diffusion import annealing_seed, dropout_seeds
 
 N = 256
+SEED, STEPS, EXAMPLES = 17, 4, 4  # of the statistics: consecutive ones, as a run has them
+RATIOS = [0.01, 0.1, 0.3, 0.5, 0.9, 0.99]
 
 
 def square(mask: AttentionMask, n: int = N) -> np.ndarray:
     return np.asarray(mask.allowed(jnp.arange(n), jnp.arange(n)))
 
 
-def upper(allowed: np.ndarray) -> np.ndarray:
-    """The entries above the diagonal, which annealing decides."""
-    return allowed[np.triu_indices(allowed.shape[-1], 1)]
+def annealed_bits(ratio: float) -> np.ndarray:
+    """What annealing decides at [STEPS, EXAMPLES, N queries, N keys], all of the keys later than all of the queries."""
+    masks = [AttentionMask.annealed(ratio, annealing_seed(SEED, 1000 + step), jnp.arange(EXAMPLES))
+             for step in range(STEPS)]
+    return np.stack([mask.allowed(jnp.arange(N), jnp.arange(N, 2 * N)) for mask in masks])
+
+
+def standardised(bits: np.ndarray, ratio: float) -> np.ndarray:
+    """To mean 0 and variance 1, if they are independent and true with the probability `ratio`."""
+    return (bits - ratio) / np.sqrt(ratio * (1 - ratio))
 
 
 def test_causal_and_bidirectional():
@@ -28,35 +41,58 @@ def test_annealing_ends_are_exact():
         assert square(AttentionMask.annealed(1.0, seed)).all()
 
 
-@pytest.mark.parametrize("ratio", [0.01, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("ratio", RATIOS)
 def test_annealing_has_the_density_of_its_ratio(ratio):
-    counts = np.stack([upper(square(AttentionMask.annealed(ratio, seed))[0]) for seed in range(8)])
-    deviation = (counts.mean() - ratio) / np.sqrt(ratio * (1 - ratio) / counts.size)
-    assert abs(deviation) < 4
+    deviations = standardised(annealed_bits(ratio), ratio)
+    assert abs(deviations.mean()) * np.sqrt(deviations.size) < 5
+    for axes in ((2, 3), (0, 1, 2), (0, 1, 3)):  # and that of each square, each key and each query has
+        sums = deviations.sum(axes) / np.sqrt(deviations.size / deviations.sum(axes).size)
+        assert abs(sums).max() < 5
+        # They scatter as binomial counts do, neither more nor less.
+        assert abs(np.mean(sums**2) - 1) < 5 * np.sqrt(2 / sums.size)
 
 
 def test_annealing_opens_monotonically():
-    few, more = (square(AttentionMask.annealed(r, 7))[0] for r in (0.3, 0.6))
-    assert (more >= few).all()
+    squares = [square(AttentionMask.annealed(ratio, 7))[0] for ratio in [0.0, *RATIOS, 1.0]]
+    for few, more in itertools.pairwise(squares):
+        assert (more >= few).all() and (more != few).any()
 
 
-def test_annealing_is_independent_across_rows_columns_seeds_and_examples():
-    base = square(AttentionMask.annealed(0.5, 3, jnp.arange(2)))
-    other_seed = square(AttentionMask.annealed(0.5, 4, jnp.arange(1)))[0]
-    bits = 2.0 * base[0] - 1
-    inside = np.triu(np.ones((N, N), bool), 2)  # leaves room for a neighbour on both sides
-    pairs = {
-        "row": bits * np.roll(bits, -1, axis=0), "column": bits * np.roll(bits, 1, axis=1),
-        "transpose-like shift": bits * np.roll(np.roll(bits, 1, 0), 1, 1),
-        "example": bits * (2.0 * base[1] - 1), "seed": bits * (2.0 * other_seed - 1),
-    }
-    for name, product in pairs.items():
-        sample = product[inside & np.roll(inside, -1, 0) & np.roll(inside, 1, 1)]
-        assert abs(sample.mean()) * np.sqrt(sample.size) < 4.5, name
-    # Row and column sums scatter as independent bits do.
-    rows = [bits[i, i + 1:].sum() / np.sqrt(N - i - 1) for i in range(N - 32)]
-    columns = [bits[:j, j].sum() / np.sqrt(j) for j in range(32, N)]
-    assert 0.75 < np.var(rows) < 1.3 and 0.75 < np.var(columns) < 1.3
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+def test_annealing_is_independent_of_its_neighbours_in_every_direction(ratio):
+    """Steps, examples, rows, columns, and every diagonal of two to four of them."""
+    bits = standardised(annealed_bits(ratio), ratio)
+    directions = [d for d in itertools.product((-1, 0, 1), repeat=4) if d > (0, 0, 0, 0)]  # one of each pair d, -d
+    assert len(directions) == 40
+    for direction in directions:
+        here = tuple(slice(max(0, -d), n - max(0, d)) for d, n in zip(direction, bits.shape, strict=True))
+        there = tuple(slice(max(0, d), n - max(0, -d)) for d, n in zip(direction, bits.shape, strict=True))
+        product = bits[here] * bits[there]
+        assert abs(product.mean()) * np.sqrt(product.size) < 5, direction
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+@pytest.mark.parametrize("shape", [(2, 2), (1, 4), (4, 1)], ids=str)
+def test_annealing_draws_every_pattern_of_four_cells_as_often_as_chance(ratio, shape):
+    rows, columns = shape
+    bits = annealed_bits(ratio).reshape(-1, N // rows, rows, N // columns, columns)
+    patterns = bits.swapaxes(2, 3).reshape(-1, 4) @ (1 << np.arange(4))
+    found = np.bincount(patterns, minlength=16)
+    trues = np.array([number.bit_count() for number in range(16)])
+    expected = len(patterns) * ratio**trues * (1 - ratio) ** (4 - trues)
+    chi_square = np.sum((found - expected) ** 2 / expected)  # of 15 degrees of freedom: mean 15, variance 30
+    assert abs(chi_square - 15) < 5 * np.sqrt(30)
+
+
+def test_annealing_says_nothing_about_dropout():
+    bits = standardised(annealed_bits(0.5), 0.5)
+    seeds = dropout_seeds(SEED, jnp.arange(EXAMPLES))
+    for layer in range(2):
+        ones = jnp.ones((EXAMPLES, 1, 2, N, 2 * N))  # as in dense attention: [batch, kv_heads, groups, Q, K]
+        dropped = np.asarray(dropout(ones, 0.5, counter_hash(seeds, layer, 0)))[:, 0, :, :, N:] == 0
+        product = bits[:, :, None] * standardised(dropped, 0.5)  # [step, example, group, Q, K]
+        deviations = product.sum((1, 3, 4)) / np.sqrt(EXAMPLES * N * N)
+        assert abs(deviations).max() < 5
 
 
 def test_a_tile_is_the_slice_of_the_square():

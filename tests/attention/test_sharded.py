@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dlm_jax.attention import AttentionMask, Partition, attend, choose_backend, dense_attention
+from dlm_jax.attention import AttentionMask, Partition, dense_attention
 from dlm_jax.attention.sharded import sharded_attention_tpu
-from dlm_jax.errors import ConfigError
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh
 
 LENGTH, HEADS, KV_HEADS = 32, 4, 2
@@ -54,19 +53,6 @@ def test_a_mesh_computes_what_one_device_does(mesh, mask, seeds):
                 tuple(jax.device_put(tensor, split) for tensor in tensors), mask, seeds)
     for name, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5, err_msg=name)
-
-
-def test_auto_follows_the_platform_and_the_mask():
-    assert choose_backend("auto", "tpu") == "flash_tpu"
-    assert choose_backend("auto", "cpu") == choose_backend("dense", "tpu") == "dense"
-    with pytest.raises(ConfigError, match="flash_tpu needs a TPU, and these devices are cpu"):
-        choose_backend("flash_tpu")
-    with pytest.raises(ConfigError, match="unknown attention backend 'flash'"):
-        choose_backend("flash")
-    query, key, value, _ = inputs()
-    allowed = jnp.ones((LENGTH, LENGTH), bool)
-    np.testing.assert_array_equal(attend(query, key, value, AttentionMask.matrix(allowed)),
-                                  dense_attention(query, key, value, AttentionMask.bidirectional()))
 
 
 def test_without_a_mesh_nothing_is_split():
