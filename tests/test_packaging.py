@@ -42,6 +42,13 @@ def test_every_room_is_packaged_with_recipes_and_assets(setup_arguments):
     assert {re.split(r"[<>=]", line)[0].lower() for line in setup_arguments["install_requires"]} == required()
 
 
+def test_what_lies_beside_the_modules_is_packaged(setup_arguments):
+    for path in (ROOT / "dlm_jax").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            assert any(path.match(pattern) for pattern in setup_arguments["package_data"].get(package, ())), path
+
+
 def test_the_entry_point_exists(setup_arguments):
     (script,) = setup_arguments["entry_points"]["console_scripts"]
     name, module, function = re.fullmatch(r"(\w+)=([\w.]+):(\w+)", script).groups()

@@ -1,0 +1,219 @@
+"""Traces: what is collected is what happened, and the page and the picture show it."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.sampling import Snapshot
+from dlm_jax.sampling.trace import MASKED, Trace
+from dlm_jax.sampling.trace_page import describe, joined, token_texts
+from dlm_jax.sampling.trace_picture import COLUMNS, LINES, lay_out
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+WORDS = [" the", " cat", "</script>", "<b>", " &amp;", " $x_1$", ".", "\n", '"', "\u2028"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token a byte, some words, and a special token that ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(WORDS)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
+
+
+def encoded(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def snapshots(tokenizer, rows, length, num_steps, seed=0):
+    """Random runs of rows in disorder, tokens being masked again on the way; all revealed at the end."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(length // 2, length + 1, rows)
+    lengths[0] = length
+    order = rng.permutation(rows)
+    inside = np.arange(length) < lengths[:, None]
+    gaps = inside & (np.arange(length) > 3)
+    tokens = rng.choice(encoded(tokenizer, "".join(WORDS)), (rows, length))
+    tokens[:, 0] = tokenizer.bos_token_id
+    masked, confidence = gaps.copy(), np.zeros((rows, length), np.float32)
+    yield Snapshot(0, order, lengths, np.where(masked, 999, tokens), masked, confidence)
+    for step in range(1, num_steps + 1):
+        changed = gaps & (rng.random(gaps.shape) < 0.3) | masked & (step == num_steps)
+        masked = np.where(changed, (rng.random(gaps.shape) < 0.2) & (step < num_steps), masked)
+        tokens = np.where(changed, rng.permuted(tokens, axis=1), tokens)
+        tokens[:, 0] = tokenizer.bos_token_id
+        confidence = np.where(changed, np.log(rng.uniform(1e-3, 1, gaps.shape)), confidence).astype(np.float32)
+        yield Snapshot(step, order, lengths, np.where(masked, 999, tokens), masked, confidence)
+
+
+def traced(tokenizer, rows=3, length=40, num_steps=9):
+    trace = Trace()
+    for snapshot in snapshots(tokenizer, rows, length, num_steps):
+        trace(snapshot)
+    return trace
+
+
+def revealed(tokens, masked):
+    """One row, all of it revealed in one step."""
+    trace = Trace()
+    for step, hidden in enumerate((masked, [False] * len(tokens))):
+        trace(Snapshot(step, np.array([0]), np.array([len(tokens)]), np.array([tokens]), np.array([hidden]),
+                       np.zeros((1, len(tokens)))))
+    return trace
+
+
+def payload(page):
+    return json.loads(re.search(r'<script type="application/json" id="trace">(.*?)</script>', page, re.S)[1])
+
+
+def test_a_record_is_every_snapshot_of_its_row(tokenizer):
+    taken = list(snapshots(tokenizer, 3, 40, 9))
+    records = traced(tokenizer).records
+    assert len(records) == 3
+    for snapshot in taken:
+        for i, row in enumerate(snapshot.rows):
+            inside = slice(snapshot.lengths[i])
+            masked = snapshot.masked[i, inside]
+            tokens, log_probability = records[row].at(snapshot.step)
+            np.testing.assert_array_equal(tokens, np.where(masked, MASKED, snapshot.tokens[i, inside]))
+            np.testing.assert_array_equal(log_probability, np.where(masked, 0, snapshot.confidence[i, inside]))
+    assert any(change.token == MASKED for record in records for change in record.changes)
+
+
+def test_a_second_call_with_the_same_rows_begins_anew(tokenizer):
+    trace = traced(tokenizer)
+    for snapshot in snapshots(tokenizer, 3, 40, 2, seed=1):
+        trace(snapshot)
+    assert [record.num_steps for record in trace.records] == [2, 2, 2]
+
+
+def test_the_text_ends_at_an_end_of_text_with_nothing_given_behind_it(tokenizer):
+    end, token = tokenizer.eos_token_id, encoded(tokenizer, " cat")[0]
+
+    def ends(masked, tokens):
+        return revealed(tokens, masked).records[0].end(end)
+
+    assert ends([False, True, True, True, True], [end, token, end, token, end]) == 2
+    assert ends([False, True, True, False, True], [end, token, end, token, end]) == 4
+    assert ends([False, True, True, False, False], [end, token, end, token, token]) == 5
+
+
+def test_the_page_is_whole_escaped_and_small(tokenizer, tmp_path):
+    path = tmp_path / "trace.html"
+    trace = traced(tokenizer, rows=4, length=256, num_steps=64)
+    trace.save(path, tokenizer, caption="</script><script>alert(1)</script> & <b>")
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.html"]
+    page = path.read_text()
+    assert len(page) < 500_000
+    assert not re.search(r"https?:|//[a-z]|src=|url\(|@import|@TRACE@", page.replace("http-equiv", ""))
+    tags = []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append(tag)
+    parser.feed(page)
+    assert tags.count("script") == 2 and "b" not in tags
+    assert "default-src 'none'" in page
+    content = payload(page)
+    assert content["caption"] == "</script><script>alert(1)</script> & <b>"
+    for record, sample in zip(trace.records, content["samples"], strict=True):
+        shown = list(sample["start"])
+        for changes in sample["steps"]:
+            for position, token in zip(changes[::3], changes[1::3], strict=True):
+                shown[position] = token
+        final, _ = record.at(record.num_steps)
+        assert [content["texts"][token] for token in shown] == token_texts(tokenizer, final.tolist())
+        assert sample["first"] == 1
+
+
+def test_words_keep_their_space_and_special_tokens_their_name(tokenizer):
+    assert token_texts(tokenizer, [*encoded(tokenizer, " cat.\n"), tokenizer.eos_token_id]) == [
+        " cat", ".", "\n", "<end>"]
+    pieces = Tokenizer(models.WordLevel({"▁the": 0, "a": 1, "?": 2}, unk_token="?"))
+    pieces.decoder = decoders.Metaspace()
+    assert token_texts(PreTrainedTokenizerFast(tokenizer_object=pieces), [0, 1]) == [" the", "a"]
+
+
+def test_characters_of_several_tokens_come_together(tokenizer):
+    tokens = encoded(tokenizer, "né 🏠")
+    broken = tokens[1]
+    texts = dict(zip(tokens, token_texts(tokenizer, tokens), strict=True))
+    assert joined(tokenizer, tokens, texts) == [(1, 2, "é"), (4, 4, "🏠")]
+    assert joined(tokenizer, [broken, *tokens[1:], MASKED, *tokens[4:6]], texts) == [(1, 2, "é"), (4, 4, "🏠")]
+    sample = describe(revealed(tokens, [True] * len(tokens)).records, tokenizer, "")["samples"][0]
+    assert sample["joined"] == [(1, 2, "é"), (4, 4, "🏠")]
+
+
+def test_lines_of_the_picture_hold_what_fits_and_break_between_words():
+    rng = np.random.default_rng(0)
+    texts = [" " * int(rng.integers(2)) + "w" * int(rng.integers(1, 12)) + "\n" * (rng.random() < 0.02)
+             for _ in range(300)]
+    widths = [len(text.strip()) for text in texts]
+    places = lay_out(texts, widths)
+    assert 0 < len(places) < len(texts) and places[-1][0] == LINES - 1
+    ends = [(line, column + width) for (line, column), width in zip(places, widths, strict=False)]
+    assert max(column for _, column in ends) <= COLUMNS
+    for i in range(1, len(places)):
+        spaced = texts[i].startswith(" ")
+        if places[i][1] == 0:
+            assert spaced or texts[i - 1].endswith("\n") or ends[i - 1][1] + widths[i] > COLUMNS
+        else:
+            assert places[i] == (ends[i - 1][0], ends[i - 1][1] + spaced)
+    assert lay_out(["x" * 300, "y"], [300, 1]) == [(0, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 64])
+def test_the_picture_is_a_picture_and_leaves_pyplot_alone(tokenizer, tmp_path, num_steps):
+    from matplotlib import pyplot as plt
+
+    before = plt.get_fignums()
+    traced(tokenizer, rows=1, num_steps=num_steps).save(tmp_path / "trace.PNG", tokenizer, caption="日本 $a_b$ " * 20)
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.PNG"]
+    pixels = plt.imread(tmp_path / "trace.PNG", format="png")
+    assert pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, 4), axis=0)) > 50
+    assert plt.get_fignums() == before
+
+
+def test_what_cannot_be_saved_is_refused(tokenizer, tmp_path):
+    trace = traced(tokenizer)
+    with pytest.raises(ConfigError, match=r"\.html or \.png"):
+        trace.save(tmp_path / "trace.gif", tokenizer)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        trace.save(tmp_path / "no" / "trace.png", tokenizer)
+    with pytest.raises(DataError, match="empty"):
+        Trace().save(tmp_path / "trace.html", tokenizer)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open the page in")
+def test_a_browser_shows_the_step_that_the_address_names(tokenizer, tmp_path):
+    trace = traced(tokenizer)
+    path = tmp_path / "trace.html"
+    trace.save(path, tokenizer, caption="<i>mine</i>")
+
+    def look(address):
+        done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/p",
+                               "--virtual-time-budget=2000", "--dump-dom", f"{path.as_uri()}#{address}"],
+                              capture_output=True, text=True, check=True, timeout=120)
+        return done.stdout
+
+    for number, step in ((1, 0), (2, 4), (3, 9)):
+        record, page = trace.records[number - 1], look(f"sample={number}&step={step}&view=order")
+        tokens, _ = record.at(step)
+        gaps = record.start == MASKED
+        cells = re.findall(r'<span data-position="(\d+)" class="([\w ]+)"', page)
+        assert [int(position) for position, _ in cells] == list(range(1, len(tokens)))
+        for position, classes in cells:
+            kind = "given" if not gaps[int(position)] else "masked" if tokens[int(position)] == MASKED else "shown"
+            assert kind in classes.split()
+        assert f"step {step} of {record.num_steps}" in page and "&lt;i&gt;mine&lt;/i&gt;" in page
+        shown = (gaps & (tokens != MASKED)).sum()
+        assert f"{shown} of {gaps.sum()} tokens revealed" in page
