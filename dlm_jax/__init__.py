@@ -7,13 +7,15 @@ if TYPE_CHECKING:
     from dlm_jax.attention import AttentionMask
     from dlm_jax.errors import DLMError
     from dlm_jax.models import ModelConfig
+    from dlm_jax.parallel import MeshConfig
     from dlm_jax.pipeline import DiffusionLM
 
 __version__ = "0.1.0"
-__all__ = ["AttentionMask", "DLMError", "DiffusionLM", "ModelConfig", "__version__"]
+__all__ = ["AttentionMask", "DLMError", "DiffusionLM", "MeshConfig", "ModelConfig", "__version__"]
 
 # Looked up on first use, so that `import dlm_jax` and `dlm --help` do not wait for JAX.
-_HOMES = {"AttentionMask": "attention", "DLMError": "errors", "DiffusionLM": "pipeline", "ModelConfig": "models"}
+_HOMES = {"AttentionMask": "attention", "DLMError": "errors", "DiffusionLM": "pipeline", "MeshConfig": "parallel",
+          "ModelConfig": "models"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,6 @@
 """DiffusionLM: a model, its tokenizer and its mask token, and what a user does with them."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +20,8 @@ from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
 from dlm_jax.hf import Pretrained, load_pretrained, save_pretrained
-from dlm_jax.models import Compute, ModelConfig, Transformer
+from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
+from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, array_sharding, batch_parts, make_mesh, param_shardings
 from dlm_jax.sampling import SamplerConfig, Snapshot, Task, make_canvas, sample, sampler_config, stream
 from dlm_jax.sampling.text import Piece, decode, encode, split_gaps
 from dlm_jax.training.workdir import is_workdir, load_workdir
@@ -32,24 +35,31 @@ class DiffusionLM:
     """
 
     pretrained: Pretrained
+    mesh: Mesh | None = None
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, mask_token: str | int | None = None,
-                        dtype: str = "float32") -> Self:
+                        dtype: str = "float32", mesh: MeshConfig | None = None) -> Self:
         """Loads a Hugging Face directory or hub id, a DiffuGPT release, or a training workdir, `workdir@step`.
 
         Args:
           mask_token: an id, or a token, which is added to the vocabulary if new; None takes the one on
             record. Without any the model can give logits and be saved, not sampled.
           dtype: "float32" or "bfloat16", of parameters and activations.
+          mesh: splits parameters and texts over all devices, e.g. `MeshConfig(fsdp=-1)`; None uses the first device.
         """
-        compute = Compute(dtype=dtype)
+        devices = None if mesh is None else make_mesh(mesh)
+        compute = Compute(dtype=dtype, partition=None if mesh is None else ATTENTION_PARTITION)
+        settings = {"compute": compute, "param_dtype": dtype}
+        if devices is not None:
+            settings["shardings"] = lambda architecture: param_shardings(
+                abstract_model(architecture, compute, dtype), devices)
         if not is_workdir(path_or_hub_id):
-            return cls(load_pretrained(path_or_hub_id, mask_token=mask_token, compute=compute, param_dtype=dtype))
+            return cls(load_pretrained(path_or_hub_id, mask_token=mask_token, **settings), devices)
         if mask_token is not None:
             raise ConfigError(f"{path_or_hub_id} is a training workdir, whose mask token is on record; leave "
                               "mask_token out, or export the model and give it another")
-        return cls(load_workdir(path_or_hub_id, compute=compute, param_dtype=dtype))
+        return cls(load_workdir(path_or_hub_id, **settings), devices)
 
     @property
     def model(self) -> Transformer:
@@ -84,8 +94,9 @@ class DiffusionLM:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise DataError(f"token ids must lie in 0 .. {self.config.vocab_size - 1}, the model's vocabulary, "
                             f"got {tokens.min()} .. {tokens.max()}")
-        return _logits(*nnx.split(self.model), jnp.asarray(tokens, jnp.int32),
-                       AttentionMask.bidirectional() if attention is None else attention)
+        with self._in_use():
+            return _logits(*nnx.split(self.model), jnp.asarray(tokens, jnp.int32),
+                           AttentionMask.bidirectional() if attention is None else attention)
 
     def generate(self, prompts: str | Sequence[str] = "", max_new_tokens: int = 128, num_steps: int | None = None,
                  policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
@@ -128,9 +139,10 @@ class DiffusionLM:
                 raise DataError(f"text {number} is empty, so there is nothing to score")
         canvas = make_canvas(rows, self.config.max_length)
         padding = np.arange(canvas.tokens.shape[1]) >= canvas.lengths[:, None]
-        estimate = bound(self.model, canvas.tokens, ~padding, mask_token_id=mask_token_id,
-                         shift=self.pretrained.shift, num_samples=num_samples, seed=seed, batch_size=batch_size,
-                         segment_ids=padding)
+        with self._in_use():
+            estimate = bound(self.model, canvas.tokens, ~padding, mask_token_id=mask_token_id,
+                             shift=self.pretrained.shift, num_samples=num_samples, seed=seed, batch_size=batch_size,
+                             segment_ids=padding)
         return list(estimate.rows)
 
     def save_pretrained(self, directory: str | os.PathLike, layout: str = "hf") -> None:
@@ -163,17 +175,27 @@ class DiffusionLM:
         rows, gaps = zip(*(encode(self.tokenizer, piece, self._bos_token_id) for piece in pieces), strict=True)
         canvas = make_canvas(rows, self.config.max_length)
         by_length = np.argsort(canvas.lengths, kind="stable")
-        batch_size = min(batch_size, len(pieces))
+        parts = 1 if self.mesh is None else batch_parts(self.mesh)
+        batch_size = -(-min(batch_size, len(pieces)) // parts) * parts
         texts = [""] * len(pieces)
-        for start in tqdm(range(0, len(pieces), batch_size), desc="sampling", leave=False, disable=None):
+        quiet = True if len(pieces) <= batch_size or on_step is not None else None
+        for start in tqdm(range(0, len(pieces), batch_size), desc="sampling", leave=False, disable=quiet):
             # The last batch repeats rows, to have the shape of the others and no program of its own.
             chosen = np.resize(by_length[start : start + batch_size], batch_size)
             part = canvas.take(chosen)
-            arguments = self.model, part.tokens, part.fixed, part.lengths, keys[chosen], task
-            filled = sample(*arguments).tokens if on_step is None else self._watched(arguments, chosen, on_step)
+            arguments = self.model, *self._placed(part.tokens, part.fixed, part.lengths, keys[chosen]), task
+            with self._in_use():
+                filled = sample(*arguments).tokens if on_step is None else self._watched(arguments, chosen, on_step)
             for i, row in zip(chosen, np.asarray(filled), strict=True):
                 texts[i] = decode(self.tokenizer, pieces[i], gaps[i], row, eos_token_id if stop_at_eos else None)
         return texts
+
+    def _placed(self, *arrays: np.ndarray | jax.Array) -> tuple[np.ndarray | jax.Array, ...]:
+        """Arrays [batch, ...], their rows split over the mesh if there is one."""
+        return arrays if self.mesh is None else jax.device_put(arrays, array_sharding(self.mesh, "batch"))
+
+    def _in_use(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _watched(self, arguments: tuple, rows: np.ndarray, on_step: Callable[[Snapshot], None]) -> jax.Array:
         """The tokens that `sample` would give, every step shown."""
@@ -181,7 +203,7 @@ class DiffusionLM:
         for step, state in enumerate(stream(*arguments)):
             tokens, masked, confidence = (np.asarray(x)[:number]
                                           for x in (state.tokens, state.masked, state.confidence))
-            on_step(Snapshot(step, rows[:number], arguments[3][:number], tokens, masked, confidence))
+            on_step(Snapshot(step, rows[:number], np.asarray(arguments[3])[:number], tokens, masked, confidence))
         return state.tokens
 
 

@@ -164,3 +164,18 @@ def test_a_real_llama_fills_gaps_in_real_text(test_data):
     assert " girl named Lily." in text
     assert lm.generate("One day,", max_new_tokens=12, num_steps=4)[0].startswith("One day,")
     assert 0 < lm.score("Once upon a time, there was a little girl.", num_samples=8)[0].nats_per_token < 20
+
+
+def test_a_mesh_of_devices_writes_the_same(base, lm):
+    from dlm_jax.parallel import MeshConfig
+
+    split = DiffusionLM.from_pretrained(base, mask_token="<mask>", mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    assert len(split.model.blocks.mlp.up.kernel.get_value().sharding.device_set) == 8
+    prompts, seen = ["Once", "a longer prompt", ""], []
+    texts = split.generate(prompts, max_new_tokens=9, on_step=seen.append, **STEPS)
+    assert texts == lm.generate(prompts, max_new_tokens=9, **STEPS)
+    assert sorted(seen[-1].rows) == [0, 1, 2]
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 7))
+    np.testing.assert_allclose(split.logits(tokens), lm.logits(tokens), atol=1e-4)
+    assert split.score("Once upon", num_samples=4)[0].nats == pytest.approx(
+        lm.score("Once upon", num_samples=4)[0].nats, rel=1e-4)

@@ -6,8 +6,10 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from dlm_jax.cli.values import read
+from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dlm_jax.parallel import MeshConfig
     from dlm_jax.pipeline import DiffusionLM
 
 
@@ -17,14 +19,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         help="an id or a token, if the model records none or another one is wanted")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of parameters and activations (default %(default)s)")
+    parser.add_argument("--mesh", metavar="AXIS=SIZE,...", help="split the model and the texts over all devices, as "
+                        "fsdp=-1 or data=2,tensor=4; -1 takes the devices that are left (default: the first alone)")
 
 
 def load_model(arguments: argparse.Namespace) -> "DiffusionLM":
-    """What `--model`, `--mask_token` and `--dtype` name."""
+    """What `--model`, `--mask_token`, `--dtype` and `--mesh` name."""
     from dlm_jax.pipeline import DiffusionLM
 
     mask_token = None if arguments.mask_token is None else read(arguments.mask_token, int | str)
-    return DiffusionLM.from_pretrained(arguments.model, mask_token=mask_token, dtype=arguments.dtype)
+    return DiffusionLM.from_pretrained(arguments.model, mask_token=mask_token, dtype=arguments.dtype,
+                                       mesh=None if arguments.mesh is None else read_mesh(arguments.mesh))
+
+
+def read_mesh(text: str) -> "MeshConfig":
+    """`data=2,tensor=4` as a mesh; an axis that is not named has size 1."""
+    from dlm_jax.parallel import AXES, MeshConfig
+
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.removeprefix("-").isdecimal():
+            raise ConfigError(f"--mesh={text}: {part!r} is no axis with its size; write for example fsdp=-1 or "
+                              f"data=2,tensor=4, with axes of {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

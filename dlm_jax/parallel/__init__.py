@@ -6,11 +6,12 @@ from dlm_jax.parallel.rules import (
     ATTENTION_PARTITION,
     RULES,
     array_sharding,
+    batch_parts,
     is_param,
     param_shardings,
     spec_of,
     state_shardings,
 )
 
-__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "describe_mesh", "is_param",
-           "make_mesh", "param_shardings", "place_rows", "spec_of", "state_shardings"]
+__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "batch_parts", "describe_mesh",
+           "is_param", "make_mesh", "param_shardings", "place_rows", "spec_of", "state_shardings"]

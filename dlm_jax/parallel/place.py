@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.parallel.rules import BATCH_AXES, array_sharding
+from dlm_jax.parallel.rules import BATCH_AXES, array_sharding, batch_parts
 
 
 def place_rows(read: Callable[[slice], object], num_rows: int, mesh: Mesh) -> object:
@@ -19,7 +19,7 @@ def place_rows(read: Callable[[slice], object], num_rows: int, mesh: Mesh) -> ob
         asked only for slices that devices of this process hold.
       num_rows: rows of the global batch.
     """
-    parts = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+    parts = batch_parts(mesh)
     if num_rows % parts:
         raise ConfigError(f"a batch of {num_rows} rows does not divide over the {parts} parts of the mesh axes "
                           f"{' and '.join(BATCH_AXES)}; change the batch size or the mesh")

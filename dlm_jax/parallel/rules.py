@@ -99,6 +99,11 @@ def array_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(RULES[axis] for axis in axes)))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Over how many parts of the mesh a batch is split."""
+    return _count(BATCH_AXES, mesh)
+
+
 def _count(mesh_axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
     count = 1
