@@ -7,7 +7,9 @@
 Both start from random weights and see the same random tokens; times are drawn from U(0, 1) on both sides, half of the
 tokens are masked on average. PyTorch runs transformers' model with a 4-D attention mask under SDPA, full logits and its
 own AdamW, as the DiffuLLaMA release does. The two take turns, so that what else the machine does falls on both.
-Writes benchmarks/results/train_step-MODEL-DEVICE.json.
+Prints a table of seconds a step, and writes benchmarks/results/train_step-MODEL-DEVICE-dropoutRATE.json.
+
+    python benchmarks/train_step.py --annealed=off --profile=/tmp/trace         where our time goes on a CPU, as a table
 """
 
 import argparse
@@ -51,7 +53,7 @@ def tokens_of(args: argparse.Namespace) -> np.ndarray:
 
 
 def ours(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
-    """A function that takes one step and waits for it."""
+    """A function that takes one step and waits for it; its `program` gives the compiled step as text."""
     import jax
     from flax import nnx
 
@@ -80,12 +82,15 @@ def ours(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
     maskable = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
     number = iter(range(10**9))
 
+    def batch() -> Batch:
+        return Batch(tokens, maskable, np.arange(args.batch_size, dtype=np.uint32) + next(number) * args.batch_size)
+
     def run() -> None:
         nonlocal state
-        index = np.arange(args.batch_size, dtype=np.uint32) + next(number) * args.batch_size
-        state, metrics = step(state, Batch(tokens, maskable, index))
+        state, metrics = step(state, batch())
         jax.block_until_ready((state, metrics))
 
+    run.program = lambda: step.lower(state, batch()).compile().as_text()
     return run
 
 
@@ -164,7 +169,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's, on a CPU")
     parser.add_argument("--only", choices=("ours", "pytorch"), help="leave the other out")
     parser.add_argument("--annealed", choices=("both", "off", "on"), default="both")
+    parser.add_argument("--profile", metavar="DIR", help="trace our steps into DIR and print where their time goes, "
+                        "instead of the comparison")
     args = parser.parse_args()
+    if args.profile:
+        from step_profile import profile
+
+        run = ours(args, args.annealed == "on")
+        measure({"ours": run}, 0, 1)
+        return profile(run, run.program(), args.profile)
 
     import jax
 
@@ -197,7 +210,7 @@ def main() -> None:
               + (f" {row['mfu']:.1%} |" if peak else ""))
     device = jax.devices()[0].device_kind.replace(" ", "-").lower()
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"train_step-{args.model}-{device}.json").write_text(json.dumps({
+    (RESULTS / f"train_step-{args.model}-{device}-dropout{args.dropout:g}.json").write_text(json.dumps({
         "settings": vars(args), "results": results, "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},

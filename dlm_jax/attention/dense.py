@@ -37,10 +37,14 @@ def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: At
         positions = jnp.arange(q_len) if query_positions is None else query_positions
         allowed = mask.allowed(positions, jnp.arange(k_len))  # [batch or 1, Q, K]
         scores = jnp.where(allowed[:, None, None], scores, _FORBIDDEN)
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    probabilities = dropout(probabilities, dropout_rate, dropout_seeds)
+    # Softmax, divided by its sum after the product with the values: its gradient then needs no sum over the square.
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True).reshape(batch, kv_heads, groups * q_len, 1)
+    weights = dropout(weights, dropout_rate, dropout_seeds)
 
-    probabilities = probabilities.reshape(batch, kv_heads, groups * q_len, k_len).astype(value.dtype)
-    out = jnp.einsum("bhqk,bhkd->bhqd", probabilities, value)
+    weights = weights.reshape(batch, kv_heads, groups * q_len, k_len).astype(value.dtype)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32) / total
+    out = out.astype(value.dtype)
     out = out.reshape(batch, kv_heads, groups, q_len, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, q_len, heads, head_dim)

@@ -121,7 +121,8 @@ class MLP(nnx.Module):
         self.down = Linear(f, d, ("mlp", "embed"), n, config.mlp_bias, init, stddev=residual_stddev(config))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        activate = _ACTIVATIONS[self.activation]
+        # Of the activation only its input is kept: what its gradient needs beside is cheaper made again than stored.
+        activate = jax.checkpoint(_ACTIVATIONS[self.activation], prevent_cse=False)
         return self.down(activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x))
 
 

@@ -1,0 +1,129 @@
+"""Where the time of a compiled step goes on a CPU, by the lines of source that its instructions come from.
+
+`train_step.py --profile=DIR` prints it: seconds a step of each part, matrix products apart from the rest, forward apart
+from backward, and the rate of the products beside that of one large product alone.
+"""
+
+import collections
+import pathlib
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+PARTS = {"layers.py": "blocks", "transformer.py": "the scan's slices and stacks, embedding",
+         "dense.py": "attention", "hashing.py": "dropout", "fused.py": "loss and head", "head_loss.py": "loss and head",
+         "loss.py": "loss and head", "step.py": "AdamW"}
+SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+
+
+class Program:
+    """The text of a compiled program, asked about its instructions."""
+
+    def __init__(self, text: str):
+        tables = {name: {int(i): rest for i, rest in re.findall(r"^(\d+) (.*)$", block, re.M)} for name, block in
+                  re.findall(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .*\n)+)", text, re.M)}
+        self.files = {i: name.strip('"') for i, name in tables["FileNames"].items()}
+        number = lambda key, line: int(re.search(rf"{key}=(\d+)", line)[1])  # noqa: E731
+        self.locations = {i: number("file_name_id", line) for i, line in tables["FileLocations"].items()}
+        self.frames = {i: (number("file_location_id", line), number("parent_frame_id", line) - 1)  # 1: none
+                       for i, line in tables["StackFrames"].items()}
+        self.lines = dict(re.findall(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*)$", text, re.M))
+        self.bodies = dict(re.findall(r"^%([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+
+    def part(self, name: str) -> str:
+        """The innermost of our files that an instruction comes from, as a part of the step."""
+        line = self.lines.get(name, "")
+        found = re.search(r"stack_frame_id=(\d+)", line)
+        frame, part = int(found[1]) if found else 0, "zeros for what is stacked, rest"
+        while frame in self.frames:
+            location, parent = self.frames[frame]
+            file = pathlib.PurePath(self.files[self.locations[location]])
+            if "dlm_jax" in file.parts and file.name in PARTS:
+                part = PARTS[file.name]
+                break
+            frame = parent
+        return part + (", backward" if "transpose(jvp" in line else "")
+
+    def flops(self, name: str) -> int:
+        """Of the matrix products in an instruction."""
+        line = self.lines.get(name, "")
+        called = re.search(r"calls=%([\w.\-]+)", line)
+        total = 0
+        for dot in re.findall(r"= (.* dot\(.*)", self.bodies.get(called[1], "") if called else f"= {line}"):
+            left = self.lines[re.search(r"dot\(%([\w.\-]+)", dot)[1]]
+            sizes, count = dimensions(left), 2
+            for size in [*dimensions(dot), *(sizes[int(i)] for i in
+                                             re.search(r"lhs_contracting_dims=\{([\d,]+)\}", dot)[1].split(","))]:
+                count *= size
+            total += count
+        return total
+
+
+def dimensions(line: str) -> list[int]:
+    return [int(size) for size in SHAPE.search(line)[1].split(",") if size]
+
+
+def profile(run: Callable[[], None], compiled_text: str, folder: str, steps: int = 3) -> None:
+    """Traces `steps` calls of `run` into `folder` and prints the table."""
+    program = Program(compiled_text)
+    with jax.profiler.trace(folder):
+        for _ in range(steps):
+            run()
+    trace = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    events = [(event.start_ns, event.end_ns, event.name)
+              for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines
+              for event in line.events if event.name in program.lines and "while" not in event.name
+              and "hlo_op" in dict(event.stats)]
+    seconds, flops = collections.Counter(), collections.Counter()
+    for (part, product), spent in wall_time(events, program).items():
+        seconds[part, product] += spent / steps
+    for _, _, name in events:
+        flops[program.part(name)] += program.flops(name) / steps
+    total = sum(seconds.values())
+    print("| part | products, s | GFLOP/s | other, s | share |\n| --- | --- | --- | --- | --- |")
+    for part in sorted({part for part, _ in seconds}, key=lambda part: -seconds[part, True] - seconds[part, False]):
+        products, other = seconds[part, True], seconds[part, False]
+        rate = f"{flops[part] / products / 1e9:.0f}" if products > 0.01 else ""
+        print(f"| {part} | {products:.2f} | {rate} | {other:.2f} | {(products + other) / total:.0%} |")
+    products = sum(spent for (_, product), spent in seconds.items() if product)
+    print(f"{total:.2f} s a step, {products:.2f} of them matrix products at {sum(flops.values()) / products / 1e9:.0f} "
+          f"GFLOP/s; one product of 2048 x 2048 x 2048 runs at {best_rate() / 1e9:.0f} GFLOP/s")
+
+
+def wall_time(events: list[tuple[float, float, str]], program: Program) -> dict[tuple[str, bool], float]:
+    """Seconds by (part, matrix product or not): each moment is shared by the instructions that run in it.
+
+    XLA's own threads return from some products at once (Eigen works on): a moment without an instruction is counted
+    to the latest product begun.
+    """
+    kind = {name: (program.part(name), program.flops(name) > 0) for _, _, name in events}
+    edges = sorted([(begin, 1, name) for begin, _, name in events] + [(end, -1, name) for _, end, name in events])
+    running: collections.Counter[str] = collections.Counter()
+    spent: collections.Counter[tuple[str, bool]] = collections.Counter()
+    before, latest = edges[0][0], ("rest", False)
+    for moment, change, name in edges:
+        active = +running
+        for other, times in active.items():
+            spent[kind[other]] += (moment - before) * 1e-9 * times / active.total()
+        if not active:
+            spent[latest] += (moment - before) * 1e-9
+        running[name] += change
+        if change > 0 and kind[name][1]:
+            latest = kind[name]
+        before = moment
+    return spent
+
+
+def best_rate() -> float:
+    """Floating-point operations a second of one large float32 product."""
+    x = jnp.ones((2048, 2048))
+    product = jax.jit(lambda x: x @ x)
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(seconds)
