@@ -5,7 +5,7 @@ from dlm_jax.sampling.config import SamplerConfig, sampler_config
 from dlm_jax.sampling.loop import Sample, sample, stream
 from dlm_jax.sampling.policies import POLICIES
 from dlm_jax.sampling.task import Task
-from dlm_jax.sampling.trace import Snapshot
+from dlm_jax.sampling.trace import Snapshot, Trace
 
-__all__ = ["GAP", "POLICIES", "Canvas", "Sample", "SamplerConfig", "Snapshot", "Task", "bucket", "make_canvas",
+__all__ = ["GAP", "POLICIES", "Canvas", "Sample", "SamplerConfig", "Snapshot", "Task", "Trace", "bucket", "make_canvas",
            "sample", "sampler_config", "stream"]

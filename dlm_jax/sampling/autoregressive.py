@@ -12,10 +12,11 @@ from dlm_jax.sampling.task import Network, Request, State, Task, wanted
 def start(network: Network, task: Task, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
           keys: jax.Array) -> tuple[Request, State]:
     """The prompts, of any lengths, with their keys and values; arguments as in `loop.sample`."""
-    gaps = ~fixed & (jnp.arange(tokens.shape[1]) < lengths[:, None])
+    positions = jnp.arange(tokens.shape[1])
+    gaps = ~fixed & (positions > 0) & (positions < lengths[:, None])
     tokens = jnp.where(gaps, 0, tokens)
     prompts = tokens[:, : task.prompt_width]
-    positions = jnp.broadcast_to(jnp.arange(task.prompt_width), prompts.shape)
+    positions = jnp.broadcast_to(positions[: task.prompt_width], prompts.shape)
     # What is written past a prompt's end is seen by no query before it has been written anew.
     _, cache = network.cached_hidden(prompts, AttentionMask.causal(), positions,
                                      Cache.empty(network.config, *tokens.shape, network.compute.dtype))

@@ -69,7 +69,7 @@ def slice_size(config: SamplerConfig, batch: int, width: int) -> int:
         size = expected + expected**0.5  # one slice is enough most of the time
     else:
         size = width / 8
-    size = max(size, _ROWS / batch)
+    size = max(size, _ROWS / batch, 1)
     return min(width, -(-int(size) // 8) * 8)
 
 

@@ -56,7 +56,7 @@ def predict(network: Network, task: Task, request: Request, state: State, start:
 
     if task.config.cache == "none":
         return whole(None)
-    narrowest = width + task.shift
+    narrowest = min(width + task.shift, length)
     if task.config.cache == "dual":
         rest = lambda cache: part(narrowest, cache)  # noqa: E731
     else:

@@ -67,7 +67,7 @@ def _checked(task: Task, fixed: jax.Array, lengths: jax.Array) -> Task:
     """The task, when it is known that its policy can do what is asked, and how wide the prompts are."""
     config, fixed, lengths = task.config, np.asarray(fixed), np.asarray(lengths)
     positions = np.arange(fixed.shape[1])
-    gaps = ~fixed & (positions < lengths[:, None])
+    gaps = ~fixed & (positions > 0) & (positions < lengths[:, None])
     number = gaps.sum(axis=1)
     if config.policy == "first_hitting" and config.num_steps is not None and number.max() > config.num_steps:
         raise ConfigError(f"first_hitting reveals one token a step, and {number.max()} are to be found in "
@@ -98,7 +98,8 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
     return Sample(tokens, state.confidence, state.steps)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "task"))
+# Unused parameters are kept so that the state lies where they do, as it does after a step, which then compiles once.
+@functools.partial(jax.jit, static_argnames=("graphdef", "task"), keep_unused=True)
 def _begin(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
            task: Task) -> tuple[Request, State, jax.Array]:
     request, state = _engine(task).start(nnx.merge(graphdef, params), task, tokens, fixed, lengths, keys)

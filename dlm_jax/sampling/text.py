@@ -11,26 +11,32 @@ from dlm_jax.sampling.canvas import GAP
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Piece = str | int  # text that is kept, or a number of tokens to fill in; the two alternate, text first
+# Text that is kept, or a number of tokens to fill in, or the numbers it may be; text and gaps alternate, text first.
+Piece = str | int | range
 
-_MARK = re.compile(r"<mask(?::(\d+))?>")
+_MARK = re.compile(r"<mask(?::(\d+)(?:-(\d+))?)?>")
 
 
 def split_gaps(text: str, gap_length: int) -> list[Piece]:
-    """Cuts "The <mask:3> sat<mask>." into ["The ", 3, " sat", gap_length, "."].
+    """Cuts "The <mask:3> sat<mask>, <mask:2-8>." into ["The ", 3, " sat", gap_length, ", ", range(2, 9), "."].
 
     Raises:
-      DataError: there is no mark, or one asks for no tokens.
+      DataError: there is no mark, or one asks for no tokens, or its range is empty.
     """
     pieces: list[Piece] = []
     end = 0
     for mark in _MARK.finditer(text):
-        pieces += [text[end : mark.start()], int(mark[1] or gap_length)]
+        shortest = int(mark[1] or gap_length)
+        longest = int(mark[2] or shortest)
+        if min(shortest, longest) < 1:
+            raise DataError(f"a gap of no tokens in {_excerpt(text)}; a gap has at least 1 token")
+        if shortest > longest:
+            raise DataError(f"the range of {mark[0]} in {_excerpt(text)} is empty; write <mask:{longest}-{shortest}>")
+        pieces += [text[end : mark.start()], shortest if shortest == longest else range(shortest, longest + 1)]
         end = mark.end()
     if not pieces:
-        raise DataError(f"no gap in {_excerpt(text)}; write <mask:8> where 8 tokens are to be filled in")
-    if min(pieces[1::2]) < 1:
-        raise DataError(f"a gap of no tokens in {_excerpt(text)}; a gap has at least 1 token")
+        raise DataError(f"no gap in {_excerpt(text)}; write <mask:8> where 8 tokens are to be filled in, or <mask:2-8> "
+                        "where 2 to 8 are")
     return [*pieces, text[end:]]
 
 
@@ -38,14 +44,17 @@ def encode(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[Piece],
            bos_token_id: int) -> tuple[list[int], list[range]]:
     """A row that begins with BOS, a GAP for each token to fill in; and where in it each gap lies.
 
+    A gap whose length is not settled is as long as it may be.
+
     Tokenizers join a space to the word after it. One that stands before a gap is therefore left to the gap, or the
     network would meet a lone space, which it hardly knows; `decode` sets it right.
     """
     row, gaps = [bos_token_id], []
     for number, piece in enumerate(pieces):
-        if isinstance(piece, int):
-            gaps.append(range(len(row), len(row) + piece))
-            row += [GAP] * piece
+        if not isinstance(piece, str):
+            length = piece[-1] if isinstance(piece, range) else piece
+            gaps.append(range(len(row), len(row) + length))
+            row += [GAP] * length
             continue
         piece = piece.removesuffix(" ") if number + 1 < len(pieces) else piece
         if piece:

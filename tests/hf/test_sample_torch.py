@@ -11,7 +11,7 @@ import torch
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.hf import load_pretrained, sample_torch, save_pretrained
-from dlm_jax.sampling import SamplerConfig, sample
+from dlm_jax.sampling import SamplerConfig, Task, sample
 from tests.hf import families
 
 MASK = 5
@@ -38,8 +38,9 @@ def test_logits_and_likeliest_tokens_agree(exported):
     fixed[1, 8:12] = True
     found = sample_torch.sample(model, torch.from_numpy(tokens).long(), torch.from_numpy(fixed), num_steps=6,
                                 temperature=0)
+    task = Task(SamplerConfig("confidence", num_steps=6, temperature=0.0), MASK, shift=True)
     expected = sample(pretrained.model, tokens, fixed, jnp.array([20, 20]), jax.random.split(jax.random.key(0), 2),
-                      mask_token_id=MASK, shift=True, config=SamplerConfig("confidence", num_steps=6, temperature=0))
+                      task).tokens
     np.testing.assert_array_equal(found, expected)
 
 

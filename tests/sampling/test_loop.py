@@ -1,132 +1,137 @@
+"""Steps: how many, what each reveals, when a row is done; and what is refused before the first."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from scipy import stats
 
-from dlm_jax.models import ModelConfig, Transformer
-from dlm_jax.sampling import POLICIES, SamplerConfig, Task, sample
-from dlm_jax.sampling.loop import _sample
-from tests.sampling.toys import Joint, Toy, confidence_law, random_law
+from dlm_jax.errors import ConfigError
+from dlm_jax.sampling import SamplerConfig, Task, sample, stream
+from tests.sampling.tools import MASK, keys_of, problem, run, tiny
+from tests.sampling.toys import Toy
 
-ROWS = 20_000
-
-
-def keys_of(count, seed=0):
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
-
-
-def run(network, tokens, fixed, lengths=None, *, keys=None, mask=None, shift=True, **config):
-    tokens = np.asarray(tokens)
-    lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
-    keys = keys_of(len(tokens)) if keys is None else keys
-    return np.asarray(sample(network, tokens, fixed, lengths, keys, Task(SamplerConfig(**config), mask, shift)).tokens)
-
-
-def assert_follows(law, samples):
-    """Chi-square of the drawn rows against the enumerated law, outcomes of few expected counts taken together."""
-    drawn = {}
-    for row in map(tuple, samples.tolist()):
-        drawn[row] = drawn.get(row, 0) + 1
-    assert all(law[row] > 0 for row in drawn)
-    expected = np.array([p * len(samples) for p in law.values()])
-    observed = np.array([drawn.get(row, 0) for row in law])
-    rare = expected < 10
-    expected, observed = (np.append(x[~rare], x[rare].sum()) for x in (expected, observed))
-    keep = expected > 0
-    assert stats.chisquare(observed[keep], expected[keep], sum_check=False).pvalue > 1e-4
-
-
-@pytest.mark.parametrize(("config", "law", "shift"), [
-    ({"policy": "random", "num_steps": 2}, lambda j: random_law(j, 2), True),
-    ({"policy": "random", "num_steps": 3, "temperature": 0.7, "top_p": 0.8},
-     lambda j: random_law(j, 3, temperature=0.7, top_p=0.8), True),
-    ({"policy": "random", "num_steps": 1000}, lambda j: j.law(), False),
-    ({"policy": "confidence", "num_steps": 2}, lambda j: confidence_law(j, [1, 2]), False),
-    ({"policy": "confidence", "num_steps": 64, "top_k": 2}, lambda j: confidence_law(j, [1, 1, 1], top_k=2), True),
-], ids=["random-2", "random-3-truncated", "random-one-at-a-time", "confidence-2", "confidence-truncated"])
-def test_samples_follow_the_enumerated_law(config, law, shift):
-    joint = Joint(vocab=3, length=3, seed=1)
-    fixed = np.tile([True, False, False, False], (ROWS, 1))
-    out = run(Toy(joint.logits, shift), np.zeros((ROWS, 4), int), fixed, mask=joint.mask, shift=shift, **config)
-    assert_follows(law(joint), out[:, 1:])
+VOCAB, LENGTH = 31, 24  # of the toys here, whose mask is the last of the vocabulary
 
 
 def masked_count(tokens):
     """Predicts at each position how many masks the row still holds, so that the output tells when it was revealed."""
-    count = (tokens == 30).sum(axis=1)
-    return jnp.broadcast_to(10 * jax.nn.one_hot(count, 31)[:, None], (*tokens.shape, 31))
+    count = (tokens == VOCAB - 1).sum(axis=1)
+    return jnp.broadcast_to(10 * jax.nn.one_hot(count, VOCAB)[:, None], (*tokens.shape, VOCAB))
 
 
-@pytest.mark.parametrize(("num_steps", "counts"), [(1, [20]), (3, [6, 7, 7]), (8, [2, 3] * 4), (99, [1] * 20)])
-def test_the_confidence_policy_reveals_as_many_as_scheduled(num_steps, counts):
-    tokens, fixed = np.zeros((2, 24), int), np.ones((2, 24), bool)
-    fixed[0, 2:22] = False
+def ending(tokens):
+    """Is sure of an end of text (token 0) at the position that token 0 of the row names, less so of 5 elsewhere."""
+    here = jnp.arange(tokens.shape[1]) == tokens[:, :1]
+    return jnp.where(here[..., None], 12 * jax.nn.one_hot(0, VOCAB), 8 * jax.nn.one_hot(5, VOCAB))
+
+
+def counting(number=20, **config):
+    """How many tokens of a row of `number` gaps were revealed by the 1st, 2nd, ... forward pass of a run; its steps.
+
+    Another row has but 4 gaps.
+    """
+    tokens, fixed = np.zeros((2, LENGTH), int), np.ones((2, LENGTH), bool)
+    fixed[0, 2 : 2 + number] = False
     fixed[1, 5:9] = False
-    out = run(Toy(masked_count), tokens, fixed, mask=30, policy="confidence", num_steps=num_steps, temperature=0.0)
-    assert [int((out[0] == left).sum()) for left in 20 - np.cumsum([0, *counts[:-1]])] == counts
-    assert np.bincount(out[1, 5:9]).max() <= -(-4 // num_steps)  # a row with fewer gaps has its own schedule
+    out = run(Toy(masked_count), tokens, fixed, mask=VOCAB - 1, temperature=0.0, **config)
+    left = np.sort(np.unique(out.tokens[0, 2 : 2 + number]))[::-1]
+    counts = [int((out.tokens[0] == masks).sum()) for masks in left]
+    np.testing.assert_array_equal(left, number - np.cumsum([0, *counts[:-1]]))
+    assert out.steps[0] == len(counts)
+    assert out.steps[1] == len(np.unique(out.tokens[1, 5:9]))
+    return counts, out
+
+
+@pytest.mark.parametrize(("config", "counts"), [
+    (dict(policy="confidence", num_steps=1), [20]),
+    (dict(policy="margin", num_steps=3), [6, 7, 7]),
+    (dict(policy="random_exact", num_steps=8), [2, 3] * 4),
+    (dict(policy="entropy", num_steps=99), [1] * 20),
+    (dict(policy="confidence", num_steps=10_000), [1] * 20),
+    (dict(policy="first_hitting"), [1] * 20),
+    (dict(policy="threshold", threshold=0.99999), [1] * 20),  # the toy is sure, but not as sure
+    (dict(policy="threshold", threshold=0.9), [20]),
+    (dict(policy="confidence", num_steps=4, grid="cosine"), [2, 4, 7, 7]),
+    (dict(policy="random_exact", num_steps=5, block_length=8), [4] * 5),
+    (dict(policy="threshold", block_length=8), [8, 8, 4]),
+], ids=str)
+def test_each_step_reveals_as_many_as_scheduled(config, counts):
+    found, out = counting(**config)
+    assert found == counts
+    if "num_steps" in config and "block_length" not in config:  # a row with fewer gaps has its own schedule
+        assert out.steps[1] == min(4, config["num_steps"])
+
+
+def test_the_random_policy_skips_the_steps_that_reveal_nothing():
+    counts, out = counting(policy="random", num_steps=10_000)
+    assert sum(counts) == 20 and len(counts) >= 19  # two of 20 in one of 10,000: a chance of 1 in 50
+    assert out.steps[1] <= 4
 
 
 def test_the_random_policy_reveals_in_the_release_s_proportions():
     rows, num_steps = 400, 5
-    fixed = np.tile(np.arange(24) < 4, (rows, 1))
-    out = run(Toy(masked_count), np.zeros((rows, 24), int), fixed, mask=30, policy="random", num_steps=num_steps,
-              temperature=0.0)
-    first = np.array([(row == 20).sum() for row in out[:, 4:]])  # revealed in the step that has 20 masks before it
+    fixed = np.tile(np.arange(LENGTH) < 4, (rows, 1))
+    out = run(Toy(masked_count), np.zeros((rows, LENGTH), int), fixed, mask=VOCAB - 1, policy="random",
+              num_steps=num_steps, temperature=0.0)
+    first = np.array([(row == 20).sum() for row in out.tokens[:, 4:]])  # revealed with 20 masks left
     expected = stats.binom(20, 1 / num_steps).pmf(np.arange(1, 11)) / (1 - (1 - 1 / num_steps) ** 20)
     # A step that reveals nothing leaves no trace, hence the law given at least one.
     assert stats.chisquare(np.bincount(first, minlength=12)[1:11], expected * rows, sum_check=False).pvalue > 1e-4
-    assert max(len(set(row)) for row in out[:, 4:].tolist()) <= num_steps
+    assert out.steps.max() <= num_steps
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    config = ModelConfig("llama", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-                         mlp_size=48, max_length=128, initializer_range=0.3)
-    return Transformer(config, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("config", [
+    dict(policy="confidence"), dict(policy="first_hitting"), dict(policy="random", num_steps=9),
+    dict(policy="random_exact", remask=0.2, block_length=8), dict(policy="threshold", threshold=0.999999)],
+    ids=lambda config: config["policy"])
+def test_a_row_is_done_when_all_before_an_end_of_text_is_filled(config):
+    ends = np.array([5, 20, 1, 25, 12])  # the fourth row has none
+    tokens = np.repeat(ends[:, None], LENGTH, axis=1)
+    fixed = np.tile(np.arange(LENGTH) < 1, (len(ends), 1))
+    fixed[4, 15] = True
+    settings = dict(mask=VOCAB - 1, eos=0, temperature=0.0, **config)
+    out = run(Toy(ending), tokens, fixed, stop=True, **settings)
+    for row, end in enumerate(ends):
+        assert (out.tokens[row, 1:end] == np.where(fixed[row, 1:end], ends[row], 5)).all()
+        assert (out.tokens[row, end:] == 0).sum() >= 1 or end >= LENGTH
+        drawn = out.confidence[row] < 0
+        assert drawn[1 : min(end + 1, LENGTH)].sum() == (~fixed[row, 1 : end + 1]).sum()
+        np.testing.assert_array_equal(out.tokens[row, end + 1 :][~(drawn | fixed[row])[end + 1 :]], 0)
+        assert fixed[row, 15] == (out.tokens[row, 15] == 12)
+    full = run(Toy(ending), tokens, fixed, **settings)
+    assert (out.steps <= full.steps).all()
+    assert out.steps[3] == full.steps[3]
+    if config["policy"] == "confidence":  # the end of text comes first, and then only what precedes it
+        np.testing.assert_array_equal(out.steps, [5, 20, 1, 23, 12])
 
 
-def problem(seed=0, batch=4, length=40):
-    rng = np.random.default_rng(seed)
-    tokens, fixed = rng.integers(0, 60, (batch, length)), rng.random((batch, length)) < 0.4
-    return tokens, fixed, np.array([40, 17, 29, 2])[:batch]
+def test_a_given_end_of_text_ends_nothing():
+    tokens, fixed = np.full((1, LENGTH), 40), np.arange(LENGTH)[None] < 3
+    tokens[0, 2] = 0
+    out = run(Toy(ending), tokens, fixed, mask=VOCAB - 1, eos=0, stop=True, policy="confidence",
+              temperature=0.0)
+    assert (out.tokens[0, 3:] == 5).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_row_does_not_depend_on_batch_or_padding(tiny, policy):
-    tokens, fixed, lengths = problem()
-    config = {"mask": 60, "policy": policy, "num_steps": 6, "temperature": 0.8, "top_p": 0.9}
-    together = run(tiny, tokens, fixed, lengths, **config)
-    for row in np.flatnonzero(lengths <= 32):
-        one, length = slice(row, row + 1), lengths[row]
-        alone = run(tiny, tokens[one, :32], fixed[one, :32], lengths[one], keys=keys_of(4)[one], **config)
-        np.testing.assert_array_equal(alone[0, :length], together[row, :length])
+@pytest.mark.parametrize(("policy", "settings", "words"), [
+    ("first_hitting", dict(num_steps=19), "one token a step, and 20 are to be found in 19 steps; leave num_steps out"),
+    ("autoregressive", {}, "fills no gap that has text behind it; choose another policy"),
+    ("confidence", dict(mask=None), "the policy confidence needs a mask token; name one, or choose autoregressive"),
+])
+def test_what_cannot_be_filled_is_refused_before_the_first_step(policy, settings, words):
+    tokens, fixed = np.zeros((2, 30), int), np.zeros((2, 30), bool)  # position 0 is no gap, whatever is said of it
+    fixed[:, 9:18] = True
+    fixed[0] = True
+    mask = settings.pop("mask", MASK)
+    task = Task(SamplerConfig(policy, **settings), mask, True)
+    for start in (sample, lambda *arguments: next(stream(*arguments))):
+        with pytest.raises(ConfigError, match=words) as refusal:
+            start(tiny("llama"), tokens, fixed, np.array([30, 30]), keys_of(2), task)
+        assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(("policy", "temperature"), [("random", 1.0), ("confidence", 0.0)])
-def test_fixed_tokens_and_padding_stay_and_the_mask_is_never_written(tiny, policy, temperature):
-    tokens, fixed, lengths = problem()
-    tokens[0, 3], fixed[0, 3] = 60, True  # the mask's id as a given token is a token
-    out = run(tiny, tokens, fixed, lengths, mask=60, policy=policy, num_steps=5, temperature=temperature)
-    kept = fixed | (np.arange(40) >= lengths[:, None]) | (np.arange(40) == 0)
-    np.testing.assert_array_equal(out[kept], tokens[kept])
-    assert not (out[~kept] == 60).any()
-
-
-def test_other_keys_give_other_rows_and_the_same_key_the_same(tiny):
-    tokens, fixed, lengths = problem(batch=1)
-    out = [run(tiny, tokens, fixed, lengths, keys=keys_of(1, seed), mask=60) for seed in (0, 0, 1)]
-    assert (out[0] == out[1]).all()
-    assert (out[0] != out[2]).any()
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_logits_never_exist_for_the_whole_canvas(tiny, policy):
-    graphdef, params = nnx.split(tiny)
-    config = SamplerConfig(policy, num_steps=16)
-    program = _sample.lower(graphdef, params, jnp.zeros((2, 128), int), jnp.zeros((2, 128), bool),
-                            jnp.full(2, 128), keys_of(2), 60, True, config).as_text()
-    assert "tensor<2x16x61xf32>" in program or "tensor<2x8x61xf32>" in program
-    assert "x128x61xf32" not in program
+def test_as_many_steps_as_gaps_are_enough_for_one_token_a_step():
+    tokens, fixed, lengths = problem("autoregressive")
+    out = run(tiny("llama"), tokens, fixed & (np.arange(40) > 0), lengths, policy="first_hitting", num_steps=36)
+    assert out.steps.max() == 36

@@ -2,41 +2,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
-from dlm_jax.sampling.policies import quota, random_plan, token_probability
-
-
-@pytest.mark.parametrize("num_steps", [2, 7])
-def test_the_random_plan_is_the_release_s_loop_drawn_at_once(num_steps):
-    plans = jax.vmap(lambda key: random_plan(key, jnp.ones(40, bool), num_steps))(
-        jax.random.split(jax.random.key(0), 500))
-    # The loop: at forward s of T a masked token is revealed with probability 1/(t+1), t = T-1-s; the last takes all.
-    still, law = 1.0, []
-    for t in range(num_steps - 1, -1, -1):
-        law.append(still / (t + 1))
-        still -= law[-1]
-    counts = np.bincount(np.asarray(plans).ravel(), minlength=num_steps)
-    assert stats.chisquare(counts, np.array(law) * plans.size).pvalue > 1e-4
-    pairs = np.bincount(np.asarray(plans[:, ::2] * num_steps + plans[:, 1::2]).ravel(), minlength=num_steps**2)
-    assert stats.chisquare(pairs, np.outer(law, law).ravel() * plans.size / 2).pvalue > 1e-4
+from dlm_jax.sampling import POLICIES, SamplerConfig
+from dlm_jax.sampling.draw import slice_size
+from dlm_jax.sampling.policies import margin, negative_entropy, probability
 
 
-def test_padding_does_not_change_the_plan():
-    key = jax.random.key(3)
-    np.testing.assert_array_equal(random_plan(key, jnp.ones(64, bool), 9)[:37], random_plan(key, jnp.ones(37, bool), 9))
+def test_scores_are_what_they_are_called():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.full(9, 0.5), (4, 5))
+    token = rng.integers(0, 9, (4, 5))
+    logits = jnp.asarray(np.log(p) + 3, jnp.float32)
+    np.testing.assert_allclose(probability(logits, token), np.log(np.take_along_axis(p, token[..., None], -1)[..., 0]),
+                               rtol=1e-4, atol=1e-5)
+    largest = np.sort(p)
+    np.testing.assert_allclose(margin(logits, token), largest[..., -1] - largest[..., -2], atol=1e-6)
+    np.testing.assert_allclose(negative_entropy(logits, token), (p * np.log(p)).sum(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 16, 64])
-def test_quotas_are_even_and_complete(num_steps):
-    total = np.arange(40)[:, None]
-    counts = np.asarray(quota(np.arange(num_steps), total, num_steps))
-    for n, row in enumerate(counts):
-        used = row[: min(n, num_steps)]
-        assert used.sum() == n
-        assert n == 0 or used.min() >= max(1, used.max() - 1)
+def test_a_forbidden_token_counts_for_nothing():
+    logits, token = jnp.array([[0.0, 1.0, -jnp.inf]]), jnp.array([1])
+    p = np.exp([0, 1]) / np.exp([0, 1]).sum()
+    np.testing.assert_allclose(probability(logits, token), [np.log(p[1])], rtol=1e-6)
+    np.testing.assert_allclose(margin(logits, token), [p[1] - p[0]], rtol=1e-6)
+    np.testing.assert_allclose(negative_entropy(logits, token), [(p * np.log(p)).sum()], rtol=1e-6)
 
 
-def test_confidence_is_the_log_probability_of_the_candidate():
-    logits = jnp.array([[0.0, 1.0, -jnp.inf]])
-    np.testing.assert_allclose(token_probability(logits, jnp.array([1])), [1 - np.log(1 + np.e)], rtol=1e-6)
+def test_where_one_token_is_possible_every_score_is_at_its_best():
+    logits, token = jnp.full((1, 5), -jnp.inf).at[0, 2].set(4.0), jnp.array([2])
+    assert [float(score(logits, token)[0]) for score in (probability, margin, negative_entropy)] == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_head_takes_at_least_one_position_and_at_most_all(policy):
+    for batch in (1, 3, 64, 20_000):
+        for width in (1, 4, 9, 64, 2048):
+            assert 1 <= slice_size(SamplerConfig(policy), batch, width) <= width
+
+
+def test_scores_keep_the_shape_of_the_candidates():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 7))
+    for score in (probability, margin, negative_entropy):
+        assert score(logits, jnp.zeros((2, 3), jnp.int32)).shape == (2, 3)

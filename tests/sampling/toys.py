@@ -1,18 +1,29 @@
-"""Networks small enough to enumerate: each is told by its hidden states, which are already logits."""
+"""Networks small enough to enumerate, each told by its hidden states, which are already logits; and their laws."""
 
+import collections
+import dataclasses
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy import stats
+
+_OFFSET = 1.5  # of all logits: some are positive and some are not
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    vocab_size: int
 
 
 class Toy(nnx.Module):
     """`logits(tokens [batch, length])` gives [batch, length, vocab], aligned with the position it predicts."""
 
-    def __init__(self, logits, shift=True):
-        self.logits, self.shift = logits, shift
+    def __init__(self, logits, shift=True, vocab=None):
+        self.logits, self.shift, self.config = logits, shift, ToyConfig(vocab)
 
     def hidden(self, tokens, attention):
         logits = self.logits(tokens)
@@ -25,23 +36,26 @@ class Toy(nnx.Module):
 class Joint:
     """A joint distribution of `length` tokens out of `vocab`, after a context token; the mask's id is `vocab`."""
 
-    def __init__(self, vocab, length, seed):
+    def __init__(self, vocab, length, seed=1):
         self.vocab, self.length, self.mask = vocab, length, vocab
         self.outcomes = np.array(list(itertools.product(range(vocab), repeat=length)))
         self.probability = np.random.default_rng(seed).dirichlet(np.full(len(self.outcomes), 0.3))
 
     def logits(self, tokens):
-        """Log conditional marginals given the unmasked tokens; a spurious mass on the mask itself."""
+        """Log conditional marginals given the unmasked tokens, plus a constant; a spurious mass on the mask itself."""
         seen = tokens[:, None, 1:]
         match = ((seen == self.outcomes) | (seen == self.mask)).all(-1)  # [batch, outcomes]
         weight = jnp.where(match, jnp.asarray(self.probability, jnp.float32), 0)
         one_hot = jax.nn.one_hot(self.outcomes, self.vocab)  # [outcomes, length, vocab]
         marginal = jnp.einsum("bo,olv->blv", weight, one_hot)
-        logits = jnp.log(marginal / marginal.sum(-1, keepdims=True))
-        return jnp.pad(logits, ((0, 0), (1, 0), (0, 1)), constant_values=3.0)
+        logits = jnp.log(marginal / marginal.sum(-1, keepdims=True)) + _OFFSET
+        return jnp.pad(logits, ((0, 0), (1, 0), (0, 1)), constant_values=5.0)
 
-    def law(self):
-        return {tuple(outcome): p for outcome, p in zip(self.outcomes, self.probability, strict=True)}
+    def law(self, given=()):
+        """The probability of each outcome, where the gaps are the None of `given`; () for gaps everywhere."""
+        match = np.all([(token is None) | (self.outcomes[:, n] == token) for n, token in enumerate(given)] or 1, axis=0)
+        weight = self.probability * match
+        return {tuple(outcome): p for outcome, p in zip(self.outcomes.tolist(), weight / weight.sum(), strict=True)}
 
     def marginals(self, state):
         """[length, vocab] given `state`, a tuple of tokens and None."""
@@ -64,47 +78,115 @@ def truncated(p, temperature=1.0, top_p=None, top_k=None):
     return p / p.sum()
 
 
-def random_law(joint, num_steps, **choice):
-    """Exact law of the random policy: average over every plan, tokens of one step drawn independently."""
-    law = dict.fromkeys(map(tuple, joint.outcomes), 0.0)
+SCORES = {
+    "confidence": lambda p, token: p[token],
+    "margin": lambda p, token: np.diff(np.sort(p)[-2:])[0],
+    "entropy": lambda p, token: (p * np.log(p)).sum(),
+}
 
-    def follow(state, plan, step, weight):
-        if step == num_steps:
-            law[state] += weight
+
+class Reference:
+    """What the sampler should do to a `Joint`, one step at a time, in probabilities.
+
+    Args:
+      policy: "random" (each masked position by itself, with a given chance), "exact" (a given number of them, by
+        chance), or one of SCORES (the given number of best candidates).
+      blocks: what happens in each: the positions of its gaps, and for every step how many of them are filled at its
+        end (for "random": the chance of each that is masked).
+      given: the outcome's given tokens, None where there is a gap.
+      threshold: candidates of this probability are revealed whatever the number.
+      penalty: of repetition; `context` is the token at position 0.
+    """
+
+    def __init__(self, joint, policy, blocks, *, given=None, remask=0.0, threshold=np.inf, guidance=0.0, penalty=1.0,
+                 context=None, eos=None, eos_penalty=0.0, **choice):
+        self.joint, self.policy, self.blocks, self.remask, self.threshold = joint, policy, blocks, remask, threshold
+        self.given = given or (None,) * joint.length
+        self.guidance, self.penalty, self.context = guidance, penalty, context
+        self.eos, self.eos_penalty, self.choice = eos, eos_penalty, choice
+        self.follow, self.predict = functools.cache(self._follow), functools.cache(self._predict)
+
+    def law(self):
+        """The probability of every outcome."""
+        return dict.fromkeys(map(tuple, self.joint.outcomes.tolist()), 0.0) | self.follow(self.given, 0, 0)
+
+    def _follow(self, state, block, age):
+        """The law of what becomes of a state."""
+        if block == len(self.blocks):
+            return {state: 1.0}
+        here, numbers = self.blocks[block]
+        if all(state[n] is not None for n in here):
+            return self.follow(state, block + 1, 0)
+        law = collections.Counter()
+        for weight, left in self._forget(state, here, age + 1 == len(numbers)):
+            masked = [n for n in here if left[n] is None]
+            for chance, tokens in self._reveal(left, masked, numbers[age], len(here) - len(masked)):
+                then = tuple(tokens.get(n, token) for n, token in enumerate(left))
+                for outcome, p in self.follow(then, block, age + 1).items():
+                    law[outcome] += weight * chance * p
+        return law
+
+    def _forget(self, state, here, last):
+        filled = [n for n in here if state[n] is not None and self.remask and not last]
+        for forgotten in subsets(filled):
+            weight = self.remask ** len(forgotten) * (1 - self.remask) ** (len(filled) - len(forgotten))
+            yield weight, tuple(None if n in forgotten else token for n, token in enumerate(state))
+
+    def _reveal(self, state, masked, number, filled):
+        p, drawn = self.predict(state)
+
+        def draws(positions):
+            for tokens in itertools.product(range(self.joint.vocab), repeat=len(positions)):
+                chance = np.prod([drawn[n][token] for n, token in zip(positions, tokens, strict=True)])
+                if chance > 0:
+                    yield chance, dict(zip(positions, tokens, strict=True))
+
+        if self.policy == "random":
+            for chosen in subsets(masked):
+                weight = number ** len(chosen) * (1 - number) ** (len(masked) - len(chosen))
+                yield from ((weight * chance, tokens) for chance, tokens in draws(chosen) if weight)
             return
-        here = [n for n in range(joint.length) if plan[n] == step]
-        p = joint.marginals(state)
-        for tokens in itertools.product(range(joint.vocab), repeat=len(here)):
-            chance = np.prod([truncated(p[n], **choice)[token] for n, token in zip(here, tokens, strict=True)])
-            if chance > 0:
-                filled = list(state)
-                for n, token in zip(here, tokens, strict=True):
-                    filled[n] = token
-                follow(tuple(filled), plan, step + 1, weight * chance)
-
-    for plan in itertools.product(range(num_steps), repeat=joint.length):
-        follow((None,) * joint.length, plan, 0, num_steps**-joint.length)
-    return law
-
-
-def confidence_law(joint, counts, **choice):
-    """Exact law of the confidence policy that reveals counts[s] tokens at step s."""
-    law = dict.fromkeys(map(tuple, joint.outcomes), 0.0)
-
-    def follow(state, step, weight):
-        masked = [n for n in range(joint.length) if state[n] is None]
-        if not masked:
-            law[state] += weight
+        count = max(number - filled, 1)
+        if self.policy == "exact":
+            ways = list(itertools.combinations(masked, count))
+            for chosen in ways:
+                yield from ((chance / len(ways), tokens) for chance, tokens in draws(chosen))
             return
-        p = joint.marginals(state)
-        for tokens in itertools.product(range(joint.vocab), repeat=len(masked)):
-            chance = np.prod([truncated(p[n], **choice)[token] for n, token in zip(masked, tokens, strict=True)])
-            if chance > 0:
-                best = sorted(zip(masked, tokens, strict=True), key=lambda pair: -p[pair])[: counts[step]]
-                filled = list(state)
-                for n, token in best:
-                    filled[n] = token
-                follow(tuple(filled), step + 1, weight * chance)
+        for chance, tokens in draws(masked):
+            best = sorted(masked, key=lambda n: -SCORES[self.policy](p[n], tokens[n]))[:count]
+            yield chance, {n: token for n, token in tokens.items() if n in best or p[n][token] >= self.threshold}
 
-    follow((None,) * joint.length, 0, 1.0)
-    return law
+    def _predict(self, state):
+        """What candidates are judged by and what they are drawn from, each {masked position: [vocab]}."""
+        masked = [n for n, token in enumerate(state) if token is None]
+        logits = np.log(self.joint.marginals(state)[masked]) + _OFFSET
+        if self.guidance:
+            hidden = tuple(token if given is None else None for token, given in zip(state, self.given, strict=True))
+            blind = np.log(self.joint.marginals(hidden)[masked]) + _OFFSET
+            logits = blind + (1 + self.guidance) * (logits - blind)
+        for token in {self.context, *state} - {None, self.joint.mask} if self.penalty != 1 else ():
+            column = logits[:, token]
+            logits[:, token] = np.where(column > 0, column / self.penalty, column * self.penalty)
+        if self.eos is not None:
+            logits[:, self.eos] -= self.eos_penalty
+        p = np.exp(logits)
+        p /= p.sum(axis=1, keepdims=True)
+        return (dict(zip(masked, p, strict=True)),
+                {n: truncated(row, **self.choice) for n, row in zip(masked, p, strict=True)})
+
+
+def subsets(items):
+    return itertools.chain.from_iterable(itertools.combinations(items, size) for size in range(len(items) + 1))
+
+
+def assert_follows(law, samples):
+    """Chi-square of the drawn rows against the enumerated law, outcomes of few expected counts taken together."""
+    drawn = collections.Counter(map(tuple, np.asarray(samples).tolist()))
+    assert all(law[row] > 0 for row in drawn)
+    expected = np.array([p * len(samples) for p in law.values()])
+    observed = np.array([drawn[row] for row in law])
+    rare = expected < 10
+    expected, observed = (np.append(x[~rare], x[rare].sum()) for x in (expected, observed))
+    keep = expected > 0
+    assert keep.sum() > 1
+    assert stats.chisquare(observed[keep], expected[keep], sum_check=False).pvalue > 1e-4

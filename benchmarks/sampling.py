@@ -1,0 +1,161 @@
+"""Sampling, ours and a PyTorch loop that does what the DiffuLLaMA release does, side by side in one run.
+
+    python benchmarks/sampling.py                                    GPT-2 small, 256 tokens, 32 steps, float32: a CPU
+    python benchmarks/sampling.py --model=gpt2-medium --dtype=bfloat16 --batch_size=8                              a GPU
+
+Both start from random weights. PyTorch computes full logits, sorts them for top-p and draws a token at every position
+and every step; its policies are the release's: `random` reveals each masked token with probability 1/(t+1),
+`confidence` ranks by the probability of the drawn token and has no top-p. Ours uses the same settings. The sides take
+turns. Tokens a second count generated tokens. Writes benchmarks/results/sampling-MODEL-DEVICE.json.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+HF_CONFIGS = {
+    "gpt2-small": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
+                   "vocab_size": 50257},
+    "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024,
+                    "vocab_size": 50257},
+}
+MASK_TOKEN_ID = 811
+
+
+def ours(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
+    """A function of a seed that samples a batch and waits for it."""
+    import jax
+    from flax import nnx
+
+    from dlm_jax.hf import config_from_hf
+    from dlm_jax.models import Compute, Transformer
+    from dlm_jax.sampling import SamplerConfig, Task, sample
+
+    model = nnx.jit(lambda: Transformer(config_from_hf(HF_CONFIGS[args.model]), rngs=nnx.Rngs(0),
+                                        param_dtype=args.dtype, compute=Compute(args.dtype)))()
+    config = SamplerConfig(policy=policy, num_steps=args.num_steps, temperature=args.temperature,
+                           top_p=args.top_p if policy == "random" else None)
+    tokens = np.zeros((args.batch_size, args.length), np.int32)
+    fixed = np.broadcast_to(np.arange(args.length) == 0, tokens.shape)
+    lengths = np.full(args.batch_size, args.length)
+
+    def run(seed: int) -> None:
+        keys = jax.random.split(jax.random.key(seed), args.batch_size)
+        jax.block_until_ready(sample(model, tokens, fixed, lengths, keys, Task(config, MASK_TOKEN_ID, True)))
+
+    return run
+
+
+def pytorch(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
+    """The same as the release takes it: everything everywhere, then most of it thrown away."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = dict(HF_CONFIGS[args.model])
+    config = AutoConfig.for_model(config.pop("model_type"), **config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa",
+                                             dtype=getattr(torch, args.dtype)).to(device).eval()
+    bias = torch.zeros(args.batch_size, 1, args.length, args.length, device=device, dtype=model.dtype)
+
+    def truncated(logits: "torch.Tensor") -> "torch.Tensor":
+        ordered, order = torch.sort(logits, descending=True)
+        beyond = torch.softmax(ordered, -1).cumsum(-1) > args.top_p
+        beyond[..., 1:] = beyond[..., :-1].clone()
+        beyond[..., 0] = False
+        return logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+
+    @torch.no_grad()
+    def run(seed: int) -> None:
+        torch.manual_seed(seed)
+        maskable = torch.ones(args.batch_size, args.length, dtype=torch.bool, device=device)
+        maskable[:, 0] = False
+        masked = maskable.clone()
+        tokens = torch.where(masked, MASK_TOKEN_ID, 0)
+        for t in range(args.num_steps - 1, -1, -1):
+            logits = model(tokens, attention_mask=bias, use_cache=False).logits.float() / args.temperature
+            scores = torch.log_softmax(truncated(logits) if policy == "random" else logits, -1)
+            drawn = torch.distributions.Categorical(logits=scores).sample()
+            score = scores.gather(-1, drawn[..., None])[..., 0]
+            drawn = torch.cat([tokens[:, :1], drawn[:, :-1]], 1)
+            if policy == "random":
+                reveal = masked & (torch.rand(masked.shape, device=device) < 1 / (t + 1))
+            else:
+                score = torch.cat([score[:, :1], score[:, :-1]], 1).masked_fill(~maskable, -torch.inf)
+                number = int(maskable.sum(1)[0] * (args.num_steps - t) / args.num_steps)
+                best = score.topk(number, 1).indices
+                reveal = masked & torch.zeros_like(masked).scatter(1, best, True)
+                reveal |= masked if t == 0 else False
+            tokens = torch.where(reveal, drawn, tokens)
+            masked &= ~reveal
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def measure(runs: dict[str, Callable[[int], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, the contenders taking turns; the first run of each does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run(repeat)
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=HF_CONFIGS, default="gpt2-small")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--num_steps", type=int, default=32)
+    parser.add_argument("--temperature", type=float, default=0.95)
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--policies", nargs="+", default=["random", "confidence"], choices=("random", "confidence"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's, on a CPU")
+    parser.add_argument("--only", choices=("ours", "pytorch"), help="leave the other out")
+    args = parser.parse_args()
+
+    import jax
+
+    generated = args.batch_size * (args.length - 1)
+    results = []
+    for policy in args.policies:
+        sides = {name: make(args, policy) for name, make in (("ours", ours), ("pytorch", pytorch))
+                 if args.only in (None, name)}
+        for name, seconds in measure(sides, args.repeats).items():
+            median = statistics.median(seconds)
+            results.append({"side": name, "policy": policy, "seconds": seconds, "median": median,
+                            "tokens_per_second": generated / median})
+    device = jax.devices()[0].device_kind
+    print(f"{args.model}, {args.batch_size} x {args.length}, {args.num_steps} steps, {args.dtype}, {device}; "
+          f"median of {args.repeats}")
+    print("| policy | side | seconds | tokens a second | of PyTorch |\n| --- | --- | --- | --- | --- |")
+    for row in results:
+        other = [r for r in results if r["side"] == "pytorch" and r["policy"] == row["policy"]]
+        row["ratio"] = row["tokens_per_second"] / other[0]["tokens_per_second"] if other else None
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        print(f"| {row['policy']} | {row['side']} | {row['median']:.2f} | {row['tokens_per_second']:.1f} | {ratio} |")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"sampling-{args.model}-{device.replace(' ', '-').lower()}.json").write_text(json.dumps({
+        "settings": vars(args), "results": results, "device": device, "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
+    }, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

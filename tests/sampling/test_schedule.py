@@ -1,0 +1,113 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_jax.sampling import SamplerConfig
+from dlm_jax.sampling.schedule import block_ids, block_steps, planned_step, target
+
+GRIDS = ("linear", "cosine")
+every_grid = pytest.mark.parametrize("grid", GRIDS)
+
+
+@every_grid
+@pytest.mark.parametrize("steps", [1, 2, 7, 16, 64, 1000])
+def test_targets_rise_by_at_least_one_a_step_until_all_is_filled(grid, steps):
+    number, step = np.arange(1, 80)[:, None], np.arange(steps + 3)
+    filled = np.asarray(target(SamplerConfig(grid=grid), step, number, steps))
+    taken = np.minimum(number, steps)  # a row with fewer gaps than steps is done early
+    assert (filled[:, 0] == 0).all()
+    for row, n, last in zip(filled, number[:, 0], taken[:, 0], strict=True):
+        assert (np.diff(row[: last + 1]) >= 1).all()
+        assert (row[last:] == n).all()
+        assert row.max() == n
+
+
+def test_linear_steps_are_even_and_cosine_ones_near_the_cosine():
+    number, steps = np.arange(1, 200)[:, None], np.array([1, 3, 10])
+    for taken in steps:
+        step = np.arange(taken + 1)
+        linear, cosine = (np.asarray(target(SamplerConfig(grid=grid), step, number, taken)) for grid in GRIDS)
+        many = number[:, 0] >= taken
+        assert (np.ptp(np.diff(linear[many]), axis=1) <= 1).all()
+        plenty = number[:, 0] >= 8 * taken**2  # where one a step is no constraint
+        wanted = number * (1 - np.cos(np.pi / 2 * step / taken))
+        assert (np.abs(cosine - wanted)[plenty] < 1).all()
+        assert (np.diff(cosine[plenty], 2) >= -1).all()  # few at first and many at the end
+
+
+@every_grid
+def test_a_planned_step_lands_in_its_share_of_the_grid(grid):
+    """The linear one is the release's loop, drawn at once."""
+    steps, uniform = 7, (np.arange(70_000) + 0.5) / 70_000
+    plan = np.asarray(planned_step(SamplerConfig(grid=grid), jnp.asarray(uniform), jnp.int32(steps)))
+    assert (np.diff(plan) >= 0).all() and plan.min() == 0 and plan.max() == steps - 1
+    share = np.bincount(plan) / len(plan)
+    if grid == "cosine":
+        np.testing.assert_allclose(share, -np.diff(np.cos(np.pi / 2 * np.arange(steps + 1) / steps)), atol=1e-3)
+        return
+    still, law = 1.0, []
+    for t in range(steps - 1, -1, -1):  # at forward s of T a masked token comes with 1/(t+1), t = T-1-s
+        law.append(still / (t + 1))
+        still -= law[-1]
+    np.testing.assert_allclose(share, law, atol=1e-3)
+
+
+@every_grid
+def test_no_uniform_number_falls_off_the_plan(grid):
+    for steps in (1, 2, 3, 64, 10_000):
+        edge = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))], jnp.float32)
+        first, last = planned_step(SamplerConfig(grid=grid), edge, jnp.int32(steps))
+        assert first == 0 and last == steps - 1
+
+
+def test_blocks_cut_the_gaps_into_windows_from_left_to_right():
+    rng = np.random.default_rng(0)
+    for chance, block_length in ((0.1, 3), (0.5, 4), (0.9, 1), (1.0, 7), (0.3, 100)):
+        gaps = rng.random((6, 50)) < chance
+        gaps[5] = False
+        blocks = np.asarray(block_ids(jnp.asarray(gaps), block_length))
+        for row, here in zip(blocks, gaps, strict=True):
+            found, where = row[here], np.flatnonzero(here)
+            assert (np.diff(found) >= 0).all()
+            assert set(found) == set(range(len(set(found))))  # 0, 1, 2, ... without a hole
+            starts = [where[found == block].min() for block in set(found)]
+            for block, start in zip(sorted(set(found)), sorted(starts), strict=True):
+                assert where[found == block].max() < start + block_length
+                later = where[found > block]
+                assert not len(later) or later.min() >= start + block_length  # a window takes all it can
+
+
+def test_without_blocks_all_gaps_are_in_one():
+    assert (block_ids(jnp.ones((2, 5), bool), None) == 0).all()
+
+
+def shares(numbers, num_steps):
+    numbers = np.array(numbers)
+    before = np.cumsum(numbers) - numbers
+    return np.asarray(block_steps(SamplerConfig(num_steps=num_steps), numbers.sum(), before, numbers))
+
+
+def test_blocks_share_the_steps_by_their_gaps():
+    assert shares([8, 8, 8, 8], 8).tolist() == [2, 2, 2, 2]
+    assert shares([30, 10], 8).tolist() == [6, 2]
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        blocks = rng.integers(1, 12)
+        num_steps = int(rng.integers(1, 100))
+        even = shares(np.full(blocks, 8), num_steps)
+        assert even.min() >= 1
+        if num_steps >= blocks:
+            assert even.sum() == num_steps and np.ptp(even) <= 1
+        uneven = rng.integers(1, 12, blocks)
+        found = shares(uneven, num_steps)
+        assert found.min() >= 1 and num_steps <= found.sum() <= max(num_steps, 0) + blocks
+        rounded = np.abs(found - uneven * num_steps / uneven.sum()) < 1
+        assert (rounded | (found == 1)).all()
+
+
+def test_policies_of_one_token_a_step_need_no_number_of_steps():
+    for policy in ("first_hitting", "threshold"):
+        config = SamplerConfig(policy)
+        assert config.steps is None
+        np.testing.assert_array_equal(block_steps(config, 9, np.array([0, 4]), np.array([4, 0])), [4, 1])
+    assert SamplerConfig("confidence").steps == 64

@@ -1,0 +1,81 @@
+"""Small transformers, batches for them, and a short way to sample them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dlm_jax.models import ModelConfig, Transformer
+from dlm_jax.sampling import SamplerConfig, Task, sample
+
+MASK, EOS = 60, 7
+_SIZES = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, head_dim=8, mlp_size=48, initializer_range=0.3)
+_KINDS = {
+    "llama": dict(num_kv_heads=2, max_length=128),
+    "window": dict(num_kv_heads=2, max_length=128, sliding_window=6),
+    "gpt2": dict(num_kv_heads=4, max_length=40, norm="layer", positions="learned", gated_mlp=False,
+                 activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True),
+}
+
+
+@functools.cache
+def tiny(kind, **changes):
+    """A random network of one of three kinds, which differ in positions, heads and window."""
+    config = ModelConfig(kind, **_SIZES | _KINDS[kind] | changes)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    # Biases and scales begin at 0 and 1, where a mistake would not show.
+    moved = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    nnx.update(model, jax.tree.map(moved, nnx.state(model)))
+    return model
+
+
+def keys_of(count, seed=0):
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
+
+
+def run(network, tokens, fixed, lengths=None, *, keys=None, mask=MASK, shift=True, eos=None, stop=False, **config):
+    """A `Sample` of numpy arrays."""
+    tokens = np.asarray(tokens)
+    lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
+    keys = keys_of(len(tokens)) if keys is None else keys
+    task = Task(SamplerConfig(**config), mask, shift, eos, stop)
+    return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, task))
+
+
+def problem(policy="confidence", seed=0):
+    """Four rows of different lengths: tokens, what is given, and lengths; gaps here and there, or a prompt."""
+    rng = np.random.default_rng(seed)
+    tokens, lengths = rng.integers(0, 60, (4, 40)), np.array([40, 17, 29, 3])
+    fixed = rng.random(tokens.shape) < 0.3
+    if policy == "autoregressive":
+        fixed = np.arange(40) < np.array([4, 11, 1, 2])[:, None]
+    return tokens, fixed, lengths
+
+
+def is_gap(fixed, lengths):
+    positions = np.arange(fixed.shape[1])
+    return ~fixed & (positions > 0) & (positions < lengths[:, None])
+
+
+# Every policy, and every setting with at least one of them: a name, a kind of network, and settings.
+SETTINGS = [
+    ("random", "gpt2", dict(policy="random", num_steps=6, grid="cosine", top_p=0.9)),
+    ("random in blocks", "llama", dict(policy="random", num_steps=12, block_length=10, temperature=0.8)),
+    ("random_exact, remasking", "llama", dict(policy="random_exact", num_steps=7, remask=0.3, block_length=16)),
+    ("first_hitting", "gpt2", dict(policy="first_hitting", temperature=0.8)),
+    ("confidence", "llama", dict(policy="confidence", num_steps=6, temperature=0.8, top_p=0.9)),
+    ("confidence, dual cache", "gpt2", dict(policy="confidence", num_steps=18, block_length=8, cache="dual")),
+    ("margin, guidance", "llama", dict(policy="margin", num_steps=5, guidance=0.7, top_k=20)),
+    ("margin, guidance, dual cache", "window", dict(policy="margin", num_steps=16, guidance=0.5, block_length=12,
+                                                    cache="dual", refresh_every=3)),
+    ("entropy, prefix cache", "window", dict(policy="entropy", num_steps=20, block_length=8, cache="prefix",
+                                             refresh_every=2, repetition_penalty=1.3)),
+    ("threshold, prefix cache", "llama", dict(policy="threshold", threshold=0.3, block_length=12, cache="prefix",
+                                              temperature=0.5)),
+    ("threshold, end of text", "gpt2", dict(policy="threshold", threshold=0.2, num_steps=9, grid="cosine",
+                                            eos=EOS, stop=True, temperature=0.7)),
+    ("autoregressive", "gpt2", dict(policy="autoregressive", repetition_penalty=1.2, top_k=30)),
+    ("autoregressive, end of text", "llama", dict(policy="autoregressive", eos=EOS, stop=True, eos_penalty=0.5)),
+]
