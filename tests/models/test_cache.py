@@ -28,7 +28,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 @functools.cache
 def model(kind, num_layers=2):
-    return Transformer(ModelConfig(kind, num_layers=num_layers, **SIZES | KINDS[kind]), rngs=nnx.Rngs(0))
+    config = ModelConfig(kind, num_layers=num_layers, **SIZES | KINDS[kind])
+    return jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
 
 
 @jit

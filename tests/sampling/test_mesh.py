@@ -24,9 +24,10 @@ def spread(model, mesh):
     return nnx.merge(graphdef, jax.device_put(params, param_shardings(params, mesh)))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, tensor=2, context=2)],
-                         ids=["data, fsdp, tensor", "data, tensor, context"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "mesh"), [
+    *[(name, MeshConfig(data=2, fsdp=2, tensor=2)) for name in CASES],
+    ("confidence, dual cache", MeshConfig(data=2, tensor=2, context=2)),
+], ids=str)
 def test_a_mesh_samples_what_one_device_does(name, mesh, capfd):
     config = SamplerConfig(**CASES[name])
     task = Task(config, MASK, True, EOS, stop_at_eos=True)

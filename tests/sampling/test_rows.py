@@ -47,6 +47,7 @@ def test_given_tokens_and_padding_stay_and_the_mask_is_never_written(kind, setti
     behind = np.cumsum(gaps & (out.tokens == EOS), axis=1) > 1  # text that was not drawn
     drawn = gaps & ~behind if settings.get("stop") else gaps
     assert (out.confidence[drawn] < 0).all()
+    assert behind.any() or "stop" not in settings
 
 
 @every_setting

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dlm_jax.models import ModelConfig, Transformer
+from dlm_jax.models import ModelConfig, abstract_model
 from dlm_jax.sampling import SamplerConfig, Task, sample
 
-MASK, EOS = 60, 7
-_SIZES = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, head_dim=8, mlp_size=48, initializer_range=0.3)
+MASK, EOS = 60, 59
+_SIZES = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, head_dim=8, mlp_size=48)
 _KINDS = {
     "llama": dict(num_kv_heads=2, max_length=128),
     "window": dict(num_kv_heads=2, max_length=128, sliding_window=6),
@@ -23,12 +23,19 @@ _KINDS = {
 @functools.cache
 def tiny(kind, **changes):
     """A random network of one of three kinds, which differ in positions, heads and window."""
-    config = ModelConfig(kind, **_SIZES | _KINDS[kind] | changes)
-    model = Transformer(config, rngs=nnx.Rngs(0))
-    # Biases and scales begin at 0 and 1, where a mistake would not show.
-    moved = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
-    nnx.update(model, jax.tree.map(moved, nnx.state(model)))
-    return model
+    return random_model(ModelConfig(kind, **_SIZES | _KINDS[kind] | changes))
+
+
+def random_model(config, scale=0.3):
+    """Every parameter at random, biases too, whose zeros would hide mistakes; from numpy, which compiles nothing."""
+    rng = np.random.default_rng(0)
+    graphdef, shapes = nnx.split(abstract_model(config))
+
+    def fill(path, leaf):
+        center, spread = (1, 0.1) if "scale" in jax.tree_util.keystr(path) else (0, scale)
+        return jnp.asarray(rng.normal(center, spread, leaf.shape), jnp.float32)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
 
 
 def keys_of(count, seed=0):
