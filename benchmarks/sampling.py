@@ -5,8 +5,9 @@
 
 Both start from random weights. PyTorch computes full logits, sorts them for top-p and draws a token at every position
 and every step; its policies are the release's: `random` reveals each masked token with probability 1/(t+1),
-`confidence` ranks by the probability of the drawn token and has no top-p. Ours uses the same settings. The sides take
-turns. Tokens a second count generated tokens. Writes benchmarks/results/sampling-MODEL-DEVICE.json.
+`confidence` ranks by the probability of the drawn token and has no top-p. Ours uses the same settings, and for
+`confidence` the caches as well. The sides take turns. Tokens a second count generated tokens. Writes
+benchmarks/results/sampling-MODEL-DEVICE.json.
 """
 
 import argparse
@@ -30,8 +31,8 @@ HF_CONFIGS = {
 MASK_TOKEN_ID = 811
 
 
-def ours(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
-    """A function of a seed that samples a batch and waits for it."""
+def ours(args: argparse.Namespace, policy: str, cache: str = "none") -> Callable[[int], None]:
+    """A function of a seed that samples a batch and waits for it; with a cache in blocks of 32."""
     import jax
     from flax import nnx
 
@@ -42,7 +43,8 @@ def ours(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
     model = nnx.jit(lambda: Transformer(config_from_hf(HF_CONFIGS[args.model]), rngs=nnx.Rngs(0),
                                         param_dtype=args.dtype, compute=Compute(args.dtype)))()
     config = SamplerConfig(policy=policy, num_steps=args.num_steps, temperature=args.temperature,
-                           top_p=args.top_p if policy == "random" else None)
+                           top_p=args.top_p if policy == "random" else None, cache=cache,
+                           block_length=None if cache == "none" else 32)
     tokens = np.zeros((args.batch_size, args.length), np.int32)
     fixed = np.broadcast_to(np.arange(args.length) == 0, tokens.shape)
     lengths = np.full(args.batch_size, args.length)
@@ -137,6 +139,8 @@ def main() -> None:
     for policy in args.policies:
         sides = {name: make(args, policy) for name, make in (("ours", ours), ("pytorch", pytorch))
                  if args.only in (None, name)}
+        if policy == "confidence" and args.only != "pytorch":
+            sides |= {f"ours, {cache} cache": ours(args, policy, cache) for cache in ("prefix", "dual")}
         for name, seconds in measure(sides, args.repeats).items():
             median = statistics.median(seconds)
             results.append({"side": name, "policy": policy, "seconds": seconds, "median": median,

@@ -139,14 +139,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a diffusion model")
     parser.add_argument("--parent", required=True, help="the autoregressive model it was adapted from")
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--num_samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--num_samples", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 255])
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64, 127])
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--threshold", type=float, default=0.7, help="of the cached decoding")
-    parser.add_argument("--cached_samples", type=int, default=32)
+    parser.add_argument("--threshold", type=float, default=0.3, help="of the cached decoding")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figures", type=pathlib.Path, default=HERE.parent / "docs" / "figures")
     args = parser.parse_args()
@@ -157,22 +156,19 @@ def main() -> None:
     mark = draw(parent, config, args, args.batch_size)
     mark = {**judge(parent, mark.pop("tokens")), **mark}
     print(f"{args.num_samples} samples of {args.length} tokens, temperature {args.temperature}, top-p {args.top_p}, "
-          f"{jax.devices()[0].device_kind}\n\n| policy | steps | forwards | {head}\n" + "| --- " * 8 + "|")
+          f"{jax.devices()[0].device_kind}\n\nOne row at a time, blocks of {BLOCK}, threshold {args.threshold}:\n\n"
+          f"| decoding | forwards | {head} gain |\n" + "| --- " * 8 + "|")
+    by_cache = caches(lm, parent, args)
+    print(f"\nAll policies, {args.batch_size} rows at a time:\n\n| policy | steps | forwards | {head}\n"
+          + "| --- " * 8 + "|")
     print(f"| parent, left to right | | {mark['forwards']:.1f} | {describe(mark)} | {mark['tokens_per_second']:,.0f} |")
     by_policy = policies(lm, parent, args)
-    print(f"\nOne row at a time, blocks of {BLOCK}, threshold {args.threshold}:\n\n"
-          f"| decoding | forwards | {head} gain |\n" + "| --- " * 8 + "|")
-    by_cache = caches(lm, parent, replaced(args, num_samples=args.cached_samples))
     plot(by_policy, mark, args.figures / "sampling_quality.png")
     (HERE / "results" / "sampling_quality.json").write_text(json.dumps({
         "settings": {key: str(value) for key, value in vars(args).items()}, "parent": mark, "policies": by_policy,
         "caches": by_cache, "device": jax.devices()[0].device_kind, "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
     }, indent=1) + "\n")
-
-
-def replaced(args: argparse.Namespace, **changes) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), **changes})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
+from dlm_jax.evaluation.gap_length import settle_lengths
 from dlm_jax.hf import Pretrained, load_pretrained, save_pretrained
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, array_sharding, batch_parts, make_mesh, param_shardings
@@ -123,10 +124,17 @@ class DiffusionLM:
                on_step: Callable[[Snapshot], None] | None = None, **settings) -> list[str]:
         """Fills the gaps of each text: `<mask:12>` is one of 12 tokens, `<mask>` one of `gap_length`.
 
+        `<mask:2-8>` is one of 2 to 8 tokens, as many as what stands behind it suggests: see `evaluation.gap_length`.
         What stands around gaps comes back character for character. Other arguments as in `generate`.
         """
         config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
         pieces = [split_gaps(text, gap_length) for text in _texts(texts, "texts")]
+        if any(isinstance(piece, range) for text in pieces for piece in text):
+            encode_text = functools.partial(encode, self.tokenizer, bos_token_id=self._bos_token_id)
+            with self._in_use():
+                pieces = settle_lengths(self.model, pieces, encode_text, mask_token_id=self.mask_token_id,
+                                        shift=self.pretrained.shift, seed=seed, example_index=example_index,
+                                        batch_size=batch_size)
         return self._fill(pieces, config, seed, batch_size, example_index, on_step, stop_at_eos=False)
 
     def score(self, texts: str | Sequence[str], num_samples: int = 128, seed: int = 0,

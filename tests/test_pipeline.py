@@ -179,3 +179,16 @@ def test_a_mesh_of_devices_writes_the_same(base, lm):
     np.testing.assert_allclose(split.logits(tokens), lm.logits(tokens), atol=1e-4)
     assert split.score("Once upon", num_samples=4)[0].nats == pytest.approx(
         lm.score("Once upon", num_samples=4)[0].nats, rel=1e-4)
+
+
+def test_a_gap_s_length_need_not_be_known(lm):
+    texts = ["ab<mask:2-5>cd", "x<mask:1-3>y<mask:2>z", "ends with <mask:2-3>"]
+    filled = lm.infill(texts, **STEPS)
+    assert filled[0].startswith("ab") and filled[0].endswith("cd")
+    assert lm.infill(texts, batch_size=3, **STEPS) == filled
+    assert lm.infill(texts[1], example_index=[1], **STEPS) == [filled[1]]
+    with pytest.raises(DLMError, match="narrow its ranges"):
+        lm.infill("ab<mask:2-200>cd", **STEPS)
+    for bad in ("<mask:0-3>", "a<mask:5-2>b"):
+        with pytest.raises(DLMError, match="no tokens|is empty"):
+            lm.infill(bad, **STEPS)

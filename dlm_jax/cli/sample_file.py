@@ -72,8 +72,11 @@ def _check_lengths(inputs: Inputs, lm: "DiffusionLM") -> None:
 
 
 def _generated(inputs: Inputs, number: int, text: str, lm: "DiffusionLM") -> int:
-    """How many tokens were generated for `text`: those up to an end of text, as the tokenizer would cut them."""
+    """How many tokens were generated for `text`: those up to an end of text, as the tokenizer would cut them.
+
+    A gap of a length that was not given counts at its longest.
+    """
     if inputs.kind == "infill":
-        return sum(inputs.pieces(number)[1::2])
+        return sum(gap[-1] if isinstance(gap, range) else gap for gap in inputs.pieces(number)[1::2])
     added = lm.tokenizer(text[len(inputs.text(number)) :], add_special_tokens=False)["input_ids"]
     return min(len(added), inputs.room["max_new_tokens"])

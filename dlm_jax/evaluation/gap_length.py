@@ -26,6 +26,7 @@ from dlm_jax.sampling.text import Piece
 
 NUM_SCORED = 8  # tokens behind a gap by which its length is judged
 NUM_SAMPLES = 8  # what is drawn into a gap of each length
+_SITE = 2  # random numbers apart from those of sampling, which has 0 and 1
 
 
 class Gap(NamedTuple):
@@ -82,8 +83,9 @@ def length_posteriors(model: Transformer, gaps: Sequence[Gap], *, mask_token_id:
     """For each gap the probabilities of its lengths, float64 [number of lengths].
 
     Args:
-      num_samples: what is drawn into the gap of each length; the forward passes of each are the length and `num_scored`.
-      num_scored: how many tokens behind the gap are scored at most. Where there are none, the lengths are equally likely.
+      num_samples: what is drawn into the gap of each length; each draw takes as many forward passes as the length and
+        `num_scored` together.
+      num_scored: how many tokens behind the gap are scored at most. Without any, all lengths are equally likely.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")

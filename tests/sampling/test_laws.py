@@ -8,7 +8,7 @@ from tests.sampling.toys import Joint, Reference, Toy, assert_follows
 
 ROWS = 20_000
 OPTIMIZATION_LEVEL = 1
-THREE, FOUR, WIDE = Joint(vocab=3, length=3), Joint(vocab=2, length=4), Joint(vocab=3, length=4)
+THREE, FOUR = Joint(vocab=3, length=3), Joint(vocab=2, length=4)
 LEFT = np.cos(np.pi / 2 * np.arange(3) / 3)  # of the cosine grid, before each of 3 steps
 
 
@@ -44,10 +44,14 @@ CASES = {
         policy="confidence", num_steps=3, block_length=2, temperature=0.8)),
     "confidence, remasking": (THREE, "confidence", everywhere(THREE, 1, 2, 3), dict(
         policy="confidence", num_steps=64, remask=0.4, top_k=2)),
-    "margin in blocks": (WIDE, "margin", [((0, 1, 2), (1, 2, 3)), ((3,), (1,))], dict(
-        policy="margin", num_steps=4, block_length=3, shift=False, top_p=0.9)),
-    "entropy in blocks": (WIDE, "entropy", [((0, 1, 2), (1, 2, 3)), ((3,), (1,))], dict(
-        policy="entropy", num_steps=4, block_length=3, temperature=1.3)),
+    # On these, margin, entropy, the largest probability and the largest odds choose differently.
+    "margin": (Joint(3, 4, 8), "margin", [(range(4), (1, 2, 4))], dict(policy="margin", num_steps=3, top_p=0.95)),
+    "margin in blocks": (Joint(3, 4, 4), "margin", [((0, 1, 2), (1, 3)), ((3,), (1,))], dict(
+        policy="margin", num_steps=3, block_length=3, shift=False)),
+    "entropy": (Joint(3, 4, 17), "entropy", [(range(4), (1, 2, 4))], dict(
+        policy="entropy", num_steps=3, temperature=1.2)),
+    "entropy in blocks": (Joint(3, 4, 2), "entropy", [((0, 1, 2), (1, 3)), ((3,), (1,))], dict(
+        policy="entropy", num_steps=3, block_length=3)),
     "threshold": (THREE, "confidence", everywhere(THREE, 1, 2, 3), dict(policy="threshold", threshold=0.5)),
     "threshold in steps": (FOUR, "confidence", everywhere(FOUR, 2, 4), dict(
         policy="threshold", threshold=0.7, num_steps=2, shift=False)),

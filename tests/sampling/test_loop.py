@@ -1,5 +1,7 @@
 """Steps: how many, what each reveals, when a row is done; and what is refused before the first."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,22 @@ def test_the_random_policy_reveals_in_the_release_s_proportions():
     # A step that reveals nothing leaves no trace, hence the law given at least one.
     assert stats.chisquare(np.bincount(first, minlength=12)[1:11], expected * rows, sum_check=False).pvalue > 1e-4
     assert out.steps.max() <= num_steps
+
+
+def test_a_token_masked_again_is_as_likely_to_be_filled_in_the_same_step_as_one_that_was_masked():
+    """Told by the token itself, which is another one of 999 when it is drawn anew."""
+    rows, vocab = 300, 1000
+    toy = Toy(lambda tokens: jnp.zeros((*tokens.shape, vocab)))
+    task = Task(SamplerConfig("random_exact", num_steps=8, remask=0.4), vocab - 1, True)
+    fixed = np.tile(np.arange(LENGTH) < 1, (rows, 1))
+    states = list(stream(toy, np.zeros((rows, LENGTH), int), fixed, np.full(rows, LENGTH), keys_of(rows), task))
+    for before, after in itertools.pairwise(states[1:-1]):  # a first step has nothing to forget, a last one does not
+        old, now = np.asarray(before.masked), np.asarray(after.masked)
+        changed = ~old & ~now & np.asarray(before.tokens != after.tokens)
+        filled, forgotten = (old & ~now).sum(), changed.sum() + (~old & now).sum()
+        assert abs(forgotten / (~old & ~fixed).sum() - 0.4) < 0.05
+        chance = (filled + changed.sum()) / (old.sum() + forgotten)
+        assert abs(changed.sum() / forgotten - chance) < 4 * (chance * (1 - chance) / forgotten) ** 0.5 + 2e-3
 
 
 @pytest.mark.parametrize("config", [
