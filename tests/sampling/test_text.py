@@ -30,9 +30,14 @@ def fill(tokenizer, row, gaps, text):
 def test_marks_become_gaps():
     assert split_gaps("The <mask:3> sat<mask>.", 7) == ["The ", 3, " sat", 7, "."]
     assert split_gaps("<mask:2><mask:1>", 7) == ["", 2, "", 1, ""]
+    assert split_gaps("He <mask:2-8><mask:3-3> and <mask:5>", 7) == ["He ", range(2, 9), "", 3, " and ", 5, ""]
+    assert split_gaps("<mask:x> <mask:2-> <mask>", 7) == ["<mask:x> <mask:2-> ", 7, ""]
 
 
-@pytest.mark.parametrize(("text", "word"), [("no mark", "no gap in 'no mark'"), ("a <mask:0>", "at least 1 token")])
+@pytest.mark.parametrize(("text", "word"), [
+    ("no mark", "no gap in 'no mark'; write <mask:8> where 8 tokens are to be filled in, or <mask:2-8> where 2 to 8"),
+    ("a <mask:0>", "a gap of no tokens in 'a <mask:0>'"), ("a <mask:0-3>", "at least 1 token"),
+    ("a <mask:3-0>", "at least 1 token"), ("a <mask:8-2> b", "range of <mask:8-2> in .* is empty; write <mask:2-8>")])
 def test_a_text_without_a_gap_to_fill_is_refused(text, word):
     with pytest.raises(DataError, match=word):
         split_gaps(text, 4)
@@ -43,6 +48,7 @@ def test_the_row_begins_with_bos_and_gaps_lie_where_they_are_said_to(bytes_token
     assert row[0] == 999
     assert gaps == [range(3, 5), range(6, 9)]
     assert [n for n, token in enumerate(row) if token == GAP] == [3, 4, 6, 7, 8]
+    assert encode(bytes_tokenizer, ["ab", 2, "c", range(1, 4), ""], 999) == (row, gaps)  # as long as it may be
 
 
 def test_what_was_written_comes_back_character_for_character(bytes_tokenizer):
