@@ -133,8 +133,7 @@ class DiffusionLM:
             encode_text = functools.partial(encode, self.tokenizer, bos_token_id=self._bos_token_id)
             with self._in_use():
                 pieces = settle_lengths(self.model, pieces, encode_text, mask_token_id=self.mask_token_id,
-                                        shift=self.pretrained.shift, seed=seed, example_index=example_index,
-                                        batch_size=batch_size)
+                                        shift=self.pretrained.shift, batch_size=batch_size)
         return self._fill(pieces, config, seed, batch_size, example_index, on_step, stop_at_eos=False)
 
     def score(self, texts: str | Sequence[str], num_samples: int = 128, seed: int = 0,
