@@ -32,3 +32,10 @@ def test_data() -> pathlib.Path:
     if not os.environ.get("DLM_TEST_DATA"):
         pytest.skip("DLM_TEST_DATA is not set: it names the folder of real data")
     return pathlib.Path(os.environ["DLM_TEST_DATA"]).resolve()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Thousands of compiled programs at once exhaust a process's memory maps, and the next one crashes."""
+    yield
+    jax.clear_caches()
