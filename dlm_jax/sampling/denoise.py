@@ -30,8 +30,7 @@ def advance(network: Network, task: Task, request: Request, state: State) -> Sta
     step_keys = jax.vmap(jax.random.fold_in)(step_keys, state.steps)
 
     here = request.gaps & (request.blocks == state.block)
-    number, total = here.sum(axis=1), request.gaps.sum(axis=1)
-    steps = block_steps(config, total, (request.gaps & (request.blocks < state.block)).sum(axis=1), number)
+    number, steps = here.sum(axis=1), block_steps(config, request.gaps, request.blocks, state.block)
     active = here & wanted(task, request, state)
     working = active.any(axis=1)
     if config.remask:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dlm_jax.errors import ConfigError
@@ -44,8 +43,8 @@ def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
       keys: random keys [batch], one a row.
 
     Raises:
-      ConfigError: the policy cannot fill these gaps: one token a step in too few steps, or a text behind a gap from
-        left to right.
+      ConfigError: the policy cannot fill these gaps: one token a step in too few steps, or, from left to right, a
+        text behind a gap or a model without the shift.
     """
     task = _checked(task, fixed, lengths)
     return _sample(*nnx.split(model), *_arrays(tokens, fixed, lengths), keys, task)
@@ -60,26 +59,36 @@ def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
     yield state
     while more:
         state, more = _step(graphdef, params, request, state, task)
-        yield state
+        yield state if more else state._replace(tokens=_result(task, state))
 
 
 def _checked(task: Task, fixed: jax.Array, lengths: jax.Array) -> Task:
     """The task, when it is known that its policy can do what is asked, and how wide the prompts are."""
-    config, fixed, lengths = task.config, np.asarray(fixed), np.asarray(lengths)
-    positions = np.arange(fixed.shape[1])
-    gaps = ~fixed & (positions > 0) & (positions < lengths[:, None])
-    number = gaps.sum(axis=1)
-    if config.policy == "first_hitting" and config.num_steps is not None and number.max() > config.num_steps:
-        raise ConfigError(f"first_hitting reveals one token a step, and {number.max()} are to be found in "
+    config = task.config
+    gaps, prompt, inside = (int(number) for number in _extent(fixed, lengths))
+    if config.policy == "first_hitting" and config.num_steps is not None and gaps > config.num_steps:
+        raise ConfigError(f"first_hitting reveals one token a step, and {gaps} are to be found in "
                           f"{config.num_steps} steps; leave num_steps out, or choose random_exact")
     if config.policy != "autoregressive":
         if task.mask_token_id is None:
             raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
         return task
-    if (gaps & (positions < (lengths - number)[:, None])).any():
+    if not task.shift:
+        raise ConfigError("autoregressive decoding needs outputs that predict the next token, and this model was "
+                          "trained without the shift, to predict the token itself; choose another policy")
+    if inside:
         raise ConfigError("autoregressive decoding continues a text and fills no gap that has text behind it; choose "
                           "another policy")
-    return dataclasses.replace(task, prompt_width=bucket((lengths - number).max(), fixed.shape[1]))
+    return dataclasses.replace(task, prompt_width=bucket(prompt, fixed.shape[1]))
+
+
+@jax.jit
+def _extent(fixed: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The most gaps a row has, the most given tokens, and whether any row has a gap before a given token."""
+    positions = jnp.arange(fixed.shape[1])
+    gaps = ~fixed & (positions > 0) & (positions < lengths[:, None])
+    given = lengths - gaps.sum(axis=1)
+    return gaps.sum(axis=1).max(), given.max(), (gaps & (positions < given[:, None])).any()
 
 
 def _arrays(tokens: jax.Array, fixed: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
@@ -93,9 +102,12 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
     request, state = engine.start(network, task, tokens, fixed, lengths, keys)
     state = jax.lax.while_loop(lambda state: wanted(task, request, state).any(),
                                functools.partial(engine.advance, network, task, request), state)
-    # Whatever is masked still stands behind an end of text.
-    tokens = jnp.where(state.masked, task.eos_token_id, state.tokens) if task.stop_at_eos else state.tokens
-    return Sample(tokens, state.confidence, state.steps)
+    return Sample(_result(task, state), state.confidence, state.steps)
+
+
+def _result(task: Task, state: State) -> jax.Array:
+    """The tokens at the end: whatever is masked still stands behind an end of text."""
+    return jnp.where(state.masked, task.eos_token_id, state.tokens) if task.stop_at_eos else state.tokens
 
 
 # Unused parameters are kept so that the state lies where they do, as it does after a step, which then compiles once.

@@ -26,15 +26,22 @@ def block_ids(gaps: jax.Array, block_length: int | None) -> jax.Array:
     return blocks.T
 
 
-def block_steps(config: SamplerConfig, total: jax.Array, before: jax.Array, number: jax.Array) -> jax.Array:
-    """The steps of a block that has `number` of a row's `total` gaps, `before` of them in earlier blocks; int32.
+def block_steps(config: SamplerConfig, gaps: jax.Array, blocks: jax.Array, block: jax.Array) -> jax.Array:
+    """The steps that each row gives to its `block`; int32 [batch].
 
-    Each block has its share of the steps by its gaps, at least one.
+    Every block has one, and the rest is shared out by the gaps that the blocks have beyond their first. So all blocks
+    together take just the number asked for, or one each where that is less than there are blocks.
+
+    Args:
+      gaps, blocks: [batch, length], as in `block_ids`.
     """
+    number, before = (gaps & (blocks == block)).sum(axis=1), (gaps & (blocks < block)).sum(axis=1)
     if config.steps is None:
         return jnp.maximum(number, 1)
-    total = jnp.maximum(total, 1)
-    return jnp.maximum((before + number) * config.steps // total - before * config.steps // total, 1)
+    amount = jnp.max(blocks, axis=1, initial=-1, where=gaps) + 1
+    spare, further = jnp.maximum(config.steps - amount, 0), jnp.maximum(gaps.sum(axis=1) - amount, 1)
+    before = before - block  # beyond the first of each
+    return 1 + jnp.maximum((before + number - 1) * spare // further - before * spare // further, 0)
 
 
 def target(config: SamplerConfig, step: jax.Array, number: jax.Array, steps: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
 from tests.sampling.tools import problem, random_model, run, tiny
 from tests.sampling.toys import assert_follows, truncated
@@ -74,3 +75,8 @@ def test_the_likeliest_tokens_are_those_of_decoding_without_a_cache():
     logits[:, :, 60] = -np.inf  # the mask
     gaps = ~fixed & (np.arange(40) < lengths[:, None])
     np.testing.assert_array_equal(out.tokens[gaps], np.roll(logits.argmax(-1), 1, axis=1)[gaps])
+
+
+def test_a_model_without_the_shift_is_refused():
+    with pytest.raises(ConfigError, match="autoregressive decoding needs outputs that predict the next token"):
+        run(tiny("llama"), *problem("autoregressive"), policy="autoregressive", shift=False)

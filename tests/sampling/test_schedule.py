@@ -82,32 +82,43 @@ def test_without_blocks_all_gaps_are_in_one():
 
 
 def shares(numbers, num_steps):
-    numbers = np.array(numbers)
-    before = np.cumsum(numbers) - numbers
-    return np.asarray(block_steps(SamplerConfig(num_steps=num_steps), numbers.sum(), before, numbers))
+    """The steps of blocks with so many gaps each."""
+    blocks = np.repeat(np.arange(len(numbers)), numbers)[None]
+    config = SamplerConfig(num_steps=num_steps)
+    return np.array([int(block_steps(config, blocks >= 0, blocks, block)[0]) for block in range(len(numbers))])
 
 
 def test_blocks_share_the_steps_by_their_gaps():
     assert shares([8, 8, 8, 8], 8).tolist() == [2, 2, 2, 2]
-    assert shares([30, 10], 8).tolist() == [6, 2]
+    assert shares([31, 11], 10).tolist() == [7, 3]
+    assert shares([1, 9], 2).tolist() == [1, 1] and shares([9, 1], 3).tolist() == [2, 1]
     rng = np.random.default_rng(1)
-    for _ in range(200):
-        blocks = rng.integers(1, 12)
-        num_steps = int(rng.integers(1, 100))
+    for _ in range(100):
+        blocks, num_steps = rng.integers(1, 12), int(rng.integers(1, 100))
         even = shares(np.full(blocks, 8), num_steps)
-        assert even.min() >= 1
-        if num_steps >= blocks:
-            assert even.sum() == num_steps and np.ptp(even) <= 1
+        assert even.min() >= 1 and even.sum() == max(num_steps, blocks) and np.ptp(even) <= 1
         uneven = rng.integers(1, 12, blocks)
+        uneven[0] = max(uneven[0], 2)
         found = shares(uneven, num_steps)
-        assert found.min() >= 1 and num_steps <= found.sum() <= max(num_steps, 0) + blocks
-        rounded = np.abs(found - uneven * num_steps / uneven.sum()) < 1
-        assert (rounded | (found == 1)).all()
+        assert found.min() >= 1 and found.sum() == max(num_steps, blocks)
+        if num_steps <= uneven.sum():
+            assert (found <= uneven).all()  # a step has something to reveal
+        if num_steps >= blocks:
+            assert (np.abs(found - 1 - (uneven - 1) * (num_steps - blocks) / (uneven.sum() - blocks)) < 1).all()
+
+
+def test_the_rows_of_a_batch_share_out_their_own_steps():
+    gaps = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], bool)
+    blocks = np.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+    found = [np.asarray(block_steps(SamplerConfig(num_steps=4), gaps, blocks, block)) for block in range(2)]
+    assert found[0][:2].tolist() == [2, 4] and found[1][0] == 2
+    assert (np.array(found) >= 1).all()
 
 
 def test_policies_of_one_token_a_step_need_no_number_of_steps():
     for policy in ("first_hitting", "threshold"):
         config = SamplerConfig(policy)
         assert config.steps is None
-        np.testing.assert_array_equal(block_steps(config, 9, np.array([0, 4]), np.array([4, 0])), [4, 1])
+        blocks = np.array([[0, 0, 0, 0, 1]])
+        np.testing.assert_array_equal([block_steps(config, blocks >= 0, blocks, n)[0] for n in range(2)], [4, 1])
     assert SamplerConfig("confidence").steps == 64
