@@ -1,0 +1,120 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by the scripts beside it.
+#   say SENTENCE...                   to stderr, so that a script's output is its own
+#   fail SENTENCE...                  says it and exits with 1; misuse: with 2
+#   note SENTENCE...                  says it, unless under --dry-run, when it would not be true
+#   parse_flags VALUES SWITCHES ACTIONS ARGUMENT...
+#                                     reads --name=value or --name value, --switch and --action until --, into variables
+#                                     of these names and $action; what stands after -- goes into the array $train.
+#                                     A dash in a name may be written as an underscore.
+#   run COMMAND...                    runs it, or prints it under --dry-run, quoted, to be pasted
+#   argument_of NAME ARGUMENT...      the value of --NAME=VALUE or --NAME VALUE
+#   check_train_arguments ARGUMENT... what `dlm train` needs before any machine is asked for; leaves $workdir
+#   train_worth_repeating CODE        whether `dlm train` asks to be started again by its exit code
+#   train_with_restarts MAX COMMAND...   runs it here, again while that is worth it; the last exit code
+#   describe_code CODE                in words
+
+exec 3>&1  # where --dry-run prints, also from inside $(...)
+
+say() { echo "$(basename "$0"): $*" >&2; }
+fail() { say "$@"; exit 1; }
+misuse() { say "$* (see --help)"; exit 2; }
+note() { [ -n "${dry_run:-}" ] || say "$@"; }
+
+show_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+
+parse_flags() {
+    local values=" $1 " switches=" $2 " actions=" $3 " flag
+    shift 3
+    train=()
+    while [ $# -gt 0 ]; do
+        flag=${1%%=*} flag=${flag#--} flag=${flag//-/_}
+        case $1 in
+            --) shift; train=("$@"); return ;;
+            --help | -h) show_help; exit 0 ;;
+            --*=*) [[ $values == *" $flag "* ]] || misuse "there is no flag ${1%%=*} that takes a value"
+                   [ -n "${1#*=}" ] || misuse "${1%%=*} is empty"
+                   printf -v "$flag" %s "${1#*=}" ;;
+            --*) if [[ $switches == *" $flag "* ]]; then printf -v "$flag" yes
+                 elif [[ $actions == *" $flag "* ]]; then action=$flag
+                 elif [[ $values == *" $flag "* ]]; then
+                     [ -n "${2:-}" ] || misuse "$1 needs a value"
+                     printf -v "$flag" %s "$2"
+                     shift
+                 else misuse "there is no flag $1; what goes to \`dlm train\` stands after --"
+                 fi ;;
+            *) misuse "what is '$1'? What goes to \`dlm train\` stands after --" ;;
+        esac
+        shift
+    done
+}
+
+run() {
+    if [ -z "${dry_run:-}" ]; then "$@"; else quoted "$@" >&3; fi
+}
+
+quoted() {
+    local line
+    printf -v line '%q ' "$@"
+    echo "${line% }"
+}
+
+argument_of() {
+    local name=$1
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+            "--$name="*) echo "${1#*=}"; return ;;
+            "--$name") echo "${2:-}"; return ;;
+        esac
+        shift
+    done
+}
+
+check_train_arguments() {
+    [ $# -gt 0 ] || misuse "nothing to train: give the arguments of \`dlm train\` after --, such as -- --config=diffugpt_s --workdir=DIR"
+    [ -n "$(argument_of config "$@")" ] || misuse "--config=RECIPE is missing among the arguments after --"
+    workdir=$(argument_of workdir "$@")
+    [ -n "$workdir" ] || misuse "--workdir=DIR is missing among the arguments after --"
+}
+
+check_number() {  # FLAG VALUE LEAST
+    if ! [[ $2 =~ ^[0-9]+$ ]] || [ "$2" -lt "$3" ]; then misuse "--$1 must be a whole number of at least $3, got '$2'"; fi
+}
+
+train_worth_repeating() {
+    case $1 in 0 | 1 | 2 | 130) return 1 ;; esac  # done, refused or failed, misused, interrupted by the user
+}
+
+describe_code() {
+    case $1 in
+        0) echo "done" ;;
+        1) echo "refused or failed" ;;
+        2) echo "misused" ;;
+        75) echo "stopped by SIGTERM after saving" ;;
+        76) echo "another process of the run died" ;;
+        lost) echo "gone without an exit code" ;;
+        *) if [ "$1" -gt 128 ]; then echo "killed by SIG$(kill -l "$1")"; else echo "died"; fi ;;
+    esac
+}
+
+train_with_restarts() {
+    local max=$1 code restarts=0 child='' stopped=''
+    shift
+    # A SIGTERM to this script is one to the training, which saves; whoever sent it does not want a restart.
+    trap 'stopped=yes; [ -z "$child" ] || kill -TERM "$child"' TERM
+    while :; do
+        "$@" &
+        child=$!
+        code=0
+        wait "$child" || code=$?
+        while kill -0 "$child" 2> /dev/null; do code=0; wait "$child" || code=$?; done  # the trap cut the wait short
+        if [ -n "$stopped" ] || ! train_worth_repeating "$code" || [ "$restarts" -ge "$max" ]; then break; fi
+        restarts=$((restarts + 1))
+        say "the training ended with $code ($(describe_code "$code")); restart $restarts of $max"
+        sleep "${DLM_LAUNCH_POLL:-5}"
+    done
+    trap - TERM
+    [ "$code" = 0 ] || say "the training ended with $code ($(describe_code "$code")) after $restarts restarts"
+    return "$code"
+}
