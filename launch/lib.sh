@@ -18,7 +18,7 @@ exec 3>&1  # where --dry-run prints, also from inside $(...)
 
 say() { echo "$(basename "$0"): $*" >&2; }
 fail() { say "$@"; exit 1; }
-misuse() { say "$* (see --help)"; exit 2; }
+misuse() { say "$*${see_help- (see --help)}"; exit 2; }
 note() { [ -n "${dry_run:-}" ] || say "$@"; }
 
 show_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
@@ -32,7 +32,7 @@ parse_flags() {
         case $1 in
             --) shift; train=("$@"); return ;;
             --help | -h) show_help; exit 0 ;;
-            --*=*) [[ $values == *" $flag "* ]] || misuse "there is no flag ${1%%=*} that takes a value"
+            --*=*) [[ $values == *" $flag "* ]] || misuse "there is no flag ${1%%=*}=; what goes to \`dlm train\` stands after --"
                    [ -n "${1#*=}" ] || misuse "${1%%=*} is empty"
                    printf -v "$flag" %s "${1#*=}" ;;
             --*) if [[ $switches == *" $flag "* ]]; then printf -v "$flag" yes
@@ -72,10 +72,10 @@ argument_of() {
 }
 
 check_train_arguments() {
-    [ $# -gt 0 ] || misuse "nothing to train: give the arguments of \`dlm train\` after --, such as -- --config=diffugpt_s --workdir=DIR"
-    [ -n "$(argument_of config "$@")" ] || misuse "--config=RECIPE is missing among the arguments after --"
+    [ $# -gt 0 ] || misuse "nothing to train: the arguments of \`dlm train\` are missing, at least --config= and --workdir="
+    [ -n "$(argument_of config "$@")" ] || misuse "--config=RECIPE is missing among the arguments of \`dlm train\`"
     workdir=$(argument_of workdir "$@")
-    [ -n "$workdir" ] || misuse "--workdir=DIR is missing among the arguments after --"
+    [ -n "$workdir" ] || misuse "--workdir=DIR is missing among the arguments of \`dlm train\`"
 }
 
 check_number() {  # FLAG VALUE LEAST
@@ -99,22 +99,29 @@ describe_code() {
 }
 
 train_with_restarts() {
-    local max=$1 code restarts=0 child='' stopped=''
+    local max=$1 code restarts=0 child='' signal=''
     shift
-    # A SIGTERM to this script is one to the training, which saves; whoever sent it does not want a restart.
-    trap 'stopped=yes; [ -z "$child" ] || kill -TERM "$child"' TERM
+    # A signal to this script is one to the training, which saves; whoever sent it does not want a restart. Job control
+    # gives the training its own process group, in which bash does not make it deaf to SIGINT.
+    set -m
+    trap 'signal=TERM' TERM
+    trap 'signal=INT' INT
     while :; do
-        "$@" &
+        "$@" < /dev/null &
         child=$!
-        code=0
-        wait "$child" || code=$?
-        while kill -0 "$child" 2> /dev/null; do code=0; wait "$child" || code=$?; done  # the trap cut the wait short
-        if [ -n "$stopped" ] || ! train_worth_repeating "$code" || [ "$restarts" -ge "$max" ]; then break; fi
+        while :; do  # a signal cuts the wait short
+            code=0
+            wait "$child" || code=$?
+            kill -0 "$child" 2> /dev/null || break
+            kill -s "${signal:-CONT}" "$child" 2> /dev/null || true
+        done
+        if [ -n "$signal" ] || ! train_worth_repeating "$code" || [ "$restarts" -ge "$max" ]; then break; fi
         restarts=$((restarts + 1))
         say "the training ended with $code ($(describe_code "$code")); restart $restarts of $max"
         sleep "${DLM_LAUNCH_POLL:-5}"
     done
-    trap - TERM
+    set +m
+    trap - TERM INT
     [ "$code" = 0 ] || say "the training ended with $code ($(describe_code "$code")) after $restarts restarts"
     return "$code"
 }

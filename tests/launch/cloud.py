@@ -1,16 +1,33 @@
 """Runs the launch scripts against stand-ins of what they call, in a temporary folder."""
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STANDINS = pathlib.Path(__file__).parent / "standins"
 TRAINING = ("--", "--config=diffugpt_s", "--workdir=gs://bucket/run")
+
+
+@functools.cache
+def checkout() -> pathlib.Path:
+    """A small checkout with the launch scripts, all committed, to be copied."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    shutil.copytree(ROOT / "launch", folder / "launch")
+    for name in ("requirements.txt", "setup.py", "pyproject.toml"):
+        (folder / name).write_text(f"# {name}\n")
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=all"]):
+        subprocess.run(["git", "-c", "user.name=me", "-c", "user.email=me@here", *arguments], cwd=folder, check=True)
+    shutil.rmtree(folder / ".git/hooks", ignore_errors=True)
+    return folder
 
 
 class Cloud:
@@ -28,12 +45,7 @@ class Cloud:
         for name in ("python3", "curl"):
             (self.standin / "worker-bin" / name).symlink_to(STANDINS / name)
         self.plan_for(**scenario)
-        shutil.copytree(ROOT / "launch", self.checkout / "launch")
-        for name in ("requirements.txt", "setup.py", "pyproject.toml"):
-            (self.checkout / name).write_text(f"# {name}\n")
-        for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=all"]):
-            subprocess.run(["git", "-c", "user.name=me", "-c", "user.email=me@here", *arguments], cwd=self.checkout,
-                           check=True)
+        shutil.copytree(checkout(), self.checkout)
 
     def plan_for(self, **scenario) -> None:
         (self.standin / "scenario.json").write_text(json.dumps({"workers": 1, "slices": 1, **scenario}))
