@@ -2,12 +2,15 @@
 
 import argparse
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
+from dlm_jax.cli.exit_codes import DONE, INTERRUPTED, MISUSED, REFUSED
+from dlm_jax.cli.processes import leave
+from dlm_jax.cli.quiet import keep_libraries_quiet
 from dlm_jax.cli.values import hint
 from dlm_jax.errors import DLMError
 
@@ -19,6 +22,7 @@ COMMANDS = {
     "sample": "write text: from nothing, from a prompt, or into gaps",
     "evaluate": "how probable a model finds held-out text",
     "export": "write a model in Hugging Face format",
+    "plan": "does a recipe fit on TPUs or GPUs that are not here, and how long does it take",
 }
 
 
@@ -26,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(MISUSED, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The arguments of a command, with `overrides` if it takes a recipe. A misspelt name is what is told first."""
@@ -44,37 +48,46 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0 done, 1 refused or failed with a sentence on stderr, 2 misused, 130 interrupted."""
+    """Runs a command; see `exit_codes`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
-        return 0
+        return DONE
     name, *rest = argv
     if name not in COMMANDS:
         print(f"dlm: there is no command {name!r}{hint(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}",
               file=sys.stderr)
-        return 2
-    _keep_libraries_quiet()
+        return MISUSED
+    keep_libraries_quiet()
     command = importlib.import_module(f"dlm_jax.cli.{name}")
     parser = Parser(prog=f"dlm {name}", description=command.__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_arguments(parser)
     arguments = parser.parse(rest)
+    arguments.argv = argv
+    code = _run(name, command, arguments)
+    leave(code)
+    return code
+
+
+def _run(name: str, command: ModuleType, arguments: argparse.Namespace) -> int:
+    """The exit status of a command; errors become sentences."""
     try:
-        command.run(arguments)
+        code = command.run(arguments) or DONE
         sys.stdout.flush()
+        return code
     except DLMError as error:
         print(f"dlm {name}: {error}", file=sys.stderr)
-        return 1
+        return REFUSED
     except KeyboardInterrupt:
         print(f"dlm {name}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
+        return DONE
     except OSError as error:
         print(f"dlm {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+        return REFUSED
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -98,15 +111,6 @@ def _usage() -> str:
     return "\n".join(["usage: dlm COMMAND [--argument=value ...]", "",
                       "Turns autoregressive language models into diffusion language models, and uses them.", "",
                       "commands:", *lines, "", "dlm COMMAND --help lists the arguments of a command."])
-
-
-def _keep_libraries_quiet() -> None:
-    """Before they are imported: what they would say about themselves on start-up is not about the user's run."""
-    for variable, value in {"TF_CPP_MIN_LOG_LEVEL": "2", "TRANSFORMERS_VERBOSITY": "error",
-                            "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TOKENIZERS_PARALLELISM": "true"}.items():
-        os.environ.setdefault(variable, value)
-    for name in ("absl", "jax._src.xla_bridge"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,16 @@
   dlm train --config=quickstart --workdir=runs/first --config.num_steps=500 --config.optimizer.learning_rate=1e-4
 
 The same command line again resumes a run that was stopped, and says so when a finished one has nothing left to do.
+Exit status: 0 done, 1 refused or failed, 2 misused, 75 stopped by SIGTERM and saved, 76 another process of the run has
+died, 130 stopped by Ctrl-C and saved; after 75, 76 and 130 the same command goes on.
 """
 
 import argparse
+import sys
 
+from dlm_jax.cli import processes
 from dlm_jax.cli.config import build_config, describe_config
+from dlm_jax.cli.exit_codes import DONE, PEER_LOST, STOPPED
 from dlm_jax.cli.recipes import load_recipe, recipe_names
 from dlm_jax.errors import ConfigError
 
@@ -20,22 +25,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="show every key with its value and meaning, and stop")
     parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
                         help="sets one key of the recipe; any number of these, in any order")
+    processes.add_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.config)
     from dlm_jax.training.config import TrainConfig
 
     config = build_config(TrainConfig, recipe, arguments.overrides)
     if arguments.print_config:
         print("\n".join(describe_config(config)))
-        return
+        return DONE
     if arguments.workdir is None:
         raise ConfigError("--workdir is missing: name a directory for checkpoints, metrics and logs")
     if not config.data.train:
         raise ConfigError(f"the recipe {arguments.config} names no text: give files, globs or a directory made by "
                           "`dlm prepare` with --config.data.train=FILES")
+    if processes.supervises(arguments):
+        return processes.supervise(arguments.argv)
+    processes.join(arguments)
+    import jax
+
     from dlm_jax.training.loop import train
 
-    if train(config, arguments.workdir)["interrupted"]:
+    try:
+        interrupted = train(config, arguments.workdir)["interrupted"]
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"dlm train: the other processes of the run cannot be reached ({str(error).splitlines()[0]}); start all "
+              "processes again, and the run goes on from its last checkpoint", file=sys.stderr)
+        return PEER_LOST
+    if interrupted == "SIGINT":
         raise KeyboardInterrupt
+    return STOPPED if interrupted else DONE

@@ -1,14 +1,17 @@
-"""The device mesh: four named axes, whose product is the number of devices."""
+"""The device mesh: five named axes, whose product is the number of devices."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dlm_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor", "context")
+AXES = ("slices", "data", "fsdp", "tensor", "context")
 
 
 def _size(default: int, meaning: str) -> int:
@@ -19,20 +22,22 @@ def _size(default: int, meaning: str) -> int:
 class MeshConfig:
     """Sizes of the mesh axes; at most one is -1 and takes the devices the others leave."""
 
+    slices: int = _size(1, "TPU slices (or groups of GPU hosts), each with a copy of the parameters: only the sums of "
+                        "gradients cross the slower network between them")
     data: int = _size(1, "copies of the parameters, each with its own part of the batch")
     fsdp: int = _size(-1, "parts of the batch that, with context, also share the storage of parameters and optimizer")
     tensor: int = _size(1, "parts of every matrix product (heads, perceptron, vocabulary)")
     context: int = _size(1, "parts of the sequence")
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        return self.data, self.fsdp, self.tensor, self.context
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.slices, self.data, self.fsdp, self.tensor, self.context
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), with automatic axes: XLA inserts the communication.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or the slices are not those of the hardware.
     """
     sizes, devices = list(config.sizes()), devices or jax.devices()
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -44,7 +49,27 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
         shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ConfigError(f"the mesh {shape} needs {math.prod(sizes)} devices, but there are {len(devices)}; "
                           "change mesh.* or set one of its axes to -1")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Inside a slice neighbours on an axis are neighbours in the hardware.
+    slices = [mesh_utils.create_device_mesh(sizes[1:], part) for part in split_slices(devices, sizes[0])]
+    return Mesh(np.stack(slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def split_slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each of `count` slices.
+
+    Slices of the hardware are taken as they are, or cut up further; devices that know of none (GPUs, CPUs) are cut up
+    in their order, which keeps those of a host together.
+
+    Raises:
+      ConfigError: a part of the mesh would reach from one hardware slice into another.
+    """
+    physical = sorted({getattr(device, "slice_index", 0) for device in devices})
+    if len(physical) > 1 and count % len(physical):
+        raise ConfigError(f"the devices lie in {len(physical)} slices, which the mesh's slices={count} would cut "
+                          f"across; set mesh.slices to {len(physical)}")
+    ordered = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
+    size = len(devices) // count
+    return [ordered[start : start + size] for start in range(0, len(devices), size)]
 
 
 def describe_mesh(mesh: Mesh) -> str:

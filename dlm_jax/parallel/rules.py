@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dlm_jax.attention import Partition
 from dlm_jax.errors import ConfigError
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("slices", "data", "fsdp")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,

@@ -1,20 +1,27 @@
 """Checkpoints: written by Orbax in the background, readable without optimizer or mesh.
 
 A step's directory holds separate items: `params`, `optimizer`, `ema` where there is one, and `progress`
-(JSON). Arrays are stored by plain dotted names, so that no class of this library is part of the format.
+(JSON), and the digests of all their files. Arrays are stored by plain dotted names, so that no class of this library
+is part of the format. A directory gets its final name (on an object store its marker) when all of it is written.
 """
 
+import contextlib
 import json
 import math
-from pathlib import Path
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from dlm_jax.errors import CheckpointError
+from dlm_jax.parallel import told_by_first
+from dlm_jax.training.digests import damage, write_digests
 from dlm_jax.training.state import TrainState
+
+_FAILURES = (OSError, ValueError, RuntimeError)  # what Orbax raises where something cannot be written
 
 
 def named(tree: object) -> dict[str, object]:
@@ -32,16 +39,22 @@ def from_named(like: object, leaves: dict[str, object]) -> object:
 class CheckpointWriter:
     """Saves into a workdir, keeping the last `keep` checkpoints, and the best by validation if asked."""
 
-    def __init__(self, workdir: Path, *, keep: int, keep_best: bool):
+    def __init__(self, workdir: epath.Path, *, keep: int, keep_best: bool):
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_validation, reverse=True, n=1))
+        self._workdir, self._step = workdir, 0
         self._manager = ocp.CheckpointManager(directory_of(workdir), options=ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=_validation,
-            best_mode="min", enable_async_checkpointing=True))
+            best_mode="min", enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal)))
 
     def save(self, step: int, state: TrainState, progress: dict, validation: float | None) -> None:
-        """Starts saving; returns once the state has been copied and may be donated."""
+        """Starts saving; returns once the state has been copied and may be donated.
+
+        Raises:
+          CheckpointError: this checkpoint, or the one before, cannot be written.
+        """
         items = {"params": ocp.args.StandardSave(named(state.params)),
                  "optimizer": ocp.args.StandardSave(named(state.opt_state)),
                  "progress": ocp.args.JsonSave(progress)}
@@ -49,21 +62,49 @@ class CheckpointWriter:
             items["ema"] = ocp.args.StandardSave(named(state.ema))
         # A checkpoint without validation counts as the worst, so that it is never kept for being the best.
         metrics = {"validation": math.inf if validation is None else validation}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        self.wait()
+        self._step = step
+        if not (self._workdir / "config.json").exists():  # Orbax would make the folder anew, with no run around it
+            raise CheckpointError(f"the checkpoint of step {step} cannot be written: {self._workdir} is gone or "
+                                  "damaged (no config.json), and the run with it")
+        self._attempt(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics))
 
     def wait(self) -> None:
-        """Returns when everything started is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything started is on disk.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        self._attempt(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        self._manager.close()
+        """To be called after `wait`, which tells of failures; where it was not, something else has failed already."""
+        with contextlib.suppress(*_FAILURES):
+            self._manager.close()
+
+    def _attempt(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except _FAILURES as error:
+            last = max(saved_steps(self._workdir), default=None)
+            rest = "nothing has been saved yet" if last is None else f"the checkpoint of step {last} is whole"
+            raise CheckpointError(
+                f"the checkpoint of step {self._step} cannot be written into {directory_of(self._workdir)} "
+                f"({_first_line(error)}); {rest}; make room there, and the same command goes on from it") from error
+
+    def _seal(self) -> None:
+        """Called in the background when all files of the step are there, before they are committed."""
+        step = str(self._step)
+        for path in directory_of(self._workdir).iterdir():
+            if path.name == step or path.name.startswith(f"{step}.orbax-checkpoint-tmp"):
+                write_digests(path)
 
 
-def directory_of(workdir: Path) -> Path:
-    return Path(workdir).absolute() / "checkpoints"
+def directory_of(workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(workdir).absolute() / "checkpoints"
 
 
-def saved_steps(workdir: Path) -> list[int]:
+def saved_steps(workdir: epath.PathLike) -> list[int]:
     """The steps with a complete checkpoint, ascending."""
     directory = directory_of(workdir)
     if not directory.is_dir():
@@ -71,18 +112,59 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
 
 
-def best_step(workdir: Path) -> int | None:
+def newest_sound_step(workdir: epath.PathLike) -> tuple[int, list[str]]:
+    """The newest step whose files are as they were written, 0 where there is none, and what is wrong with newer ones.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none is sound.
+    """
+    remarks: list[str] = []
+    for step in reversed(saved_steps(workdir)):
+        found = damage(directory_of(workdir) / str(step))
+        if found is None:
+            return step, remarks
+        remarks.append(f"the checkpoint of step {step} is damaged ({found})")
+    if remarks:
+        raise CheckpointError(f"no checkpoint in {directory_of(workdir)} can be trusted: {'; '.join(remarks)}; restore "
+                              "one from a copy, or choose a new workdir")
+    return 0, []
+
+
+def take_up(workdir: epath.PathLike) -> tuple[int, list[str]]:
+    """As `newest_sound_step`, alike in all processes; moves newer, damaged ones out of the way, into `damaged/`."""
+
+    def settle() -> tuple[int, list[str]]:
+        first, remarks = newest_sound_step(workdir)
+        for step in saved_steps(workdir):
+            if step > first:
+                aside = epath.Path(workdir) / "damaged"
+                aside.mkdir(parents=True, exist_ok=True)
+                number = sum(path.name.partition("-")[0] == str(step) for path in aside.iterdir())
+                (directory_of(workdir) / str(step)).rename(aside / (f"{step}-{number}" if number else str(step)))
+        return first, remarks
+
+    first, remarks = told_by_first(settle)
+    return first, remarks
+
+
+def best_step(workdir: epath.PathLike) -> int | None:
     """The step with the lowest validation loss among those saved."""
     scores = {}
     for step in saved_steps(workdir):
         path = directory_of(workdir) / str(step) / "metrics" / "metrics"
-        scores[step] = _validation(json.loads(path.read_text())) if path.is_file() else math.inf
+        try:
+            scores[step] = _validation(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError):  # of a damaged checkpoint nothing can be said
+            scores[step] = math.inf
     scores = {step: score for step, score in scores.items() if math.isfinite(score)}
     return min(scores, key=scores.get, default=None)
 
 
-def restore_state(workdir: Path, step: int, layout: TrainState) -> tuple[TrainState, dict]:
-    """The state of a step in the shardings of `layout` (shapes with shardings), and its progress."""
+def restore_state(workdir: epath.PathLike, step: int, layout: TrainState) -> tuple[TrainState, dict]:
+    """The state of a step in the shardings of `layout` (shapes with shardings), and its progress.
+
+    The files are taken to be sound, as `take_up` has found them.
+    """
     ema = None if layout.ema is None else _restore(workdir, step, "ema", layout.ema)
     state = TrainState(step=jax.device_put(jnp.int32(step), layout.step.sharding),
                        params=_restore(workdir, step, "params", layout.params),
@@ -91,24 +173,36 @@ def restore_state(workdir: Path, step: int, layout: TrainState) -> tuple[TrainSt
         return state, reader.restore(directory_of(workdir) / str(step) / "progress")
 
 
-def restore_params(workdir: Path, step: int, layout: object) -> object:
-    """The parameters for inference: the moving average where the run kept one."""
-    item = "ema" if (directory_of(workdir) / str(step) / "ema").exists() else "params"
+def restore_params(workdir: epath.PathLike, step: int, layout: object) -> object:
+    """The parameters for inference, where their files are sound: the moving average where the run kept one."""
+    directory = _existing(workdir, step)
+    item = "ema" if (directory / "ema").exists() else "params"
+    if found := damage(directory, [item]):
+        raise CheckpointError(f"the checkpoint {directory} is damaged: {found}; name another of its steps as "
+                              f"{workdir}@STEP, or restore it from a copy")
     return _restore(workdir, step, item, layout)
 
 
-def _restore(workdir: Path, step: int, item: str, layout: object) -> object:
-    steps = saved_steps(workdir)
-    if step not in steps:
-        raise CheckpointError(f"{workdir} has no checkpoint of step {step}; it has "
-                              f"{', '.join(map(str, steps)) or 'none'}")
-    path = directory_of(workdir) / str(step) / item
+def _restore(workdir: epath.PathLike, step: int, item: str, layout: object) -> object:
+    path = _existing(workdir, step) / item
     try:
         with ocp.StandardCheckpointer() as reader:
             return from_named(layout, reader.restore(path, named(layout)))
     except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{path} cannot be read into this model: {reason[0] if reason else error!r}") from error
+        raise CheckpointError(f"{path} cannot be read into this model: {_first_line(error)}") from error
+
+
+def _existing(workdir: epath.PathLike, step: int) -> epath.Path:
+    steps = saved_steps(workdir)
+    if step not in steps:
+        raise CheckpointError(f"{workdir} has no checkpoint of step {step}; it has "
+                              f"{', '.join(map(str, steps)) or 'none'}")
+    return directory_of(workdir) / str(step)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
 
 
 def _validation(metrics: dict[str, float]) -> float:

@@ -4,15 +4,15 @@ import contextlib
 import dataclasses
 import math
 import time
-from pathlib import Path
 
 import jax
+from etils import epath
 from flax import nnx
 
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
 from dlm_jax.parallel import make_mesh, place_rows
-from dlm_jax.training.checkpoint import CheckpointWriter, best_step, restore_state, saved_steps
+from dlm_jax.training.checkpoint import CheckpointWriter, best_step, restore_state, saved_steps, take_up
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
 from dlm_jax.training.flops import peak_flops, train_flops
 from dlm_jax.training.metrics import Console, MetricsLog, Window, read_records
@@ -26,18 +26,19 @@ from dlm_jax.training.validation import Validation
 from dlm_jax.training.workdir import describe_run, read_run_config, write_json
 
 
-def train(config: TrainConfig, workdir: str | Path) -> dict[str, object]:
+def train(config: TrainConfig, workdir: epath.PathLike) -> dict[str, object]:
     """Runs `config` in `workdir`, from its latest checkpoint if it has one.
 
     Returns:
-      A summary: `workdir`, `step`, `tokens`, `seconds`, `interrupted`, the last `train` and `validation` metrics,
-      the `best_step` by validation, and the `changes` of settings against the run that was resumed.
+      A summary: `workdir`, `step`, `tokens`, `seconds`, `interrupted` (the signal's name, or None), the last `train`
+      and `validation` metrics, the `best_step` by validation, and the `changes` of settings against the run that was
+      resumed.
 
     Raises:
       ConfigError, CheckpointError, DataError: the run cannot be set up.
       TrainingError: the loss or the gradient is not finite.
     """
-    workdir = Path(workdir)
+    workdir = epath.Path(workdir)
     if config.num_steps <= (taken := max(saved_steps(workdir), default=0)):
         return _finished(config, workdir, taken)
     with contextlib.ExitStack() as stack:
@@ -47,12 +48,12 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, object]:
 class _Run:
     """One call of `train`: what stays the same (programs, data, places to report to), and how far it has come."""
 
-    def __init__(self, config: TrainConfig, workdir: Path, stack: contextlib.ExitStack):
+    def __init__(self, config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitStack):
         self.config, self.workdir = config, workdir
         workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = make_mesh(config.mesh)
         stack.enter_context(jax.set_mesh(self.mesh))  # for what is split by hand, inside the model
-        self.first = max(saved_steps(workdir), default=0)
+        self.first, damaged = take_up(workdir)
         self.changes = config_changes(read_run_config(workdir), config) if self.first else []
         base = load_base(config, workdir, self.mesh, resumed=bool(self.first))
         graphdef, params = nnx.split(base.model)
@@ -89,19 +90,19 @@ class _Run:
                                             keep_best=config.checkpoint.keep_best)
         stack.callback(self.checkpoints.close)
 
-        self.window = Window(**progress.get("window", {}))
+        self.window = Window(config.optimizer.nonfinite == "skip", **progress.get("window", {}))
         self.log = MetricsLog(workdir, config.log, flat_dict(config), self.first)
         stack.callback(self.log.close)
         self.last = last_records(workdir)
         self.console = Console(config.num_steps, self.first)
         stack.callback(self.console.close)
         self.clock = _Clock()
-        for line in summary_lines(config, self.base, self.mesh, self.first, self.changes):
+        for line in summary_lines(config, self.base, self.mesh, self.first, self.changes, damaged):
             self.console.line(line)
 
     def drive(self, request: StopRequest) -> dict[str, object]:
         """Takes the steps that are left."""
-        config, began, step, stop = self.config, time.monotonic(), self.first, False
+        config, began, step, stop = self.config, time.monotonic(), self.first, None
         pending: tuple[int, Metrics] | None = None
         if not self.first:
             self.validate(0)
@@ -111,9 +112,9 @@ class _Run:
                 self.absorb(*pending)  # the step before: the device has its next work while this waits
             step += 1
             pending = step, metrics
-            stop = request.name is not None
+            stop = request.at(step)
             validate = step == config.num_steps or self.due(step, config.validation.every)
-            save = step == config.num_steps or stop or self.due(step, config.checkpoint.every)
+            save = step == config.num_steps or bool(stop) or self.due(step, config.checkpoint.every)
             validate |= save and config.checkpoint.keep_best and not stop
             sample = self.due(step, config.log.sample_every)
             if validate or save or sample:
@@ -127,7 +128,7 @@ class _Run:
                         self.sample(step)
         self.checkpoints.wait()
         if stop:
-            self.console.line(f"stopped by {request.name} after step {step}; the same command goes on from there")
+            self.console.line(f"stopped by {stop} after step {step}; the same command goes on from there")
         return self.summary(step, time.monotonic() - began, stop)
 
     @staticmethod
@@ -150,11 +151,7 @@ class _Run:
             self.window.clear()
         self.last["train"] = {"step": step, **means}
         self.log.write(step, "train", means)
-        self.console.line(
-            f"step {step:>7}  loss {means['loss']:.4f}  bound {means['bound']:.4f}  "
-            f"accuracy {means['accuracy']:.3f}  grad {means['grad_norm']:.2f}  lr {means['learning_rate']:.2e}"
-            + (f"  {means['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in means else "")
-            + (f"  mfu {means['mfu']:.1%}" if "mfu" in means else ""))
+        self.console.line(_step_line(step, means))
 
     def rates(self) -> dict[str, float]:
         """Speed since the last record, validation and saving left out."""
@@ -191,7 +188,7 @@ class _Run:
         self.log.write(step, "sample", {"text": text})
         self.console.line(f"step {step:>7}  sample: {text}")
 
-    def summary(self, step: int, seconds: float, interrupted: bool) -> dict[str, object]:
+    def summary(self, step: int, seconds: float, interrupted: str | None) -> dict[str, object]:
         summary = _summary(self.config, self.workdir, step, self.last) | {
             "seconds": round(seconds, 1), "interrupted": interrupted, "changes": self.changes}
         if jax.process_index() == 0:
@@ -199,12 +196,12 @@ class _Run:
         return summary
 
 
-def _summary(config: TrainConfig, workdir: Path, step: int, last: dict[str, dict]) -> dict[str, object]:
+def _summary(config: TrainConfig, workdir: epath.Path, step: int, last: dict[str, dict]) -> dict[str, object]:
     return {"workdir": str(workdir), "step": step, "tokens": step * config.data.batch_size * config.data.length,
-            "seconds": 0.0, "interrupted": False, **last, "best_step": best_step(workdir), "changes": []}
+            "seconds": 0.0, "interrupted": None, **last, "best_step": best_step(workdir), "changes": []}
 
 
-def _finished(config: TrainConfig, workdir: Path, step: int) -> dict[str, object]:
+def _finished(config: TrainConfig, workdir: epath.Path, step: int) -> dict[str, object]:
     """Says that the run has nothing left to do."""
     config_changes(read_run_config(workdir), config)
     if jax.process_index() == 0:
@@ -212,9 +209,18 @@ def _finished(config: TrainConfig, workdir: Path, step: int) -> dict[str, object
     return _summary(config, workdir, step, last_records(workdir))
 
 
-def last_records(workdir: Path) -> dict[str, dict]:
+def last_records(workdir: epath.Path) -> dict[str, dict]:
     """The latest training and validation record."""
     return {kind: (read_records(workdir, kind) or [{}])[-1] for kind in ("train", "validation")}
+
+
+def _step_line(step: int, means: dict[str, float]) -> str:
+    """A record for people; of steps that were all skipped there are no means."""
+    shown = {"loss": "{:.4f}", "bound": "{:.4f}", "accuracy": "{:.3f}", "grad_norm": "{:.2f}",
+             "learning_rate": "{:.2e}", "skipped": "{}", "tokens_per_second": "{:,.0f}", "mfu": "{:.1%}"}
+    names = {"grad_norm": "grad", "learning_rate": "lr", "tokens_per_second": "tokens/s"}
+    parts = [f"{names.get(name, name)} {form.format(means[name])}" for name, form in shown.items() if name in means]
+    return f"step {step:>7}  " + "  ".join(parts)
 
 
 class _Clock:

@@ -36,6 +36,8 @@ class OptimizerConfig:
     decay_steps: int = _field(0, "wsd: steps of the final decay, at the end of the run")
     final_fraction: float = _field(0.0, "what is left of the learning rate at the end, as a share of the peak")
     accumulate_steps: int = _field(1, "micro-batches that one step's batch is cut into")
+    nonfinite: Literal["stop", "skip"] = _field(
+        "stop", "where loss or gradient are not finite: stop the run, or skip the step and count it")
     ema_decay: float = _field(0.0, "decay of the moving average of the parameters, which is then what is "
                                    "validated and exported; 0: none")
 

@@ -3,9 +3,9 @@
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -15,14 +15,14 @@ from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.hf import Pretrained, load_pretrained
 from dlm_jax.hf.tokenizer import choose_mask_token
 from dlm_jax.models import Compute, ModelConfig, abstract_model
-from dlm_jax.parallel import ATTENTION_PARTITION, describe_mesh, param_shardings
+from dlm_jax.parallel import ATTENTION_PARTITION, batch_parts, describe_mesh, param_shardings
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params
 from dlm_jax.training.objective import check_mask_token
 from dlm_jax.training.workdir import described_model, is_workdir, load_workdir
 
 
-def load_base(config: TrainConfig, workdir: Path, mesh: Mesh, *, resumed: bool) -> Pretrained:
+def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: bool) -> Pretrained:
     """The model that training starts from, its parameters on the mesh; only their shapes where a run is resumed.
 
     Raises:
@@ -67,10 +67,10 @@ def check_fit(config: TrainConfig, base: Pretrained, mesh: Mesh) -> None:
     """Raises ConfigError where config, base model and mesh contradict each other."""
     architecture, data = base.model.config, config.data
     check_mask_token(config.objective, base.mask_token_id, architecture.vocab_size)
-    parts, micro_batches = mesh.shape["data"] * mesh.shape["fsdp"], config.optimizer.accumulate_steps
+    parts, micro_batches = batch_parts(mesh), config.optimizer.accumulate_steps
     if data.batch_size % (parts * micro_batches):
         raise ConfigError(f"data.batch_size {data.batch_size} does not divide into {micro_batches} micro-batches over "
-                          f"the {parts} parts of the mesh axes data and fsdp")
+                          f"the {parts} parts of the mesh axes slices, data and fsdp")
     if data.length % mesh.shape["context"]:
         raise ConfigError(f"data.length {data.length} does not divide over mesh.context {mesh.shape['context']}")
     if data.length > architecture.max_length:
@@ -89,7 +89,7 @@ def data_mark(sources: Sequence[RowSource]) -> list[int]:
     return marks
 
 
-def check_data(workdir: Path, saved: list[int], found: list[int]) -> None:
+def check_data(workdir: epath.Path, saved: list[int], found: list[int]) -> None:
     """Raises DataError where a resumed run would meet other rows than it began with."""
     if saved != found:
         raise DataError(f"the training text is not the one that the run in {workdir} began with "
@@ -97,8 +97,9 @@ def check_data(workdir: Path, saved: list[int], found: list[int]) -> None:
                         "new workdir")
 
 
-def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int, changes: list[str]) -> list[str]:
-    """What the run is, for people."""
+def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int, changes: Sequence[str],
+                  damaged: Sequence[str]) -> list[str]:
+    """What the run is, for people; `damaged` says why it does not go on from a later checkpoint."""
     architecture, data = base.model.config, config.data
     per_step = data.batch_size * data.length
     objective, attention = config.objective.name, choose_attention(config, architecture, mesh)
@@ -116,6 +117,7 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
         f"devices    {describe_mesh(mesh)}, {config.model.dtype}, "
         f"{attention.backend} attention" + (f" ({attention.reason})" if attention.reason else ""),
     ]
+    lines += [f"damaged    {remark}, and has been moved to damaged/" for remark in damaged]
     if first:
         lines.append(f"resumed    from step {first:,}")
     return lines + [f"changed    {change}" for change in changes]

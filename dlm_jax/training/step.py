@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from dlm_jax.data.batch import Batch
 from dlm_jax.diffusion import HeadPlan, LossSums, dropout_seeds, loss_sums
 from dlm_jax.models import Transformer
-from dlm_jax.parallel import array_sharding, is_param, spec_of
+from dlm_jax.parallel import array_sharding, batch_parts, is_param, spec_of
 from dlm_jax.training.objective import ObjectiveConfig, loss_weights, prepare, ratio_of
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
 from dlm_jax.training.state import TrainState
@@ -30,7 +30,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     by the count of the whole batch, so that the result does not depend on how the batch is cut up.
     """
     rate = learning_rate(config, num_steps)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
 
     def loss(params: nnx.State, batch: Batch, step: jax.Array, batch_size: int) -> tuple[jax.Array, LossSums]:
         model = nnx.merge(graphdef, gather_tables(params, mesh))
@@ -70,7 +70,12 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             "learning_rate": rate(state.step),
             "anneal_ratio": ratio_of(objective, state.step),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        after = TrainState(state.step + 1, params, opt_state, ema)
+        if config.nonfinite == "skip":
+            fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            before = dataclasses.replace(state, step=after.step)
+            after = jax.tree.map(functools.partial(jnp.where, fine), after, before)
+        return after, metrics
 
     return train_step
 

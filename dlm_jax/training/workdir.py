@@ -10,9 +10,9 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
+from etils import epath
 from flax import nnx
 
 from dlm_jax.errors import CheckpointError
@@ -24,21 +24,21 @@ from dlm_jax.training.checkpoint import best_step, restore_params, saved_steps
 from dlm_jax.training.config import TrainConfig, flat_dict
 
 
-def is_workdir(path: str | Path) -> bool:
+def is_workdir(path: epath.PathLike) -> bool:
     """True for a directory, with or without `@step`, in which a run has saved a checkpoint."""
     directory, _ = split_step(path)
     return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
 
 
-def split_step(path: str | Path) -> tuple[Path, str | None]:
+def split_step(path: epath.PathLike) -> tuple[epath.Path, str | None]:
     """`runs/a@500` to (`runs/a`, "500"); without `@`, or for a directory so named, no step."""
     head, at, step = str(path).rpartition("@")
-    if not at or Path(path).is_dir() or not (step.isdecimal() or step == "best"):
-        return Path(path), None
-    return Path(head), step
+    if not at or epath.Path(path).is_dir() or not (step.isdecimal() or step == "best"):
+        return epath.Path(path), None
+    return epath.Path(head), step
 
 
-def load_workdir(path: str | Path, *, step: int | str | None = None, compute: Compute = Compute(),
+def load_workdir(path: epath.PathLike, *, step: int | str | None = None, compute: Compute = Compute(),
                  param_dtype: str | None = None,
                  shardings: Callable[[ModelConfig], object] | None = None) -> Pretrained:
     """The model of a run, at a checkpoint, without its optimizer and on whatever devices there are.
@@ -71,7 +71,7 @@ def load_workdir(path: str | Path, *, step: int | str | None = None, compute: Co
     return dataclasses.replace(base, model=model, source=f"{directory}@{at}")
 
 
-def described_model(directory: Path, compute: Compute, param_dtype: str | None = None) -> Pretrained:
+def described_model(directory: epath.Path, compute: Compute, param_dtype: str | None = None) -> Pretrained:
     """A run's model with shapes in place of arrays."""
     if not (directory / "model" / "config.json").is_file():
         raise CheckpointError(f"{directory} is not a workdir: it has no model/config.json")
@@ -83,7 +83,7 @@ def described_model(directory: Path, compute: Compute, param_dtype: str | None =
         shift=recorded_shift(hf_config), hf_config=hf_config, source=str(directory), recipe=recipe)
 
 
-def describe_run(directory: Path, config: TrainConfig, base: Pretrained) -> None:
+def describe_run(directory: epath.Path, config: TrainConfig, base: Pretrained) -> None:
     """Writes what `described_model` and `read_run_config` read. Only the first process does."""
     if jax.process_index() != 0:
         return
@@ -96,7 +96,7 @@ def describe_run(directory: Path, config: TrainConfig, base: Pretrained) -> None
     write_json(directory / "config.json", flat_dict(config))
 
 
-def read_run_config(directory: Path) -> dict[str, object]:
+def read_run_config(directory: epath.Path) -> dict[str, object]:
     """The settings of the run by dotted keys."""
     try:
         return json.loads((directory / "config.json").read_text())
@@ -104,7 +104,7 @@ def read_run_config(directory: Path) -> dict[str, object]:
         raise CheckpointError(f"{directory / 'config.json'} cannot be read: {error}") from error
 
 
-def write_json(path: Path, content: object) -> None:
+def write_json(path: epath.Path, content: object) -> None:
     """Written beside, then renamed, so that a reader never meets half a file."""
     beside = path.with_name(path.name + ".new")
     beside.write_text(json.dumps(content, indent=1) + "\n")

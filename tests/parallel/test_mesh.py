@@ -1,12 +1,16 @@
+import dataclasses
+
 import jax
 import pytest
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.parallel import MeshConfig, describe_mesh, make_mesh
+from dlm_jax.parallel.mesh import split_slices
 
 
 def test_one_axis_takes_what_the_others_leave():
-    assert dict(make_mesh(MeshConfig(data=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    assert dict(make_mesh(MeshConfig(data=2, tensor=2)).shape) == {
+        "slices": 1, "data": 2, "fsdp": 2, "tensor": 2, "context": 1}
     assert dict(make_mesh(MeshConfig(fsdp=1, tensor=-1)).shape)["tensor"] == 8
     assert make_mesh(devices=jax.devices()[:3]).size == 3
 
@@ -26,3 +30,28 @@ def test_senseless_sizes_are_refused(config):
 def test_description():
     assert describe_mesh(make_mesh(MeshConfig(data=2, fsdp=4))) == "8 x cpu: data=2 fsdp=4"
     assert describe_mesh(make_mesh(devices=jax.devices()[:1])) == "1 x cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as JAX shows one of a multi-slice TPU system; only what the mesh goes by."""
+
+    id: int
+    slice_index: int
+
+
+def test_slices_of_the_hardware_stay_whole():
+    chips = [Chip(n, (n // 2) % 2) for n in range(8)]  # in turns, as no order is promised
+    first, second = split_slices(chips, 2)
+    assert [chip.slice_index for chip in first + second] == [0] * 4 + [1] * 4
+    assert [[chip.id for chip in part] for part in split_slices(chips, 4)] == [[0, 1], [4, 5], [2, 3], [6, 7]]
+    for count in (1, 3):
+        with pytest.raises(ConfigError, match=f"in 2 slices, which the mesh.s slices={count} would cut across; set mesh.slices to 2"):
+            split_slices(chips, count)
+
+
+def test_devices_that_know_of_no_slices_are_cut_up_in_their_order():
+    mesh = make_mesh(MeshConfig(slices=2, data=2))
+    assert dict(mesh.shape) == {"slices": 2, "data": 2, "fsdp": 2, "tensor": 1, "context": 1}
+    assert [device.id for device in mesh.devices.flat] == [device.id for device in jax.devices()]
+    assert describe_mesh(mesh) == "8 x cpu: slices=2 data=2 fsdp=2"

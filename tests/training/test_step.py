@@ -19,7 +19,7 @@ from dlm_jax.training.step import make_eval_step, make_train_step, micro_batches
 MODEL = ModelConfig("gpt2", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
                     mlp_size=32, max_length=16, norm="layer", positions="learned", gated_mlp=False, tie_embeddings=True,
                     qkv_bias=True, residual_dropout=0.1, embed_dropout=0.1, attention_dropout=0.1)
-ROWS, LENGTH, MASK = 16, 16, 23
+ROWS, LENGTH, MASK, STEPS = 16, 16, 23, 20
 
 
 def batch_of(step, mesh, maskable=True):
@@ -62,15 +62,16 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def reference():
-    return train(one_device())
+    return train(one_device(), STEPS)
 
 
 @pytest.mark.parametrize("mesh, accumulate", [
     (None, 4), (MeshConfig(fsdp=8), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 2), (MeshConfig(fsdp=1, tensor=8), 1),
-    (MeshConfig(fsdp=2, tensor=2, context=2), 1)])
+    (MeshConfig(fsdp=2, tensor=2, context=2), 1), (MeshConfig(slices=2, data=2, fsdp=2), 1),
+    (MeshConfig(slices=2, fsdp=1, context=4), 2)])
 def test_the_loss_curve_does_not_depend_on_mesh_or_accumulation(reference, mesh, accumulate, capfd):
     mesh = make_mesh(mesh) if mesh else one_device()
-    metrics, state = train(mesh, accumulate_steps=accumulate)
+    metrics, state = train(mesh, STEPS, accumulate_steps=accumulate)
     for found, expected in zip(metrics, reference[0], strict=True):
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)

@@ -1,0 +1,18 @@
+import pytest
+
+from tests.faults.runs import Runs
+from tests.training.conftest import base, corpus  # noqa: F401
+
+
+@pytest.fixture(scope="package")
+def runs(base, corpus, tmp_path_factory) -> Runs:  # noqa: F811
+    return Runs(base, corpus, tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="package")
+def whole(runs):
+    """The workdir of an uninterrupted run."""
+    workdir = runs.folder / "whole"
+    code, _, err = runs.run(workdir)
+    assert code == 0, err
+    return workdir

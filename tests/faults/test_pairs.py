@@ -1,0 +1,67 @@
+"""Two processes of four devices, over the loopback: the same run as one process, and what happens when one is lost."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from dlm_jax.training.metrics import read_records
+from tests.faults.runs import ended, last_step, records, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_processes_are_the_run_of_one(runs, tmp_path):
+    code, _, err = runs.run(tmp_path / "one", devices=8, log__sample_every=20, log__sample_steps=4)
+    assert code == 0, err
+    results = [ended(process) for process in runs.pair(tmp_path / "two", log__sample_every=20, log__sample_steps=4)]
+    assert [code for code, *_ in results] == [0, 0], results
+    assert "step      20" in results[0][1] and not results[1][1].strip()  # the first alone reports
+    expected, found = records(tmp_path / "one"), records(tmp_path / "two")
+    assert len(expected) == len(found) > 5
+    for one, two in zip(expected, found, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), (name, one, two)
+    code, out, err = runs.run(tmp_path / "two", num_steps=24)  # one process of one device takes over
+    assert code == 0 and "resumed    from step 20" in out, err
+
+
+def test_a_signal_to_one_of_two_stops_both_at_the_same_step(runs, tmp_path):
+    first, second = runs.pair(tmp_path / "run", num_steps=100_000, checkpoint__every=100_000)
+    wait_for(lambda: read_records(tmp_path / "run", "train"), first)
+    second.send_signal(signal.SIGTERM)
+    (code, out, _), (other, _, _) = ended(first), ended(second)
+    assert (code, other) == (75, 75)
+    assert f"stopped by SIGTERM after step {last_step(tmp_path / 'run')};" in out
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_loss_of_one_ends_the_other_with_a_sentence(runs, tmp_path, lost):
+    pair = runs.pair(tmp_path / "run", num_steps=100_000)
+    wait_for(lambda: last_step(tmp_path / "run"), pair[0])
+    saved = last_step(tmp_path / "run")
+    pair[lost].send_signal(signal.SIGKILL)  # the parent; its child learns of it
+    code, *_ = ended(pair[1 - lost])
+    assert code in (75, 76)
+    ended(pair[lost])
+    assert last_step(tmp_path / "run") >= saved
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_dies_at_once_ends_the_other_with_a_sentence(runs, tmp_path, lost):
+    pair = runs.pair(tmp_path / "run", num_steps=100_000)
+    wait_for(lambda: last_step(tmp_path / "run"), pair[0])
+    child, = (int(pid) for pid in children(pair[lost].pid))
+    os.kill(child, signal.SIGKILL)
+    code, _, err = ended(pair[lost])
+    assert code == 128 + signal.SIGKILL and "killed by SIGKILL" in err
+    code, _, err = ended(pair[1 - lost])
+    assert code == 76 and "start all processes again, and the run goes on from its last checkpoint" in err
+    results = [ended(process) for process in runs.pair(tmp_path / "run", num_steps=last_step(tmp_path / "run") + 4)]
+    assert [code for code, *_ in results] == [0, 0]
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
