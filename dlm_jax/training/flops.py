@@ -9,20 +9,13 @@ from flax import nnx
 
 from dlm_jax.data.config import DataConfig
 from dlm_jax.models import ModelConfig, abstract_model
-
-# Dense bfloat16 peak of one JAX device, FLOP/s, by the vendors' data sheets; the first key found in the device
-# kind counts. A JAX device is one core on TPU v2, v3 and v7x, and a chip otherwise.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
-    "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 1153e12,
-    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12,
-}
+from dlm_jax.parallel.chips import find_chip
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """The device's peak, or None where it is not known (CPUs among them)."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+    """The device's dense bfloat16 peak, FLOP/s, or None where it is not known (CPUs among them)."""
+    chip = find_chip(device)
+    return chip and chip.flops
 
 
 def count_params(config: ModelConfig, part: str | None = None) -> int:

@@ -1,0 +1,119 @@
+"""The tables of docs/plans.md: recipes of the paper on slices and GPUs, by `dlm plan`; no TPU is needed.
+
+    python benchmarks/plans.py              plans what is not yet in benchmarks/results/plans.json, minutes each
+    python benchmarks/plans.py --one        the next of it; exit status 1 where nothing is left
+    python benchmarks/plans.py --table      prints the tables from the results there are
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+
+from dlm_jax.cli.main import main as dlm
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "plans.json"
+ACCUMULATE, BATCH = "--config.optimizer.accumulate_steps", "--config.data.batch_size"
+
+# Recipe, devices, settings; what fits first, then what does not, with what would.
+TPU = [
+    ("diffugpt_s", "v5e:2x2", ()), ("diffugpt_s", "v5e:4x4", ()), ("diffugpt_s", "v4:2x2x1", ()),
+    ("diffugpt_s", "v5p:2x2x1", ()), ("diffugpt_s", "v6e:2x2", ()), ("diffugpt_s", "v6e:2x4", ()),
+    ("diffugpt_m", "v5e:4x4", (f"{ACCUMULATE}=10",)), ("diffugpt_m", "v4:2x2x4", (f"{ACCUMULATE}=5",)),
+    ("diffugpt_m", "v5p:2x2x2", (f"{ACCUMULATE}=4",)), ("diffugpt_m", "v6e:4x4", (f"{ACCUMULATE}=5",)),
+    ("diffullama_7b", "v5e:16x16", ()), ("diffullama_7b", "v5p:4x4x4", ()), ("diffullama_7b", "v4:4x4x4", ()),
+    ("diffullama_7b", "v6e:8x8", ()),
+    ("diffugpt_s", "v5e:1x1", ("--advise",)),
+    ("diffugpt_m", "v5e:2x2", ("--advise",)), ("diffugpt_m", "v5e:4x4", ("--advise",)),
+    ("diffullama_7b", "v5e:2x4", ("--advise",)), ("diffullama_7b", "v4:2x2x1", ("--advise",)),
+    ("diffullama_7b", "v5e:4x8", ("--advise",)), ("diffullama_7b", "v5p:2x2x1", ("--advise",)),
+    ("diffullama_7b", "v4:2x2x4", ("--advise",)), ("diffullama_7b", "v6e:4x4", ("--advise",)),
+    ("diffugpt_s", "v5e:2x4", ("--largest_batch",)), ("diffullama_7b", "v5p:4x4x4", ("--largest_batch",)),
+]
+GPU = [
+    ("diffugpt_s", "a100-80:8", ()), ("diffugpt_s", "h100:8", ()),
+    ("diffugpt_m", "a100-80:8", ("--advise",)), ("diffugpt_m", "h100:8", ("--advise",)),
+    ("diffullama_7b", "h100:8", ("--advise",)), ("diffullama_7b", "a100-80:8", ("--advise",)),
+    ("diffullama_7b", "a100-80:64", ()), ("diffullama_7b", "gh200:64", ()),
+]
+
+
+def key(recipe: str, devices: str, settings: tuple[str, ...]) -> str:
+    kind = "--gpu" if (recipe, devices, settings) in GPU else "--topology"
+    return " ".join(("dlm plan", f"--config={recipe}", f"{kind}={devices}", *settings))
+
+
+def plan(command: str) -> dict:
+    """The JSON of a command."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        code = dlm([*command.split()[1:], f"--json={file.name}"])
+        if code not in (0, 3):
+            sys.exit(code)
+        return json.loads(pathlib.Path(file.name).read_text())
+
+
+def known() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def row(command: str, result: dict) -> str:
+    """One line of a table."""
+    entry = result["plans"][0]
+    plan, memory = entry["plan"], entry["plan"]["memory"]
+    settings = " ".join(word for word in command.split()[4:] if word.startswith("--config"))
+    cells = [f"`{plan['target']}`", f"{plan['num_chips']}", f"{plan['batch_size']} x {plan['length']}"
+             + (f" in {plan['micro_batches']}" if plan["micro_batches"] > 1 else ""),
+             f"{memory['needed']:.2f} of {memory['limit']:.2f}", "yes" if memory["fits"] else "**no**"]
+    if (time := plan["time"]) is None:
+        return "| " + " | ".join([*cells, "", "", "", "", "", _remedy(entry), settings]) + " |"
+    sent = "" if plan["sent"] is None else f"{sum(kind['bytes'] for kind in plan['sent'].values()) / 1e9:.1f}"
+    cells += [sent, f"{time['floor']:.3g}", f"{time['seconds']:.3g}", f"{time['utilisation']:.0%}",
+              f"{time['days']:.1f} / {time['chip_hours']:,.0f}", _remedy(entry), settings]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _remedy(entry: dict) -> str:
+    if largest := entry.get("largest_batch"):
+        return f"largest batch {largest['batch_size']}"
+    trials = entry.get("advice", [])
+    said = [f"`{' '.join(f'{key}={value}' for key, value in trial['settings'].items())}`: "
+            + (f"{trial['memory']['needed']:.2f}, fits" if trial["memory"]["fits"] else "does not fit")
+            for trial in trials]
+    least = entry["plan"]["least_chips"]
+    if least > entry["plan"]["num_chips"]:
+        said.insert(0, f"state and gradients fill {least} chips")
+    return "; ".join(said)
+
+
+def tables() -> str:
+    heads = ["devices", "chips", "batch", "GiB a chip", "fits", "sent, GB", "at least, s", "about, s", "utilisation",
+             "days / chip-hours", "what else was tried", "settings"]
+    lines, results = [], known()
+    for name, cases in (("TPU slices, compiled", TPU), ("GPUs, by description", GPU)):
+        for recipe in dict.fromkeys(case[0] for case in cases):
+            done = [(key(*case), results[key(*case)]) for case in cases if case[0] == recipe and key(*case) in results]
+            if done:
+                lines += ["", f"**{recipe}, {name}**", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|",
+                          *(row(*one) for one in done)]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(tables())
+        return 0
+    waiting = [command for command in (key(*case) for case in GPU + TPU) if command not in known()]
+    for command in waiting[:1] if arguments.one else waiting:
+        print(command, flush=True)
+        result = plan(command)
+        RESULTS.write_text(json.dumps(known() | {command: result}, indent=1) + "\n")
+    return 0 if waiting else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Says whether a recipe fits on TPU slices or GPUs that are not here, what it sends, and about how long it takes.
+
+  dlm plan --config=diffullama_7b --topology=v5e:16x16,v5p:2x4x4
+  dlm plan --config=diffugpt_s --topology=v5litepod-8 --config.data.batch_size=512 --largest_batch
+  dlm plan --config=diffugpt_m --gpu=h100:8
+
+For a TPU the step that `dlm train` would run is compiled by the TPU's own compiler, on this host's CPU, in a few
+minutes a slice: it fits if the compiler takes it. For GPUs its memory is added up. Times are estimates, by a formula
+that is printed with them. Of the base model only config.json is read. Exit status: 0 all fits, 1 refused, 2 misused,
+3 something does not fit.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+
+from dlm_jax.cli.config import build_config
+from dlm_jax.cli.recipes import load_recipe, recipe_names
+from dlm_jax.cli.shared import add_json_argument, write_result
+from dlm_jax.errors import ConfigError
+
+DOES_NOT_FIT = 3  # exit status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="RECIPE",
+                        help=f"a Python file with get_config(), or one of {', '.join(recipe_names())}")
+    parser.add_argument("--topology", nargs="+", action="extend", default=[], metavar="NAME",
+                        help="TPU slices: v5e:4x4,v5p:2x2x4, or as the cloud names them, v5litepod-16,v4-32; "
+                             "2xv5e:16x16 for two slices")
+    parser.add_argument("--gpu", nargs="+", action="extend", default=[], metavar="NAME:COUNT",
+                        help="GPUs by description: h100:8,a100-80:64")
+    parser.add_argument("--largest_batch", action="store_true",
+                        help="also find the largest data.batch_size that fits, in a few more compilations")
+    parser.add_argument("--advise", action="store_true",
+                        help="where the recipe does not fit, also try what would, in a few more compilations")
+    parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
+                        help="sets one key of the recipe, as for `dlm train`; any number of these, in any order")
+    add_json_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if not arguments.topology and not arguments.gpu:
+        raise ConfigError("nothing to plan for: name TPU slices with --topology=v5e:4x4, or GPUs with --gpu=h100:8")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts: what is planned for is not here, and what is here not used
+    recipe = load_recipe(arguments.config)
+    from dlm_jax import planning
+    from dlm_jax.planning import report
+    from dlm_jax.planning.roofline import FORMULA
+    from dlm_jax.training.config import TrainConfig, flat_dict
+
+    config = build_config(TrainConfig, recipe, arguments.overrides)
+    base = planning.describe_base(config.model)
+    targets = [make(config, base.config, name) for make, names in
+               ((planning.tpu_target, arguments.topology), (planning.gpu_target, arguments.gpu))
+               for name in ",".join(names).split(",") if name]
+    for target in targets:  # all are looked at before the first is compiled, which takes minutes
+        planning.check_plan(config, base, target.mesh)
+
+    lines, plans = report.recipe_lines(config, base), []
+    for target in targets:
+        note = _Notes(target.name)
+        note(f"{'compiling' if target.is_compiled_for else 'adding up'} data.batch_size={config.data.batch_size}")
+        plan = planning.make_plan(config, base, target)
+        result = {"plan": plan}
+        lines += ["", *report.plan_lines(plan)]
+        if arguments.largest_batch:
+            result["largest_batch"] = planning.largest_batch(config, base, target, plan, note)
+            lines += report.largest_lines(result["largest_batch"])
+        if arguments.advise and not plan.memory.fits:
+            result["advice"] = planning.advise(config, base, target, plan, note)
+            lines += report.advice_lines(result["advice"])
+        note("done")
+        plans.append(result)
+    lines += ["", "Times are estimates:", FORMULA]
+    fits = all(result["plan"].memory.fits for result in plans)
+    content = {"recipe": arguments.config, "config": flat_dict(config), "model": dataclasses.asdict(base), "fits": fits,
+               "plans": [{name: _plain(value) for name, value in result.items()} for result in plans],
+               "formula": FORMULA.splitlines()}
+    write_result(arguments.json, content, "\n".join(lines))
+    return 0 if fits else DOES_NOT_FIT
+
+
+class _Notes:
+    """One line a step of the work on standard error, with the seconds that the one before took."""
+
+    def __init__(self, name: str):
+        self._name, self._began = name, time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        seconds = time.monotonic() - self._began
+        print(f"{self._name}: {text}" + (f" ({seconds:.0f} s)" if seconds >= 1 else ""), file=sys.stderr, flush=True)
+
+
+def _plain(value: object) -> object:
+    """Of dataclasses and lists of them, what JSON can hold."""
+    return [_plain(item) for item in value] if isinstance(value, list) else dataclasses.asdict(value)

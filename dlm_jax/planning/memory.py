@@ -1,0 +1,105 @@
+"""What a step needs of a device's memory, added up without compiling: exact for the state, an estimate for the rest."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn
+from jax.sharding import AbstractMesh
+
+from dlm_jax.diffusion import HeadPlan
+from dlm_jax.parallel import MeshConfig, batch_parts, make_mesh
+from dlm_jax.parallel.chips import GIB
+from dlm_jax.planning.base import Base
+from dlm_jax.planning.program import planned_state, trace_step
+from dlm_jax.training.config import TrainConfig
+from dlm_jax.training.flops import count_params
+
+_TRACED_ROWS = 1009  # a prime that no other axis of a model has: by it the axis of rows is recognised
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """GiB of a device.
+
+    Attributes:
+      state: parameters, the optimizer's moments and the average, as they are placed.
+      gradients: in float32, placed as the parameters; once more in their own type where micro-batches are summed.
+      activations: what the backward pass of a micro-batch keeps of the forward pass.
+      working: one layer's weights and the tables, gathered; what that layer's backward pass makes again; the scores of
+        dense attention; the logits of one chunk with their gradient; the head's gradient before it is scattered.
+    """
+
+    state: float
+    gradients: float
+    activations: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        return self.state + self.gradients + self.activations + self.working
+
+
+def add_up(config: TrainConfig, base: Base, mesh: AbstractMesh, attention: str) -> StepMemory:
+    """What a step needs on each device of a mesh that splits only the batch."""
+    architecture, state = base.config, planned_state(config, base, mesh)
+    params = placed_bytes(state.params)
+    gradients = 4 * params // jnp.dtype(config.model.param_dtype).itemsize
+    if config.optimizer.accumulate_steps > 1:
+        gradients += params
+
+    rows = config.data.batch_size / config.optimizer.accumulate_steps / batch_parts(mesh)
+    kept, everything = (rows * kept_bytes(config, base, attention, remat) for remat in (config.model.remat, "none"))
+    width, gathers = jnp.dtype(config.model.dtype).itemsize, mesh.shape["fsdp"] > 1
+    layer = count_params(architecture, "blocks") / architecture.num_layers
+    table = architecture.vocab_size * architecture.hidden_size
+    working = 8 * HeadPlan.chunk_size * architecture.vocab_size
+    working += min(4 * table, HeadPlan.max_gradient_bytes) if gathers else 4 * table
+    if gathers:
+        working += width * (layer + table * (1 if architecture.tie_embeddings else 2))
+    if config.model.remat != "none":
+        working += everything / architecture.num_layers
+    if attention == "dense":  # the scores and their gradient, float32
+        working += 8 * rows * architecture.num_heads * config.data.length**2
+    return StepMemory(*(size / GIB for size in (placed_bytes(state), gradients, kept, working)))
+
+
+def placed_bytes(tree: object) -> int:
+    """Bytes of a device that a tree of shapes with shardings takes."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def kept_bytes(config: TrainConfig, base: Base, attention: str, remat: str) -> float:
+    """Bytes that the layers' backward pass keeps of the forward pass, a row.
+
+    The step is traced, and what its scan over layers stacks up for each row is counted; parameters in the type of the
+    activations, which it stacks too, are not. Where cuDNN attends, what the TPU's kernel keeps is what it keeps too:
+    query, key, value, result and logsumexp.
+    """
+    attention = "flash_tpu" if attention == "cudnn" else attention
+    return _kept_bytes(dataclasses.replace(
+        config, model=dataclasses.replace(config.model, remat=remat),
+        data=dataclasses.replace(config.data, batch_size=_TRACED_ROWS),
+        optimizer=dataclasses.replace(config.optimizer, accumulate_steps=1)), base, attention)
+
+
+@functools.cache  # batches of all sizes have the same rows
+def _kept_bytes(config: TrainConfig, base: Base, attention: str) -> float:
+    traced = trace_step(config, base, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), attention)
+    forward = next(scan for scan in _scans(traced.jaxpr.jaxpr) if scan.params["length"] == base.config.num_layers)
+    stacked = [out.aval for out in forward.outvars[forward.params["num_carry"]:]]
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape) / _TRACED_ROWS
+
+
+def _scans(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All scans, in the order of the program, those within others after them."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _scans(inner)

@@ -1,0 +1,68 @@
+"""The program to plan: the very step that `dlm train` runs, for devices that need not be here."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from dlm_jax.data.batch import Batch
+from dlm_jax.hf import Pretrained
+from dlm_jax.models import Compute, Transformer, abstract_model
+from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
+from dlm_jax.planning.base import Base
+from dlm_jax.training.config import TrainConfig
+from dlm_jax.training.optimizer import make_optimizer
+from dlm_jax.training.start import check_fit
+from dlm_jax.training.state import TrainState, state_layout
+from dlm_jax.training.step import make_train_step
+
+
+def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> jax.stages.Traced:
+    """The training step, traced for the devices of `mesh`; `.lower().compile()` compiles it."""
+    model = planned_model(config, base, attention)
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    step = make_train_step(nnx.graphdef(model), optimizer, mesh, objective=config.objective, config=config.optimizer,
+                           num_steps=config.num_steps, seed=config.seed, mask_token_id=base.mask_token_id)
+    with jax.set_mesh(mesh):
+        return step.trace(planned_state(config, base, mesh), planned_batch(config, mesh))
+
+
+def planned_model(config: TrainConfig, base: Base, attention: str) -> Transformer:
+    """The model with shapes in place of arrays."""
+    compute = Compute(config.model.dtype, config.model.remat, attention, ATTENTION_PARTITION)
+    return abstract_model(base.config, compute, config.model.param_dtype)
+
+
+def planned_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> TrainState:
+    """The state with shapes, and where they are placed, in place of arrays.
+
+    Raises:
+      ConfigError: the mesh does not divide a parameter.
+    """
+    params = nnx.state(planned_model(config, base, "dense"))
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    return state_layout(params, optimizer, config.optimizer.ema_decay > 0, mesh)
+
+
+def planned_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """What the loader gives a step, as shapes with their shardings."""
+    rows, data = config.data.batch_size, config.data
+
+    def of(dtype: jnp.dtype, *axes: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, data.length)[:len(axes)], dtype, sharding=array_sharding(mesh, *axes))
+
+    # Rows that hold several documents, or one that ends early, say where each begins.
+    padded = data.examples.format != "none" and data.examples.padding == "ignored"
+    starts = data.pack == "segments" or data.random_length > 0 or padded
+    ids = of(jnp.int32, "batch", "length") if starts else None
+    return Batch(of(jnp.int32, "batch", "length"), of(jnp.bool_, "batch", "length"), of(jnp.uint32, "batch"), ids, ids)
+
+
+def check_plan(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError where config, base model and mesh contradict each other, as training would."""
+    model = planned_model(config, base, "dense")
+    check_fit(config, Pretrained(model, cast(Any, "not needed to plan"), base.mask_token_id, config.objective.shift, {},
+                                 base.source), mesh)
+    planned_state(config, base, mesh)

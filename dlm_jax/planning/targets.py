@@ -1,0 +1,90 @@
+"""What a step is planned for: a TPU slice, which the compiler knows, or GPUs by their description."""
+
+import dataclasses
+import math
+import re
+
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from dlm_jax.errors import ConfigError
+from dlm_jax.models import ModelConfig
+from dlm_jax.parallel import AXES, MeshConfig, make_mesh
+from dlm_jax.parallel.chips import CHIPS, Chip
+from dlm_jax.planning.topology import read_topology, tpu_devices
+from dlm_jax.training.config import TrainConfig
+from dlm_jax.training.start import choose_attention
+
+GPUS = tuple(chip.name for chip in CHIPS if not any(kind.startswith("TPU") for kind in chip.kinds))
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to plan for.
+
+    Attributes:
+      mesh: of the devices; of GPUs, only its shape.
+      attention: the backend that training chooses there, and in a few words why it is not the fastest, if it is not.
+    """
+
+    name: str
+    chip: Chip
+    mesh: Mesh | AbstractMesh
+    attention: str
+    reason: str | None
+    num_slices: int = 1
+
+    @property
+    def is_compiled_for(self) -> bool:
+        return isinstance(self.mesh, Mesh)
+
+
+def tpu_target(config: TrainConfig, architecture: ModelConfig, name: str) -> Target:
+    """A TPU slice, or several, by name: see `read_topology`."""
+    topology = read_topology(name)
+    mesh = make_mesh(config.mesh, tpu_devices(topology))
+    chip = next(chip for chip in CHIPS if chip.name == topology.generation)
+    attention = choose_attention(config, architecture, mesh)
+    return Target(topology.name, chip, mesh, attention.backend, attention.reason, topology.slices)
+
+
+def gpu_target(config: TrainConfig, architecture: ModelConfig, description: str) -> Target:
+    """GPUs by description, such as `h100:8`.
+
+    Raises:
+      ConfigError: the GPU is not known, or the mesh is not one that can be added up without compiling.
+    """
+    match = re.fullmatch(r"([\w-]+):(\d+)", description.lower())
+    if not match or match[1] not in GPUS or int(match[2]) < 1:
+        raise ConfigError(f"the GPUs {description!r} are not described as NAME:COUNT, such as h100:8; known names are "
+                          f"{', '.join(GPUS)}")
+    chip, mesh = next(chip for chip in CHIPS if chip.name == match[1]), described_mesh(config.mesh, int(match[2]))
+    if mesh.shape["tensor"] * mesh.shape["context"] > 1:
+        raise ConfigError("planning for GPUs adds up what a mesh needs that splits the batch alone; set mesh.tensor "
+                          "and mesh.context to 1, or plan for a TPU slice, which is compiled")
+    reason = _no_flash(config, architecture)
+    if config.model.attention != "auto":
+        return Target(description.lower(), chip, mesh, config.model.attention, None)
+    return Target(description.lower(), chip, mesh, "dense" if reason else "cudnn", reason)
+
+
+def described_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The shape of the mesh that `make_mesh` makes of so many devices."""
+    sizes = list(config.sizes())
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(num_devices // -math.prod(sizes), 1)
+    if math.prod(sizes) != num_devices or min(sizes) < 1:
+        shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ConfigError(f"the mesh {shape} does not make {num_devices} devices; change mesh.* or set one of its axes "
+                          "to -1")
+    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _no_flash(config: TrainConfig, architecture: ModelConfig) -> str | None:
+    """Why training would not take cuDNN's attention, as `choose_backend` says it where there is a GPU to ask."""
+    if config.model.dtype != "bfloat16":
+        return f"cudnn computes in bfloat16, and the model in {config.model.dtype}"
+    if architecture.attention_dropout:
+        return "cudnn has no attention dropout that is the same on every mesh, and the model's is not 0"
+    if architecture.head_dim % 8 or architecture.head_dim > 128:
+        return f"cudnn takes a head_dim of a multiple of 8 up to 128, and the model's is {architecture.head_dim}"
+    return None

@@ -1,0 +1,67 @@
+"""`dlm plan`: what it prints and writes, how it ends, what it refuses."""
+
+import importlib.util
+import json
+
+import pytest
+
+from tests.cli.test_main import run
+
+TINY = ("--config=diffugpt_s", "--config.data.length=16", "--config.data.batch_size=64", "--config.model.mask_token=5")
+with_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@pytest.fixture
+def tiny(base) -> tuple[str, ...]:
+    return "plan", *TINY, f"--config.model.source={base}"
+
+
+def test_gpus_are_planned_for_by_description(capsys, tmp_path, tiny):
+    status, out, err = run(capsys, *tiny, "--gpu=h100:8,a100-80:4", "--largest_batch", f"--json={tmp_path / 'p.json'}")
+    assert status == 0 and "h100:8: 8 chips, fsdp=8" in out and "a100-80:4: 4 chips" in out
+    assert out.count("fits, by an estimate") == 2 and out.count("largest   data.batch_size=") == 2
+    assert "not measured" in out and "Times are estimates" in out
+    assert "h100:8: adding up data.batch_size=64" in err
+    result = json.loads((tmp_path / "p.json").read_text())
+    assert result["fits"] and result["config"]["data.length"] == 16 and result["model"]["mask_token_id"] is not None
+    first, second = (entry["plan"] for entry in result["plans"])
+    assert first["rows"] == 8 and second["rows"] == 16 and not first["is_compiled"]
+    assert first["flops"]["model"] == second["flops"]["model"] and first["time"]["seconds"] < second["time"]["seconds"]
+    assert result["plans"][0]["largest_batch"]["refused"] > result["plans"][0]["largest_batch"]["batch_size"]
+
+
+def test_json_alone_and_status_3_where_it_does_not_fit(capsys, tiny):
+    status, out, _ = run(capsys, *tiny, "--gpu=l4:1", "--config.data.batch_size=100000000", "--advise", "--json=-")
+    result = json.loads(out)
+    assert status == 3 and not result["fits"] and result["plans"][0]["plan"]["time"] is None
+    assert [trial["memory"]["fits"] for trial in result["plans"][0]["advice"]][:-1].count(True) == 0
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ((), "--topology=v5e:4x4"),
+    (("--topology=v5e",), "GENERATION:SHAPE"),
+    (("--gpu=h101:8",), "h100"),
+    (("--gpu=h100:7",), "does not divide into 1 micro-batches over the 7 parts"),
+    (("--gpu=h100:8", "--config.data.length=64"), "longer than the 32 positions"),
+    (("--gpu=h100:8", "--config.model.mask_token=300000"), "outside the vocabulary"),
+    (("--gpu=h100:8", "--config.mesh.fsdp=3"), "does not make 8 devices"),
+    (("--gpu=h100:8", "--config.data.batchsize=3"), "did you mean config.data.batch_size?"),
+])
+def test_refusals_are_one_sentence(capsys, tiny, arguments, says):
+    status, out, err = run(capsys, *tiny, *arguments)
+    assert status == 1 and not out and says in err and err.count("\n") == 1
+
+
+def test_without_libtpu_it_says_what_to_install(capsys, monkeypatch, tiny):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, _, err = run(capsys, *tiny, "--topology=v5e:2x2")
+    assert status == 1 and 'pip install "dlm_jax[tpu]"' in err
+
+
+@with_libtpu
+def test_a_slice_is_compiled_for(capsys, tmp_path, tiny):
+    status, out, err = run(capsys, *tiny, "--topology=v5litepod-4", f"--json={tmp_path / 'p.json'}")
+    assert status == 0 and "v5e:2x2: 4 chips, fsdp=4, flash_tpu attention" in out and "of 15.75: fits" in out
+    assert "v5e:2x2: compiling data.batch_size=64" in err
+    plan = json.loads((tmp_path / "p.json").read_text())["plans"][0]["plan"]
+    assert plan["is_compiled"] and plan["sent"]["all-reduce"]["bytes"] > 0 and plan["memory"]["limit"] == 15.75

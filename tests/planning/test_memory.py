@@ -1,0 +1,54 @@
+"""What is added up without compiling, against arrays that exist and against each other."""
+
+import dataclasses
+
+import jax
+import pytest
+from flax import nnx
+
+from dlm_jax.models import Transformer
+from dlm_jax.parallel import MeshConfig, make_mesh
+from dlm_jax.planning.memory import add_up, kept_bytes, placed_bytes
+from dlm_jax.planning.program import planned_state
+from dlm_jax.planning.targets import described_mesh
+from dlm_jax.training.optimizer import make_optimizer
+from dlm_jax.training.state import create_state
+
+MESH = MeshConfig(data=2, fsdp=4)
+
+
+def changed(config, **groups):
+    return dataclasses.replace(config, **{
+        group: dataclasses.replace(getattr(config, group), **values) for group, values in groups.items()})
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_the_state_is_as_large_as_the_one_that_training_makes(config, base, name):
+    config = changed(config, optimizer={"name": name, "ema_decay": 0.9})
+    params = nnx.state(Transformer(base.config, rngs=nnx.Rngs(0)))
+    state = create_state(params, make_optimizer(config.optimizer, 100), True, make_mesh(MESH))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert placed_bytes(planned_state(config, base, described_mesh(MESH, 8))) == held
+
+
+def test_activations_are_those_of_the_rematerialisation(config, base):
+    kept = {remat: kept_bytes(config, base, "cudnn", remat) for remat in ("none", "dots", "full")}
+    assert kept["none"] > kept["dots"] > kept["full"]
+    inputs = 3 * 128 * 128 * 2  # of each layer, [length, embed] in bfloat16
+    assert inputs <= kept["full"] < 1.01 * inputs  # and the seeds of dropout
+    squares = 3 * 4 * 128 * 128 * 4  # of each layer, [heads, length, length] in float32
+    assert kept_bytes(config, base, "dense", "none") >= kept["none"] + squares / 2
+
+
+def test_parts_grow_and_shrink_with_what_they_depend_on(config, base):
+    def parts(mesh: MeshConfig = MESH, devices: int = 8, **groups):
+        return add_up(changed(config, **groups), base, described_mesh(mesh, devices), "cudnn")
+
+    whole = parts()
+    assert parts(data={"batch_size": 64}).activations == pytest.approx(2 * whole.activations)
+    assert parts(optimizer={"accumulate_steps": 4}).activations == pytest.approx(whole.activations / 2)
+    assert parts(optimizer={"accumulate_steps": 1}).gradients == pytest.approx(whole.gradients / 2)
+    assert parts(model={"param_dtype": "bfloat16"}).state == pytest.approx(whole.state / 2, rel=1e-3)
+    wide = parts(MeshConfig(fsdp=8))
+    assert wide.state == pytest.approx(whole.state / 2, rel=0.05) and wide.activations == whole.activations
+    assert whole.total == pytest.approx(whole.state + whole.gradients + whole.activations + whole.working)
