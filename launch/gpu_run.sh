@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this machine: sets the environment up, checks that JAX sees every GPU, trains on all of them, and
-# starts a training that died again, from its last checkpoint. See docs/launching.md.
+# Trains on the GPUs of this machine: sets the environment up, checks that JAX sees every GPU, trains on all of them,
+# and starts a training that died again, from its last checkpoint. See docs/launching.md.
 #   bash launch/gpu_run.sh [FLAG...] -- --config=diffugpt_s --workdir=runs/gpt2 --config.data.train=fineweb-rows
 # What stands after -- goes to `dlm train` as it is; CUDA_VISIBLE_DEVICES chooses among the GPUs. Flags:
 #   --extras=EXTRAS       what is installed with the code (default cuda)
@@ -40,8 +40,9 @@ cd "$here"
 if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then wanted=$(tr , '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
 else wanted=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
 fi
-seen=$("$PYTHON" -c 'import jax; print(sum(d.platform == "gpu" for d in jax.devices()))' 2> /dev/null | tail -n 1) || true
-[ "${seen:-0}" = "$wanted" ] || fail "JAX sees ${seen:-0} of $wanted GPUs: install it for CUDA (--extras=cuda) and see" \
-    "that the driver is recent enough for it; \`python -c 'import jax; jax.devices()'\` says more"
+count='import jax; print(sum(device.platform == "gpu" for device in jax.devices()))'
+seen=$("$PYTHON" -c "$count" 2> /dev/null | tail -n 1) || true
+[ "${seen:-0}" = "$wanted" ] || fail "JAX sees ${seen:-0} of $wanted GPUs: install it for CUDA (--extras=cuda) and" \
+    "see that the driver is recent enough for it; \`python -c 'import jax; jax.devices()'\` says more"
 
 train_with_restarts "$max_restarts" "$PYTHON" -m dlm_jax.cli.main train "${train[@]}"

@@ -32,7 +32,8 @@ parse_flags() {
         case $1 in
             --) shift; train=("$@"); return ;;
             --help | -h) show_help; exit 0 ;;
-            --*=*) [[ $values == *" $flag "* ]] || misuse "there is no flag ${1%%=*}=; what goes to \`dlm train\` stands after --"
+            --*=*) [[ $values == *" $flag "* ]] ||
+                       misuse "there is no flag ${1%%=*}=; what goes to \`dlm train\` stands after --"
                    [ -n "${1#*=}" ] || misuse "${1%%=*} is empty"
                    printf -v "$flag" %s "${1#*=}" ;;
             --*) if [[ $switches == *" $flag "* ]]; then printf -v "$flag" yes
@@ -72,14 +73,16 @@ argument_of() {
 }
 
 check_train_arguments() {
-    [ $# -gt 0 ] || misuse "nothing to train: the arguments of \`dlm train\` are missing, at least --config= and --workdir="
+    [ $# -gt 0 ] || misuse "nothing to train: \`dlm train\` needs arguments, at least --config= and --workdir="
     [ -n "$(argument_of config "$@")" ] || misuse "--config=RECIPE is missing among the arguments of \`dlm train\`"
     workdir=$(argument_of workdir "$@")
     [ -n "$workdir" ] || misuse "--workdir=DIR is missing among the arguments of \`dlm train\`"
 }
 
 check_number() {  # FLAG VALUE LEAST
-    if ! [[ $2 =~ ^[0-9]+$ ]] || [ "$2" -lt "$3" ]; then misuse "--$1 must be a whole number of at least $3, got '$2'"; fi
+    if ! [[ $2 =~ ^[0-9]+$ ]] || [ "$2" -lt "$3" ]; then
+        misuse "--$1 must be a whole number of at least $3, got '$2'"
+    fi
 }
 
 train_worth_repeating() {
@@ -94,7 +97,10 @@ describe_code() {
         75) echo "stopped by SIGTERM after saving" ;;
         76) echo "another process of the run died" ;;
         lost) echo "gone without an exit code" ;;
-        *) if [ "$1" -gt 128 ]; then echo "killed by SIG$(kill -l "$1")"; else echo "died"; fi ;;
+        *) local signal
+           if [ "$1" -le 128 ] || ! signal=$(kill -l "$1" 2> /dev/null); then echo died
+           else echo "killed by SIG$signal"
+           fi ;;
     esac
 }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs: creates or reuses a TPU, installs this code on all its workers, trains on all of them, follows
-# the log, and after a preemption creates the TPU again and goes on from the last checkpoint. See docs/launching.md.
-#   bash launch/tpu_run.sh --name=NAME --zone=ZONE --type=v5litepod-16 [FLAG...] -- --config=diffugpt_s --workdir=gs://...
+# Trains on Cloud TPU VMs: creates or reuses a TPU, installs this code on all its workers, trains on all of them,
+# follows the log, and after a preemption creates the TPU again and goes on from the last checkpoint.
+# docs/launching.md has the whole story.
+#   bash launch/tpu_run.sh --name=NAME --zone=ZONE --type=v5litepod-16 [FLAG...] -- --config=NAME --workdir=gs://...
 #   bash launch/tpu_run.sh --name=NAME --zone=ZONE [FLAG...] --status | --follow | --stop | --delete
 # What stands after -- goes to `dlm train` as it is. Flags:
 #   --type=TYPE           of one slice: v4-32, v5litepod-16, v5p-64, v6e-8, ...
@@ -10,8 +11,8 @@
 #   --spot                for less money, and may be taken away at any time
 #   --queued              as a queued resource: waits in Google's queue until there is capacity
 #   --slices=N            N slices train as one (as a queued resource)
-#   --create_flags=FLAGS  more flags of `gcloud ... create`, separated by spaces, such as '--reserved --network=net'
-#   --commit=COMMIT       of this checkout, copied by `git archive` (default HEAD), or of --repo=URL, cloned on the workers
+#   --create_flags=FLAGS  more flags of `gcloud ... create`, parted by spaces, such as '--reserved --network=net'
+#   --commit=COMMIT       of this checkout, copied (default HEAD), or of --repo=URL, cloned on the workers
 #   --extras=EXTRAS       what is installed with the code (default tpu,gcs)
 #   --env_file=FILE       lines NAME=value for the training, such as HF_TOKEN; copied to the workers, never printed
 #   --internal_ip         reach the workers by their internal addresses
@@ -24,8 +25,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=launch/lib.sh
 source "$root/launch/lib.sh"
 
-name='' zone='' type='' version='' project='' spot='' queued='' slices=1 create_flags='' repo='' commit='' extras=tpu,gcs
-env_file='' internal_ip='' max_restarts=10 delete_after='' poll=${DLM_LAUNCH_POLL:-20} dry_run='' action=train
+name='' zone='' type='' version='' project='' spot='' queued='' slices=1 create_flags='' repo='' commit=''
+extras=tpu,gcs env_file='' internal_ip='' max_restarts=10 delete_after='' poll=${DLM_LAUNCH_POLL:-20} dry_run=''
+action=train
 parse_flags "name zone type version project slices create_flags repo commit extras env_file max_restarts poll" \
     "spot queued internal_ip delete_after dry_run" "status follow stop delete" "$@"
 
@@ -61,7 +63,9 @@ check_arguments() {
     [[ $repo != *://*@* ]] || misuse "--repo must not hold a user or a token: it is printed, and stays on the workers"
     [ -z "$repo" ] || [ -n "$commit" ] || misuse "--repo needs --commit=SHA"
     [ -z "$env_file" ] || [ -r "$env_file" ] || misuse "--env_file=$env_file cannot be read"
-    [ "$slices" = 1 ] || [ -n "$(argument_of config.mesh.slices "${train[@]}")" ] || train+=("--config.mesh.slices=$slices")
+    if [ "$slices" -gt 1 ] && [ -z "$(argument_of config.mesh.slices "${train[@]}")" ]; then
+        train+=("--config.mesh.slices=$slices")
+    fi
 }
 
 tpu() { run gcloud compute tpus "$@" --zone="$zone" ${project:+--project="$project"} --quiet; }
@@ -84,7 +88,8 @@ tpu_state() {
     state=$(describe queued-resources) || return
     if [ "$state" = ACTIVE ]; then  # a slice may be gone already
         nodes=$(tpu tpu-vm list --format='value(name.basename(),state)') || return
-        state=$(awk -v name="$name" '$1 ~ "^" name "(-[0-9]+)?$" {print $2}' <<< "$nodes" | grep -vxm 1 READY || echo READY)
+        nodes=$(awk -v name="$name" '$1 ~ "^" name "(-[0-9]+)?$" {print $2}' <<< "$nodes")
+        state=$(grep -m 1 . <<< "${nodes//READY/}" || echo READY)
     fi
     echo "$state"
 }
@@ -96,9 +101,8 @@ create() {
         tpu tpu-vm create "$name" --version="$version" "${flags[@]}" ${more[@]+"${more[@]}"}
         return
     fi
-    flags+=(--runtime-version="$version")
-    if [ "$slices" = 1 ]; then flags+=(--node-id="$name"); else flags+=(--node-count="$slices" --node-prefix="$name"); fi
-    tpu queued-resources create "$name" "${flags[@]}" ${more[@]+"${more[@]}"}
+    if [ "$slices" = 1 ]; then more+=(--node-id="$name"); else more+=(--node-count="$slices" --node-prefix="$name"); fi
+    tpu queued-resources create "$name" --runtime-version="$version" "${flags[@]}" "${more[@]}"
 }
 
 delete() {  # the queued resource with its nodes, and a node without one
@@ -115,15 +119,20 @@ delete() {  # the queued resource with its nodes, and a node without one
 ensure_ready() {
     local state before='' since=$SECONDS created=''
     while :; do
-        state=$(tpu_state) || fail "gcloud could not describe $name"
+        if ! state=$(tpu_state); then
+            [ -n "$known" ] || fail "gcloud could not describe $name"
+            sleep "$poll"
+            continue  # networks come and go
+        fi
+        known=yes
         case $state in
             READY) return ;;
             ABSENT)
                 offset=0
                 note "creating $name ($type) in $zone"
                 if create 2> "$scratch/error"; then created=yes
-                elif grep -qiE 'capacity|stockout|enough resources' "$scratch/error"; then
-                    say "no capacity in $zone now; trying again (--queued waits in Google's queue instead)"
+                elif grep -qiE 'capacity|stockout|enough resources|unavailable|internal error' "$scratch/error"; then
+                    say "$zone has no $type to give now; trying again (--queued waits in Google's queue instead)"
                     sleep "$poll" "$poll" "$poll"
                 else cat "$scratch/error" >&2; fail "gcloud could not create $name"
                 fi ;;
@@ -133,7 +142,7 @@ ensure_ready() {
                 say "$name is $state; deleting it to create it again"
                 delete ;;
             STOPPED) tpu tpu-vm start "$name" ;;
-            HIDDEN | HIDING | UNHIDING | UNKNOWN | '') fail "$name is in state '$state', which this script cannot mend" ;;
+            HIDDEN | HIDING | UNHIDING | UNKNOWN | '') fail "$name is in state '$state', which this cannot mend" ;;
             *)
                 [ "$state" = "$before" ] || say "$name is $state; waiting"
                 before=$state
@@ -203,7 +212,10 @@ show_log() {
 follow() {
     local failures=0 lines seen='' state missing
     while :; do
-        if lines=$(on all status 2> "$scratch/error"); then failures=0
+        code=0
+        lines=$(on all status 2> "$scratch/error") || code=$?
+        if [ "$code" = 0 ]; then failures=0
+        elif [ "$code" = 127 ]; then code=preempted; return  # a worker without the script: Google replaced its machine
         else
             state=$(tpu_state 2> /dev/null) || state=unknown
             case $state in
@@ -267,7 +279,7 @@ trap 'rm -rf "$scratch"' EXIT
 trap 'say "no longer following; on $name the training goes on (--follow, --stop, --delete)"; exit 130' INT
 parcel=$scratch  # what is sent to the workers
 if [ -n "$dry_run" ] && [ "$action" = train ]; then parcel=${TMPDIR:-/tmp}/dlm-$name; run mkdir -p "$parcel"; fi
-offset=''
+offset='' known=''
 case $action in
     delete) delete ;;
     status) require_ready; on all status; show_log ;;
@@ -278,7 +290,7 @@ case $action in
         [ "$code" != preempted ] || fail "$name was preempted; give the whole command again to go on"
         exit "${code/lost/1}" ;;
     train)
-        [ -n "$repo$commit" ] || git -C "$root" diff --quiet HEAD || note "changes that are not committed are not sent"
+        [ -n "$repo$commit" ] || git -C "$root" diff --quiet HEAD || note "what is not committed is not sent"
         restarts=0
         while :; do
             ensure_ready

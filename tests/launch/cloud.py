@@ -56,7 +56,7 @@ class Cloud:
     def environment(self, **more) -> dict:
         kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
         return {**kept, "PATH": f"{self.standin}/bin:{os.environ['PATH']}", "STANDIN": str(self.standin),
-                "DLM_LAUNCH_POLL": "0.1", **more}
+                "DLM_LAUNCH_POLL": "0.2", **more}
 
     def background(self, *arguments: str) -> subprocess.Popen:
         """tpu_run.sh, to be killed: the connection is lost."""

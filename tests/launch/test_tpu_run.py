@@ -13,7 +13,8 @@ from tests.launch.cloud import ROOT, TRAINING
 
 SCRIPT = ROOT / "launch/tpu_run.sh"
 POD = "--type=v5litepod-16"
-LONG = ("--config.num_steps=200",)  # it does not end by itself while the test looks
+HANG = "hang until 3"
+LONG = ("--config.num_steps=1000",)  # it does not end by itself while the test looks
 
 
 def lose(first: subprocess.Popen):
@@ -48,17 +49,19 @@ def test_a_ready_tpu_is_reused(cloud):
 
 def test_a_preempted_tpu_is_created_again_and_training_resumes(cloud):
     here = cloud(workers=2, preempt_at=[3, 4])
-    done = here.tpu(POD, "--spot", *TRAINING, "--config.num_steps=40")
+    here.plan("0/0", HANG, HANG)
+    here.plan("0/1", HANG, HANG)
+    done = here.tpu(POD, "--spot", *TRAINING)
     assert len(here.calls("tpu-vm", "create")) == 3 and len(here.calls("tpu-vm", "delete")) == 2
     assert here.starts() == here.starts("0/1") == 3
-    assert done.stdout.count("resumed at step") == 2 and "step 40" in done.stdout
+    assert done.stdout.count("resumed at step") == 2 and "step 10" in done.stdout
     assert here.arguments(start=1) == here.arguments(start=3)
     assert "PREEMPTED; deleting it" in done.stderr
 
 
 def test_no_capacity_is_waited_for_and_other_trouble_told(cloud):
     here = cloud(create=["There is no more capacity in the zone here-a", ""])
-    assert "no capacity" in here.tpu(POD, *TRAINING).stderr
+    assert "here-a has no v5litepod-16 to give now" in here.tpu(POD, *TRAINING).stderr
     here.tpu("--delete")
     here.plan_for(create=["", "", "Quota limit 'TPUV5sPodPerProject' has been exceeded"])
     refused = here.tpu(POD, *TRAINING, code=1)
@@ -67,7 +70,8 @@ def test_no_capacity_is_waited_for_and_other_trouble_told(cloud):
 
 def test_a_queued_resource_is_waited_for_preempted_and_deleted(cloud):
     here = cloud(states=["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"], preempt_at=[3], gone="SUSPENDED")
-    done = here.tpu("--type=v6e-8", "--queued", "--spot", "--delete_after", *TRAINING, "--config.num_steps=30")
+    here.plan("0/0", HANG)
+    done = here.tpu("--type=v6e-8", "--queued", "--spot", "--delete_after", *TRAINING)
     create = here.calls("queued-resources", "create")
     assert len(create) == 2 and {"--node-id=my-tpu", "--runtime-version=v2-alpha-tpuv6e", "--spot"} <= set(create[0])
     for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDED"):
@@ -105,11 +109,12 @@ def test_a_refused_training_is_told_and_not_repeated(cloud):
 
 def test_who_is_told_to_start_again_is(cloud):
     here = cloud(workers=2)
-    here.plan("0/0", "exit 75 3", "exit 76 3", "exit 139 3")
-    done = here.tpu(POD, *TRAINING, "--config.num_steps=25")
+    here.plan("0/0", "exit 75 2", "exit 76 2", "exit 139 2")
+    here.plan("0/1", HANG, HANG, HANG)
+    done = here.tpu(POD, *TRAINING)
     assert here.starts() == here.starts("0/1") == 4
     assert "worker 0/0 ended with 75" in done.stderr and "worker 0/0 ended with 139 (killed by SIGSEGV)" in done.stderr
-    assert "restart 3 of 10" in done.stderr and "step 25" in done.stdout
+    assert "restart 3 of 10" in done.stderr and "step 10" in done.stdout
     assert "saved at step" in (here.home("0/1") / "dlm_run/log").read_text()  # the others were stopped by SIGTERM
 
 
@@ -155,6 +160,21 @@ def test_arguments_arrive_unchanged(cloud):
     here = cloud()
     here.tpu("--type=v6e-8", *TRAINING, "--coordinator=host:1234", *ODD)
     assert here.arguments() == [*TRAINING[1:], "--coordinator=host:1234", *ODD]
+
+
+def test_a_machine_that_google_replaced_is_set_up_again(cloud):
+    here = cloud(workers=2)
+    here.plan("0/0", HANG)
+    here.plan("0/1", HANG)
+    running = here.background(POD, *TRAINING)
+    while "step 3" not in running.stdout.readline():
+        pass
+    here.close()
+    shutil.rmtree(here.home("0/1"))
+    here.home("0/1").mkdir()
+    output, _ = running.communicate(timeout=30)
+    assert running.returncode == 0 and "resumed at step" in output and "step 10" in output
+    assert here.starts("0/1") >= 2 and len(here.calls("tpu-vm", "create")) == 1
 
 
 def test_a_second_start_follows_the_first_and_another_command_is_refused(cloud):
