@@ -78,7 +78,8 @@ def _remedy(entry: dict) -> str:
         return f"largest batch {largest['batch_size']}"
     trials = entry.get("advice", [])
     said = [f"`{' '.join(f'{key}={value}' for key, value in trial['settings'].items())}`: "
-            + (f"{trial['memory']['needed']:.2f}, fits" if trial["memory"]["fits"] else "does not fit")
+            + (f"{trial['memory']['needed']:.2f} GiB fit, about {trial['seconds']:.3g} s" if trial["memory"]["fits"]
+               else f"{trial['memory']['needed']:.1f} GiB do not")
             for trial in trials]
     least = entry["plan"]["least_chips"]
     if least > entry["plan"]["num_chips"]:

@@ -17,11 +17,10 @@ import sys
 import time
 
 from dlm_jax.cli.config import build_config
+from dlm_jax.cli.exit_codes import DOES_NOT_FIT, DONE
 from dlm_jax.cli.recipes import load_recipe, recipe_names
 from dlm_jax.cli.shared import add_json_argument, write_result
 from dlm_jax.errors import ConfigError
-
-DOES_NOT_FIT = 3  # exit status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
                "plans": [{name: _plain(value) for name, value in result.items()} for result in plans],
                "formula": FORMULA.splitlines()}
     write_result(arguments.json, content, "\n".join(lines))
-    return 0 if fits else DOES_NOT_FIT
+    return DONE if fits else DOES_NOT_FIT
 
 
 class _Notes:

@@ -31,10 +31,11 @@ class LargestBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Settings that were tried in place of the recipe's, and what came of it."""
+    """Settings that were tried in place of the recipe's, and what came of it: `seconds` a step, about, if they fit."""
 
     settings: dict[str, object]
     memory: Memory
+    seconds: float | None
 
 
 def largest_batch(config: TrainConfig, base: Base, target: Target, plan: Plan, note: Note) -> LargestBatch:
@@ -70,7 +71,7 @@ def advise(config: TrainConfig, base: Base, target: Target, plan: Plan, note: No
             continue
         note("trying " + ", ".join(f"{key}={value}" for key, value in settings.items()))
         plan = make_plan(with_settings(config, settings), base, target)
-        trials.append(Trial(settings, plan.memory))
+        trials.append(Trial(settings, plan.memory, plan.time and plan.time.seconds))
         if plan.memory.fits:
             break
     return trials

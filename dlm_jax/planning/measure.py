@@ -24,7 +24,8 @@ class Plan:
       is_compiled: whether the compiler has said so; else memory is added up and fitting is an estimate.
       rows: of a micro-batch on a part of the mesh that holds rows of its own.
       memory: needed, and granted.
-      parts: of the memory added up; None where it was compiled.
+      parts: of the memory, added up; beside what the compiler says, to compare. None where the mesh splits more than
+        the batch.
       state: GiB of parameters, moments and average, as they are placed.
       least_chips: so many, sharing the storage of the state and its gradients, could hold them and nothing else.
       sent: by kind of collective `{"count": a step, "bytes": sent in a step}`; None where not compiled.
@@ -66,7 +67,8 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
     layout = planned_state(config, base, target.mesh)
     held = placed_bytes(layout) + placed_bytes(layout.params)  # the gradients are as large as the parameters
     shape = target.mesh.shape
-    sent, unbounded, seconds, parts, traffic = None, 0, None, None, None
+    sent, unbounded, seconds, traffic = None, 0, None, None
+    parts = add_up(config, base, target.mesh, target.attention) if shape["tensor"] * shape["context"] == 1 else None
     if target.is_compiled_for:
         compiled = compile_step(trace_step(config, base, target.mesh, target.attention), target.chip.memory)
         memory, seconds = compiled.memory, compiled.seconds
@@ -76,7 +78,6 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
             moved = memory_traffic(config, base, target, memory.arguments, memory.temporary)
             traffic = compiled_traffic(found, moved)
     else:
-        parts = add_up(config, base, target.mesh, target.attention)
         memory = Memory(parts.total, target.chip.memory, parts.total <= target.chip.memory)
         traffic = described_traffic(config, base, target, parts)
     return Plan(

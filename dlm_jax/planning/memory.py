@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.diffusion import HeadPlan
 from dlm_jax.parallel import MeshConfig, batch_parts, make_mesh
@@ -43,7 +43,7 @@ class StepMemory:
         return self.state + self.gradients + self.activations + self.working
 
 
-def add_up(config: TrainConfig, base: Base, mesh: AbstractMesh, attention: str) -> StepMemory:
+def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention: str) -> StepMemory:
     """What a step needs on each device of a mesh that splits only the batch."""
     architecture, state = base.config, planned_state(config, base, mesh)
     params = placed_bytes(state.params)

@@ -48,7 +48,9 @@ def advice_lines(trials: list[Trial]) -> list[str]:
     lines = []
     for trial in trials:
         settings = " ".join(f"--config.{key}={value}" for key, value in trial.settings.items())
-        lines.append(f"  {'fits' if trial.memory.fits else 'does not'}  {settings}: {trial.memory.needed:.2f} GiB")
+        about = f", about {_seconds(trial.seconds)} a step" if trial.seconds else ""
+        verdict = "fits" if trial.memory.fits else "does not fit"
+        lines.append(f"  {verdict:<14}{settings}: {trial.memory.needed:.2f} GiB{about}")
     return lines or ["  nothing that this command could try needs less"]
 
 
@@ -65,7 +67,8 @@ def _memory(plan: Plan) -> str:
                 f"{parts.working:.2f}){hint}")
     text = f"{memory.needed:.2f} GiB of {memory.limit:.2f}: {verdict}"
     if memory.fits:
-        return f"{text} (arguments {memory.arguments:.2f}, temporary {memory.temporary:.2f})"
+        added = f", added up by hand {plan.parts.total:.2f}" if plan.parts else ""
+        return f"{text} (arguments {memory.arguments:.2f}, temporary {memory.temporary:.2f}{added})"
     if plan.least_chips > plan.num_chips:
         text += f"; state and gradients alone fill {plan.least_chips} such chips"
     return text
