@@ -96,6 +96,7 @@ describe_code() {
         2) echo "misused" ;;
         75) echo "stopped by SIGTERM after saving" ;;
         76) echo "another process of the run died" ;;
+        130) echo "stopped by the user" ;;
         lost) echo "gone without an exit code" ;;
         *) local signal
            if [ "$1" -le 128 ] || ! signal=$(kill -l "$1" 2> /dev/null); then echo died

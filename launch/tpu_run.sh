@@ -283,7 +283,7 @@ offset='' known=''
 case $action in
     delete) delete ;;
     status) require_ready; on all status; show_log ;;
-    stop) require_ready; on all stop 300; finish 0 ;;
+    stop) require_ready; on all stop 300 130; finish 0 ;;  # 130: who follows it does not start it again
     follow)
         require_ready
         follow

@@ -5,7 +5,7 @@
 #   start ARGUMENT...             `dlm train ARGUMENT...`, detached: it outlives the ssh connection
 #   status                        one line: dlm-worker SLICE/WORKER running, exited CODE, lost or none
 #   log [BYTES]                   the log's size on a line, then the log from there, or its last 20 lines
-#   stop SECONDS                  SIGTERM, on which the training saves; SIGKILL after SECONDS
+#   stop SECONDS [CODE]           SIGTERM, on which the training saves; SIGKILL after SECONDS; it ended with CODE then
 # One training a node: whoever holds dlm_run/lock runs it. Beside it lie command, pid, group, log and exit.
 set -euo pipefail
 code=$HOME/dlm_jax environment=$HOME/dlm_env run=$HOME/dlm_run
@@ -115,7 +115,7 @@ stop() {
     if [ -e "$run/pid" ]; then kill -TERM "$(cat "$run/pid")" 2> /dev/null || true; fi
     while alive && [ ! -e "$run/exit" ] && [ $((SECONDS - since)) -lt "$1" ]; do sleep 0.2; done
     kill_rest
-    [ -e "$run/exit" ] || echo 137 > "$run/exit"
+    if [ ! -e "$run/exit" ] || [ -n "${2:-}" ]; then echo "${2:-137}" > "$run/exit"; fi
 }
 
 kill_rest() { if alive; then kill -KILL -- "-$(cat "$run/group")" 2> /dev/null || true; fi; }

@@ -189,10 +189,14 @@ def test_a_second_start_follows_the_first_and_another_command_is_refused(cloud):
 
 def test_stop_saves_and_delete_deletes(cloud):
     here = cloud(workers=2)
-    lose(here.background(POD, *TRAINING, *LONG))
+    running = here.background(POD, *TRAINING, *LONG)
+    while "step 3" not in running.stdout.readline():
+        pass
     assert "costs money" in here.tpu("--stop").stderr
+    running.communicate(timeout=20)
+    assert running.returncode == 130 and here.starts() == 1  # who follows does not start it again
     status = here.tpu("--status").stdout
-    assert "dlm-worker 0/0 exited 75" in status and "dlm-worker 0/1 exited 75" in status and "saved at step" in status
+    assert "dlm-worker 0/0 exited 130" in status and "dlm-worker 0/1 exited 130" in status and "saved at step" in status
     assert "my-tpu is deleted" in here.tpu("--delete").stderr and here.world()["name"] is None
     assert "there is no TPU my-tpu" in here.tpu("--delete").stderr
     assert "my-tpu in here-a is ABSENT" in here.tpu("--status", code=1).stderr

@@ -1,0 +1,74 @@
+"""Half of reproduce_paper.sh: the logits of the release's code, their comparison with ours, and the table.
+
+  release_parity.py reference RELEASE MODEL BASE OUT.npz    in a Python with the release's requirements
+  release_parity.py compare MODEL OUT.npz RESULT.json       in one with dlm_jax
+  release_parity.py table DIRECTORY NAME...
+"""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+
+def reference(release: str, model: str, base: str, out: str) -> None:
+    """Bidirectional logits of the release's code, float32 on the CPU, on random tokens of which a third is masked."""
+    sys.path.insert(0, release)
+    import torch
+    from model import DiscreteDiffusionModel, get_anneal_attn_mask
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    if config.model_type == "gpt2":
+        net = DiscreteDiffusionModel.from_pretrained(model, model=base, config=config, tokenizer=tokenizer,
+                                                     device="cpu")
+    else:
+        net = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32)
+        net = DiscreteDiffusionModel(model=net, config=config, tokenizer=tokenizer, device="cpu")
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(100, config.vocab_size, (2, 64))
+    tokens[draw.random(tokens.shape) < 1 / 3] = tokenizer.mask_token_id
+    attention = get_anneal_attn_mask(64, 2, dtype=torch.float32, device="cpu", attn_mask_ratio=1.0)
+    with torch.no_grad():
+        logits = net.eval().float()(torch.from_numpy(tokens), attention_mask=attention)
+    np.savez(out, tokens=tokens, logits=logits.numpy(), mask_token_id=tokenizer.mask_token_id)
+
+
+def compare(model: str, theirs: str, result: str) -> None:
+    """Ours against those: the largest difference of log-probabilities, and how often the likeliest token is another."""
+    import jax
+
+    from dlm_jax import AttentionMask, DiffusionLM
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    stored = np.load(theirs)
+    lm = DiffusionLM.from_pretrained(model, mask_token=int(stored["mask_token_id"]), dtype="float32")
+    ours = np.asarray(lm.logits(stored["tokens"].astype(np.int32), attention=AttentionMask.bidirectional()))
+    size = min(ours.shape[-1], stored["logits"].shape[-1])  # the release pads its vocabulary
+    ours, reference = (np.asarray(jax.nn.log_softmax(each[..., :size])) for each in (ours, stored["logits"]))
+    numbers = {"max_difference": float(np.abs(ours - reference).max()),
+               "other_argmax": float((ours.argmax(-1) != reference.argmax(-1)).mean())}
+    pathlib.Path(result).write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def table(directory: str, *names: str) -> None:
+    """Prints what was measured and writes it to DIRECTORY/table.md."""
+    folder = pathlib.Path(directory)
+    lines = ["| model | nats per token, at most | its parent, exact | log-probabilities, ours - release |",
+             "| --- | --- | --- | --- |"]
+    for name in names:
+        own, parent = (json.loads((folder / f"{name}{suffix}.json").read_text()) for suffix in ("", ".parent"))
+        parity = folder / f"{name}.parity.json"
+        difference = "not compared"
+        if parity.exists():
+            difference = f"{json.loads(parity.read_text())['max_difference']:.1e} at most"
+        lines.append(f"| {name} | {own['nats_per_token']:.4f} +- {own['standard_error']:.4f} | "
+                     f"{parent['nats_per_token']:.4f} | {difference} |")
+    text = "\n".join(lines)
+    (folder / "table.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    {"reference": reference, "compare": compare, "table": table}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,90 @@
+"""`launch/reproduce_paper.sh` on local stand-ins: a small model in the release's layout, and the release's code."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.cloud import ROOT
+
+SCRIPT = str(ROOT / "launch/reproduce_paper.sh")
+BASE = ROOT / "assets/stories-gpt2"
+RELEASE = '''
+import pathlib
+
+import safetensors.torch
+import torch
+import transformers
+
+
+class DiscreteDiffusionModel(torch.nn.Module):
+    @classmethod
+    def from_pretrained(cls, directory, *, model, config, tokenizer, device):
+        made = cls()
+        stored = safetensors.torch.load_file(pathlib.Path(directory) / "model.safetensors")
+        words = stored.get("embed_tokens.weight", stored.get("lm_head.weight"))
+        config.vocab_size = len(words)
+        made.net = transformers.GPT2LMHeadModel(config)
+        names = {name.replace("denoise_model.", "transformer."): tensor for name, tensor in stored.items()}
+        missing, _ = made.net.load_state_dict({**names, "transformer.wte.weight": words, "lm_head.weight": words},
+                                              strict=False)
+        assert not missing
+        return made
+
+    def forward(self, tokens, attention_mask):
+        return self.net(tokens, attention_mask=attention_mask).logits
+
+
+def get_anneal_attn_mask(length, batch, dtype, device, attn_mask_ratio):
+    assert attn_mask_ratio == 1.0
+    return torch.zeros(batch, 1, length, length, dtype=dtype)
+'''
+
+
+def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", SCRIPT, *arguments], text=True, capture_output=True, env=os.environ | environment)
+
+
+def test_dry_run_names_what_it_would_measure():
+    done = script("--data=some text.txt", "--models=diffugpt-m", "--num_rows=8", "--num_samples=4", "--dry-run")
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    parent, own = [line for line in lines if "evaluate" in line]
+    assert {"--model=gpt2-medium", "--objective=autoregressive"} <= set(parent) and "--num_samples=4" not in parent
+    assert {"--model=diffusionfamily/diffugpt-m", "--num_samples=4", "--num_rows=8", "some text.txt"} <= set(own)
+
+
+@pytest.mark.parametrize("arguments, code, sentence", [
+    ([], 2, "--data=FILE is missing"),
+    (["--data=x", "--models=diffugpt-xl"], 2, "'diffugpt-xl' is none of"),
+    (["--data=x", "--release=nowhere"], 2, "has no model.py"),
+    (["--data=x", "--checkpoints=nowhere"], 1, "has no directory"),
+])
+def test_misuse_is_one_sentence(arguments, code, sentence):
+    done = script(*arguments, "--dry-run")
+    assert done.returncode == code and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_measures_a_checkpoint_of_the_release_and_its_parent(tmp_path):
+    from dlm_jax import DiffusionLM
+
+    checkpoints = tmp_path / "checkpoints"
+    lm = DiffusionLM.from_pretrained(BASE, mask_token="<|mask|>")
+    lm.save_pretrained(checkpoints / "diffugpt-s", layout="diffugpt")
+    shutil.copytree(BASE, checkpoints / "gpt2")
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release/model.py").write_text(RELEASE)
+    output = tmp_path / "out"
+    done = script(f"--data={ROOT / 'assets/stories/heldout.jsonl'}", "--models=diffugpt-s",
+                  f"--checkpoints={checkpoints}", f"--release={tmp_path / 'release'}",
+                  f"--release_python={sys.executable}", f"--output={output}",
+                  "--num_rows=4", "--num_samples=2", "--length=64", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((output / "diffugpt-s.parity.json").read_text())["max_difference"] < 1e-3
+    own, parent = (json.loads((output / f"diffugpt-s{suffix}.json").read_text()) for suffix in ("", ".parent"))
+    assert own["objective"] == "diffusion" and own["nats_per_token"] > parent["nats_per_token"] > 0.5
+    assert f"| diffugpt-s | {own['nats_per_token']:.4f} +- " in (output / "table.md").read_text()
