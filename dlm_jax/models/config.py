@@ -80,7 +80,8 @@ class Compute:
     Attributes:
       dtype: type of activations and matrix products, "float32" or "bfloat16". Parameters keep their own type;
         logits, softmax, norms and rotary angles are float32 always.
-      remat: what the backward pass recomputes: "none", "dots" (keep products with parameters) or "full".
+      remat: what the backward pass recomputes: "none", "dots" (keep products with parameters), "full" (keep the inputs
+        of layers) or "offload" (keep those in host memory).
       attention: an attention backend by name, or "auto".
       partition: the mesh axes that split activations, for backends that XLA cannot split by itself.
     """
@@ -93,5 +94,5 @@ class Compute:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"compute dtype {self.dtype!r} is unknown; choose float32 or bfloat16")
-        if self.remat not in ("none", "dots", "full"):
-            raise ConfigError(f"remat policy {self.remat!r} is unknown; choose none, dots or full")
+        if self.remat not in ("none", "dots", "full", "offload"):
+            raise ConfigError(f"remat policy {self.remat!r} is unknown; choose none, dots, full or offload")

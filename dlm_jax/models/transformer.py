@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.attention.hashing import counter_hash, dropout
@@ -12,7 +13,13 @@ from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.layers import Block, Initializer, Norm
 from dlm_jax.models.rotary import frequencies, rotation
 
-_REMAT_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer input"], offload_src="device",
+        offload_dst="pinned_host"),
+}
 
 
 class Embedding(nnx.Module):
@@ -97,6 +104,7 @@ class Transformer(nnx.Module):
         def layer(carry: tuple[jax.Array, Cache | None],
                   layer_input: tuple[jax.Array, nnx.State]) -> tuple[tuple[jax.Array, Cache | None], None]:
             (x, cache), (index, params) = carry, layer_input
+            x = checkpoint_name(x, "layer input")
             memory = None if cache is None else Memory(cache, index, positions)
             seeds = (None,) * 3 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(3))

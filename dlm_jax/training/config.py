@@ -23,7 +23,9 @@ class ModelSource:
     mask_token: int | str | None = _field(None, "an id, an existing token or a new one; None: what the source records")
     param_dtype: Literal["float32", "bfloat16"] = _field("float32", "type of the stored parameters")
     dtype: Literal["float32", "bfloat16"] = _field("float32", "type of activations and matrix products")
-    remat: Literal["none", "dots", "full"] = _field("none", "what the backward pass recomputes to save memory")
+    remat: Literal["none", "dots", "full", "offload"] = _field(
+        "none", "what the backward pass recomputes to save memory; full keeps only the inputs of layers, offload keeps "
+        "those in the host's memory")
     attention: str = _field("auto", "attention backend: dense, flash_tpu, cudnn (NVIDIA), or auto: what fits")
 
 
@@ -46,6 +48,8 @@ class LogConfig:
     every: int = _field(50, "steps between records; each is the mean over the steps since the last")
     tensorboard: bool = _field(True, "write TensorBoard events beside metrics.jsonl")
     wandb: str | None = _field(None, "Weights & Biases project to log to; None: do not")
+    profile: tuple[int, ...] = _field((), "first and last step of a trace, which goes to profile/, e.g. 10,12; none "
+                                          "by default")
     sample_every: int = _field(0, "steps between texts sampled into the log; 0: never")
     sample_steps: int = _field(64, "denoising steps for such a text")
 
@@ -56,6 +60,8 @@ class TrainConfig:
 
     seed: int = _field(0, "source of all randomness: noise, dropout, order of the data, new weights")
     num_steps: int = _field(10_000, "optimizer steps")
+    compilation_cache: str | None = _field(None, "folder in which compiled programs are kept, for restarts and other "
+                                                 "runs; may be gs://; None: as JAX is set")
     model: ModelSource = _field(ModelSource(), "the base model")
     data: DataConfig = _field(DataConfig(), "the corpus and how it becomes batches")
     objective: ObjectiveConfig = _field(ObjectiveConfig(), "what is minimised")
@@ -74,6 +80,9 @@ class TrainConfig:
                               f"optimizer.accumulate_steps {self.optimizer.accumulate_steps}")
         if self.checkpoint.every < 1 or self.checkpoint.keep < 1 or self.log.every < 1:
             raise ConfigError("checkpoint.every, checkpoint.keep and log.every must be at least 1")
+        if self.log.profile and not (len(self.log.profile) == 2 and 0 < self.log.profile[0] <= self.log.profile[1]):
+            raise ConfigError(f"log.profile must be the first and the last step of a trace, e.g. 10,12, got "
+                              f"{','.join(map(str, self.log.profile))}")
         if self.log.sample_every and self.objective.name != "diffusion":
             raise ConfigError("log.sample_every samples by diffusion, which the autoregressive objective does not "
                               "learn; set it to 0")

@@ -13,10 +13,12 @@ from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
 from dlm_jax.parallel import make_mesh, place_rows
 from dlm_jax.training.checkpoint import CheckpointWriter, best_step, restore_state, saved_steps, take_up
+from dlm_jax.training.clock import Clock
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
 from dlm_jax.training.flops import peak_flops, train_flops
 from dlm_jax.training.metrics import Console, MetricsLog, Window, read_records
 from dlm_jax.training.optimizer import make_optimizer
+from dlm_jax.training.profile import Profile, peak_memory_gib
 from dlm_jax.training.samples import sample_text
 from dlm_jax.training.signals import StopRequest, stop_requests
 from dlm_jax.training.start import check_data, data_mark, load_base, summary_lines
@@ -25,20 +27,24 @@ from dlm_jax.training.step import Metrics, make_train_step
 from dlm_jax.training.validation import Validation
 from dlm_jax.training.workdir import describe_run, read_run_config, write_json
 
+_OUTLIER = 4  # times the mean of its record: a step that slow is shown
+
 
 def train(config: TrainConfig, workdir: epath.PathLike) -> dict[str, object]:
     """Runs `config` in `workdir`, from its latest checkpoint if it has one.
 
     Returns:
       A summary: `workdir`, `step`, `tokens`, `seconds`, `interrupted` (the signal's name, or None), the last `train`
-      and `validation` metrics, the `best_step` by validation, and the `changes` of settings against the run that was
-      resumed.
+      and `validation` metrics, the `best_step` by validation, the `changes` of settings against the run that was
+      resumed, and `goodput` and `seconds_by_kind` over all starts of the run (see `clock`).
 
     Raises:
       ConfigError, CheckpointError, DataError: the run cannot be set up.
       TrainingError: the loss or the gradient is not finite.
     """
     workdir = epath.Path(workdir)
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if config.num_steps <= (taken := max(saved_steps(workdir), default=0)):
         return _finished(config, workdir, taken)
     with contextlib.ExitStack() as stack:
@@ -49,7 +55,7 @@ class _Run:
     """One call of `train`: what stays the same (programs, data, places to report to), and how far it has come."""
 
     def __init__(self, config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitStack):
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.clock = config, workdir, Clock()
         workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = make_mesh(config.mesh)
         stack.enter_context(jax.set_mesh(self.mesh))  # for what is split by hand, inside the model
@@ -80,23 +86,26 @@ class _Run:
             num_steps=config.num_steps, seed=config.seed, mask_token_id=self.base.mask_token_id)
         self.data_mark, progress = data_mark(sources), {}
         if self.first:
-            layout = state_layout(params, optimizer, ema, self.mesh)
+            layout = state_layout(params, optimizer, ema, self.mesh, config.optimizer.offload)
             self.state, progress = restore_state(workdir, self.first, layout)
             check_data(workdir, progress["data"], self.data_mark)
         else:
-            self.state = create_state(params, optimizer, ema, self.mesh)
+            self.state = create_state(params, optimizer, ema, self.mesh, config.optimizer.offload)
         describe_run(workdir, config, self.base)
         self.checkpoints = CheckpointWriter(workdir, keep=config.checkpoint.keep,
                                             keep_best=config.checkpoint.keep_best)
         stack.callback(self.checkpoints.close)
 
+        self.clock.add(progress.get("seconds", {}))
+        self.clock.add({"lost": lost_seconds(workdir, self.first)})
+        self.profile = Profile(workdir, config.log.profile)
+        stack.callback(self.profile.close)
         self.window = Window(config.optimizer.nonfinite == "skip", **progress.get("window", {}))
         self.log = MetricsLog(workdir, config.log, flat_dict(config), self.first)
         stack.callback(self.log.close)
         self.last = last_records(workdir)
         self.console = Console(config.num_steps, self.first)
         stack.callback(self.console.close)
-        self.clock = _Clock()
         for line in summary_lines(config, self.base, self.mesh, self.first, self.changes, damaged):
             self.console.line(line)
 
@@ -106,12 +115,18 @@ class _Run:
         pending: tuple[int, Metrics] | None = None
         if not self.first:
             self.validate(0)
+        self.clock.switch("compiling")
         while step < config.num_steps and not stop:
-            self.state, metrics = self.train_step(self.state, next(self.batches))
+            with self.clock.doing("data"):
+                batch = next(self.batches)
+            self.profile.before(step + 1)
+            self.state, metrics = self.train_step(self.state, batch)
             if pending:
                 self.absorb(*pending)  # the step before: the device has its next work while this waits
             step += 1
             pending = step, metrics
+            if self.profile.after(step, self.state):
+                self.console.line(f"step {step:>7}  trace written to {self.workdir / 'profile'}")
             stop = request.at(step)
             validate = step == config.num_steps or self.due(step, config.validation.every)
             save = step == config.num_steps or bool(stop) or self.due(step, config.checkpoint.every)
@@ -120,13 +135,14 @@ class _Run:
             if validate or save or sample:
                 self.absorb(*pending)
                 pending = None
-                with self.clock.paused():
-                    value = self.validate(step) if validate else None
-                    if save:
-                        self.save(step, value)
-                    if sample:
-                        self.sample(step)
-        self.checkpoints.wait()
+                value = self.validate(step) if validate else None
+                if save:
+                    self.save(step, value)
+                if sample:
+                    self.sample(step)
+        with self.clock.doing("saving"):
+            self.checkpoints.wait()
+        self.console.line(f"time       {self.clock.line()}")
         if stop:
             self.console.line(f"stopped by {stop} after step {step}; the same command goes on from there")
         return self.summary(step, time.monotonic() - began, stop)
@@ -140,7 +156,7 @@ class _Run:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.window.add(step, metrics)
         if step == self.first + 1:
-            self.clock.restart()  # the first step compiled the program, which is no measure of speed
+            self.clock.switch("steps")  # the first compiled the program, which is no measure of speed
         else:
             self.clock.count(metrics["masked_tokens"])
         self.console.step(metrics["loss"])
@@ -154,23 +170,24 @@ class _Run:
         self.console.line(_step_line(step, means))
 
     def rates(self) -> dict[str, float]:
-        """Speed since the last record, validation and saving left out."""
-        steps, scored, seconds = self.clock.lap()
-        if not steps:
-            return {}
-        tokens = steps * self.config.data.batch_size * self.config.data.length
-        rates = {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
-        peak = peak_flops(self.mesh.devices.flat[0])
-        if peak:
-            flops = train_flops(self.base.model.config, tokens, scored, self.config.data.length)
-            rates["mfu"] = flops / seconds / (peak * self.mesh.size)
-        return rates
+        """Speed since the last record, validation and saving left out, and memory."""
+        lap, rates = self.clock.lap(), {}
+        if lap["steps"]:
+            tokens = lap["steps"] * self.config.data.batch_size * self.config.data.length
+            rates = {"tokens_per_second": tokens / lap["seconds"], "seconds_per_step": lap["seconds"] / lap["steps"],
+                     "slowest_step_seconds": lap["slowest"], "data_wait": lap["waiting"] / lap["seconds"]}
+            if peak := peak_flops(self.mesh.devices.flat[0]):
+                flops = train_flops(self.base.model.config, tokens, lap["scored"], self.config.data.length)
+                rates["mfu"] = flops / lap["seconds"] / (peak * self.mesh.size)
+        memory = peak_memory_gib()
+        return rates | ({} if memory is None else {"peak_memory_gib": memory})
 
     def validate(self, step: int) -> float | None:
         """Records the held-out loss, and returns the bound."""
         if self.validation is None:
             return None
-        values = self.validation(self.state.inference_params)
+        with self.clock.doing("validation"):
+            values = self.validation(self.state.inference_params)
         self.last["validation"] = {"step": step, **values}
         self.log.write(step, "validation", values)
         self.console.line(f"step {step:>7}  held-out bound {values['bound']:.4f} nats per token  "
@@ -179,18 +196,21 @@ class _Run:
 
     def save(self, step: int, validation: float | None) -> None:
         finite = validation is not None and math.isfinite(validation)
-        progress = {"window": self.window.state(), "data": self.data_mark}
-        self.checkpoints.save(step, self.state, progress, validation if finite else None)
+        with self.clock.doing("saving"):
+            progress = {"window": self.window.state(), "data": self.data_mark, "seconds": self.clock.state()}
+            self.checkpoints.save(step, self.state, progress, validation if finite else None)
 
     def sample(self, step: int) -> None:
-        text = sample_text(self.base, self.state.inference_params, length=min(self.config.data.length, 256),
-                           num_steps=self.config.log.sample_steps, seed=self.config.seed)
+        with self.clock.doing("sampling"):
+            text = sample_text(self.base, self.state.inference_params, length=min(self.config.data.length, 256),
+                               num_steps=self.config.log.sample_steps, seed=self.config.seed)
         self.log.write(step, "sample", {"text": text})
         self.console.line(f"step {step:>7}  sample: {text}")
 
     def summary(self, step: int, seconds: float, interrupted: str | None) -> dict[str, object]:
         summary = _summary(self.config, self.workdir, step, self.last) | {
-            "seconds": round(seconds, 1), "interrupted": interrupted, "changes": self.changes}
+            "seconds": round(seconds, 1), "interrupted": interrupted, "changes": self.changes,
+            "goodput": self.clock.goodput(), "seconds_by_kind": self.clock.state()}
         if jax.process_index() == 0:
             write_json(self.workdir / "summary.json", summary)
         return summary
@@ -209,6 +229,12 @@ def _finished(config: TrainConfig, workdir: epath.Path, step: int) -> dict[str, 
     return _summary(config, workdir, step, last_records(workdir))
 
 
+def lost_seconds(workdir: epath.Path, first: int) -> float:
+    """What the steps took that a run had recorded beyond the checkpoint it goes on from."""
+    lost = [record for record in read_records(workdir, "train") if record["step"] > first]
+    return (lost[-1]["step"] - first) * lost[-1].get("seconds_per_step", 0.0) if lost else 0.0
+
+
 def last_records(workdir: epath.Path) -> dict[str, dict]:
     """The latest training and validation record."""
     return {kind: (read_records(workdir, kind) or [{}])[-1] for kind in ("train", "validation")}
@@ -217,33 +243,10 @@ def last_records(workdir: epath.Path) -> dict[str, dict]:
 def _step_line(step: int, means: dict[str, float]) -> str:
     """A record for people; of steps that were all skipped there are no means."""
     shown = {"loss": "{:.4f}", "bound": "{:.4f}", "accuracy": "{:.3f}", "grad_norm": "{:.2f}",
-             "learning_rate": "{:.2e}", "skipped": "{}", "tokens_per_second": "{:,.0f}", "mfu": "{:.1%}"}
-    names = {"grad_norm": "grad", "learning_rate": "lr", "tokens_per_second": "tokens/s"}
+             "learning_rate": "{:.2e}", "skipped": "{}", "tokens_per_second": "{:,.0f}", "mfu": "{:.1%}",
+             "peak_memory_gib": "{:.2f}"}
+    names = {"grad_norm": "grad", "learning_rate": "lr", "tokens_per_second": "tokens/s", "peak_memory_gib": "GiB"}
+    if means.get("slowest_step_seconds", 0) > _OUTLIER * means.get("seconds_per_step", 0):
+        shown["slowest_step_seconds"], names["slowest_step_seconds"] = "{:.2f} s", "slowest step"
     parts = [f"{names.get(name, name)} {form.format(means[name])}" for name, form in shown.items() if name in means]
     return f"step {step:>7}  " + "  ".join(parts)
-
-
-class _Clock:
-    """Counts steps and scored tokens against time, pauses left out."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._steps, self._scored, self._since = 0, 0.0, time.monotonic()
-
-    def count(self, scored: float) -> None:
-        self._steps += 1
-        self._scored += scored
-
-    @contextlib.contextmanager
-    def paused(self):
-        began = time.monotonic()
-        yield
-        self._since += time.monotonic() - began
-
-    def lap(self) -> tuple[int, float, float]:
-        """Steps, scored tokens and seconds since the last lap."""
-        lap = self._steps, self._scored, max(time.monotonic() - self._since, 1e-9)
-        self.restart()
-        return lap

@@ -153,13 +153,7 @@ def truncate_records(path: epath.Path, last_step: int) -> None:
     """Drops the records past `last_step`, and a line cut short by a crash."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
+    kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= last_step]
     beside = path.with_suffix(".jsonl.new")
     beside.write_text("".join(kept))
     os.replace(beside, path)
@@ -168,10 +162,16 @@ def truncate_records(path: epath.Path, last_step: int) -> None:
 def read_records(workdir: epath.Path, kind: str | None = None) -> list[dict]:
     """The records of a run, in order; of one kind without naming it."""
     path = workdir / METRICS
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = _records(path) if path.exists() else []
     if kind is None:
         return records
     return [record for record in records if record.pop("kind") == kind]
+
+
+def _records(path: epath.Path) -> list[dict]:
+    """All but a last one that is only half there: it is being written, or was when the run died."""
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def _wandb_run(project: str, folder: epath.Path, name: str, config: Mapping[str, object]) -> object:

@@ -38,6 +38,7 @@ class OptimizerConfig:
     accumulate_steps: int = _field(1, "micro-batches that one step's batch is cut into")
     nonfinite: Literal["stop", "skip"] = _field(
         "stop", "where loss or gradient are not finite: stop the run, or skip the step and count it")
+    offload: bool = _field(False, "keep the optimizer's state in the host's memory between steps")
     ema_decay: float = _field(0.0, "decay of the moving average of the parameters, which is then what is "
                                    "validated and exported; 0: none")
 

@@ -4,6 +4,7 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -19,6 +20,7 @@ from dlm_jax.parallel import ATTENTION_PARTITION, batch_parts, describe_mesh, pa
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params
 from dlm_jax.training.objective import check_mask_token
+from dlm_jax.training.state import HOST
 from dlm_jax.training.workdir import described_model, is_workdir, load_workdir
 
 
@@ -76,8 +78,17 @@ def check_fit(config: TrainConfig, base: Pretrained, mesh: Mesh) -> None:
     if data.length > architecture.max_length:
         raise ConfigError(f"data.length {data.length} is longer than the {architecture.max_length} positions of "
                           f"the model {base.source}")
+    device = mesh.devices.flat[0]
+    if (config.optimizer.offload or config.model.remat == "offload") and not has_host_memory(device):
+        raise ConfigError(f"{device.device_kind} has no {HOST} memory beside its own to keep anything in; set "
+                          "optimizer.offload to false and model.remat to full")
     if base.tokenizer is None:
         raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files beside its config.json")
+
+
+def has_host_memory(device: jax.Device) -> bool:
+    """Whether programs for the device can keep arrays in the memory of its host."""
+    return any(memory.kind == HOST for memory in device.addressable_memories())
 
 
 def data_mark(sources: Sequence[RowSource]) -> list[int]:

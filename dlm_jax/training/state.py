@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 
 from dlm_jax.parallel import param_shardings, state_shardings
 
+DEVICE, HOST = "device", "pinned_host"  # JAX's names for kinds of memory
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +43,25 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def state_layout(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh) -> TrainState:
-    """The state as shapes with shardings, for compiling, for creating it in place and for restoring it."""
+def state_layout(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh,
+                 offload: bool = False) -> TrainState:
+    """The state as shapes with shardings, for compiling, for creating it in place and for restoring it.
+
+    Args:
+      offload: the optimizer's state lies in the host's memory.
+    """
     shapes = jax.eval_shape(lambda p: TrainState.create(p, optimizer, ema), params)
     placed = param_shardings(params, mesh)
     shardings = dataclasses.replace(state_shardings(shapes, mesh), params=placed, ema=placed if ema else None)
+    if offload:
+        shardings = dataclasses.replace(shardings, opt_state=in_memory(shardings.opt_state, HOST))
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
                         shapes, shardings)
+
+
+def in_memory(shardings: object, kind: str) -> object:
+    """The same shardings, in memory of another kind."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), shardings)
 
 
 def shardings_of(layout: object) -> object:
@@ -55,9 +69,10 @@ def shardings_of(layout: object) -> object:
     return jax.tree.map(lambda leaf: leaf.sharding, layout)
 
 
-def create_state(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh) -> TrainState:
+def create_state(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh,
+                 offload: bool = False) -> TrainState:
     """The first state, made where it will live. Takes over `params`, which must not be used afterwards."""
-    layout = state_layout(params, optimizer, ema, mesh)
+    layout = state_layout(params, optimizer, ema, mesh, offload)
     params = jax.device_put(params, shardings_of(layout.params))
     create = jax.jit(lambda p: TrainState.create(p, optimizer, ema), out_shardings=shardings_of(layout),
                      donate_argnums=0)

@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from dlm_jax.data.batch import Batch
 from dlm_jax.diffusion import HeadPlan, LossSums, dropout_seeds, loss_sums
 from dlm_jax.models import Transformer
-from dlm_jax.parallel import array_sharding, batch_parts, is_param, spec_of
+from dlm_jax.parallel import array_sharding, batch_parts, is_param, spec_of, state_shardings
 from dlm_jax.training.objective import ObjectiveConfig, loss_weights, prepare, ratio_of
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
-from dlm_jax.training.state import TrainState
+from dlm_jax.training.state import DEVICE, HOST, TrainState, in_memory
 
 Metrics = dict[str, jax.Array]
 
@@ -31,6 +31,12 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     """
     rate = learning_rate(config, num_steps)
     parts = batch_parts(mesh)
+
+    def moved(opt_state: optax.OptState, kind: str) -> optax.OptState:
+        """To the host's memory and back, where that is where the optimizer's state lies between steps."""
+        if not config.offload:
+            return opt_state
+        return jax.device_put(opt_state, in_memory(state_shardings(opt_state, mesh), kind))
 
     def loss(params: nnx.State, batch: Batch, step: jax.Array, batch_size: int) -> tuple[jax.Array, LossSums]:
         model = nnx.merge(graphdef, gather_tables(params, mesh))
@@ -59,6 +65,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         grads, sums = gradients(state.params, batch, state.step)
         count = sums.normaliser(objective.normaliser)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
+        if config.offload:  # to be fetched when the activations are gone
+            grads, opt_state = jax.lax.optimization_barrier((grads, state.opt_state))
+            state = dataclasses.replace(state, opt_state=moved(opt_state, DEVICE))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -75,7 +84,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             before = dataclasses.replace(state, step=after.step)
             after = jax.tree.map(functools.partial(jnp.where, fine), after, before)
-        return after, metrics
+        return dataclasses.replace(after, opt_state=moved(after.opt_state, HOST)), metrics
 
     return train_step
 

@@ -8,15 +8,15 @@ import time
 
 import pytest
 
-from tests.faults.runs import arrays, last_step, records, wait_for
+from tests.faults.runs import arrays, ended, last_step, records, wait_for
 
-KILLS, STEPS = 24, 600
-SETTINGS = {"num_steps": STEPS, "checkpoint__every": 5}
+KILLS, STEPS = 24, 400
+SETTINGS = {"num_steps": STEPS, "checkpoint__every": 5, "validation__every": 200}
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_exactly(runs, tmp_path):
-    code, _, err = runs.run(tmp_path / "whole", **SETTINGS)
+    code, _, err = ended(runs.start(tmp_path / "whole", **SETTINGS), 400)
     assert code == 0, err
     workdir, dice, caught_saving, lives = tmp_path / "run", random.Random(0), 0, []
     for kill in range(KILLS):
@@ -40,7 +40,7 @@ def test_a_killed_run_goes_on_exactly(runs, tmp_path):
     for before, out in lives:
         if "objective" in out:
             assert ("resumed" in out) == (before > 0) and (not before or f"resumed    from step {before}\n" in out)
-    code, out, err = runs.run(workdir, **SETTINGS)
+    code, _, err = ended(runs.start(workdir, **SETTINGS), 400)
     assert code == 0, err
     assert caught_saving >= KILLS // 4
     assert records(workdir) == records(tmp_path / "whole")

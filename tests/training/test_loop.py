@@ -7,14 +7,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from dlm_jax.errors import ConfigError, DataError, TrainingError
 from dlm_jax.training import load_workdir, loop, read_records, train
 from dlm_jax.training.checkpoint import restore_state, saved_steps
+from dlm_jax.training.config import LogConfig, TrainConfig
 from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed
 
-TIMING = ("tokens_per_second", "seconds_per_step")
+TIMING = ("tokens_per_second", "seconds_per_step", "slowest_step_seconds", "data_wait", "peak_memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +194,39 @@ def test_restored_state_has_the_step(whole, config):
     layout = state_layout(nnx.state(model), make_optimizer(config.optimizer, 20), True, mesh)
     state, progress = restore_state(whole[0], 20, layout)
     assert int(state.step) == 20 and progress["window"]["steps"] == 0
+
+
+def test_a_trace_of_given_steps(config, tmp_path, capsys):
+    train(changed(changed(config, "num_steps", 4), "log.profile", (2, 3)), tmp_path)
+    assert "step       3  trace written to" in capsys.readouterr().out
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_time_is_accounted_for_over_all_starts(config, tmp_path, capsys):
+    summary = train(changed(config, "num_steps", 10), tmp_path)
+    assert 0 < summary["goodput"] < 1
+    assert sum(summary["seconds_by_kind"].values()) == pytest.approx(summary["seconds"], rel=0.5, abs=10)
+    assert "time       " in capsys.readouterr().out
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # it went further before it died
+        file.write(json.dumps({"step": 16, "kind": "train", "seconds_per_step": 5}) + "\n")
+    again = train(changed(config, "num_steps", 12), tmp_path)
+    assert again["seconds_by_kind"]["lost"] == 30
+    assert again["seconds_by_kind"]["compiling"] > summary["seconds_by_kind"]["compiling"]
+
+
+def test_programs_are_kept_where_they_are_wanted(config, tmp_path):
+    before, programs = jax.config.jax_compilation_cache_dir, tmp_path / "programs"
+    try:
+        reset_cache()
+        jax.clear_caches()
+        train(changed(changed(config, "num_steps", 1), "compilation_cache", str(programs)), tmp_path / "run")
+        assert list(programs.iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        reset_cache()
+
+
+@pytest.mark.parametrize("steps", [(5,), (6, 5), (0, 3)])
+def test_a_trace_of_senseless_steps_is_refused(steps):
+    with pytest.raises(ConfigError, match="first and the last step"):
+        TrainConfig(log=LogConfig(profile=steps))

@@ -11,6 +11,7 @@ from dlm_jax.data.batch import Batch
 from dlm_jax.diffusion import LossSums
 from dlm_jax.models import Compute, ModelConfig, Transformer
 from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings, place_rows
+from dlm_jax.training import step as step_module
 from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.state import create_state
@@ -39,7 +40,7 @@ def machine(mesh, compute, objective, settings):
     graphdef, _ = nnx.split(Transformer(MODEL, rngs=nnx.Rngs(0), compute=compute))
     step = make_train_step(graphdef, rule, mesh, objective=objective, config=config, num_steps=10, seed=1,
                            mask_token_id=MASK)
-    return lambda: create_state(initial_params(), rule, config.ema_decay > 0, mesh), step
+    return lambda: create_state(initial_params(), rule, config.ema_decay > 0, mesh, config.offload), step
 
 
 def initial_params():
@@ -80,6 +81,41 @@ def test_the_loss_curve_does_not_depend_on_mesh_or_accumulation(reference, mesh,
     for tree in (state.params, state.opt_state[1].mu):  # where they were put at first is where they stay
         for leaf, sharding in zip(jax.tree.leaves(tree), placed, strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "offload"])
+def test_what_lies_in_the_hosts_memory_between_steps_changes_nothing(reference, remat):
+    metrics, state = train(make_mesh(MeshConfig(fsdp=4, data=2)), 5, compute=Compute(remat=remat), offload=True)
+    for found, expected in zip(metrics, reference[0], strict=False):
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+
+
+@pytest.mark.parametrize("quantity", ["loss", "grad_norm"])
+def test_a_step_that_is_not_finite_changes_nothing_where_it_is_skipped(monkeypatch, quantity):
+    """Poisoned at step 2: its weights, and so loss and gradient; or the gradient of a loss that is fine."""
+    original = step_module.prepare
+
+    def poisoned(objective, batch, step, **rest):
+        noised, mask = original(objective, batch, step, **rest)
+        factor = jnp.where(step == 2, {"loss": jnp.nan, "grad_norm": 3e37}[quantity], 1.0)
+        return dataclasses.replace(noised, weights=factor * noised.weights), mask
+
+    monkeypatch.setattr(step_module, "prepare", poisoned)
+    mesh = one_device()
+    states = []
+    for steps in (2, 3, 5):
+        machine.cache_clear()
+        metrics, state = train(mesh, steps, nonfinite="skip", ema_decay=0.5)
+        states.append(state)
+    machine.cache_clear()
+    assert not np.isfinite(metrics[2][quantity]) and all(np.isfinite(m["loss"]) for m in metrics[:2] + metrics[3:])
+    assert int(states[1].step) == 3
+    for tree in ("params", "opt_state", "ema"):
+        for before, after, later in zip(*(jax.tree.leaves(getattr(state, tree)) for state in states), strict=True):
+            np.testing.assert_array_equal(before, after)
+            assert np.isfinite(later).all()
 
 
 def test_nothing_to_mask_gives_no_loss_and_no_gradient(reference):
