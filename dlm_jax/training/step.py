@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from dlm_jax.data.batch import Batch
 from dlm_jax.diffusion import HeadPlan, LossSums, dropout_seeds, loss_sums
 from dlm_jax.models import Transformer
-from dlm_jax.parallel import array_sharding, batch_parts, is_param, spec_of, state_shardings
+from dlm_jax.parallel import array_sharding, batch_parts, is_param, param_shardings, spec_of, state_shardings
 from dlm_jax.training.objective import ObjectiveConfig, loss_weights, prepare, ratio_of
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
 from dlm_jax.training.state import DEVICE, HOST, TrainState, in_memory
@@ -24,19 +24,14 @@ Metrics = dict[str, jax.Array]
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                     objective: ObjectiveConfig, config: OptimizerConfig, num_steps: int, seed: int,
                     mask_token_id: int | None) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; it takes the state over (donation), so use only what it returns.
+    """The jitted step (two where the optimizer's state is offloaded); it takes the state over (donation), so use only
+    what it returns.
 
     Gradients are those of sums over tokens, added up in float32 over micro-batches and devices and divided once
     by the count of the whole batch, so that the result does not depend on how the batch is cut up.
     """
     rate = learning_rate(config, num_steps)
     parts = batch_parts(mesh)
-
-    def moved(opt_state: optax.OptState, kind: str) -> optax.OptState:
-        """To the host's memory and back, where that is where the optimizer's state lies between steps."""
-        if not config.offload:
-            return opt_state
-        return jax.device_put(opt_state, in_memory(state_shardings(opt_state, mesh), kind))
 
     def loss(params: nnx.State, batch: Batch, step: jax.Array, batch_size: int) -> tuple[jax.Array, LossSums]:
         model = nnx.merge(graphdef, gather_tables(params, mesh))
@@ -60,32 +55,62 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums.zero()
         return jax.lax.scan(add, zero, micro_batches(batch, config.accumulate_steps, parts))[0]
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = gradients(state.params, batch, state.step)
+    def measure(params: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
+        """The gradient that the optimizer gets, float32, and what is reported."""
+        grads, sums = gradients(params, batch, step)
         count = sums.normaliser(objective.normaliser)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
-        if config.offload:  # to be fetched when the activations are gone
-            grads, opt_state = jax.lax.optimization_barrier((grads, state.opt_state))
-            state = dataclasses.replace(state, opt_state=moved(opt_state, DEVICE))
+        return grads, statistics(sums) | {
+            "loss": sums.loss / count,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": rate(step),
+            "anneal_ratio": ratio_of(objective, step),
+        }
+
+    def update(state: TrainState, grads: nnx.State, metrics: Metrics) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay)
-        metrics = statistics(sums) | {
-            "loss": sums.loss / count,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": rate(state.step),
-            "anneal_ratio": ratio_of(objective, state.step),
-        }
         after = TrainState(state.step + 1, params, opt_state, ema)
         if config.nonfinite == "skip":
             fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             before = dataclasses.replace(state, step=after.step)
             after = jax.tree.map(functools.partial(jnp.where, fine), after, before)
-        return dataclasses.replace(after, opt_state=moved(after.opt_state, HOST)), metrics
+        return after
 
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = measure(state.params, batch, state.step)
+        return update(state, grads, metrics), metrics
+
+    return _in_two_programs(measure, update, mesh) if config.offload else train_step
+
+
+def _in_two_programs(measure: Callable, update: Callable, mesh: Mesh) -> Callable:
+    """A step whose optimizer state lies in the host's memory while the gradient is computed.
+
+    In one program XLA would fetch the state before the activations are gone, and no memory would be saved.
+    """
+    def moved(state: TrainState, kind: str) -> TrainState:
+        shardings = in_memory(state_shardings(state.opt_state, mesh), kind)
+        return dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, shardings))
+
+    @jax.jit
+    def first(params: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
+        grads, metrics = measure(params, batch, step)
+        return jax.lax.with_sharding_constraint(grads, param_shardings(grads, mesh)), metrics
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def second(state: TrainState, grads: nnx.State, metrics: Metrics) -> TrainState:
+        return moved(update(moved(state, DEVICE), grads, metrics), HOST)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = first(state.params, batch, state.step)
+        return second(state, grads, metrics), metrics
+
+    train_step.programs = first, second
     return train_step
 
 
