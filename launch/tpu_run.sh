@@ -121,8 +121,8 @@ ensure_ready() {
     while :; do
         if ! state=$(tpu_state); then
             [ -n "$known" ] || fail "gcloud could not describe $name"
-            sleep "$poll"
-            continue  # networks come and go
+            sleep "$poll"  # networks come and go
+            continue
         fi
         known=yes
         case $state in
@@ -153,20 +153,15 @@ ensure_ready() {
     done
 }
 
-# `bash dlm_worker.sh ARGUMENT...` on a worker, SLICE/WORKER, or all.
-on() {
-    local where=$1 group=tpu-vm node=()
-    shift
+# ssh or scp on one worker, SLICE/WORKER, or all.
+workers() {
+    local where=$1 verb=$2 group=tpu-vm node=()
+    shift 2
     if [ "$slices" -gt 1 ]; then group=queued-resources node=(--node="${where%/*}"); fi
-    tpu "$group" ssh "$name" "${node[@]}" --worker="${where#*/}" ${internal_ip:+--internal-ip} \
-        --command="$(quoted bash dlm_worker.sh "$@")"
+    tpu "$group" "$verb" "$@" "${node[@]}" --worker="${where#*/}" ${internal_ip:+--internal-ip}
 }
-
-copy() {
-    local group=tpu-vm node=()
-    if [ "$slices" -gt 1 ]; then group=queued-resources node=(--node=all); fi
-    tpu "$group" scp "$@" "${node[@]}" --worker=all ${internal_ip:+--internal-ip}
-}
+on() { workers "$1" ssh "$name" --command="$(quoted bash dlm_worker.sh "${@:2}")"; }
+copy() { workers all scp "$@"; }
 
 # Tries a command on all workers a few times, as ssh to a new machine fails at first; 1 if the TPU is no longer there.
 reach() {
@@ -181,7 +176,8 @@ reach() {
         sleep "$poll"
     done
     tail -n 20 "$scratch/error" >&2
-    on all stop 60 > /dev/null 2>&1 || true
+    [ "$code" != 3 ] || exit 1  # another training runs there, and goes on
+    on all stop 120 > /dev/null 2>&1 || true
     fail "'$*' failed on $name with $code; what ran on its workers is stopped"
 }
 
@@ -230,7 +226,7 @@ follow() {
         if [ "$failures" -ge 3 ]; then
             tail -n 5 "$scratch/error" >&2
             missing=$(comm -23 <(echo "$seen") <(cut -d ' ' -f 2 <<< "$lines") | xargs)
-            on all stop 60 > /dev/null 2>&1 || true
+            on all stop 120 > /dev/null 2>&1 || true
             fail "worker ${missing:-of $name} cannot be reached by ssh; the others are stopped"
         elif [ "$failures" = 0 ] && [ -n "$lines" ]; then
             seen=$(cut -d ' ' -f 2 <<< "$lines")
@@ -246,7 +242,7 @@ judge() {
     local lines worker
     sleep "$poll"  # that the cause is seen, not only what first followed from it
     lines=$(on all status 2> /dev/null | grep '^dlm-worker ' | sort || true)
-    on all stop 60 > /dev/null 2>&1 || true
+    on all stop 120 > /dev/null 2>&1 || true
     show_log
     # First what forbids a restart, then what is nobody's consequence, then what follows from the death of another.
     read -r _ worker _ code < <(
@@ -261,22 +257,19 @@ judge() {
 }
 
 require_ready() {
-    local state
     state=$(tpu_state) || fail "gcloud could not describe $name"
     [ "$state" = READY ] || [ -n "$dry_run" ] || fail "$name in $zone is $state${queued:+ (a queued resource)}"
 }
 
 finish() {  # CODE
-    if [ -n "$delete_after" ]; then delete
-    else note "$name is still there and costs money; --delete removes it"
-    fi
+    if [ -n "$delete_after" ]; then delete; else note "$name is still there and costs money; --delete removes it"; fi
     exit "$1"
 }
 
 check_arguments
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-trap 'say "no longer following; on $name the training goes on (--follow, --stop, --delete)"; exit 130' INT
+trap 'say "no longer following; what runs on $name goes on (--follow, --stop, --delete)"; exit 130' INT
 parcel=$scratch  # what is sent to the workers
 if [ -n "$dry_run" ] && [ "$action" = train ]; then parcel=${TMPDIR:-/tmp}/dlm-$name; run mkdir -p "$parcel"; fi
 offset='' known=''

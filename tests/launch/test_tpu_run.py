@@ -184,7 +184,7 @@ def test_a_second_start_follows_the_first_and_another_command_is_refused(cloud):
     assert "dlm-worker 0/0 running" in status.stdout
     refused = here.tpu("--type=v6e-8", *TRAINING, "--config.seed=2", code=1)
     assert "another training runs here" in refused.stderr
-    assert here.starts() == 1
+    assert here.starts() == 1 and "dlm-worker 0/0 running" in here.tpu("--status").stdout
 
 
 def test_stop_saves_and_delete_deletes(cloud):
