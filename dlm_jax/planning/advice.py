@@ -67,7 +67,7 @@ def advise(config: TrainConfig, base: Base, target: Target, plan: Plan, note: No
     """
     trials, too_large = [], plan.least_chips > plan.num_chips
     for settings in changes(config, target):
-        if too_large and "model.param_dtype" not in settings:
+        if too_large and not {"optimizer.offload", "model.param_dtype"} & set(settings):
             continue
         note("trying " + ", ".join(f"{key}={value}" for key, value in settings.items()))
         plan = make_plan(with_settings(config, settings), base, target)
@@ -79,16 +79,20 @@ def advise(config: TrainConfig, base: Base, target: Target, plan: Plan, note: No
 
 def changes(config: TrainConfig, target: Target) -> Iterator[dict[str, object]]:
     """Settings that need less memory, those first that cost the least time: more micro-batches, rematerialisation of
-    whole layers, both; at last parameters and moments in bfloat16, which changes what is computed."""
+    whole layers, both; the optimizer's state in the host's memory; at last parameters and moments in bfloat16, which
+    changes what is computed."""
     counts = micro_batch_counts(config, batch_parts(target.mesh))
     more = [{"optimizer.accumulate_steps": count} for count in counts]
-    remat = {"model.remat": "full"} if config.model.remat != "full" else {}
+    remat = {"model.remat": "full"} if config.model.remat in ("none", "dots") else {}
     yield from more[:-1] if remat else more
     if remat:
         yield remat
         yield from ({**settings, **remat} for settings in more)
+    least = {**(more[-1] if more else {}), **remat}
+    if target.is_compiled_for and not config.optimizer.offload:
+        yield {**least, "optimizer.offload": True}
     if config.model.param_dtype != "bfloat16":
-        yield {**(more[-1] if more else {}), **remat, "model.param_dtype": "bfloat16"}
+        yield {**least, "model.param_dtype": "bfloat16"}
 
 
 def micro_batch_counts(config: TrainConfig, parts: int) -> list[int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -29,6 +30,7 @@ class Memory:
       limit: what the compiler grants.
       arguments: state and batch. None, as `temporary` is, of a program that does not fit.
       temporary: what lives during a step, all of it together; more than what is needed at any one moment.
+      host: what lies in the memory of the chip's host.
     """
 
     needed: float
@@ -36,42 +38,62 @@ class Memory:
     fits: bool
     arguments: float | None = None
     temporary: float | None = None
+    host: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program that was compiled.
+    """A step that was compiled.
 
     Attributes:
-      hlo: its optimised text; None where it does not fit.
+      hlo: the optimised text of its programs; none where one of them does not fit.
     """
 
     memory: Memory
-    hlo: str | None
+    hlo: tuple[str, ...]
     seconds: float
 
 
-def compile_step(traced: jax.stages.Traced, limit: float) -> Compiled:
-    """Lowers and compiles; a program that needs more than the chip has is an answer, not an error.
+def compile_step(programs: Sequence[jax.stages.Traced], limit: float, beside: float = 0.0) -> Compiled:
+    """Compiles the programs of a step, which run one after another: they fit if each of them does.
 
     Args:
       limit: GiB of the chip, as far as known beforehand.
+      beside: GiB of the chip that are taken while the first program runs, and are not among its arguments.
 
     Raises:
-      CompileError: the compiler fails otherwise.
+      CompileError: the compiler fails, for another reason than memory.
     """
-    began = time.perf_counter()
+    began, memories, texts = time.perf_counter(), [], []
+    for program in programs:
+        memory, hlo = _compile(program, limit)
+        if program is programs[0]:
+            needed = memory.needed + beside
+            memory = dataclasses.replace(memory, needed=needed, fits=memory.fits and needed <= limit)
+        if not memory.fits:
+            return Compiled(memory, (), time.perf_counter() - began)
+        memories.append(memory)
+        texts.append(hlo)
+    largest = {name: max(getattr(memory, name) for memory in memories)
+               for name in ("needed", "arguments", "temporary", "host")}
+    return Compiled(Memory(limit=limit, fits=True, **largest), tuple(texts), time.perf_counter() - began)
+
+
+def _compile(traced: jax.stages.Traced, limit: float) -> tuple[Memory, str | None]:
+    """What a program needs, and its optimised text where it fits."""
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         memory = exhausted(str(error))
         if memory is None:
             raise CompileError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
-        return Compiled(memory, None, time.perf_counter() - began)
+        return memory, None
     analysis = compiled.memory_analysis()
-    memory = Memory(analysis.peak_memory_in_bytes / GIB, limit, True, analysis.argument_size_in_bytes / GIB,
-                    analysis.temp_size_in_bytes / GIB)
-    return Compiled(memory, compiled.as_text(), time.perf_counter() - began)
+    memory = Memory(
+        analysis.peak_memory_in_bytes / GIB, limit, True, analysis.argument_size_in_bytes / GIB,
+        analysis.temp_size_in_bytes / GIB,
+        (analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes) / GIB)
+    return memory, compiled.as_text()
 
 
 def exhausted(message: str) -> Memory | None:

@@ -8,7 +8,7 @@ from dlm_jax.parallel.chips import GIB
 from dlm_jax.planning.base import Base
 from dlm_jax.planning.collectives import by_kind, collectives
 from dlm_jax.planning.compiled import Memory, compile_step
-from dlm_jax.planning.memory import StepMemory, add_up, placed_bytes
+from dlm_jax.planning.memory import StepMemory, add_up, can_be_added_up, placed_bytes
 from dlm_jax.planning.program import planned_state, trace_step
 from dlm_jax.planning.roofline import Estimate, Flops, estimate, step_flops
 from dlm_jax.planning.targets import Target
@@ -25,7 +25,7 @@ class Plan:
       rows: of a micro-batch on a part of the mesh that holds rows of its own.
       memory: needed, and granted.
       parts: of the memory, added up; beside what the compiler says, to compare. None where the mesh splits more than
-        the batch.
+        the batch, or where the host's memory holds a part.
       state: GiB of parameters, moments and average, as they are placed.
       least_chips: so many, sharing the storage of the state and its gradients, could hold them and nothing else.
       sent: by kind of collective `{"count": a step, "bytes": sent in a step}`; None where not compiled.
@@ -64,16 +64,18 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
       CompileError: it cannot be compiled, for another reason than memory.
     """
     flops = step_flops(config, base.config, target.attention)
-    layout = planned_state(config, base, target.mesh)
+    layout, shape = planned_state(config, base, target.mesh), target.mesh.shape
     held = placed_bytes(layout) + placed_bytes(layout.params)  # the gradients are as large as the parameters
-    shape = target.mesh.shape
     sent, unbounded, seconds, traffic = None, 0, None, None
-    parts = add_up(config, base, target.mesh, target.attention) if shape["tensor"] * shape["context"] == 1 else None
+    parts = add_up(config, base, target.mesh, target.attention) if can_be_added_up(config, shape) else None
     if target.is_compiled_for:
-        compiled = compile_step(trace_step(config, base, target.mesh, target.attention), target.chip.memory)
+        programs = trace_step(config, base, target.mesh, target.attention)
+        # An average of the parameters is no argument of the first of two programs.
+        beside = placed_bytes(layout.ema) / GIB if len(programs) > 1 else 0.0
+        compiled = compile_step(programs, target.chip.memory, beside)
         memory, seconds = compiled.memory, compiled.seconds
-        if compiled.hlo is not None:
-            found = collectives(compiled.hlo, target.mesh.size, target.num_slices)
+        if memory.fits:
+            found = [one for hlo in compiled.hlo for one in collectives(hlo, target.mesh.size, target.num_slices)]
             sent, unbounded = by_kind(found), sum(not c.is_bounded for c in found)
             moved = memory_traffic(config, base, target, memory.arguments, memory.temporary)
             traffic = compiled_traffic(found, moved)

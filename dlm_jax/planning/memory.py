@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from dlm_jax.planning.base import Base
 from dlm_jax.planning.program import planned_state, trace_step
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params
+from dlm_jax.training.state import HOST
 
 _TRACED_ROWS = 1009  # a prime that no other axis of a model has: by it the axis of rows is recognised
 
@@ -41,6 +42,12 @@ class StepMemory:
     @property
     def total(self) -> float:
         return self.state + self.gradients + self.activations + self.working
+
+
+def can_be_added_up(config: TrainConfig, sizes: Mapping[str, int]) -> bool:
+    """Whether `add_up` foresees it: a mesh of these sizes that splits only the batch, nothing in the host's memory."""
+    offloads = config.optimizer.offload or config.model.remat == "offload"
+    return sizes["tensor"] * sizes["context"] == 1 and not offloads
 
 
 def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention: str) -> StepMemory:
@@ -68,8 +75,9 @@ def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention
 
 
 def placed_bytes(tree: object) -> int:
-    """Bytes of a device that a tree of shapes with shardings takes."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of a device that a tree of shapes with shardings takes; what lies in the host's memory takes none."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST)
 
 
 def kept_bytes(config: TrainConfig, base: Base, attention: str, remat: str) -> float:
@@ -88,7 +96,7 @@ def kept_bytes(config: TrainConfig, base: Base, attention: str, remat: str) -> f
 
 @functools.cache  # batches of all sizes have the same rows
 def _kept_bytes(config: TrainConfig, base: Base, attention: str) -> float:
-    traced = trace_step(config, base, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), attention)
+    traced, = trace_step(config, base, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), attention)
     forward = next(scan for scan in _scans(traced.jaxpr.jaxpr) if scan.params["length"] == base.config.num_layers)
     stacked = [out.aval for out in forward.outvars[forward.params["num_carry"]:]]
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape) / _TRACED_ROWS

@@ -19,14 +19,21 @@ from dlm_jax.training.state import TrainState, state_layout
 from dlm_jax.training.step import make_train_step
 
 
-def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> jax.stages.Traced:
-    """The training step, traced for the devices of `mesh`; `.lower().compile()` compiles it."""
+def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> list[jax.stages.Traced]:
+    """The programs of the training step, traced for the devices of `mesh`: one, or two where the optimizer's state is
+    offloaded."""
     model = planned_model(config, base, attention)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     step = make_train_step(nnx.graphdef(model), optimizer, mesh, objective=config.objective, config=config.optimizer,
                            num_steps=config.num_steps, seed=config.seed, mask_token_id=base.mask_token_id)
+    state, batch = planned_state(config, base, mesh), planned_batch(config, mesh)
     with jax.set_mesh(mesh):
-        return step.trace(planned_state(config, base, mesh), planned_batch(config, mesh))
+        if not config.optimizer.offload:
+            return [step.trace(state, batch)]
+        first, second = step.programs
+        gradient = first.trace(state.params, batch, state.step)
+        grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
+        return [gradient, second.trace(state, grads, gradient.out_info[1])]
 
 
 def planned_model(config: TrainConfig, base: Base, attention: str) -> Transformer:
@@ -43,7 +50,7 @@ def planned_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) ->
     """
     params = nnx.state(planned_model(config, base, "dense"))
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    return state_layout(params, optimizer, config.optimizer.ema_decay > 0, mesh)
+    return state_layout(params, optimizer, config.optimizer.ema_decay > 0, mesh, config.optimizer.offload)
 
 
 def planned_batch(config: TrainConfig, mesh: Mesh) -> Batch:

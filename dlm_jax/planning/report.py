@@ -68,7 +68,8 @@ def _memory(plan: Plan) -> str:
     text = f"{memory.needed:.2f} GiB of {memory.limit:.2f}: {verdict}"
     if memory.fits:
         added = f", added up by hand {plan.parts.total:.2f}" if plan.parts else ""
-        return f"{text} (arguments {memory.arguments:.2f}, temporary {memory.temporary:.2f}{added})"
+        host = f"; {memory.host:.2f} in the host's, whose traffic no time below counts" if memory.host else ""
+        return f"{text} (arguments {memory.arguments:.2f}, temporary {memory.temporary:.2f}{added}){host}"
     if plan.least_chips > plan.num_chips:
         text += f"; state and gradients alone fill {plan.least_chips} such chips"
     return text

@@ -82,7 +82,8 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str) -
     model = train_flops(architecture, tokens, tokens * scored_share(config.objective), length)
     forward = 2 * count_params(architecture, "blocks") * tokens
     product = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim * length * tokens
-    again = {"none": 0.0, "dots": 2 * product, "full": forward + 2 * product}[config.model.remat]
+    everything = forward + 2 * product
+    again = {"none": 0.0, "dots": 2 * product, "full": everything, "offload": everything}[config.model.remat]
     return Flops(model, model + again + (_BACKWARD_PRODUCTS[attention] - 4) * product)
 
 
@@ -96,7 +97,7 @@ def scored_share(objective: ObjectiveConfig) -> float:
 
 def passes(remat: str) -> int:
     """How often a micro-batch reads all weights: forward, backward, and forward again."""
-    return 3 if remat == "full" else 2
+    return 3 if remat in ("full", "offload") else 2
 
 
 def estimate(config: TrainConfig, flops: Flops, traffic: Traffic, chip: Chip, num_chips: int) -> Estimate:

@@ -10,6 +10,7 @@ from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel import AXES, MeshConfig, make_mesh
 from dlm_jax.parallel.chips import CHIPS, Chip
+from dlm_jax.planning.memory import can_be_added_up
 from dlm_jax.planning.topology import read_topology, tpu_devices
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.start import choose_attention
@@ -58,9 +59,10 @@ def gpu_target(config: TrainConfig, architecture: ModelConfig, description: str)
         raise ConfigError(f"the GPUs {description!r} are not described as NAME:COUNT, such as h100:8; known names are "
                           f"{', '.join(GPUS)}")
     chip, mesh = next(chip for chip in CHIPS if chip.name == match[1]), described_mesh(config.mesh, int(match[2]))
-    if mesh.shape["tensor"] * mesh.shape["context"] > 1:
-        raise ConfigError("planning for GPUs adds up what a mesh needs that splits the batch alone; set mesh.tensor "
-                          "and mesh.context to 1, or plan for a TPU slice, which is compiled")
+    if not can_be_added_up(config, mesh.shape):
+        raise ConfigError("planning for GPUs foresees a mesh that splits the batch alone, and nothing in the host's "
+                          "memory: set mesh.tensor and mesh.context to 1, optimizer.offload to false and model.remat "
+                          "to full, or plan for a TPU slice, which is compiled")
     reason = _no_flash(config, architecture)
     if config.model.attention != "auto":
         return Target(description.lower(), chip, mesh, config.model.attention, None)

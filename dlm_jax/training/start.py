@@ -78,8 +78,8 @@ def check_fit(config: TrainConfig, base: Pretrained, mesh: Mesh) -> None:
     if data.length > architecture.max_length:
         raise ConfigError(f"data.length {data.length} is longer than the {architecture.max_length} positions of "
                           f"the model {base.source}")
-    device = mesh.devices.flat[0]
-    if (config.optimizer.offload or config.model.remat == "offload") and not has_host_memory(device):
+    offloads = config.optimizer.offload or config.model.remat == "offload"
+    if offloads and not has_host_memory(device := mesh.devices.flat[0]):
         raise ConfigError(f"{device.device_kind} has no {HOST} memory beside its own to keep anything in; set "
                           "optimizer.offload to false and model.remat to full")
     if base.tokenizer is None:

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 
 from dlm_jax.planning import advise, gpu_target, largest_batch, make_plan, tpu_target
-from dlm_jax.planning.advice import micro_batch_counts, with_settings
+from dlm_jax.planning.advice import changes, micro_batch_counts, with_settings
 from tests.planning.test_memory import changed
 
 with_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -51,6 +51,19 @@ def test_micro_batches_divide_the_batch(config):
     config = changed(config, data={"batch_size": 960}, optimizer={"accumulate_steps": 4})
     assert micro_batch_counts(config, 16) == [20, 60]
     assert micro_batch_counts(config, 240) == []
+
+
+@with_libtpu
+def test_what_lies_in_host_memory_takes_none_of_the_chips(config, base):
+    target = tpu_target(config, base.config, "v5e:2x2")
+    settings = list(changes(changed(config, data={"batch_size": 64}), target))
+    assert settings[-2:] == [{"optimizer.accumulate_steps": 16, "model.remat": "full", "optimizer.offload": True},
+                             {"optimizer.accumulate_steps": 16, "model.remat": "full", "model.param_dtype": "bfloat16"}]
+    plan, offloaded = (make_plan(with_settings(config, {"optimizer.offload": where}), base, target)
+                       for where in (False, True))
+    assert offloaded.state == pytest.approx(plan.state / 3, rel=0.01) and offloaded.parts is None
+    assert offloaded.memory.arguments < plan.memory.arguments
+    assert offloaded.memory.host > 0 == plan.memory.host
 
 
 @with_libtpu

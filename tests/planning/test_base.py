@@ -58,3 +58,13 @@ def test_what_is_not_there_is_said():
 def test_random_weights_need_no_more(tiny):
     source = ModelSource(source=str(tiny), init="random", mask_token=3)
     assert describe_base(source) == dataclasses.replace(describe_base(dataclasses.replace(source, init="pretrained")))
+
+
+def test_a_workdir_is_what_its_run_made(tmp_path, tiny):
+    content = json.loads((tiny / "config.json").read_text()) | {"mask_token_id": 5}
+    for folder in ("model", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"model.param_dtype": "float32"}))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content))
+    base = describe_base(ModelSource(source=f"{tmp_path}@500"))
+    assert (base.config.hidden_size, base.mask_token_id) == (128, 5)

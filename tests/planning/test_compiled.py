@@ -33,9 +33,9 @@ def test_other_refusals_are_not_taken_for_it(message):
     assert exhausted(message) is None
 
 
-def traced(device: jax.Device, gib: int, function=jnp.sin) -> jax.stages.Traced:
+def traced(device: jax.Device, gib: int, function=jnp.sin) -> list[jax.stages.Traced]:
     shape = jax.ShapeDtypeStruct((gib, 1024, 1024, 256), jnp.float32, sharding=SingleDeviceSharding(device))
-    return jax.jit(function).trace(shape)
+    return [jax.jit(function).trace(shape)]
 
 
 @with_libtpu
@@ -44,10 +44,14 @@ def test_the_table_has_the_memory_that_the_compiler_grants(name):
     chip = next(chip for chip in CHIPS if name.startswith(chip.name))
     device = tpu_devices(read_topology(name))[0]
     result = compile_step(traced(device, 200), chip.memory)
-    assert not result.memory.fits and result.memory.limit == chip.memory and result.hlo is None
+    assert not result.memory.fits and result.memory.limit == chip.memory and not result.hlo
     result = compile_step(traced(device, 2), chip.memory)
-    assert result.memory.fits and result.memory.needed == pytest.approx(4, rel=0.01) and "ENTRY" in result.hlo
+    assert result.memory.fits and result.memory.needed == pytest.approx(4, rel=0.01) and "ENTRY" in result.hlo[0]
     assert result.memory.arguments == pytest.approx(2)
+    both = compile_step([*traced(device, 1), *traced(device, 2)], chip.memory)
+    assert both.memory == result.memory and len(both.hlo) == 2
+    crowded = compile_step(traced(device, 1), chip.memory, beside=chip.memory - 1)
+    assert not crowded.memory.fits and crowded.memory.needed == pytest.approx(chip.memory + 1, rel=0.01)
 
 
 def test_what_cannot_be_compiled_is_one_sentence(monkeypatch):
