@@ -89,10 +89,9 @@ def _compile(traced: jax.stages.Traced, limit: float) -> tuple[Memory, str | Non
             raise CompileError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
         return memory, None
     analysis = compiled.memory_analysis()
-    memory = Memory(
-        analysis.peak_memory_in_bytes / GIB, limit, True, analysis.argument_size_in_bytes / GIB,
-        analysis.temp_size_in_bytes / GIB,
-        (analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes) / GIB)
+    host = analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes  # which the peak counts in
+    memory = Memory((analysis.peak_memory_in_bytes - host) / GIB, limit, True, analysis.argument_size_in_bytes / GIB,
+                    analysis.temp_size_in_bytes / GIB, host / GIB)
     return memory, compiled.as_text()
 
 

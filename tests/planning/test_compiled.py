@@ -54,6 +54,17 @@ def test_the_table_has_the_memory_that_the_compiler_grants(name):
     assert not crowded.memory.fits and crowded.memory.needed == pytest.approx(chip.memory + 1, rel=0.01)
 
 
+@with_libtpu
+def test_what_lies_in_host_memory_is_not_the_chips():
+    device = tpu_devices(read_topology("v5e:2x2"))[0]
+    here, there = (SingleDeviceSharding(device, memory_kind=kind) for kind in ("device", "pinned_host"))
+    small, large = (jax.ShapeDtypeStruct((gib, 1024, 1024, 256), jnp.float32, sharding=place)
+                    for gib, place in ((1, here), (20, there)))
+    step = jax.jit(lambda x, y: (jnp.sin(x), y), donate_argnums=(0, 1), out_shardings=(here, there))
+    memory = compile_step([step.trace(small, large)], 15.75).memory
+    assert memory.fits and memory.needed == pytest.approx(1, rel=0.01) and memory.host == 20
+
+
 def test_what_cannot_be_compiled_is_one_sentence(monkeypatch):
     def fail(self):
         raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed\nto compile")
