@@ -22,8 +22,8 @@ TPU = [
     ("diffugpt_s", "v5p:2x2x1", ()), ("diffugpt_s", "v6e:2x2", ()), ("diffugpt_s", "v6e:2x4", ()),
     ("diffugpt_m", "v5e:4x4", (f"{ACCUMULATE}=10",)), ("diffugpt_m", "v4:2x2x4", (f"{ACCUMULATE}=5",)),
     ("diffugpt_m", "v5p:2x2x2", (f"{ACCUMULATE}=4",)), ("diffugpt_m", "v6e:4x4", (f"{ACCUMULATE}=5",)),
-    ("diffullama_7b", "v5e:16x16", ()), ("diffullama_7b", "v5p:4x4x4", ()), ("diffullama_7b", "v4:4x4x4", (f"{ACCUMULATE}=8",)),
-    ("diffullama_7b", "v6e:8x8", (f"{ACCUMULATE}=8",)),
+    ("diffullama_7b", "v5e:16x16", ()), ("diffullama_7b", "v5p:4x4x4", ()),
+    ("diffullama_7b", "v4:4x4x4", (f"{ACCUMULATE}=8",)), ("diffullama_7b", "v6e:8x8", (f"{ACCUMULATE}=8",)),
     ("diffullama_7b", "v5e:2x4", ("--advise",)), ("diffullama_7b", "v4:2x2x1", ("--advise",)),
     ("diffugpt_s", "v5e:1x1", ("--advise",)), ("diffugpt_m", "v5e:2x2", ("--advise",)),
     ("diffullama_7b", "v5e:4x8", ("--advise",)), ("diffullama_7b", "v6e:4x4", ("--advise",)),
@@ -55,19 +55,19 @@ def known() -> dict[str, dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def row(command: str, result: dict) -> str:
+def row(result: dict) -> str:
     """One line of a table."""
     entry = result["plans"][0]
-    plan, memory = entry["plan"], entry["plan"]["memory"]
-    settings = " ".join(word for word in command.split()[4:] if word.startswith("--config"))
-    cells = [f"`{plan['target']}`", f"{plan['num_chips']}", f"{plan['batch_size']} x {plan['length']}"
-             + (f" in {plan['micro_batches']}" if plan["micro_batches"] > 1 else ""),
-             f"{memory['needed']:.2f} of {memory['limit']:.2f}", "yes" if memory["fits"] else "**no**"]
-    if (time := plan["time"]) is None:
-        return "| " + " | ".join([*cells, "", "", "", "", "", _remedy(entry), settings]) + " |"
+    plan, memory, time = entry["plan"], entry["plan"]["memory"], entry["plan"]["time"]
+    batch = f"{plan['batch_size']} x {plan['length']}"
+    cells = [f"`{plan['target']}`", batch + (f" in {plan['micro_batches']}" if plan["micro_batches"] > 1 else ""),
+             f"{memory['needed']:.2f} of {memory['limit']:g}" if plan["is_compiled"] else f"of {memory['limit']:g}",
+             f"{sum(plan['parts'].values()):.2f}", "yes" if memory["fits"] else "**no**"]
+    if time is None:
+        return "| " + " | ".join([*cells, "", "", "", "", "", _remedy(entry)]) + " |"
     sent = "" if plan["sent"] is None else f"{sum(kind['bytes'] for kind in plan['sent'].values()) / 1e9:.1f}"
     cells += [sent, f"{time['floor']:.3g}", f"{time['seconds']:.3g}", f"{time['utilisation']:.0%}",
-              f"{time['days']:.1f} / {time['chip_hours']:,.0f}", _remedy(entry), settings]
+              f"{time['days']:.1f} / {time['chip_hours']:,.0f}", _remedy(entry)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -76,8 +76,8 @@ def _remedy(entry: dict) -> str:
         return f"largest batch {largest['batch_size']}"
     trials = entry.get("advice", [])
     said = [f"`{' '.join(f'{key}={value}' for key, value in trial['settings'].items())}`: "
-            + (f"{trial['memory']['needed']:.2f} GiB fit, about {trial['seconds']:.3g} s" if trial["memory"]["fits"]
-               else f"{trial['memory']['needed']:.1f} GiB do not")
+            + (f"{trial['memory']['needed']:.2f}, fits, about {_seconds(trial['seconds'])}" if trial["memory"]["fits"]
+               else f"{trial['memory']['needed']:.1f}, no")
             for trial in trials]
     least = entry["plan"]["least_chips"]
     if least > entry["plan"]["num_chips"]:
@@ -85,16 +85,20 @@ def _remedy(entry: dict) -> str:
     return "; ".join(said)
 
 
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+
+
 def tables() -> str:
-    heads = ["devices", "chips", "batch", "GiB a chip", "fits", "sent, GB", "at least, s", "about, s", "utilisation",
-             "days / chip-hours", "what else was tried", "settings"]
+    heads = ["devices", "batch", "GiB a chip", "added up", "fits", "sent, GB", "at least, s", "about, s", "utilisation",
+             "days / chip-hours", "what else was tried"]
     lines, results = [], known()
     for name, cases in (("TPU slices, compiled", TPU), ("GPUs, by description", GPU)):
         for recipe in dict.fromkeys(case[0] for case in cases):
-            done = [(key(*case), results[key(*case)]) for case in cases if case[0] == recipe and key(*case) in results]
+            done = [results[key(*case)] for case in cases if case[0] == recipe and key(*case) in results]
             if done:
                 lines += ["", f"**{recipe}, {name}**", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|",
-                          *(row(*one) for one in done)]
+                          *map(row, done)]
     return "\n".join(lines)
 
 

@@ -97,8 +97,9 @@ def kept_bytes(config: TrainConfig, base: Base, attention: str, remat: str) -> f
 @functools.cache  # batches of all sizes have the same rows
 def _kept_bytes(config: TrainConfig, base: Base, attention: str) -> float:
     traced, = trace_step(config, base, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), attention)
-    forward = next(scan for scan in _scans(traced.jaxpr.jaxpr) if scan.params["length"] == base.config.num_layers)
-    stacked = [out.aval for out in forward.outvars[forward.params["num_carry"]:]]
+    layers = base.config.num_layers
+    forward = next(scan for scan in _scans(traced.jaxpr.jaxpr) if scan.params["length"] == layers)
+    stacked = [out.aval for out in forward.outvars if out.aval.shape[:1] == (layers,)]  # the rest is carried along
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape) / _TRACED_ROWS
 
 

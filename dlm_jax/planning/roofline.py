@@ -11,7 +11,7 @@ from dlm_jax.training.flops import count_params, train_flops
 from dlm_jax.training.objective import ObjectiveConfig
 
 # The share of the chips' peaks that matrix products and memory reach in a training step. At 0.6, Llama-2-7B with full
-# rematerialisation on 256 v5e comes to a utilisation of 42%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
+# rematerialisation on 256 v5e comes to a utilisation of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
 # Llama 3.1-8B, v6e-256), 49.7 to 37.9% (MaxText, Llama-2-7B on 8 to 128 H100), 61.1% (MaxText, 16B, v5e-256).
 EFFICIENCY = 0.6
 
