@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.training.workdir import write_json
+from dlm_jax.storage import write_json
 
 
 def check_output(path: str) -> None:

@@ -55,6 +55,6 @@ def write_result(destination: str | None, result: object, table: str) -> None:
     print(json.dumps(result, indent=1) if destination == "-" else table)
     if destination in (None, "-"):
         return
-    from dlm_jax.training.workdir import write_json
+    from dlm_jax.storage import write_json
 
     write_json(pathlib.Path(destination), result)

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -23,16 +25,18 @@ from dlm_jax.hf.config import config_to_hf
 from dlm_jax.hf.load import Pretrained
 from dlm_jax.hf.tensors import write_tensors
 from dlm_jax.models import Transformer
+from dlm_jax.storage import is_remote, reached, upload
 
 LAYOUTS = ("hf", "diffugpt")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: str = "hf", dtype: str = "float32",
+def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout: str = "hf", dtype: str = "float32",
                     max_shard_bytes: float = 5e9) -> None:
     """Writes a model, its tokenizer, its configuration and a model card.
 
-    The directory appears whole or not at all; one that holds an earlier export is replaced. With several
+    The directory appears whole or not at all (on an object store its config.json, without which it is no model, comes
+    last); one that holds an earlier export is replaced. With several
     processes all of them call this, and the first writes.
 
     Args:
@@ -74,7 +78,7 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, layout: st
         for name in shapes:
             fetch(name)
         return
-    with progress, _appearing_whole(Path(directory).expanduser()) as folder:
+    with progress, _appearing_whole(directory) as folder:
         write_tensors(folder, shapes, fetch, jnp.dtype(dtype), max_shard_bytes)
         _write_json(folder / "config.json", hf_config)
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -138,10 +142,17 @@ def _spell_tokenizer_as_before(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _appearing_whole(directory: Path) -> Iterator[Path]:
+def _appearing_whole(directory: epath.PathLike) -> Iterator[Path]:
     """Gives a folder to write into, which becomes `directory` once everything is in it."""
+    directory = reached(directory) if is_remote(directory) else Path(directory).expanduser()
     if directory.exists() and not _replaceable(directory):
         raise CheckpointError(f"{directory} holds something other than an earlier export; choose a new directory")
+    if is_remote(directory):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            (directory / "config.json").unlink(missing_ok=True)  # what an earlier export left is no model from here on
+            upload(Path(folder), directory, last="config.json")
+        return
     folder, replaced = (directory.parent / f".{directory.name}.{what}-{os.getpid()}" for what in ("new", "old"))
     folder.mkdir(parents=True)
     try:
@@ -154,7 +165,7 @@ def _appearing_whole(directory: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _replaceable(directory: Path) -> bool:
+def _replaceable(directory: epath.Path) -> bool:
     if not directory.is_dir():
         return False
     card = directory / "README.md"

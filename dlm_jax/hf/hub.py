@@ -1,9 +1,10 @@
-"""From what a user names, a directory or a hub id, to a local directory."""
+"""From what a user names, a directory (on an object store too) or a hub id, to a local directory."""
 
 import re
 from pathlib import Path
 
 from dlm_jax.errors import CheckpointError
+from dlm_jax.storage import is_remote, local_copy, reached
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SETTINGS = ["*.json", "*.txt", "tokenizer.model"]
@@ -18,6 +19,10 @@ def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     Raises:
       CheckpointError: there is no such directory, or the hub cannot be reached or does not have it.
     """
+    if is_remote(path_or_hub_id):
+        if not reached(path_or_hub_id).is_dir():
+            raise CheckpointError(f"there is no directory {path_or_hub_id}")
+        return local_copy(path_or_hub_id)
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path

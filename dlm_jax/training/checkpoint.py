@@ -6,6 +6,7 @@ is part of the format. A directory gets its final name (on an object store its m
 """
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from dlm_jax.errors import CheckpointError
 from dlm_jax.parallel import told_by_first
+from dlm_jax.storage import is_remote, move
 from dlm_jax.training.digests import damage, write_digests
 from dlm_jax.training.state import TrainState
 
@@ -101,7 +103,8 @@ class CheckpointWriter:
 
 
 def directory_of(workdir: epath.PathLike) -> epath.Path:
-    return epath.Path(workdir).absolute() / "checkpoints"
+    workdir = epath.Path(workdir)
+    return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
@@ -137,10 +140,8 @@ def take_up(workdir: epath.PathLike) -> tuple[int, list[str]]:
         first, remarks = newest_sound_step(workdir)
         for step in saved_steps(workdir):
             if step > first:
-                aside = epath.Path(workdir) / "damaged"
-                aside.mkdir(parents=True, exist_ok=True)
-                number = sum(path.name.partition("-")[0] == str(step) for path in aside.iterdir())
-                (directory_of(workdir) / str(step)).rename(aside / (f"{step}-{number}" if number else str(step)))
+                names = (epath.Path(workdir) / "damaged" / f"{step}-{number}" for number in itertools.count(1))
+                move(directory_of(workdir) / str(step), next(name for name in names if not name.exists()))
         return first, remarks
 
     first, remarks = told_by_first(settle)

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from dlm_jax.storage import files_below
+
 FILE = "digests.json"
 _THREADS = 8  # hashing and reading give up the interpreter's lock
 # Orbax writes into these once more when it commits; no array depends on them.
@@ -18,7 +20,8 @@ _NOT_DATA = (FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
 
 def write_digests(directory: epath.Path) -> None:
     """Writes the SHA-256 of every file below `directory` into its `digests.json`."""
-    (directory / FILE).write_text(json.dumps(_digests(directory, _files(directory)), indent=0) + "\n")
+    names = [name for name in files_below(directory) if name not in _NOT_DATA]
+    (directory / FILE).write_text(json.dumps(_digests(directory, names), indent=0) + "\n")
 
 
 def damage(directory: epath.Path, items: Iterable[str] | None = None) -> str | None:
@@ -38,15 +41,6 @@ def damage(directory: epath.Path, items: Iterable[str] | None = None) -> str | N
         return f"{missing[0]} is missing"
     found = _digests(directory, list(wanted))
     return next((f"{name} is not what was written" for name in wanted if found[name] != wanted[name]), None)
-
-
-def _files(directory: epath.Path, above: str = "") -> list[str]:
-    """Names below the directory, as a/b."""
-    names = []
-    for path in directory.iterdir():
-        name = above + path.name
-        names += _files(path, name + "/") if path.is_dir() else [name]
-    return sorted(name for name in names if name not in _NOT_DATA)
 
 
 def _digests(directory: epath.Path, names: list[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from flax import nnx
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
 from dlm_jax.parallel import make_mesh, place_rows
+from dlm_jax.storage import reached, write_json
 from dlm_jax.training.checkpoint import CheckpointWriter, best_step, restore_state, saved_steps, take_up
 from dlm_jax.training.clock import Clock
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
@@ -21,11 +22,11 @@ from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.profile import Profile, peak_memory_gib
 from dlm_jax.training.samples import sample_text
 from dlm_jax.training.signals import StopRequest, stop_requests
-from dlm_jax.training.start import check_data, data_mark, load_base, summary_lines
+from dlm_jax.training.start import check_data, data_mark, load_base, rows_folder, summary_lines
 from dlm_jax.training.state import create_state, state_layout
 from dlm_jax.training.step import Metrics, make_train_step
 from dlm_jax.training.validation import Validation
-from dlm_jax.training.workdir import describe_run, read_run_config, write_json
+from dlm_jax.training.workdir import describe_run, read_run_config
 
 _OUTLIER = 4  # times the mean of its record: a step that slow is shown
 
@@ -42,7 +43,7 @@ def train(config: TrainConfig, workdir: epath.PathLike) -> dict[str, object]:
       ConfigError, CheckpointError, DataError: the run cannot be set up.
       TrainingError: the loss or the gradient is not finite.
     """
-    workdir = epath.Path(workdir)
+    workdir = reached(workdir)
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if config.num_steps <= (taken := max(saved_steps(workdir), default=0)):
@@ -67,7 +68,7 @@ class _Run:
         self.base = dataclasses.replace(base, model=nnx.eval_shape(lambda: base.model))
 
         sources, held_out = load_rows(config.data, self.base.tokenizer,
-                                      vocab_size=self.base.model.config.vocab_size, cache_dir=workdir / "data")
+                                      vocab_size=self.base.model.config.vocab_size, cache_dir=rows_folder(workdir))
         batch_size = config.data.batch_size
         loader = Loader(sources, batch_size, weights=config.data.weights, seed=config.seed,
                         random_length=config.data.random_length)

@@ -16,6 +16,7 @@ from etils import epath
 from tqdm import tqdm
 
 from dlm_jax.errors import ConfigError, TrainingError
+from dlm_jax.storage import is_remote, upload
 from dlm_jax.training.config import LogConfig
 
 METRICS = "metrics.jsonl"
@@ -92,7 +93,8 @@ class MetricsLog:
             self._folder = epath.Path(tempfile.mkdtemp(prefix="dlm_jax-logs-"))
             if (workdir / METRICS).exists():
                 (self._folder / METRICS).write_text((workdir / METRICS).read_text())
-        truncate_records(self._folder / METRICS, first_step)
+        # A run that died before its first checkpoint begins anew, with its validation at step 0.
+        truncate_records(self._folder / METRICS, first_step or -1)
         self._file = open(self._folder / METRICS, "a", buffering=1)  # noqa: SIM115
         if log.tensorboard:
             from tensorboardX import SummaryWriter
@@ -136,17 +138,8 @@ class MetricsLog:
             shutil.rmtree(self._folder)
 
     def _copy(self) -> None:
-        for path in Path(self._folder).rglob("*"):
-            if path.is_file():
-                to = self._remote / path.relative_to(self._folder).as_posix()
-                to.parent.mkdir(parents=True, exist_ok=True)
-                to.write_bytes(path.read_bytes())
+        upload(Path(self._folder), self._remote)
         self._copied = time.monotonic()
-
-
-def is_remote(workdir: epath.PathLike) -> bool:
-    """Whether it is on an object store, such as gs://."""
-    return "://" in os.fspath(workdir)
 
 
 def truncate_records(path: epath.Path, last_step: int) -> None:

@@ -1,9 +1,14 @@
 """A trace of given steps, for TensorBoard or Perfetto, and how much memory the devices have used."""
 
+import pathlib
+import shutil
+import tempfile
 from collections.abc import Sequence
 
 import jax
 from etils import epath
+
+from dlm_jax.storage import is_remote, upload
 
 
 class Profile:
@@ -11,11 +16,12 @@ class Profile:
 
     def __init__(self, workdir: epath.Path, steps: Sequence[int]):
         self._folder, self._steps, self._running = workdir / "profile", steps, False
+        self._local = pathlib.Path(tempfile.mkdtemp() if is_remote(workdir) else self._folder)
 
     def before(self, step: int) -> None:
         """To be called before a step is dispatched."""
         if self._steps and step == self._steps[0]:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._local))
             self._running = True
 
     def after(self, step: int, state: object) -> bool:
@@ -30,6 +36,9 @@ class Profile:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+            if is_remote(self._folder):
+                upload(self._local, self._folder)
+                shutil.rmtree(self._local)
 
 
 def peak_memory_gib() -> float | None:

@@ -17,6 +17,7 @@ from dlm_jax.hf import Pretrained, load_pretrained
 from dlm_jax.hf.tokenizer import choose_mask_token
 from dlm_jax.models import Compute, ModelConfig, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, batch_parts, describe_mesh, param_shardings
+from dlm_jax.storage import cache_folder, is_remote
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params
 from dlm_jax.training.objective import check_mask_token
@@ -89,6 +90,11 @@ def check_fit(config: TrainConfig, base: Pretrained, mesh: Mesh) -> None:
 def has_host_memory(device: jax.Device) -> bool:
     """Whether programs for the device can keep arrays in the memory of its host."""
     return any(memory.kind == HOST for memory in device.addressable_memories())
+
+
+def rows_folder(workdir: epath.Path) -> epath.Path:
+    """Where raw text becomes rows by default: in the workdir, or where that is on an object store, on this machine."""
+    return cache_folder() / "rows" if is_remote(workdir) else workdir / "data"
 
 
 def data_mark(sources: Sequence[RowSource]) -> list[int]:

@@ -8,7 +8,8 @@
 
 import dataclasses
 import json
-import os
+import pathlib
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,7 @@ from dlm_jax.hf import Pretrained
 from dlm_jax.hf.config import config_from_hf, config_to_hf, read_config, recorded_mask_token_id, recorded_shift
 from dlm_jax.hf.tokenizer import load_tokenizer
 from dlm_jax.models import Compute, ModelConfig, abstract_model
+from dlm_jax.storage import local_copy, reached, upload, write_json
 from dlm_jax.training.checkpoint import best_step, restore_params, saved_steps
 from dlm_jax.training.config import TrainConfig, flat_dict
 
@@ -27,6 +29,7 @@ from dlm_jax.training.config import TrainConfig, flat_dict
 def is_workdir(path: epath.PathLike) -> bool:
     """True for a directory, with or without `@step`, in which a run has saved a checkpoint."""
     directory, _ = split_step(path)
+    directory = reached(directory)
     return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
 
 
@@ -75,11 +78,12 @@ def described_model(directory: epath.Path, compute: Compute, param_dtype: str | 
     """A run's model with shapes in place of arrays."""
     if not (directory / "model" / "config.json").is_file():
         raise CheckpointError(f"{directory} is not a workdir: it has no model/config.json")
-    hf_config = read_config(directory / "model")
+    model = local_copy(directory / "model")
+    hf_config = read_config(model)
     recipe = read_run_config(directory)
     return Pretrained(
         model=abstract_model(config_from_hf(hf_config), compute, param_dtype or recipe["model.param_dtype"]),
-        tokenizer=load_tokenizer(directory / "model"), mask_token_id=recorded_mask_token_id(hf_config),
+        tokenizer=load_tokenizer(model), mask_token_id=recorded_mask_token_id(hf_config),
         shift=recorded_shift(hf_config), hf_config=hf_config, source=str(directory), recipe=recipe)
 
 
@@ -91,7 +95,9 @@ def describe_run(directory: epath.Path, config: TrainConfig, base: Pretrained) -
     hf_config = config_to_hf(base.model.config, base.hf_config, mask_token_id=base.mask_token_id, shift=base.shift,
                              dtype=config.model.param_dtype)
     if base.tokenizer is not None:
-        base.tokenizer.save_pretrained(directory / "model")
+        with tempfile.TemporaryDirectory() as folder:
+            base.tokenizer.save_pretrained(folder)
+            upload(pathlib.Path(folder), directory / "model")
     write_json(directory / "model" / "config.json", hf_config)
     write_json(directory / "config.json", flat_dict(config))
 
@@ -102,10 +108,3 @@ def read_run_config(directory: epath.Path) -> dict[str, object]:
         return json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory / 'config.json'} cannot be read: {error}") from error
-
-
-def write_json(path: epath.Path, content: object) -> None:
-    """Written beside, then renamed, so that a reader never meets half a file."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, path)

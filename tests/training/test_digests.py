@@ -89,7 +89,7 @@ def test_a_run_falls_back_on_the_checkpoint_before_and_says_so(copy, whole, conf
     out = capsys.readouterr().out
     assert "damaged    the checkpoint of step 20 is damaged (optimizer/" in out
     assert "resumed    from step 15" in out
-    assert (copy / "damaged" / "20").is_dir() and saved_steps(copy) == [20, 21]
+    assert (copy / "damaged" / "20-1").is_dir() and saved_steps(copy) == [20, 21]
     assert damage(epath.Path(copy) / "checkpoints" / "21") is None
     one, other = (load_workdir(path).model.embed.embedding[...] for path in (sound, copy))
     np.testing.assert_array_equal(one, other)
