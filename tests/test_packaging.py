@@ -39,7 +39,7 @@ def required() -> set[str]:
 def test_every_room_is_packaged_with_recipes_and_assets(setup_arguments):
     rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES}
     assert rooms | {"dlm_jax.configs", "dlm_jax.assets"} == set(setup_arguments["packages"])
-    assert {re.split(r"[<>=]", line)[0].lower() for line in setup_arguments["install_requires"]} == required()
+    assert {re.split(r"[<>=[]", line)[0].lower() for line in setup_arguments["install_requires"]} == required()
 
 
 def test_what_lies_beside_the_modules_is_packaged(setup_arguments):

@@ -1,0 +1,22 @@
+"""GPT-2 small in a day on one accelerator: 2.6B tokens instead of the paper's 131B. Not the paper's.
+
+    dlm train --config=gpt2_one_gpu --workdir=DIR --config.data.train=FINEWEB
+
+The settings of diffugpt_s, annealed over a tenth of the run, while the learning rate falls to nothing at its end. The
+budget is a choice, not a finding: nobody has measured what the other 128B tokens are worth.
+"""
+
+from dlm_jax.cli.recipes import load_recipe
+
+
+def get_config():
+    config = load_recipe("diffugpt_s")
+    config.num_steps = 20_000
+    config.objective.anneal_steps = 2_000
+
+    config.optimizer.warmup_steps = 500
+    config.optimizer.accumulate_steps = 2
+
+    config.validation.every = 500
+    config.checkpoint.every = 1_000
+    return config

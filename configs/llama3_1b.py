@@ -1,0 +1,25 @@
+"""Llama-3.2-1B on one accelerator: 1B tokens with annealed attention. Not the paper's, whose LLaMA is the 7B.
+
+    dlm train --config=llama3_1b --workdir=DIR --config.data.train=SLIMPAJAMA
+
+The settings of diffullama_7b at a 65th of its tokens, annealed over a tenth of the run, with a learning rate for a
+smaller model. The mask is one of the tokens that Llama 3 reserves, so that the vocabulary stays as it is.
+"""
+
+from dlm_jax.cli.recipes import load_recipe
+
+
+def get_config():
+    config = load_recipe("diffullama_7b")
+    config.num_steps = 2_000
+
+    config.model.source = "meta-llama/Llama-3.2-1B"
+    config.model.mask_token = 128_002  # <|reserved_special_token_0|>
+
+    config.data.batch_size = 256
+    config.optimizer.accumulate_steps = 16
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"
+    config.objective.anneal_steps = 200
+    return config
