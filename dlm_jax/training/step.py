@@ -91,7 +91,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 def _in_two_programs(measure: Callable, update: Callable, mesh: Mesh) -> Callable:
     """A step whose optimizer state lies in the host's memory while the gradient is computed.
 
-    In one program XLA would fetch the state before the activations are gone, and no memory would be saved.
+    In one program it would be up to XLA when the state is fetched, before the activations are gone or after.
     """
     def moved(state: TrainState, kind: str) -> TrainState:
         shardings = in_memory(state_shardings(state.opt_state, mesh), kind)

@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from dlm_jax.errors import ConfigError, DataError, TrainingError
 from dlm_jax.training import load_workdir, loop, read_records, train
-from dlm_jax.training.checkpoint import restore_state, saved_steps
+from dlm_jax.training.checkpoint import named, restore_state, saved_steps
 from dlm_jax.training.config import LogConfig, TrainConfig
 from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed
@@ -184,16 +184,25 @@ def test_what_cannot_work_is_refused_at_start(config, tmp_path, key, value, mess
         train(changed(config, key, value), tmp_path)
 
 
-def test_restored_state_has_the_step(whole, config):
+@pytest.mark.parametrize("devices", [8, 2, 1])
+def test_a_state_is_restored_on_any_number_of_devices(whole, config, devices):
     from dlm_jax.parallel import make_mesh
     from dlm_jax.training.optimizer import make_optimizer
     from dlm_jax.training.state import state_layout
 
-    mesh = make_mesh()
+    mesh = make_mesh(devices=jax.devices()[:devices])
     model = load_workdir(whole[0]).model
     layout = state_layout(nnx.state(model), make_optimizer(config.optimizer, 20), True, mesh)
     state, progress = restore_state(whole[0], 20, layout)
     assert int(state.step) == 20 and progress["window"]["steps"] == 0
+    found = {f"{item}/{name}": value for item, tree in (
+        ("params", state.params), ("optimizer", state.opt_state), ("ema", state.ema)) for name, value in
+        named(tree).items()}
+    stored = items(whole[0], 20)
+    assert found.keys() == stored.keys() and all(len(value.devices()) == devices for value in found.values())
+    for name, value in stored.items():
+        np.testing.assert_array_equal(found[name], value)
+
 
 
 def test_a_trace_of_given_steps(config, tmp_path, capsys):
