@@ -58,3 +58,11 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_costs_no_checkpoint(runs, 
         assert code == 0 and f"resumed    from step {steps[-1]}" in out, err
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--coordinator=auto"], "nothing here tells of a Cloud TPU, GKE, Slurm or Open MPI job"),
+    (["--coordinator=127.0.0.1:1"], "needs the number of processes and which of them this is")])
+def test_processes_that_cannot_meet_say_why(runs, tmp_path, arguments, message):
+    code, _, err = runs.run(tmp_path / "run", *arguments)
+    assert code == 1 and message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -49,3 +50,28 @@ def test_every_record_reaches_file_and_board(tmp_path):
     assert read_records(tmp_path, "sample") == [{"step": 3, "text": "once"}]
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes() and b"once" in events.read_bytes()
+
+
+def test_skipped_steps_are_counted_and_leave_the_means_alone():
+    good = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1}
+    window = Window(skip=True)
+    window.add(1, good)
+    window.add(2, good | {"loss": math.nan})
+    window.add(3, good | {"grad_norm": math.inf})
+    assert window.means() == good | {"skipped": 2}
+    window = Window(skip=True, **json.loads(json.dumps(window.state())))
+    window.add(4, good | {"loss": 4.0})
+    assert window.means() == good | {"loss": 3.0, "skipped": 2}
+    window.clear()
+    assert window.means() == {}
+
+
+def test_many_bad_steps_in_a_row_are_no_accident():
+    window = Window(skip=True)
+    for step in range(19):
+        window.add(step, {"loss": math.nan, "grad_norm": 1.0})
+    window.add(19, {"loss": 1.0, "grad_norm": 1.0})
+    for step in range(20, 39):
+        window.add(step, {"loss": math.nan, "grad_norm": 1.0})
+    with pytest.raises(TrainingError, match="loss is nan at step 39 and has not been finite for 20 steps"):
+        window.add(39, {"loss": math.nan, "grad_norm": 1.0})
