@@ -35,8 +35,9 @@ class Runs:
         self.recipe.write_text("from dlm_jax.cli.recipes import train_defaults\n\n\ndef get_config():\n"
                                "    config = train_defaults()\n" + "\n".join(lines) + "\n    return config\n")
 
-    def start(self, workdir: pathlib.Path, *arguments: str, devices: int = 1, **settings: object) -> subprocess.Popen:
-        environment = os.environ | {
+    def start(self, workdir: pathlib.Path, *arguments: str, devices: int = 1, environment: dict[str, str] | None = None,
+              **settings: object) -> subprocess.Popen:
+        environment = os.environ | (environment or {}) | {
             "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -49,8 +50,12 @@ class Runs:
         """Exit status, stdout and stderr."""
         return ended(self.start(workdir, *arguments, **settings))
 
-    def pair(self, workdir: pathlib.Path, **settings: object) -> list[subprocess.Popen]:
-        """Two processes of four devices, as one run."""
+    def pair(self, workdir: pathlib.Path, *, slurm: bool = False, **settings: object) -> list[subprocess.Popen]:
+        """Two processes of four devices, as one run; with `slurm` they are told of each other by its variables."""
+        if slurm:
+            job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+            return [self.start(workdir, "--coordinator=auto", devices=4, environment=job | {
+                "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}, **settings) for i in range(2)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

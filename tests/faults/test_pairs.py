@@ -29,6 +29,12 @@ def test_two_processes_are_the_run_of_one(runs, tmp_path):
     assert code == 0 and "resumed    from step 20" in out, err
 
 
+def test_slurm_tells_two_processes_of_each_other(runs, tmp_path):
+    results = [ended(process) for process in runs.pair(tmp_path / "run", slurm=True, num_steps=4)]
+    assert [code for code, *_ in results] == [0, 0], results
+    assert "devices    8 x cpu" in results[0][1] and not spoken(results[1][1])
+
+
 def test_a_signal_to_one_of_two_stops_both_at_the_same_step(runs, tmp_path):
     first, second = runs.pair(tmp_path / "run", num_steps=100_000, checkpoint__every=100_000)
     wait_for(lambda: read_records(tmp_path / "run", "train"), first)
