@@ -1,6 +1,6 @@
 """Where arrays live: the device mesh, and one table from logical axes to mesh axes."""
 
-from dlm_jax.parallel.mesh import AXES, MeshConfig, describe_mesh, make_mesh
+from dlm_jax.parallel.mesh import AXES, MeshConfig, describe_mesh, make_mesh, mesh_sizes
 from dlm_jax.parallel.place import place_rows
 from dlm_jax.parallel.processes import HEARTBEAT_SECONDS, join_processes, stop_wanted, told_by_first
 from dlm_jax.parallel.rules import (
@@ -15,5 +15,5 @@ from dlm_jax.parallel.rules import (
 )
 
 __all__ = ["ATTENTION_PARTITION", "AXES", "HEARTBEAT_SECONDS", "RULES", "MeshConfig", "array_sharding", "batch_parts",
-           "describe_mesh", "is_param", "join_processes", "make_mesh", "param_shardings", "place_rows", "spec_of",
-           "state_shardings", "stop_wanted", "told_by_first"]
+           "describe_mesh", "is_param", "join_processes", "make_mesh", "mesh_sizes", "param_shardings", "place_rows",
+           "spec_of", "state_shardings", "stop_wanted", "told_by_first"]

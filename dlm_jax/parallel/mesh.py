@@ -39,19 +39,30 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
     Raises:
       ConfigError: the sizes do not multiply to the number of devices, or the slices are not those of the hardware.
     """
-    sizes, devices = list(config.sizes()), devices or jax.devices()
+    devices = devices or jax.devices()
+    slices, *sizes = mesh_sizes(config, len(devices))
+    # Inside a slice neighbours on an axis are neighbours in the hardware.
+    arranged = [mesh_utils.create_device_mesh(sizes, part) for part in split_slices(devices, slices)]
+    return Mesh(np.stack(arranged), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> list[int]:
+    """The size of each of AXES over so many devices.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    sizes = list(config.sizes())
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ConfigError(f"mesh sizes {config} must be positive, and at most one of them -1")
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = max(num_devices // known, 1)
+    if math.prod(sizes) != num_devices:
         shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise ConfigError(f"the mesh {shape} needs {math.prod(sizes)} devices, but there are {len(devices)}; "
+        raise ConfigError(f"the mesh {shape} needs {math.prod(sizes)} devices, but there are {num_devices}; "
                           "change mesh.* or set one of its axes to -1")
-    # Inside a slice neighbours on an axis are neighbours in the hardware.
-    slices = [mesh_utils.create_device_mesh(sizes[1:], part) for part in split_slices(devices, sizes[0])]
-    return Mesh(np.stack(slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sizes
 
 
 def split_slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:

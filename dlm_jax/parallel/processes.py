@@ -33,6 +33,8 @@ def join_processes(coordinator: str, num_processes: int | None = None, process_i
                           "name the coordinator as HOST:PORT")
     if None in explicit.values():
         raise ConfigError(f"the coordinator {coordinator} needs the number of processes and which of them this is")
+    if explicit and not 0 <= process_id < num_processes:
+        raise ConfigError(f"process {process_id} is none of {num_processes}; they are counted from 0")
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds, **explicit)
     except (ValueError, RuntimeError) as error:

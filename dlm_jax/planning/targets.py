@@ -1,14 +1,13 @@
 """What a step is planned for: a TPU slice, which the compiler knows, or GPUs by their description."""
 
 import dataclasses
-import math
 import re
 
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
-from dlm_jax.parallel import AXES, MeshConfig, make_mesh
+from dlm_jax.parallel import AXES, MeshConfig, make_mesh, mesh_sizes
 from dlm_jax.parallel.chips import CHIPS, Chip
 from dlm_jax.planning.memory import can_be_added_up
 from dlm_jax.planning.topology import read_topology, tpu_devices
@@ -71,14 +70,7 @@ def gpu_target(config: TrainConfig, architecture: ModelConfig, description: str)
 
 def described_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
     """The shape of the mesh that `make_mesh` makes of so many devices."""
-    sizes = list(config.sizes())
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(num_devices // -math.prod(sizes), 1)
-    if math.prod(sizes) != num_devices or min(sizes) < 1:
-        shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise ConfigError(f"the mesh {shape} does not make {num_devices} devices; change mesh.* or set one of its axes "
-                          "to -1")
-    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(tuple(mesh_sizes(config, num_devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _no_flash(config: TrainConfig, architecture: ModelConfig) -> str | None:

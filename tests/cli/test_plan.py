@@ -44,7 +44,7 @@ def test_json_alone_and_status_3_where_it_does_not_fit(capsys, tiny):
     (("--gpu=h100:7",), "does not divide into 1 micro-batches over the 7 parts"),
     (("--gpu=h100:8", "--config.data.length=64"), "longer than the 32 positions"),
     (("--gpu=h100:8", "--config.model.mask_token=300000"), "outside the vocabulary"),
-    (("--gpu=h100:8", "--config.mesh.fsdp=3"), "does not make 8 devices"),
+    (("--gpu=h100:8", "--config.mesh.fsdp=3"), "there are 8"),
     (("--gpu=h100:8", "--config.data.batchsize=3"), "did you mean config.data.batch_size?"),
 ])
 def test_refusals_are_one_sentence(capsys, tiny, arguments, says):

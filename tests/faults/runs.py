@@ -73,7 +73,7 @@ def ended(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, st
     return process.returncode, out, err
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None:
         assert time.monotonic() < end

@@ -9,7 +9,7 @@ from dlm_jax.parallel import join_processes, told_by_first
     (("auto", None, 0), "auto finds number and place of this process by itself"),
     (("host:1234", 2), "host:1234 needs the number of processes and which of them this is"),
     (("host:1234", None, 1), "host:1234 needs the number of processes and which of them this is"),
-    (("host:1234", 2, 2), "cannot join the others at the coordinator host:1234: process_id and num_processes must"),
+    (("host:1234", 2, 2), "process 2 is none of 2; they are counted from 0"),
 ])
 def test_arguments_that_contradict_each_other_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
