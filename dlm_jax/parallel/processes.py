@@ -35,6 +35,8 @@ def join_processes(coordinator: str, num_processes: int | None = None, process_i
         raise ConfigError(f"the coordinator {coordinator} needs the number of processes and which of them this is")
     if explicit and not 0 <= process_id < num_processes:
         raise ConfigError(f"process {process_id} is none of {num_processes}; they are counted from 0")
+    # A CPU runs independent programs at the same time, in any order: two with communication would wait for each other.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds, **explicit)
     except (ValueError, RuntimeError) as error:
