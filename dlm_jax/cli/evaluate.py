@@ -1,74 +1,48 @@
-"""How probable a model finds held-out text, in nats a token.
+"""How good a model is: on tasks, beside its parent, or by how probable it finds held-out text, in nats a token.
 
-For a diffusion model an upper bound, estimated from random maskings; for an autoregressive one the exact value.
+For a diffusion model probabilities are bounds, estimated from random maskings; for an autoregressive one exact.
 
+  dlm evaluate --model=runs/first --tasks=hellaswag,lambada --data_dir=tasks --parent=gpt2 --out=results.json
+  dlm evaluate --model=runs/first --tasks=gsm8k --data_files gsm8k=test.jsonl --shots=4 --limit=100
   dlm evaluate --model=runs/first --data heldout.jsonl --json=bound.json
   dlm evaluate --model=gpt2 --data heldout.jsonl --objective=autoregressive
+
+Tasks: hellaswag, winogrande, piqa, siqa, lambada, triviaqa, squad, gsm8k, gsm8k_icot, rocstories, text.
 """
 
 import argparse
-import math
-import tempfile
 
-from dlm_jax.cli.shared import add_json_argument, add_model_arguments, load_model, write_result
+from dlm_jax.cli import evaluate_tasks, evaluate_text
+from dlm_jax.cli.shared import add_json_argument, add_model_arguments
 from dlm_jax.errors import ConfigError
+
+_OF_TEXT = {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"}
+_OF_TASKS = {"data_dir": None, "data_files": None, "protocol": "default", "limit": None, "parent": None, "shots": None,
+             "num_steps": None, "out": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--data", required=True, nargs="+", action="extend", metavar="FILE",
-                        help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME")
     parser.add_argument("--objective", choices=("diffusion", "autoregressive"), default="diffusion",
                         help="what the model is evaluated as (default %(default)s)")
-    parser.add_argument("--num_samples", type=int, default=16, help="maskings of each row (default %(default)s)")
-    parser.add_argument("--num_rows", type=int, default=256, help="rows, from the first (default %(default)s)")
-    parser.add_argument("--length", type=int, help="tokens a row (default: as many as the model takes, at most 512)")
-    parser.add_argument("--document_separator", default="", help="what parts the documents of a .txt file")
-    parser.add_argument("--text_key", default="text", help="the key of the text in JSON (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the maskings (default %(default)s)")
+    parser.add_argument("--num_samples", type=int, help="maskings of each row or option (default 16; under the "
+                        "protocol release its T, 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="rows at a time (default %(default)s)")
     add_json_argument(parser)
+    evaluate_tasks.add_arguments(parser.add_argument_group("tasks"))
+    evaluate_text.add_arguments(parser.add_argument_group("held-out text"))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from dlm_jax.data.config import DataConfig
-    from dlm_jax.data.corpus import load_rows
-    from dlm_jax.data.loader import Loader
-    from dlm_jax.evaluation import autoregressive_nll, bound
-
-    if arguments.num_rows < 1:
-        raise ConfigError(f"--num_rows must be at least 1, got {arguments.num_rows}")
-    lm = load_model(arguments)
-    length = arguments.length or min(lm.config.max_length, 512)
-    if length > lm.config.max_length:
-        raise ConfigError(f"--length={length} is more than the {lm.config.max_length} tokens the model takes")
-    data = DataConfig(train=tuple(arguments.data), validation_fraction=0.0, length=length,
-                      text_key=arguments.text_key, document_separator=arguments.document_separator)
-    with tempfile.TemporaryDirectory() as folder:
-        (rows,), held_out = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
-        rows = rows if held_out is None else held_out  # prepared rows may have a held-out part
-        batch = Loader([rows], min(len(rows), arguments.num_rows), shuffle=False).batch(0)
-    if arguments.objective == "autoregressive":
-        estimate = autoregressive_nll(lm.model, batch.tokens, batch.maskable, segment_ids=batch.segment_ids,
-                                      batch_size=arguments.batch_size)
-    else:
-        estimate = bound(lm.model, batch.tokens, batch.maskable, mask_token_id=lm.mask_token_id,
-                         shift=lm.pretrained.shift, segment_ids=batch.segment_ids, num_samples=arguments.num_samples,
-                         seed=arguments.seed, batch_size=arguments.batch_size)
-    result = {"model": lm.pretrained.source, "objective": arguments.objective, "data": arguments.data,
-              "num_rows": len(batch.tokens), "length": length, "num_tokens": estimate.num_tokens,
-              "nats_per_token": estimate.nats_per_token, "standard_error": estimate.standard_error,
-              "perplexity": math.exp(estimate.nats_per_token)}
-    if arguments.objective == "diffusion":
-        result |= {"num_samples": arguments.num_samples, "seed": arguments.seed}
-    write_result(arguments.json, result, _table(result))
-
-
-def _table(result: dict) -> str:
-    at_most = "at most " if result["objective"] == "diffusion" else ""
-    error = f" +- {result['standard_error']:.4f}" if at_most else ""
-    lines = {"model": f"{result['model']}, {result['objective']}",
-             "text": f"{result['num_tokens']} tokens in {result['num_rows']} rows of {result['length']}",
-             "nats per token": f"{at_most}{result['nats_per_token']:.4f}{error}",
-             "perplexity": f"{at_most}{result['perplexity']:.2f}"}
-    return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
+    if (arguments.tasks is None) == (arguments.data is None):
+        raise ConfigError("name what to evaluate on: --tasks=NAME,... or --data FILE, one of the two")
+    foreign, own, kind = ((_OF_TEXT, _OF_TASKS, "--data") if arguments.data is None
+                          else (_OF_TASKS, _OF_TEXT, "--tasks"))
+    for name in foreign:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name} belongs to {kind}, which is not given; leave it out")
+    for name, default in own.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+    (evaluate_text if arguments.tasks is None else evaluate_tasks).run(arguments)

@@ -1,0 +1,184 @@
+"""Multiple choice, ours and a PyTorch loop that scores as the DiffuLLaMA release does; and what a score's error costs.
+
+    python benchmarks/evaluation.py speed                                       GPT-2 small with random weights: a CPU
+    python benchmarks/evaluation.py error --model=WORKDIR --data=hellaswag.jsonl            needs an adapted model
+
+`speed`: the same weights, items and noise on both sides, 32 forward passes an option. PyTorch takes them one by one
+and computes full logits, as the release does; ours takes them in batches and computes logits where a token is masked.
+Both give the same scores, which is checked. The sides take turns; the first run of each does not count.
+
+`error`: scores of real items under different noise. What decides an item is the difference between two options, so its
+error is what counts, in units of how far such differences spread over items, which makes rules with different
+expectations comparable; `bound, release's draws` has the same expectation as ours (but for its grid of 32 times).
+Writes benchmarks/results/evaluation-{speed,error}.json.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from dlm_jax.evaluation.candidate import Pair
+from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+NUM_PASSES, MASK_TOKEN_ID = 32, 811
+
+
+def noise_of(pair: Pair, seed: int) -> np.ndarray:
+    """Drawn afresh for every option, as in the release."""
+    return np.random.default_rng([seed, pair.item, pair.option]).random((NUM_PASSES, len(pair.continuation)))
+
+
+def release_bound_draw(uniform: np.ndarray) -> Draw:
+    """The bound from the release's draws: iid masks at rates t / T, each pass with weight 1 / rate."""
+    rates = (NUM_PASSES - np.arange(NUM_PASSES)) / NUM_PASSES
+    masked = uniform < rates[:, None]
+    some = masked.any(axis=1)
+    return Draw(masked[some], 1 / (NUM_PASSES * rates[some]))
+
+
+def speed(args: argparse.Namespace) -> dict:
+    """Items a second of both sides."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from dlm_jax.evaluation.scoring import diffusion_score
+    from dlm_jax.hf import load_pretrained
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        ours = load_pretrained(folder, mask_token=MASK_TOKEN_ID).model
+    rng = np.random.default_rng(0)
+    pairs = []
+    for item in range(args.items):  # as long as HellaSwag's
+        context = tuple(map(int, rng.integers(0, 50257, rng.integers(30, 70))))
+        pairs += [Pair(context, tuple(map(int, rng.integers(0, 50257, rng.integers(12, 36)))), item, option)
+                  for option in range(4)]
+
+    @torch.no_grad()
+    def pytorch() -> np.ndarray:
+        scores = []
+        for pair in pairs:
+            row = torch.tensor([*pair.context, *pair.continuation])[None]
+            uniform, total = torch.tensor(noise_of(pair, 0)), 0.0
+            bias = torch.zeros(1, 1, row.shape[1], row.shape[1])
+            for t in range(NUM_PASSES, 0, -1):
+                masked = torch.zeros(row.shape, dtype=torch.bool)
+                masked[0, len(pair.context) :] = uniform[NUM_PASSES - t] < t / NUM_PASSES
+                logits = model(torch.where(masked, MASK_TOKEN_ID, row), attention_mask=bias, use_cache=False).logits
+                nll = torch.nn.functional.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="none")
+                if masked.any():
+                    total += float(nll[masked[0, 1:]].mean())
+            scores.append(total / NUM_PASSES)
+        return np.array(scores)
+
+    score = diffusion_score(ours, lambda pair: release_draw(noise_of(pair, 0)), mask_token_id=MASK_TOKEN_ID,
+                            batch_size=args.batch_size)
+    sides: dict[str, Callable[[], np.ndarray]] = {"ours": lambda: score(pairs), "pytorch": pytorch}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(args.repeats + 1):
+        found = {}
+        for name, run in sides.items():
+            began = time.perf_counter()
+            found[name] = run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+        np.testing.assert_allclose(found["ours"], found["pytorch"], rtol=2e-4)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    passes = sum(len(release_draw(noise_of(pair, 0)).masked) for pair in pairs)
+    result = {"seconds": seconds, "items_per_second": {name: args.items / value for name, value in median.items()},
+              "ratio": median["pytorch"] / median["ours"],
+              "passes": {"pytorch": NUM_PASSES * len(pairs), "ours": passes}}
+    print("| side | items a second | passes |\n| --- | --- | --- |")
+    for name in sides:
+        print(f"| {name} | {result['items_per_second'][name]:.3f} | {result['passes'][name]} |")
+    print(f"ours is {result['ratio']:.2f} times as fast")
+    return result
+
+
+def error(args: argparse.Namespace) -> dict:
+    """The variance of differences between options, per forward pass."""
+    from dlm_jax import DiffusionLM
+    from dlm_jax.evaluation.ours import make_candidate
+    from dlm_jax.evaluation.run import pairs_of
+    from dlm_jax.evaluation.scoring import diffusion_score
+    from dlm_jax.evaluation.tasks import TASKS, load_items
+
+    lm = DiffusionLM.from_pretrained(args.model)
+    candidate, task = make_candidate(lm.pretrained, "model"), TASKS[args.task]
+    items = load_items(task, args.data, limit=args.items)
+    asked = [pairs_of(candidate, task, item, number) for number, item in enumerate(items)]
+    pairs = [pair for item in asked for pair in item]
+    lengths = np.array([len(pair.continuation) for pair in pairs])
+    rules: dict[str, tuple[int, Callable[[int], Callable[[Pair], Draw]], np.ndarray]] = {
+        "release": (NUM_PASSES, lambda seed: lambda pair: release_draw(noise_of(pair, seed)), np.ones(len(pairs))),
+        "bound, release's draws": (NUM_PASSES, lambda seed: lambda pair: release_bound_draw(noise_of(pair, seed)),
+                                   1 / lengths)}
+    for count in (8, 16, 32):
+        rules[f"ours, {count}"] = (count, lambda seed, count=count: lambda pair: bound_draw(
+            len(pair.continuation), count, seed, pair.item), 1 / lengths)
+    first = np.array([place for place, pair in enumerate(pairs) if pair.option])  # each option against option 0
+    zero = np.array([place - pairs[place].option for place in first])
+    result = {}
+    for name, (count, rule, scale) in rules.items():
+        found = np.stack([diffusion_score(
+            lm.model, rule(seed), mask_token_id=lm.mask_token_id, shift=lm.pretrained.shift,
+            bos_token_id=lm.pretrained.bos_token_id, batch_size=args.batch_size)(pairs) * scale
+            for seed in range(args.repeats)])  # nats a token, [repeats, pairs]
+        gaps = found[:, first] - found[:, zero]
+        noise = gaps.var(axis=0, ddof=1).mean()
+        spread = gaps.mean(axis=0).var() - noise / args.repeats
+        result[name] = {"num_samples": count, "error_nats_per_token": noise**0.5, "spread": spread**0.5,
+                        "passes": float(np.mean([len(rule(0)(pair).masked) for pair in pairs])),
+                        "relative_variance": noise / spread}
+    base = result["release"]
+    print("| rule | passes an option | error of a difference, nats a token | relative to the spread | "
+          "passes for the release's relative error |\n| --- | --- | --- | --- | --- |")
+    for name, row in result.items():
+        row["passes_for_equal_error"] = row["passes"] * row["relative_variance"] / base["relative_variance"]
+        print(f"| {name} | {row['passes']:.1f} | {row['error_nats_per_token']:.4f} | "
+              f"{row['relative_variance'] ** 0.5:.3f} | {row['passes_for_equal_error']:.1f} |")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("speed", "error"))
+    parser.add_argument("--items", type=int, help="default 3 for speed, 16 for error")
+    parser.add_argument("--repeats", type=int, help="default 2 for speed, 10 for error")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's, on a CPU")
+    parser.add_argument("--model", help="for error: a diffusion model")
+    parser.add_argument("--data", help="for error: the task's file")
+    parser.add_argument("--task", default="hellaswag")
+    args = parser.parse_args()
+    if args.part == "error" and not (args.model and args.data):
+        parser.error("error needs --model and --data")
+    args.items = args.items or {"speed": 3, "error": 16}[args.part]
+    args.repeats = args.repeats or {"speed": 2, "error": 10}[args.part]
+
+    import jax
+
+    result = (speed if args.part == "speed" else error)(args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("model", "data")}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"evaluation-{args.part}.json").write_text(json.dumps({
+        "settings": settings, "results": result, "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
+    }, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

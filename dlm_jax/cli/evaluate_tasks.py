@@ -1,0 +1,166 @@
+"""`dlm evaluate --tasks`: tasks from local files, with the parent on the same items beside the model.
+
+--out=results.json writes three files: results.json, the same as a page in results.md, and a record an item in
+results.items.jsonl. The last grows as the items are done; a command that was stopped goes on from there.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from dlm_jax.cli.partial import Partial, check_output
+from dlm_jax.cli.shared import load_model, read_mesh, write_result
+from dlm_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dlm_jax.evaluation.candidate import Candidate
+    from dlm_jax.evaluation.run import Job
+
+_PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+
+
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    """What is not given stays None; `evaluate` knows the defaults."""
+    parser.add_argument("--tasks", metavar="NAME,...", help="which; see above")
+    parser.add_argument("--data_dir", metavar="DIR", help="holds NAME.jsonl, or NAME/ with a validation or test file")
+    parser.add_argument("--data_files", nargs="+", action="extend", metavar="NAME=FILE", help="the file of a task: "
+                        ".jsonl, .json, .parquet, .arrow, .csv or .txt")
+    parser.add_argument("--protocol", choices=("default", "release"), help="default: the one to trust; release: what "
+                        "the released scripts of the paper do, quirks included")
+    parser.add_argument("--limit", type=int, help="items a task, from the first (default: all)")
+    parser.add_argument("--parent", metavar="MODEL", help="an autoregressive model, evaluated on the same items")
+    parser.add_argument("--shots", type=int, help="examples before each prompt, the first of the task's training file "
+                        "in --data_dir (default 0)")
+    parser.add_argument("--num_steps", type=int, help="forward passes for each text that is written (default 64, and "
+                        "at most one a token)")
+    parser.add_argument("--out", metavar="FILE.json", help="where results go; the command resumes")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from dlm_jax.evaluation.report import markdown_report, summarise, table
+    from dlm_jax.evaluation.run import run as run_tasks
+    from dlm_jax.evaluation.tasks import find_task
+
+    _check(arguments)
+    release = arguments.protocol == "release"
+    if arguments.num_samples is None:
+        arguments.num_samples = 32 if release else 16
+    names = arguments.tasks.split(",")
+    jobs, files = zip(*(_job(find_task(name), arguments, release) for name in names), strict=True)
+    candidates = _candidates(arguments, release)
+    models = [candidate.name for candidate in candidates]
+    settings = {name: getattr(arguments, name) for name in (
+        "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "num_steps",
+        "seed")} | {"data": files}
+    with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
+        records = run_tasks(jobs, candidates, release=release, num_steps=arguments.num_steps, done=done, add=add)
+    result = {"models": models, "settings": settings,
+              "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+              "tasks": summarise(records, names, models, arguments.seed)}
+    if arguments.out:
+        pathlib.Path(arguments.out).with_suffix(".md").write_text(markdown_report(result))
+        write_json(arguments.out, {**result, "records": records})
+    write_result(arguments.json, result, table(result["tasks"], models))
+
+
+def write_json(path: str, content: object) -> None:
+    from dlm_jax import storage
+
+    storage.write_json(pathlib.Path(path), content)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be known to be wrong before a model is loaded."""
+    for name in ("limit", "shots", "num_steps", "num_samples", "batch_size"):
+        least, value = (0 if name == "shots" else 1), getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {value}")
+    if arguments.protocol == "release" and (arguments.num_steps or arguments.shots):
+        raise ConfigError("the protocol release has its own numbers of steps and no examples; leave --num_steps and "
+                          "--shots out, or choose --protocol=default")
+    names = arguments.tasks.split(",")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--tasks={arguments.tasks} names a task twice")
+    if arguments.out:
+        if pathlib.Path(arguments.out).suffix != ".json":
+            raise ConfigError(f"--out={arguments.out} must end in .json; a page and the records go beside it")
+        for path in (pathlib.Path(arguments.out), _items_path(arguments.out)):
+            check_output(str(path))
+
+
+def _job(task: Any, arguments: argparse.Namespace, release: bool) -> "tuple[Job, dict[str, str]]":
+    """A task with its items, and the file they are of with its digest."""
+    from dlm_jax.evaluation.run import Job
+    from dlm_jax.evaluation.tasks import find_file, load_items, shots_prefix
+
+    named = dict(_named_file(text) for text in arguments.data_files or ())
+    for name in named:
+        if name not in arguments.tasks.split(","):
+            raise ConfigError(f"--data_files {name}={named[name]}: {name} is not among --tasks={arguments.tasks}")
+    if task.name not in named and arguments.data_dir is None:
+        raise ConfigError(f"where is the data of the task {task.name}? Name a folder with --data_dir, or its file with "
+                          f"--data_files {task.name}=FILE")
+    path = named.get(task.name) or find_file(task, arguments.data_dir)
+    items, prefix = load_items(task, path, release=release, limit=arguments.limit), ""
+    about = {"task": task.name, "file": path, "sha256": _digest(path)}
+    if arguments.shots:
+        if arguments.data_dir is None:
+            raise ConfigError("--shots needs --data_dir, where the tasks' training files are")
+        examples = find_file(task, arguments.data_dir, ("train",))
+        shown = load_items(task, examples, limit=arguments.shots)
+        if len(shown) < arguments.shots:
+            raise ConfigError(f"--shots={arguments.shots}, and {examples} has {len(shown)} items")
+        prefix = shots_prefix(shown)
+        about |= {"shots_file": examples, "shots_sha256": _digest(examples)}
+    return Job(task, items, prefix), about
+
+
+def _candidates(arguments: argparse.Namespace, release: bool) -> "list[Candidate]":
+    """The model, and its parent if one is named."""
+    from dlm_jax.evaluation.ours import make_candidate
+    from dlm_jax.pipeline import DiffusionLM
+
+    options = {"release": release, "num_samples": arguments.num_samples, "seed": arguments.seed,
+               "batch_size": arguments.batch_size}
+    lm = load_model(arguments)
+    found = [make_candidate(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options,
+                            autoregressive=arguments.objective == "autoregressive")]
+    if arguments.parent is not None:
+        mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
+        parent = DiffusionLM.from_pretrained(arguments.parent, dtype=arguments.dtype, mesh=mesh)
+        name = f"{arguments.parent} (parent)"
+        found.append(make_candidate(parent.pretrained, name, autoregressive=True, mesh=parent.mesh, **options))
+    return found
+
+
+@contextlib.contextmanager
+def _records_file(out: str | None, settings: dict[str, Any]):
+    """The records there are, and a function that adds some; at the end they are all in their file."""
+    if out is None:
+        yield [], lambda records: None
+        return
+    path = _items_path(out)
+    with Partial(str(path), settings) as partial:
+        lines = pathlib.Path(f"{path}.partial").read_text(encoding="utf-8").split("\n")[: partial.done]
+        yield [json.loads(line) for line in lines], partial.add
+        partial.finish()
+
+
+def _items_path(out: str) -> pathlib.Path:
+    return pathlib.Path(out).with_suffix(".items.jsonl")
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--data_files {text}: write TASK=FILE")
+    return name, path
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,71 @@
+"""Which tokens of a continuation are masked in each forward pass, and how much each pass counts.
+
+Every rule gives a `Draw`, and a score is linear in what the passes find:
+
+    score = sum over passes s of weight[s] * (cross-entropy summed over the tokens masked in pass s)
+
+The context is never masked. Masks are a function of (seed, item) and of the continuation's length alone, drawn on the
+host; so the options of an item meet the same noise (common random numbers), and another framework can use the same.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Draw(NamedTuple):
+    """`masked` bool [passes, length], no row empty; `weights` float64 [passes]."""
+
+    masked: np.ndarray
+    weights: np.ndarray
+
+
+def bound_draw(length: int, num_samples: int, seed: int, item: int) -> Draw:
+    """Masks whose score is an unbiased estimate of the bound on -log p(continuation | context), in nats.
+
+    The bound is the expectation, over a number l of masked tokens uniform on 1 .. length and over which they are, of
+    (length / l) times their cross-entropy (LLaDA, arXiv 2502.09992, eq. 6). Where the 2**length - 1 masks are no more
+    than `num_samples`, each is taken once with its own probability and the bound is exact. Else the numbers are a
+    systematic sample of 1 .. length with one random offset, and the masks are windows laid end to end on a circle of
+    the tokens in random order: each is a uniformly random subset of its size, and together they mask every token
+    about equally often.
+    """
+    if 2**length - 1 <= num_samples:
+        codes = np.arange(1, 2**length)[:, None]
+        masked = (codes >> np.arange(length) & 1).astype(bool)
+        return Draw(masked, np.array([1 / (row.sum() * math.comb(length, row.sum())) for row in masked]))
+    rng = np.random.default_rng([seed, item])
+    offset = rng.random()
+    # One number a token, in the tokens' order: options of other lengths begin with the same.
+    order = np.argsort(rng.random(length), kind="stable")
+    number = 1 + np.floor((np.arange(num_samples) + offset) / num_samples * length).astype(int)
+    number = np.minimum(number, length)  # rounding
+    start = np.cumsum(number) - number
+    place = np.empty(length, int)
+    place[order] = np.arange(length)
+    masked = (place - start[:, None]) % length < number[:, None]
+    return _merged(masked, length / number / num_samples)
+
+
+def release_draw(uniform: np.ndarray) -> Draw:
+    """The rule of the released evaluation: `uniform` [T, length] in [0, 1), row t masks those below (T - t) / T.
+
+    A pass counts as the unweighted mean cross-entropy of its masked tokens, and the score is the mean over passes; one
+    that masks nothing counts as 0, which favours short options.
+    """
+    num_passes = len(uniform)
+    masked = uniform < ((num_passes - np.arange(num_passes)) / num_passes)[:, None]
+    masked = masked[masked.any(axis=1)]
+    return Draw(masked, 1 / (num_passes * masked.sum(axis=1)))
+
+
+def everything(length: int) -> Draw:
+    """Every token scored once in one pass: what a causal model needs."""
+    return Draw(np.ones((1, length), bool), np.ones(1))
+
+
+def _merged(masked: np.ndarray, weights: np.ndarray) -> Draw:
+    """Equal masks become one, with their weights added: the same score for fewer passes."""
+    unique, which = np.unique(masked, axis=0, return_inverse=True)
+    return Draw(unique, np.bincount(which.ravel(), weights, len(unique)))

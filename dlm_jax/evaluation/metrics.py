@@ -1,0 +1,123 @@
+"""How near a text comes to what was asked for: pure functions of strings, each between 0 and 1."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+
+from dlm_jax.errors import DataError
+from dlm_jax.evaluation.in_context import answer_after
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def normalise(text: str) -> str:
+    """Lower case without punctuation, articles and surplus spaces, as SQuAD's evaluation has it (arXiv 1606.05250)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """Whether it is one of the answers, both normalised."""
+    return float(normalise(prediction) in {normalise(answer) for answer in answers})
+
+
+def contains(prediction: str, answers: Sequence[str]) -> float:
+    """Whether one of the answers stands somewhere in it, both normalised: what the release calls exact match."""
+    return float(any(normalise(answer) in normalise(prediction) for answer in answers))
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best harmonic mean of precision and recall of words over the answers, normalised, as SQuAD has it."""
+    return best(lambda answer: f_measure(*_overlap(normalise(prediction).split(), normalise(answer).split())), answers)
+
+
+def first_word(prediction: str, answers: Sequence[str]) -> float:
+    """Whether its first word, without punctuation around it, is one of the answers (LAMBADA, arXiv 1606.06031)."""
+    words = prediction.split()
+    return float(bool(words) and words[0].strip(string.punctuation) in
+                 {answer.strip(string.punctuation) for answer in answers})
+
+
+def stripped_match(prediction: str, answers: Sequence[str]) -> float:
+    """Whether it is one of the answers but for space around it."""
+    return float(prediction.strip() in {answer.strip() for answer in answers})
+
+
+def marked_number(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the number after `####` is an answer: 18, 18.0 and $18 are the same (GSM8K, arXiv 2110.14168)."""
+    return float(_value(answer_after(prediction)) in {_value(answer) for answer in answers} - {None})
+
+
+def last_number(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the last number in it, wherever that stands, is an answer."""
+    found = _NUMBER.findall(prediction)
+    return float(bool(found) and _value(found[-1]) in {_value(answer) for answer in answers} - {None})
+
+
+def marked_text(prediction: str, answers: Sequence[str]) -> float:
+    """Whether what follows `####` is an answer letter by letter, commas removed: the release's GSM8K."""
+    after = prediction.partition("####")[2].replace(",", "").strip()
+    return float(after in {answer.replace(",", "").strip() for answer in answers})
+
+
+def rouge_n(prediction: str, reference: str, n: int) -> float:
+    """ROUGE-n: F1 of n-grams, counted as often as both hold them (Lin, 2004)."""
+    grams = [Counter(zip(*(words[start:] for start in range(n)), strict=False))
+             for words in (_words(prediction), _words(reference))]
+    return f_measure((grams[0] & grams[1]).total(), grams[0].total(), grams[1].total())
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L: F1 of the longest common subsequence of words (Lin, 2004)."""
+    words, reference_words = _words(prediction), _words(reference)
+    longest = [0] * (len(reference_words) + 1)  # with the words so far and each beginning of the reference
+    for word in words:
+        before = longest.copy()
+        for place, other in enumerate(reference_words):
+            longest[place + 1] = before[place] + 1 if word == other else max(before[place + 1], longest[place])
+    return f_measure(longest[-1], len(words), len(reference_words))
+
+
+def f_measure(common: int, predicted: int, wanted: int) -> float:
+    """The harmonic mean of common / predicted and common / wanted; 0 where nothing is common."""
+    return 2 * common / (predicted + wanted) if common else 0.0
+
+
+def best(score: Callable[[str], float], answers: Sequence[str]) -> float:
+    """The best score of any answer."""
+    if not answers:
+        raise DataError("there is no answer to compare with")
+    return max(map(score, answers))
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "contains": contains,
+    "f1": token_f1,
+    "first_word": first_word,
+    "stripped_match": stripped_match,
+    "marked_number": marked_number,
+    "last_number": last_number,
+    "marked_text": marked_text,
+    "rouge1": lambda text, answers: best(lambda answer: rouge_n(text, answer, 1), answers),
+    "rouge2": lambda text, answers: best(lambda answer: rouge_n(text, answer, 2), answers),
+    "rougeL": lambda text, answers: best(lambda answer: rouge_l(text, answer), answers),
+}
+
+
+def _overlap(words: Sequence[Hashable], others: Sequence[Hashable]) -> tuple[int, int, int]:
+    return (Counter(words) & Counter(others)).total(), len(words), len(others)
+
+
+def _words(text: str) -> list[str]:
+    """Runs of a-z and 0-9 in lower case, as the reference implementation of ROUGE takes them, without stemming."""
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _value(text: str | None) -> float | None:
+    try:
+        return float((text or "").replace(",", "").strip().strip("$%").rstrip("."))
+    except ValueError:
+        return None

@@ -1,0 +1,83 @@
+"""A model of ours as a candidate."""
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation.candidate import Candidate, Pair
+from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw
+from dlm_jax.evaluation.scoring import DrawRule, autoregressive_score, diffusion_score
+from dlm_jax.evaluation.writing import make_write
+from dlm_jax.hf import Pretrained
+from dlm_jax.sampling import SamplerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = False, release: bool = False,
+                   num_samples: int = 16, seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None) -> Candidate:
+    """A model as a diffusion model, or as an autoregressive one: scored exactly, writing the likeliest tokens.
+
+    Args:
+      release: score by the released rule, with `num_samples` its T, and with no BOS but the tokenizer's own.
+      num_samples: forward passes for each option of a diffusion model; fewer where they would repeat themselves.
+
+    Raises:
+      ConfigError: there is no tokenizer, no mask token for a diffusion model, no BOS or EOS to begin with, or an
+        autoregressive model was trained without the shift.
+    """
+    source, tokenizer, config = pretrained.source, pretrained.tokenizer, pretrained.model.config
+    if tokenizer is None:
+        raise ConfigError(f"{source} has no tokenizer; put its tokenizer files beside the weights")
+    if num_samples < 1:
+        raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
+    if autoregressive and not pretrained.shift:
+        raise ConfigError(f"{source} was trained without the shift, so its outputs do not predict the next token; "
+                          "evaluate it as a diffusion model")
+    if not autoregressive and pretrained.mask_token_id is None:
+        raise ConfigError(f"{source} records no mask token, which a diffusion model needs; name one with --mask_token, "
+                          "or evaluate it with --objective=autoregressive")
+    bos_token_id = next((token for token in (pretrained.bos_token_id, pretrained.eos_token_id)
+                         if token is not None and token < config.vocab_size), None)
+    if bos_token_id is None:
+        raise ConfigError(f"{source} has no BOS or EOS token to begin a text with; set bos_token in its "
+                          "tokenizer_config.json")
+    scored_from = None if release else bos_token_id  # the release has what its tokenizer puts there
+    if autoregressive:
+        score = autoregressive_score(pretrained.model, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
+    else:
+        rule = released_rule if release else bound_rule
+        score = diffusion_score(pretrained.model, rule(num_samples, seed), mask_token_id=pretrained.mask_token_id,
+                                shift=pretrained.shift, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
+    special = functools.partial(_encode, tokenizer, True)
+    write = make_write(pretrained.model, tokenizer,
+                       SamplerConfig(policy="autoregressive" if autoregressive else "confidence"),
+                       mask_token_id=pretrained.mask_token_id, bos_token_id=bos_token_id,
+                       eos_token_id=pretrained.eos_token_id, shift=pretrained.shift, seed=seed, batch_size=batch_size,
+                       mesh=mesh, keep_bos=not release or special("a")[0] == bos_token_id)
+    return Candidate(name, functools.partial(_encode, tokenizer, False), score, write, config.max_length,
+                     autoregressive, 0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95,
+                     special)
+
+
+def bound_rule(num_samples: int, seed: int) -> DrawRule:
+    """The bound's masks: the options of an item meet the same noise."""
+    return lambda pair: bound_draw(len(pair.continuation), num_samples, seed, pair.item)
+
+
+def released_rule(num_samples: int, seed: int) -> DrawRule:
+    """The release's masks, drawn afresh for every option."""
+
+    def draw(pair: Pair) -> Draw:
+        rng = np.random.default_rng([seed, pair.item, pair.option])
+        return release_draw(rng.random((num_samples, len(pair.continuation))))
+
+    return draw
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", special: bool, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]

@@ -1,0 +1,99 @@
+"""From records to a table: each model's means with their errors, and the paired difference from its parent."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dlm_jax.evaluation.run import Record
+from dlm_jax.evaluation.statistics import Difference, Mean, mean_of, paired_difference, ratio_of
+
+_SMALLER_IS_BETTER = ("nats_per_token", "bits_per_byte")
+
+
+def summarise(records: Sequence[Record], tasks: Sequence[str], models: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """For each task its metrics: {task: {"items", "models": {name: {metric: mean}}, "differences": {metric: ...}}}.
+
+    Means have the standard error over items; differences are of the first model minus the second, item by item.
+    """
+    result = {}
+    for task in tasks:
+        of_model = {name: [record["values"] for record in records
+                           if record["task"] == task and record["model"] == name] for name in models}
+        means = {name: _means(values) for name, values in of_model.items()}
+        result[task] = {"items": len(of_model[models[0]]),
+                        "models": {name: {metric: dataclasses.asdict(mean) for metric, mean in found.items()}
+                                   for name, found in means.items()}}
+        if len(models) > 1:
+            first, second = (_vectors(of_model[name]) for name in models[:2])
+            result[task]["differences"] = {
+                metric: dataclasses.asdict(paired_difference(first[metric], second[metric], seed))
+                for metric in first if metric in second}
+    return result
+
+
+def table(summary: dict[str, Any], models: Sequence[str], *, markdown: bool = False) -> str:
+    """One row a task and metric; shares in percent, with their standard errors."""
+    head = ["task", "metric", "items", *models]
+    head += [f"{models[0]} - {models[1]} (95 %)"] if len(models) > 1 else []
+    rows = [head]
+    for task, found in summary.items():
+        for metric in found["models"][models[0]]:
+            scale = 1 if metric in _SMALLER_IS_BETTER else 100
+            row = [task, metric.replace("_", " "), str(found["items"])]
+            row += [_mean(Mean(**found["models"][name][metric]), scale) for name in models]
+            if len(models) > 1:
+                difference = found["differences"].get(metric)
+                row.append(_difference(Difference(**difference), scale) if difference else "-")
+            rows.append(row)
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
+def markdown_report(result: dict[str, Any]) -> str:
+    """The table with what it takes to have it again."""
+    settings = "\n".join(f"- {name}: {value}" for name, value in result["settings"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (f"# Evaluation of {result['models'][0]}\n\n"
+            f"{table(result['tasks'], result['models'], markdown=True)}\n\n"
+            "Shares in percent, ± the standard error over items; differences are item by item, with the 95 % interval "
+            "of a bootstrap over items. For `nats per token` and `bits per byte` smaller is better, and a diffusion "
+            f"model's are upper bounds.\n\n## Settings\n\n{settings}\n- versions: {versions}\n")
+
+
+def _means(values: Sequence[dict[str, float]]) -> dict[str, Mean]:
+    columns = _columns(values)
+    if "nats" not in columns:
+        return {name: mean_of(column) for name, column in columns.items()}
+    return {"nats_per_token": ratio_of(columns["nats"], columns["tokens"]),
+            "bits_per_byte": ratio_of(columns["nats"] / math.log(2), columns["bytes"])}
+
+
+def _vectors(values: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
+    """What may be compared item by item: of texts the bits a byte, which do not depend on the tokenizer."""
+    columns = _columns(values)
+    if "nats" not in columns:
+        return columns
+    return {"bits_per_byte": columns["nats"] / math.log(2) / columns["bytes"].mean()}
+
+
+def _columns(values: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
+    return {name: np.array([value[name] for value in values], np.float64) for name in values[0]}
+
+
+def _mean(mean: Mean, scale: float) -> str:
+    digits = 1 if scale == 100 else 3
+    error = "" if mean.standard_error is None else f" ± {scale * mean.standard_error:.{digits}f}"
+    return f"{scale * mean.mean:.{digits}f}{error}"
+
+
+def _difference(found: Difference, scale: float) -> str:
+    digits = 1 if scale == 100 else 3
+    mean, low, high = (scale * value for value in (found.mean, found.low, found.high))
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"

@@ -1,0 +1,81 @@
+"""Rows of a task's local file, each with where it stands, for messages."""
+
+import csv
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from dlm_jax.data.records import BadRecord, BrokenSource, record_of
+from dlm_jax.data.sources import chunks, open_sources
+from dlm_jax.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt")
+
+
+class Row(NamedTuple):
+    """`fields` by name (a line of a .txt file is its `text`); `where` is the file and the line or row."""
+
+    fields: dict[str, Any]
+    where: str
+
+
+def read_rows(path: str) -> list[Row]:
+    """All rows of a file: .jsonl, .json, .parquet, .arrow, .csv, or .txt with a record a line; blank lines are skipped.
+
+    The labels that some tasks keep in a file beside it (valid.jsonl, valid-labels.lst) become the field `label`.
+
+    Raises:
+      DataError: there is no such file, it cannot be read, or a row is malformed.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise DataError(f"there is no file {path}")
+    reader = {".csv": _csv_rows, ".txt": _text_rows}.get(file.suffix.lower(), _record_rows)
+    try:
+        rows = list(reader(file))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    labels = file.with_name(f"{file.stem}-labels.lst")
+    if not labels.is_file() or any("label" in row.fields for row in rows):
+        return rows
+    values = labels.read_text().split()
+    if len(values) != len(rows):
+        raise DataError(f"{labels} has {len(values)} labels for the {len(rows)} rows of {file.name}")
+    return [Row({**row.fields, "label": value}, row.where) for row, value in zip(rows, values, strict=True)]
+
+
+def _record_rows(file: pathlib.Path) -> Iterator[Row]:
+    source, = open_sources([str(file)])
+    try:
+        for chunk in chunks(source):
+            for number, payload in enumerate(chunk.payloads, chunk.first):
+                where = chunk.where(number)
+                try:
+                    record = record_of(payload)
+                except BadRecord as error:
+                    raise DataError(f"{where}: {error}") from error
+                if record == "":
+                    continue
+                yield Row({"text": record} if isinstance(record, str) else record, where)
+    except BrokenSource as error:
+        raise DataError(str(error)) from error
+
+
+def _csv_rows(file: pathlib.Path) -> Iterator[Row]:
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            for fields in reader:
+                where = f"{file}, line {reader.line_num}"
+                if None in fields or None in fields.values():
+                    raise DataError(f"{where}: not as many values as the {len(reader.fieldnames)} columns of its head")
+                yield Row(fields, where)
+        except csv.Error as error:
+            raise DataError(f"{file}, line {reader.line_num}: not CSV ({error})") from error
+
+
+def _text_rows(file: pathlib.Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield Row({"text": line.rstrip("\n")}, f"{file}, line {number}")

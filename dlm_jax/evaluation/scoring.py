@@ -1,0 +1,138 @@
+"""Scores of continuations by a model of ours: all passes of all pairs in full batches of one compiled function."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.diffusion import token_nll
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation.candidate import Pair, Score
+from dlm_jax.evaluation.masks import Draw, everything
+from dlm_jax.models import Transformer
+from dlm_jax.parallel import array_sharding, batch_parts
+from dlm_jax.sampling import bucket
+
+DrawRule = Callable[[Pair], Draw]
+_HEAD_CHUNK = 8  # masked tokens of a row whose logits exist at one time
+
+
+class _Pass(NamedTuple):
+    """One forward pass: which pair, and where of its continuation masks lie, bool [length]."""
+
+    pair: int
+    masked: np.ndarray
+    weight: float
+
+
+def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int, shift: bool = True,
+                    bos_token_id: int | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> Score:
+    """A `Score` by masking: the sum of `draw(pair)`'s passes, bidirectional attention, the context never masked.
+
+    A pair's score does not depend on the other pairs or the batch size.
+
+    Args:
+      draw: `masks.bound_draw` for the bound, `masks.release_draw` for the release's score.
+      bos_token_id: stands before every context; None: nothing does, and position 0 is the context's own first token.
+      mesh: splits a batch over devices.
+    """
+    return functools.partial(_score, model, draw, mask_token_id=mask_token_id, shift=shift, bos_token_id=bos_token_id,
+                             batch_size=batch_size, mesh=mesh)
+
+
+def autoregressive_score(model: Transformer, *, bos_token_id: int | None = None, batch_size: int = 16,
+                         mesh: Mesh | None = None) -> Score:
+    """A `Score` that is exact: one pass under causal attention; arguments as in `diffusion_score`."""
+    return functools.partial(_score, model, lambda pair: everything(len(pair.continuation)), mask_token_id=None,
+                             shift=True, bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
+
+
+def _score(model: Transformer, draw: DrawRule, pairs: Sequence[Pair], *, mask_token_id: int | None, shift: bool,
+           bos_token_id: int | None, batch_size: int, mesh: Mesh | None) -> np.ndarray:
+    """float64 [pairs] in nats; no mask token: causal."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    head = () if bos_token_id is None else (bos_token_id,)
+    rows = [np.array([*head, *pair.context, *pair.continuation], np.int32) for pair in pairs]
+    for row, pair in zip(rows, pairs, strict=True):
+        _check(row, pair, model.config.max_length)
+    width = [bucket(len(row), model.config.max_length) for row in rows]
+    passes = [_Pass(number, *found) for number, pair in enumerate(pairs)
+              for found in zip(*draw(pair), strict=True)]
+    # Batch mates are alike in their width, one compiled shape, and in how many tokens the head works on.
+    passes.sort(key=lambda one: (width[one.pair], one.masked.sum()), reverse=True)
+    graphdef, params = nnx.split(model)
+    parts = 1 if mesh is None else batch_parts(mesh)
+    batch_size = -(-batch_size // parts) * parts
+    scores = np.zeros(len(pairs))
+    waiting: list[tuple[list[_Pass], jax.Array]] = []
+    for batch in _batches(passes, width, batch_size):
+        arrays = _arrays([(rows[one.pair], one.masked) for one in batch], width[batch[0].pair], batch_size,
+                         mask_token_id)
+        arrays = jax.tree.map(jnp.asarray, arrays) if mesh is None else jax.device_put(
+            arrays, array_sharding(mesh, "batch"))
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            nll = _nll(graphdef, params, *arrays, causal=mask_token_id is None, shift=shift)
+        waiting.append((batch, nll))  # the next batch is made while this one runs
+        if len(waiting) > 1:
+            _add(scores, *waiting.pop(0))
+    for batch, nll in waiting:
+        _add(scores, batch, nll)
+    return scores
+
+
+def _check(row: np.ndarray, pair: Pair, max_length: int) -> None:
+    where = f"item {pair.item}, option {pair.option}"
+    if not pair.continuation:
+        raise DataError(f"{where}: the continuation has no token to score")
+    if len(row) == len(pair.continuation):
+        raise DataError(f"{where}: nothing stands before the continuation, whose first token nothing predicts; give "
+                        "the model a BOS token or the item a context")
+    if len(row) > max_length:
+        raise DataError(f"{where}: {len(row)} tokens, and the model takes at most {max_length}; shorten the context")
+
+
+def _batches(passes: Sequence[_Pass], width: Sequence[int], batch_size: int) -> list[list[_Pass]]:
+    """Neighbours of one width, `batch_size` at most."""
+    batches: list[list[_Pass]] = []
+    for one in passes:
+        if not batches or len(batches[-1]) == batch_size or width[batches[-1][0].pair] != width[one.pair]:
+            batches.append([])
+        batches[-1].append(one)
+    return batches
+
+
+def _arrays(rows: Sequence[tuple[np.ndarray, np.ndarray]], width: int, batch_size: int,
+            mask_token_id: int | None) -> tuple[np.ndarray, ...]:
+    """Noised tokens, clean tokens, where is scored [batch, width]; lengths [batch]. Rows left over score nothing."""
+    targets = np.zeros((batch_size, width), np.int32)
+    wanted = np.zeros((batch_size, width), bool)
+    lengths = np.ones(batch_size, np.int32)
+    for number, (row, masked) in enumerate(rows):
+        targets[number, : len(row)] = row
+        wanted[number, len(row) - len(masked) : len(row)] = masked
+        lengths[number] = len(row)
+    tokens = targets if mask_token_id is None else np.where(wanted, mask_token_id, targets).astype(np.int32)
+    return tokens, targets, wanted, lengths
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "causal", "shift"))
+def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, wanted: jax.Array,
+         lengths: jax.Array, *, causal: bool, shift: bool) -> jax.Array:
+    """Each row's cross-entropy summed over where it is wanted, float32 [batch]."""
+    model = nnx.merge(graphdef, params)
+    attention = AttentionMask.causal() if causal else AttentionMask.bidirectional()
+    hidden = model.hidden(tokens, attention.with_lengths(lengths))
+    return token_nll(hidden, model.unembed, targets, wanted, shift=shift, chunk_size=_HEAD_CHUNK).sum(axis=1)
+
+
+def _add(scores: np.ndarray, batch: Sequence[_Pass], nll: jax.Array) -> None:
+    found = np.asarray(nll, np.float64)[: len(batch)]
+    np.add.at(scores, [one.pair for one in batch], found * [one.weight for one in batch])

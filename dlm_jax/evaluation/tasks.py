@@ -1,0 +1,162 @@
+"""The tasks by name: where a row comes from, what is asked, and how an answer is judged.
+
+Two protocols ask the same questions. `default` is the one to trust. `release` does what the released scripts do, for
+comparison with the paper (arXiv 2410.17891):
+
+  prompts       HellaSwag's endings have no space before them, PIQA's two; WinoGrande scores the option and the rest
+                with no space between; SQuAD's prompt says "Quesion"; a lone space ends the prompts of questions
+  tokens        prompt and option are tokenised apart; a tokenizer with BOS puts one before each option of HellaSwag
+                and PIQA, which is then scored; without BOS nothing stands at position 0 but the prompt
+  scores        the unweighted mean cross-entropy of T = 32 maskings, drawn afresh for every option (masks.release_draw)
+  writing       as many tokens as the reference has; for GSM8K a canvas of 256; temperature 1 (SQuAD, TriviaQA,
+                LAMBADA), 0.95 or for LLaMA 0.9 (ROCStories), none (GSM8K)
+  parents       the sum of log-probabilities for PIQA and SIQA, their mean for HellaSwag and WinoGrande, where a space
+                follows the option; as many tokens in a gap as the reference has characters
+  items         the first 2000 of SQuAD, the first 1000 of ROCStories
+
+Not done as the released scripts do it: writing is by our confidence policy, which ranks masked positions only and so
+reveals as many as scheduled; what `eval-diffugpt.py` does when run whole, where LAMBADA's settings stay in force (T = 1
+for multiple choice and gaps), is had by `--num_samples=1` for multiple choice only. How its LAMBADA prompt ends and how
+the parent writes under it could not be checked.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from dlm_jax.data.records import BadRecord
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation import items
+from dlm_jax.evaluation.items import Fields, Item
+from dlm_jax.evaluation.rows import SUFFIXES, Row, read_rows
+
+PROTOCOLS = ("default", "release")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+      kind: "choice" scores options, "write" continues a prompt, "infill" writes between two texts, "text" scores all.
+      read: from the fields of a row, and whether the protocol is `release`, to an item.
+      metrics: names in `metrics.METRICS` for tasks that write, the one that counts first.
+      release_metrics: the same as the released scripts have them.
+      lengths: how many tokens may be written, fewest and most.
+      cut: what of a text is judged: "line" its first, "sentence" its first, "all".
+      folders: folders of a data directory, or names of files in it, where it may lie.
+      splits: words of the file's name, the best first.
+      flatten: from a row to the rows it holds.
+      release_limit: how many items the released scripts take.
+      release_steps, release_temperature: how they write; None for LLaMA's 0.9 and others' 0.95.
+      release_normalised: whether their score of the parent is a mean.
+      release_bos: whether the tokenizer's BOS stands before the option as well.
+    """
+
+    name: str
+    kind: Literal["choice", "write", "infill", "text"]
+    read: Callable[[Fields, bool], Item]
+    metrics: tuple[str, ...] = ()
+    release_metrics: tuple[str, ...] = ()
+    lengths: tuple[int, int] = (1, 1)
+    cut: Literal["line", "sentence", "all"] = "line"
+    folders: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("validation", "valid", "val", "dev", "test")
+    flatten: Callable[[Fields], Iterator[Fields]] | None = None
+    num_shots: int = 0
+    release_limit: int | None = None
+    release_steps: int | None = None
+    release_temperature: float | None = 1.0
+    release_normalised: bool = False
+    release_bos: bool = False
+
+
+_TASKS = (
+    Task("hellaswag", "choice", items.hellaswag, release_normalised=True, release_bos=True),
+    Task("winogrande", "choice", items.winogrande, release_normalised=True),
+    Task("piqa", "choice", items.piqa, release_bos=True),
+    Task("siqa", "choice", items.siqa, folders=("siqa", "social_i_qa", "socialiqa")),
+    Task("lambada", "write", items.lambada, ("first_word",), ("stripped_match",), lengths=(1, 8), splits=("test",)),
+    Task("triviaqa", "write", items.triviaqa, ("exact_match", "f1", "contains"), ("contains", "f1"), lengths=(1, 16),
+         folders=("triviaqa", "trivia_qa")),
+    Task("squad", "write", items.squad, ("exact_match", "f1", "contains"), ("contains", "f1"), lengths=(1, 24),
+         flatten=items.squad_questions, release_limit=2000),
+    Task("gsm8k", "write", items.gsm8k, ("marked_number", "last_number"), ("marked_text",), lengths=(1, 256),
+         cut="all", splits=("test",), release_steps=64, release_temperature=0.0),
+    Task("gsm8k_icot", "write", items.gsm8k_symbolic, ("marked_number", "last_number"), ("marked_text",),
+         lengths=(1, 128), cut="all", splits=("test",), release_steps=64, release_temperature=0.0),
+    Task("rocstories", "infill", items.rocstories, ("rouge1", "rouge2", "rougeL"), ("rouge1", "rouge2", "rougeL"),
+         lengths=(4, 20), cut="sentence", folders=("rocstories", "rocstories_cloze"), release_limit=1000,
+         release_steps=32, release_temperature=None),
+    Task("text", "text", items.text),
+)
+TASKS = {task.name: task for task in _TASKS}
+
+
+def find_task(name: str) -> Task:
+    """The task of a name.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def find_file(task: Task, data_dir: str, splits: Sequence[str] | None = None) -> str:
+    """The task's file in a data directory: DIR/TASK.jsonl, or the one in DIR/TASK/ whose name has a word of `splits`.
+
+    Raises:
+      DataError: there is none, or several that suit equally well.
+    """
+    splits, folder = splits or task.splits, pathlib.Path(data_dir)
+    names = task.folders or (task.name,)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {data_dir}; name the one that holds the tasks' files with --data_dir")
+    files = [path for name in names for path in [*folder.glob(f"{name}.*"), *(folder / name).glob("*")]
+             if path.suffix.lower() in SUFFIXES and path.name not in ("SOURCE.txt", "README.txt")]
+    for split in splits:
+        if found := sorted(str(path) for path in files if split in path.stem.lower().replace("-", "_").split("_")):
+            return _only(task, found)
+    whole = [str(path) for path in files if "train" not in path.stem.lower()]
+    if whole and splits is task.splits:
+        return _only(task, sorted(whole))
+    places = " or ".join(f"{folder / name}" for name in names)
+    raise DataError(f"no file of the task {task.name} at {places} ({', '.join(SUFFIXES)}; of {', '.join(splits)}); "
+                    f"name it with --data_files {task.name}=FILE")
+
+
+def load_items(task: Task, path: str, *, release: bool = False, limit: int | None = None) -> list[Item]:
+    """The first `limit` items of a file, under the protocol `release` no more than the released scripts take.
+
+    Raises:
+      DataError: the file cannot be read, a row is malformed (its file and line are named), or there is no item.
+    """
+    most = min((n for n in (limit, task.release_limit if release else None) if n is not None), default=None)
+    found = list(itertools.islice((item for row in read_rows(path) for item in _items(task, row, release)), most))
+    if not found:
+        raise DataError(f"{path} has no items for the task {task.name}")
+    return found
+
+
+def shots_prefix(shown: Sequence[Item]) -> str:
+    """Examples that stand before every prompt, blank lines between."""
+    return "".join(item.shown.strip() + "\n\n" for item in shown)
+
+
+def _items(task: Task, row: Row, release: bool) -> Iterator[Item]:
+    try:
+        for fields in task.flatten(row.fields) if task.flatten else [row.fields]:
+            yield task.read(fields, release)
+    except BadRecord as error:
+        raise DataError(f"{row.where}: {error}, for the task {task.name}") from error
+
+
+def _only(task: Task, found: Sequence[str]) -> str:
+    if len(found) > 1:
+        raise DataError(f"several files may be the task {task.name}: {', '.join(found)}; name one with --data_files "
+                        f"{task.name}=FILE")
+    return found[0]

@@ -1,0 +1,105 @@
+"""Writing by a model of ours: at the end of a prompt or between two texts, in batches of one shape."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dlm_jax.diffusion import example_keys
+from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation.candidate import Blank, Write
+from dlm_jax.evaluation.gap_length import settle_lengths
+from dlm_jax.models import Transformer
+from dlm_jax.parallel import array_sharding, batch_parts
+from dlm_jax.sampling import SamplerConfig, Task, make_canvas, sample
+from dlm_jax.sampling.text import Piece, decode, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config: SamplerConfig, *,
+               mask_token_id: int | None, bos_token_id: int, eos_token_id: int | None, shift: bool = True,
+               seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None, keep_bos: bool = True) -> Write:
+    """A `Write` by sampling. Prompts that are too long lose their beginning; what follows an end of text is cut off.
+
+    A blank's text is a function of the seed and its item, never of the other blanks or the batch size. Of several
+    lengths `evaluation.gap_length` settles the one that suits the text behind, and the longest is taken where none is.
+
+    Args:
+      keep_bos: whether BOS stands at position 0; else it is the prompt's first token that is context there.
+
+    Raises:
+      ConfigError: a text stands behind a blank and the policy goes from left to right.
+      DataError: the texts around a blank do not fit the model.
+    """
+    encoder = functools.partial(encode, tokenizer, bos_token_id=bos_token_id)
+
+    def in_use() -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+    def write(blanks: Sequence[Blank], *, temperature: float, num_steps: int | None) -> list[str]:
+        settings = {"temperature": temperature}
+        if config.policy != "autoregressive":
+            settings["num_steps"] = num_steps
+        pieces: list[list[Piece]] = [[blank.before, blank.lengths, blank.after] if blank.after
+                                     else [blank.before, blank.lengths[-1]] for blank in blanks]
+        with in_use():
+            pieces = _settled(pieces, lambda texts: settle_lengths(
+                model, texts, encoder, mask_token_id=mask_token_id, shift=shift, batch_size=batch_size))
+        rows, gaps = [], []
+        for piece in pieces:
+            row, (gap,) = encoder(piece)
+            surplus = max(len(row) - model.config.max_length, 0) if len(piece) == 2 else 0
+            if surplus >= gap.start and surplus:
+                raise ConfigError(f"{len(gap)} new tokens leave no room for a prompt in the {model.config.max_length} "
+                                  "tokens that the model takes")
+            first = 0 if keep_bos or gap.start == 1 else 1
+            rows.append([*row[first:1], *row[1 + surplus :]])
+            gaps.append(range(gap.start - surplus - first, gap.stop - surplus - first))
+        filled = fill(rows, blanks, dataclasses.replace(config, **settings))
+        texts = [decode(tokenizer, piece, [gap], row, eos_token_id if len(piece) == 2 else None)
+                 for piece, gap, row in zip(pieces, gaps, filled, strict=True)]
+        return [text[len(piece[0]) : len(text) - len(piece[2]) if len(piece) > 2 else None]
+                for text, piece in zip(texts, pieces, strict=True)]
+
+    def fill(rows: Sequence[Sequence[int]], blanks: Sequence[Blank], config: SamplerConfig) -> list[np.ndarray]:
+        canvas = make_canvas(rows, model.config.max_length)
+        keys = example_keys(seed, jnp.array([blank.item for blank in blanks], jnp.uint32))
+        parts = 1 if mesh is None else batch_parts(mesh)
+        size = -(-batch_size // parts) * parts
+        result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
+        # An infilling has text behind it, a continuation has none: two programs.
+        for behind in (False, True):
+            task = Task(config, mask_token_id, shift, eos_token_id, stop_at_eos=not behind and eos_token_id is not None)
+            members = np.array([i for i, blank in enumerate(blanks) if bool(blank.after) == behind], int)
+            members = members[np.argsort(canvas.lengths[members], kind="stable")]
+            for start in range(0, len(members), size):
+                chosen = np.resize(members[start : start + size], size)  # the last batch repeats rows
+                part = canvas.take(chosen)
+                arrays = part.tokens, part.fixed, part.lengths, keys[chosen]
+                if mesh is not None:
+                    arrays = jax.device_put(arrays, array_sharding(mesh, "batch"))
+                with in_use():
+                    filled = sample(model, *arrays, task).tokens
+                for i, row in zip(chosen, np.asarray(filled), strict=True):
+                    result[i] = row
+        return result
+
+    return write
+
+
+def _settled(pieces: list[list[Piece]], settle: Callable[[list[list[Piece]]], list[list[Piece]]]) -> list[list[Piece]]:
+    """The pieces, ranges of one length as that length and others settled."""
+    pieces = [[piece[0] if isinstance(piece, range) and len(piece) == 1 else piece for piece in text]
+              for text in pieces]
+    open_ = [number for number, text in enumerate(pieces) if any(isinstance(piece, range) for piece in text)]
+    for number, text in zip(open_, settle([pieces[number] for number in open_]) if open_ else [], strict=True):
+        pieces[number] = text
+    return pieces

@@ -1,0 +1,78 @@
+"""The rules of masking: each against the law it must have, and the estimator against the enumerated bound."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.special import beta
+
+from dlm_jax.evaluation.masks import bound_draw, everything, release_draw
+
+
+def values_of(length, seed=0):
+    """What a pass that masks a set finds, any function of the set: [2**length] by the set's bits."""
+    return np.random.default_rng(seed).gamma(2.0, size=2**length) * [bin(code).count("1") for code in range(2**length)]
+
+
+def score(draw, values):
+    return float(draw.weights @ values[draw.masked @ (1 << np.arange(draw.masked.shape[1]))])
+
+
+def enumerated(values, length):
+    """The integral over t of 1/t times the expectation over masks of rate t: Beta functions."""
+    sizes = np.array([bin(code).count("1") for code in range(2**length)])
+    return sum(beta(size, length - size + 1) * value for size, value in zip(sizes, values, strict=True) if size)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_few_tokens_give_the_bound_exactly(length):
+    values = values_of(length)
+    assert score(bound_draw(length, 16, 0, 0), values) == pytest.approx(enumerated(values, length))
+
+
+@pytest.mark.parametrize(("length", "num_samples"), [(5, 1), (5, 3), (7, 16), (4, 8)])
+def test_more_tokens_give_it_without_bias(length, num_samples):
+    values = values_of(length)
+    found = [score(bound_draw(length, num_samples, 1, item), values) for item in range(4000)]
+    assert abs(np.mean(found) - enumerated(values, length)) < 4 * np.std(found) / len(found) ** 0.5
+
+
+def test_tokens_are_masked_about_equally_often():
+    for item in range(20):
+        draw = bound_draw(40, 16, 0, item)
+        assert np.ptp(draw.masked.sum(axis=0)) <= 1
+        assert draw.masked.any(axis=1).all()
+        assert len(np.unique(draw.masked, axis=0)) == len(draw.masked) <= 16
+
+
+def test_masks_depend_on_seed_item_and_length_alone():
+    first, again = bound_draw(20, 8, 3, 5), bound_draw(20, 8, 3, 5)
+    np.testing.assert_array_equal(first.masked, again.masked)
+    others = bound_draw(20, 8, 4, 5), bound_draw(20, 8, 3, 6)
+    assert all(other.masked.shape != first.masked.shape or (other.masked != first.masked).any() for other in others)
+
+
+def test_the_released_rule_step_by_step():
+    uniform = np.random.default_rng(0).random((32, 3))
+    total = 0.0
+    values = values_of(3)
+    for t, row in zip(range(32, 0, -1), uniform, strict=True):
+        masked = [position for position in range(3) if row[position] < t / 32]
+        if masked:  # a step that masks nothing counts as 0
+            total += values[sum(1 << position for position in masked)] / len(masked)
+    assert score(release_draw(uniform), values) == pytest.approx(total / 32)
+    assert len(release_draw(uniform).masked) < 32
+
+
+def test_a_causal_model_needs_one_pass():
+    assert everything(3).masked.tolist() == [[True] * 3] and everything(3).weights.tolist() == [1]
+
+
+def test_windows_of_a_random_circle_are_uniform_subsets():
+    count = dict.fromkeys(itertools.combinations(range(5), 2), 0)
+    for item in range(3000):
+        draw = bound_draw(5, 10, 0, item)
+        for row in draw.masked[draw.masked.sum(axis=1) == 2]:
+            count[tuple(np.flatnonzero(row))] += 1
+    observed = np.array(list(count.values()))
+    assert observed.min() > 0.85 * observed.mean() and observed.max() < 1.15 * observed.mean()

@@ -1,0 +1,48 @@
+"""Each metric against values worked out by hand, and ROUGE against the reference package."""
+
+import random
+
+import pytest
+
+from dlm_jax.evaluation.metrics import METRICS, rouge_l, rouge_n
+
+
+@pytest.mark.parametrize(("name", "text", "answers", "value"), [
+    ("exact_match", "The Eiffel Tower!", ["eiffel tower"], 1),
+    ("exact_match", "Eiffel", ["eiffel tower", "tower"], 0),
+    ("contains", "It is the Onion, I think", ["leek", "an onion"], 1),
+    ("contains", "It is", ["onion"], 0),
+    ("f1", "the quick brown fox", ["a brown dog", "no"], 2 * 1 / (3 + 2)),  # quick brown fox, brown dog
+    ("f1", "x x y", ["x y y"], 2 * 2 / 6),
+    ("f1", "nothing", ["else"], 0),
+    ("first_word", " signs, and more", ["signs"], 1),
+    ("first_word", "sign s", ["signs"], 0),
+    ("first_word", "  ", ["signs"], 0),
+    ("stripped_match", " signs ", ["signs"], 1),
+    ("stripped_match", "signs.", ["signs"], 0),
+    ("marked_number", "so 3*6\n#### $1,800.0", ["1800"], 1),
+    ("marked_number", "so 18", ["18"], 0),
+    ("marked_number", "#### many", ["18"], 0),
+    ("last_number", "3 and then 1,800.", ["1800"], 1),
+    ("last_number", "18 or -18", ["18"], 0),
+    ("marked_text", "a #### 1,800", ["1800"], 1),
+    ("marked_text", "a #### 1800.0", ["1800"], 0),
+    ("rouge1", "The cat sat.", ["the cat was here"], 2 * 2 / 7),
+    ("rouge2", "The cat sat.", ["the cat was here"], 2 * 1 / 5),
+    ("rougeL", "the dog and the cat", ["the cat and the dog"], 2 * 3 / 10),  # the, and, the
+    ("rougeL", "...", ["the cat"], 0),
+])
+def test_by_hand(name, text, answers, value):
+    assert METRICS[name](text, answers) == pytest.approx(value)
+
+
+def test_rouge_is_that_of_the_reference_package():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed")
+    reference = scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    rng = random.Random(0)
+    words = "the a cat Cat sat, on. mat-mat it's 3rd über & 's".split()
+    for _ in range(300):
+        text, gold = (" ".join(rng.choices(words, k=rng.randint(0, 12))) for _ in range(2))
+        expected = reference.score(gold, text)
+        found = rouge_n(text, gold, 1), rouge_n(text, gold, 2), rouge_l(text, gold)
+        assert found == pytest.approx([expected[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")])

@@ -1,0 +1,163 @@
+"""Tasks on scripted models: every number of the table by hand, and a run that is stopped."""
+
+import math
+
+import pytest
+
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation.candidate import Candidate, Pair
+from dlm_jax.evaluation.items import Item
+from dlm_jax.evaluation.report import markdown_report, summarise, table
+from dlm_jax.evaluation.run import Job, blank_of, cut, pairs_of, run
+from dlm_jax.evaluation.tasks import TASKS
+
+WORDS = ["<bos>"]
+
+
+def encode(text):
+    """A token for each word with the space before it; "ab" is one token wherever it stands."""
+    words = text.replace(" ", "\0 ").split("\0")
+    for word in words:
+        if word and word not in WORDS:
+            WORDS.append(word)
+    return [WORDS.index(word) for word in words if word]
+
+
+def scripted(name, cost, **settings):
+    """A model that finds a continuation as unlikely as `cost` says of its text."""
+    def score(pairs):
+        return [cost("".join(WORDS[token] for token in pair.continuation)) for pair in pairs]
+
+    return Candidate(name, encode, score, **settings)
+
+
+def choice(*options, gold=0):
+    return Item(tuple(("Q:", f" {option}") for option in options), gold=gold)
+
+
+ITEMS = [choice("aa", "bbbbbb", gold=0), choice("c", "dd", gold=1), choice("e", "ff", gold=0)]
+JOB = Job(TASKS["piqa"], ITEMS)
+
+
+def test_accuracies_by_hand():
+    short, even = scripted("short", len), scripted("even", lambda text: len(text) ** 0.5)
+    records = run([JOB], [short, even])
+    assert [record["picks"] for record in records[:3]] == [[0, 0], [0, 0], [0, 0]]
+    assert [record["picks"] for record in records[3:]] == [[0, 1], [0, 1], [0, 1]]
+    found = summarise(records, ["piqa"], ["short", "even"])["piqa"]
+    assert found["items"] == 3
+    assert found["models"]["short"]["accuracy"]["mean"] == pytest.approx(2 / 3)
+    assert found["models"]["short"]["accuracy"]["standard_error"] == pytest.approx((2 / 9 / 2) ** 0.5)
+    assert found["models"]["even"]["accuracy_normalised"]["mean"] == pytest.approx(1 / 3)
+    assert found["differences"]["accuracy"]["mean"] == found["differences"]["accuracy"]["standard_error"] == 0
+    difference = found["differences"]["accuracy_normalised"]  # 1, -1, 1
+    assert difference["mean"] == pytest.approx(1 / 3)
+    assert difference["standard_error"] == pytest.approx(((2 * (2 / 3) ** 2 + (4 / 3) ** 2) / 2 / 3) ** 0.5)
+    assert difference["low"] == -1 and difference["high"] == 1
+    lines = table({"piqa": found}, ["short", "even"]).splitlines()
+    assert lines[1].split() == "piqa accuracy 3 66.7 ± 33.3 66.7 ± 33.3 +0.0 [+0.0, +0.0]".split()
+
+
+def test_the_release_takes_means_for_two_tasks_and_sums_for_the_others():
+    parent = scripted("parent", lambda text: 10.0 - text.count(" w"), autoregressive=True)
+    item = Item((("Q:", " v"), ("Q:", " w w")), gold=1)
+    for name, values in (("hellaswag", {"accuracy": 1.0}), ("piqa", {"accuracy": 1.0})):
+        assert run([Job(TASKS[name], [item])], [parent], release=True)[0]["values"] == values
+    long = scripted("parent", lambda text: 3.0 * text.count(" "), autoregressive=True)
+    item = Item((("Q:", " v"), ("Q:", " w w")), gold=0)
+    assert run([Job(TASKS["piqa"], [item])], [long], release=True)[0]["picks"] == [0]
+    costly = scripted("parent", lambda text: 2.0 + text.count(" "), autoregressive=True)
+    assert run([Job(TASKS["hellaswag"], [item])], [costly], release=True)[0]["picks"] == [1]  # 4 / 2 < 3 / 1
+
+
+def test_writing_by_hand():
+    def write(blanks, *, temperature, num_steps):
+        assert (temperature, num_steps) == (0.0, 5)
+        return [{"one": " signs, more\nsigns", "two": "\n\nsign"}[blank.before] for blank in blanks]
+
+    items = [Item(prompt=prompt, answers=("signs",), solution=" signs") for prompt in ("one", "two")]
+    records = run([Job(TASKS["lambada"], items)], [Candidate("written", encode, write=write)], num_steps=5)
+    assert [record["values"]["first_word"] for record in records] == [1, 0]
+    assert [record["prediction"] for record in records] == ["signs, more", "sign"]
+
+
+def test_a_left_to_right_model_sees_nothing_behind_a_gap_and_its_first_sentence_counts():
+    seen = []
+
+    def write(blanks, **settings):
+        seen.extend(blanks)
+        return ['He ran. He sat. "']
+
+    item = Item(prompt="One. ", suffix=" Four.", answers=("He ran!",), solution="He ran!")
+    parent = Candidate("parent", encode, write=write, autoregressive=True)
+    record, = run([Job(TASKS["rocstories"], [item])], [parent])
+    assert seen[0].after == "" and list(seen[0].lengths) == [20]
+    assert record["prediction"] == "He ran." and record["values"] == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
+    assert blank_of(Candidate("model", encode), TASKS["rocstories"], item, 0).lengths == range(4, 21)
+    assert blank_of(Candidate("model", encode), TASKS["rocstories"], item, 0, release=True).lengths == range(2, 3)
+    assert blank_of(parent, TASKS["rocstories"], item, 0, release=True).lengths == range(7, 8)
+    assert cut('"Go!" he said.', "sentence") == '"Go!"'
+
+
+def test_text_is_cut_where_the_model_ends_and_counted_in_bytes_and_tokens():
+    model = scripted("model", lambda text: math.log(2) * text.count("x"), max_length=3)
+    job = Job(TASKS["text"], [Item(options=(("", "x x x x x"),)), Item(options=(("", "é"),))])
+    records = run([job], [model])
+    assert [list(map(len, pairs)) for pairs in [pairs_of(model, job.task, job.items[0], 0)]] == [[4, 4, 4]]
+    assert records[0]["values"] == {"nats": pytest.approx(5 * math.log(2)), "tokens": 5, "bytes": 9}
+    found = summarise(records, ["text"], ["model"])["text"]["models"]["model"]
+    assert found["bits_per_byte"]["mean"] == pytest.approx(5 / 11)
+    assert found["nats_per_token"]["mean"] == pytest.approx(5 * math.log(2) / 6)
+
+
+def test_context_and_continuation_are_parted_where_the_text_is():
+    def merging(text):  # "b c" is one token, as a tokenizer may have it
+        return encode(text.replace("b c", "b_c"))
+
+    plain = pairs_of(Candidate("model", encode), TASKS["piqa"], choice("c", "d"), 4, prefix="A b ")
+    assert [WORDS[token] for token in plain[0].context] == ["A", " b", " Q:"]
+    assert plain[1] == Pair(plain[0].context, tuple(encode(" d")), 4, 1)
+    item = Item((("a b", " c d"),))
+    pair, = pairs_of(Candidate("model", merging), TASKS["piqa"], item, 0)
+    assert [WORDS[token] for token in pair.continuation] == [" b_c", " d"]
+    pair, = pairs_of(Candidate("model", merging), TASKS["piqa"], item, 0, release=True)
+    assert [WORDS[token] for token in pair.continuation] == [" c", " d"]
+
+
+def test_bos_before_an_option_is_the_releases_for_two_tasks():
+    model = Candidate("model", encode, encode_special=lambda text: [0, *encode(text)])
+    for name, expected in (("hellaswag", (0, *encode(" v"))), ("siqa", tuple(encode(" v")))):
+        pair, = pairs_of(model, TASKS[name], Item((("Q:", " v"),)), 0, release=True)
+        assert pair.continuation == expected and pair.context[0] == 0
+
+
+def test_a_context_that_is_too_long_loses_its_beginning():
+    model = Candidate("model", encode, max_length=5)
+    pair, = pairs_of(model, TASKS["piqa"], Item((("a b c d", " e f"),)), 0)
+    assert pair.context == tuple(encode(" c d"))
+    with pytest.raises(DataError, match="piqa, item 3, option 0 has 5 tokens to score, and model takes at most 5"):
+        pairs_of(model, TASKS["piqa"], Item((("a", " b c d e f"),)), 3)
+    with pytest.raises(DataError, match="has no token to score"):
+        pairs_of(model, TASKS["piqa"], Item((("a", ""),)), 3)
+
+
+@pytest.mark.parametrize("done", [0, 1, 4, 6, 9, 12])
+def test_a_stopped_run_goes_on_and_gives_the_same(done):
+    calls, models = [], [scripted("a", len), scripted("b", lambda text: -len(text))]
+    jobs = [JOB, Job(TASKS["hellaswag"], ITEMS)]
+    whole = run(jobs, models, chunk_size=2)
+    again = run(jobs, models, chunk_size=2, done=whole[:done], add=calls.append)
+    assert again == whole
+    assert [record for records in calls for record in records] == whole[done:]
+
+
+def test_a_model_that_cannot_do_a_task_is_refused_before_any_work():
+    with pytest.raises(ConfigError, match="mute cannot write, which the task lambada asks for"):
+        run([JOB, Job(TASKS["lambada"], [Item(prompt="a", answers=("b",))])], [scripted("mute", len)])
+
+
+def test_a_page_says_what_it_rests_on():
+    records = run([JOB], [scripted("a", len)])
+    page = markdown_report({"models": ["a"], "settings": {"seed": 3}, "versions": {"jax": "1"},
+                            "tasks": summarise(records, ["piqa"], ["a"])})
+    assert "| piqa | accuracy | 3 | 66.7 ± 33.3 |" in page and "- seed: 3" in page and "jax 1" in page

@@ -1,0 +1,163 @@
+"""Rows of files as items: the original fields of every task, both protocols, and what is said of bad input."""
+
+import csv
+import json
+
+import pytest
+
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation.tasks import TASKS, find_file, find_task, load_items, shots_prefix
+
+HELLASWAG = {"activity_label": "Cooking", "ctx_a": "A man [header] stirs.", "ctx_b": "he", "label": "1",
+             "endings": ["sleeps [step] well.", "eats."]}
+WINOGRANDE = {"sentence": "Ann beat Eve so _ was glad.", "option1": "Ann", "option2": "Eve", "answer": "1"}
+SQUAD = {"context": "Rome fell.", "question": "What fell?",
+         "answers": {"text": ["Rome", "Rome", "It"], "answer_start": [0]}}
+
+
+def items_of(tmp_path, name, *rows, release=False):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_items(find_task(name), str(path), release=release)
+
+
+@pytest.mark.parametrize(("name", "row", "options", "released"), [
+    ("hellaswag", HELLASWAG,
+     [("Cooking: A man stirs. He", " sleeps well."), ("Cooking: A man stirs. He", " eats.")],
+     [("Cooking: A man stirs. He", "sleeps well."), ("Cooking: A man stirs. He", "eats.")]),
+    ("winogrande", WINOGRANDE,
+     [("Ann beat Eve so Ann", " was glad."), ("Ann beat Eve so Eve", " was glad.")],
+     [("Ann beat Eve so ", "Annwas glad."), ("Ann beat Eve so ", "Evewas glad.")]),
+    ("piqa", {"goal": "Cut it?", "sol1": "Saw.", "sol2": "Sew.", "label": 0},
+     [("Question: Cut it?\nAnswer:", " Saw."), ("Question: Cut it?\nAnswer:", " Sew.")],
+     [("Question: Cut it?\nAnswer: ", " Saw."), ("Question: Cut it?\nAnswer: ", " Sew.")]),
+    ("siqa", {"context": "Al ran.", "question": "Why?", "answerA": "fun", "answerB": "fear", "answerC": "no",
+              "label": "2"},
+     [("Question: Al ran. Why?\nAnswer:", f" {answer}") for answer in ("fun", "fear", "no")],
+     [("Question: Al ran. Why?\nAnswer: ", answer) for answer in ("fun", "fear", "no")]),
+])
+def test_options_of_the_original_fields(tmp_path, name, row, options, released):
+    item, = items_of(tmp_path, name, row)
+    assert list(item.options) == options
+    assert item.gold == {"hellaswag": 1, "winogrande": 0, "piqa": 0, "siqa": 1}[name]
+    item, = items_of(tmp_path, name, row, release=True)
+    assert list(item.options) == released
+
+
+def test_the_released_script_puts_a_space_after_the_option_for_the_parent(tmp_path):
+    item, = items_of(tmp_path, "winogrande", WINOGRANDE, release=True)
+    assert item.parent_options == (("Ann beat Eve so ", "Ann was glad."), ("Ann beat Eve so ", "Eve was glad."))
+
+
+@pytest.mark.parametrize(("name", "row", "prompt", "answers"), [
+    ("lambada", {"text": "he shook his head"}, "he shook his", ("head",)),
+    ("triviaqa", {"question": "Who?", "answer": {"value": "Al", "aliases": ["Al", "Bo"]}}, "Question: Who?\nAnswer:",
+     ("Al", "Bo")),
+    ("triviaqa", {"context": "Question: Who?\nAnswer:", "answer": "Al", "aliases": ["Bo"]}, "Question: Who?\nAnswer:",
+     ("Al", "Bo")),
+    ("squad", SQUAD, "Rome fell.\nQuestion: What fell?\nAnswer:", ("Rome", "It")),
+    ("gsm8k", {"question": "1+1?", "answer": "<<1+1=2>>2\n#### 1,002"}, "Question: 1+1?\nAnswer:", ("1002",)),
+    ("gsm8k_icot", {"text": "1+1?||<<1+1=2>> #### 2"}, "1+1?\n", ("2",)),
+])
+def test_prompts_and_answers(tmp_path, name, row, prompt, answers):
+    item, = items_of(tmp_path, name, row)
+    assert (item.prompt, item.answers) == (prompt, answers)
+
+
+def test_squads_own_file_and_the_released_prompt(tmp_path):
+    whole = {"data": [{"paragraphs": [{"context": "Rome fell.", "qas": [
+        {"question": "What fell?", "answers": [{"text": "Rome", "answer_start": 0}]},
+        {"question": "How?", "answers": [{"text": "fell"}]}]}]}]}
+    first, second = items_of(tmp_path, "squad", whole, release=True)
+    assert first.prompt == "Rome fell.\nQuesionWhat fell??\nAnswer: " and second.answers == ("fell",)
+
+
+def test_the_third_sentence_is_missing(tmp_path):
+    path = tmp_path / "val.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["InputStoryid", *(f"InputSentence{n}" for n in range(1, 5)), "RandomFifthSentenceQuiz1",
+                         "RandomFifthSentenceQuiz2", "AnswerRightEnding"])
+        writer.writerow(["x", "One.", "Two, it is.", "Three.", "Four.", "No.", "Five.", "2"])
+    item, = load_items(TASKS["rocstories"], str(path))
+    assert (item.prompt, item.answers, item.suffix) == ("One. Two, it is. ", ("Three.",), " Four. Five.")
+    path.write_text(path.read_text() + "y,One.\n")
+    with pytest.raises(DataError, match=r"val.csv, line 3: not as many values as the 8 columns"):
+        load_items(TASKS["rocstories"], str(path))
+
+
+def test_labels_may_lie_beside(tmp_path):
+    rows = [{"goal": f"g{n}", "sol1": "a", "sol2": "b"} for n in range(2)]
+    (tmp_path / "rows-labels.lst").write_text("1\n0\n")
+    assert [item.gold for item in items_of(tmp_path, "piqa", *rows)] == [1, 0]
+    (tmp_path / "rows-labels.lst").write_text("1\n")
+    with pytest.raises(DataError, match=r"1 labels for the 2 rows of rows.jsonl"):
+        items_of(tmp_path, "piqa", *rows)
+
+
+@pytest.mark.parametrize(("name", "row", "message"), [
+    ("hellaswag", {**HELLASWAG, "endings": "one"}, "line 2: no list of texts under 'endings'"),
+    ("hellaswag", {**HELLASWAG, "label": "2"}, "line 2: 2 under 'label', and the options are 0 .. 1"),
+    ("winogrande", {**WINOGRANDE, "answer": ""}, "line 2: '' under 'answer' where the number of the right option"),
+    ("winogrande", {**WINOGRANDE, "sentence": "none"}, "line 2: no _ in the sentence"),
+    ("piqa", {"goal": "x"}, "line 2: no key 'sol1' (it has goal)"),
+    ("gsm8k", {"question": "x", "answer": "y"}, "line 2: no answer after ####"),
+    ("squad", {"data": [{}]}, "line 2: not SQuAD's form ('paragraphs')"),
+    ("lambada", {"text": "word"}, "line 2: not two words"),
+])
+def test_a_malformed_row_is_told_with_its_line(tmp_path, name, row, message):
+    good = {"hellaswag": HELLASWAG, "winogrande": WINOGRANDE, "piqa": {"goal": "x", "sol1": "", "sol2": "", "label": 0},
+            "gsm8k": {"question": "x", "answer": "#### 1"}, "squad": SQUAD, "lambada": {"text": "a b"}}[name]
+    with pytest.raises(DataError) as error:
+        items_of(tmp_path, name, good, row)
+    assert message in str(error.value) and "rows.jsonl" in str(error.value)
+
+
+def test_no_json_no_file_no_items_no_task(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "a b"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"bad.jsonl, line 2: not JSON"):
+        load_items(TASKS["lambada"], str(path))
+    with pytest.raises(DataError, match="there is no file"):
+        load_items(TASKS["lambada"], str(tmp_path / "none.jsonl"))
+    path.write_text("\n")
+    with pytest.raises(DataError, match="bad.jsonl has no items for the task lambada"):
+        load_items(TASKS["lambada"], str(path))
+    with pytest.raises(ConfigError, match="there is no task 'helaswag'; the tasks are hellaswag, "):
+        find_task("helaswag")
+
+
+def test_files_are_found_by_task_and_split(tmp_path):
+    for name in ("piqa/train.jsonl", "piqa/valid.jsonl", "piqa/test.jsonl", "siqa.jsonl", "gsm8k/a.jsonl",
+                 "gsm8k/b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_file(TASKS["piqa"], str(tmp_path)).endswith("piqa/valid.jsonl")
+    assert find_file(TASKS["piqa"], str(tmp_path), ("train",)).endswith("piqa/train.jsonl")
+    assert find_file(TASKS["siqa"], str(tmp_path)).endswith("siqa.jsonl")
+    with pytest.raises(DataError, match="several files may be the task gsm8k"):
+        find_file(TASKS["gsm8k"], str(tmp_path))
+    with pytest.raises(DataError, match="no file of the task lambada at"):
+        find_file(TASKS["lambada"], str(tmp_path))
+    with pytest.raises(DataError, match="no file of the task gsm8k at .* of train"):
+        find_file(TASKS["gsm8k"], str(tmp_path), ("train",))
+    with pytest.raises(DataError, match="there is no folder"):
+        find_file(TASKS["piqa"], str(tmp_path / "none"))
+
+
+def test_examples_are_shown_with_their_answers(tmp_path):
+    shown = items_of(tmp_path, "gsm8k", {"question": "1+1?", "answer": "#### 2"}) + items_of(
+        tmp_path, "winogrande", WINOGRANDE)
+    assert shots_prefix(shown) == "Question: 1+1?\nAnswer: #### 2\n\nAnn beat Eve so Ann was glad.\n\n"
+
+
+@pytest.mark.parametrize(("name", "count"), [
+    ("hellaswag", 1000), ("winogrande", 1267), ("piqa", 1838), ("siqa", 1954), ("lambada", 5153), ("triviaqa", 3000),
+    ("gsm8k", 1319), ("gsm8k_icot", 1319), ("rocstories", 1871)])
+def test_every_row_of_the_real_files_is_an_item(test_data, name, count):
+    task = TASKS[name]
+    found = load_items(task, find_file(task, str(test_data)))
+    assert len(found) == count
+    assert all(item.options or item.answers for item in found)
+    if task.kind == "choice":
+        assert len({item.gold for item in found}) == len(found[0].options)

@@ -1,0 +1,68 @@
+"""Writing at blanks: as the sampler would for each alone, in its place, and within the model's length."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dlm_jax.diffusion import example_keys
+from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation.candidate import Blank
+from dlm_jax.evaluation.writing import make_write
+from dlm_jax.sampling import SamplerConfig
+from tests.sampling.tools import EOS, MASK, run, tiny
+
+BOS = 58
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A letter is a token; most of the 61 are those of Greek and Russian."""
+    letters = {chr(945 + n): n for n in range(58)} | {"<b>": BOS, "<e>": EOS, "<m>": MASK}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<m>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<b>", eos_token="<e>")
+
+
+def text_of(tokens):
+    return "".join(chr(945 + token) for token in tokens)
+
+
+def writer(tokenizer, kind="gpt2", policy="confidence", **settings):
+    return make_write(tiny(kind), tokenizer, SamplerConfig(policy=policy), mask_token_id=MASK, bos_token_id=BOS,
+                      eos_token_id=EOS, seed=3, **settings)
+
+
+def test_each_blank_is_written_as_if_alone(tokenizer):
+    blanks = [Blank(text_of([1, 2]), "", range(4, 5), 0), Blank(text_of([5]), text_of([7, 8]), range(3, 4), 1),
+              Blank(text_of(range(20)), "", range(4, 5), 2), Blank(text_of([5]), text_of([9]), range(2, 5), 3)]
+    settings = {"temperature": 0.7, "num_steps": 3}
+    together = writer(tokenizer, batch_size=3)(blanks, **settings)
+    assert together == [writer(tokenizer, batch_size=1)([blank], **settings)[0] for blank in blanks]
+    assert len(together[1]) == 3 and 2 <= len(together[3]) <= 4
+    row = np.array([[BOS, 5, 0, 0, 0, 7, 8]])
+    fixed = np.array([[1, 1, 0, 0, 0, 1, 1]], bool)
+    keys = example_keys(3, jnp.array([1], jnp.uint32))
+    expected = run(tiny("gpt2"), row, fixed, keys=keys, eos=EOS, policy="confidence", **settings).tokens[0, 2:5]
+    assert together[1] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_without_bos_the_prompts_first_token_is_context(tokenizer):
+    blank = Blank(text_of([5, 6]), "", range(3, 4), 0)
+    found, = writer(tokenizer, keep_bos=False)([blank], temperature=0.0, num_steps=None)
+    expected = run(tiny("gpt2"), [[5, 6, 0, 0, 0]], np.array([[1, 1, 0, 0, 0]], bool), eos=EOS, stop=True,
+                   policy="confidence", temperature=0.0).tokens[0, 2:].tolist()
+    expected = expected[: expected.index(EOS)] if EOS in expected else expected
+    assert found == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
+    tokens = list(np.random.default_rng(0).integers(0, 58, 60))
+    write = writer(tokenizer, policy="autoregressive")  # the model takes 40
+    settings = {"temperature": 0.0, "num_steps": 7}  # of steps it takes no notice
+    whole, = write([Blank(text_of(tokens), "", range(10, 11))], **settings)
+    assert whole == write([Blank(text_of(tokens[-29:]), "", range(10, 11))], **settings)[0]
+    with pytest.raises(ConfigError, match="40 new tokens leave no room for a prompt"):
+        write([Blank(text_of(tokens), "", range(40, 41))], **settings)
