@@ -1,0 +1,86 @@
+"""The shipped model as a candidate: what it is asked, token by token, and what it answers, under both protocols."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from dlm_jax import AttentionMask, DiffusionLM
+from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation.ours import make_candidate
+from dlm_jax.evaluation.run import Job, pairs_of, run
+from dlm_jax.evaluation.tasks import TASKS
+
+SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
+SEED, STEPS = 5, 32
+ROWS = {"hellaswag": {"activity_label": "Fun", "ctx_a": "A boy", "ctx_b": "ran", "label": 0,
+                      "endings": ["to the big tree.", "home."]},
+        "winogrande": {"sentence": "Tom saw Sue so _ was happy.", "option1": "Tom", "option2": "Sue", "answer": "2"},
+        "piqa": {"goal": "Eat an apple.", "sol1": "With a spoon.", "sol2": "Bite it.", "label": 1}}
+TEXTS = {"hellaswag": [("Fun: A boy Ran", "to the big tree."), ("Fun: A boy Ran", "home.")],
+         "winogrande": [("Tom saw Sue so ", "Tomwas happy."), ("Tom saw Sue so ", "Suewas happy.")],
+         "piqa": [("Question: Eat an apple.\nAnswer: ", " With a spoon."),
+                  ("Question: Eat an apple.\nAnswer: ", " Bite it.")]}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return DiffusionLM.from_pretrained(SHIPPED, mask_token=4000)
+
+
+def released_score(lm, prompt, option, uniform):
+    """The rule of the release, in numpy but for the network."""
+    row = np.array([*prompt, *option])
+    masked = np.zeros((STEPS, len(row)), bool)
+    for step in range(STEPS):
+        masked[step, len(prompt):] = uniform[step] < (STEPS - step) / STEPS
+    logp = log_softmax(np.asarray(lm.logits(np.where(masked, lm.mask_token_id, row)), np.float64), axis=-1)
+    nll = -np.take_along_axis(logp[:, :-1], np.broadcast_to(row[1:, None], (STEPS, len(row) - 1, 1)), axis=-1)[..., 0]
+    means = [row_nll[where].mean() if where.any() else 0.0 for row_nll, where in zip(nll, masked[:, 1:], strict=True)]
+    return np.mean(means)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_release_token_by_token(lm, name):
+    task, encode = TASKS[name], lm.tokenizer.encode
+    item = task.read(ROWS[name], True)
+    candidate = make_candidate(lm.pretrained, "model", release=True, num_samples=STEPS, seed=SEED)
+    expected = []
+    for option, (pair, (prompt, text)) in enumerate(zip(pairs_of(candidate, task, item, 0, release=True), TEXTS[name],
+                                                        strict=True)):
+        assert (list(pair.context), list(pair.continuation)) == (encode(prompt), encode(text))
+        uniform = np.random.default_rng([SEED, 0, option]).random((STEPS, len(pair.continuation)))
+        expected.append(released_score(lm, encode(prompt), encode(text), uniform))
+    record, = run([Job(task, [item])], [candidate], release=True)
+    np.testing.assert_allclose(record["scores"], expected, rtol=1e-4)
+    assert record["picks"] == [int(np.argmin(expected))]
+
+
+def test_the_parent_is_asked_the_same_and_scored_exactly(lm):
+    task = TASKS["hellaswag"]
+    item = task.read(ROWS["hellaswag"], False)
+    parent = make_candidate(lm.pretrained, "parent", autoregressive=True)
+    model = make_candidate(lm.pretrained, "model")
+    assert pairs_of(parent, task, item, 0) == pairs_of(model, task, item, 0)
+    record, = run([Job(task, [item])], [parent])
+    for (context, continuation), found in zip(item.options, record["scores"], strict=True):
+        whole = lm.tokenizer.encode(context + continuation)
+        row = [lm.pretrained.bos_token_id, *whole]
+        logp = log_softmax(np.asarray(lm.logits(np.array([row]), AttentionMask.causal()), np.float64)[0], axis=-1)
+        first = len(row) - len(whole) + len(lm.tokenizer.encode(context))
+        assert found == pytest.approx(-sum(logp[n - 1, row[n]] for n in range(first, len(row))), rel=1e-4)
+
+
+def test_models_that_cannot_be_evaluated_are_refused(lm):
+    without = dataclasses.replace(lm.pretrained, mask_token_id=None)
+    with pytest.raises(ConfigError, match="records no mask token, which a diffusion model needs"):
+        make_candidate(without, "model")
+    make_candidate(without, "parent", autoregressive=True)
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        make_candidate(dataclasses.replace(lm.pretrained, tokenizer=None), "model")
+    with pytest.raises(ConfigError, match="trained without the shift"):
+        make_candidate(dataclasses.replace(lm.pretrained, shift=False), "parent", autoregressive=True)
+    with pytest.raises(ConfigError, match="num_samples must be at least 1"):
+        make_candidate(lm.pretrained, "model", num_samples=0)
