@@ -1,6 +1,7 @@
 """Several processes as one program: how they meet, how they agree, and when they are asked to stop."""
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,10 @@ def join_processes(coordinator: str, num_processes: int | None = None, process_i
         raise ConfigError(f"the coordinator {coordinator} needs the number of processes and which of them this is")
     if explicit and not 0 <= process_id < num_processes:
         raise ConfigError(f"process {process_id} is none of {num_processes}; they are counted from 0")
-    # A CPU runs independent programs at the same time, in any order: two with communication would wait for each other.
+    # On CPUs every collective of every device blocks a thread of XLA's, which has no more of them than there are cores
+    # or devices: with few, processes wait for each other for ever. One program at a time, and threads to spare.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    os.environ.setdefault("NPROC", "64")
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds, **explicit)
     except (ValueError, RuntimeError) as error:
