@@ -130,7 +130,9 @@ def error(args: argparse.Namespace) -> dict:
             len(pair.continuation), count, seed, pair.item), 1 / lengths)
     first = np.array([place for place, pair in enumerate(pairs) if pair.option])  # each option against option 0
     zero = np.array([place - pairs[place].option for place in first])
-    result = {}
+    print("| rule | passes an option | error of a difference, nats a token | relative to the spread | "
+          "passes for the release's relative error |\n| --- | --- | --- | --- | --- |")
+    result: dict[str, dict[str, float]] = {}
     for name, (count, rule, scale) in rules.items():
         found = np.stack([diffusion_score(
             lm.model, rule(seed), mask_token_id=lm.mask_token_id, shift=lm.pretrained.shift,
@@ -142,13 +144,11 @@ def error(args: argparse.Namespace) -> dict:
         result[name] = {"num_samples": count, "error_nats_per_token": noise**0.5, "spread": spread**0.5,
                         "passes": float(np.mean([len(rule(0)(pair).masked) for pair in pairs])),
                         "relative_variance": noise / spread}
-    base = result["release"]
-    print("| rule | passes an option | error of a difference, nats a token | relative to the spread | "
-          "passes for the release's relative error |\n| --- | --- | --- | --- | --- |")
-    for name, row in result.items():
-        row["passes_for_equal_error"] = row["passes"] * row["relative_variance"] / base["relative_variance"]
+        row = result[name]
+        row["passes_for_equal_error"] = (row["passes"] * row["relative_variance"]
+                                         / result["release"]["relative_variance"])
         print(f"| {name} | {row['passes']:.1f} | {row['error_nats_per_token']:.4f} | "
-              f"{row['relative_variance'] ** 0.5:.3f} | {row['passes_for_equal_error']:.1f} |")
+              f"{row['relative_variance'] ** 0.5:.3f} | {row['passes_for_equal_error']:.1f} |", flush=True)
     return result
 
 
