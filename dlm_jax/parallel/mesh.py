@@ -41,9 +41,16 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
     """
     devices = devices or jax.devices()
     slices, *sizes = mesh_sizes(config, len(devices))
-    # Inside a slice neighbours on an axis are neighbours in the hardware.
-    arranged = [mesh_utils.create_device_mesh(sizes, part) for part in split_slices(devices, slices)]
+    arranged = [_arranged(sizes, part) for part in split_slices(devices, slices)]
     return Mesh(np.stack(arranged), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of a slice in this shape, so that neighbours on an axis are neighbours in the hardware."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:  # whole axes of the torus do not make up the sizes
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> list[int]:
