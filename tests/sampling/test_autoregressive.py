@@ -49,7 +49,7 @@ def chain_law(model, prompt, mask=None, repetition_penalty=1.0, eos=None, stop=F
 @pytest.mark.parametrize(("kind", "settings"), [
     ("llama", dict(mask=None)),
     ("gpt2", dict(mask=3, repetition_penalty=1.6, temperature=1.3, top_p=0.9)),
-    ("llama", dict(mask=2, eos=1, stop=True, shift=False, top_k=2)),
+    ("llama", dict(mask=2, eos=1, stop=True, top_k=2)),
 ], ids=["without a mask token", "choice", "end of text"])
 def test_continuations_of_prompts_of_any_length_follow_the_chain_rule(kind, settings):
     model, tokens = network(kind), np.zeros((ROWS * 2, 8), int)
@@ -57,10 +57,9 @@ def test_continuations_of_prompts_of_any_length_follow_the_chain_rule(kind, sett
     for start, prompt in enumerate(PROMPTS):
         tokens[start::2, : len(prompt)] = prompt
     out = run(model, tokens, np.arange(8) < lengths[:, None], lengths + NEW, policy="autoregressive", **settings)
-    told = {name: value for name, value in settings.items() if name != "shift"}
     for start, prompt in enumerate(PROMPTS):
         new = out.tokens[start::2, len(prompt) : len(prompt) + NEW]
-        assert_follows(chain_law(model, prompt, **told), new)
+        assert_follows(chain_law(model, prompt, **settings), new)
         steps = out.steps[start::2]
         ended = new == (settings["eos"] if settings.get("stop") else -1)
         np.testing.assert_array_equal(steps, np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, NEW))
