@@ -29,19 +29,28 @@ def block_ids(gaps: jax.Array, block_length: int | None) -> jax.Array:
 def block_steps(config: SamplerConfig, gaps: jax.Array, blocks: jax.Array, block: jax.Array) -> jax.Array:
     """The steps that each row gives to its `block`; int32 [batch].
 
-    Every block has one, and the rest is shared out by the gaps that the blocks have beyond their first. So all blocks
-    together take just the number asked for, or one each where that is less than there are blocks.
+    A block has its share of the steps by its gaps, at least one. All blocks together take just the number asked for,
+    or one each where that is less than there are blocks.
 
     Args:
       gaps, blocks: [batch, length], as in `block_ids`.
     """
-    number, before = (gaps & (blocks == block)).sum(axis=1), (gaps & (blocks < block)).sum(axis=1)
     if config.steps is None:
-        return jnp.maximum(number, 1)
-    amount = jnp.max(blocks, axis=1, initial=-1, where=gaps) + 1
-    spare, further = jnp.maximum(config.steps - amount, 0), jnp.maximum(gaps.sum(axis=1) - amount, 1)
-    before = before - block  # beyond the first of each
-    return 1 + jnp.maximum((before + number - 1) * spare // further - before * spare // further, 0)
+        return jnp.maximum((gaps & (blocks == block)).sum(axis=1), 1)
+    gap_blocks = jnp.where(gaps, blocks, -1)
+    amount = gap_blocks.max(axis=1) + 1
+    earlier = jnp.pad(jax.lax.cummax(gap_blocks, axis=1), ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    opens = gap_blocks > earlier
+    rank, total = jnp.cumsum(gaps, axis=1) - gaps, jnp.maximum(gaps.sum(axis=1, keepdims=True), 1)
+    # Steps before the block that opens here: its share, unless too few would be left for the blocks from here on.
+    share = jnp.minimum(rank * config.steps // total, config.steps - amount[:, None] + blocks)
+
+    def before(block: jax.Array) -> jax.Array:
+        """Steps before a block: at least one for each block since any that comes earlier."""
+        taken = jnp.max(share + block - blocks, axis=1, initial=0, where=opens & (blocks <= block))
+        return jnp.where(block < amount, jnp.maximum(taken, block), jnp.maximum(config.steps, amount))
+
+    return jnp.maximum(before(block + 1) - before(block), 1)
 
 
 def target(config: SamplerConfig, step: jax.Array, number: jax.Array, steps: jax.Array) -> jax.Array:

@@ -92,6 +92,7 @@ def test_blocks_share_the_steps_by_their_gaps():
     assert shares([8, 8, 8, 8], 8).tolist() == [2, 2, 2, 2]
     assert shares([31, 11], 10).tolist() == [7, 3]
     assert shares([1, 9], 2).tolist() == [1, 1] and shares([9, 1], 3).tolist() == [2, 1]
+    assert shares([8, 8, 4], 5).tolist() == [2, 2, 1] and shares([1, 1, 9], 4).tolist() == [1, 1, 2]
     rng = np.random.default_rng(1)
     for _ in range(100):
         blocks, num_steps = rng.integers(1, 12), int(rng.integers(1, 100))
@@ -103,8 +104,9 @@ def test_blocks_share_the_steps_by_their_gaps():
         assert found.min() >= 1 and found.sum() == max(num_steps, blocks)
         if num_steps <= uneven.sum():
             assert (found <= uneven).all()  # a step has something to reveal
-        if num_steps >= blocks:
-            assert (np.abs(found - 1 - (uneven - 1) * (num_steps - blocks) / (uneven.sum() - blocks)) < 1).all()
+        share = uneven * num_steps / uneven.sum()
+        if share.min() >= 1:
+            assert (np.abs(found - share) < 1).all()
 
 
 def test_the_rows_of_a_batch_share_out_their_own_steps():
