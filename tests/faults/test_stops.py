@@ -38,6 +38,7 @@ def test_a_workdir_that_vanishes_ends_the_run_with_a_sentence(runs, tmp_path):
     assert code == 1 and "cannot be written" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_a_sentence_and_costs_no_checkpoint(runs, whole, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

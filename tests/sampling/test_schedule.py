@@ -83,9 +83,11 @@ def test_without_blocks_all_gaps_are_in_one():
 
 def shares(numbers, num_steps):
     """The steps of blocks with so many gaps each."""
-    blocks = np.repeat(np.arange(len(numbers)), numbers)[None]
+    blocks = np.full((1, 160), -1)  # of one shape, so that little is compiled
+    blocks[0, : sum(numbers)] = np.repeat(np.arange(len(numbers)), numbers)
     config = SamplerConfig(num_steps=num_steps)
-    return np.array([int(block_steps(config, blocks >= 0, blocks, block)[0]) for block in range(len(numbers))])
+    return np.array([int(block_steps(config, blocks >= 0, blocks, np.int32(block))[0])
+                     for block in range(len(numbers))])
 
 
 def test_blocks_share_the_steps_by_their_gaps():
