@@ -2,10 +2,9 @@
 
     python benchmarks/sampling_length.py --model=WORKDIR --parent=assets/stories-gpt2
 
-The figure of the paper (arXiv 2410.17891, on decoding speed) for any model: diffusion's cost grows with its steps and
-hardly with the length, left-to-right decoding's with the length. Compilation is not counted, every length has its own
-program, and the settings take turns. It prints a table and writes benchmarks/results/sampling_length.json and
-docs/figures/sampling_length.png.
+The figure of the paper (arXiv 2410.17891, on decoding speed) for any model. Compilation is not counted, every
+length has its own program, and the settings take turns. It prints a table and writes
+benchmarks/results/sampling_length.json and docs/figures/sampling_length.png.
 """
 
 import argparse

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="auto: found by itself on Cloud TPU, GKE, Slurm and Open MPI; else where process 0 listens")
     group.add_argument("--num_processes", type=int, metavar="N", help="with HOST:PORT: how many processes there are")
     group.add_argument("--process_id", type=int, metavar="I", help="with HOST:PORT: which of them this is, from 0")
-    group.add_argument("--heartbeat_seconds", type=int, metavar="S", default=100,
+    group.add_argument("--heartbeat_seconds", type=int, metavar="S",
                        help="how long a process may be silent before all others give up (default: 100)")
 
 

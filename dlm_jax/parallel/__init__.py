@@ -2,7 +2,7 @@
 
 from dlm_jax.parallel.mesh import AXES, MeshConfig, describe_mesh, make_mesh, mesh_sizes
 from dlm_jax.parallel.place import place_rows
-from dlm_jax.parallel.processes import HEARTBEAT_SECONDS, join_processes, stop_wanted, told_by_first
+from dlm_jax.parallel.processes import join_processes, stop_wanted, told_by_first
 from dlm_jax.parallel.rules import (
     ATTENTION_PARTITION,
     RULES,
@@ -14,6 +14,6 @@ from dlm_jax.parallel.rules import (
     state_shardings,
 )
 
-__all__ = ["ATTENTION_PARTITION", "AXES", "HEARTBEAT_SECONDS", "RULES", "MeshConfig", "array_sharding", "batch_parts",
+__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "batch_parts",
            "describe_mesh", "is_param", "join_processes", "make_mesh", "mesh_sizes", "param_shardings", "place_rows",
            "spec_of", "state_shardings", "stop_wanted", "told_by_first"]

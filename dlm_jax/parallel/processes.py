@@ -11,18 +11,17 @@ from jax.experimental import multihost_utils
 
 from dlm_jax.errors import ConfigError, DLMError
 
-HEARTBEAT_SECONDS = 100
-
 
 def join_processes(coordinator: str, num_processes: int | None = None, process_id: int | None = None,
-                   heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
+                   heartbeat_seconds: int | None = None) -> None:
     """Makes this process one of several; to be called before anything touches a device.
 
     Args:
       coordinator: "auto" finds the others by what the surroundings tell (Cloud TPU, GKE, Slurm, Open MPI);
         HOST:PORT, the same in all of them, is where the first process listens.
       num_processes, process_id: how many there are and which this is, from 0; not for "auto".
-      heartbeat_seconds: after this time without a sign of life from one process the runtime aborts all others.
+      heartbeat_seconds: after this time without a sign of life from one process the runtime aborts all others;
+        None: JAX's own default, 100.
 
     Raises:
       ConfigError: the arguments contradict each other, or the others were not found.
@@ -39,9 +38,11 @@ def join_processes(coordinator: str, num_processes: int | None = None, process_i
     # On CPUs every collective of every device blocks a thread of XLA's, which has no more of them than there are cores
     # or devices: with few, processes wait for each other for ever. One program at a time, and threads to spare.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    os.environ.setdefault("NPROC", "64")
+    os.environ.setdefault("NPROC", str(max(64, os.cpu_count() or 1)))
+    if heartbeat_seconds is not None:
+        explicit["heartbeat_timeout_seconds"] = heartbeat_seconds
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds, **explicit)
+        jax.distributed.initialize(**explicit)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if coordinator == "auto":

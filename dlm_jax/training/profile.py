@@ -16,11 +16,11 @@ class Profile:
 
     def __init__(self, workdir: epath.Path, steps: Sequence[int]):
         self._folder, self._steps, self._running = workdir / "profile", steps, False
-        self._local = pathlib.Path(tempfile.mkdtemp() if is_remote(workdir) else self._folder)
 
     def before(self, step: int) -> None:
         """To be called before a step is dispatched."""
         if self._steps and step == self._steps[0]:
+            self._local = pathlib.Path(tempfile.mkdtemp() if is_remote(self._folder) else self._folder)
             jax.profiler.start_trace(str(self._local))
             self._running = True
 

@@ -12,6 +12,17 @@ TEXT = [f"The {animal} sat on {place} and saw {name}, who was happy that the sun
         for animal, place, name in itertools.product(("cat", "dog", "bird"), ("the mat", "a tree", "the grass"),
                                                      ("Tom", "Lily", "Ben", "Sue"))]
 
+# A recipe for the tiny base; tests add lines and `    return config`.
+RECIPE = """from dlm_jax.cli.recipes import train_defaults
+def get_config():
+    config = train_defaults()
+    config.model.init = 'random'
+    config.model.mask_token = '<|mask|>'
+    config.data.length = 16
+    config.data.batch_size = 8
+    config.log.tensorboard = False
+"""
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from dlm_jax.cli.main import main
+from tests.cli.conftest import RECIPE
 
 
 def run(capsys, *argv: object) -> str:
@@ -22,14 +23,7 @@ def workdir(base, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     recipe = folder / "recipe.py"
     recipe.write_text(
-        "from dlm_jax.cli.recipes import train_defaults\n"
-        "def get_config():\n"
-        "    config = train_defaults()\n"
-        "    config.model.init = 'random'\n"
-        "    config.model.mask_token = '<|mask|>'\n"
-        "    config.data.length = 16\n"
-        "    config.data.batch_size = 8\n"
-        "    config.log.tensorboard = False\n"
+        RECIPE +
         "    config.log.every = 1\n"
         "    config.validation.every = 2\n"
         "    config.validation.num_rows = 8\n"

@@ -7,6 +7,7 @@ import pytest
 
 from dlm_jax import DiffusionLM
 from dlm_jax.cli.main import main
+from tests.cli.conftest import RECIPE
 
 TASK_ROWS = {
     "piqa/valid.jsonl": [{"goal": f"The {animal} sat", "sol1": "on the mat", "sol2": "and saw Tom", "label": n % 2}
@@ -24,15 +25,7 @@ def parent(base, tmp_path_factory):
     """The tiny base with random weights, as an autoregressive model."""
     folder = tmp_path_factory.mktemp("evaluated")
     recipe = folder / "recipe.py"
-    recipe.write_text("from dlm_jax.cli.recipes import train_defaults\n"
-                      "def get_config():\n"
-                      "    config = train_defaults()\n"
-                      "    config.model.init = 'random'\n"
-                      "    config.model.mask_token = '<|mask|>'\n"
-                      "    config.data.length = 16\n"
-                      "    config.data.batch_size = 8\n"
-                      "    config.log.tensorboard = False\n"
-                      "    return config\n")
+    recipe.write_text(RECIPE + "    return config\n")
     text = folder / "text.jsonl"
     text.write_text('{"text": "The cat sat on the mat and saw Tom, who was happy."}\n' * 30)
     assert main(["train", f"--config={recipe}", f"--workdir={folder / 'run'}", "--config.num_steps=1",
