@@ -10,7 +10,7 @@ import numpy as np
 from dlm_jax.evaluation.run import Record
 from dlm_jax.evaluation.statistics import Difference, Mean, mean_of, paired_difference, ratio_of
 
-_SMALLER_IS_BETTER = ("nats_per_token", "bits_per_byte")
+SMALLER_IS_BETTER = ("nats_per_token", "bits_per_byte")
 
 
 def summarise(records: Sequence[Record], tasks: Sequence[str], models: Sequence[str], seed: int = 0) -> dict[str, Any]:
@@ -34,23 +34,29 @@ def summarise(records: Sequence[Record], tasks: Sequence[str], models: Sequence[
     return result
 
 
-def table(summary: dict[str, Any], models: Sequence[str], *, markdown: bool = False) -> str:
-    """One row a task and metric; shares in percent, with their standard errors."""
+def cells(summary: dict[str, Any], models: Sequence[str]) -> list[list[str]]:
+    """The head, and one row a task and metric; shares in percent, with their standard errors."""
     head = ["task", "metric", "items", *models]
     head += [f"{models[0]} - {models[1]} (95 %)"] if len(models) > 1 else []
     rows = [head]
     for task, found in summary.items():
         for metric in found["models"][models[0]]:
-            scale = 1 if metric in _SMALLER_IS_BETTER else 100
+            scale = 1 if metric in SMALLER_IS_BETTER else 100
             row = [task, metric.replace("_", " "), str(found["items"])]
             row += [_mean(Mean(**found["models"][name][metric]), scale) for name in models]
             if len(models) > 1:
                 difference = found["differences"].get(metric)
                 row.append(_difference(Difference(**difference), scale) if difference else "-")
             rows.append(row)
+    return rows
+
+
+def table(summary: dict[str, Any], models: Sequence[str], *, markdown: bool = False) -> str:
+    """`cells` in columns, or as Markdown."""
+    rows = cells(summary, models)
     if markdown:
         lines = [f"| {' | '.join(row)} |" for row in rows]
-        return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+        return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                      for row in rows)
