@@ -4,24 +4,33 @@ A disk can rename, so what is written there is written beside and renamed. An ob
 complete when the one file that marks it so, written last, is there.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
-import fsspec
 from etils import epath
 
 from dlm_jax.errors import ConfigError
 
-for _protocol in ("gs", "gcs"):  # other processes and libraries write there too, so a listing grows old at once
-    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
-
 
 def is_remote(path: epath.PathLike) -> bool:
     """Whether it is on an object store."""
-    return "://" in os.fspath(path)
+    remote = "://" in os.fspath(path)
+    if remote:
+        _keep_no_listings()
+    return remote
+
+
+@functools.cache
+def _keep_no_listings() -> None:
+    """Other processes and libraries write to a bucket too, so a listing of it grows old at once."""
+    import fsspec  # with all its compressors, which who reads local files need not wait for
+
+    for protocol in ("gs", "gcs"):
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
 
 def reached(path: epath.PathLike) -> epath.Path:

@@ -80,6 +80,22 @@ def test_a_missing_package_is_named(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_reads_prepared_rows_from_an_object_store(bucket, base, corpus, tmp_path):  # noqa: F811
+    runs = Runs(base, corpus, tmp_path)
+    done = subprocess.run([sys.executable, "-m", "dlm_jax.cli.main", "prepare", f"--config={runs.recipe}", "--data",
+                           str(corpus), f"--output={bucket}/rows"], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = []
+    for name, settings in (("local", {}), ("bucket", {"data__train": f"{bucket}/rows"})):
+        code, _, err = runs.run(tmp_path / name, num_steps=8, **settings)
+        assert code == 0, err
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()
+                       if "loss" in json.loads(line)])
+    assert losses[0] == losses[1] and len(losses[0]) >= 2
+
+
+@pytest.mark.slow
 def test_a_run_lives_on_an_object_store(bucket, base, corpus, tmp_path):  # noqa: F811
     runs = Runs(base, corpus, tmp_path)
     code, out, err = ended(runs.start(f"{bucket}/run", num_steps=8, log__tensorboard=True), 300)

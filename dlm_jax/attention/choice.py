@@ -34,12 +34,14 @@ class _Obstacle(NamedTuple):
     remedy: str | None = None
 
 
-def choose_backend(name: str, work: Work, platform: str | None = None) -> Choice:
+def choose_backend(name: str, work: Work, platform: str | None = None,
+                   capability: tuple[int, int] | None = None) -> Choice:
     """The backend that `name` stands for.
 
     Args:
       platform: of the devices, as JAX calls it. None: for "auto" that of JAX's first device; a backend named is then
         taken to run elsewhere, which a program compiled ahead of time does.
+      capability: the compute capability of GPUs that are not here; None: of those that are.
 
     Raises:
       ConfigError: there is no such backend, or it cannot do this work, or not there.
@@ -47,30 +49,30 @@ def choose_backend(name: str, work: Work, platform: str | None = None) -> Choice
     if name == "auto":
         platform = platform or jax.default_backend()
         name = _FASTEST.get(platform, "dense")
-        obstacle = _obstacle(name, work, platform)
+        obstacle = _obstacle(name, work, platform, capability)
         return Choice("dense", f"{name} {obstacle.what}") if obstacle else Choice(name)
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(BACKENDS)}")
-    if obstacle := _obstacle(name, work, platform):
+    if obstacle := _obstacle(name, work, platform, capability):
         remedy = f", or {obstacle.remedy}" if obstacle.remedy else ""
         raise ConfigError(f"the attention backend {name} {obstacle.what}; set model.attention=dense{remedy}")
     return Choice(name)
 
 
-def _obstacle(name: str, work: Work, platform: str | None) -> _Obstacle | None:
+def _obstacle(name: str, work: Work, platform: str | None, capability: tuple[int, ...] | None) -> _Obstacle | None:
     if name == "flash_tpu":
         if platform not in (None, "tpu"):
             return _Obstacle(f"needs a TPU, and these devices are {platform}")
         return _Obstacle("evaluates masks by rule, and this one is an explicit matrix") if work.matrix else None
-    return _cudnn_obstacle(work, platform) if name == "cudnn" else None
+    return _cudnn_obstacle(work, platform, capability) if name == "cudnn" else None
 
 
-def _cudnn_obstacle(work: Work, platform: str | None) -> _Obstacle | None:
+def _cudnn_obstacle(work: Work, platform: str | None, capability: tuple[int, ...] | None) -> _Obstacle | None:
     if platform not in (None, "gpu"):
         return _Obstacle(f"needs an NVIDIA GPU, and these devices are {platform}")
-    if not _has_cudnn():
+    if capability is None and not _has_cudnn():
         return _Obstacle("needs cuDNN, which JAX does not find", 'install "jax[cuda12]"')
-    capability = _capability()
+    capability = capability or _capability()
     if capability < (8, 0):
         return _Obstacle(f"needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}")
     if jnp.dtype(work.dtype) not in (jnp.bfloat16, jnp.float16):

@@ -11,10 +11,11 @@ from dlm_jax.data import progress as progresses
 from dlm_jax.data.config import DataConfig, RowsConfig
 from dlm_jax.data.manifest import Manifest
 from dlm_jax.data.prepare import make_form, prepare
-from dlm_jax.data.remote import is_remote, read_file
+from dlm_jax.data.remote import read_file
 from dlm_jax.data.rows import Concatenated, RowSource
 from dlm_jax.data.sources import Source, open_sources
 from dlm_jax.errors import DataError
+from dlm_jax.storage import is_remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,8 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
               cache_dir: str | Path) -> tuple[list[RowSource], RowSource | None]:
     """The training rows and the validation rows (None where nothing is held out) of a corpus.
 
-    Raw text is tokenised into `config.cache_dir`, else `cache_dir`, once: a second run finds the rows there.
+    Raw text is tokenised into `config.cache_dir`, else `cache_dir`, once: a second run finds the rows there. Prepared
+    rows on an object store are copied to it.
 
     Returns:
       One training source for each weight, or a single one where no weights are given; the validation rows.
@@ -38,13 +40,14 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
                         f"only {vocab_size}; use the tokenizer that belongs to the model")
     if not config.train:
         raise DataError("data.train names no text; give files or globs, or a directory made by `dlm prepare`")
-    corpora = _Corpora(config, tokenizer, Path(config.cache_dir or cache_dir))
+    cache = Path(config.cache_dir or cache_dir)
+    corpora = _Corpora(config, tokenizer, cache)
     if config.validation and (shared := corpora.raw_files(config.train) & corpora.raw_files(config.validation)):
         raise DataError(f"{min(shared)} is both training and validation text")
     held_out = 0.0 if config.validation else config.validation_fraction
     entries = [(entry,) for entry in config.train] if config.weights else [config.train]
     opened = [corpora.open(entry, held_out) for entry in entries]
-    train = [_joined([manifest.rows(directory, "train") for directory, manifest in found]) for found in opened]
+    train = [_joined([manifest.rows(directory, "train", cache) for directory, manifest in found]) for found in opened]
     for entry, rows in zip(entries, train, strict=True):
         if not len(rows):
             raise DataError(_too_short(", ".join(entry), config.length))
@@ -54,7 +57,7 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
         found = [pair for pairs in opened for pair in pairs if "validation" in pair[1].parts]
         if not found:
             return train, None
-    held = _joined([manifest.rows(directory, "validation" if "validation" in manifest.parts else "train")
+    held = _joined([manifest.rows(directory, "validation" if "validation" in manifest.parts else "train", cache)
                     for directory, manifest in found])
     if not len(held):
         raise DataError(_too_short("the held-out text", config.length,

@@ -4,15 +4,17 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlm_jax.data import tokenize
 from dlm_jax.data.config import RowsConfig
 from dlm_jax.data.encode import Form
-from dlm_jax.data.remote import read_file, write_file
+from dlm_jax.data.remote import fetch_files, read_file, write_file
 from dlm_jax.data.shards import RowFiles, RowLayout, Shard
 from dlm_jax.data.sources import Source
 from dlm_jax.errors import DataError
+from dlm_jax.storage import cache_folder, is_remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,9 +61,18 @@ class Manifest:
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         write_file(f"{directory}/{FILE}", (json.dumps(content, indent=1) + "\n").encode())
 
-    def rows(self, directory: str, part: str) -> RowFiles:
-        """The rows of a part. Raises DataError where a file is not as it was written."""
-        return RowFiles(directory, self.parts[part].shards, self.layout)
+    def rows(self, directory: str, part: str, cache: Path | None = None) -> RowFiles:
+        """The rows of a part, copied to `cache` (default: the user's) if they are on an object store.
+
+        Raises:
+          DataError: a file is not as it was written, or the copy cannot be made.
+        """
+        shards = self.parts[part].shards
+        if is_remote(directory):
+            folder = (cache or cache_folder() / "rows") / f"{self.identity}-copy"
+            fetch_files(directory, {shard.file: shard.bytes for shard in shards}, folder)
+            directory = str(folder)
+        return RowFiles(directory, shards, self.layout)
 
 
 def read(directory: str) -> Manifest | None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dlm_jax.data.remote import is_remote, put_file
+from dlm_jax.data.remote import put_file
 from dlm_jax.data.rows import Rows
 from dlm_jax.errors import DataError
+from dlm_jax.storage import is_remote
 
 # One record a chunk, so that a row is read alone; token ids compress too little to pay for it.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -102,13 +103,9 @@ class RowFiles:
     """The rows of a list of shards; a `RowSource` that opens files as they are needed and can be pickled."""
 
     def __init__(self, directory: str, shards: Sequence[Shard], layout: RowLayout):
-        """Raises DataError: a file is missing, has another size than it was written with, or is out of reach."""
+        """Raises DataError: a file is missing, or has another size than it was written with."""
         from grain.sources import ArrayRecordDataSource
 
-        if is_remote(directory):
-            raise DataError(f"{directory}: ArrayRecord files are read from a mounted filesystem; mount the bucket (for "
-                            "Google Cloud Storage: gcsfuse BUCKET FOLDER) or copy the directory, and give its local "
-                            "path")
         self.length, self.planes, self._layout = layout.length, layout.planes, layout
         self._count = sum(shard.rows for shard in shards)
         for shard in shards:

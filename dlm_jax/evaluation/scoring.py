@@ -22,6 +22,7 @@ from dlm_jax.sampling import bucket
 
 DrawRule = Callable[[Pair], Draw]
 _HEAD_CHUNK = 8  # masked tokens of a row whose logits exist at one time
+_WIDTHS = 16  # a row is padded to a multiple of it: more programs than a canvas has, for many more passes of each
 
 
 class _Pass(NamedTuple):
@@ -63,7 +64,7 @@ def _score(model: Transformer, draw: DrawRule, pairs: Sequence[Pair], *, mask_to
     rows = [np.array([*head, *pair.context, *pair.continuation], np.int32) for pair in pairs]
     for row, pair in zip(rows, pairs, strict=True):
         _check(row, pair, model.config.max_length)
-    width = [bucket(len(row), model.config.max_length) for row in rows]
+    width = [bucket(len(row), model.config.max_length, _WIDTHS) for row in rows]
     passes = [_Pass(number, *found) for number, pair in enumerate(pairs)
               for found in zip(*draw(pair), strict=True)]
     # Batch mates are alike in their width, one compiled shape, and in how many tokens the head works on.

@@ -21,6 +21,7 @@ class Chip:
         within a host of GPUs, or over PCIe where there is no NVLink.
       network: bytes/s that it can send beyond those: a TPU's share of the data centre's network, for a GPU that of the
         usual hosts of eight; None where nothing is published.
+      capability: a GPU's compute capability, which its kernels ask for.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Chip:
     memory_bandwidth: float
     interconnect: float
     network: float | None = None
+    capability: tuple[int, int] | None = None
 
 
 # TPU: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), where the interconnect is given in Gbit/s in one direction
@@ -44,20 +46,21 @@ CHIPS = (
     Chip("v5p", ("TPU v5",), 459e12, 95.74, 2765e9, 600e9, 6.25e9),
     Chip("v6e", ("TPU v6",), 918e12, 31.25, 1638e9, 400e9, 12.5e9),
     Chip("tpu7x", ("TPU7x",), 1153.5e12, 94.75, 3690e9, 300e9, 6.25e9),
-    Chip("gb200", ("GB200",), 2500e12, 184, 8000e9, 900e9, 50e9),
-    Chip("b200", ("B200",), 2250e12, 178, 8000e9, 900e9, 50e9),
-    Chip("gh200", ("GH200",), 989e12, 95, 4000e9, 450e9, 50e9),
-    Chip("h200", ("H200",), 989e12, 140, 4800e9, 450e9, 50e9),
-    Chip("h100-pcie", ("H100 PCIe",), 756e12, 79, 2000e9, 64e9, 25e9),
-    Chip("h100", ("H100",), 989e12, 79, 3350e9, 450e9, 50e9),
-    Chip("a100-80", ("A100-SXM4-80GB", "A100-SXM-80GB", "A100 80GB"), 312e12, 79, 2039e9, 300e9, 25e9),
-    Chip("a100-40", ("A100",), 312e12, 39, 1555e9, 300e9, 25e9),
-    Chip("l40s", ("L40S",), 362e12, 44, 864e9, 32e9, 12.5e9),
-    Chip("l4", ("L4",), 121e12, 22, 300e9, 32e9, 12.5e9),
-    Chip("a10", ("A10",), 125e12, 22, 600e9, 32e9, 12.5e9),
-    Chip("rtx4090", ("RTX 4090",), 165e12, 23, 1008e9, 32e9),
-    Chip("v100", ("V100",), 125e12, 31, 900e9, 150e9, 12.5e9),
-    Chip("t4", ("T4",), 65e12, 14, 320e9, 16e9, 12.5e9),
+    Chip("gb200", ("GB200",), 2500e12, 184, 8000e9, 900e9, 50e9, capability=(10, 0)),
+    Chip("b200", ("B200",), 2250e12, 178, 8000e9, 900e9, 50e9, capability=(10, 0)),
+    Chip("gh200", ("GH200",), 989e12, 95, 4000e9, 450e9, 50e9, capability=(9, 0)),
+    Chip("h200", ("H200",), 989e12, 140, 4800e9, 450e9, 50e9, capability=(9, 0)),
+    Chip("h100-pcie", ("H100 PCIe",), 756e12, 79, 2000e9, 64e9, 25e9, capability=(9, 0)),
+    Chip("h100", ("H100",), 989e12, 79, 3350e9, 450e9, 50e9, capability=(9, 0)),
+    Chip("a100-80", ("A100-SXM4-80GB", "A100-SXM-80GB", "A100 80GB"), 312e12, 79, 2039e9, 300e9, 25e9,
+         capability=(8, 0)),
+    Chip("a100-40", ("A100",), 312e12, 39, 1555e9, 300e9, 25e9, capability=(8, 0)),
+    Chip("l40s", ("L40S",), 362e12, 44, 864e9, 32e9, 12.5e9, capability=(8, 9)),
+    Chip("l4", ("L4",), 121e12, 22, 300e9, 32e9, 12.5e9, capability=(8, 9)),
+    Chip("a10", ("A10",), 125e12, 22, 600e9, 32e9, 12.5e9, capability=(8, 6)),
+    Chip("rtx4090", ("RTX 4090",), 165e12, 23, 1008e9, 32e9, capability=(8, 9)),
+    Chip("v100", ("V100",), 125e12, 31, 900e9, 150e9, 12.5e9, capability=(7, 0)),
+    Chip("t4", ("T4",), 65e12, 14, 320e9, 16e9, 12.5e9, capability=(7, 5)),
 )
 
 

@@ -1,6 +1,5 @@
 """The program to plan: the very step that `dlm train` runs, for devices that need not be here."""
 
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +7,6 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.data.batch import Batch
-from dlm_jax.hf import Pretrained
 from dlm_jax.models import Compute, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.planning.base import Base
@@ -69,7 +67,5 @@ def planned_batch(config: TrainConfig, mesh: Mesh) -> Batch:
 
 def check_plan(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError where config, base model and mesh contradict each other, as training would."""
-    model = planned_model(config, base, "dense")
-    check_fit(config, Pretrained(model, cast(Any, "not needed to plan"), base.mask_token_id, config.objective.shift, {},
-                                 base.source), mesh)
+    check_fit(config, base.config, base.mask_token_id, mesh)
     planned_state(config, base, mesh)

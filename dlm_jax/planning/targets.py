@@ -5,6 +5,7 @@ import re
 
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from dlm_jax.attention import choose_backend
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel import AXES, MeshConfig, make_mesh, mesh_sizes
@@ -12,7 +13,7 @@ from dlm_jax.parallel.chips import CHIPS, Chip
 from dlm_jax.planning.memory import can_be_added_up
 from dlm_jax.planning.topology import read_topology, tpu_devices
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.start import choose_attention
+from dlm_jax.training.start import attention_work, choose_attention
 
 GPUS = tuple(chip.name for chip in CHIPS if not any(kind.startswith("TPU") for kind in chip.kinds))
 
@@ -51,7 +52,8 @@ def gpu_target(config: TrainConfig, architecture: ModelConfig, description: str)
     """GPUs by description, such as `h100:8`.
 
     Raises:
-      ConfigError: the GPU is not known, or the mesh is not one that can be added up without compiling.
+      ConfigError: the GPU is not known or cannot do the attention that is asked for, or the mesh is not one that can
+        be added up without compiling.
     """
     match = re.fullmatch(r"([\w-]+):(\d+)", description.lower())
     if not match or match[1] not in GPUS or int(match[2]) < 1:
@@ -62,23 +64,10 @@ def gpu_target(config: TrainConfig, architecture: ModelConfig, description: str)
         raise ConfigError("planning for GPUs foresees a mesh that splits the batch alone, and nothing in the host's "
                           "memory: set mesh.tensor and mesh.context to 1, optimizer.offload to false and model.remat "
                           "to full, or plan for a TPU slice, which is compiled")
-    reason = _no_flash(config, architecture)
-    if config.model.attention != "auto":
-        return Target(description.lower(), chip, mesh, config.model.attention, None)
-    return Target(description.lower(), chip, mesh, "dense" if reason else "cudnn", reason)
+    attention = choose_backend(config.model.attention, attention_work(config, architecture), "gpu", chip.capability)
+    return Target(description.lower(), chip, mesh, attention.backend, attention.reason)
 
 
 def described_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
     """The shape of the mesh that `make_mesh` makes of so many devices."""
     return AbstractMesh(tuple(mesh_sizes(config, num_devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _no_flash(config: TrainConfig, architecture: ModelConfig) -> str | None:
-    """Why training would not take cuDNN's attention, as `choose_backend` says it where there is a GPU to ask."""
-    if config.model.dtype != "bfloat16":
-        return f"cudnn computes in bfloat16, and the model in {config.model.dtype}"
-    if architecture.attention_dropout:
-        return "cudnn has no attention dropout that is the same on every mesh, and the model's is not 0"
-    if architecture.head_dim % 8 or architecture.head_dim > 128:
-        return f"cudnn takes a head_dim of a multiple of 8 up to 128, and the model's is {architecture.head_dim}"
-    return None

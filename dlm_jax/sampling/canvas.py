@@ -26,9 +26,9 @@ class Canvas:
         return Canvas(self.tokens[rows, :width], self.fixed[rows, :width], self.lengths[rows])
 
 
-def bucket(length: int, max_length: int) -> int:
-    """The padded length: a multiple of 32, so that similar lengths share one compiled program."""
-    return min(-(-length // _BUCKET) * _BUCKET, max_length)
+def bucket(length: int, max_length: int, multiple: int = _BUCKET) -> int:
+    """The padded length: a multiple of 32 or so, so that similar lengths share one compiled program."""
+    return min(-(-length // multiple) * multiple, max_length)
 
 
 def make_canvas(rows: Sequence[Sequence[int]], max_length: int) -> Canvas:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.attention import Choice, Work, choose_backend
 from dlm_jax.data.rows import RowSource
@@ -54,7 +54,9 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     else:
         base = load_pretrained(model.source, mask_token=model.mask_token, compute=compute,
                                param_dtype=model.param_dtype, shardings=shardings, init=model.init, seed=config.seed)
-    check_fit(config, base, mesh)
+    if base.tokenizer is None:
+        raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files beside its config.json")
+    check_fit(config, base.model.config, base.mask_token_id, mesh)
     compute = dataclasses.replace(compute, attention=choose_attention(config, base.model.config, mesh).backend)
     graphdef = nnx.graphdef(abstract_model(base.model.config, compute, model.param_dtype))
     return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), shift=config.objective.shift)
@@ -62,14 +64,19 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
 
 def choose_attention(config: TrainConfig, architecture: ModelConfig, mesh: Mesh) -> Choice:
     """The attention backend of the whole run, of its training and its validations alike."""
-    work = Work(config.model.dtype, architecture.head_dim, dropout=architecture.attention_dropout > 0)
-    return choose_backend(config.model.attention, work, mesh.devices.flat[0].platform)
+    return choose_backend(config.model.attention, attention_work(config, architecture), mesh.devices.flat[0].platform)
 
 
-def check_fit(config: TrainConfig, base: Pretrained, mesh: Mesh) -> None:
+def attention_work(config: TrainConfig, architecture: ModelConfig) -> Work:
+    """What the run asks of attention."""
+    return Work(config.model.dtype, architecture.head_dim, dropout=architecture.attention_dropout > 0)
+
+
+def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int | None,
+              mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError where config, base model and mesh contradict each other."""
-    architecture, data = base.model.config, config.data
-    check_mask_token(config.objective, base.mask_token_id, architecture.vocab_size)
+    data = config.data
+    check_mask_token(config.objective, mask_token_id, architecture.vocab_size)
     parts, micro_batches = batch_parts(mesh), config.optimizer.accumulate_steps
     if data.batch_size % (parts * micro_batches):
         raise ConfigError(f"data.batch_size {data.batch_size} does not divide into {micro_batches} micro-batches over "
@@ -78,13 +85,11 @@ def check_fit(config: TrainConfig, base: Pretrained, mesh: Mesh) -> None:
         raise ConfigError(f"data.length {data.length} does not divide over mesh.context {mesh.shape['context']}")
     if data.length > architecture.max_length:
         raise ConfigError(f"data.length {data.length} is longer than the {architecture.max_length} positions of "
-                          f"the model {base.source}")
+                          f"the model {config.model.source}")
     offloads = config.optimizer.offload or config.model.remat == "offload"
     if offloads and not has_host_memory(device := mesh.devices.flat[0]):
         raise ConfigError(f"{device.device_kind} has no {HOST} memory beside its own to keep anything in; set "
                           "optimizer.offload to false and model.remat to full")
-    if base.tokenizer is None:
-        raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files beside its config.json")
 
 
 def has_host_memory(device: jax.Device) -> bool:

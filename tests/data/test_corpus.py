@@ -2,7 +2,9 @@ import copy
 import dataclasses
 import json
 import os
+import types
 
+import fsspec
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -199,3 +201,38 @@ def test_lines_of_a_text_file_are_examples(tmp_path, tokenizer):
     rows, _ = load_one(config, tokenizer, tmp_path)
     assert len(rows) == 30
     assert tokenizer.decode(rows.tokens[3][rows.maskable[3]]) == "<<3+3=6>> #### 6</s>"
+
+
+def test_rows_on_an_object_store_are_copied_once(tmp_path, tokenizer, monkeypatch):
+    path = write_corpus(tmp_path / "a.jsonl")
+    config = DataConfig(train=(path,), length=16, validation_fraction=0.2)
+    expected = load_one(config, tokenizer, tmp_path)
+    prepared("memory://rows", path, tokenizer, config)
+    remote, fetched = dataclasses.replace(config, train=("memory://rows/",)), []
+    files = type(fsspec.filesystem("memory"))
+    get_file = files.get_file
+    monkeypatch.setattr(files, "get_file", lambda self, *arguments, **rest: (
+        fetched.append(arguments[0]), get_file(self, *arguments, **rest)))
+
+    def check():
+        for found, rows in zip(load_one(remote, tokenizer, tmp_path), expected, strict=True):
+            np.testing.assert_array_equal(found.tokens, rows.tokens)
+
+    check()
+    assert len(fetched) == 2  # of the training and of the held-out rows
+    check()
+    assert len(fetched) == 2
+    copy, = (tmp_path / "cache").glob("*-copy")
+    victim = min(copy.iterdir())
+    victim.write_bytes(victim.read_bytes()[:-1])
+    check()
+    assert len(fetched) == 3 and fetched[2].endswith(victim.name)
+    victim.unlink()
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=10))
+    with pytest.raises(DataError, match=r"memory://rows/ has .* GiB to copy, .* data.cache_dir, or mount the bucket"):
+        load(remote, tokenizer, tmp_path)
+    monkeypatch.undo()
+    fsspec.filesystem("memory").rm("/rows/" + victim.name)
+    with pytest.raises(DataError, match=r"memory://rows/ cannot be copied to .*-copy"):
+        load(remote, tokenizer, tmp_path)
+    assert not list(copy.glob(".*"))

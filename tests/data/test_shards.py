@@ -77,12 +77,6 @@ def test_a_flipped_bit_is_noticed_when_its_row_is_read(written):
         files[np.asarray([5])]
 
 
-def test_an_object_store_must_be_mounted(written):
-    _, shards, layout, _ = written
-    with pytest.raises(DataError, match="gs://bucket/rows.*mount.*gcsfuse"):
-        RowFiles("gs://bucket/rows", shards, layout)
-
-
 def test_an_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/a.array_record cannot be written"):

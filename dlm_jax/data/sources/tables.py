@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dlm_jax.data.remote import is_remote
 from dlm_jax.data.sources.files import FileSource
 from dlm_jax.data.sources.reading import columns_in
+from dlm_jax.storage import is_remote
 
 if TYPE_CHECKING:
     import pyarrow
