@@ -16,7 +16,7 @@ ROOT = pathlib.Path(dlm_jax.__file__).parents[1]
 MODULES = sorted((ROOT / "dlm_jax").rglob("*.py"))
 # Where the name to import is not the name to install.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
-OPTIONAL = {"datasets", "torch", "wandb"}
+OPTIONAL = {"datasets", "lm_eval", "torch", "wandb"}
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,24 @@ For a diffusion model probabilities are bounds, estimated from random maskings; 
   dlm evaluate --model=runs/first --tasks=gsm8k --data_files gsm8k=test.jsonl --shots=4 --limit=100
   dlm evaluate --model=runs/first --data heldout.jsonl --json=bound.json
   dlm evaluate --model=gpt2 --data heldout.jsonl --objective=autoregressive
+  dlm evaluate --model=runs/first --harness=lambada_openai,arc_easy --parent=gpt2
 
-Tasks: hellaswag, winogrande, piqa, siqa, lambada, triviaqa, squad, gsm8k, gsm8k_icot, rocstories, text.
+Tasks: hellaswag, winogrande, piqa, siqa, lambada, triviaqa, squad, gsm8k, gsm8k_icot, rocstories, text. Those of
+--harness are the tasks of lm-eval, the field's harness, with its prompts and metrics.
 """
 
 import argparse
 
-from dlm_jax.cli import evaluate_tasks, evaluate_text
+from dlm_jax.cli import evaluate_harness, evaluate_tasks, evaluate_text
 from dlm_jax.cli.shared import add_json_argument, add_model_arguments
 from dlm_jax.errors import ConfigError
 
-_OF_TEXT = {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"}
-_OF_TASKS = {"data_dir": None, "data_files": None, "protocol": "default", "limit": None, "parent": None, "shots": None,
-             "num_steps": None, "out": None}
+_MODES = {"tasks": evaluate_tasks, "data": evaluate_text, "harness": evaluate_harness}
+# What each takes beside the arguments of all, with the defaults.
+_BOTH = {"limit": None, "parent": None, "shots": None, "num_steps": None, "out": None}
+_OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default"} | _BOTH,
+        "data": {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"},
+        "harness": {"harness_dir": None} | _BOTH}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,17 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
     evaluate_tasks.add_arguments(parser.add_argument_group("tasks"))
     evaluate_text.add_arguments(parser.add_argument_group("held-out text"))
+    evaluate_harness.add_arguments(parser.add_argument_group("the field's harness"))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if (arguments.tasks is None) == (arguments.data is None):
-        raise ConfigError("name what to evaluate on: --tasks=NAME,... or --data FILE, one of the two")
-    foreign, own, kind = ((_OF_TEXT, _OF_TASKS, "--data") if arguments.data is None
-                          else (_OF_TASKS, _OF_TEXT, "--tasks"))
-    for name in foreign:
-        if getattr(arguments, name) is not None:
-            raise ConfigError(f"--{name} belongs to {kind}, which is not given; leave it out")
-    for name, default in own.items():
+    given = [name for name in _MODES if getattr(arguments, name) is not None]
+    if len(given) != 1:
+        raise ConfigError("name what to evaluate on: --tasks=NAME,..., --data FILE or --harness=TASK,..., one of the "
+                          "three")
+    mode, = given
+    for other in _OWN:
+        for name in _OWN[other]:
+            if name not in _OWN[mode] and getattr(arguments, name) is not None:
+                owners = " or ".join(f"--{owner}" for owner in _OWN if name in _OWN[owner])
+                raise ConfigError(f"--{name} belongs to {owners}, which is not given; leave it out")
+    for name, default in _OWN[mode].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
-    (evaluate_text if arguments.tasks is None else evaluate_tasks).run(arguments)
+    _MODES[mode].run(arguments)

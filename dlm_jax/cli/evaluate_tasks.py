@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dlm_jax.evaluation.candidate import Candidate
     from dlm_jax.evaluation.run import Job
 
-_PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.num_samples = 32 if release else 16
     names = arguments.tasks.split(",")
     jobs, files = zip(*(_job(find_task(name), arguments, release) for name in names), strict=True)
-    candidates = _candidates(arguments, release)
+    candidates = load_candidates(arguments, release)
     models = [candidate.name for candidate in candidates]
     settings = {name: getattr(arguments, name) for name in (
         "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "num_steps",
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
         records = run_tasks(jobs, candidates, release=release, num_steps=arguments.num_steps, done=done, add=add)
     result = {"models": models, "settings": settings,
-              "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+              "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
               "tasks": summarise(records, names, models, arguments.seed)}
     if arguments.out:
         pathlib.Path(arguments.out).with_suffix(".md").write_text(markdown_report(result))
@@ -119,7 +119,7 @@ def _job(task: Any, arguments: argparse.Namespace, release: bool) -> "tuple[Job,
     return Job(task, items, prefix), about
 
 
-def _candidates(arguments: argparse.Namespace, release: bool) -> "list[Candidate]":
+def load_candidates(arguments: argparse.Namespace, release: bool = False) -> "list[Candidate]":
     """The model, and its parent if one is named."""
     from dlm_jax.evaluation.ours import make_candidate
     from dlm_jax.pipeline import DiffusionLM

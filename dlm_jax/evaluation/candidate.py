@@ -49,6 +49,12 @@ class Write(Protocol):
     def __call__(self, blanks: Sequence[Blank], *, temperature: float, num_steps: int | None) -> Sequence[str]: ...
 
 
+class Greedy(Protocol):
+    """Tells of each pair whether the model, at the likeliest tokens, writes just this continuation at its length."""
+
+    def __call__(self, pairs: Sequence[Pair]) -> Sequence[bool]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """What is evaluated.
@@ -63,6 +69,7 @@ class Candidate:
       autoregressive: whether it goes from left to right, so that it sees nothing behind a blank.
       release_temperature: at which the released scripts fill gaps with this family.
       encode_special: as the tokenizer's own `encode`, special tokens included; the protocol `release` uses it.
+      greedy: None: metrics of the field's harness that are made of it cannot be had.
     """
 
     name: str
@@ -73,3 +80,4 @@ class Candidate:
     autoregressive: bool = False
     release_temperature: float = 0.95
     encode_special: Callable[[str], list[int]] | None = None
+    greedy: Greedy | None = None

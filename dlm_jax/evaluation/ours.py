@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.candidate import Candidate, Pair
+from dlm_jax.evaluation.greedy import make_greedy
 from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw
 from dlm_jax.evaluation.scoring import DrawRule, autoregressive_score, diffusion_score
 from dlm_jax.evaluation.writing import make_write
@@ -59,9 +60,11 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
                        mask_token_id=pretrained.mask_token_id, bos_token_id=bos_token_id,
                        eos_token_id=pretrained.eos_token_id, shift=pretrained.shift, seed=seed, batch_size=batch_size,
                        mesh=mesh, keep_bos=not release or special("a")[0] == bos_token_id)
+    greedy = make_greedy(pretrained.model, autoregressive=autoregressive, mask_token_id=pretrained.mask_token_id,
+                         bos_token_id=scored_from, shift=pretrained.shift, batch_size=batch_size, mesh=mesh)
     return Candidate(name, functools.partial(_encode, tokenizer, False), score, write, config.max_length,
                      autoregressive, 0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95,
-                     special)
+                     special, greedy)
 
 
 def bound_rule(num_samples: int, seed: int) -> DrawRule:
