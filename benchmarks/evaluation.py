@@ -1,6 +1,7 @@
 """Multiple choice, ours and a PyTorch loop that scores as the DiffuLLaMA release does; and what a score's error costs.
 
     python benchmarks/evaluation.py speed                                       GPT-2 small with random weights: a CPU
+    python benchmarks/evaluation.py speed --model=assets/stories-gpt2 --items=16         a model in HF layout
     python benchmarks/evaluation.py error --model=WORKDIR --data=hellaswag.jsonl            needs an adapted model
 
 `speed`: the same weights, items and noise on both sides, 32 forward passes an option. PyTorch takes them one by one
@@ -10,7 +11,7 @@ Both give the same scores, which is checked. The sides take turns; the first run
 `error`: scores of real items under different noise. What decides an item is the difference between two options, so its
 error is what counts, in units of how far such differences spread over items, which makes rules with different
 expectations comparable; `bound, release's draws` has the same expectation as ours (but for its grid of 32 times).
-Writes benchmarks/results/evaluation-{speed,error}.json.
+Writes benchmarks/results/evaluation-{speed-MODEL,error}.json.
 """
 
 import argparse
@@ -48,22 +49,24 @@ def release_bound_draw(uniform: np.ndarray) -> Draw:
 def speed(args: argparse.Namespace) -> dict:
     """Items a second of both sides."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     from dlm_jax.evaluation.scoring import diffusion_score
     from dlm_jax.hf import load_pretrained
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).eval()
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        ours = load_pretrained(folder, mask_token=MASK_TOKEN_ID).model
-    rng = np.random.default_rng(0)
+        source = args.model or folder
+        if not args.model:
+            GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa").eval()
+        ours = load_pretrained(source, mask_token=MASK_TOKEN_ID).model
+    rng, vocab_size = np.random.default_rng(0), ours.config.vocab_size
     pairs = []
     for item in range(args.items):  # as long as HellaSwag's
-        context = tuple(map(int, rng.integers(0, 50257, rng.integers(30, 70))))
-        pairs += [Pair(context, tuple(map(int, rng.integers(0, 50257, rng.integers(12, 36)))), item, option)
+        context = tuple(map(int, rng.integers(0, vocab_size, rng.integers(30, 70))))
+        pairs += [Pair(context, tuple(map(int, rng.integers(0, vocab_size, rng.integers(12, 36)))), item, option)
                   for option in range(4)]
 
     @torch.no_grad()
@@ -159,7 +162,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="default 2 for speed, 10 for error")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's, on a CPU")
-    parser.add_argument("--model", help="for error: a diffusion model")
+    parser.add_argument("--model", help="for error: a diffusion model; for speed: in HF layout (default: GPT-2 small)")
     parser.add_argument("--data", help="for error: the task's file")
     parser.add_argument("--task", default="hellaswag")
     args = parser.parse_args()
@@ -173,7 +176,8 @@ def main() -> None:
     result = (speed if args.part == "speed" else error)(args)
     settings = {name: value for name, value in vars(args).items() if name not in ("model", "data")}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"evaluation-{args.part}.json").write_text(json.dumps({
+    name = f"{args.part}-{pathlib.Path(args.model or 'gpt2-small').name}" if args.part == "speed" else args.part
+    (RESULTS / f"evaluation-{name}.json").write_text(json.dumps({
         "settings": settings, "results": result, "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},

@@ -15,6 +15,7 @@ from dlm_jax.diffusion.corruption import CorruptedBatch
 from dlm_jax.diffusion.head_loss import HeadPlan, head_loss
 
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., embed] -> float32 logits [..., vocab]
+Measure = Callable[[jax.Array, jax.Array], jax.Array]
 
 NORMALISERS = ("maskable", "masked")
 
@@ -76,11 +77,23 @@ def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: Corru
                     scored=total(scored), maskable=total(batch.maskable))
 
 
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p of each target in nats: [..., vocab] and int [...] to float32 [...]."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def is_likeliest(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """1 where the target is the likeliest token, else 0: [..., vocab] and int [...] to float32 [...]."""
+    return (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+
+
 def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, wanted: jax.Array | None = None, *,
-              shift: bool = True, chunk_size: int = 128) -> jax.Array:
+              shift: bool = True, chunk_size: int = 128, measure: Measure = cross_entropy) -> jax.Array:
     """Cross-entropy of int `targets`, float32 [batch, length] in nats each; not differentiable.
 
     Args:
+      measure: what is made of logits and targets in its place.
       wanted: bool [batch, length], where it is computed; 0 comes out elsewhere, and at position 0 under `shift`. Each
         row's wanted positions are put first, and a loop visits as many chunks of columns as the fullest row needs:
         rows stay on their devices, however they are spread.
@@ -95,8 +108,7 @@ def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, wanted: j
     def visit(index: jax.Array, nll: jax.Array) -> jax.Array:
         at = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)  # the last may repeat what was before
         logits = unembed(jnp.take_along_axis(hidden, at[..., None], axis=1))  # [batch, size, vocab]
-        target = jnp.take_along_axis(targets, at, axis=1)[..., None]
-        found = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+        found = measure(logits, jnp.take_along_axis(targets, at, axis=1))
         return jax.lax.dynamic_update_slice_in_dim(nll, found, index * size, axis=1)
 
     num_chunks = -(-jnp.max(jnp.sum(wanted, axis=1)) // size)

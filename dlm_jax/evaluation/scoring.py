@@ -12,15 +12,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import token_nll
+from dlm_jax.diffusion import cross_entropy, is_likeliest, token_nll
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.candidate import Pair, Score
+from dlm_jax.evaluation.candidate import Guess, Pair, Score
 from dlm_jax.evaluation.masks import Draw, everything
 from dlm_jax.models import Transformer
 from dlm_jax.parallel import array_sharding, batch_parts
 from dlm_jax.sampling import bucket
 
 DrawRule = Callable[[Pair], Draw]
+Measure = Callable[[jax.Array, jax.Array], jax.Array]
 _HEAD_CHUNK = 8  # masked tokens of a row whose logits exist at one time
 _WIDTHS = 16  # a row is padded to a multiple of it: more programs than a canvas has, for many more passes of each
 
@@ -33,31 +34,48 @@ class _Pass(NamedTuple):
     weight: float
 
 
-def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int, shift: bool = True,
+def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int | None, shift: bool = True,
                     bos_token_id: int | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> Score:
     """A `Score` by masking: the sum of `draw(pair)`'s passes, bidirectional attention, the context never masked.
 
     A pair's score does not depend on the other pairs or the batch size.
 
     Args:
+      mask_token_id: None: nothing is masked, and attention is causal.
       draw: `masks.bound_draw` for the bound, `masks.release_draw` for the release's score.
       bos_token_id: stands before every context; None: nothing does, and position 0 is the context's own first token.
       mesh: splits a batch over devices.
     """
-    return functools.partial(_score, model, draw, mask_token_id=mask_token_id, shift=shift, bos_token_id=bos_token_id,
-                             batch_size=batch_size, mesh=mesh)
+    def score(pairs: Sequence[Pair]) -> np.ndarray:
+        return _score(model, pairs, list(map(draw, pairs)), mask_token_id=mask_token_id, shift=shift,
+                      bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
+
+    return score
 
 
 def autoregressive_score(model: Transformer, *, bos_token_id: int | None = None, batch_size: int = 16,
                          mesh: Mesh | None = None) -> Score:
     """A `Score` that is exact: one pass under causal attention; arguments as in `diffusion_score`."""
-    return functools.partial(_score, model, lambda pair: everything(len(pair.continuation)), mask_token_id=None,
-                             shift=True, bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
+    return diffusion_score(model, lambda pair: everything(len(pair.continuation)), mask_token_id=None,
+                           bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
 
 
-def _score(model: Transformer, draw: DrawRule, pairs: Sequence[Pair], *, mask_token_id: int | None, shift: bool,
-           bos_token_id: int | None, batch_size: int, mesh: Mesh | None) -> np.ndarray:
-    """float64 [pairs] in nats; no mask token: causal."""
+def make_guess(model: Transformer, *, mask_token_id: int | None, shift: bool = True, bos_token_id: int | None = None,
+               batch_size: int = 16, mesh: Mesh | None = None) -> Guess:
+    """A `Guess` by one forward pass each, in which all asked for are masked; an autoregressive model (`mask_token_id`
+    None) sees what stands before each, and nothing is masked."""
+    def guess(pairs: Sequence[Pair], asked: Sequence[np.ndarray]) -> np.ndarray:
+        draws = [Draw(masked[None], np.array([1 / masked.sum()])) for masked in asked]
+        return _score(model, pairs, draws, mask_token_id=mask_token_id, shift=shift, bos_token_id=bos_token_id,
+                      batch_size=batch_size, mesh=mesh, measure=is_likeliest)
+
+    return guess
+
+
+def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, mask_token_id: int | None, shift: bool,
+           bos_token_id: int | None, batch_size: int, mesh: Mesh | None,
+           measure: Measure = cross_entropy) -> np.ndarray:
+    """float64 [pairs], each the weighted sum over its passes of `measure` at the masked; no mask token: causal."""
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     head = () if bos_token_id is None else (bos_token_id,)
@@ -65,8 +83,7 @@ def _score(model: Transformer, draw: DrawRule, pairs: Sequence[Pair], *, mask_to
     for row, pair in zip(rows, pairs, strict=True):
         _check(row, pair, model.config.max_length)
     width = [bucket(len(row), model.config.max_length, _WIDTHS) for row in rows]
-    passes = [_Pass(number, *found) for number, pair in enumerate(pairs)
-              for found in zip(*draw(pair), strict=True)]
+    passes = [_Pass(number, *found) for number, draw in enumerate(draws) for found in zip(*draw, strict=True)]
     # Batch mates are alike in their width, one compiled shape, and in how many tokens the head works on.
     passes.sort(key=lambda one: (width[one.pair], one.masked.sum()), reverse=True)
     graphdef, params = nnx.split(model)
@@ -80,7 +97,8 @@ def _score(model: Transformer, draw: DrawRule, pairs: Sequence[Pair], *, mask_to
         arrays = jax.tree.map(jnp.asarray, arrays) if mesh is None else jax.device_put(
             arrays, array_sharding(mesh, "batch"))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            nll = _nll(graphdef, params, *arrays, causal=mask_token_id is None, shift=shift)
+            nll = _nll(graphdef, params, *arrays, causal=mask_token_id is None, shift=shift,
+                       measure=measure)
         waiting.append((batch, nll))  # the next batch is made while this one runs
         if len(waiting) > 1:
             _add(scores, *waiting.pop(0))
@@ -124,14 +142,15 @@ def _arrays(rows: Sequence[tuple[np.ndarray, np.ndarray]], width: int, batch_siz
     return tokens, targets, wanted, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "causal", "shift"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "causal", "shift", "measure"))
 def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, wanted: jax.Array,
-         lengths: jax.Array, *, causal: bool, shift: bool) -> jax.Array:
-    """Each row's cross-entropy summed over where it is wanted, float32 [batch]."""
+         lengths: jax.Array, *, causal: bool, shift: bool, measure: Measure) -> jax.Array:
+    """Each row's cross-entropy, or another measure, summed over where it is wanted, float32 [batch]."""
     model = nnx.merge(graphdef, params)
     attention = AttentionMask.causal() if causal else AttentionMask.bidirectional()
     hidden = model.hidden(tokens, attention.with_lengths(lengths))
-    return token_nll(hidden, model.unembed, targets, wanted, shift=shift, chunk_size=_HEAD_CHUNK).sum(axis=1)
+    return token_nll(hidden, model.unembed, targets, wanted, shift=shift, chunk_size=_HEAD_CHUNK,
+                     measure=measure).sum(axis=1)
 
 
 def _add(scores: np.ndarray, batch: Sequence[_Pass], nll: jax.Array) -> None:
