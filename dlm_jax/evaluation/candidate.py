@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 
 class Pair(NamedTuple):
     """Token ids of a context and of what is scored after it.
@@ -24,13 +26,14 @@ class Blank(NamedTuple):
 
     Attributes:
       lengths: how many tokens, the model's own; several where the model is to settle it.
-      item: the number of the item, from which random numbers are drawn.
+      item, sample: the number of the item, and which of its samples it is; from the two random numbers are drawn.
     """
 
     before: str
     after: str
     lengths: range
     item: int = 0
+    sample: int = 0
 
 
 class Score(Protocol):
@@ -55,6 +58,13 @@ class Greedy(Protocol):
     def __call__(self, pairs: Sequence[Pair]) -> Sequence[bool]: ...
 
 
+class Guess(Protocol):
+    """Of each pair the share of the continuation's tokens that the model takes to be the likeliest, among those asked
+    for: bool [length], not empty. A model that denoises sees all others, one from left to right what stands before."""
+
+    def __call__(self, pairs: Sequence[Pair], asked: Sequence[np.ndarray]) -> Sequence[float]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """What is evaluated.
@@ -70,6 +80,7 @@ class Candidate:
       release_temperature: at which the released scripts fill gaps with this family.
       encode_special: as the tokenizer's own `encode`, special tokens included; the protocol `release` uses it.
       greedy: None: metrics of the field's harness that are made of it cannot be had.
+      guess: None: texts cannot be reconstructed.
     """
 
     name: str
@@ -81,3 +92,4 @@ class Candidate:
     release_temperature: float = 0.95
     encode_special: Callable[[str], list[int]] | None = None
     greedy: Greedy | None = None
+    guess: Guess | None = None

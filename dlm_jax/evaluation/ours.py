@@ -10,7 +10,7 @@ from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.candidate import Candidate, Pair
 from dlm_jax.evaluation.greedy import make_greedy
 from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw
-from dlm_jax.evaluation.scoring import DrawRule, autoregressive_score, diffusion_score
+from dlm_jax.evaluation.scoring import DrawRule, autoregressive_score, diffusion_score, make_guess
 from dlm_jax.evaluation.writing import make_write
 from dlm_jax.hf import Pretrained
 from dlm_jax.sampling import SamplerConfig
@@ -62,9 +62,11 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
                        mesh=mesh, keep_bos=not release or special("a")[0] == bos_token_id)
     greedy = make_greedy(pretrained.model, autoregressive=autoregressive, mask_token_id=pretrained.mask_token_id,
                          bos_token_id=scored_from, shift=pretrained.shift, batch_size=batch_size, mesh=mesh)
+    guess = make_guess(pretrained.model, mask_token_id=None if autoregressive else pretrained.mask_token_id,
+                       shift=pretrained.shift, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
     return Candidate(name, functools.partial(_encode, tokenizer, False), score, write, config.max_length,
                      autoregressive, 0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95,
-                     special, greedy)
+                     special, greedy, guess)
 
 
 def bound_rule(num_samples: int, seed: int) -> DrawRule:
