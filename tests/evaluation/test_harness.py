@@ -1,0 +1,175 @@
+"""Real runs of the field's harness on tasks over local files: every likelihood against the candidate's own answers."""
+
+import math
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+
+from dlm_jax import DiffusionLM
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation.candidate import Candidate, Pair
+from dlm_jax.evaluation.harness import HarnessLM
+from dlm_jax.evaluation.items import Item
+from dlm_jax.evaluation.ours import make_candidate
+from dlm_jax.evaluation.run import Job, pairs_of, run
+from dlm_jax.evaluation.tasks import TASKS
+from tests.evaluation.harness_tasks import CHOICES, TEXTS, Scripted, by_hand, decode, encode, evaluate
+
+SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return DiffusionLM.from_pretrained(SHIPPED, mask_token=4000)
+
+
+def test_multiple_choice_by_hand(harness_folder):
+    model = Scripted()
+    results = evaluate(HarnessLM(model.candidate), harness_folder, "choice")
+    assert results["config"]["model"] == "scripted"
+    assert results["results"]["choice"]["acc,none"] == pytest.approx(2 / 3)  # the shortest: 0, 0, 1; right: 0, 1, 1
+    assert results["results"]["choice"]["acc_bytes,none"] == pytest.approx(1 / 3)  # sqrt(n) / n: the longest, 1, 1, 0
+    asked, = model.pairs  # all in one call
+    assert [(decode(pair.context), decode(pair.continuation)) for pair in asked[:2]] == [
+        ("Q: The boy", " ran."), ("Q: The boy", " was red.")]
+    sample = results["samples"]["choice"][1]
+    assert [answer[0] for answer in sample["filtered_resps"]] == [-len(" sat.") ** 0.5, -len(" had fun.") ** 0.5]
+    assert model.looked == []  # nothing here is made of what is greedy
+
+
+@pytest.mark.parametrize("autoregressive", [True, False])
+def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, autoregressive):
+    candidate = make_candidate(lm.pretrained, "ours", autoregressive=autoregressive, num_samples=64)
+    samples = evaluate(HarnessLM(candidate), harness_folder, "choice")["samples"]["choice"]
+    questions = [Item(tuple((row["q"], f" {option}") for option in row["options"]), gold=row["gold"])
+                 for row in CHOICES]
+    assert max(len(pair.continuation) for number, item in enumerate(questions)
+               for pair in pairs_of(candidate, TASKS["piqa"], item, number)) <= 6  # all masks are taken: no noise
+    records = run([Job(TASKS["piqa"], questions)], [candidate])
+    for sample, record in zip(samples, records, strict=True):
+        assert [answer[0] for answer in sample["filtered_resps"]] == pytest.approx(
+            [-score for score in record["scores"]], rel=1e-5)
+        assert sample["acc"] == record["values"]["accuracy"]
+        assert sample["acc_bytes"] == pytest.approx(record["values"]["accuracy_normalised"])
+
+
+def test_options_meet_the_same_noise_and_nothing_else_does(harness_folder):
+    model = Scripted()
+    evaluate(HarnessLM(model.candidate), harness_folder, "choice", "other_choice")
+    both = [pair.item for pair in model.pairs.pop()]
+    assert both[0::2] == both[1::2] and len(set(both)) == 6
+    assert all(0 <= item < 2**32 for item in both)
+    evaluate(HarnessLM(model.candidate), harness_folder, "other_choice", limit=2)
+    assert [pair.item for pair in model.pairs.pop()] == both[6:10]
+    lm = HarnessLM(model.candidate)
+    lm.loglikelihood(by_hand("loglikelihood", ("a", " b"), ("a", " c"), ("d", " b"), ("a", " b")))
+    one, two, three, again = (pair.item for pair in model.pairs.pop())
+    assert one == two and len({one, three, again}) == 3  # a repetition is another draw
+
+
+def test_a_bound_depends_on_neither_batch_size_nor_company(harness_folder, lm):
+    arguments = [("Once", " upon a time there was a little girl who was very happy."), ("Tom", " ran home to his mum."),
+                 ("Sue sat on the big red mat and", " Tom did not like it one bit, so he ran off.")]
+    requests = [Instance("loglikelihood", {}, one, 0, ("made", number, 1)) for number, one in enumerate(arguments)]
+    found = [HarnessLM(make_candidate(lm.pretrained, "ours", num_samples=5, batch_size=size), greedy=False)
+             .loglikelihood(requests) for size in (16, 3)]
+    alone = HarnessLM(make_candidate(lm.pretrained, "ours", num_samples=5), greedy=False).loglikelihood(requests[2:])
+    np.testing.assert_allclose([score for score, _ in found[0]], [score for score, _ in found[1]], rtol=1e-5)
+    np.testing.assert_allclose(found[0][2][0], alone[0][0], rtol=1e-5)
+    other = HarnessLM(make_candidate(lm.pretrained, "ours", num_samples=5, seed=1), greedy=False)
+    assert abs(other.loglikelihood(requests)[2][0] - alone[0][0]) > 1e-3
+
+
+def test_perplexities_by_hand(harness_folder):
+    model = Scripted()
+    found = evaluate(HarnessLM(model.candidate), harness_folder, "text")["results"]["text"]
+    texts = [row["text"] for row in TEXTS]
+    nats = sum(Scripted.cost(text) for text in texts)
+    assert found["word_perplexity,none"] == pytest.approx(math.exp(nats / sum(len(text.split()) for text in texts)))
+    num_bytes = sum(len(text.encode()) for text in texts)
+    assert found["byte_perplexity,none"] == pytest.approx(math.exp(nats / num_bytes))
+    assert found["bits_per_byte,none"] == pytest.approx(nats / num_bytes / math.log(2))
+
+
+def test_a_text_longer_than_a_row_is_scored_once_in_windows():
+    model = Scripted(max_length=5)
+    lm = HarnessLM(model.candidate)
+    text = "a b c d e f g h i"
+    both = lm.loglikelihood_rolling(by_hand("loglikelihood_rolling", (text,), ("a b",)))
+    windows = [(decode(pair.context), decode(pair.continuation)) for pair in model.pairs.pop()]
+    assert windows == [("", "a b c d"), (" d", " e f g"), (" f g", " h i"), ("", "a b")]
+    assert both == pytest.approx([-sum(Scripted.cost(text) for _, text in windows[:3]), -Scripted.cost("a b")])
+    assert lm.loglikelihood_rolling(by_hand("loglikelihood_rolling", ("",))) == [0.0]
+    HarnessLM(Scripted(max_length=2).candidate).loglikelihood_rolling(by_hand("loglikelihood_rolling", ("a b",)))
+
+
+def test_the_rolling_likelihood_of_a_model_of_ours(harness_folder, lm):
+    candidate = make_candidate(lm.pretrained, "parent", autoregressive=True)
+    texts = [row["text"] for row in TEXTS]
+    nats = candidate.score([Pair((), tuple(lm.tokenizer.encode(text))) for text in texts])
+    found = evaluate(HarnessLM(candidate), harness_folder, "text")["results"]["text"]
+    assert found["bits_per_byte,none"] == pytest.approx(
+        sum(nats) / sum(len(text.encode()) for text in texts) / math.log(2), rel=1e-5)
+    bound = HarnessLM(make_candidate(lm.pretrained, "ours", num_samples=4))
+    assert bound.loglikelihood_rolling(by_hand("loglikelihood_rolling", (texts[0],)))[0] < 0
+
+
+def test_a_context_that_is_too_long_loses_its_beginning():
+    model = Scripted(max_length=5)
+    lm = HarnessLM(model.candidate, greedy=False)
+    lm.loglikelihood(by_hand("loglikelihood", ("a b c d", " e f"), ("", "a b")))
+    assert [(decode(pair.context), decode(pair.continuation)) for pair in model.pairs[0]] == [
+        (" c d", " e f"), ("", "a b")]
+    tasks = [Instance("loglikelihood", {}, ("a", text), place, ("made", 7, 1))
+             for place, text in enumerate([" b", " b c d e f"])]
+    with pytest.raises(DataError, match="made, item 7, option 1 has 5 tokens to score, and scripted takes at most 5"):
+        lm.loglikelihood(tasks)
+    with pytest.raises(DataError, match="has no token to score"):
+        lm.loglikelihood(by_hand("loglikelihood", ("a", "")))
+
+
+def test_accuracy_of_a_completion_is_what_is_greedy(harness_folder):
+    model = Scripted()
+    found = evaluate(HarnessLM(model.candidate), harness_folder, "last_word", "choice")["results"]
+    assert found["last_word"]["acc,none"] == 0.5
+    assert found["last_word"]["perplexity,none"] == pytest.approx(
+        math.exp((Scripted.cost(" boy.") + Scripted.cost(" be.")) / 2))
+    assert [decode(pair.continuation) for pair in model.looked[0]] == [" boy.", " be."]  # and no option
+    asked = evaluate(HarnessLM(model.candidate, greedy=True), harness_folder, "last_word", "choice")
+    assert len(model.looked[1]) == 8 and asked["results"]["last_word"]["acc,none"] == 0.5
+    never = evaluate(HarnessLM(model.candidate, greedy=False), harness_folder, "last_word")["results"]["last_word"]
+    assert len(model.looked) == 2 and never["acc,none"] == 0.0
+
+
+def test_a_model_of_ours_knows_what_is_greedy(lm):
+    candidate = make_candidate(lm.pretrained, "parent", autoregressive=True)
+    lm_of = HarnessLM(candidate)
+    prompt = "Once upon a"
+    text, = lm_of.generate_until(by_hand("generate_until", (prompt, {"max_gen_toks": 3})))
+    (_, likely), (_, other) = lm_of.loglikelihood(by_hand("loglikelihood", (prompt, text), (prompt + " big", " zebra")))
+    assert (likely, other) == (True, False)
+
+
+def test_a_candidate_that_cannot_do_what_a_task_asks_is_refused(harness_folder):
+    with pytest.raises(ConfigError, match="mute cannot write, which the task sums asks for"):
+        evaluate(HarnessLM(Candidate("mute", encode, lambda pairs: [0.0] * len(pairs))), harness_folder, "sums")
+    with pytest.raises(ConfigError, match="blind cannot score, which the task text asks for"):
+        evaluate(HarnessLM(Candidate("blind", encode)), harness_folder, "text")
+    plain = Candidate("plain", encode, lambda pairs: [1.0] * len(pairs))
+    with pytest.raises(ConfigError, match="plain does not say what is greedy, .* the task last_word"):
+        evaluate(HarnessLM(plain), harness_folder, "last_word")
+    found = evaluate(HarnessLM(plain, greedy=False), harness_folder, "last_word")["results"]["last_word"]
+    assert found["perplexity,none"] == pytest.approx(math.e)
+    with pytest.raises(ConfigError, match="max_gen_toks must be at least 1, got 0"):
+        HarnessLM(plain, max_gen_toks=0)
+
+
+def test_nothing_else_needs_the_harness():
+    code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.ours, dlm_jax.evaluation.run, dlm_jax.cli.evaluate\n"
+            "assert not {'lm_eval', 'torch'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
