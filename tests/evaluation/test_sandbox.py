@@ -1,0 +1,277 @@
+"""Programs that misbehave, really run: none passes, none reaches the machine, none outlives its time."""
+
+import os
+import pathlib
+import socket
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation import sandbox
+from dlm_jax.evaluation.sandbox import Outcome, Program, Sandbox
+
+GOOD = Program("def double(x):\n    return 2 * x\n", "assert double(4) == 8\n")
+
+
+@pytest.fixture(scope="module")
+def run():
+    try:
+        execute = Sandbox(seconds=1, workers=4)
+    except ConfigError as error:
+        pytest.skip(f"this machine cannot shut programs in: {error}")
+    return lambda source, tests="": execute([Program(source, tests)])[0]
+
+
+@pytest.fixture
+def left_over(tmp_path, monkeypatch):
+    """The command lines of this test's sandboxes that are still there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return lambda: [line for line in command_lines() if "jail.py" in line and str(tmp_path) in line]
+
+
+def command_lines():
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(process.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue  # it is gone by now
+    return found
+
+
+def test_tests_are_passed_or_not(run):
+    assert run(*GOOD) == Outcome(True, "passed")
+    assert run(GOOD.source, "assert double(4) == 9\n") == Outcome(False, "AssertionError")
+    assert run("def double(x)\n", GOOD.tests) == Outcome(False, "SyntaxError")
+    assert run("import dataclasses, hashlib\n@dataclasses.dataclass\nclass A:\n    x: int = 3\n",
+               "assert A().x == 3 and hashlib.sha256(b'').hexdigest()") == Outcome(True, "passed")
+
+
+def test_many_at_a_time_in_their_order(run):
+    del run
+    execute = Sandbox(workers=3)
+    programs = [Program(f"x = {number}", f"assert x % 2 == {0}") for number in range(9)]
+    assert [outcome.passed for outcome in execute(programs)] == [number % 2 == 0 for number in range(9)]
+    assert execute([]) == []
+
+
+@pytest.mark.parametrize(("source", "reason"), [
+    ("import sys; sys.exit(0)", "SystemExit"),
+    ("raise SystemExit", "SystemExit"),
+    ("exit(0)", "NameError"),  # `site` would define it
+    ("import os; os._exit(0)", "ended before its tests did"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL"),
+    ("import threading, os; threading.Thread(target=lambda: os._exit(0)).start()\nwhile True: pass",
+     "ended before its tests did"),
+    ("def f(): return f()\nf()", "RecursionError"),
+    ("import ctypes; ctypes.string_at(0)", "ended by SIGSEGV"),
+    ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("x = '''", "SyntaxError"),  # which would swallow the tests, were they one text
+    ("class E(Exception):\n    def __str__(self): raise ValueError\nraise E", "E"),
+    ("import os\nif os.fork(): os._exit(0)", "ended before its tests did"),  # its child goes on to the tests
+    ("x = bytearray(10**10)", "MemoryError"),
+    ("input()", "EOFError"),
+    ("import numpy", "ModuleNotFoundError"),
+])
+def test_what_ends_before_its_tests_do_has_not_passed(run, source, reason):
+    assert run(source) == Outcome(False, reason)
+
+
+def test_an_exit_that_is_caught_and_then_tested_passes(run):
+    assert run("import sys\ntry:\n    sys.exit(1)\nexcept SystemExit:\n    x = 1\n", "assert x").passed
+
+
+def test_the_descriptor_alone_is_not_a_pass(run):
+    assert not run("import os\nfor n in range(3, 64):\n    try:\n        os.write(n, b'passed')\n"
+                   "    except OSError:\n        pass\nos._exit(0)").passed
+    # Not even a flood through it, nor output without end.
+    assert not run("import os\nwhile True:\n    for n in range(3, 64):\n        try:\n            os.write(n, b'x')\n"
+                   "        except OSError:\n            pass\n").passed
+    assert run("while True: print('x' * 999)") == Outcome(False, "ended by SIGXCPU")
+
+
+def test_what_runs_is_seen_while_it_does(run, left_over):
+    """So that finding nothing left over says something."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(run, "import os, time\nos.fork(); time.sleep(60)")
+        deadline = time.monotonic() + 30
+        while len(left_over()) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(left_over()) == 4  # the script, the first process inside, the program and its child
+        assert not pending.result().passed
+    assert not left_over()
+
+
+def test_time_is_limited_on_the_processor_and_by_the_clock(run, left_over):
+    start = time.monotonic()
+    assert run("while True: pass") == Outcome(False, "ended by SIGXCPU")
+    assert run("import time; time.sleep(60)") == Outcome(False, "not done after 3 s")
+    stubborn = "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    assert run(stubborn) == Outcome(False, "ended by SIGKILL")
+    assert time.monotonic() - start < 20
+    assert not left_over()
+
+
+def test_a_bomb_of_forks_is_bounded_and_leaves_nothing(run, left_over):
+    bomb = """
+import os, time
+forked = 0
+while forked < 60:
+    try:
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(60)
+    except OSError:
+        break
+    forked += 1
+"""
+    assert run(bomb, "assert 0 < forked < 30").passed
+    assert not left_over()
+    every = "import os, time\nfor _ in range(6):\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
+    assert not run(every + "time.sleep(60)").passed
+    assert not left_over()
+
+
+def test_no_network(run):
+    with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory() as folder:
+        port = server.getsockname()[1]
+        with socket.socket(socket.AF_UNIX) as local, socket.socket(socket.AF_UNIX) as abstract:
+            local.bind(f"{folder}/socket")
+            abstract.bind(f"\0{folder}")
+            for listening in (local, abstract):
+                listening.listen()
+            source = f"""
+import socket
+reached = []
+for family, address in ((socket.AF_INET, ("127.0.0.1", {port})), (socket.AF_INET, ("8.8.8.8", 53)),
+                        (socket.AF_UNIX, {folder + "/socket"!r}), (socket.AF_UNIX, {chr(0) + folder!r})):
+    with socket.socket(family) as client:
+        client.settimeout(1)
+        try:
+            client.connect(address)
+            reached.append(address)
+        except OSError:
+            pass
+"""
+            assert run(source, "assert reached == []") == Outcome(True, "passed")
+            here = {}
+            exec(source.replace('(socket.AF_INET, ("8.8.8.8", 53)),', ""), here)
+            assert len(here["reached"]) == 3  # the same lines do reach them from outside
+
+
+def test_no_files_of_the_machine_no_rights_no_environment(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "x")
+    (tmp_path / "mine.txt").write_text("mine")
+    source = f"""
+import ctypes, os, subprocess, sys
+seen = sorted(os.listdir("/"))
+work = os.listdir("."), os.getcwd()
+open("scratch.txt", "w").write("ok")
+failed = []
+for path in (sys.base_prefix + "/x", "/usr/x", "/etc/passwd", "/proc/self/environ", {str(tmp_path)!r}):
+    try:
+        open(path, "w" if path.endswith("x") else "r")
+        failed.append(path)
+    except OSError:
+        pass
+for path in (sys.executable, "/usr/bin/env"):
+    try:
+        os.chmod(path, 0o777)
+        failed.append(path)
+    except OSError:
+        pass
+rights = ctypes.CDLL(None).unshare(0x10000000), os.getuid(), "SECRET" in os.environ
+"""
+    tests = """
+assert not set(seen) & {"etc", "proc", "sys", "run", "var", "mnt", "srv"}, seen
+assert work == ([], "/tmp"), work
+assert failed == [], failed
+assert rights == (-1, 65534, False), rights
+"""
+    assert run(source, tests) == Outcome(True, "passed")
+    assert run(source, tests) == Outcome(True, "passed")  # nothing of the first time is left
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_what_is_written_is_limited(run):
+    one = "f = open('x', 'wb', buffering=0)\nfor _ in range(40): f.write(bytes(1 << 20))"
+    assert run(one) == Outcome(False, "OSError")
+    many = "for n in range(40): open(str(n), 'wb').write(bytes(1 << 20))"
+    assert run(many) == Outcome(False, "OSError")
+
+
+def test_folders_are_removed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run("open('x', 'w').write('x')")
+    run("while True: pass")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_it_cannot_be_shut_in_nothing_runs(monkeypatch):
+    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match=r"cannot be shut in here \(darwin has no namespaces\)"):
+        Sandbox()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+def test_a_start_that_fails_is_not_taken_for_a_wrong_program(tmp_path, monkeypatch):
+    broken = tmp_path / "jail.py"
+    broken.write_text("import os, sys\nos.write(int(sys.argv[2]), b'unshare: Operation not permitted')\n")
+    monkeypatch.setattr(sandbox.jail, "__file__", str(broken))
+    with pytest.raises(ConfigError, match=r"cannot be shut in here \(unshare: Operation not permitted\), so they are"):
+        Sandbox()
+    broken.write_text("")
+    with pytest.raises(ConfigError, match="it ended before it began"):
+        Sandbox()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+def test_a_jail_that_is_open_is_found_out(tmp_path, monkeypatch):
+    """Without namespaces the trial reaches the server, and nothing of the model's is run."""
+    real = pathlib.Path(sandbox.jail.__file__).read_text()
+    broken = tmp_path / "jail.py"
+    broken.write_text(real.replace("        root = _leave_namespaces()\n        _build(folder, job)\n",
+                                   "        root = False\n"))
+    assert broken.read_text() != real
+    monkeypatch.setattr(sandbox.jail, "__file__", str(broken))
+    with pytest.raises(ConfigError, match="a trial reached this machine's network or files"):
+        Sandbox()
+
+
+@pytest.mark.parametrize("limit", [{"seconds": 0}, {"memory": -1}, {"processes": 0}])
+def test_limits_are_positive(limit):
+    with pytest.raises(ConfigError, match="must be positive"):
+        Sandbox(**limit)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become someone else")
+def test_users_without_rights_have_it_as_well():
+    """By a user namespace, where Python can be read by all."""
+    import subprocess
+
+    python = "/usr/bin/python3"
+    if subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"], check=False).returncode:
+        pytest.skip(f"{python} is not of version 3.11 or later")
+    package = pathlib.Path(sandbox.__file__).parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("errors.py", "evaluation/jail.py", "evaluation/sandbox.py"):
+            copy = pathlib.Path(folder, "dlm_jax", name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text((package / name).read_text())
+            (copy.parent / "__init__.py").touch()
+        for path in (pathlib.Path(folder), *pathlib.Path(folder).rglob("*")):
+            path.chmod(0o755)
+        script = ("from dlm_jax.evaluation.sandbox import *\n"
+                  f"execute = Sandbox(seconds=1)\nprint(execute([Program(*{tuple(GOOD)!r}), "
+                  "Program('import os\\nn = 0\\nwhile n < 60:\\n    try:\\n        if os.fork() == 0: os.read(0, 1) or "
+                  "__import__(\"time\").sleep(60)\\n    except OSError: break\\n    n += 1', 'assert 0 < n < 30'), "
+                  "Program('', 'import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == -1')]))")
+        found = subprocess.run([python, "-B", "-c", script], cwd=folder, env={"PYTHONPATH": folder}, user=12345,
+                               group=12345, extra_groups=[], capture_output=True, text=True, check=False)
+    if "cannot be shut in here" in found.stderr:
+        pytest.skip("this machine gives user namespaces to root only")
+    assert found.stdout.count("passed=True") == 3, found
