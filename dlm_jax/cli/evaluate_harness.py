@@ -108,13 +108,29 @@ def _load_tasks(names: Sequence[str], folder: str | None) -> dict[str, Any]:
 
 
 def _set_shots(tasks: dict[str, Any], shots: int | None) -> None:
-    """As the harness does, but for tasks without examples, which it would leave as they are and say nothing."""
+    """As the harness does, but what it would pass over in silence is refused."""
     for name, task in tasks.items():
         own = task.get_config("num_fewshot")
         if shots and own == 0:
             raise ConfigError(f"--shots={shots}: the task {name} is defined without examples; leave --shots or the "
                               "task out")
+        if shots:
+            _check_examples(name, task, shots)
         task.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
+
+
+def _check_examples(name: str, task: Any, shots: int) -> None:
+    """There are enough, and a document is never its own example: the harness sees to it only in the test split."""
+    split, tested = task.fewshot_cfg.split, task.get_config("test_split")
+    apart = (task.has_training_docs() or task.fewshot_cfg.samples is not None if split is None
+             else tested is not None or split != task.get_config("validation_split"))
+    if not apart:
+        raise ConfigError(f"--shots={shots}: the task {name} takes examples from the documents it is tested on, so "
+                          "that one may be its own example; name another fewshot_split in its YAML file, or leave "
+                          "--shots out")
+    available = len(list(task.fewshot_docs())) - (split is not None and split == tested)
+    if shots > available:
+        raise ConfigError(f"--shots={shots}, and the task {name} has {available} examples; ask for fewer")
 
 
 def _evaluate(lm: Any, tasks: dict[str, Any], limit: int | None, *, samples: bool) -> dict[str, Any]:

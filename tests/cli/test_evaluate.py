@@ -96,7 +96,7 @@ def test_the_protocol_of_the_release_and_infilling(capsys, parent, data_dir):
     (("--tasks=piqa", "--limit=0"), "--limit must be at least 1"),
     (("--tasks=piqa", "--length=8"), "--length belongs to --data"),
     (("--data", "x.jsonl", "--limit=8"), "--data_dir belongs to --tasks"),
-    (("--tasks=piqa", "--data", "x.jsonl"), "one of the two"),
+    (("--tasks=piqa", "--data", "x.jsonl"), "one of the three"),
     (("--tasks=piqa", "--out=results.txt"), "must end in .json"),
     (("--tasks=gsm8k", "--shots=2"), "--shots=2, and"),
     (("--tasks=piqa", "--shots=1"), "no file of the task piqa"),

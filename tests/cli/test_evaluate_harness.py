@@ -1,0 +1,121 @@
+"""`dlm evaluate --harness`: the harness's table of two models from tasks of one's own, and what is refused."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+import yaml
+
+from dlm_jax.cli.main import main
+
+SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
+ROWS = [{"text": f"The {animal} ran to the tree.", "options": ["up.", "on and on."], "gold": n % 2}
+        for n, animal in enumerate(("cat", "dog", "bird", "boy"))]
+
+
+@pytest.fixture(scope="module")
+def harness_dir(tmp_path_factory):
+    import datasets
+
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "likely.jsonl").write_text(json.dumps({"text": "Once upon a", "options": ["time", "tree"], "gold": 0}))
+    own = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(folder / "rows.jsonl")}, "test_split": "train"}
+    choice = own | {"output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{options}}",
+                    "doc_to_target": "gold", "fewshot_split": "train"}
+    word = own | {"output_type": "loglikelihood", "doc_to_text": "The", "doc_to_target": "{{text[3:7]}}",
+                  "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]}
+    for name, config in {
+            "own_choice": choice | {"metric_list": [{"metric": "acc"}]},
+            "own_exact": choice | {"dataset_kwargs": {"data_files": str(folder / "likely.jsonl")}, "metric_list": [
+                {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]},
+            "own_validation": choice | {"test_split": None, "validation_split": "train"},
+            "own_word": word, "own_bare": word | {"num_fewshot": 0},
+            "own_shown": word | {"fewshot_split": "train"},
+            "own_writing": own | {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "up",
+                                  "fewshot_split": "train", "metric_list": [{"metric": "exact_match"}]},
+            "own_code": own | {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "up",
+                               "unsafe_code": True},
+            "own_lost": choice | {"dataset_kwargs": {"data_files": str(folder / "none.jsonl")}}}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **config}))
+    (folder / "own_group.yaml").write_text(yaml.safe_dump({"group": "own_group", "task": ["own_choice"],
+                                                           "aggregate_metric_list": [{"metric": "acc"}]}))
+    (folder / "own_broken.yaml").write_text("task: [")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+        yield folder
+
+
+def evaluate(capsys, *argv):
+    status = main(["evaluate", f"--model={SHIPPED}", *map(str, argv)])
+    return status, *capsys.readouterr()
+
+
+def test_the_harness_s_table_of_a_model_and_its_parent(capsys, harness_dir, tmp_path):
+    out = tmp_path / "results.json"
+    arguments = ("--harness=own_choice,own_shown,own_writing", f"--harness_dir={harness_dir}", "--num_samples=3",
+                 "--num_steps=2", "--limit=3", "--shots=1")
+    status, table, err = evaluate(capsys, *arguments, "--mask_token=4000", f"--parent={SHIPPED}", f"--out={out}")
+    assert status == 0 and not err, err
+    assert table.count("|own_choice") == 2 and f"{SHIPPED} (parent)" in table and "bootstrapping" not in table
+    assert f"Likelihoods of {SHIPPED} are bounds" in table
+    assert "own_writing asks for texts of 256 tokens, and no more than 128 are written, half of a row." in table
+    found = json.loads(out.read_text())
+    assert found["models"] == [str(SHIPPED), f"{SHIPPED} (parent)"] and found["settings"]["seed"] == 0
+    assert found["versions"]["lm-eval"] and found["settings"]["num_samples"] == 3
+    model, parent = (found["harness"][name] for name in found["models"])
+    assert model["n-samples"]["own_choice"] == {"original": 4, "effective": 3} and model["n-shot"]["own_choice"] == 1
+    asked, of_parent = ([sample["arguments"] for sample in one["samples"]["own_choice"]] for one in (model, parent))
+    assert asked == of_parent and all("on and on." in argument[0][0] or "up." in argument[0][0] for argument in asked)
+    assert model["results"]["own_shown"] != parent["results"]["own_shown"]
+    assert "own_shown" in parent["results"] and parent["results"]["own_shown"]["perplexity,none"] > 1
+
+    # The parent as the model itself, the result as JSON alone.
+    status, text, err = evaluate(capsys, *arguments, "--objective=autoregressive", "--json=-")
+    assert status == 0 and not err, err
+    again = json.loads(text)["harness"][str(SHIPPED)]
+    assert again["results"] == parent["results"] and "samples" not in again
+
+
+def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
+    status, text, err = evaluate(capsys, "--harness=own_group,own_exact,own_word", f"--harness_dir={harness_dir}",
+                                 "--objective=autoregressive", "--json=-")
+    assert status == 0 and not err, err
+    found = json.loads(text)["harness"][str(SHIPPED)]
+    assert found["groups"]["own_group"]["acc,none"] == found["results"]["own_choice"]["acc,none"]
+    assert found["results"]["own_exact"]["exact_match,none"] == 1.0
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--harness=own_choise",), "the harness has no task 'own_choise' (did you mean own_choice?)"),
+    (("--harness=own_broken",), "nor is there a sound YAML file of it in"),
+    (("--harness=own_lost",), "--harness=own_lost cannot be loaded: FileNotFoundError"),
+    (("--harness=own_code",), "the task own_code runs code that the model writes, which this command does not"),
+    (("--harness=own_bare", "--shots=2"), "--shots=2: the task own_bare is defined without examples"),
+    (("--harness=own_word", "--shots=1"), "the task own_word takes examples from the documents it is tested on"),
+    (("--harness=own_validation", "--shots=1"), "the task own_validation takes examples from the documents"),
+    (("--harness=own_choice", "--shots=4"), "--shots=4, and the task own_choice has 3 examples"),
+    (("--harness=own_choice,own_choice",), "names a task twice"),
+    (("--harness=own_choice", "--limit=0"), "--limit must be at least 1, got 0"),
+    (("--harness=own_choice", "--harness_dir=nowhere"), "there is no folder nowhere"),
+    (("--harness=own_choice", "--out=results.txt"), "must end in .json"),
+    (("--harness=own_choice", "--protocol=release"), "--protocol belongs to --tasks, which is not given"),
+    (("--tasks=piqa",), "--harness_dir belongs to --harness, which is not given"),
+    (("--data", "x.jsonl", "--limit=3"), "--limit belongs to --tasks or --harness, which is not given"),
+    (("--harness=own_choice", "--tasks=piqa"), "one of the three"),
+    (("--harness=own_choice",), "records no mask token"),
+])
+def test_what_cannot_be_done_is_one_sentence(capsys, harness_dir, arguments, message):
+    own = () if "--data" in arguments else (f"--harness_dir={harness_dir}",)
+    status, out, err = evaluate(capsys, *own, *arguments)
+    assert status == 1 and not out and message in err and err.count("\n") == 1
+
+
+def test_the_harness_may_not_be_installed(capsys, monkeypatch, harness_dir):
+    monkeypatch.delitem(sys.modules, "dlm_jax.evaluation.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    status, _, err = evaluate(capsys, "--harness=own_choice", f"--harness_dir={harness_dir}")
+    assert status == 1 and err == ("dlm evaluate: the field's harness is not installed: pip install "
+                                   "'dlm-jax[evaluation]'\n")
