@@ -60,7 +60,7 @@ def speed(args: argparse.Namespace) -> dict:
         source = args.model or folder
         if not args.model:
             GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         ours = load_pretrained(source, mask_token=MASK_TOKEN_ID).model
     rng, vocab_size = np.random.default_rng(0), ours.config.vocab_size
     pairs = []

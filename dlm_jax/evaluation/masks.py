@@ -57,7 +57,7 @@ def release_draw(uniform: np.ndarray) -> Draw:
     num_passes = len(uniform)
     masked = uniform < ((num_passes - np.arange(num_passes)) / num_passes)[:, None]
     masked = masked[masked.any(axis=1)]
-    return Draw(masked, 1 / (num_passes * masked.sum(axis=1)))
+    return _merged(masked, 1 / (num_passes * masked.sum(axis=1)))
 
 
 def everything(length: int) -> Draw:
