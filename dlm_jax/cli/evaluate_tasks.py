@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dlm_jax.cli.partial import Partial, check_output
@@ -19,6 +20,7 @@ from dlm_jax.errors import ConfigError
 if TYPE_CHECKING:
     from dlm_jax.evaluation.candidate import Candidate
     from dlm_jax.evaluation.run import Job
+    from dlm_jax.evaluation.tasks import Task
 
 PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
@@ -28,13 +30,21 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--tasks", metavar="NAME,...", help="which; see above")
     parser.add_argument("--data_dir", metavar="DIR", help="holds NAME.jsonl, or NAME/ with a validation or test file")
     parser.add_argument("--data_files", nargs="+", action="extend", metavar="NAME=FILE", help="the file of a task: "
-                        ".jsonl, .json, .parquet, .arrow, .csv or .txt")
+                        ".jsonl, .json (also .gz), .parquet, .arrow, .csv or .txt")
     parser.add_argument("--protocol", choices=("default", "release"), help="default: the one to trust; release: what "
                         "the released scripts of the paper do, quirks included")
     parser.add_argument("--limit", type=int, help="items a task, from the first (default: all)")
     parser.add_argument("--parent", metavar="MODEL", help="an autoregressive model, evaluated on the same items")
     parser.add_argument("--shots", type=int, help="examples before each prompt, the first of the task's training file "
                         "in --data_dir (default 0)")
+    parser.add_argument("--prompt_file", metavar="FILE", help="a text to put before each prompt, for instance examples "
+                        "with their reasoning; a blank line follows it")
+    parser.add_argument("--samples", type=int, help="texts written for each item, whose mean is taken and which vote "
+                        "on an answer (default 1)")
+    parser.add_argument("--temperature", type=float, help="at which texts are written (default 0, the likeliest "
+                        "tokens); several samples need one above 0")
+    parser.add_argument("--allow_code_execution", action="store_true", default=None, help="run the programs that the "
+                        "model writes, shut in; without it tasks of programs are refused")
     parser.add_argument("--num_steps", type=int, help="forward passes for each text that is written (default 64, and "
                         "at most one a token)")
     parser.add_argument("--out", metavar="FILE.json", help="where results go; the command resumes")
@@ -43,6 +53,7 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from dlm_jax.evaluation.report import markdown_report, summarise, table
     from dlm_jax.evaluation.run import run as run_tasks
+    from dlm_jax.evaluation.sandbox import Sandbox
     from dlm_jax.evaluation.tasks import find_task
 
     _check(arguments)
@@ -50,14 +61,20 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.num_samples is None:
         arguments.num_samples = 32 if release else 16
     names = arguments.tasks.split(",")
-    jobs, files = zip(*(_job(find_task(name), arguments, release) for name in names), strict=True)
+    tasks = [find_task(name) for name in names]
+    _check_tasks(tasks, arguments)
+    text, about_text = _read_prompt_file(arguments.prompt_file)
+    jobs, files = zip(*(_job(task, arguments, release, text) for task in tasks), strict=True)
+    execute = Sandbox() if any(task.executes for task in tasks) else None
     candidates = load_candidates(arguments, release)
     models = [candidate.name for candidate in candidates]
     settings = {name: getattr(arguments, name) for name in (
         "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "num_steps",
-        "seed")} | {"data": files}
+        "samples", "temperature", "seed")} | about_text | {"data": files}
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
-        records = run_tasks(jobs, candidates, release=release, num_steps=arguments.num_steps, done=done, add=add)
+        records = run_tasks(jobs, candidates, release=release, num_steps=arguments.num_steps,
+                            samples=arguments.samples, temperature=arguments.temperature, execute=execute, done=done,
+                            add=add)
     result = {"models": models, "settings": settings,
               "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
               "tasks": summarise(records, names, models, arguments.seed)}
@@ -75,13 +92,15 @@ def write_json(path: str, content: object) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """What can be known to be wrong before a model is loaded."""
-    for name in ("limit", "shots", "num_steps", "num_samples", "batch_size"):
+    for name in ("limit", "shots", "num_steps", "num_samples", "samples", "batch_size"):
         least, value = (0 if name == "shots" else 1), getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be at least {least}, got {value}")
-    if arguments.protocol == "release" and (arguments.num_steps or arguments.shots):
-        raise ConfigError("the protocol release has its own numbers of steps and no examples; leave --num_steps and "
-                          "--shots out, or choose --protocol=default")
+    if arguments.protocol == "release" and (arguments.num_steps or arguments.shots or arguments.prompt_file):
+        raise ConfigError("the protocol release has its own numbers of steps and no examples; leave --num_steps, "
+                          "--shots and --prompt_file out, or choose --protocol=default")
+    if arguments.shots and arguments.prompt_file:
+        raise ConfigError("--shots and --prompt_file both say what stands before a prompt; leave one of them out")
     names = arguments.tasks.split(",")
     if len(set(names)) < len(names):
         raise ConfigError(f"--tasks={arguments.tasks} names a task twice")
@@ -92,7 +111,36 @@ def _check(arguments: argparse.Namespace) -> None:
             check_output(str(path))
 
 
-def _job(task: Any, arguments: argparse.Namespace, release: bool) -> "tuple[Job, dict[str, str]]":
+def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None:
+    """What of the settings does not go with a task."""
+    from dlm_jax.evaluation.run import Setting, check
+
+    setting = Setting(arguments.protocol == "release", arguments.num_steps, arguments.samples, arguments.temperature)
+    for task in tasks:
+        check(task, setting)
+        if task.kind == "text" and (arguments.shots or arguments.prompt_file):
+            raise ConfigError(f"the task {task.name} has no prompts; leave --shots and --prompt_file out")
+        if task.executes and not arguments.allow_code_execution:
+            raise ConfigError(f"the task {task.name} runs programs that a model wrote; allow it with "
+                              "--allow_code_execution, and read in docs/evaluation.md how they are shut in")
+
+
+def _read_prompt_file(path: str | None) -> tuple[str, dict[str, str]]:
+    """The text that stands before each prompt, and where it is from."""
+    if path is None:
+        return "", {}
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"--prompt_file={path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt_file={path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not text:
+        raise ConfigError(f"--prompt_file={path} is empty; write a text in it, or leave it out")
+    return text + "\n\n", {"prompt_file": path, "prompt_sha256": _digest(path)}
+
+
+def _job(task: "Task", arguments: argparse.Namespace, release: bool, prefix: str) -> "tuple[Job, dict[str, str]]":
     """A task with its items, and the file they are of with its digest."""
     from dlm_jax.evaluation.run import Job
     from dlm_jax.evaluation.tasks import find_file, load_items, shots_prefix
@@ -105,7 +153,7 @@ def _job(task: Any, arguments: argparse.Namespace, release: bool) -> "tuple[Job,
         raise ConfigError(f"where is the data of the task {task.name}? Name a folder with --data_dir, or its file with "
                           f"--data_files {task.name}=FILE")
     path = named.get(task.name) or find_file(task, arguments.data_dir)
-    items, prefix = load_items(task, path, release=release, limit=arguments.limit), ""
+    items = load_items(task, path, release=release, limit=arguments.limit)
     about = {"task": task.name, "file": path, "sha256": _digest(path)}
     if arguments.shots:
         if arguments.data_dir is None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dlm_jax.data.records import BadRecord, text_of
-from dlm_jax.evaluation.in_context import answer_after
 
 Fields = Mapping[str, Any]
 
@@ -24,8 +23,12 @@ class Item:
       parent_options: the same where the released scripts ask the parent something else.
       gold: the right option.
       prompt, suffix: where something is to be written, after the one and before the other.
+      parent_prompt: the prompt where the released scripts ask the parent something else.
       answers: what is accepted.
-      solution: what follows the prompt where the item is shown as an example.
+      solution: what follows the prompt where the item is shown as an example; empty: it cannot be shown.
+      tests: where a program is completed, what runs after it.
+      one_line: whether the gap is a line.
+      lengths: how many tokens the gap may have, where the task's range does not suit it.
     """
 
     options: tuple[tuple[str, str], ...] = ()
@@ -33,8 +36,12 @@ class Item:
     gold: int = 0
     prompt: str = ""
     suffix: str = ""
+    parent_prompt: str = ""
     answers: tuple[str, ...] = ()
     solution: str = ""
+    tests: str = ""
+    one_line: bool = False
+    lengths: range | None = None
 
     @property
     def shown(self) -> str:
@@ -118,22 +125,6 @@ def squad(fields: Fields, release: bool) -> Item:
     return _answered(prompt, tuple(dict.fromkeys(texts)), release)
 
 
-def gsm8k(fields: Fields, release: bool) -> Item:
-    """{question, answer}, reasoning with `#### number` at its end."""
-    question, solution = text_of(fields, "question"), text_of(fields, "answer")
-    prompt = question if release else f"Question: {question}\nAnswer:"
-    return _solved(prompt, solution if release else " " + solution)
-
-
-def gsm8k_symbolic(fields: Fields, release: bool) -> Item:
-    """{text: "question||<<a*b=c>> #### answer"}; the prompt is that of fine-tuning, a line break after the question."""
-    del release
-    question, bar, solution = text_of(fields, "text").partition("||")
-    if not bar:
-        raise BadRecord("no || between question and answer")
-    return _solved(question.strip() + "\n", solution.strip())
-
-
 def rocstories(fields: Fields, release: bool) -> Item:
     """The cloze test's columns: the third sentence is missing, the fifth is the right ending."""
     del release
@@ -194,10 +185,3 @@ def _index(fields: Fields, key: str, count: int, first: int = 0) -> int:
 def _answered(prompt: str, answers: tuple[str, ...], release: bool) -> Item:
     return Item(prompt=prompt.removesuffix(" ") + " " * release, answers=answers,
                 solution=answers[0] if release else " " + answers[0])
-
-
-def _solved(prompt: str, solution: str) -> Item:
-    answer = answer_after(solution)
-    if answer is None:
-        raise BadRecord("no answer after ####")
-    return Item(prompt=prompt, answers=(answer,), solution=solution)

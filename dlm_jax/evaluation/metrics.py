@@ -1,4 +1,7 @@
-"""How near a text comes to what was asked for: pure functions of strings, each between 0 and 1."""
+"""How near a text comes to what was asked for: pure functions of strings, each between 0 and 1.
+
+Where an answer can be told apart from the rest of a text, ANSWERS says how, so that samples can vote.
+"""
 
 import re
 import string
@@ -11,6 +14,10 @@ from dlm_jax.evaluation.in_context import answer_after
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_STATED = re.compile(r"answer is[^\d\n]*?(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
+# A letter: as the answer that is stated; alone, or with a mark behind it, at the beginning; at last in parentheses.
+_LETTERS = (re.compile(r"[Aa]nswer is:?\s*\(?([A-Z])\b"), re.compile(r"\W*([A-Z])(?=[).:,]|\s*\n|\s*$)"),
+            re.compile(r".*\(([A-Z])\)", re.DOTALL))
 
 
 def normalise(text: str) -> str:
@@ -19,13 +26,13 @@ def normalise(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Whether it is one of the answers, both normalised."""
-    return float(normalise(prediction) in {normalise(answer) for answer in answers})
+    """Whether it is one of the answers, both normalised; one of which nothing is left then is none."""
+    return float(normalise(prediction) in {normalise(answer) for answer in answers} - {""})
 
 
 def contains(prediction: str, answers: Sequence[str]) -> float:
     """Whether one of the answers stands somewhere in it, both normalised: what the release calls exact match."""
-    return float(any(normalise(answer) in normalise(prediction) for answer in answers))
+    return float(any(answer in normalise(prediction) for answer in {normalise(answer) for answer in answers} - {""}))
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
@@ -35,9 +42,7 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
 
 def first_word(prediction: str, answers: Sequence[str]) -> float:
     """Whether its first word, without punctuation around it, is one of the answers (LAMBADA, arXiv 1606.06031)."""
-    words = prediction.split()
-    return float(bool(words) and words[0].strip(string.punctuation) in
-                 {answer.strip(string.punctuation) for answer in answers})
+    return float(_first_word(prediction) in {answer.strip(string.punctuation) for answer in answers})
 
 
 def stripped_match(prediction: str, answers: Sequence[str]) -> float:
@@ -47,13 +52,23 @@ def stripped_match(prediction: str, answers: Sequence[str]) -> float:
 
 def marked_number(prediction: str, answers: Sequence[str]) -> float:
     """Whether the number after `####` is an answer: 18, 18.0 and $18 are the same (GSM8K, arXiv 2110.14168)."""
-    return float(_value(answer_after(prediction)) in {_value(answer) for answer in answers} - {None})
+    return _is_among(_marked(prediction), answers)
 
 
 def last_number(prediction: str, answers: Sequence[str]) -> float:
     """Whether the last number in it, wherever that stands, is an answer."""
-    found = _NUMBER.findall(prediction)
-    return float(bool(found) and _value(found[-1]) in {_value(answer) for answer in answers} - {None})
+    return _is_among(_last(prediction), answers)
+
+
+def stated_number(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the number after "The answer is" is an answer (Wei et al., arXiv 2201.11903)."""
+    return _is_among(_stated(prediction), answers)
+
+
+def chosen_letter(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the letter it chooses is an answer: that after "The answer is"; else one it begins with; else the last
+    in parentheses."""
+    return float(_letter(prediction) in answers)
 
 
 def marked_text(prediction: str, answers: Sequence[str]) -> float:
@@ -100,6 +115,8 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "stripped_match": stripped_match,
     "marked_number": marked_number,
     "last_number": last_number,
+    "stated_number": stated_number,
+    "chosen_letter": chosen_letter,
     "marked_text": marked_text,
     "rouge1": lambda text, answers: best(lambda answer: rouge_n(text, answer, 1), answers),
     "rouge2": lambda text, answers: best(lambda answer: rouge_n(text, answer, 2), answers),
@@ -111,13 +128,54 @@ def _overlap(words: Sequence[Hashable], others: Sequence[Hashable]) -> tuple[int
     return (Counter(words) & Counter(others)).total(), len(words), len(others)
 
 
+def _first_word(text: str) -> str | None:
+    words = text.split()
+    return words[0].strip(string.punctuation) if words else None
+
+
+def _marked(text: str) -> str | None:
+    return _value(answer_after(text))
+
+
+def _last(text: str) -> str | None:
+    found = _NUMBER.findall(text)
+    return _value(found[-1]) if found else None
+
+
+def _stated(text: str) -> str | None:
+    found = _STATED.search(text)
+    return _value(found[1]) if found else None
+
+
+def _letter(text: str) -> str | None:
+    stated, first, last = _LETTERS
+    found = stated.search(text) or first.match(text) or last.match(text)
+    return found[1] if found else None
+
+
+# By metric, what an answer of a text is that the metric judges; two texts of one answer have one value. None: none.
+ANSWERS: dict[str, Callable[[str], str | None]] = {
+    "exact_match": lambda text: normalise(text) or None,
+    "first_word": _first_word,
+    "marked_number": _marked,
+    "last_number": _last,
+    "stated_number": _stated,
+    "chosen_letter": _letter,
+}
+
+
+def _is_among(value: str | None, answers: Sequence[str]) -> float:
+    return float(value is not None and value in map(_value, answers))
+
+
 def _words(text: str) -> list[str]:
     """Runs of a-z and 0-9 in lower case, as the reference implementation of ROUGE takes them, without stemming."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def _value(text: str | None) -> float | None:
+def _value(text: str | None) -> str | None:
+    """A number as it is compared and voted on: 18, 18.0 and $18 are "18.0"."""
     try:
-        return float((text or "").replace(",", "").strip().strip("$%").rstrip("."))
+        return str(float((text or "").replace(",", "").strip().strip("$%").rstrip(".")) + 0.0)  # -0.0 is 0.0
     except ValueError:
         return None

@@ -10,6 +10,7 @@ from dlm_jax.data.sources import chunks, open_sources
 from dlm_jax.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt")
+_COMPRESSED = (".jsonl", ".json")  # also as .gz
 
 
 class Row(NamedTuple):
@@ -19,8 +20,18 @@ class Row(NamedTuple):
     where: str
 
 
+def kind_of(file: pathlib.Path) -> str | None:
+    """Which of SUFFIXES a file has, of .jsonl.gz and .json.gz the first; None: none of them."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        return suffixes[-2] if suffixes[-2:-1] and suffixes[-2] in _COMPRESSED else None
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+
+
 def read_rows(path: str) -> list[Row]:
-    """All rows of a file: .jsonl, .json, .parquet, .arrow, .csv, or .txt with a record a line; blank lines are skipped.
+    """All rows of a file: .jsonl, .json (also .gz), .parquet, .arrow, .csv, or .txt with a record a line.
+
+    Blank lines are skipped.
 
     The labels that some tasks keep in a file beside it (valid.jsonl, valid-labels.lst) become the field `label`.
 
@@ -30,7 +41,9 @@ def read_rows(path: str) -> list[Row]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise DataError(f"there is no file {path}")
-    reader = {".csv": _csv_rows, ".txt": _text_rows}.get(file.suffix.lower(), _record_rows)
+    if kind_of(file) is None:
+        raise DataError(f"{path} is of no kind that a task may have: {', '.join(SUFFIXES)}, .jsonl.gz, .json.gz")
+    reader = {".csv": _csv_rows, ".txt": _text_rows}.get(kind_of(file), _record_rows)
     try:
         rows = list(reader(file))
     except UnicodeDecodeError as error:

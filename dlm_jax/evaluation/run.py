@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +10,14 @@ from tqdm import tqdm
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.candidate import Blank, Candidate, Pair
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.metrics import METRICS
+from dlm_jax.evaluation.judging import judge_options, judge_text, judge_writing, judged_part
+from dlm_jax.evaluation.programs import completed
+from dlm_jax.evaluation.sandbox import Outcome, Program
 from dlm_jax.evaluation.tasks import Task
 
 Record = dict[str, Any]
+Execute = Callable[[Sequence[Program]], Sequence[Outcome]]
 _CANVAS = 256  # tokens of a row in the release's GSM8K; more than any reference elsewhere has
-_SENTENCE = re.compile(r".*?[.!?][\"'”’]*(?=\s|$)", re.DOTALL)
 
 
 class Job(NamedTuple):
@@ -27,40 +28,82 @@ class Job(NamedTuple):
     prefix: str = ""
 
 
+class Setting(NamedTuple):
+    """How all tasks are run.
+
+    Attributes:
+      release: under the protocol `release`.
+      num_steps: of writing, under the protocol `default`; None leaves it to the model.
+      samples: how many texts are written for each item.
+      temperature: at which they are written, under the protocol `default`; 0 takes the likeliest tokens.
+      execute: runs programs that were written (`sandbox.Sandbox`); None: tasks that need it are refused.
+    """
+
+    release: bool = False
+    num_steps: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    execute: Execute | None = None
+
+
 def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, release: bool = False, num_steps: int | None = None,
-        done: Sequence[Record] = (), add: Callable[[list[Record]], None] = lambda records: None,
-        chunk_size: int = 32) -> list[Record]:
+        samples: int = 1, temperature: float = 0.0, execute: Execute | None = None, done: Sequence[Record] = (),
+        add: Callable[[list[Record]], None] = lambda records: None, chunk_size: int = 32) -> list[Record]:
     """The records of all items, job by job and candidate by candidate.
 
     Args:
-      num_steps: of writing, under the protocol `default`; None leaves it to the model.
+      release, num_steps, samples, temperature, execute: see `Setting`.
       done: the first records, of a run that was stopped.
       add: called with new records as they come.
       chunk_size: items at a time, between which the progress bar moves and records are added.
 
     Raises:
-      ConfigError: a candidate cannot do what a task asks.
+      ConfigError: a candidate cannot do what a task asks, or the settings do not go together.
+      DataError: the released scripts take no item of a task.
     """
+    setting = Setting(release, num_steps, samples, temperature, execute)
     for job, candidate in itertools.product(jobs, candidates):
+        check(job.task, setting)
         able = candidate.score if job.task.kind in ("choice", "text") else candidate.write
         if able is None:
             raise ConfigError(f"{candidate.name} cannot {'write' if candidate.write is None else 'score'}, which the "
                               f"task {job.task.name} asks for")
+        if job.task.executes and execute is None:
+            raise ConfigError(f"the task {job.task.name} runs programs that a model wrote; give run() an `execute`")
     records, first = list(done), 0
-    for job, candidate in itertools.product(jobs, candidates):
-        start = min(max(len(done) - first, 0), len(job.items))
-        first += len(job.items)
-        with tqdm(total=len(job.items), initial=start, desc=f"{job.task.name}, {candidate.name}", unit="item",
-                  disable=None) as bar:
-            while start < len(job.items):
-                stop = min(start // chunk_size * chunk_size + chunk_size, len(job.items))
-                found = _records(job, candidate, range(start, stop), release, num_steps)
-                add(found)
-                records += found
-                bar.set_postfix_str(_running(records, job.task, candidate), refresh=False)
-                bar.update(stop - start)
-                start = stop
+    for job in jobs:
+        numbers = _taken(job, candidates) if release else range(len(job.items))
+        for candidate in candidates:
+            start = min(max(len(done) - first, 0), len(numbers))
+            first += len(numbers)
+            with tqdm(total=len(numbers), initial=start, desc=f"{job.task.name}, {candidate.name}", unit="item",
+                      disable=None) as bar:
+                while start < len(numbers):
+                    stop = min(start // chunk_size * chunk_size + chunk_size, len(numbers))
+                    found = _records(job, candidate, numbers[start:stop], setting)
+                    add(found)
+                    records += found
+                    bar.set_postfix_str(_running(records, job.task, candidate), refresh=False)
+                    bar.update(stop - start)
+                    start = stop
     return records
+
+
+def check(task: Task, setting: Setting) -> None:
+    """Raises ConfigError if a task cannot be run so; whether programs may be run is asked elsewhere."""
+    if setting.samples < 1 or not 0 <= setting.temperature < math.inf:
+        raise ConfigError(f"there must be a sample and a temperature of 0 or more, got {setting.samples} and "
+                          f"{setting.temperature:g}")
+    if setting.samples > 1 and setting.temperature == 0:
+        raise ConfigError(f"{setting.samples} samples at temperature 0 would all be the same; set a temperature above "
+                          "0, for instance 0.7")
+    if setting.release and not task.released:
+        raise ConfigError(f"the released scripts have no task {task.name}; choose the protocol default")
+    if setting.release and (setting.samples > 1 or setting.temperature):
+        raise ConfigError("the protocol release writes one sample at temperatures of its own; leave samples and "
+                          "temperature out, or choose the protocol default")
+    if task.kind in ("choice", "text") and (setting.samples > 1 or setting.temperature):
+        raise ConfigError(f"samples and a temperature are for tasks that write, and {task.name} scores; leave them out")
 
 
 def pairs_of(candidate: Candidate, task: Task, item: Item, number: int, *, release: bool = False,
@@ -96,21 +139,40 @@ def pairs_of(candidate: Candidate, task: Task, item: Item, number: int, *, relea
 
 
 def blank_of(candidate: Candidate, task: Task, item: Item, number: int, *, release: bool = False,
-             prefix: str = "") -> Blank:
+             prefix: str = "", sample: int = 0) -> Blank:
     """Where an item asks to write, and how much: under `release` as much as the reference has."""
-    fewest, most = task.lengths
-    if release and candidate.autoregressive and task.kind == "infill":
-        fewest = most = len(item.solution)  # characters, as the released script has it
-    elif release and task.name.startswith("gsm8k"):
-        fewest = most = max(_CANVAS - len((candidate.encode_special or candidate.encode)(item.prompt)), 1)
-    elif release:
-        fewest = most = max(len(candidate.encode(answer)) for answer in (item.solution, *item.answers))
-    elif task.kind == "write" or candidate.autoregressive:
-        fewest = most
-    if candidate.max_length is not None and not release:  # half of the row is left to the prompt
-        most = min(most, candidate.max_length // 2)
+    lengths = item.lengths or range(task.lengths[0], task.lengths[1] + 1)
+    if release:
+        if candidate.autoregressive and task.kind == "infill":
+            count = len(item.solution)  # characters, as the released script has it
+        elif task.name.startswith("gsm8k"):
+            count = _CANVAS - len((candidate.encode_special or candidate.encode)(item.prompt))
+        else:
+            count = max(len(candidate.encode(answer)) for answer in (item.solution, *item.answers))
+        lengths = range(max(count, 1), max(count, 1) + 1)
+    else:
+        if candidate.max_length is not None:  # half of the row is left to the text around
+            most = candidate.max_length // 2
+            lengths = range(min(lengths.start, most), min(lengths[-1], most) + 1, lengths.step)
+        if task.kind == "write" or candidate.autoregressive:
+            lengths = range(lengths[-1], lengths[-1] + 1)
+    prompt = item.parent_prompt if candidate.autoregressive and item.parent_prompt else item.prompt
     suffix = "" if candidate.autoregressive else item.suffix
-    return Blank(prefix + item.prompt, suffix, range(min(fewest, most), most + 1), number)
+    return Blank(prefix + prompt, suffix, lengths, number, sample)
+
+
+def _taken(job: Job, candidates: Sequence[Candidate]) -> list[int]:
+    """The numbers of the items that the released scripts take, the same for all candidates."""
+    most = job.task.release_most_tokens
+    if most is None:
+        return list(range(len(job.items)))
+    numbers = [number for number, item in enumerate(job.items) if all(
+        sum(len(candidate.encode(text)) for text in (item.prompt, item.solution, item.suffix)) <= most
+        for candidate in candidates)]
+    if not numbers:
+        raise DataError(f"all items of {job.task.name} have more than {most} tokens, and those the released scripts "
+                        "leave out; take more items, or choose the protocol default")
+    return numbers
 
 
 def _fitting(context: Sequence[int], continuation: Sequence[int], candidate: Candidate, where: str) -> tuple[int, ...]:
@@ -125,68 +187,39 @@ def _fitting(context: Sequence[int], continuation: Sequence[int], candidate: Can
     return tuple(context[-room:])
 
 
-def _records(job: Job, candidate: Candidate, numbers: range, release: bool, num_steps: int | None) -> list[Record]:
-    task, items = job.task, [job.items[number] for number in numbers]
+def _records(job: Job, candidate: Candidate, numbers: Sequence[int], setting: Setting) -> list[Record]:
+    task, items, release = job.task, [job.items[number] for number in numbers], setting.release
     heads = [{"task": task.name, "model": candidate.name, "item": number} for number in numbers]
     if task.kind in ("choice", "text"):
         asked = [pairs_of(candidate, task, item, number, release=release, prefix=job.prefix)
                  for item, number in zip(items, numbers, strict=True)]
         scores = iter(candidate.score([pair for pairs in asked for pair in pairs]))
-        judge = _judge_text if task.kind == "text" else _judge_options
-        return [{**head, **judge(task, candidate, item, pairs, [float(next(scores)) for _ in pairs], release)}
-                for head, item, pairs in zip(heads, items, asked, strict=True)]
-    blanks = [blank_of(candidate, task, item, number, release=release, prefix=job.prefix)
-              for item, number in zip(items, numbers, strict=True)]
-    temperature, steps = (0.0, num_steps) if not release else (
-        candidate.release_temperature if task.release_temperature is None else task.release_temperature,
-        task.release_steps or _CANVAS)  # more steps than tokens: one token a step
-    texts = candidate.write(blanks, temperature=0.0 if candidate.autoregressive else temperature, num_steps=steps)
-    return [{**head, **_judge_writing(task, candidate, item, text, release)}
-            for head, item, text in zip(heads, items, texts, strict=True)]
+        found = [[float(next(scores)) for _ in pairs] for pairs in asked]
+        return [{**head, **(judge_text(item, pairs, values) if task.kind == "text"
+                            else judge_options(task, candidate, item, pairs, values, release))}
+                for head, item, pairs, values in zip(heads, items, asked, found, strict=True)]
+    texts = _written(job, candidate, numbers, setting)
+    parts = [[judged_part(task, candidate, item, text, release) for text in written]
+             for item, written in zip(items, texts, strict=True)]
+    outcomes = iter(setting.execute([completed(item, part) for item, written in zip(items, parts, strict=True)
+                                     for part in written]) if task.executes else ())
+    return [{**head, **judge_writing(task, item, written, judged, release,
+                                     list(itertools.islice(outcomes, len(written))))}
+            for head, item, written, judged in zip(heads, items, texts, parts, strict=True)]
 
 
-def _judge_options(task: Task, candidate: Candidate, item: Item, pairs: Sequence[Pair], scores: Sequence[float],
-                   release: bool) -> Record:
-    """The likeliest option, and the likeliest per byte; under `release` by its own rule alone."""
-    lengths = [len(pair.continuation) for pair in pairs]
-    if not release:
-        sizes = [len(continuation.encode()) for _, continuation in item.options]
-        picks = {"accuracy": _least(scores),
-                 "accuracy_normalised": _least([score / size for score, size in zip(scores, sizes, strict=True)])}
-    elif candidate.autoregressive and task.release_normalised:
-        picks = {"accuracy": _least([score / length for score, length in zip(scores, lengths, strict=True)])}
-    else:
-        picks = {"accuracy": _least(scores)}
-    return {"scores": list(scores), "tokens": lengths, "gold": item.gold, "picks": list(picks.values()),
-            "values": {name: float(pick == item.gold) for name, pick in picks.items()}}
-
-
-def _judge_text(task: Task, candidate: Candidate, item: Item, pairs: Sequence[Pair], scores: Sequence[float],
-                release: bool) -> Record:
-    del task, candidate, release
-    return {"values": {"nats": math.fsum(scores), "tokens": sum(len(pair.continuation) for pair in pairs),
-                       "bytes": len(item.options[0][1].encode())}}
-
-
-def _judge_writing(task: Task, candidate: Candidate, item: Item, text: str, release: bool) -> Record:
-    prediction = text if release else cut(text, "sentence" if candidate.autoregressive and task.kind == "infill"
-                                          else "all" if task.kind == "infill" else task.cut)
-    names = task.release_metrics if release else task.metrics
-    return {"text": text, "prediction": prediction, "answers": list(item.answers),
-            "values": {name: METRICS[name](prediction, item.answers) for name in names}}
-
-
-def cut(text: str, how: str) -> str:
-    """The first "line" of a text, its first "sentence", or "all" of it."""
-    text = text.strip()
-    if how == "line":
-        return text.partition("\n")[0].strip()
-    sentence = _SENTENCE.match(text) if how == "sentence" else None
-    return sentence[0] if sentence else text
-
-
-def _least(scores: Sequence[float]) -> int:
-    return min(range(len(scores)), key=scores.__getitem__)
+def _written(job: Job, candidate: Candidate, numbers: Sequence[int], setting: Setting) -> list[list[str]]:
+    """The samples of each item."""
+    task = job.task
+    blanks = [blank_of(candidate, task, job.items[number], number, release=setting.release, prefix=job.prefix,
+                       sample=sample) for number in numbers for sample in range(setting.samples)]
+    temperature, steps = setting.temperature, setting.num_steps
+    if setting.release:
+        temperature = (candidate.release_temperature if task.release_temperature is None else task.release_temperature)
+        temperature = 0.0 if candidate.autoregressive else temperature
+        steps = task.release_steps or _CANVAS  # more steps than tokens: one token a step
+    texts = candidate.write(blanks, temperature=temperature, num_steps=steps)
+    return [list(texts[at : at + setting.samples]) for at in range(0, len(blanks), setting.samples)]
 
 
 def _running(records: Sequence[Record], task: Task, candidate: Candidate) -> str:

@@ -9,10 +9,14 @@ comparison with the paper (arXiv 2410.17891):
                 and PIQA, which is then scored; without BOS nothing stands at position 0 but the prompt
   scores        the unweighted mean cross-entropy of T = 32 maskings, drawn afresh for every option (masks.release_draw)
   writing       as many tokens as the reference has; for GSM8K a canvas of 256; temperature 1 (SQuAD, TriviaQA,
-                LAMBADA), 0.95 or for LLaMA 0.9 (ROCStories), none (GSM8K)
+                LAMBADA), 0.95 or for LLaMA 0.9 (ROCStories, HumanEval), none (GSM8K)
   parents       the sum of log-probabilities for PIQA and SIQA, their mean for HellaSwag and WinoGrande, where a space
-                follows the option; as many tokens in a gap as the reference has characters
-  items         the first 2000 of SQuAD, the first 1000 of ROCStories
+                follows the option; as many tokens in a gap as the reference has characters; for HumanEval's gaps they
+                are asked for "the middle code"
+  items         the first 2000 of SQuAD, the first 1000 of ROCStories; of HumanEval's none with more than 1000 tokens
+                (left out for the parent as well, so that both answer the same)
+
+MAWPS, SATMath and what asks for reasoning first are not among the released scripts.
 
 Not done as the released scripts do it: writing is by our confidence policy, which ranks masked positions only and so
 reveals as many as scheduled; what `eval-diffugpt.py` does when run whole, where LAMBADA's settings stay in force (T = 1
@@ -23,14 +27,15 @@ the parent writes under it could not be checked.
 import dataclasses
 import itertools
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from dlm_jax.data.records import BadRecord
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation import items
+from dlm_jax.evaluation import items, programs, reasoning
 from dlm_jax.evaluation.items import Fields, Item
-from dlm_jax.evaluation.rows import SUFFIXES, Row, read_rows
+from dlm_jax.evaluation.rows import SUFFIXES, Row, kind_of, read_rows
 
 PROTOCOLS = ("default", "release")
 
@@ -42,14 +47,18 @@ class Task:
     Attributes:
       kind: "choice" scores options, "write" continues a prompt, "infill" writes between two texts, "text" scores all.
       read: from the fields of a row, and whether the protocol is `release`, to an item.
-      metrics: names in `metrics.METRICS` for tasks that write, the one that counts first.
+      metrics: names in `metrics.METRICS` for tasks that write, the one that counts first; samples vote by it.
+      executes: programs are completed and run; the metric is `pass_at_1`.
       release_metrics: the same as the released scripts have them.
       lengths: how many tokens may be written, fewest and most.
-      cut: what of a text is judged: "line" its first, "sentence" its first, "all".
+      cut: what of a text is judged: "line" its first, "sentence" its first, "answer" what stands before another
+        question, "all".
       folders: folders of a data directory, or names of files in it, where it may lie.
       splits: words of the file's name, the best first.
       flatten: from a row to the rows it holds.
-      release_limit: how many items the released scripts take.
+      released: whether the released scripts have it.
+      release_limit: how many items they take.
+      release_most_tokens: items with more tokens are left out there.
       release_steps, release_temperature: how they write; None for LLaMA's 0.9 and others' 0.95.
       release_normalised: whether their score of the parent is a mean.
       release_bos: whether the tokenizer's BOS stands before the option as well.
@@ -61,18 +70,23 @@ class Task:
     metrics: tuple[str, ...] = ()
     release_metrics: tuple[str, ...] = ()
     lengths: tuple[int, int] = (1, 1)
-    cut: Literal["line", "sentence", "all"] = "line"
+    executes: bool = False
+    cut: Literal["line", "sentence", "answer", "all"] = "line"
     folders: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("validation", "valid", "val", "dev", "test")
     flatten: Callable[[Fields], Iterator[Fields]] | None = None
-    num_shots: int = 0
+    released: bool = True
     release_limit: int | None = None
+    release_most_tokens: int | None = None
     release_steps: int | None = None
     release_temperature: float | None = 1.0
     release_normalised: bool = False
     release_bos: bool = False
 
 
+_NUMBERS = ("last_number", "stated_number")
+_TEST_FIRST = ("test", "validation", "valid", "val", "dev")
+_SATMATH = ("satmath", "sat_math", "sat-math")
 _TASKS = (
     Task("hellaswag", "choice", items.hellaswag, release_normalised=True, release_bos=True),
     Task("winogrande", "choice", items.winogrande, release_normalised=True),
@@ -83,13 +97,25 @@ _TASKS = (
          folders=("triviaqa", "trivia_qa")),
     Task("squad", "write", items.squad, ("exact_match", "f1", "contains"), ("contains", "f1"), lengths=(1, 24),
          flatten=items.squad_questions, release_limit=2000),
-    Task("gsm8k", "write", items.gsm8k, ("marked_number", "last_number"), ("marked_text",), lengths=(1, 256),
-         cut="all", splits=("test",), release_steps=64, release_temperature=0.0),
-    Task("gsm8k_icot", "write", items.gsm8k_symbolic, ("marked_number", "last_number"), ("marked_text",),
-         lengths=(1, 128), cut="all", splits=("test",), release_steps=64, release_temperature=0.0),
+    Task("gsm8k", "write", reasoning.gsm8k, ("marked_number", "last_number"), ("marked_text",), lengths=(1, 256),
+         cut="answer", splits=("test",), release_steps=64, release_temperature=0.0),
+    Task("gsm8k_cot", "write", reasoning.gsm8k_cot, _NUMBERS, lengths=(1, 256), cut="answer", folders=("gsm8k",),
+         splits=("test",), released=False),
+    Task("gsm8k_icot", "write", reasoning.gsm8k_symbolic, ("marked_number", "last_number"), ("marked_text",),
+         lengths=(1, 128), cut="answer", splits=("test",), release_steps=64, release_temperature=0.0),
+    Task("mawps", "write", reasoning.mawps, _NUMBERS, lengths=(1, 16), splits=_TEST_FIRST, released=False),
+    Task("mawps_cot", "write", reasoning.mawps_cot, _NUMBERS, lengths=(1, 128), cut="answer", folders=("mawps",),
+         splits=_TEST_FIRST, released=False),
+    Task("satmath", "write", reasoning.satmath, ("chosen_letter",), lengths=(1, 16), folders=_SATMATH,
+         splits=_TEST_FIRST, released=False),
+    Task("satmath_cot", "write", reasoning.satmath_cot, ("chosen_letter",), lengths=(1, 256), cut="answer",
+         folders=_SATMATH, splits=_TEST_FIRST, released=False),
     Task("rocstories", "infill", items.rocstories, ("rouge1", "rouge2", "rougeL"), ("rouge1", "rouge2", "rougeL"),
          lengths=(4, 20), cut="sentence", folders=("rocstories", "rocstories_cloze"), release_limit=1000,
          release_steps=32, release_temperature=None),
+    Task("humaneval_infilling", "infill", programs.humaneval_infilling, ("pass_at_1",), ("pass_at_1",), executes=True,
+         lengths=(3, 40), splits=("singlelineinfilling",), release_most_tokens=1000, release_steps=32,
+         release_temperature=None),
     Task("text", "text", items.text),
 )
 TASKS = {task.name: task for task in _TASKS}
@@ -117,16 +143,17 @@ def find_file(task: Task, data_dir: str, splits: Sequence[str] | None = None) ->
     if not folder.is_dir():
         raise DataError(f"there is no folder {data_dir}; name the one that holds the tasks' files with --data_dir")
     files = [path for name in names for path in [*folder.glob(f"{name}.*"), *(folder / name).glob("*")]
-             if path.suffix.lower() in SUFFIXES and path.name not in ("SOURCE.txt", "README.txt")]
+             if kind_of(path) and path.name not in ("SOURCE.txt", "README.txt")]
     for split in splits:
-        if found := sorted(str(path) for path in files if split in path.stem.lower().replace("-", "_").split("_")):
+        if found := sorted(str(path) for path in files if split in re.split(r"[-_.]", path.name.lower())):
             return _only(task, found)
     whole = [str(path) for path in files if "train" not in path.stem.lower()]
     if whole and splits is task.splits:
         return _only(task, sorted(whole))
     places = " or ".join(f"{folder / name}" for name in names)
+    what_to_do = f"name it with --data_files {task.name}=FILE" if splits is task.splits else "put one there"
     raise DataError(f"no file of the task {task.name} at {places} ({', '.join(SUFFIXES)}; of {', '.join(splits)}); "
-                    f"name it with --data_files {task.name}=FILE")
+                    f"{what_to_do}")
 
 
 def load_items(task: Task, path: str, *, release: bool = False, limit: int | None = None) -> list[Item]:
@@ -143,7 +170,14 @@ def load_items(task: Task, path: str, *, release: bool = False, limit: int | Non
 
 
 def shots_prefix(shown: Sequence[Item]) -> str:
-    """Examples that stand before every prompt, blank lines between."""
+    """Examples that stand before every prompt, blank lines between.
+
+    Raises:
+      DataError: one has no solution to show.
+    """
+    for number, item in enumerate(shown):
+        if not item.options and not item.solution:
+            raise DataError(f"example {number} has no reasoning to show; write examples by hand, in a --prompt_file")
     return "".join(item.shown.strip() + "\n\n" for item in shown)
 
 

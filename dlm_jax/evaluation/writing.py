@@ -27,17 +27,20 @@ if TYPE_CHECKING:
 def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config: SamplerConfig, *,
                mask_token_id: int | None, bos_token_id: int, eos_token_id: int | None, shift: bool = True,
                seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None, keep_bos: bool = True) -> Write:
-    """A `Write` by sampling. Prompts that are too long lose their beginning; what follows an end of text is cut off.
+    """A `Write` by sampling. What follows an end of text is cut off.
 
-    A blank's text is a function of the seed and its item, never of the other blanks or the batch size. Of several
-    lengths `evaluation.gap_length` settles the one that suits the text behind, and the longest is taken where none is.
+    Prompts that are too long lose their beginning; where both a text before a blank and one behind it are, they lose
+    what is farthest from it, and either has half of the room that the other leaves it.
+
+    A blank's text is a function of the seed, its item and its sample, never of the other blanks or the batch size. Of
+    several lengths `evaluation.gap_length` settles the one that suits the text behind, and the longest is taken where
+    none is.
 
     Args:
       keep_bos: whether BOS stands at position 0; else it is the prompt's first token that is context there.
 
     Raises:
       ConfigError: a text stands behind a blank and the policy goes from left to right.
-      DataError: the texts around a blank do not fit the model.
     """
     encoder = functools.partial(encode, tokenizer, bos_token_id=bos_token_id)
 
@@ -48,11 +51,16 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
         settings = {"temperature": temperature}
         if config.policy != "autoregressive":
             settings["num_steps"] = num_steps
-        pieces: list[list[Piece]] = [[blank.before, blank.lengths, blank.after] if blank.after
-                                     else [blank.before, blank.lengths[-1]] for blank in blanks]
+        # The samples of an item share its gap, whose length is settled once.
+        gaps_of = {blank: [blank.before, blank.lengths, blank.after] if blank.after
+                   else [blank.before, blank.lengths[-1]] for blank in (blank._replace(sample=0) for blank in blanks)}
+        asked: list[list[Piece]] = [_shortened(piece, encoder, tokenizer, model.config.max_length)
+                                    for piece in gaps_of.values()]
         with in_use():
-            pieces = _settled(pieces, lambda texts: settle_lengths(
+            asked = _settled(asked, lambda texts: settle_lengths(
                 model, texts, encoder, mask_token_id=mask_token_id, shift=shift, batch_size=batch_size))
+        settled = dict(zip(gaps_of, asked, strict=True))
+        pieces = [settled[blank._replace(sample=0)] for blank in blanks]
         rows, gaps = [], []
         for piece in pieces:
             row, (gap,) = encoder(piece)
@@ -71,7 +79,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
 
     def fill(rows: Sequence[Sequence[int]], blanks: Sequence[Blank], config: SamplerConfig) -> list[np.ndarray]:
         canvas = make_canvas(rows, model.config.max_length)
-        keys = example_keys(seed, jnp.array([blank.item for blank in blanks], jnp.uint32))
+        keys = _sample_keys(seed, blanks)
         parts = 1 if mesh is None else batch_parts(mesh)
         size = -(-batch_size // parts) * parts
         result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
@@ -93,6 +101,31 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
         return result
 
     return write
+
+
+def _sample_keys(seed: int, blanks: Sequence[Blank]) -> jax.Array:
+    """A key for each blank [blanks]: its item's, and of all samples but the first one derived from that."""
+    samples = jnp.array([blank.sample for blank in blanks], jnp.uint32)
+    keys = example_keys(seed, jnp.array([blank.item for blank in blanks], jnp.uint32))
+    return jnp.where(samples == 0, keys, jax.vmap(jax.random.fold_in)(keys, samples))
+
+
+def _shortened(pieces: list[Piece], encoder: Callable[[Sequence[Piece]], tuple[list[int], list[range]]],
+               tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Piece]:
+    """A gap with text on both sides, cut so that at the gap's longest the row fits; other pieces as they are."""
+    row, (gap,) = encoder(pieces)
+    if len(pieces) == 2 or len(row) <= max_length:
+        return pieces
+    text = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    before, after = row[1 : gap.start], row[gap.stop :]
+    for room in range(max_length - 1 - len(gap), -1, -1):  # less where the cut texts have more tokens than they had
+        kept = min(len(after), max(room // 2, room - len(before)))
+        space = " " if pieces[0].endswith(" ") else ""
+        cut = [text(before[len(before) - min(room - kept, len(before)) :]) + space, pieces[1], text(after[:kept])]
+        if len(encoder(cut)[0]) <= max_length:
+            return cut
+    raise ConfigError(f"{len(gap)} new tokens leave no room for a prompt in the {max_length} tokens that the model "
+                      "takes")
 
 
 def _settled(pieces: list[list[Piece]], settle: Callable[[list[list[Piece]]], list[list[Piece]]]) -> list[list[Piece]]:

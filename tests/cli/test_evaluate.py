@@ -6,7 +6,11 @@ import pathlib
 import pytest
 
 from dlm_jax import DiffusionLM
+from dlm_jax.cli import evaluate as evaluate_command
 from dlm_jax.cli.main import main
+from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation.sandbox import Sandbox
+from dlm_jax.evaluation.tasks import TASKS
 from tests.cli.conftest import RECIPE
 
 TASK_ROWS = {
@@ -16,6 +20,12 @@ TASK_ROWS = {
     "gsm8k/train.jsonl": [{"question": "1?", "answer": "#### 1"}],
     "rocstories.jsonl": [{**{f"InputSentence{n}": "Tom." for n in range(1, 5)}, "RandomFifthSentenceQuiz1": "a",
                           "RandomFifthSentenceQuiz2": "b", "AnswerRightEnding": 1}],
+    "mawps/test.jsonl": [{"question": "The cat?", "result": "1"}, {"question": "The dog?", "result": "2"}],
+    "mawps/train.jsonl": [{"question": "The bird?", "result": "3"}],
+    "satmath.jsonl": [{"question": "The sun?", "options": ["(A)cat", "(B)mat"], "label": "B"}],
+    "humaneval_infilling/HumanEval-SingleLineInfilling.jsonl": [
+        {"task_id": "SingleLineInfilling/HumanEval/0/L0", "entry_point": "f", "prompt": "def f():\n",
+         "suffix": "    return 1\n", "canonical_solution": "    pass\n", "test": "def check(f): assert f() == 1\n"}],
     "text.jsonl": [{"text": "The cat sat on the mat and saw Tom, who was happy that the sun was warm."}],
 }
 
@@ -86,7 +96,75 @@ def test_the_protocol_of_the_release_and_infilling(capsys, parent, data_dir):
     assert list(result["tasks"]["rocstories"]["models"][str(parent)]) == ["rouge1", "rouge2", "rougeL"]
 
 
+def test_programs_are_run_only_when_allowed(capsys, parent, data_dir):
+    arguments = (f"--model={parent}", "--tasks=humaneval_infilling", f"--data_dir={data_dir}", "--num_steps=2",
+                 "--json=-")
+    try:
+        Sandbox()
+    except ConfigError as error:
+        pytest.skip(f"this machine cannot shut programs in: {error}")
+    status, out, err = evaluate(capsys, *arguments, "--allow_code_execution", f"--parent={parent}")
+    assert status == 0, err
+    result = json.loads(out)["tasks"]["humaneval_infilling"]
+    assert result["items"] == 1 and [list(values) for values in result["models"].values()] == [["pass_at_1"]] * 2
+
+
+def test_programs_are_refused_before_a_model_is_loaded(capsys, data_dir, monkeypatch):
+    arguments = ("--model=none", "--tasks=humaneval_infilling", f"--data_dir={data_dir}")
+    status, _, err = evaluate(capsys, *arguments)
+    assert status == 1 and err.count("\n") == 1
+    assert "humaneval_infilling runs programs that a model wrote; allow it with --allow_code_execution" in err
+
+    def fails(self):
+        raise ConfigError("cannot be shut in here")
+
+    monkeypatch.setattr(Sandbox, "_probe", fails)
+    status, _, err = evaluate(capsys, *arguments, "--allow_code_execution")
+    assert status == 1 and "cannot be shut in here" in err and err.count("\n") == 1
+
+
+def test_samples_and_a_text_before_each_prompt(capsys, parent, data_dir, tmp_path):
+    prompt, out = tmp_path / "prompt.txt", tmp_path / "results.json"
+    prompt.write_text("Question: Tom?\nAnswer: Let's think step by step. The answer is 3.\n")
+    arguments = (f"--model={parent}", "--tasks=mawps,mawps_cot,satmath", f"--data_dir={data_dir}", "--num_steps=2",
+                 f"--prompt_file={prompt}", "--samples=2", "--temperature=0.8")
+    status, table, err = evaluate(capsys, *arguments, f"--out={out}")
+    assert status == 0, err
+    assert "majority" in table and "hit" in table and "stated number" in table and "chosen letter" in table
+    result = json.loads(out.read_text())
+    assert result["settings"]["samples"] == 2 and result["settings"]["temperature"] == 0.8
+    assert result["settings"]["prompt_file"] == str(prompt) and len(result["settings"]["prompt_sha256"]) == 16
+    assert all(len(record["texts"]) == len(record["votes"]) == 2 for record in result["records"])
+    status, other, err = evaluate(capsys, *arguments, "--batch_size=1", "--json=-")
+    assert status == 0, err
+    assert json.loads(other)["tasks"] == result["tasks"]
+
+
+def test_the_help_names_every_task():
+    named = evaluate_command.__doc__.partition("\nTasks: ")[2].replace("\n", " ")
+    assert all(f" {task}," in f" {named}" or f" {task} (" in named or f" {task}." in named for task in TASKS)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (("--tasks=gsm8k", "--samples=3"), "3 samples at temperature 0 would all be the same"),
+    (("--tasks=gsm8k", "--samples=0"), "--samples must be at least 1"),
+    (("--tasks=gsm8k", "--temperature=-1"), "a temperature of 0 or more"),
+    (("--tasks=gsm8k", "--temperature=nan"), "a temperature of 0 or more"),
+    (("--tasks=gsm8k,piqa", "--samples=3", "--temperature=1"), "are for tasks that write, and piqa scores"),
+    (("--tasks=gsm8k", "--samples=3", "--temperature=1", "--protocol=release"), "writes one sample"),
+    (("--tasks=mawps", "--protocol=release"), "the released scripts have no task mawps"),
+    (("--tasks=mawps", "--protocol=release", "--prompt_file=x"), "no examples; leave --num_steps"),
+    (("--tasks=mawps", "--prompt_file=none.txt"), "--prompt_file=none.txt cannot be read (No such file"),
+    (("--tasks=mawps", "--prompt_file=empty.txt"), "--prompt_file=empty.txt is empty"),
+    (("--tasks=mawps", "--prompt_file=bytes.txt"), "--prompt_file=bytes.txt is not UTF-8 text"),
+    (("--tasks=mawps", "--prompt_file=."), "--prompt_file=. cannot be read"),
+    (("--tasks=mawps", "--prompt_file=empty.txt", "--shots=1"), "leave one of them out"),
+    (("--tasks=text", "--prompt_file=empty.txt"), "the task text has no prompts"),
+    (("--tasks=mawps_cot", "--shots=1"), "has no reasoning to show"),
+    (("--tasks=humaneval_infilling",), "allow it with --allow_code_execution"),
+    (("--data", "x.jsonl", "--allow_code_execution"), "belongs to --tasks"),
+    (("--data", "x.jsonl", "--samples=2"), "belongs to --tasks"),
+    (("--tasks=mawps", "--data_files", "mawps=x.tsv"), "there is no file x.tsv"),
     (("--tasks=pika",), "there is no task 'pika'"),
     (("--tasks=lambada",), "no file of the task lambada"),
     (("--tasks=piqa", "--data_files", "piqa=none.jsonl"), "there is no file none.jsonl"),
@@ -102,8 +180,12 @@ def test_the_protocol_of_the_release_and_infilling(capsys, parent, data_dir):
     (("--tasks=piqa", "--shots=1"), "no file of the task piqa"),
     (("--tasks=piqa", "--shots=1", "--protocol=release"), "no examples"),
 ])
-def test_what_cannot_be_done_is_one_sentence(capsys, parent, data_dir, arguments, message):
-    status, _, err = evaluate(capsys, f"--model={parent}", f"--data_dir={data_dir}", *arguments)
+def test_what_cannot_be_done_is_one_sentence(capsys, parent, data_dir, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff")
+    where = () if arguments[0] == "--data" and "--limit=8" not in arguments else (f"--data_dir={data_dir}",)
+    status, _, err = evaluate(capsys, f"--model={parent}", *where, *arguments)
     assert status == 1 and message in err and err.count("\n") == 1
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dlm_jax.evaluation.metrics import METRICS, rouge_l, rouge_n
+from dlm_jax.evaluation.metrics import ANSWERS, METRICS, rouge_l, rouge_n
 
 
 @pytest.mark.parametrize(("name", "text", "answers", "value"), [
@@ -12,6 +12,8 @@ from dlm_jax.evaluation.metrics import METRICS, rouge_l, rouge_n
     ("exact_match", "Eiffel", ["eiffel tower", "tower"], 0),
     ("contains", "It is the Onion, I think", ["leek", "an onion"], 1),
     ("contains", "It is", ["onion"], 0),
+    ("contains", "It is", ["leek", "(a"], 0),  # as TriviaQA has it among the aliases of "static library"
+    ("exact_match", "", ["leek", "(a"], 0),
     ("f1", "the quick brown fox", ["a brown dog", "no"], 2 * 1 / (3 + 2)),  # quick brown fox, brown dog
     ("f1", "x x y", ["x y y"], 2 * 2 / 6),
     ("f1", "nothing", ["else"], 0),
@@ -25,6 +27,19 @@ from dlm_jax.evaluation.metrics import METRICS, rouge_l, rouge_n
     ("marked_number", "#### many", ["18"], 0),
     ("last_number", "3 and then 1,800.", ["1800"], 1),
     ("last_number", "18 or -18", ["18"], 0),
+    ("last_number", "", ["18"], 0),
+    ("stated_number", "2 and 3. The answer is $1,800. Or 4", ["1800"], 1),
+    ("stated_number", "So the answer is: 18", ["18"], 1),
+    ("stated_number", "the answer is not known\n18", ["18"], 0),
+    ("stated_number", "18", ["18"], 0),
+    ("chosen_letter", " B", ["B"], 1),
+    ("chosen_letter", "(B) 4", ["B"], 1),
+    ("chosen_letter", "B. 4", ["B"], 1),
+    ("chosen_letter", "A line has (B)", ["B"], 1),
+    ("chosen_letter", "(A) or (C), the answer is (B).", ["B"], 1),
+    ("chosen_letter", "Answer is B because", ["B"], 1),
+    ("chosen_letter", "BE", ["B"], 0),
+    ("chosen_letter", "b", ["B"], 0),
     ("marked_text", "a #### 1,800", ["1800"], 1),
     ("marked_text", "a #### 1800.0", ["1800"], 0),
     ("rouge1", "The cat sat.", ["the cat was here"], 2 * 2 / 7),
@@ -46,3 +61,23 @@ def test_rouge_is_that_of_the_reference_package():
         expected = reference.score(gold, text)
         found = rouge_n(text, gold, 1), rouge_n(text, gold, 2), rouge_l(text, gold)
         assert found == pytest.approx([expected[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")])
+
+
+@pytest.mark.parametrize(("name", "texts", "answer"), [
+    ("exact_match", ["The Louvre.", "louvre"], "louvre"),
+    ("exact_match", ["", "the", "?"], None),
+    ("first_word", ["signs, more", " signs"], "signs"),
+    ("first_word", [" "], None),
+    ("marked_number", ["#### 1,800", "3\n#### $1800.0\nmore"], "1800.0"),
+    ("marked_number", ["18", "#### many"], None),
+    ("last_number", ["1 and -0", "0.0"], "0.0"),
+    ("stated_number", ["The answer is 5.", "the answer is $5.00, not 6"], "5.0"),
+    ("chosen_letter", ["(C)", "The answer is C."], "C"),
+    ("chosen_letter", ["none"], None),
+])
+def test_texts_that_say_the_same_have_one_answer_and_one_value(name, texts, answer):
+    assert {ANSWERS[name](text) for text in texts} == {answer}
+    for gold in ("louvre", "signs", "1800", "0", "5", "C", ""):
+        values = {METRICS[name](text, [gold]) for text in texts}
+        assert len(values) == 1
+        assert answer is not None or values == {0}

@@ -8,7 +8,7 @@ from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.candidate import Candidate, Pair
 from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.report import markdown_report, summarise, table
-from dlm_jax.evaluation.run import Job, blank_of, cut, pairs_of, run
+from dlm_jax.evaluation.run import Job, blank_of, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
 
 WORDS = ["<bos>"]
@@ -96,7 +96,6 @@ def test_a_left_to_right_model_sees_nothing_behind_a_gap_and_its_first_sentence_
     assert blank_of(Candidate("model", encode), TASKS["rocstories"], item, 0).lengths == range(4, 21)
     assert blank_of(Candidate("model", encode), TASKS["rocstories"], item, 0, release=True).lengths == range(2, 3)
     assert blank_of(parent, TASKS["rocstories"], item, 0, release=True).lengths == range(7, 8)
-    assert cut('"Go!" he said.', "sentence") == '"Go!"'
 
 
 def test_text_is_cut_where_the_model_ends_and_counted_in_bytes_and_tokens():
@@ -154,6 +153,39 @@ def test_a_stopped_run_goes_on_and_gives_the_same(done):
 def test_a_model_that_cannot_do_a_task_is_refused_before_any_work():
     with pytest.raises(ConfigError, match="mute cannot write, which the task lambada asks for"):
         run([JOB, Job(TASKS["lambada"], [Item(prompt="a", answers=("b",))])], [scripted("mute", len)])
+
+
+def test_samples_are_asked_for_one_by_one_and_a_stopped_run_goes_on():
+    asked = []
+
+    def write(blanks, *, temperature, num_steps):
+        asked.extend((blank.item, blank.sample) for blank in blanks)
+        return [f"{blank.item + blank.sample}" for blank in blanks]
+
+    items = [Item(prompt="a", answers=("1",)) for _ in range(3)]
+    model, task = Candidate("model", encode, write=write), TASKS["mawps"]
+    whole = run([Job(task, items)], [model], samples=2, temperature=1.0)
+    assert asked == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [record["values"]["last_number"] for record in whole] == [0.5, 0.5, 0]
+    found = summarise(whole, ["mawps"], ["model"])["mawps"]["models"]["model"]
+    assert found["hit"]["mean"] == pytest.approx(2 / 3) and found["majority"]["mean"] == pytest.approx(1 / 3)
+    for size in (1, 2, 32):
+        assert run([Job(task, items)], [model], samples=2, temperature=1.0, done=whole[:1], chunk_size=size) == whole
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), [
+    ("gsm8k", {"samples": 3}, "3 samples at temperature 0 would all be the same; set a temperature above 0"),
+    ("gsm8k", {"samples": 0}, "there must be a sample"),
+    ("gsm8k", {"temperature": -0.1}, "a temperature of 0 or more, got 1 and -0.1"),
+    ("gsm8k", {"temperature": math.nan}, "a temperature of 0 or more"),
+    ("gsm8k", {"samples": 2, "temperature": 1.0, "release": True}, "the protocol release writes one sample"),
+    ("mawps", {"release": True}, "the released scripts have no task mawps; choose the protocol default"),
+    ("piqa", {"temperature": 0.5}, "are for tasks that write, and piqa scores"),
+    ("text", {"samples": 2, "temperature": 0.5}, "are for tasks that write, and text scores"),
+])
+def test_settings_that_do_not_go_together_are_refused(name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        run([Job(TASKS[name], [Item(prompt="a", answers=("1",))])], [scripted("model", len)], **settings)
 
 
 def test_a_page_says_what_it_rests_on():

@@ -1,6 +1,7 @@
 """Rows of files as items: the original fields of every task, both protocols, and what is said of bad input."""
 
 import csv
+import gzip
 import json
 
 import pytest
@@ -145,6 +146,31 @@ def test_files_are_found_by_task_and_split(tmp_path):
         find_file(TASKS["piqa"], str(tmp_path / "none"))
 
 
+def test_compressed_files_and_other_kinds(tmp_path):
+    rows = b'{"text": "a b"}\n{"text": "c d"}\n'
+    for name in ("lambada.jsonl.gz", "more.JSON.GZ"):
+        (tmp_path / name).write_bytes(gzip.compress(rows))
+        assert [item.answers for item in load_items(TASKS["lambada"], str(tmp_path / name))] == [("b",), ("d",)]
+    assert find_file(TASKS["lambada"], str(tmp_path)).endswith("lambada.jsonl.gz")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(rows)[:-12])
+    with pytest.raises(DataError, match="cut.jsonl.gz"):
+        load_items(TASKS["lambada"], str(tmp_path / "cut.jsonl.gz"))
+    for name in ("rows.csv.gz", "rows.gz", "rows", "rows.tsv"):
+        (tmp_path / name).write_bytes(rows)
+        with pytest.raises(DataError, match=f"{name} is of no kind that a task may have: .jsonl, "):
+            load_items(TASKS["lambada"], str(tmp_path / name))
+
+
+def test_of_the_in_filling_files_the_papers_is_found(tmp_path):
+    (tmp_path / "humaneval_infilling").mkdir()
+    for name in ("SingleLine", "MultiLine", "RandomSpan", "RandomSpanInfillingLight"):
+        (tmp_path / "humaneval_infilling" / f"HumanEval-{name}Infilling.jsonl.gz").touch()
+    assert find_file(TASKS["humaneval_infilling"], str(tmp_path)).endswith("HumanEval-SingleLineInfilling.jsonl.gz")
+    (tmp_path / "humaneval_infilling" / "HumanEval-SingleLineInfilling.jsonl.gz").unlink()
+    with pytest.raises(DataError, match="several files may be the task humaneval_infilling"):
+        find_file(TASKS["humaneval_infilling"], str(tmp_path))
+
+
 def test_examples_are_shown_with_their_answers(tmp_path):
     shown = items_of(tmp_path, "gsm8k", {"question": "1+1?", "answer": "#### 2"}) + items_of(
         tmp_path, "winogrande", WINOGRANDE)
@@ -153,11 +179,11 @@ def test_examples_are_shown_with_their_answers(tmp_path):
 
 @pytest.mark.parametrize(("name", "count"), [
     ("hellaswag", 1000), ("winogrande", 1267), ("piqa", 1838), ("siqa", 1954), ("lambada", 5153), ("triviaqa", 3000),
-    ("gsm8k", 1319), ("gsm8k_icot", 1319), ("rocstories", 1871)])
+    ("gsm8k", 1319), ("gsm8k_cot", 1319), ("gsm8k_icot", 1319), ("rocstories", 1871), ("humaneval_infilling", 1033)])
 def test_every_row_of_the_real_files_is_an_item(test_data, name, count):
     task = TASKS[name]
     found = load_items(task, find_file(task, str(test_data)))
     assert len(found) == count
-    assert all(item.options or item.answers for item in found)
+    assert all(item.options or item.answers or item.tests for item in found)
     if task.kind == "choice":
         assert len({item.gold for item in found}) == len(found[0].options)

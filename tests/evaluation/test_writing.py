@@ -49,6 +49,49 @@ def test_each_blank_is_written_as_if_alone(tokenizer):
     assert together[1] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("policy", ["confidence", "autoregressive"])
+def test_samples_have_random_numbers_of_their_own(tokenizer, policy):
+    before = text_of([1, 2])
+    blanks = [Blank(before, "", range(6, 7), item, sample) for item in range(2) for sample in range(3)]
+    settings = {"temperature": 1.0, "num_steps": None}
+    texts = writer(tokenizer, policy=policy, batch_size=4)(blanks, **settings)
+    assert len(set(texts)) == 6
+    assert texts == [writer(tokenizer, policy=policy, batch_size=1)([blank], **settings)[0] for blank in blanks]
+    alone = [Blank(before, "", range(6, 7), item) for item in range(2)]
+    assert writer(tokenizer, policy=policy)(alone, **settings) == texts[::3]  # the first is what it was alone
+
+
+def test_samples_of_a_gap_share_its_length(tokenizer, monkeypatch):
+    asked = []
+
+    def settle(model, texts, *arguments, **settings):
+        asked.extend(texts)
+        return [[text[0], 3, text[2]] for text in texts]
+
+    monkeypatch.setattr("dlm_jax.evaluation.writing.settle_lengths", settle)
+    blanks = [Blank(text_of([5]), text_of([9]), range(2, 5), item, sample) for item in range(2) for sample in range(3)]
+    texts = writer(tokenizer)(blanks, temperature=1.0, num_steps=None)
+    assert asked == [[blanks[0].before, range(2, 5), blanks[0].after]] * 2  # an item's once
+    assert max(map(len, texts)) == 3 and len(set(texts)) > 2  # an end of text has no letter
+
+
+def test_texts_around_a_gap_that_are_too_long_are_cut_at_their_far_ends(tokenizer):
+    tokens = list(np.random.default_rng(1).integers(0, 58, 60))
+    write = writer(tokenizer)  # the model takes 40
+    settings = {"temperature": 0.0, "num_steps": None}
+    both, = write([Blank(text_of(tokens[:30]), text_of(tokens[30:]), range(9, 10))], **settings)  # 30 remain
+    assert [both] == write([Blank(text_of(tokens[15:30]), text_of(tokens[30:45]), range(9, 10))], **settings)
+    short, = write([Blank(text_of(tokens[:5]), text_of(tokens[5:]), range(9, 10))], **settings)
+    assert [short] == write([Blank(text_of(tokens[:5]), text_of(tokens[5:30]), range(9, 10))], **settings)
+    long, = write([Blank(text_of(tokens[:55]), text_of(tokens[55:]), range(9, 10))], **settings)
+    assert [long] == write([Blank(text_of(tokens[30:55]), text_of(tokens[55:]), range(9, 10))], **settings)
+    # Where the length is open, there is room for the longest.
+    some, = write([Blank(text_of(tokens[:30]), text_of(tokens[30:]), range(8, 10))], **settings)
+    assert [some] == write([Blank(text_of(tokens[15:30]), text_of(tokens[30:45]), range(8, 10))], **settings)
+    with pytest.raises(ConfigError, match="40 new tokens leave no room for a prompt"):
+        write([Blank(text_of(tokens[:9]), text_of(tokens[:9]), range(40, 41))], **settings)
+
+
 def test_without_bos_the_prompts_first_token_is_context(tokenizer):
     blank = Blank(text_of([5, 6]), "", range(3, 4), 0)
     found, = writer(tokenizer, keep_bos=False)([blank], temperature=0.0, num_steps=None)

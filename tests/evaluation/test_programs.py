@@ -1,0 +1,142 @@
+"""Programs with a gap: what is asked, what is run, and a scripted model whose every program is really run."""
+
+import gzip
+import json
+
+import pytest
+
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation.candidate import Candidate
+from dlm_jax.evaluation.programs import completed, cut_code
+from dlm_jax.evaluation.run import Job, blank_of, run
+from dlm_jax.evaluation.sandbox import Sandbox
+from dlm_jax.evaluation.tasks import TASKS, find_file, load_items
+
+ROW = {"task_id": "SingleLineInfilling/HumanEval/0/L0", "entry_point": "double", "prompt": "def double(x):\n",
+       "suffix": "    return y\n", "canonical_solution": "    y = 2 * x\n",
+       "test": "def check(candidate):\n    assert candidate(4) == 8\n"}
+TASK = TASKS["humaneval_infilling"]
+
+
+def items_of(tmp_path, *rows, release=False):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return load_items(TASK, str(path), release=release)
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    try:
+        return Sandbox(seconds=2)
+    except ConfigError as error:
+        pytest.skip(f"this machine cannot shut programs in: {error}")
+
+
+def words(text):
+    return [len(word) for word in text.split(" ")]
+
+
+def test_what_is_asked_and_what_is_run(tmp_path):
+    item, = items_of(tmp_path, ROW)
+    assert (item.prompt, item.suffix, item.solution) == (ROW["prompt"], ROW["suffix"], ROW["canonical_solution"])
+    program = completed(item, "    y = 0\n")
+    assert program.source == "def double(x):\n    y = 0\n    return y\n"
+    assert program.tests == ROW["test"] + "\ncheck(double)\n"
+    model, parent = Candidate("model", words), Candidate("parent", words, autoregressive=True)
+    blank = blank_of(model, TASK, item, 3, sample=2)
+    assert (blank.before, blank.after, blank.lengths) == (ROW["prompt"], ROW["suffix"], range(3, 41))
+    assert (blank.item, blank.sample) == (3, 2)
+    blank = blank_of(parent, TASK, item, 0)
+    assert (blank.before, blank.after, blank.lengths) == (ROW["prompt"], "", range(40, 41))
+    small = Candidate("small", words, max_length=20)
+    assert blank_of(small, TASK, item, 0).lengths == range(3, 11)
+
+
+def test_longer_gaps_try_fewer_lengths(tmp_path):
+    several, span = items_of(tmp_path, {**ROW, "task_id": "MultiLineInfilling/HumanEval/0/L0_L0"},
+                             {**ROW, "task_id": "RandomSpanInfilling/HumanEval/0/1"})
+    model = Candidate("model", words)
+    assert blank_of(model, TASK, several, 0).lengths == range(16, 241, 16) and not several.one_line
+    assert blank_of(model, TASK, span, 0).lengths == range(4, 97, 4)
+    assert blank_of(Candidate("small", words, max_length=40), TASK, several, 0).lengths == range(16, 21, 16)
+    with pytest.raises(DataError, match="rows.jsonl.gz, line 1: the task_id 'HumanEval/0' does not begin with"):
+        items_of(tmp_path, {**ROW, "task_id": "HumanEval/0"})
+
+
+def test_what_is_written_from_left_to_right_ends_with_the_gap(tmp_path):
+    line, = items_of(tmp_path, ROW)
+    assert cut_code(line, "    y = 1\n    return 0\n") == "    y = 1\n"
+    assert cut_code(line, "\n    y = 1") == "\n    y = 1\n"
+    assert cut_code(line, "  \n") == "  \n"
+    several, = items_of(tmp_path, {**ROW, "task_id": "MultiLineInfilling/HumanEval/0/L0_L0"})
+    assert cut_code(several, "    y = 1\n    y += 1\n    return y\nmore") == "    y = 1\n    y += 1\n"
+    assert cut_code(several, "    y = 1\n") == "    y = 1\n"
+
+
+def test_a_scripted_model_and_its_parent(tmp_path, sandbox):
+    def write(blanks, *, temperature, num_steps):
+        return [["    y = x + x\n", "    y = 9\n", "    y = \n"][blank.item] for blank in blanks]
+
+    def go_on(blanks, **settings):
+        return ["    y = 2 * x\n    return 3\n" for _ in blanks]
+
+    items = items_of(tmp_path, *[ROW] * 3)
+    candidates = [Candidate("model", words, write=write), Candidate("parent", words, write=go_on, autoregressive=True)]
+    records = run([Job(TASK, items, "An example.\n\n")], candidates, execute=sandbox)
+    assert [record["values"]["pass_at_1"] for record in records] == [1, 0, 0, 1, 1, 1]
+    assert [record["outcomes"] for record in records[:3]] == [["passed"], ["AssertionError"], ["SyntaxError"]]
+    assert records[3]["prediction"] == "    y = 2 * x\n"
+    with pytest.raises(ConfigError, match="humaneval_infilling runs programs that a model wrote"):
+        run([Job(TASK, items)], candidates)
+
+
+def test_samples_pass_on_average_and_together(tmp_path, sandbox):
+    def write(blanks, *, temperature, num_steps):
+        assert temperature == 0.5
+        right = {(0, 1), (0, 3)}
+        return ["    y = 2 * x\n" if (blank.item, blank.sample) in right else "    y = 0\n" for blank in blanks]
+
+    records = run([Job(TASK, items_of(tmp_path, ROW, ROW))], [Candidate("model", words, write=write)], samples=4,
+                  temperature=0.5, execute=sandbox)
+    assert [record["values"] for record in records] == [{"pass_at_1": 0.5, "hit": 1}, {"pass_at_1": 0, "hit": 0}]
+
+
+def test_the_release_knows_the_length_and_leaves_out_what_is_long(tmp_path, sandbox):
+    asked = []
+
+    def write(blanks, **settings):
+        asked.extend((blank, settings) for blank in blanks)
+        return [ROW["canonical_solution"]] * len(blanks)
+
+    long = {**ROW, "prompt": "# " + "a " * 982 + "\n" + ROW["prompt"]}
+    longer = {**ROW, "prompt": "# " + "a " * 983 + "\n" + ROW["prompt"]}
+    items = items_of(tmp_path, longer, ROW, long, release=True)
+    candidates = [Candidate("model", words, write=write, release_temperature=0.9),
+                  Candidate("parent", words, write=write, autoregressive=True)]
+    records = run([Job(TASK, items)], candidates, release=True, execute=sandbox)
+    assert [(record["model"], record["item"]) for record in records] == [
+        ("model", 1), ("model", 2), ("parent", 1), ("parent", 2)]
+    assert [record["values"] for record in records] == [{"pass_at_1": 1.0}] * 4
+    (blank, settings), (parents, parent_settings) = asked[0], asked[2]
+    assert blank.lengths == range(9, 10) and settings == {"temperature": 0.9, "num_steps": 32}
+    assert parents.lengths == range(14, 15) and parent_settings["temperature"] == 0  # characters of the solution
+    assert parents.before == (f"The prefix is: {ROW['prompt']} and the suffix is: {ROW['suffix']}, please return the "
+                              "middle code: ")
+    with pytest.raises(DataError, match="all items of humaneval_infilling have more than 1000 tokens"):
+        run([Job(TASK, items[:1])], candidates, release=True, execute=sandbox)
+
+
+def test_the_real_files(test_data, sandbox):
+    path = find_file(TASK, str(test_data))
+    assert path.endswith("HumanEval-SingleLineInfilling.jsonl.gz")
+    items = load_items(TASK, path)
+    assert len(items) == 1033 and all(item.one_line for item in items)
+    chosen = items[::40]
+    assert all(outcome.passed for outcome in sandbox([completed(item, item.solution) for item in chosen]))
+    assert not any(outcome.passed for outcome in sandbox([completed(item, "    raise ValueError\n")
+                                                          for item in chosen[:4]]))
+    for split, count in (("MultiLine", 5815), ("RandomSpan", 1640), ("RandomSpanInfillingLight", 164)):
+        name = split if split.endswith("Light") else f"{split}Infilling"
+        items = load_items(TASK, str(test_data / "humaneval_infilling" / f"HumanEval-{name}.jsonl.gz"))
+        assert len(items) == count
+        assert all(outcome.passed for outcome in sandbox([completed(item, item.solution) for item in items[:8]]))
