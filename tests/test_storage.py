@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.storage import local_copy, reached, upload, write_json
+from dlm_jax.storage import is_remote, local_copy, reached, upload, write_json
 from tests.faults.runs import Runs, ended
 from tests.object_store import object_store
 from tests.training.conftest import base, corpus  # noqa: F401
@@ -24,6 +24,7 @@ def bucket(tmp_path_factory):
             patch.setenv(name, url)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        assert is_remote("gs://bucket")  # from here on no listing of it is kept, by the tests' own reading either
         yield "gs://bucket"
 
 

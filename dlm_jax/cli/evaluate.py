@@ -9,8 +9,9 @@ For a diffusion model probabilities are bounds, estimated from random maskings; 
   dlm evaluate --model=runs/first --harness=lambada_openai,arc_easy --parent=gpt2
 
 Tasks: hellaswag, winogrande, piqa, siqa, lambada, triviaqa, squad, gsm8k, gsm8k_cot, gsm8k_icot, mawps, mawps_cot,
-satmath, satmath_cot, rocstories, humaneval_infilling (it runs programs: --allow_code_execution), text. Those of
---harness are the tasks of lm-eval, the field's harness, with its prompts and metrics.
+satmath, satmath_cot, rocstories, humaneval_infilling (it runs programs: --allow_code_execution), text,
+reconstruction, generation. Those of --harness are the tasks of lm-eval, the field's harness, with its prompts and
+metrics.
 """
 
 import argparse
@@ -23,7 +24,7 @@ _MODES = {"tasks": evaluate_tasks, "data": evaluate_text, "harness": evaluate_ha
 # What each takes beside the arguments of all, with the defaults.
 _BOTH = {"limit": None, "parent": None, "shots": None, "num_steps": None, "out": None}
 _OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "prompt_file": None, "samples": 1,
-                  "temperature": 0.0, "allow_code_execution": False} | _BOTH,
+                  "temperature": None, "judge": None, "allow_code_execution": False} | _BOTH,
         "data": {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"},
         "harness": {"harness_dir": None} | _BOTH}
 

@@ -1,25 +1,25 @@
-"""`dlm evaluate --tasks`: tasks from local files, with the parent on the same items beside the model.
+"""`dlm evaluate --tasks`: tasks from local files or the hub, with the parent on the same items beside the model.
 
---out=results.json writes three files: results.json, the same as a page in results.md, and a record an item in
-results.items.jsonl. The last grows as the items are done; a command that was stopped goes on from there.
+--out=results.json writes four files: results.json, the same as pages in results.md and, with pictures, results.html,
+and a record an item in results.items.jsonl. The last grows as the items are done; a command that was stopped goes on
+from there.
 """
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dlm_jax.cli.evaluate_data import make_job, read_prompt_file
 from dlm_jax.cli.partial import Partial, check_output
 from dlm_jax.cli.shared import load_model, read_mesh, write_result
 from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from dlm_jax.evaluation.candidate import Candidate
-    from dlm_jax.evaluation.run import Job
     from dlm_jax.evaluation.tasks import Task
 
 PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
@@ -28,13 +28,16 @@ PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokeni
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """What is not given stays None; `evaluate` knows the defaults."""
     parser.add_argument("--tasks", metavar="NAME,...", help="which; see above")
-    parser.add_argument("--data_dir", metavar="DIR", help="holds NAME.jsonl, or NAME/ with a validation or test file")
+    parser.add_argument("--data_dir", metavar="DIR", help="holds NAME.jsonl, or NAME/ with a validation or test file "
+                        "(default: the tasks' datasets on the Hugging Face hub)")
     parser.add_argument("--data_files", nargs="+", action="extend", metavar="NAME=FILE", help="the file of a task: "
-                        ".jsonl, .json (also .gz), .parquet, .arrow, .csv or .txt")
+                        ".jsonl, .json (also .gz), .parquet, .arrow, .csv, .txt, or hf:NAME?name=&split=")
     parser.add_argument("--protocol", choices=("default", "release"), help="default: the one to trust; release: what "
                         "the released scripts of the paper do, quirks included")
     parser.add_argument("--limit", type=int, help="items a task, from the first (default: all)")
     parser.add_argument("--parent", metavar="MODEL", help="an autoregressive model, evaluated on the same items")
+    parser.add_argument("--judge", metavar="MODEL", help="an autoregressive model under which generation's perplexity "
+                        "is taken (default: the parent)")
     parser.add_argument("--shots", type=int, help="examples before each prompt, the first of the task's training file "
                         "in --data_dir (default 0)")
     parser.add_argument("--prompt_file", metavar="FILE", help="a text to put before each prompt, for instance examples "
@@ -42,7 +45,7 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--samples", type=int, help="texts written for each item, whose mean is taken and which vote "
                         "on an answer (default 1)")
     parser.add_argument("--temperature", type=float, help="at which texts are written (default 0, the likeliest "
-                        "tokens); several samples need one above 0")
+                        "tokens, for generation 1); several samples need one above 0")
     parser.add_argument("--allow_code_execution", action="store_true", default=None, help="run the programs that the "
                         "model writes, shut in; without it tasks of programs are refused")
     parser.add_argument("--num_steps", type=int, help="forward passes for each text that is written (default 64, and "
@@ -51,6 +54,7 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from dlm_jax.evaluation.page import page
     from dlm_jax.evaluation.report import markdown_report, summarise, table
     from dlm_jax.evaluation.run import run as run_tasks
     from dlm_jax.evaluation.sandbox import Sandbox
@@ -63,23 +67,25 @@ def run(arguments: argparse.Namespace) -> None:
     names = arguments.tasks.split(",")
     tasks = [find_task(name) for name in names]
     _check_tasks(tasks, arguments)
-    text, about_text = _read_prompt_file(arguments.prompt_file)
-    jobs, files = zip(*(_job(task, arguments, release, text) for task in tasks), strict=True)
+    text, about_text = read_prompt_file(arguments.prompt_file)
+    jobs, files = zip(*(make_job(task, arguments, release, text) for task in tasks), strict=True)
     execute = Sandbox() if any(task.executes for task in tasks) else None
     candidates = load_candidates(arguments, release)
+    judge = _load_judge(arguments, candidates) if any(task.kind == "free" for task in tasks) else None
     models = [candidate.name for candidate in candidates]
     settings = {name: getattr(arguments, name) for name in (
         "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "num_steps",
-        "samples", "temperature", "seed")} | about_text | {"data": files}
+        "samples", "temperature", "judge", "seed")} | about_text | {"data": files}
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
         records = run_tasks(jobs, candidates, release=release, num_steps=arguments.num_steps,
-                            samples=arguments.samples, temperature=arguments.temperature, execute=execute, done=done,
-                            add=add)
+                            samples=arguments.samples, temperature=arguments.temperature, execute=execute, judge=judge,
+                            seed=arguments.seed, done=done, add=add)
     result = {"models": models, "settings": settings,
               "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
               "tasks": summarise(records, names, models, arguments.seed)}
     if arguments.out:
-        pathlib.Path(arguments.out).with_suffix(".md").write_text(markdown_report(result))
+        pathlib.Path(arguments.out).with_suffix(".md").write_text(markdown_report(result), encoding="utf-8")
+        pathlib.Path(arguments.out).with_suffix(".html").write_text(page(result, records), encoding="utf-8")
         write_json(arguments.out, {**result, "records": records})
     write_result(arguments.json, result, table(result["tasks"], models))
 
@@ -118,53 +124,14 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
     setting = Setting(arguments.protocol == "release", arguments.num_steps, arguments.samples, arguments.temperature)
     for task in tasks:
         check(task, setting)
-        if task.kind == "text" and (arguments.shots or arguments.prompt_file):
+        if task.kind in ("text", "reconstruct") and (arguments.shots or arguments.prompt_file):
             raise ConfigError(f"the task {task.name} has no prompts; leave --shots and --prompt_file out")
+        if task.kind == "free" and arguments.judge is None and arguments.parent is None:
+            raise ConfigError(f"the task {task.name} needs a model that judges what is written; name it with --judge, "
+                              "or a --parent")
         if task.executes and not arguments.allow_code_execution:
             raise ConfigError(f"the task {task.name} runs programs that a model wrote; allow it with "
                               "--allow_code_execution, and read in docs/evaluation.md how they are shut in")
-
-
-def _read_prompt_file(path: str | None) -> tuple[str, dict[str, str]]:
-    """The text that stands before each prompt, and where it is from."""
-    if path is None:
-        return "", {}
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"--prompt_file={path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt_file={path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not text:
-        raise ConfigError(f"--prompt_file={path} is empty; write a text in it, or leave it out")
-    return text + "\n\n", {"prompt_file": path, "prompt_sha256": _digest(path)}
-
-
-def _job(task: "Task", arguments: argparse.Namespace, release: bool, prefix: str) -> "tuple[Job, dict[str, str]]":
-    """A task with its items, and the file they are of with its digest."""
-    from dlm_jax.evaluation.run import Job
-    from dlm_jax.evaluation.tasks import find_file, load_items, shots_prefix
-
-    named = dict(_named_file(text) for text in arguments.data_files or ())
-    for name in named:
-        if name not in arguments.tasks.split(","):
-            raise ConfigError(f"--data_files {name}={named[name]}: {name} is not among --tasks={arguments.tasks}")
-    if task.name not in named and arguments.data_dir is None:
-        raise ConfigError(f"where is the data of the task {task.name}? Name a folder with --data_dir, or its file with "
-                          f"--data_files {task.name}=FILE")
-    path = named.get(task.name) or find_file(task, arguments.data_dir)
-    items = load_items(task, path, release=release, limit=arguments.limit)
-    about = {"task": task.name, "file": path, "sha256": _digest(path)}
-    if arguments.shots:
-        if arguments.data_dir is None:
-            raise ConfigError("--shots needs --data_dir, where the tasks' training files are")
-        examples = find_file(task, arguments.data_dir, ("train",))
-        shown = load_items(task, examples, limit=arguments.shots)
-        if len(shown) < arguments.shots:
-            raise ConfigError(f"--shots={arguments.shots}, and {examples} has {len(shown)} items")
-        prefix = shots_prefix(shown)
-        about |= {"shots_file": examples, "shots_sha256": _digest(examples)}
-    return Job(task, items, prefix), about
 
 
 def load_candidates(arguments: argparse.Namespace, release: bool = False) -> "list[Candidate]":
@@ -185,6 +152,19 @@ def load_candidates(arguments: argparse.Namespace, release: bool = False) -> "li
     return found
 
 
+def _load_judge(arguments: argparse.Namespace, candidates: "Sequence[Candidate]") -> "Candidate":
+    """The model that is named, else the parent."""
+    from dlm_jax.evaluation.ours import make_candidate
+    from dlm_jax.pipeline import DiffusionLM
+
+    if arguments.judge is None:
+        return candidates[1]
+    mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
+    lm = DiffusionLM.from_pretrained(arguments.judge, dtype=arguments.dtype, mesh=mesh)
+    return make_candidate(lm.pretrained, arguments.judge, autoregressive=True, batch_size=arguments.batch_size,
+                          mesh=lm.mesh)
+
+
 @contextlib.contextmanager
 def _records_file(out: str | None, settings: dict[str, Any]):
     """The records there are, and a function that adds some; at the end they are all in their file."""
@@ -200,15 +180,3 @@ def _records_file(out: str | None, settings: dict[str, Any]):
 
 def _items_path(out: str) -> pathlib.Path:
     return pathlib.Path(out).with_suffix(".items.jsonl")
-
-
-def _named_file(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--data_files {text}: write TASK=FILE")
-    return name, path
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

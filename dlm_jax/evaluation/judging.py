@@ -1,7 +1,6 @@
 """What a model's scores and texts are worth: the values of one item's record."""
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,7 @@ from dlm_jax.evaluation.metrics import ANSWERS, METRICS
 from dlm_jax.evaluation.programs import cut_code
 from dlm_jax.evaluation.sandbox import Outcome
 from dlm_jax.evaluation.tasks import Task
-
-_SENTENCE = re.compile(r".*?[.!?][\"'”’]*(?=\s|$)", re.DOTALL)
-_NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q):")
+from dlm_jax.evaluation.text_parts import cut
 
 
 def judge_options(task: Task, candidate: Candidate, item: Item, pairs: Sequence[Pair], scores: Sequence[float],
@@ -37,6 +34,14 @@ def judge_text(item: Item, pairs: Sequence[Pair], scores: Sequence[float]) -> di
     """How many nats, for how many tokens and bytes."""
     return {"values": {"nats": math.fsum(scores), "tokens": sum(len(pair.continuation) for pair in pairs),
                        "bytes": len(item.options[0][1].encode())}}
+
+
+def judge_free(texts: Sequence[str], judged: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """What an item's samples are to the judge, (nats, tokens) of each that is not empty, and their words."""
+    about = {"text": texts[0]} if len(texts) == 1 else {"texts": list(texts)}
+    return {**about, "values": {"judged_nats": math.fsum(nats for nats, _ in judged),
+                                "judged_tokens": sum(tokens for _, tokens in judged),
+                                "words": sum(len(text.split()) for text in texts) / len(texts)}}
 
 
 def judge_writing(task: Task, item: Item, texts: Sequence[str], predictions: Sequence[str], release: bool,
@@ -81,17 +86,6 @@ def judged_part(task: Task, candidate: Candidate, item: Item, text: str, release
     if task.kind == "infill":
         return cut(text, "sentence" if candidate.autoregressive else "all")
     return cut(text, task.cut)
-
-
-def cut(text: str, how: str) -> str:
-    """The first "line" of a text, its first "sentence", what stands before another question, or "all" of it."""
-    text = text.strip()
-    if how == "line":
-        return text.partition("\n")[0].strip()
-    if how == "answer":
-        return _NEXT_QUESTION.split(text, maxsplit=1)[0].strip()
-    sentence = _SENTENCE.match(text) if how == "sentence" else None
-    return sentence[0] if sentence else text
 
 
 def _least(scores: Sequence[float]) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlm_jax.evaluation.report import SMALLER_IS_BETTER, cells
+from dlm_jax.evaluation.report import PLAIN, cells
 from dlm_jax.evaluation.run import Record
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def page(result: dict[str, Any], records: Sequence[Record]) -> str:
     parts = [f"<h1>Evaluation of {_text(models[0])}</h1>", _table(tasks, models),
              '<p class="note">Shares in percent, ± the standard error over items. Differences are item by item, with '
              "the 95 % interval of a bootstrap over items. Of nats, bits and perplexities the smaller is the better, "
-             "and a diffusion model's are upper bounds.</p>"]
+             "and a diffusion model's nats and bits are upper bounds.</p>"]
     if figure := _shares_figure(tasks, models, chance_of(records)):
         parts += ["<h2>Shares</h2>", _picture(figure, "Bars are one standard error; a grey line is chance.")]
     if figure := _differences_figure(tasks, models):
@@ -76,7 +76,7 @@ def _table(tasks: dict[str, Any], models: Sequence[str]) -> str:
 
 def _shares_figure(tasks: dict[str, Any], models: Sequence[str], chance: dict[str, float]) -> "Figure | None":
     rows = [(task, metric) for task, found in tasks.items() for metric in found["models"][models[0]]
-            if metric not in SMALLER_IS_BETTER]
+            if metric not in PLAIN]
     if not rows:
         return None
     figure, axes = _axes(len(rows), 0.24 * len(models) + 0.2)
@@ -98,7 +98,7 @@ def _shares_figure(tasks: dict[str, Any], models: Sequence[str], chance: dict[st
 
 def _differences_figure(tasks: dict[str, Any], models: Sequence[str]) -> "Figure | None":
     rows = [(task, metric) for task, found in tasks.items() for metric in found.get("differences", ())
-            if metric not in SMALLER_IS_BETTER]
+            if metric not in PLAIN]
     if not rows:
         return None
     figure, axes = _axes(len(rows), 0.34)

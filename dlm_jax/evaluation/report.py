@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dlm_jax.evaluation.run import Record
+from dlm_jax.evaluation.generation import varied
+from dlm_jax.evaluation.run import Record, written
 from dlm_jax.evaluation.statistics import Difference, Mean, mean_of, paired_difference, ratio_of
 
-SMALLER_IS_BETTER = ("nats_per_token", "bits_per_byte")
+PLAIN = ("nats_per_token", "bits_per_byte", "generative_perplexity", "words")  # all others are shares
 
 
 def summarise(records: Sequence[Record], tasks: Sequence[str], models: Sequence[str], seed: int = 0) -> dict[str, Any]:
@@ -20,9 +21,10 @@ def summarise(records: Sequence[Record], tasks: Sequence[str], models: Sequence[
     """
     result = {}
     for task in tasks:
-        of_model = {name: [record["values"] for record in records
-                           if record["task"] == task and record["model"] == name] for name in models}
-        means = {name: _means(values) for name, values in of_model.items()}
+        asked = {name: [record for record in records if record["task"] == task and record["model"] == name]
+                 for name in models}
+        of_model = {name: [record["values"] for record in found] for name, found in asked.items()}
+        means = {name: _means(of_model[name], found) for name, found in asked.items()}
         result[task] = {"items": len(of_model[models[0]]),
                         "models": {name: {metric: dataclasses.asdict(mean) for metric, mean in found.items()}
                                    for name, found in means.items()}}
@@ -41,7 +43,7 @@ def cells(summary: dict[str, Any], models: Sequence[str]) -> list[list[str]]:
     rows = [head]
     for task, found in summary.items():
         for metric in found["models"][models[0]]:
-            scale = 1 if metric in SMALLER_IS_BETTER else 100
+            scale = 1 if metric in PLAIN else 100
             row = [task, metric.replace("_", " "), str(found["items"])]
             row += [_mean(Mean(**found["models"][name][metric]), scale) for name in models]
             if len(models) > 1:
@@ -69,21 +71,37 @@ def markdown_report(result: dict[str, Any]) -> str:
     return (f"# Evaluation of {result['models'][0]}\n\n"
             f"{table(result['tasks'], result['models'], markdown=True)}\n\n"
             "Shares in percent, ± the standard error over items; differences are item by item, with the 95 % interval "
-            "of a bootstrap over items. For `nats per token` and `bits per byte` smaller is better, and a diffusion "
-            f"model's are upper bounds.\n\n## Settings\n\n{settings}\n- versions: {versions}\n")
+            "of a bootstrap over items. Of nats, bits and perplexities the smaller is the better, and a diffusion "
+            f"model's nats and bits are upper bounds.\n\n## Settings\n\n{settings}\n- versions: {versions}\n")
 
 
-def _means(values: Sequence[dict[str, float]]) -> dict[str, Mean]:
+def _means(values: Sequence[dict[str, float]], records: Sequence[Record]) -> dict[str, Mean]:
     columns = _columns(values)
+    if "judged_nats" in columns:
+        return _of_writing(columns, [text for record in records for text in written(record)])
     if "nats" not in columns:
         return {name: mean_of(column) for name, column in columns.items()}
     return {"nats_per_token": ratio_of(columns["nats"], columns["tokens"]),
             "bits_per_byte": ratio_of(columns["nats"] / math.log(2), columns["bytes"])}
 
 
+def _of_writing(columns: dict[str, np.ndarray], texts: Sequence[str]) -> dict[str, Mean]:
+    """Of free writing: perplexity under the judge, its error by linearisation; distinct-n has none."""
+    means = {}
+    if columns["judged_tokens"].any():
+        nats = ratio_of(columns["judged_nats"], columns["judged_tokens"])
+        perplexity = math.exp(nats.mean)
+        error = None if nats.standard_error is None else perplexity * nats.standard_error
+        means["generative_perplexity"] = Mean(perplexity, error, nats.count)
+    shares = {name: Mean(value, None, len(texts)) for name, value in varied(texts).items()}
+    return means | shares | {"words": mean_of(columns["words"])}
+
+
 def _vectors(values: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
     """What may be compared item by item: of texts the bits a byte, which do not depend on the tokenizer."""
     columns = _columns(values)
+    if "judged_nats" in columns:
+        return {}
     if "nats" not in columns:
         return columns
     return {"bits_per_byte": columns["nats"] / math.log(2) / columns["bytes"].mean()}

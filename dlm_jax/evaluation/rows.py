@@ -1,6 +1,8 @@
-"""Rows of a task's local file, each with where it stands, for messages."""
+"""Rows of a task's file or dataset, each with where it stands, for messages."""
 
 import csv
+import hashlib
+import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -28,8 +30,23 @@ def kind_of(file: pathlib.Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
+def is_named(path: str) -> bool:
+    """Whether it is not a file but a dataset by name, `hf:NAME?name=&split=` or `tfds:NAME?split=`."""
+    return path.startswith(("hf:", "tfds:"))
+
+
+def digest(path: str) -> str:
+    """What changes when the rows do: of a file's content, or of what a named dataset says of itself."""
+    if is_named(path):
+        source, = open_sources([path])
+        return hashlib.sha256(json.dumps(source.identity()).encode()).hexdigest()[:16]
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def read_rows(path: str) -> list[Row]:
-    """All rows of a file: .jsonl, .json (also .gz), .parquet, .arrow, .csv, or .txt with a record a line.
+    """All rows of a file: .jsonl, .json (also .gz), .parquet, .arrow, .csv, or .txt with a record a line; or of a
+    dataset by name.
 
     Blank lines are skipped.
 
@@ -38,6 +55,8 @@ def read_rows(path: str) -> list[Row]:
     Raises:
       DataError: there is no such file, it cannot be read, or a row is malformed.
     """
+    if is_named(path):
+        return list(_record_rows(path))
     file = pathlib.Path(path)
     if not file.is_file():
         raise DataError(f"there is no file {path}")
@@ -57,8 +76,8 @@ def read_rows(path: str) -> list[Row]:
     return [Row({**row.fields, "label": value}, row.where) for row, value in zip(rows, values, strict=True)]
 
 
-def _record_rows(file: pathlib.Path) -> Iterator[Row]:
-    source, = open_sources([str(file)])
+def _record_rows(path: str | pathlib.Path) -> Iterator[Row]:
+    source, = open_sources([str(path)])
     try:
         for chunk in chunks(source):
             for number, payload in enumerate(chunk.payloads, chunk.first):

@@ -10,13 +10,16 @@ from tqdm import tqdm
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.candidate import Blank, Candidate, Pair
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.judging import judge_options, judge_text, judge_writing, judged_part
+from dlm_jax.evaluation.judging import judge_free, judge_options, judge_text, judge_writing, judged_part
 from dlm_jax.evaluation.programs import completed
+from dlm_jax.evaluation.reconstruction import reconstructed
 from dlm_jax.evaluation.sandbox import Outcome, Program
 from dlm_jax.evaluation.tasks import Task
 
 Record = dict[str, Any]
 Execute = Callable[[Sequence[Program]], Sequence[Outcome]]
+_ABLE = {"choice": "score", "text": "score", "reconstruct": "guess", "write": "write", "infill": "write",
+         "free": "write"}  # what of a candidate each kind of task asks
 _CANVAS = 256  # tokens of a row in the release's GSM8K; more than any reference elsewhere has
 
 
@@ -35,24 +38,29 @@ class Setting(NamedTuple):
       release: under the protocol `release`.
       num_steps: of writing, under the protocol `default`; None leaves it to the model.
       samples: how many texts are written for each item.
-      temperature: at which they are written, under the protocol `default`; 0 takes the likeliest tokens.
+      temperature: at which they are written, under the protocol `default`; 0 takes the likeliest tokens, None is the
+        task's own.
       execute: runs programs that were written (`sandbox.Sandbox`); None: tasks that need it are refused.
+      judge: scores what is written freely; None: tasks that need it are refused.
+      seed: of what is masked for reconstruction.
     """
 
     release: bool = False
     num_steps: int | None = None
     samples: int = 1
-    temperature: float = 0.0
+    temperature: float | None = None
     execute: Execute | None = None
+    judge: Candidate | None = None
+    seed: int = 0
 
 
-def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, release: bool = False, num_steps: int | None = None,
-        samples: int = 1, temperature: float = 0.0, execute: Execute | None = None, done: Sequence[Record] = (),
-        add: Callable[[list[Record]], None] = lambda records: None, chunk_size: int = 32) -> list[Record]:
+def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, done: Sequence[Record] = (),
+        add: Callable[[list[Record]], None] = lambda records: None, chunk_size: int = 32,
+        **settings: Any) -> list[Record]:
     """The records of all items, job by job and candidate by candidate.
 
     Args:
-      release, num_steps, samples, temperature, execute: see `Setting`.
+      settings: those of `Setting`.
       done: the first records, of a run that was stopped.
       add: called with new records as they come.
       chunk_size: items at a time, between which the progress bar moves and records are added.
@@ -61,18 +69,20 @@ def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, release: bool =
       ConfigError: a candidate cannot do what a task asks, or the settings do not go together.
       DataError: the released scripts take no item of a task.
     """
-    setting = Setting(release, num_steps, samples, temperature, execute)
+    setting = Setting(**settings)
     for job, candidate in itertools.product(jobs, candidates):
         check(job.task, setting)
-        able = candidate.score if job.task.kind in ("choice", "text") else candidate.write
-        if able is None:
-            raise ConfigError(f"{candidate.name} cannot {'write' if candidate.write is None else 'score'}, which the "
-                              f"task {job.task.name} asks for")
-        if job.task.executes and execute is None:
+        if getattr(candidate, _ABLE[job.task.kind]) is None:
+            raise ConfigError(f"{candidate.name} cannot {_ABLE[job.task.kind]}, which the task {job.task.name} asks "
+                              "for")
+        if job.task.executes and setting.execute is None:
             raise ConfigError(f"the task {job.task.name} runs programs that a model wrote; give run() an `execute`")
+        if job.task.kind == "free" and (setting.judge is None or setting.judge.score is None):
+            raise ConfigError(f"the task {job.task.name} needs a model that judges what is written; give run() a "
+                              "`judge` that scores")
     records, first = list(done), 0
     for job in jobs:
-        numbers = _taken(job, candidates) if release else range(len(job.items))
+        numbers = _taken(job, candidates) if setting.release else range(len(job.items))
         for candidate in candidates:
             start = min(max(len(done) - first, 0), len(numbers))
             first += len(numbers)
@@ -91,10 +101,12 @@ def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, release: bool =
 
 def check(task: Task, setting: Setting) -> None:
     """Raises ConfigError if a task cannot be run so; whether programs may be run is asked elsewhere."""
-    if setting.samples < 1 or not 0 <= setting.temperature < math.inf:
+    temperature = task.temperature if setting.temperature is None else setting.temperature
+    if setting.samples < 1 or not 0 <= temperature < math.inf:
         raise ConfigError(f"there must be a sample and a temperature of 0 or more, got {setting.samples} and "
-                          f"{setting.temperature:g}")
-    if setting.samples > 1 and setting.temperature == 0:
+                          f"{temperature:g}")
+    scores = _ABLE[task.kind] != "write"
+    if setting.samples > 1 and temperature == 0 and not scores:
         raise ConfigError(f"{setting.samples} samples at temperature 0 would all be the same; set a temperature above "
                           "0, for instance 0.7")
     if setting.release and not task.released:
@@ -102,13 +114,14 @@ def check(task: Task, setting: Setting) -> None:
     if setting.release and (setting.samples > 1 or setting.temperature):
         raise ConfigError("the protocol release writes one sample at temperatures of its own; leave samples and "
                           "temperature out, or choose the protocol default")
-    if task.kind in ("choice", "text") and (setting.samples > 1 or setting.temperature):
+    if scores and (setting.samples > 1 or setting.temperature):
         raise ConfigError(f"samples and a temperature are for tasks that write, and {task.name} scores; leave them out")
 
 
 def pairs_of(candidate: Candidate, task: Task, item: Item, number: int, *, release: bool = False,
              prefix: str = "") -> list[Pair]:
-    """What is scored of an item, an option a pair; of a text as many as the model needs to take it.
+    """What is scored of an item, an option a pair; of a text as many as the model needs to take it, and to
+    reconstruct it the first of them.
 
     Under `default` context and continuation are tokenised together, as they would stand in a text, and parted where
     the context's own tokens end; tokens that straddle are scored. Under `release` they are tokenised apart. A context
@@ -117,9 +130,11 @@ def pairs_of(candidate: Candidate, task: Task, item: Item, number: int, *, relea
     Raises:
       DataError: a continuation has no token, or more than the model takes.
     """
-    if task.kind == "text":
+    if task.kind in ("text", "reconstruct"):
         tokens = candidate.encode(item.options[0][1])
         size = max(len(tokens), 1) if candidate.max_length is None else candidate.max_length - 1
+        if task.kind == "reconstruct":
+            return [Pair((), tuple(tokens[:size]), number)]
         return [Pair((), tuple(tokens[at : at + size]), number, place)
                 for place, at in enumerate(range(0, max(len(tokens), 1), size))]
     special = candidate.encode_special or candidate.encode
@@ -154,7 +169,7 @@ def blank_of(candidate: Candidate, task: Task, item: Item, number: int, *, relea
         if candidate.max_length is not None:  # half of the row is left to the text around
             most = candidate.max_length // 2
             lengths = range(min(lengths.start, most), min(lengths[-1], most) + 1, lengths.step)
-        if task.kind == "write" or candidate.autoregressive:
+        if task.kind in ("write", "free") or candidate.autoregressive:
             lengths = range(lengths[-1], lengths[-1] + 1)
     prompt = item.parent_prompt if candidate.autoregressive and item.parent_prompt else item.prompt
     suffix = "" if candidate.autoregressive else item.suffix
@@ -198,7 +213,13 @@ def _records(job: Job, candidate: Candidate, numbers: Sequence[int], setting: Se
         return [{**head, **(judge_text(item, pairs, values) if task.kind == "text"
                             else judge_options(task, candidate, item, pairs, values, release))}
                 for head, item, pairs, values in zip(heads, items, asked, found, strict=True)]
+    if task.kind == "reconstruct":
+        pairs = [pairs_of(candidate, task, item, number)[0] for item, number in zip(items, numbers, strict=True)]
+        return [{**head, "values": values}
+                for head, values in zip(heads, reconstructed(candidate.guess, pairs, setting.seed), strict=True)]
     texts = _written(job, candidate, numbers, setting)
+    if task.kind == "free":
+        return [{**head, **values} for head, values in zip(heads, _judged(job, numbers, texts, setting), strict=True)]
     parts = [[judged_part(task, candidate, item, text, release) for text in written]
              for item, written in zip(items, texts, strict=True)]
     outcomes = iter(setting.execute([completed(item, part) for item, written in zip(items, parts, strict=True)
@@ -213,7 +234,7 @@ def _written(job: Job, candidate: Candidate, numbers: Sequence[int], setting: Se
     task = job.task
     blanks = [blank_of(candidate, task, job.items[number], number, release=setting.release, prefix=job.prefix,
                        sample=sample) for number in numbers for sample in range(setting.samples)]
-    temperature, steps = setting.temperature, setting.num_steps
+    steps, temperature = setting.num_steps, task.temperature if setting.temperature is None else setting.temperature
     if setting.release:
         temperature = (candidate.release_temperature if task.release_temperature is None else task.release_temperature)
         temperature = 0.0 if candidate.autoregressive else temperature
@@ -222,10 +243,28 @@ def _written(job: Job, candidate: Candidate, numbers: Sequence[int], setting: Se
     return [list(texts[at : at + setting.samples]) for at in range(0, len(blanks), setting.samples)]
 
 
+def _judged(job: Job, numbers: Sequence[int], texts: Sequence[Sequence[str]], setting: Setting) -> list[Record]:
+    """What the judge makes of each item's samples, all in one call; of an empty text nothing."""
+    prompts = [job.prefix + job.items[number].prompt for number in numbers]
+    asked = [[pairs_of(setting.judge, job.task, Item(options=((prompt, text),)), number)[0] if text else None
+              for text in samples] for number, prompt, samples in zip(numbers, prompts, texts, strict=True)]
+    scores = iter(setting.judge.score([pair for pairs in asked for pair in pairs if pair is not None]))
+    return [judge_free(samples, [(float(next(scores)), len(pair.continuation)) for pair in pairs if pair is not None])
+            for samples, pairs in zip(texts, asked, strict=True)]
+
+
+def written(record: Record) -> list[str]:
+    """The texts of a record of a task that writes."""
+    return record["texts"] if "texts" in record else [record["text"]]
+
+
 def _running(records: Sequence[Record], task: Task, candidate: Candidate) -> str:
     values = [record["values"] for record in records
               if record["task"] == task.name and record["model"] == candidate.name]
     if task.kind == "text":
         return f"{math.fsum(v['nats'] for v in values) / sum(v['tokens'] for v in values):.3f} nats/token"
+    if task.kind == "free":
+        nats, tokens = (math.fsum(v[key] for v in values) for key in ("judged_nats", "judged_tokens"))
+        return f"perplexity {math.exp(nats / max(tokens, 1)):.2f}"
     name = next(iter(values[0]))
     return f"{name} {math.fsum(v[name] for v in values) / len(values):.3f}"

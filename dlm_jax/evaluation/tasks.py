@@ -33,7 +33,7 @@ from typing import Literal
 
 from dlm_jax.data.records import BadRecord
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation import items, programs, reasoning
+from dlm_jax.evaluation import generation, items, programs, reasoning
 from dlm_jax.evaluation.items import Fields, Item
 from dlm_jax.evaluation.rows import SUFFIXES, Row, kind_of, read_rows
 
@@ -45,16 +45,19 @@ class Task:
     """A task.
 
     Attributes:
-      kind: "choice" scores options, "write" continues a prompt, "infill" writes between two texts, "text" scores all.
+      kind: "choice" scores options, "write" continues a prompt, "infill" writes between two texts, "text" scores all,
+        "reconstruct" finds masked tokens again, "free" writes what a judge scores.
       read: from the fields of a row, and whether the protocol is `release`, to an item.
       metrics: names in `metrics.METRICS` for tasks that write, the one that counts first; samples vote by it.
       executes: programs are completed and run; the metric is `pass_at_1`.
       release_metrics: the same as the released scripts have them.
       lengths: how many tokens may be written, fewest and most.
+      temperature: at which they are, under the protocol `default`.
       cut: what of a text is judged: "line" its first, "sentence" its first, "answer" what stands before another
         question, "all".
       folders: folders of a data directory, or names of files in it, where it may lie.
       splits: words of the file's name, the best first.
+      hub: the dataset on the Hugging Face hub, with its configuration, and the split that is evaluated.
       flatten: from a row to the rows it holds.
       released: whether the released scripts have it.
       release_limit: how many items they take.
@@ -65,15 +68,17 @@ class Task:
     """
 
     name: str
-    kind: Literal["choice", "write", "infill", "text"]
+    kind: Literal["choice", "write", "infill", "text", "reconstruct", "free"]
     read: Callable[[Fields, bool], Item]
     metrics: tuple[str, ...] = ()
     release_metrics: tuple[str, ...] = ()
     lengths: tuple[int, int] = (1, 1)
     executes: bool = False
+    temperature: float = 0.0
     cut: Literal["line", "sentence", "answer", "all"] = "line"
     folders: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("validation", "valid", "val", "dev", "test")
+    hub: tuple[str, str] | None = None
     flatten: Callable[[Fields], Iterator[Fields]] | None = None
     released: bool = True
     release_limit: int | None = None
@@ -87,29 +92,36 @@ class Task:
 _NUMBERS = ("last_number", "stated_number")
 _TEST_FIRST = ("test", "validation", "valid", "val", "dev")
 _SATMATH = ("satmath", "sat_math", "sat-math")
+_GSM8K, _MAWPS = ("openai/gsm8k?name=main", "test"), ("MU-NLPC/Calc-mawps?name=default", "test")
+_SATMATH_HUB = ("hails/agieval-sat-math", "test")
 _TASKS = (
-    Task("hellaswag", "choice", items.hellaswag, release_normalised=True, release_bos=True),
-    Task("winogrande", "choice", items.winogrande, release_normalised=True),
-    Task("piqa", "choice", items.piqa, release_bos=True),
-    Task("siqa", "choice", items.siqa, folders=("siqa", "social_i_qa", "socialiqa")),
-    Task("lambada", "write", items.lambada, ("first_word",), ("stripped_match",), lengths=(1, 8), splits=("test",)),
+    Task("hellaswag", "choice", items.hellaswag, hub=("Rowan/hellaswag", "validation"), release_normalised=True,
+         release_bos=True),
+    Task("winogrande", "choice", items.winogrande, hub=("allenai/winogrande?name=winogrande_xl", "validation"),
+         release_normalised=True),
+    Task("piqa", "choice", items.piqa, hub=("baber/piqa", "validation"), release_bos=True),
+    Task("siqa", "choice", items.siqa, folders=("siqa", "social_i_qa", "socialiqa"),
+         hub=("lighteval/siqa", "validation")),
+    Task("lambada", "write", items.lambada, ("first_word",), ("stripped_match",), lengths=(1, 8), splits=("test",),
+         hub=("EleutherAI/lambada_openai?name=default", "test")),
     Task("triviaqa", "write", items.triviaqa, ("exact_match", "f1", "contains"), ("contains", "f1"), lengths=(1, 16),
-         folders=("triviaqa", "trivia_qa")),
+         folders=("triviaqa", "trivia_qa"), hub=("mandarjoshi/trivia_qa?name=rc.nocontext", "validation")),
     Task("squad", "write", items.squad, ("exact_match", "f1", "contains"), ("contains", "f1"), lengths=(1, 24),
-         flatten=items.squad_questions, release_limit=2000),
+         flatten=items.squad_questions, hub=("rajpurkar/squad", "validation"), release_limit=2000),
     Task("gsm8k", "write", reasoning.gsm8k, ("marked_number", "last_number"), ("marked_text",), lengths=(1, 256),
-         cut="answer", splits=("test",), release_steps=64, release_temperature=0.0),
+         cut="answer", splits=("test",), hub=_GSM8K, release_steps=64, release_temperature=0.0),
     Task("gsm8k_cot", "write", reasoning.gsm8k_cot, _NUMBERS, lengths=(1, 256), cut="answer", folders=("gsm8k",),
-         splits=("test",), released=False),
+         splits=("test",), hub=_GSM8K, released=False),
     Task("gsm8k_icot", "write", reasoning.gsm8k_symbolic, ("marked_number", "last_number"), ("marked_text",),
          lengths=(1, 128), cut="answer", splits=("test",), release_steps=64, release_temperature=0.0),
-    Task("mawps", "write", reasoning.mawps, _NUMBERS, lengths=(1, 16), splits=_TEST_FIRST, released=False),
+    Task("mawps", "write", reasoning.mawps, _NUMBERS, lengths=(1, 16), splits=_TEST_FIRST, hub=_MAWPS,
+         released=False),
     Task("mawps_cot", "write", reasoning.mawps_cot, _NUMBERS, lengths=(1, 128), cut="answer", folders=("mawps",),
-         splits=_TEST_FIRST, released=False),
+         splits=_TEST_FIRST, hub=_MAWPS, released=False),
     Task("satmath", "write", reasoning.satmath, ("chosen_letter",), lengths=(1, 16), folders=_SATMATH,
-         splits=_TEST_FIRST, released=False),
+         splits=_TEST_FIRST, hub=_SATMATH_HUB, released=False),
     Task("satmath_cot", "write", reasoning.satmath_cot, ("chosen_letter",), lengths=(1, 256), cut="answer",
-         folders=_SATMATH, splits=_TEST_FIRST, released=False),
+         folders=_SATMATH, splits=_TEST_FIRST, hub=_SATMATH_HUB, released=False),
     Task("rocstories", "infill", items.rocstories, ("rouge1", "rouge2", "rougeL"), ("rouge1", "rouge2", "rougeL"),
          lengths=(4, 20), cut="sentence", folders=("rocstories", "rocstories_cloze"), release_limit=1000,
          release_steps=32, release_temperature=None),
@@ -117,6 +129,9 @@ _TASKS = (
          lengths=(3, 40), splits=("singlelineinfilling",), release_most_tokens=1000, release_steps=32,
          release_temperature=None),
     Task("text", "text", items.text),
+    Task("reconstruction", "reconstruct", items.text, folders=("reconstruction", "text"), released=False),
+    Task("generation", "free", generation.opening, lengths=(128, 128), temperature=1.0,
+         folders=("generation", "text"), released=False),
 )
 TASKS = {task.name: task for task in _TASKS}
 
@@ -154,6 +169,18 @@ def find_file(task: Task, data_dir: str, splits: Sequence[str] | None = None) ->
     what_to_do = f"name it with --data_files {task.name}=FILE" if splits is task.splits else "put one there"
     raise DataError(f"no file of the task {task.name} at {places} ({', '.join(SUFFIXES)}; of {', '.join(splits)}); "
                     f"{what_to_do}")
+
+
+def hub_spec(task: Task, split: str | None = None) -> str | None:
+    """The task's dataset on the hub, as `rows.read_rows` takes it; None: it is not there in a form that is read here.
+
+    Args:
+      split: None: the one that is evaluated.
+    """
+    if task.hub is None:
+        return None
+    name, evaluated = task.hub
+    return f"hf:{name}{'&' if '?' in name else '?'}split={split or evaluated}"
 
 
 def load_items(task: Task, path: str, *, release: bool = False, limit: int | None = None) -> list[Item]:

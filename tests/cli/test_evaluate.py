@@ -71,6 +71,7 @@ def test_a_table_of_a_model_beside_its_parent(capsys, parent, data_dir, tmp_path
     assert result["settings"]["num_samples"] == 3 and result["versions"]["jax"]
     assert set(result["tasks"]["text"]["differences"]) == {"bits_per_byte"}
     assert "| piqa | accuracy |" in out.with_suffix(".md").read_text()
+    assert "<td>bits per byte</td>" in out.with_suffix(".html").read_text()
     lines = [json.loads(line) for line in (tmp_path / "results.items.jsonl").read_text().splitlines()]
     assert lines == result["records"]
     status, _, err = evaluate(capsys, *arguments, f"--out={out}")
@@ -84,6 +85,42 @@ def test_a_table_of_a_model_beside_its_parent(capsys, parent, data_dir, tmp_path
     status, _, err = evaluate(capsys, *arguments, f"--out={again}")
     assert status == 0, err
     assert json.loads(again.read_text())["tasks"] == result["tasks"]
+
+
+def test_what_is_written_freely_is_judged_and_what_is_masked_found_again(capsys, parent, data_dir):
+    arguments = (f"--model={parent}", "--tasks=generation,reconstruction", f"--data_dir={data_dir}", "--num_steps=2",
+                 "--json=-")
+    status, out, err = evaluate(capsys, *arguments, f"--judge={parent}")
+    assert status == 0, err
+    tasks = json.loads(out)["tasks"]
+    assert {"generative_perplexity", "distinct_2", "words"} <= set(tasks["generation"]["models"][str(parent)])
+    assert next(iter(tasks["reconstruction"]["models"][str(parent)])) == "10% masked"
+    status, again, err = evaluate(capsys, *arguments, f"--parent={parent}")
+    assert status == 0, err
+    of_parent = json.loads(again)["tasks"]
+    name = f"{parent} (parent)"
+    assert set(of_parent["reconstruction"]["differences"]) == {f"{n}0% masked" for n in (1, 3, 5, 7, 9)}
+    assert of_parent["generation"]["models"][str(parent)] == tasks["generation"]["models"][str(parent)]
+    assert of_parent["generation"]["differences"] == {} and name in of_parent["generation"]["models"]
+    status, _, err = evaluate(capsys, *arguments)
+    assert status == 1 and "name it with --judge, or a --parent" in err and err.count("\n") == 1
+
+
+def test_a_dataset_by_name(capsys, parent, tmp_path):
+    """From a folder, in the place of the hub."""
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    for name, rows in (("train", 1), ("validation", 4)):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(
+            json.dumps({"goal": f"The cat {n}", "sol1": "on the mat", "sol2": "saw", "label": 0}) + "\n"
+            for n in range(rows)))
+    spec = f"hf:{tmp_path / 'data'}?split=validation"
+    status, out, err = evaluate(capsys, f"--model={parent}", "--objective=autoregressive", "--tasks=piqa",
+                                "--data_files", f"piqa={spec}", "--json=-")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["tasks"]["piqa"]["items"] == 4
+    assert result["settings"]["data"][0]["file"] == spec and len(result["settings"]["data"][0]["sha256"]) == 16
 
 
 def test_the_protocol_of_the_release_and_infilling(capsys, parent, data_dir):

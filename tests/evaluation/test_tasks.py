@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.tasks import TASKS, find_file, find_task, load_items, shots_prefix
+from dlm_jax.evaluation.tasks import TASKS, find_file, find_task, hub_spec, load_items, shots_prefix
 
 HELLASWAG = {"activity_label": "Cooking", "ctx_a": "A man [header] stirs.", "ctx_b": "he", "label": "1",
              "endings": ["sleeps [step] well.", "eats."]}
@@ -187,3 +187,10 @@ def test_every_row_of_the_real_files_is_an_item(test_data, name, count):
     assert all(item.options or item.answers or item.tests for item in found)
     if task.kind == "choice":
         assert len({item.gold for item in found}) == len(found[0].options)
+
+
+def test_what_the_hub_has_is_named_as_sources_are():
+    assert hub_spec(TASKS["piqa"]) == "hf:baber/piqa?split=validation"
+    assert hub_spec(TASKS["gsm8k"]) == "hf:openai/gsm8k?name=main&split=test"
+    assert hub_spec(TASKS["gsm8k_cot"], "train") == "hf:openai/gsm8k?name=main&split=train"
+    assert hub_spec(TASKS["rocstories"]) is None

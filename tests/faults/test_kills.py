@@ -10,14 +10,18 @@ import pytest
 
 from tests.faults.runs import arrays, ended, last_step, records, wait_for
 
-KILLS, STEPS = 24, 400
+KILLS, STEPS = 24, 500
 SETTINGS = {"num_steps": STEPS, "checkpoint__every": 5, "validation__every": 200}
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_exactly(runs, tmp_path):
-    code, _, err = ended(runs.start(tmp_path / "whole", **SETTINGS), 400)
+    begin, process = time.monotonic(), runs.start(tmp_path / "whole", **SETTINGS)
+    wait_for(lambda: last_step(tmp_path / "whole") > 0, process)
+    starting = time.monotonic() - begin  # as long as this machine takes, with its first five steps
+    code, _, err = ended(process, 400)
     assert code == 0, err
+    ten_steps = (time.monotonic() - begin - starting) / (STEPS / 10)
     workdir, dice, caught_saving, lives = tmp_path / "run", random.Random(0), 0, []
     for kill in range(KILLS):
         before = last_step(workdir)
@@ -27,10 +31,10 @@ def test_a_killed_run_goes_on_exactly(runs, tmp_path):
             time.sleep(dice.uniform(0, 0.03))
         elif kill % 3 == 1:  # some time after it has gone on
             wait_for(lambda before=before: last_step(workdir) > before, process)
-            time.sleep(dice.uniform(0, 1))
+            time.sleep(dice.uniform(0, ten_steps))
         else:  # at any time, before the first step too
             with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(dice.uniform(0, 12))
+                process.wait(dice.uniform(0, starting + ten_steps))
         caught_saving += is_saving(workdir)
         process.send_signal(signal.SIGKILL)
         out, _ = process.communicate()
