@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlm_jax.evaluation.report import PLAIN, cells
+from dlm_jax.evaluation.report import PLAIN, cells, shown_settings
 from dlm_jax.evaluation.run import Record
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _said(record: Record) -> str:
 
 def _settings(result: dict[str, Any]) -> str:
     rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>"
-                   for name, value in [*result["settings"].items(), *result["versions"].items()])
+                   for name, value in [*shown_settings(result["settings"]), *result["versions"].items()])
     return f"<table>{rows}</table>"
 
 

@@ -66,13 +66,22 @@ def table(summary: dict[str, Any], models: Sequence[str], *, markdown: bool = Fa
 
 def markdown_report(result: dict[str, Any]) -> str:
     """The table with what it takes to have it again."""
-    settings = "\n".join(f"- {name}: {value}" for name, value in result["settings"].items())
+    settings = "\n".join(f"- {name}: {value}" for name, value in shown_settings(result["settings"]))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (f"# Evaluation of {result['models'][0]}\n\n"
             f"{table(result['tasks'], result['models'], markdown=True)}\n\n"
             "Shares in percent, ± the standard error over items; differences are item by item, with the 95 % interval "
             "of a bootstrap over items. Of nats, bits and perplexities the smaller is the better, and a diffusion "
             f"model's nats and bits are upper bounds.\n\n## Settings\n\n{settings}\n- versions: {versions}\n")
+
+
+def shown_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Settings for people: those that are set, the data a line each."""
+    pairs = [(name, str(value)) for name, value in settings.items() if name != "data" and value is not None]
+    for about in settings.get("data", ()):
+        about = dict(about)
+        pairs.append((f"data of {about.pop('task')}", ", ".join(map(str, about.values()))))
+    return pairs
 
 
 def _means(values: Sequence[dict[str, float]], records: Sequence[Record]) -> dict[str, Mean]:
