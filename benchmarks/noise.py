@@ -32,7 +32,7 @@ from dlm_jax.data.config import DataConfig
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.diffusion import HeadPlan, corrupt, loss_sums, sample_times
 from dlm_jax.evaluation.candidate import Pair
-from dlm_jax.evaluation.masks import Draw, bound_draw
+from dlm_jax.evaluation.masks import Draw, bound_draw, times_draw
 from dlm_jax.evaluation.scoring import diffusion_score
 
 RESULT = pathlib.Path(__file__).parent / "results" / "noise.json"
@@ -112,13 +112,13 @@ RULES: dict[str, Callable[[int, int, int, int], Draw]] = {
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),
     "the release's evaluation, a grid of times": lambda length, passes, seed, row: from_times(
         length, (np.arange(passes) + 1) / passes, np.random.default_rng([seed, row])),
-    "stratified times": lambda length, passes, seed, row: from_times(
-        length, (np.arange(passes) + (rng := np.random.default_rng([seed, row])).random(passes)) / passes, rng),
+    "stratified times (tasks, --estimator=times)": lambda length, passes, seed, row: times_draw(
+        length, passes, seed, row),
     "exact numbers": lambda length, passes, seed, row: from_counts(
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),
     "exact numbers, stratified (dlm evaluate --data)": lambda length, passes, seed, row: from_counts(
         length, (np.arange(passes) + (rng := np.random.default_rng([seed, row])).random(passes)) / passes, rng),
-    "exact numbers, systematic, balanced masks (tasks)": lambda length, passes, seed, row: bound_draw(
+    "exact numbers, each token counting equally (tasks)": lambda length, passes, seed, row: bound_draw(
         length, passes, seed, row),
 }
 

@@ -23,8 +23,9 @@ from dlm_jax.errors import ConfigError
 _MODES = {"tasks": evaluate_tasks, "data": evaluate_text, "harness": evaluate_harness}
 # What each takes beside the arguments of all, with the defaults.
 _BOTH = {"limit": None, "parent": None, "shots": None, "num_steps": None, "out": None}
-_OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "prompt_file": None, "samples": 1,
-                  "temperature": None, "judge": None, "allow_code_execution": False} | _BOTH,
+_OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "estimator": "counts",
+                  "prompt_file": None, "samples": 1, "temperature": None, "judge": None,
+                  "allow_code_execution": False} | _BOTH,
         "data": {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"},
         "harness": {"harness_dir": None} | _BOTH}
 

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
                         ".jsonl, .json (also .gz), .parquet, .arrow, .csv, .txt, or hf:NAME?name=&split=")
     parser.add_argument("--protocol", choices=("default", "release"), help="default: the one to trust; release: what "
                         "the released scripts of the paper do, quirks included")
+    parser.add_argument("--estimator", choices=("counts", "times"), help="of the bound: numbers of masked tokens, each "
+                        "token counting about equally, or stratified times with weights 1 / t (default counts)")
     parser.add_argument("--limit", type=int, help="items a task, from the first (default: all)")
     parser.add_argument("--parent", metavar="MODEL", help="an autoregressive model, evaluated on the same items")
     parser.add_argument("--judge", metavar="MODEL", help="an autoregressive model under which generation's perplexity "
@@ -70,12 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
     text, about_text = read_prompt_file(arguments.prompt_file)
     jobs, files = zip(*(make_job(task, arguments, release, text) for task in tasks), strict=True)
     execute = Sandbox() if any(task.executes for task in tasks) else None
-    candidates = load_candidates(arguments, release)
+    candidates = load_candidates(arguments, release, arguments.estimator)
     judge = _load_judge(arguments, candidates) if any(task.kind == "free" for task in tasks) else None
     models = [candidate.name for candidate in candidates]
     settings = {name: getattr(arguments, name) for name in (
-        "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "num_steps",
-        "samples", "temperature", "judge", "seed")} | about_text | {"data": files}
+        "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "estimator",
+        "num_steps", "samples", "temperature", "judge", "seed")} | about_text | {"data": files}
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
         records = run_tasks(jobs, candidates, release=release, num_steps=arguments.num_steps,
                             samples=arguments.samples, temperature=arguments.temperature, execute=execute, judge=judge,
@@ -105,6 +107,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.protocol == "release" and (arguments.num_steps or arguments.shots or arguments.prompt_file):
         raise ConfigError("the protocol release has its own numbers of steps and no examples; leave --num_steps, "
                           "--shots and --prompt_file out, or choose --protocol=default")
+    if arguments.protocol == "release" and arguments.estimator != "counts":
+        raise ConfigError("the protocol release has its own score; leave --estimator out, or choose --protocol=default")
     if arguments.shots and arguments.prompt_file:
         raise ConfigError("--shots and --prompt_file both say what stands before a prompt; leave one of them out")
     names = arguments.tasks.split(",")
@@ -134,12 +138,13 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
                               "--allow_code_execution, and read in docs/evaluation.md how they are shut in")
 
 
-def load_candidates(arguments: argparse.Namespace, release: bool = False) -> "list[Candidate]":
+def load_candidates(arguments: argparse.Namespace, release: bool = False,
+                    estimator: str = "counts") -> "list[Candidate]":
     """The model, and its parent if one is named."""
     from dlm_jax.evaluation.ours import make_candidate
     from dlm_jax.pipeline import DiffusionLM
 
-    options = {"release": release, "num_samples": arguments.num_samples, "seed": arguments.seed,
+    options = {"release": release, "estimator": estimator, "num_samples": arguments.num_samples, "seed": arguments.seed,
                "batch_size": arguments.batch_size}
     lm = load_model(arguments)
     found = [make_candidate(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options,

@@ -53,6 +53,19 @@ def bound_draw(length: int, num_samples: int, seed: int, item: int) -> Draw:
     return _merged(masked, weights)
 
 
+def times_draw(length: int, num_samples: int, seed: int, item: int) -> Draw:
+    """The same bound by times instead of numbers: pass s masks each token with probability t, and counts 1 / t.
+
+    The times are stratified, one from each of `num_samples` equal parts of (0, 1). It is what training minimises
+    (arXiv 2410.17891, eq. 4), and dearer for the same error than `bound_draw`; passes that mask nothing are left out.
+    """
+    rng = np.random.default_rng([seed, item])
+    times = (np.arange(num_samples) + 1 - rng.random(num_samples)) / num_samples
+    masked = times[:, None] > rng.random((length, num_samples)).T  # an option's tokens meet what another's first do
+    some = masked.any(axis=1)
+    return _merged(masked[some], 1 / (num_samples * times[some]))
+
+
 def release_draw(uniform: np.ndarray) -> Draw:
     """The rule of the released evaluation: `uniform` [T, length] in [0, 1), row t masks those below (T - t) / T.
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.candidate import Candidate, Pair
 from dlm_jax.evaluation.greedy import make_greedy
-from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw
+from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw, times_draw
 from dlm_jax.evaluation.scoring import DrawRule, autoregressive_score, diffusion_score, make_guess
 from dlm_jax.evaluation.writing import make_write
 from dlm_jax.hf import Pretrained
@@ -18,13 +18,17 @@ from dlm_jax.sampling import SamplerConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ESTIMATORS = {"counts": bound_draw, "times": times_draw}
+
 
 def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = False, release: bool = False,
-                   num_samples: int = 16, seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None) -> Candidate:
+                   num_samples: int = 16, seed: int = 0, estimator: str = "counts", batch_size: int = 16,
+                   mesh: Mesh | None = None) -> Candidate:
     """A model as a diffusion model, or as an autoregressive one: scored exactly, writing the likeliest tokens.
 
     Args:
       release: score by the released rule, with `num_samples` its T, and with no BOS but the tokenizer's own.
+      estimator: of the bound, "counts" of masked tokens or "times"; see `masks.bound_draw` and `masks.times_draw`.
       num_samples: forward passes for each option of a diffusion model; fewer where they would repeat themselves.
 
     Raises:
@@ -51,8 +55,8 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
     if autoregressive:
         score = autoregressive_score(pretrained.model, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
     else:
-        rule = released_rule if release else bound_rule
-        score = diffusion_score(pretrained.model, rule(num_samples, seed), mask_token_id=pretrained.mask_token_id,
+        rule = released_rule(num_samples, seed) if release else bound_rule(num_samples, seed, estimator)
+        score = diffusion_score(pretrained.model, rule, mask_token_id=pretrained.mask_token_id,
                                 shift=pretrained.shift, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
     special = functools.partial(_encode, tokenizer, True)
     write = make_write(pretrained.model, tokenizer,
@@ -69,9 +73,10 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
                      special, greedy, guess)
 
 
-def bound_rule(num_samples: int, seed: int) -> DrawRule:
+def bound_rule(num_samples: int, seed: int, estimator: str = "counts") -> DrawRule:
     """The bound's masks: the options of an item meet the same noise."""
-    return lambda pair: bound_draw(len(pair.continuation), num_samples, seed, pair.item)
+    draw = ESTIMATORS[estimator]
+    return lambda pair: draw(len(pair.continuation), num_samples, seed, pair.item)
 
 
 def released_rule(num_samples: int, seed: int) -> DrawRule:

@@ -183,6 +183,7 @@ def test_the_help_names_every_task():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
+    (("--tasks=piqa", "--protocol=release", "--estimator=times"), "the protocol release has its own score"),
     (("--tasks=gsm8k", "--samples=3"), "3 samples at temperature 0 would all be the same"),
     (("--tasks=gsm8k", "--samples=0"), "--samples must be at least 1"),
     (("--tasks=gsm8k", "--temperature=-1"), "a temperature of 0 or more"),

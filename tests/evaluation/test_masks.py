@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import beta
 
-from dlm_jax.evaluation.masks import bound_draw, everything, release_draw
+from dlm_jax.evaluation.masks import bound_draw, everything, release_draw, times_draw
 
 
 def values_of(length, seed=0):
@@ -35,6 +35,16 @@ def test_more_tokens_give_it_without_bias(length, num_samples):
     values = values_of(length)
     found = [score(bound_draw(length, num_samples, 1, item), values) for item in range(4000)]
     assert abs(np.mean(found) - enumerated(values, length)) < 4 * np.std(found) / len(found) ** 0.5
+
+
+@pytest.mark.parametrize(("length", "num_samples"), [(1, 4), (5, 3), (7, 16)])
+def test_times_give_it_without_bias(length, num_samples):
+    values = values_of(length)
+    found = [score(times_draw(length, num_samples, 1, item), values) for item in range(6000)]
+    assert abs(np.mean(found) - enumerated(values, length)) < 4 * np.std(found) / len(found) ** 0.5
+    other = times_draw(length + 3, num_samples, 1, 7).masked
+    assert all(any((row == longer[:length]).all() for longer in other) for row in times_draw(
+        length, num_samples, 1, 7).masked)  # common random numbers
 
 
 @pytest.mark.parametrize(("length", "num_samples"), [(20, 8), (25, 16), (40, 16), (127, 32)])
