@@ -16,7 +16,7 @@ import jax
 
 from dlm_jax.cli.main import main as dlm
 from dlm_jax.errors import DataError
-from dlm_jax.evaluation.report import table
+from dlm_jax.evaluation.report import EXPLANATION, table
 from dlm_jax.evaluation.tasks import TASKS, find_file
 
 HERE = pathlib.Path(__file__).parent
@@ -75,9 +75,7 @@ def main() -> None:
     names = ["diffusion", "parent"]
     for found in tasks.values():
         found["models"] = dict(zip(names, found["models"].values(), strict=True))
-    page = (f"{HEAD}{table(tasks, names, markdown=True)}\n\nShares in percent, ± the standard error over items; "
-            "differences are item by item, with the 95 % interval of a bootstrap over items. Nats and bits of the "
-            f"diffusion model are upper bounds. {args.num_steps} forward passes of writing. "
+    page = (f"{HEAD}{table(tasks, names, markdown=True)}\n\n{EXPLANATION} {args.num_steps} forward passes of writing. "
             f"Without local data: {', '.join(missing) or 'none'}.\n")
     PAGE.write_text(page)
     RESULT.write_text(json.dumps({

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlm_jax.evaluation.report import PLAIN, cells, shown_settings
+from dlm_jax.evaluation.report import EXPLANATION, PLAIN, cells, shown_settings
 from dlm_jax.evaluation.run import Record
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def page(result: dict[str, Any], records: Sequence[Record]) -> str:
     """
     models, tasks = result["models"], result["tasks"]
     parts = [f"<h1>Evaluation of {_text(models[0])}</h1>", _table(tasks, models),
-             '<p class="note">Shares in percent, ± the standard error over items. Differences are item by item, with '
-             "the 95 % interval of a bootstrap over items. Of nats, bits and perplexities the smaller is the better, "
-             "and a diffusion model's nats and bits are upper bounds.</p>"]
+             f'<p class="note">{_text(EXPLANATION)}</p>']
     if figure := _shares_figure(tasks, models, chance_of(records)):
         parts += ["<h2>Shares</h2>", _picture(figure, "Bars are one standard error; a grey line is chance.")]
     if figure := _differences_figure(tasks, models):

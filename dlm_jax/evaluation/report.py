@@ -12,6 +12,10 @@ from dlm_jax.evaluation.run import Record, written
 from dlm_jax.evaluation.statistics import Difference, Mean, mean_of, paired_difference, ratio_of
 
 PLAIN = ("nats_per_token", "bits_per_byte", "generative_perplexity", "words")  # all others are shares
+EXPLANATION = (
+    "Shares in percent, ± the standard error over items, or where all are alike with the 95 % limit; differences are "
+    "item by item, with the 95 % interval of a bootstrap over items. Of nats, bits and perplexities the smaller is the "
+    "better, and a diffusion model's nats and bits are upper bounds.")
 
 
 def summarise(records: Sequence[Record], tasks: Sequence[str], models: Sequence[str], seed: int = 0) -> dict[str, Any]:
@@ -70,9 +74,7 @@ def markdown_report(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (f"# Evaluation of {result['models'][0]}\n\n"
             f"{table(result['tasks'], result['models'], markdown=True)}\n\n"
-            "Shares in percent, ± the standard error over items; differences are item by item, with the 95 % interval "
-            "of a bootstrap over items. Of nats, bits and perplexities the smaller is the better, and a diffusion "
-            f"model's nats and bits are upper bounds.\n\n## Settings\n\n{settings}\n- versions: {versions}\n")
+            f"{EXPLANATION}\n\n## Settings\n\n{settings}\n- versions: {versions}\n")
 
 
 def shown_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
@@ -123,6 +125,9 @@ def _columns(values: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
 def _mean(mean: Mean, scale: float) -> str:
     digits = 1 if scale == 100 else 3
     error = "" if mean.standard_error is None else f" ± {scale * mean.standard_error:.{digits}f}"
+    if scale == 100 and mean.standard_error == 0 and mean.mean in (0, 1):  # all alike: a spread of 0 says nothing
+        reach = 100 * (1 - 0.05 ** (1 / mean.count))  # the exact 95 % limit of a share, about 3 / n
+        error = f" (< {reach:.1f})" if mean.mean == 0 else f" (> {100 - reach:.1f})"
     return f"{scale * mean.mean:.{digits}f}{error}"
 
 

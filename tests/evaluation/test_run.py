@@ -58,6 +58,13 @@ def test_accuracies_by_hand():
     assert lines[1].split() == "piqa accuracy 3 66.7 ± 33.3 66.7 ± 33.3 +0.0 [+0.0, +0.0]".split()
 
 
+def test_shares_that_are_all_alike_have_a_limit_in_the_place_of_a_spread():
+    means = {name: {"mean": mean, "standard_error": 0.0, "count": 3} for name, mean in
+             (("none", 0.0), ("all", 1.0), ("half", 0.5))}
+    lines = table({"task": {"items": 3, "models": {"model": means}}}, ["model"]).splitlines()
+    assert [line.split("  ")[-1].strip() for line in lines[1:]] == ["0.0 (< 63.2)", "100.0 (> 36.8)", "50.0 ± 0.0"]
+
+
 def test_the_release_takes_means_for_two_tasks_and_sums_for_the_others():
     parent = scripted("parent", lambda text: 10.0 - text.count(" w"), autoregressive=True)
     item = Item((("Q:", " v"), ("Q:", " w w")), gold=1)
