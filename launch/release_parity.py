@@ -1,8 +1,7 @@
-"""Half of reproduce_paper.sh: the logits of the release's code, their comparison with ours, and the table.
+"""Half of reproduce_paper.sh: the logits of the release's code, and their comparison with ours.
 
   release_parity.py reference RELEASE MODEL BASE OUT.npz    in a Python with the release's requirements
   release_parity.py compare MODEL OUT.npz RESULT.json       in one with dlm_jax
-  release_parity.py table DIRECTORY NAME...
 """
 
 import json
@@ -52,23 +51,5 @@ def compare(model: str, theirs: str, result: str) -> None:
     pathlib.Path(result).write_text(json.dumps(numbers, indent=1) + "\n")
 
 
-def table(directory: str, *names: str) -> None:
-    """Prints what was measured and writes it to DIRECTORY/table.md."""
-    folder = pathlib.Path(directory)
-    lines = ["| model | nats per token, at most | its parent, exact | log-probabilities, ours - release |",
-             "| --- | --- | --- | --- |"]
-    for name in names:
-        own, parent = (json.loads((folder / f"{name}{suffix}.json").read_text()) for suffix in ("", ".parent"))
-        parity = folder / f"{name}.parity.json"
-        difference = "not compared"
-        if parity.exists():
-            difference = f"{json.loads(parity.read_text())['max_difference']:.1e} at most"
-        lines.append(f"| {name} | {own['nats_per_token']:.4f} +- {own['standard_error']:.4f} | "
-                     f"{parent['nats_per_token']:.4f} | {difference} |")
-    text = "\n".join(lines)
-    (folder / "table.md").write_text(text + "\n")
-    print(text)
-
-
 if __name__ == "__main__":
-    {"reference": reference, "compare": compare, "table": table}[sys.argv[1]](*sys.argv[2:])
+    {"reference": reference, "compare": compare}[sys.argv[1]](*sys.argv[2:])

@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Measures the released checkpoints of DiffuGPT and DiffuLLaMA (arXiv 2410.17891) beside their parents: how probable
-# they find a text, with standard errors; and, given the release's own code, whether both compute the same logits.
-#   bash launch/reproduce_paper.sh --data=held_out.txt [FLAG...]
-# The scores of the paper's table (LAMBADA, HellaSwag, ...) are not among it: `dlm evaluate` has no such tasks yet.
-# It needs a network, or copies under --checkpoints; Llama 2 needs an account of the hub that may read it.
+# Measures the released checkpoints of DiffuGPT and DiffuLLaMA (arXiv 2410.17891) beside their parents: the paper's
+# table, under the release's protocol and under ours, with errors; how probable they find a text; and, given the
+# release's own code, whether both compute the same logits.
+#   bash launch/reproduce_paper.sh [FLAG...]
+# It needs a network, or copies under --checkpoints and --data_dir; Llama 2 needs an account of the hub that may read
+# it. GSM8K is not among the tasks: the paper's models are fine-tuned for it. Started again, it goes on.
 # It sets its environment up, unless the variable PYTHON names an interpreter. Flags:
-#   --data=FILE              the text: a file, a glob, a directory made by `dlm prepare`, tfds:NAME or hf:NAME
+#   --tasks=NAME,...         default hellaswag,winogrande,siqa,piqa,lambada,triviaqa, which the hub has; rocstories and
+#                            humaneval_infilling need --data_dir
+#   --data_dir=DIR           the tasks' files, in the place of the hub
+#   --limit=N                items a task (default all)
+#   --allow_code_execution   for humaneval_infilling
+#   --data=FILE              a text to measure the likelihood of: a file, a glob, a directory made by `dlm prepare`,
+#                            tfds:NAME or hf:NAME (default none)
 #   --models=NAME,...        among diffugpt-s, diffugpt-m, diffullama (default all three)
 #   --checkpoints=DIR        DIR/diffugpt-s, DIR/gpt2, ... instead of the hub
 #   --release=DIR            a checkout of github.com/HKUNLP/DiffuLLaMA
 #   --release_python=PYTHON  one with the release's requirements (default python3)
 #   --output=DIR             results, and the table in table.md (default reproduction)
-#   --num_rows=N, --num_samples=N, --length=N, --dtype=, --mesh=   as of `dlm evaluate`
+#   --batch_size=N, --dtype=, --mesh=, and for --data --num_rows=N, --num_samples=N, --length=N: as of `dlm evaluate`
 #   --dry-run                print the commands, one a line, and run none
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -20,11 +27,14 @@ source "$root/launch/lib.sh"
 
 # shellcheck disable=SC2034
 data='' models=diffugpt-s,diffugpt-m,diffullama checkpoints='' release='' release_python=python3 output=reproduction \
+    tasks=hellaswag,winogrande,siqa,piqa,lambada,triviaqa data_dir='' limit='' allow_code_execution='' batch_size='' \
     num_rows='' num_samples='' length='' dtype='' mesh='' dry_run=''
-parse_flags "data models checkpoints release release_python output num_rows num_samples length dtype mesh" \
-    "dry_run" "" "$@"
+parse_flags "data models checkpoints release release_python output tasks data_dir limit batch_size num_rows \
+    num_samples length dtype mesh" "dry_run allow_code_execution" "" "$@"
 [ ${#train[@]} = 0 ] || misuse "nothing stands after -- here"
-[ -n "$data" ] || misuse "--data=FILE is missing: the text to measure on, such as LAMBADA's or WikiText's"
+for flag in num_rows num_samples length; do
+    [ -z "${!flag}" ] || [ -n "$data" ] || misuse "--$flag is for the text of --data, which is not given"
+done
 [ -z "$release" ] || [ -e "$release/model.py" ] || misuse "--release=$release has no model.py; it is not the release"
 
 # The parent of a released checkpoint, and where either lies.
@@ -45,21 +55,30 @@ locate() {
     echo "$checkpoints/${1##*/}"
 }
 
-evaluate() {  # MODEL OBJECTIVE RESULT FLAG...
-    note "$1, $2"
+likelihood() {  # MODEL OBJECTIVE RESULT FLAG...
+    note "$1, $2, the text"
     run "${PYTHON:-python}" -m dlm_jax.cli.main evaluate --model="$1" --objective="$2" --data "$data" --json="$3" \
-        "${shared[@]}" "${@:4}" > /dev/null
+        "${shared[@]}" "${of_text[@]}" "${@:4}" > /dev/null
+}
+scores() {  # MODEL PARENT PROTOCOL RESULT
+    [ -n "$dry_run" ] || [ ! -e "$4" ] || return 0
+    note "$1, tasks, protocol $3"
+    run "${PYTHON:-python}" -m dlm_jax.cli.main evaluate --model="$1" --parent="$2" --tasks="$tasks" --protocol="$3" \
+        --out="$4" "${shared[@]}" "${of_tasks[@]}" > /dev/null
 }
 
 IFS=, read -ra names <<< "$models"
 for name in "${names[@]}"; do parent_of "$name" > /dev/null; done
-shared=()
-for flag in num_rows length dtype mesh; do [ -z "${!flag}" ] || shared+=("--$flag=${!flag}"); done
+shared=() of_text=() of_tasks=()
+for flag in batch_size dtype mesh; do [ -z "${!flag}" ] || shared+=("--$flag=${!flag}"); done
+for flag in num_rows length; do [ -z "${!flag}" ] || of_text+=("--$flag=${!flag}"); done
+for flag in data_dir limit; do [ -z "${!flag}" ] || of_tasks+=("--$flag=${!flag}"); done
+[ -z "$allow_code_execution" ] || of_tasks+=(--allow_code_execution)
 if [ -z "$dry_run${PYTHON:-}" ]; then
     here=$PWD
     cd "$root"
     source launch/setup_env.sh
-    setup_env "" >&2
+    setup_env datasets >&2
     cd "$here"
 fi
 run mkdir -p "$output"
@@ -74,7 +93,10 @@ for name in "${names[@]}"; do
         run "${PYTHON:-python}" "$root/launch/release_parity.py" compare "$model" "$output/$name.npz" \
             "$output/$name.parity.json"
     fi
-    evaluate "$base" autoregressive "$output/$name.parent.json"
-    evaluate "$model" diffusion "$output/$name.json" ${num_samples:+--num_samples="$num_samples"}
+    if [ -n "$data" ]; then
+        likelihood "$base" autoregressive "$output/$name.text.parent.json"
+        likelihood "$model" diffusion "$output/$name.text.json" ${num_samples:+--num_samples="$num_samples"}
+    fi
+    for protocol in release default; do scores "$model" "$base" "$protocol" "$output/$name.$protocol.json"; done
 done
-run "${PYTHON:-python}" "$root/launch/release_parity.py" table "$output" "${names[@]}"
+run "${PYTHON:-python}" "$root/launch/paper_table.py" "$output" "${names[@]}"

@@ -52,13 +52,23 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def test_dry_run_names_what_it_would_measure():
     done = script("--data=some text.txt", "--models=diffugpt-m", "--num_rows=8", "--num_samples=4", "--dry-run")
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    parent, own = [line for line in lines if "evaluate" in line]
+    parent, own, release, default = [line for line in lines if "evaluate" in line]
     assert {"--model=gpt2-medium", "--objective=autoregressive"} <= set(parent) and "--num_samples=4" not in parent
     assert {"--model=diffusionfamily/diffugpt-m", "--num_samples=4", "--num_rows=8", "some text.txt"} <= set(own)
+    for line, protocol in ((release, "release"), (default, "default")):
+        assert {"--model=diffusionfamily/diffugpt-m", "--parent=gpt2-medium", f"--protocol={protocol}",
+                "--tasks=hellaswag,winogrande,siqa,piqa,lambada,triviaqa"} <= set(line)
+        assert not {"--num_rows=8", "--num_samples=4", "--data"} & set(line)
+
+
+def test_without_a_text_only_tasks_are_measured():
+    asked = ["--tasks=piqa", "--limit=3", "--data_dir=my tasks", "--batch_size=4"]
+    lines = [shlex.split(line) for line in script("--models=diffugpt-s", *asked, "--dry-run").stdout.splitlines()]
+    assert [set(asked) <= set(line) for line in lines if "evaluate" in line] == [True, True]
 
 
 @pytest.mark.parametrize("arguments, code, sentence", [
-    ([], 2, "--data=FILE is missing"),
+    (["--num_rows=3"], 2, "--num_rows is for the text of --data, which is not given"),
     (["--data=x", "--models=diffugpt-xl"], 2, "'diffugpt-xl' is none of"),
     (["--data=x", "--release=nowhere"], 2, "has no model.py"),
     (["--data=x", "--checkpoints=nowhere"], 1, "has no directory"),
@@ -76,15 +86,35 @@ def test_measures_a_checkpoint_of_the_release_and_its_parent(tmp_path):
     lm = DiffusionLM.from_pretrained(BASE, mask_token="<|mask|>")
     lm.save_pretrained(checkpoints / "diffugpt-s", layout="diffugpt")
     shutil.copytree(BASE, checkpoints / "gpt2")
+    rows = {"piqa": {"goal": "eat", "sol1": "with a spoon", "sol2": "with a tree", "label": 0},
+            "lambada": {"text": "Once upon a time"}, "rocstories": {
+                **{f"InputSentence{n}": "Tom ran." for n in range(1, 5)}, "RandomFifthSentenceQuiz1": "He won.",
+                "RandomFifthSentenceQuiz2": "No.", "AnswerRightEnding": 1}}
+    (tmp_path / "tasks").mkdir()
+    for task, row in rows.items():
+        (tmp_path / f"tasks/{task}.jsonl").write_text((json.dumps(row) + "\n") * 3)
     (tmp_path / "release").mkdir()
     (tmp_path / "release/model.py").write_text(RELEASE)
     output = tmp_path / "out"
     done = script(f"--data={ROOT / 'assets/stories/heldout.jsonl'}", "--models=diffugpt-s",
                   f"--checkpoints={checkpoints}", f"--release={tmp_path / 'release'}",
                   f"--release_python={sys.executable}", f"--output={output}",
+                  f"--data_dir={tmp_path / 'tasks'}", "--tasks=piqa,lambada,rocstories", "--limit=2",
                   "--num_rows=4", "--num_samples=2", "--length=64", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     assert json.loads((output / "diffugpt-s.parity.json").read_text())["max_difference"] < 1e-3
-    own, parent = (json.loads((output / f"diffugpt-s{suffix}.json").read_text()) for suffix in ("", ".parent"))
+    own, parent = (json.loads((output / f"diffugpt-s.text{suffix}.json").read_text()) for suffix in ("", ".parent"))
     assert own["objective"] == "diffusion" and own["nats_per_token"] > parent["nats_per_token"] > 0.5
-    assert f"| diffugpt-s | {own['nats_per_token']:.4f} +- " in (output / "table.md").read_text()
+    table = (output / "table.md").read_text()
+    assert f"| diffugpt-s | {own['nats_per_token']:.4f} ± " in table
+    found = {protocol: json.loads((output / f"diffugpt-s.{protocol}.json").read_text())
+             for protocol in ("release", "default")}
+    assert found["release"]["settings"]["num_samples"] == 32
+    rows = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in table.splitlines()}
+    for which, column in ((0, 4), (1, 7)):
+        for place, (protocol, metric) in enumerate((("release", "stripped_match"), ("default", "first_word"))):
+            model = found[protocol]["models"][which]
+            mean = found[protocol]["tasks"]["lambada"]["models"][model][metric]["mean"]
+            assert rows["| lambada", "last word"][column + place].startswith(f"{100 * mean:.1f} ± ")
+    assert rows["| piqa", "accuracy"][2:4] == ["2", "57.7"] and rows["| piqa", "accuracy"][6] == "62.1"
+    assert ("| rocstories", "rougeL") in rows and "hellaswag" not in table
