@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlm_jax.evaluation.report import EXPLANATION, PLAIN, cells, shown_settings
-from dlm_jax.evaluation.run import Record
+from dlm_jax.evaluation.run import Record, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,8 +194,12 @@ def _examples(task: str, records: Sequence[Record], models: Sequence[str]) -> st
 def _said(record: Record) -> str:
     """What a model made of an item, in words."""
     values = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in record["values"].items())
-    if "prediction" in record:
-        return (f"{record['prediction'][:_LONGEST]}\nwanted: {' | '.join(record['answers'])[:_LONGEST]}\n{values}")
+    if "text" in record or "texts" in record:
+        lines = record["predictions"] if "predictions" in record else [record.get("prediction", "")]
+        shown = [line[:_LONGEST] for line in (lines if any(lines) else written(record))]
+        shown += [f"wanted: {' | '.join(record['answers'])[:_LONGEST]}"] if "answers" in record else []
+        shown += [f"outcome: {', '.join(record['outcomes'])}"] if "outcomes" in record else []
+        return "\n".join([*shown, values])
     if "picks" in record:
         scores = ", ".join(f"{'*' if option == record['gold'] else ''}{score:.2f}"
                            for option, score in enumerate(record["scores"]))

@@ -72,6 +72,21 @@ def test_what_has_no_shares_has_no_picture_of_them():
     assert "svg" not in found.tags and "bits per byte" in found.texts
 
 
+def test_what_was_written_is_shown_whatever_the_task():
+    records = [
+        {"task": "humaneval_infilling", "model": "m", "item": 0, "text": "  x = 1", "prediction": "  x = 1",
+         "outcomes": ["passed"], "values": {"pass_at_1": 1.0}},
+        {"task": "mawps", "model": "m", "item": 0, "texts": ["a 1", "b 2"], "predictions": ["a 1", "b 2"],
+         "answers": ["2"], "votes": ["1", "2"], "values": {"last_number": 0.5}},
+        {"task": "generation", "model": "m", "item": 0, "text": "<free>",
+         "values": {"judged_nats": 2.0, "judged_tokens": 4, "words": 1.0}}]
+    names = ["humaneval_infilling", "mawps", "generation"]
+    found = Elements(page({"models": ["m"], "settings": {}, "versions": {}, "tasks": summarise(records, names, ["m"])},
+                          records))
+    shown = "\n".join(found.texts)
+    assert "x = 1\noutcome: passed" in shown and "a 1\nb 2\nwanted: 2" in shown and "<free>\n" in shown
+
+
 def test_chance_and_margins_by_hand():
     _, records = evaluated("piqa")
     assert chance_of(records) == {"piqa": 0.5}
