@@ -86,9 +86,9 @@ def run(arguments: argparse.Namespace) -> None:
               "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
               "tasks": summarise(records, names, models, arguments.seed)}
     if arguments.out:
+        write_json(arguments.out, {**result, "records": records})
         pathlib.Path(arguments.out).with_suffix(".md").write_text(markdown_report(result), encoding="utf-8")
         pathlib.Path(arguments.out).with_suffix(".html").write_text(page(result, records), encoding="utf-8")
-        write_json(arguments.out, {**result, "records": records})
     write_result(arguments.json, result, table(result["tasks"], models))
 
 
