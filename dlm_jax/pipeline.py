@@ -20,12 +20,12 @@ from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
 from dlm_jax.evaluation.gap_length import settle_lengths
-from dlm_jax.hf import Pretrained, load_pretrained, save_pretrained
+from dlm_jax.hf import Pretrained, save_pretrained
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, array_sharding, batch_parts, make_mesh, param_shardings
 from dlm_jax.sampling import SamplerConfig, Snapshot, Task, make_canvas, sample, sampler_config, stream
 from dlm_jax.sampling.text import Piece, decode, encode, split_gaps
-from dlm_jax.training.workdir import is_workdir, load_workdir
+from dlm_jax.training.workdir import is_workdir, load_source, load_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,19 @@ class DiffusionLM:
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, mask_token: str | int | None = None,
-                        dtype: str = "float32", mesh: MeshConfig | None = None) -> Self:
-        """Loads a Hugging Face directory or hub id, a DiffuGPT release, or a training workdir, `workdir@step`.
+                        dtype: str = "float32", mesh: MeshConfig | None = None, merge: bool = True,
+                        base: str | None = None) -> Self:
+        """Loads a Hugging Face directory or hub id, a DiffuGPT release, a training workdir, `workdir@step`, or an
+        adapter in PEFT's format with its base.
 
         Args:
           mask_token: an id, or a token, which is added to the vocabulary if new; None takes the one on
             record. Without any the model can give logits and be saved, not sampled.
           dtype: "float32" or "bfloat16", of parameters and activations.
           mesh: splits parameters and texts over all devices, e.g. `MeshConfig(fsdp=-1)`; None uses the first device.
+          merge: False leaves what a workdir's run with LoRA has learned beside its base, with parameters in the types
+            of the run; it computes the same, and can be saved as an adapter.
+          base: of an adapter, in place of the one that it names.
         """
         devices = None if mesh is None else make_mesh(mesh)
         compute = Compute(dtype=dtype, partition=None if mesh is None else ATTENTION_PARTITION)
@@ -56,11 +61,16 @@ class DiffusionLM:
             settings["shardings"] = lambda architecture: param_shardings(
                 abstract_model(architecture, compute, dtype), devices)
         if not is_workdir(path_or_hub_id):
-            return cls(load_pretrained(path_or_hub_id, mask_token=mask_token, **settings), devices)
+            if not merge:
+                raise ConfigError(f"{path_or_hub_id} is not the workdir of a run with LoRA, so there is nothing to "
+                                  "leave unmerged; leave merge out")
+            return cls(load_source(path_or_hub_id, mask_token=mask_token, base=base, **settings), devices)
+        if base is not None:
+            raise ConfigError(f"{path_or_hub_id} is a training workdir, which knows its base; leave base out")
         if mask_token is not None:
             raise ConfigError(f"{path_or_hub_id} is a training workdir, whose mask token is on record; leave "
                               "mask_token out, or export the model and give it another")
-        return cls(load_workdir(path_or_hub_id, **settings), devices)
+        return cls(load_workdir(path_or_hub_id, merge=merge, **settings), devices)
 
     @property
     def model(self) -> Transformer:
@@ -153,7 +163,8 @@ class DiffusionLM:
         return list(estimate.rows)
 
     def save_pretrained(self, directory: str | os.PathLike, layout: str = "hf") -> None:
-        """Writes weights, config and tokenizer for `transformers` ("hf") or the DiffuGPT release ("diffugpt")."""
+        """Writes weights, config and tokenizer for `transformers` ("hf") or the DiffuGPT release ("diffugpt"), or of a
+        model loaded with `merge=False` the adapter ("peft")."""
         save_pretrained(directory, self.pretrained, layout=layout)
 
     @property

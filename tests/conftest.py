@@ -1,12 +1,15 @@
 """Eight host devices, CPU, exact float32 products: set before JAX starts.
 
-Eight devices on few cores may wait long for each other, where the default is to give up after 40 seconds.
+Eight devices on few cores may wait long for each other, where the default is to give up after 40 seconds. A collective
+blocks a thread of XLA's on each, and without NPROC there are as many threads as cores: two collectives at a time, and
+each waits for ever for devices whose threads the other holds.
 """
 
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "64")
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
                            " --xla_cpu_collective_call_terminate_timeout_seconds=600")
 

@@ -2,6 +2,7 @@
 
   dlm export --model=runs/first@5000 --output=first-hf
   dlm export --model=runs/first --output=first-diffugpt --layout=diffugpt
+  dlm export --model=runs/lora --output=first-adapter --layout=peft
 """
 
 import argparse
@@ -12,12 +13,13 @@ from dlm_jax.cli.shared import add_model_arguments, load_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
-    parser.add_argument("--layout", choices=("hf", "diffugpt"), default="hf",
-                        help="for transformers, or for the DiffuGPT release's code (default %(default)s)")
+    parser.add_argument("--layout", choices=("hf", "diffugpt", "peft"), default="hf",
+                        help="for transformers, for the DiffuGPT release's code, or for peft, of a run with LoRA, the "
+                        "adapter alone (default %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pretrained = load_model(arguments).pretrained
+    pretrained = load_model(arguments, merge=arguments.layout != "peft").pretrained
     from dlm_jax.hf import save_pretrained
 
     save_pretrained(arguments.output, pretrained, layout=arguments.layout, dtype=arguments.dtype)

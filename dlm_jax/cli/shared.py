@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a directory, a hub id, or a workdir[@step]")
+    parser.add_argument("--base", metavar="MODEL", help="of an adapter in PEFT's format, in place of the base it names")
     parser.add_argument("--mask_token", metavar="TOKEN",
                         help="an id or a token, if the model records none or another one is wanted")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
@@ -23,13 +24,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         "fsdp=-1 or data=2,tensor=4; -1 takes the devices that are left (default: the first alone)")
 
 
-def load_model(arguments: argparse.Namespace) -> "DiffusionLM":
-    """What `--model`, `--mask_token`, `--dtype` and `--mesh` name."""
+def load_model(arguments: argparse.Namespace, merge: bool = True) -> "DiffusionLM":
+    """What `--model`, `--base`, `--mask_token`, `--dtype` and `--mesh` name; `merge` as in `from_pretrained`."""
     from dlm_jax.pipeline import DiffusionLM
 
     mask_token = None if arguments.mask_token is None else read(arguments.mask_token, int | str)
     return DiffusionLM.from_pretrained(arguments.model, mask_token=mask_token, dtype=arguments.dtype,
-                                       mesh=None if arguments.mesh is None else read_mesh(arguments.mesh))
+                                       mesh=None if arguments.mesh is None else read_mesh(arguments.mesh),
+                                       merge=merge, base=arguments.base)
 
 
 def read_mesh(text: str) -> "MeshConfig":

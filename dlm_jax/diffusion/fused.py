@@ -78,14 +78,15 @@ class Head(NamedTuple):
         return targets - part * self.kernel.shape[self.vocab_axis]
 
 
-def score(at: Positions, head: Head, chunk_size: int, *,
-          gradients: bool = False) -> tuple[Scores, tuple[jax.Array, jax.Array] | None]:
-    """The scores and, if wanted, the gradients of sum(weights x nll): `hidden`'s in its type, the kernel's in float32.
+def score(at: Positions, head: Head, chunk_size: int, *, by_hidden: bool = False,
+          by_kernel: bool = False) -> tuple[Scores, tuple[jax.Array | None, jax.Array | None]]:
+    """The scores and, as wanted, the gradients of sum(weights x nll) by `hidden`, in its type, and by the kernel, in
+    float32; None where not.
 
     The kernel's is of these positions alone: sums over devices that hold others are left to the caller.
     """
     def visit(chunk: jax.Array, carry: tuple) -> tuple:
-        scores, grads = carry
+        scores, hidden_gradient, kernel_gradient = carry
         hidden, targets, weights = (_take(x, chunk) for x in (at.hidden, at.targets, at.weights))
         targets, logits = head.local(targets), head.logits(hidden)
         top = head.over_parts(lax.pmax, jnp.max(logits, axis=1))
@@ -93,15 +94,20 @@ def score(at: Positions, head: Head, chunk_size: int, *,
         target_logit = head.over_parts(lax.psum, _pick(logits, targets))
         found = Scores(logsumexp - target_logit, (target_logit >= top).astype(jnp.float32), logsumexp)
         scores = jax.tree.map(lambda whole, part: _put(whole, chunk, part), scores, found)
-        if gradients:
+        if by_hidden or by_kernel:
             by_logits = _logits_gradient(logits, logsumexp, targets, weights)
-            by_hidden = head.over_parts(lax.psum, head.hidden_gradient(by_logits))
-            grads = _put(grads[0], chunk, by_hidden), grads[1] + head.kernel_gradient(hidden, by_logits)
-        return scores, grads
+        if by_hidden:
+            part = head.over_parts(lax.psum, head.hidden_gradient(by_logits))
+            hidden_gradient = _put(hidden_gradient, chunk, part)
+        if by_kernel:
+            kernel_gradient += head.kernel_gradient(hidden, by_logits)
+        return scores, hidden_gradient, kernel_gradient
 
     zero = jnp.zeros(at.scored.shape, jnp.float32)
-    start = (jnp.zeros_like(at.hidden), jnp.zeros(head.kernel.shape, jnp.float32)) if gradients else None
-    return _over_chunks(at.scored, chunk_size, visit, (Scores(zero, zero, zero), start))
+    start = (Scores(zero, zero, zero), jnp.zeros_like(at.hidden) if by_hidden else None,
+             jnp.zeros(head.kernel.shape, jnp.float32) if by_kernel else None)
+    scores, *grads = _over_chunks(at.scored, chunk_size, visit, start)
+    return scores, tuple(grads)
 
 
 def gradients_by_block(at: Positions, head: Head, logsumexp: jax.Array, chunk_size: int, block_size: int,

@@ -28,6 +28,7 @@ class HeadPlan:
       chunk_size: positions whose logits exist at one time.
       max_gradient_bytes: a kernel gradient that exceeds this before it is scattered is made in blocks of the
         vocabulary, for a fourth matrix product beside three.
+      kernel_gradient: whether the kernel has one; that of a kernel which is not trained is not computed.
     """
 
     vocab_axis: int
@@ -36,6 +37,7 @@ class HeadPlan:
     kernel: PartitionSpec = PartitionSpec(None, None)
     chunk_size: int = 512
     max_gradient_bytes: int = 2**28
+    kernel_gradient: bool = True
 
     def mesh_axes(self, *entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
         """Those named by entries of a partition that do split something."""
@@ -68,7 +70,7 @@ def _forward(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, scored: j
 
 
 def _backward(plan: HeadPlan, grads: tuple[jax.Array, jax.Array], cotangents: tuple) -> tuple:
-    by_hidden, by_kernel = ((cotangents[0] * grad).astype(grad.dtype) for grad in grads)
+    by_hidden, by_kernel = ((cotangents[0] * grad).astype(grad.dtype) if grad is not None else None for grad in grads)
     return by_hidden, by_kernel, None, None, None
 
 
@@ -82,7 +84,7 @@ def _compute(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, scored: j
     if plan.mesh is None or plan.mesh.size == 1:
         return local(hidden, kernel, targets, scored, weights)
     states = PartitionSpec(*plan.rows, None)
-    grads = (states, plan.kernel) if gradients else None
+    grads = (states, plan.kernel if plan.kernel_gradient else None) if gradients else None
     # Not checked: inside, every sum over devices is written out, and nothing is differentiated through.
     return jax.shard_map(local, mesh=plan.mesh, in_specs=(states, plan.kernel, plan.rows, plan.rows, plan.rows),
                          out_specs=(plan.rows, plan.rows, grads), check_vma=False)(
@@ -106,14 +108,15 @@ def _on_device(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, scored:
             gradient = lax.psum_scatter(gradient, parts, scatter_dimension=embed_axis, tiled=True)
         return (lax.psum(gradient, others) if others else gradient).astype(kernel.dtype)
 
-    blocks = math.ceil(4 * whole.size / plan.max_gradient_bytes) if gradients and parts else 1
-    scores, grads = score(at, head, plan.chunk_size, gradients=gradients and blocks == 1)
+    trained = gradients and plan.kernel_gradient
+    blocks = math.ceil(4 * whole.size / plan.max_gradient_bytes) if trained and parts else 1
+    scores, grads = score(at, head, plan.chunk_size, by_hidden=gradients and blocks == 1,
+                          by_kernel=trained and blocks == 1)
     if blocks > 1:
         block_size = math.ceil(whole.shape[plan.vocab_axis] / blocks)
         grads = gradients_by_block(at, head, scores.logsumexp, plan.chunk_size, block_size, reduce)
     elif gradients:
-        grads = grads[0], reduce(grads[1])
-    if gradients:
-        grads = grads[0].reshape(hidden.shape), grads[1]
+        grads = grads[0], reduce(grads[1]) if trained else None
+    grads = (grads[0].reshape(hidden.shape), grads[1]) if gradients else None
     return scores.nll.reshape(targets.shape), scores.correct.reshape(targets.shape), grads
 

@@ -1,12 +1,10 @@
 """Export: a Transformer becomes a directory that `transformers`, or the DiffuGPT release's own code, loads."""
 
-import contextlib
 import copy
+import dataclasses
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.hf import keys
+from dlm_jax.hf.adapter_export import save_adapter
 from dlm_jax.hf.card import model_card
 from dlm_jax.hf.config import config_to_hf
+from dlm_jax.hf.folder import appearing_whole, to_host, write_json
 from dlm_jax.hf.load import Pretrained
 from dlm_jax.hf.tensors import write_tensors
-from dlm_jax.models import Transformer
-from dlm_jax.storage import is_remote, reached, upload
+from dlm_jax.models import Transformer, merge_lora
 
-LAYOUTS = ("hf", "diffugpt")
+LAYOUTS = ("hf", "diffugpt", "peft")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,7 +39,8 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
 
     Args:
       layout: "hf" loads with `AutoModelForCausalLM` and carries `sample_torch.py`, which samples it as a
-        diffusion model; "diffugpt" has the tensor names of the DiffuGPT release and runs under its code.
+        diffusion model; "diffugpt" has the tensor names of the DiffuGPT release and runs under its code; "peft" is what
+        a model with LoRA has learned beside its base, which the others merge.
       dtype: type of the stored weights, "float32", "bfloat16" or "float16".
       max_shard_bytes: weights beyond this are split over several files with an index.
 
@@ -49,9 +48,14 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
       CheckpointError: the model does not fit the layout or the type, or the directory holds something else.
     """
     if layout not in LAYOUTS:
-        raise ConfigError(f"layout {layout!r} is unknown; choose {' or '.join(LAYOUTS)}")
+        raise ConfigError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    if layout == "peft":
+        save_adapter(directory, pretrained, dtype=dtype)
+        return
+    if pretrained.model.lora is not None:
+        pretrained = dataclasses.replace(pretrained, model=merge_lora(pretrained.model, "float32"), base=None)
     config, tokenizer = pretrained.model.config, pretrained.tokenizer
     hf_config = config_to_hf(config, pretrained.hf_config, mask_token_id=pretrained.mask_token_id,
                              shift=pretrained.shift, dtype=dtype)
@@ -78,11 +82,11 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         for name in shapes:
             fetch(name)
         return
-    with progress, _appearing_whole(directory) as folder:
+    with progress, appearing_whole(directory) as folder:
         write_tensors(folder, shapes, fetch, jnp.dtype(dtype), max_shard_bytes)
-        _write_json(folder / "config.json", hf_config)
+        write_json(folder / "config.json", hf_config)
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
-        _write_json(folder / "generation_config.json", {name: hf_config[name] for name in special
+        write_json(folder / "generation_config.json", {name: hf_config[name] for name in special
                                                         if hf_config.get(name) is not None})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -104,17 +108,11 @@ def hf_tensors(model: Transformer) -> dict[str, tuple[tuple[int, ...], Callable[
 
     def gather(name: str) -> np.ndarray:
         thirds = sorted(parts[name], key=lambda part: part[0].third or 0)
-        arrays = [keys.to_hf(_to_host(array if layer is None else array[layer]), key)
+        arrays = [keys.to_hf(to_host(array if layer is None else array[layer]), key)
                   for key, _, array, layer in thirds]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 
     return {name: (keys.hf_shape(*parts[name][0][:2]), lambda name=name: gather(name)) for name in parts}
-
-
-def _to_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _release_tokenizer(pretrained: Pretrained) -> Any:
@@ -138,39 +136,4 @@ def _spell_tokenizer_as_before(folder: Path) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     if settings["tokenizer_class"] == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-@contextlib.contextmanager
-def _appearing_whole(directory: epath.PathLike) -> Iterator[Path]:
-    """Gives a folder to write into, which becomes `directory` once everything is in it."""
-    directory = reached(directory) if is_remote(directory) else Path(directory).expanduser()
-    if directory.exists() and not _replaceable(directory):
-        raise CheckpointError(f"{directory} holds something other than an earlier export; choose a new directory")
-    if is_remote(directory):
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-            (directory / "config.json").unlink(missing_ok=True)  # what an earlier export left is no model from here on
-            upload(Path(folder), directory, last="config.json")
-        return
-    folder, replaced = (directory.parent / f".{directory.name}.{what}-{os.getpid()}" for what in ("new", "old"))
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if directory.exists():
-            directory.rename(replaced)
-        folder.rename(directory)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _replaceable(directory: epath.Path) -> bool:
-    if not directory.is_dir():
-        return False
-    card = directory / "README.md"
-    return not any(directory.iterdir()) or (card.is_file() and "library_name: dlm_jax" in card.read_text())
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "tokenizer_config.json", settings)

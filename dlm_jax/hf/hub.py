@@ -3,11 +3,29 @@
 import re
 from pathlib import Path
 
+from etils import epath
+
 from dlm_jax.errors import CheckpointError
 from dlm_jax.storage import is_remote, local_copy, reached
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SETTINGS = ["*.json", "*.txt", "tokenizer.model"]
+
+
+def find_base(source: str, beside: epath.PathLike) -> str:
+    """Where the base of an adapter is: as it is named, else a directory of that name in or beside the adapter's.
+
+    What is found nowhere comes back as it is: it may be a hub id, or will be refused as what it is.
+    """
+    named, at, step = source.rpartition("@")
+    directory, step = (named, at + step) if at and not Path(source).is_dir() else (source, "")
+    if is_remote(directory) or Path(directory).expanduser().is_dir():
+        return source
+    name = Path(directory).name if Path(directory).is_absolute() else directory
+    for folder in (epath.Path(beside), epath.Path(beside).parent):
+        if (folder / name).is_dir():
+            return f"{folder / name}{step}"
+    return source
 
 
 def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dlm_jax.errors import ConfigError
+from dlm_jax.models import ModelConfig
+
 
 class Key(NamedTuple):
     """Where a parameter is stored: HF tensor name, axis layout, and third of a fused tensor."""
@@ -108,6 +111,37 @@ def release_name(name: str, family: str) -> str:
         return "embed_tokens.weight"
     prefix = embedding_name(family).split(".")[0] + "."
     return "denoise_model." + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+
+def projections(config: ModelConfig) -> dict[str, Key]:
+    """The projections of a block by our names (q, k, v, out, gate, up, down), where each kernel is stored."""
+    found = {path.split(".")[-2]: key for path, key in KEYS[config.family].items()
+             if path.startswith("blocks.") and path.endswith(".kernel")}
+    return {name: key for name, key in found.items() if name != "gate" or config.gated_mlp}
+
+
+def module_name(key: Key) -> str:
+    """The HF module of a tensor, inside its layer if it is in one: `self_attn.q_proj`, `lm_head`."""
+    return key.name.partition("{i}.")[2].removesuffix(".weight") or key.name.removesuffix(".weight")
+
+
+def read_targets(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
+    """Our names of projections that are named in ours or in HF's way (`q_proj`, `attn.c_proj`), or `all`.
+
+    Raises:
+      ConfigError: a name that none has.
+    """
+    known = projections(config)
+    chosen = set()
+    for name in names:
+        found = {ours for ours, key in known.items()
+                 if name in ("all", ours) or f".{module_name(key)}".endswith(f".{name}")}
+        if not found:
+            theirs = sorted({module_name(key).split(".")[-1] for key in known.values()})
+            raise ConfigError(f"lora.targets names {name!r}, which no projection of {config.family} is called; choose "
+                              f"of {', '.join(known)} (in its checkpoints {', '.join(theirs)}), or all")
+        chosen |= found
+    return tuple(name for name in known if name in chosen)
 
 
 def slices(key: Key, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:

@@ -26,22 +26,23 @@ _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
-def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+def read_tensors(directory: Path, names: Iterable[str] = _SINGLE) -> dict[str, np.ndarray]:
     """Every tensor of an HF checkpoint directory by its stored name, read-only and on disk until it is used.
 
-    Looks for `model.safetensors`, its sharded index, `pytorch_model.bin`, its sharded index, in this order.
+    Looks for `model.safetensors`, its sharded index, `pytorch_model.bin`, its sharded index, in this order, or for
+    files of other `names`.
 
     Raises:
       CheckpointError: no weights, a shard that is missing, or a file that is damaged.
     """
-    for single in _SINGLE:
+    for single in names:
         read = _read_safetensors if single.endswith(".safetensors") else _read_torch
         if (directory / single).is_file():
             return read(directory / single)
         index = directory / f"{single}.index.json"
         if index.is_file():
             return _read_shards(index, read)
-    looked_for = " or ".join(f"{single}[.index.json]" for single in _SINGLE)
+    looked_for = " or ".join(f"{single}[.index.json]" for single in names)
     raise CheckpointError(f"{directory} holds no weights; it should contain {looked_for}")
 
 
@@ -126,18 +127,19 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], fetch:
         shards[-1].append(name)
         filled += size
     if len(shards) == 1:
-        _write_safetensors(directory / "model.safetensors", shards[0], shapes, fetch, dtype)
+        write_safetensors(directory / "model.safetensors", shards[0], shapes, fetch, dtype)
         return
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
-        _write_safetensors(directory / file, names, shapes, fetch, dtype)
+        write_safetensors(directory / file, names, shapes, fetch, dtype)
     weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_safetensors(path: Path, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]],
-                       fetch: Callable[[str], np.ndarray], dtype: np.dtype) -> None:
+def write_safetensors(path: Path, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]],
+                      fetch: Callable[[str], np.ndarray], dtype: np.dtype) -> None:
+    """Writes the tensors of these names, of the `shapes` and values (`fetch`) that those have, into one file."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:

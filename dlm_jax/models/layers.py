@@ -16,6 +16,7 @@ from dlm_jax.attention.dense import dense_attention
 from dlm_jax.attention.hashing import dropout
 from dlm_jax.models.cache import Cache, Memory
 from dlm_jax.models.config import Compute, ModelConfig
+from dlm_jax.models.lora import Factors, LoraConfig, LoraFactor, LoraParam, contract
 from dlm_jax.models.rotary import rotate
 
 Axes = tuple[str | None, ...]
@@ -29,14 +30,27 @@ _ACTIVATIONS = {
 
 
 class Initializer:
-    """Makes parameters of one type, random ones from one stream."""
+    """Makes parameters of one type, random ones from one stream.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.stddev, self.rngs, self.dtype = config.initializer_range, rngs, dtype
+    With LoRA, matrices that are not trained have a type of their own; norms and biases, which are small, do not.
+    """
 
-    def normal(self, shape: tuple[int, ...], axes: Axes, stddev: float | None = None) -> nnx.Param:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoraConfig | None = None):
+        self.stddev, self.rngs, self.dtype, self.lora = config.initializer_range, rngs, dtype, lora
+
+    def normal(self, shape: tuple[int, ...], axes: Axes, stddev: float | None = None, *,
+               trained: bool = False) -> nnx.Param:
+        """A matrix; `trained` says of a model with LoRA that this one is trained whole."""
         value = jax.random.normal(self.rngs.params(), shape, self.dtype)
-        return nnx.Param(value * (self.stddev if stddev is None else stddev), axes=axes)
+        value *= self.stddev if stddev is None else stddev
+        if self.lora is None:
+            return nnx.Param(value, axes=axes)
+        return LoraParam(value, axes=axes) if trained else nnx.Param(value.astype(self.lora.frozen_dtype), axes=axes)
+
+    def factor(self, shape: tuple[int, ...], axes: Axes, bound: float) -> LoraFactor:
+        """Uniform between -bound and bound."""
+        value = jax.random.uniform(self.rngs.params(), shape, self.dtype, -bound, bound)
+        return LoraFactor(value, axes=axes)
 
     def full(self, shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
         return nnx.Param(jnp.full(shape, value, self.dtype), axes=axes)
@@ -63,20 +77,28 @@ class Norm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Contracts the last `num_inputs` dimensions of the input with a kernel [layers, *inputs, *outputs]."""
+    """Contracts the last `num_inputs` dimensions of the input with a kernel [layers, *inputs, *outputs].
 
-    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: Axes, num_layers: int, bias: bool,
-                 init: Initializer, stddev: float | None = None):
+    Where LoRA targets the projection by its `name`, factors stand beside the kernel.
+    """
+
+    def __init__(self, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: Axes, num_layers: int,
+                 bias: bool, init: Initializer, stddev: float | None = None):
         self.num_inputs = len(inputs)
-        self.kernel = init.normal((num_layers, *inputs, *outputs), ("layers", *axes), stddev)
+        shape, lora = (num_layers, *inputs, *outputs), init.lora
+        self.kernel = init.normal(shape, ("layers", *axes), stddev)
+        targeted = lora is not None and name in lora.targets
+        self.factors = Factors(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
         # A bias along the residual stream stays whole on every device: it is added where the stream is.
         bias_axes = tuple(None if axis == "embed" else axis for axis in axes[len(inputs):])
         self.bias = init.full((num_layers, *outputs), ("layers", *bias_axes), 0.0) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        contracted = tuple(range(x.ndim - self.num_inputs, x.ndim)), tuple(range(self.num_inputs))
-        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), (contracted, ((), ())))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(self, x: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
+        """`seeds` uint32 [batch] for the dropout of the factors' inputs; None turns it off."""
+        y = contract(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)
+        return y if self.factors is None else y + self.factors(x, seeds)
 
 
 class Attention(nnx.Module):
@@ -86,17 +108,19 @@ class Attention(nnx.Module):
         d, n = (config.hidden_size,), config.num_layers
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
         self.compute, self.dropout_rate = compute, config.attention_dropout
-        self.q = Linear(d, heads, ("embed", "heads", "head_dim"), n, config.qkv_bias, init)
-        self.k = Linear(d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
-        self.v = Linear(d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
-        self.out = Linear(heads, d, ("heads", "head_dim", "embed"), n, config.out_bias, init,
+        self.q = Linear("q", d, heads, ("embed", "heads", "head_dim"), n, config.qkv_bias, init)
+        self.k = Linear("k", d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
+        self.v = Linear("v", d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
+        self.out = Linear("out", heads, d, ("heads", "head_dim", "embed"), n, config.out_bias, init,
                           stddev=residual_stddev(config))
         self.q_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
         self.k_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
-                 dropout_seeds: jax.Array | None, memory: Memory | None) -> tuple[jax.Array, Cache | None]:
-        query, key, value = self.q(x), self.k(x), self.v(x)  # [batch, length, heads or kv_heads, head_dim]
+                 dropout_seeds: jax.Array | None, factor_seeds: jax.Array | None,
+                 memory: Memory | None) -> tuple[jax.Array, Cache | None]:
+        # [batch, length, heads or kv_heads, head_dim]
+        query, key, value = (project(x, factor_seeds) for project in (self.q, self.k, self.v))
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if cos_sin is not None:
@@ -104,10 +128,10 @@ class Attention(nnx.Module):
         if memory is not None:
             cache = memory.cache.write(memory.layer, memory.positions, key, value)
             seen = dense_attention(query, *cache.read(memory.layer), mask, query_positions=memory.positions)
-            return self.out(seen), cache
-        return self.out(attend(query, key, value, mask, backend=self.compute.attention,
-                               partition=self.compute.partition, dropout_rate=self.dropout_rate,
-                               dropout_seeds=dropout_seeds)), None
+            return self.out(seen, factor_seeds), cache
+        seen = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
+                      dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)
+        return self.out(seen, factor_seeds), None
 
 
 class MLP(nnx.Module):
@@ -116,14 +140,15 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, init: Initializer):
         d, f, n = (config.hidden_size,), (config.mlp_size,), config.num_layers
         self.activation = config.activation
-        self.gate = Linear(d, f, ("embed", "mlp"), n, config.mlp_bias, init) if config.gated_mlp else None
-        self.up = Linear(d, f, ("embed", "mlp"), n, config.mlp_bias, init)
-        self.down = Linear(f, d, ("mlp", "embed"), n, config.mlp_bias, init, stddev=residual_stddev(config))
+        self.gate = Linear("gate", d, f, ("embed", "mlp"), n, config.mlp_bias, init) if config.gated_mlp else None
+        self.up = Linear("up", d, f, ("embed", "mlp"), n, config.mlp_bias, init)
+        self.down = Linear("down", f, d, ("mlp", "embed"), n, config.mlp_bias, init, stddev=residual_stddev(config))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, factor_seeds: jax.Array | None = None) -> jax.Array:
         # Of the activation only its input is kept: what its gradient needs beside is cheaper made again than stored.
         activate = jax.checkpoint(_ACTIVATIONS[self.activation], prevent_cse=False)
-        return self.down(activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x))
+        up = self.up(x, factor_seeds)
+        return self.down(activate(up) if self.gate is None else activate(self.gate(x, factor_seeds)) * up, factor_seeds)
 
 
 class Block(nnx.Module):
@@ -138,12 +163,12 @@ class Block(nnx.Module):
         self.mlp = MLP(config, init)
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
-                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None],
+                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None, jax.Array | None],
                  memory: Memory | None) -> tuple[jax.Array, Cache | None]:
-        """`x` [batch, length, embed]; `seeds` for the dropout of probabilities and of the two branches."""
-        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], memory)
+        """`x` [batch, length, embed]; `seeds` for the dropout of probabilities, of the two branches, and of factors."""
+        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], seeds[3], memory)
         x = x + dropout(y, self.dropout_rate, seeds[1])
-        y = self.mlp(self.mlp_norm(x))
+        y = self.mlp(self.mlp_norm(x), seeds[3])
         return x + dropout(y, self.dropout_rate, seeds[2]), cache
 
 

@@ -11,6 +11,7 @@ from dlm_jax.errors import ConfigError
 from dlm_jax.models.cache import Cache, Memory
 from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.layers import Block, Initializer, Norm
+from dlm_jax.models.lora import LoraConfig
 from dlm_jax.models.rotary import frequencies, rotation
 
 _REMAT_POLICIES = {
@@ -25,8 +26,8 @@ _REMAT_POLICIES = {
 class Embedding(nnx.Module):
     """A table of vectors."""
 
-    def __init__(self, size: int, axis: str | None, config: ModelConfig, init: Initializer):
-        self.embedding = init.normal((size, config.hidden_size), (axis, "embed"))
+    def __init__(self, size: int, axis: str | None, config: ModelConfig, init: Initializer, *, trained: bool = False):
+        self.embedding = init.normal((size, config.hidden_size), (axis, "embed"), trained=trained)
 
     def __call__(self, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return jnp.take(self.embedding[...], index, axis=0).astype(dtype)
@@ -36,7 +37,8 @@ class Head(nnx.Module):
     """The output projection of a model whose embedding is not tied to it."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        self.kernel = init.normal((config.hidden_size, config.vocab_size), ("embed", "vocab"))
+        trained = init.lora is not None and init.lora.head
+        self.kernel = init.normal((config.hidden_size, config.vocab_size), ("embed", "vocab"), trained=trained)
 
 
 class Transformer(nnx.Module):
@@ -47,13 +49,19 @@ class Transformer(nnx.Module):
       compute: types, rematerialisation and attention backend.
       rngs: source of the initial weights.
       param_dtype: type of the parameters.
+      lora: what is trained beside a base that stays as it is; None: a model as it is.
+
+    Raises:
+      ConfigError: `lora` does not fit the architecture.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, compute: Compute = Compute(),
-                 param_dtype: jnp.dtype = jnp.float32):
-        init = Initializer(config, rngs, param_dtype)
-        self.config, self.compute = config, compute
-        self.embed = Embedding(config.vocab_size, "vocab", config, init)
+                 param_dtype: jnp.dtype = jnp.float32, lora: LoraConfig | None = None):
+        if lora is not None:
+            check_lora(lora, config)
+        init = Initializer(config, rngs, param_dtype, lora)
+        self.config, self.compute, self.lora = config, compute, lora
+        self.embed = Embedding(config.vocab_size, "vocab", config, init, trained=lora is not None and lora.embedding)
         self.positions = Embedding(config.max_length, None, config, init) if config.positions == "learned" else None
         self.blocks = Block(config, compute, init)
         self.final_norm = Norm(config, (config.hidden_size,), init)
@@ -106,8 +114,8 @@ class Transformer(nnx.Module):
             (x, cache), (index, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
             memory = None if cache is None else Memory(cache, index, positions)
-            seeds = (None,) * 3 if dropout_seeds is None else tuple(
-                counter_hash(dropout_seeds, index, site) for site in range(3))
+            seeds = (None,) * 4 if dropout_seeds is None else tuple(
+                counter_hash(dropout_seeds, index, site) for site in range(4))
             return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, memory), None
 
         if self.compute.remat != "none":
@@ -130,7 +138,17 @@ class Transformer(nnx.Module):
         return self.unembed(self.hidden(tokens, attention, positions=positions))
 
 
-def abstract_model(config: ModelConfig, compute: Compute = Compute(), param_dtype: str = "float32") -> Transformer:
+def check_lora(lora: LoraConfig, config: ModelConfig) -> None:
+    """Raises ConfigError where LoRA asks for what the architecture does not have."""
+    if "gate" in lora.targets and not config.gated_mlp:
+        raise ConfigError(f"lora.targets names gate, and {config.family} has no gated MLP; leave it out")
+    if lora.head and config.tie_embeddings:
+        raise ConfigError("lora.head cannot be trained alone: the head of this model is its embedding; set "
+                          "lora.embedding, which trains both")
+
+
+def abstract_model(config: ModelConfig, compute: Compute = Compute(), param_dtype: str = "float32",
+                   lora: LoraConfig | None = None) -> Transformer:
     """The model with shapes in place of arrays: what a checkpoint must hold, without allocating it."""
-    return nnx.eval_shape(
-        lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(param_dtype)))
+    return nnx.eval_shape(lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0),
+                                              param_dtype=jnp.dtype(param_dtype), lora=lora))

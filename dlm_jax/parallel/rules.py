@@ -22,6 +22,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
+    "rank": None,
     "layers": None,
     None: None,
 }

@@ -48,12 +48,14 @@ class Base:
     Attributes:
       config: its architecture, with the row that a new mask token adds to the vocabulary.
       origin: in words, where the architecture was read.
+      new_mask_token: whether that row is new.
     """
 
     config: ModelConfig
     mask_token_id: int | None
     source: str
     origin: str
+    new_mask_token: bool = False
 
 
 def describe_base(model: ModelSource) -> Base:
@@ -78,7 +80,7 @@ def describe_base(model: ModelSource) -> Base:
     if is_new:
         config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
     origin = f"{directory}/config.json" if directory else "the table of known models in dlm_jax"
-    return Base(config, mask_token_id, model.source, origin)
+    return Base(config, mask_token_id, model.source, origin, is_new)
 
 
 def _directory(model: ModelSource) -> Path | None:

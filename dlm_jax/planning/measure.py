@@ -63,7 +63,7 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
     Raises:
       CompileError: it cannot be compiled, for another reason than memory.
     """
-    flops = step_flops(config, base.config, target.attention)
+    flops = step_flops(config, base.config, target.attention, base.new_mask_token)
     layout, shape = planned_state(config, base, target.mesh), target.mesh.shape
     held = placed_bytes(layout) + placed_bytes(layout.params)  # the gradients are as large as the parameters
     sent, unbounded, seconds, traffic = None, 0, None, None

@@ -7,9 +7,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.data.batch import Batch
-from dlm_jax.models import Compute, Transformer, abstract_model
+from dlm_jax.models import Compute, Transformer, abstract_model, split_trained
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.planning.base import Base
+from dlm_jax.training.adapter import lora_of
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.start import check_fit
@@ -29,7 +30,7 @@ def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> l
         if not config.optimizer.offload:
             return [step.trace(state, batch)]
         first, second = step.programs
-        gradient = first.trace(state.params, batch, state.step)
+        gradient = first.trace(state.params, state.frozen, batch, state.step)
         grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
         return [gradient, second.trace(state, grads, gradient.out_info[1])]
 
@@ -37,7 +38,8 @@ def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> l
 def planned_model(config: TrainConfig, base: Base, attention: str) -> Transformer:
     """The model with shapes in place of arrays."""
     compute = Compute(config.model.dtype, config.model.remat, attention, ATTENTION_PARTITION)
-    return abstract_model(base.config, compute, config.model.param_dtype)
+    lora = lora_of(config.lora, base.config, base.new_mask_token)
+    return abstract_model(base.config, compute, config.model.param_dtype, lora)
 
 
 def planned_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> TrainState:
@@ -46,9 +48,9 @@ def planned_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) ->
     Raises:
       ConfigError: the mesh does not divide a parameter.
     """
-    params = nnx.state(planned_model(config, base, "dense"))
+    _, params, frozen = split_trained(planned_model(config, base, "dense"))
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    return state_layout(params, optimizer, config.optimizer.ema_decay > 0, mesh, config.optimizer.offload)
+    return state_layout(params, optimizer, config.optimizer.ema_decay > 0, mesh, config.optimizer.offload, frozen)
 
 
 def planned_batch(config: TrainConfig, mesh: Mesh) -> Batch:

@@ -6,6 +6,7 @@ import numpy as np
 
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel.chips import Chip
+from dlm_jax.training.adapter import lora_of
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params, train_flops
 from dlm_jax.training.objective import ObjectiveConfig
@@ -74,12 +75,14 @@ class Estimate:
     chip_hours: float
 
 
-def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str) -> Flops:
+def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
+               new_mask_token: bool = False) -> Flops:
     """The model's by `train_flops`; executed: a forward pass of the blocks again under full rematerialisation, of
     attention under any, and attention's backward pass as its backend does it."""
     length = config.data.length
     tokens = config.data.batch_size * length
-    model = train_flops(architecture, tokens, tokens * scored_share(config.objective), length)
+    lora = lora_of(config.lora, architecture, new_mask_token)
+    model = train_flops(architecture, tokens, tokens * scored_share(config.objective), length, lora)
     forward = 2 * count_params(architecture, "blocks") * tokens
     product = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim * length * tokens
     everything = forward + 2 * product

@@ -1,11 +1,13 @@
 """The bytes that a step moves on a device: through its memory, to its neighbours, and beyond them."""
 
+import jax
 import jax.numpy as jnp
 
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.planning.base import Base
 from dlm_jax.planning.collectives import Collective
 from dlm_jax.planning.memory import StepMemory
+from dlm_jax.planning.program import planned_state
 from dlm_jax.planning.roofline import Traffic, passes
 from dlm_jax.planning.targets import Target
 from dlm_jax.training.config import TrainConfig
@@ -36,14 +38,16 @@ def described_traffic(config: TrainConfig, base: Base, target: Target, memory: S
     """Of GPUs with a mesh that splits only the batch.
 
     Each micro-batch gathers the weights for the forward and for the backward pass and scatters the gradients, all in
-    the type of the activations, over `fsdp`; copies of the parameters sum their float32 gradients. Where a group is
-    larger than a host of eight, it moves at the pace of the network cards of a host, all at work.
+    the type of the activations, over `fsdp`; copies of the parameters sum their float32 gradients. What is not trained
+    has none. Where a group is larger than a host of eight, it moves at the pace of the network cards of a host, all at
+    work.
     """
     sizes, params = target.mesh.shape, count_params(base.config)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(planned_state(config, base, target.mesh).params))
     width, shards = jnp.dtype(config.model.dtype).itemsize, sizes["fsdp"]
     copies = target.mesh.size // shards
-    sharded = 3 * width * params * (shards - 1) / shards * config.optimizer.accumulate_steps
-    copied = 2 * 4 * params / shards * (copies - 1) / copies
+    sharded = width * (2 * params + trained) * (shards - 1) / shards * config.optimizer.accumulate_steps
+    copied = 2 * 4 * trained / shards * (copies - 1) / copies
     traffic = memory_traffic(config, base, target, memory.state, memory.total - memory.state)
     if target.mesh.size <= _GPUS_A_HOST:
         return Traffic(traffic, sharded + copied)

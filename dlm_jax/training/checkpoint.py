@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from dlm_jax.errors import CheckpointError
@@ -161,15 +162,19 @@ def best_step(workdir: epath.PathLike) -> int | None:
     return min(scores, key=scores.get, default=None)
 
 
-def restore_state(workdir: epath.PathLike, step: int, layout: TrainState) -> tuple[TrainState, dict]:
+def restore_state(workdir: epath.PathLike, step: int, layout: TrainState,
+                  frozen: nnx.State | None = None) -> tuple[TrainState, dict]:
     """The state of a step in the shardings of `layout` (shapes with shardings), and its progress.
 
+    `frozen` is what no checkpoint holds; None where there is nothing of the kind.
     The files are taken to be sound, as `take_up` has found them.
     """
     ema = None if layout.ema is None else _restore(workdir, step, "ema", layout.ema)
     state = TrainState(step=jax.device_put(jnp.int32(step), layout.step.sharding),
                        params=_restore(workdir, step, "params", layout.params),
-                       opt_state=_restore(workdir, step, "optimizer", layout.opt_state), ema=ema)
+                       opt_state=_restore(workdir, step, "optimizer", layout.opt_state), ema=ema,
+                       frozen=jax.device_put(nnx.State({}) if frozen is None else frozen,
+                                             jax.tree.map(lambda leaf: leaf.sharding, layout.frozen)))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return state, reader.restore(directory_of(workdir) / str(step) / "progress")
 

@@ -6,6 +6,7 @@ from typing import Literal
 from dlm_jax.data.config import DataConfig
 from dlm_jax.errors import ConfigError
 from dlm_jax.parallel import MeshConfig
+from dlm_jax.training.adapter import LoraSettings
 from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig
 
@@ -63,6 +64,7 @@ class TrainConfig:
     compilation_cache: str | None = _field(None, "folder in which compiled programs are kept, for restarts and other "
                                                  "runs; may be gs://; None: as JAX is set")
     model: ModelSource = _field(ModelSource(), "the base model")
+    lora: LoraSettings = _field(LoraSettings(), "what is trained of the base, if not all of it")
     data: DataConfig = _field(DataConfig(), "the corpus and how it becomes batches")
     objective: ObjectiveConfig = _field(ObjectiveConfig(), "what is minimised")
     optimizer: OptimizerConfig = _field(OptimizerConfig(), "how it is minimised")
@@ -90,7 +92,7 @@ class TrainConfig:
 
 # Changing these makes a run another run: other parameters, other batches, other noise or another optimizer state.
 # Everything else may change when a run is resumed, and the change is shown.
-_FIXED_ON_RESUME = ("seed", "model.source", "model.init", "model.mask_token", "model.param_dtype", "data.",
+_FIXED_ON_RESUME = ("seed", "model.source", "model.init", "model.mask_token", "model.param_dtype", "lora.", "data.",
                     "objective.name", "objective.shift", "optimizer.name")
 # That rows which lie elsewhere are the same rows is checked by their content.
 _FREE_ON_RESUME = ("data.cache_dir", "data.bad_records", "data.train", "data.validation")
@@ -112,6 +114,7 @@ def config_changes(saved: dict[str, object], config: TrainConfig) -> list[str]:
       ConfigError: a difference would make the resumed run another run.
     """
     current = flat_dict(config)
+    saved = flat_dict(TrainConfig()) | saved  # a run from before a key came was as that key's default has it
     changed = [key for key in current if saved.get(key) != current[key]]
     lines = {key: f"{key}: {saved.get(key)!r} -> {current[key]!r}" for key in changed}
     refused = [lines[key] for key in changed if key.startswith(_FIXED_ON_RESUME) and key not in _FREE_ON_RESUME]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dlm_jax.data.config import DataConfig
-from dlm_jax.models import ModelConfig, abstract_model
+from dlm_jax.models import LoraConfig, LoraFactor, ModelConfig, abstract_model
 from dlm_jax.parallel.chips import find_chip
 
 
@@ -25,17 +25,28 @@ def count_params(config: ModelConfig, part: str | None = None) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def train_flops(config: ModelConfig, tokens: float, scored: float, length: int) -> float:
+def count_factors(config: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of LoRA's factors."""
+    factors = nnx.state(abstract_model(config, lora=lora), LoraFactor)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(factors))
+
+
+def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
+                lora: LoraConfig | None = None) -> float:
     """FLOPs of a forward and a backward pass over `tokens` tokens in rows of `length`, `scored` of them scored.
 
     6 x (parameters of the blocks) x tokens, for their matrix products;
     + 12 x layers x heads x head_dim x length x tokens, for attention over the whole square (no causal half);
     + 6 x hidden x vocabulary x scored, for the head, needed only where a token is scored.
-    What is computed again (remat, chunked loss) does not count.
+    What is computed again (remat, chunked loss) does not count. With LoRA, matrices that are not trained have 4 in
+    place of 6, as they have no gradient of their own, and the factors are added.
     """
-    blocks = 6 * count_params(config, "blocks") * tokens
+    frozen, head = (6, 6) if lora is None else (4, 6 if lora.head or (lora.embedding and config.tie_embeddings) else 4)
+    blocks = frozen * count_params(config, "blocks") * tokens
+    if lora is not None:
+        blocks += 6 * count_factors(config, lora) * tokens
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
-    return blocks + attention + 6 * config.hidden_size * config.vocab_size * scored
+    return blocks + attention + head * config.hidden_size * config.vocab_size * scored
 
 
 _USUAL_SHARE = 0.3  # of the peak, or of a large matrix product's speed, that a training step reaches

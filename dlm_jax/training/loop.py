@@ -11,6 +11,7 @@ from flax import nnx
 
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
+from dlm_jax.models import split_trained
 from dlm_jax.parallel import make_mesh, place_rows
 from dlm_jax.storage import reached, write_json
 from dlm_jax.training.checkpoint import CheckpointWriter, best_step, restore_state, saved_steps, take_up
@@ -22,7 +23,7 @@ from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.profile import Profile, peak_memory_gib
 from dlm_jax.training.samples import sample_text
 from dlm_jax.training.signals import StopRequest, stop_requests
-from dlm_jax.training.start import check_data, data_mark, load_base, rows_folder, summary_lines
+from dlm_jax.training.start import check_data, data_mark, load_base, rows_folder, settle_adapter, summary_lines
 from dlm_jax.training.state import create_state, state_layout
 from dlm_jax.training.step import Metrics, make_train_step
 from dlm_jax.training.validation import Validation
@@ -63,7 +64,7 @@ class _Run:
         self.first, damaged = take_up(workdir)
         self.changes = config_changes(read_run_config(workdir), config) if self.first else []
         base = load_base(config, workdir, self.mesh, resumed=bool(self.first))
-        graphdef, params = nnx.split(base.model)
+        graphdef, params, frozen = split_trained(base.model)
         # From here on the parameters live in the state; of the model only the shape is kept.
         self.base = dataclasses.replace(base, model=nnx.eval_shape(lambda: base.model))
 
@@ -87,12 +88,13 @@ class _Run:
             num_steps=config.num_steps, seed=config.seed, mask_token_id=self.base.mask_token_id)
         self.data_mark, progress = data_mark(sources), {}
         if self.first:
-            layout = state_layout(params, optimizer, ema, self.mesh, config.optimizer.offload)
-            self.state, progress = restore_state(workdir, self.first, layout)
+            layout = state_layout(params, optimizer, ema, self.mesh, config.optimizer.offload, frozen)
+            self.state, progress = restore_state(workdir, self.first, layout, frozen)
             check_data(workdir, progress["data"], self.data_mark)
         else:
-            self.state = create_state(params, optimizer, ema, self.mesh, config.optimizer.offload)
-        describe_run(workdir, config, self.base)
+            self.state = create_state(params, optimizer, ema, self.mesh, config.optimizer.offload, frozen)
+        adapter = settle_adapter(config, workdir, self.base, self.state.frozen, bool(self.first))
+        describe_run(workdir, config, self.base, adapter)
         self.checkpoints = CheckpointWriter(workdir, keep=config.checkpoint.keep,
                                             keep_best=config.checkpoint.keep_best)
         stack.callback(self.checkpoints.close)
@@ -178,7 +180,8 @@ class _Run:
             rates = {"tokens_per_second": tokens / lap["seconds"], "seconds_per_step": lap["seconds"] / lap["steps"],
                      "slowest_step_seconds": lap["slowest"], "data_wait": lap["waiting"] / lap["seconds"]}
             if peak := peak_flops(self.mesh.devices.flat[0]):
-                flops = train_flops(self.base.model.config, tokens, lap["scored"], self.config.data.length)
+                model = self.base.model
+                flops = train_flops(model.config, tokens, lap["scored"], self.config.data.length, model.lora)
                 rates["mfu"] = flops / lap["seconds"] / (peak * self.mesh.size)
         memory = peak_memory_gib()
         return rates | ({} if memory is None else {"peak_memory_gib": memory})

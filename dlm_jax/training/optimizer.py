@@ -108,12 +108,13 @@ def map_params(function: Callable, params: object) -> object:
 
 
 def decays(params: object) -> object:
-    """True for matrices: those with the `embed` axis and another one that is neither stacked nor unnamed."""
+    """True for matrices: those with the `embed` axis and another one that is neither stacked nor unnamed, and the
+    factors of LoRA."""
     return map_params(lambda p: _is_matrix(p.axes), params)
 
 
 def _is_matrix(axes: tuple[str | None, ...]) -> bool:
-    return "embed" in axes and any(axis not in ("embed", "layers", None) for axis in axes)
+    return "rank" in axes or ("embed" in axes and any(axis not in ("embed", "layers", None) for axis in axes))
 
 
 def takes_muon(axes: tuple[str | None, ...]) -> bool:
@@ -122,10 +123,12 @@ def takes_muon(axes: tuple[str | None, ...]) -> bool:
 
 
 def matrix_dimensions(axes: tuple[str | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The input and output dimensions of a matrix: `embed` is one side, its other named axes are the other."""
-    embed = (axes.index("embed"),)
-    other = tuple(i for i, axis in enumerate(axes) if axis not in ("embed", "layers"))
-    return (embed, other) if embed < other else (other, embed)
+    """The input and output dimensions of a matrix: `embed`, or `rank` of a factor of LoRA, is one side, its other named
+    axes are the other."""
+    narrow = "rank" if "rank" in axes else "embed"
+    one = (axes.index(narrow),)
+    other = tuple(i for i, axis in enumerate(axes) if axis not in (narrow, "layers"))
+    return (one, other) if one < other else (other, one)
 
 
 def muon_dimensions(params: object) -> object:

@@ -1,6 +1,7 @@
 """How a run begins: the base model on its mesh, checks of what only base and config together can show, a summary."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 
@@ -13,20 +14,21 @@ from jax.sharding import AbstractMesh, Mesh
 from dlm_jax.attention import Choice, Work, choose_backend
 from dlm_jax.data.rows import RowSource
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.hf import Pretrained, load_pretrained
-from dlm_jax.hf.tokenizer import choose_mask_token
-from dlm_jax.models import Compute, ModelConfig, abstract_model
+from dlm_jax.hf import Pretrained
+from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trained
 from dlm_jax.parallel import ATTENTION_PARTITION, batch_parts, describe_mesh, param_shardings
 from dlm_jax.storage import cache_folder, is_remote
+from dlm_jax.training.adapter import Adapter, base_fingerprint, lora_of, read_adapter
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params
 from dlm_jax.training.objective import check_mask_token
 from dlm_jax.training.state import HOST
-from dlm_jax.training.workdir import described_model, is_workdir, load_workdir
+from dlm_jax.training.workdir import absolute_source, described_model, load_adapted, load_source
 
 
 def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: bool) -> Pretrained:
-    """The model that training starts from, its parameters on the mesh; only their shapes where a run is resumed.
+    """The model that training starts from, its parameters on the mesh; where a run is resumed, only their shapes, or
+    with LoRA the base, which its checkpoints do not hold.
 
     Raises:
       ConfigError: the objective, the data or the mesh do not fit the model.
@@ -41,25 +43,38 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
 
     if resumed:
         base = described_model(workdir, compute)
+        if adapter := read_adapter(workdir):
+            adapted = load_adapted(workdir, adapter, compute, shardings)
+            base = dataclasses.replace(base, model=adapted.model, merged=adapted.merged)
     elif not model.source:
         raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
-    elif is_workdir(model.source) and model.init == "pretrained":
-        base = load_workdir(model.source, compute=compute, param_dtype=model.param_dtype, shardings=shardings)
-        mask_token_id, is_new = choose_mask_token(model.mask_token, base.mask_token_id, base.model.config.vocab_size,
-                                                  base.tokenizer)
-        if is_new:
-            raise ConfigError(f"model.mask_token {model.mask_token!r} is new to {model.source}, and a workdir's "
-                              "vocabulary is fixed; export it first, and start from the export")
-        base = dataclasses.replace(base, mask_token_id=mask_token_id)
     else:
-        base = load_pretrained(model.source, mask_token=model.mask_token, compute=compute,
-                               param_dtype=model.param_dtype, shardings=shardings, init=model.init, seed=config.seed)
+        base = load_source(model.source, mask_token=model.mask_token, compute=compute, param_dtype=model.param_dtype,
+                           shardings=shardings, init=model.init, seed=config.seed,
+                           lora=functools.partial(lora_of, config.lora))
     if base.tokenizer is None:
         raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files beside its config.json")
     check_fit(config, base.model.config, base.mask_token_id, mesh)
     compute = dataclasses.replace(compute, attention=choose_attention(config, base.model.config, mesh).backend)
-    graphdef = nnx.graphdef(abstract_model(base.model.config, compute, model.param_dtype))
+    graphdef = nnx.graphdef(abstract_model(base.model.config, compute, model.param_dtype, base.model.lora))
     return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), shift=config.objective.shift)
+
+
+def settle_adapter(config: TrainConfig, workdir: epath.Path, base: Pretrained, frozen: nnx.State,
+                   resumed: bool) -> Adapter | None:
+    """What the workdir of a run with LoRA keeps of its base; of a resumed one, what it has kept, if that still holds.
+
+    Raises:
+      CheckpointError: the base is not what it was.
+    """
+    if base.model.lora is None:
+        return None
+    if not resumed:
+        return Adapter(base.model.lora, absolute_source(base.source), config.model.mask_token,
+                       base_fingerprint(frozen, base.merged))
+    adapter = read_adapter(workdir)
+    adapter.check(frozen, base.merged, workdir)
+    return adapter
 
 
 def choose_attention(config: TrainConfig, architecture: ModelConfig, mesh: Mesh) -> Choice:
@@ -139,6 +154,11 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
         f"devices    {describe_mesh(mesh)}, {config.model.dtype}, "
         f"{attention.backend} attention" + (f" ({attention.reason})" if attention.reason else ""),
     ]
+    if lora := base.model.lora:
+        trained = sum(leaf.size for leaf in jax.tree.leaves(split_trained(base.model)[1]))
+        tables = "".join(f", the whole {name}" for name in ("embedding", "head") if getattr(lora, name))
+        lines.insert(1, f"lora       rank {lora.rank} beside {', '.join(lora.targets)}{tables}: {trained / 1e6:,.2f}M "
+                        f"parameters are trained, the other matrices stored in {lora.frozen_dtype}")
     lines += [f"damaged    {remark}, and has been moved to damaged/" for remark in damaged]
     if first:
         lines.append(f"resumed    from step {first:,}")

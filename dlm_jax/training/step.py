@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dlm_jax.data.batch import Batch
 from dlm_jax.diffusion import HeadPlan, LossSums, dropout_seeds, loss_sums
-from dlm_jax.models import Transformer
+from dlm_jax.models import LoraParam, Transformer
 from dlm_jax.parallel import array_sharding, batch_parts, is_param, param_shardings, spec_of, state_shardings
 from dlm_jax.training.objective import ObjectiveConfig, loss_weights, prepare, ratio_of
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
@@ -28,36 +28,39 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     what it returns.
 
     Gradients are those of sums over tokens, added up in float32 over micro-batches and devices and divided once
-    by the count of the whole batch, so that the result does not depend on how the batch is cut up.
+    by the count of the whole batch, so that the result does not depend on how the batch is cut up. They are taken by
+    what the state holds as `params`; of what it holds as `frozen` none is computed.
     """
     rate = learning_rate(config, num_steps)
     parts = batch_parts(mesh)
 
-    def loss(params: nnx.State, batch: Batch, step: jax.Array, batch_size: int) -> tuple[jax.Array, LossSums]:
-        model = nnx.merge(graphdef, gather_tables(params, mesh))
+    def loss(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
+             batch_size: int) -> tuple[jax.Array, LossSums]:
+        model = nnx.merge(graphdef, gather_tables(params, mesh), gather_tables(frozen, mesh))
         noised, mask = prepare(objective, batch, step, seed=seed, batch_size=batch_size, mask_token_id=mask_token_id)
         hidden = model.hidden(noised.tokens, mask, positions=batch.positions,
                               dropout_seeds=dropout_seeds(seed, batch.example_index))
-        sums = loss_sums(hidden, *head_of(nnx.merge(graphdef, params), mesh), noised,
+        sums = loss_sums(hidden, *head_of(nnx.merge(graphdef, params, frozen), mesh), noised,
                          weights=loss_weights(objective, noised), shift=objective.shift)
         return sums.loss, sums
 
-    def gradients(params: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, LossSums]:
+    def gradients(params: nnx.State, frozen: nnx.State, batch: Batch,
+                  step: jax.Array) -> tuple[nnx.State, LossSums]:
         """Summed over micro-batches; float32."""
         batch_size = batch.tokens.shape[0]
         gradient = jax.grad(functools.partial(loss, batch_size=batch_size), has_aux=True)
         if config.accumulate_steps == 1:
-            return gradient(params, batch, step)
+            return gradient(params, frozen, batch, step)
 
         def add(total: tuple[nnx.State, LossSums], micro_batch: Batch) -> tuple[tuple[nnx.State, LossSums], None]:
-            return jax.tree.map(jnp.add, total, gradient(params, micro_batch, step)), None
+            return jax.tree.map(jnp.add, total, gradient(params, frozen, micro_batch, step)), None
 
         zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums.zero()
         return jax.lax.scan(add, zero, micro_batches(batch, config.accumulate_steps, parts))[0]
 
-    def measure(params: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
+    def measure(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
         """The gradient that the optimizer gets, float32, and what is reported."""
-        grads, sums = gradients(params, batch, step)
+        grads, sums = gradients(params, frozen, batch, step)
         count = sums.normaliser(objective.normaliser)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
         return grads, statistics(sums) | {
@@ -68,6 +71,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         }
 
     def update(state: TrainState, grads: nnx.State, metrics: Metrics) -> TrainState:
+        frozen, state = state.frozen, dataclasses.replace(state, frozen=nnx.State({}))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -78,11 +82,11 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             before = dataclasses.replace(state, step=after.step)
             after = jax.tree.map(functools.partial(jnp.where, fine), after, before)
-        return after
+        return dataclasses.replace(after, frozen=frozen)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = measure(state.params, batch, state.step)
+        grads, metrics = measure(state.params, state.frozen, batch, state.step)
         return update(state, grads, metrics), metrics
 
     return _in_two_programs(measure, update, mesh) if config.offload else train_step
@@ -98,8 +102,8 @@ def _in_two_programs(measure: Callable, update: Callable, mesh: Mesh) -> Callabl
         return dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, shardings))
 
     @jax.jit
-    def first(params: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
-        grads, metrics = measure(params, batch, step)
+    def first(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
+        grads, metrics = measure(params, frozen, batch, step)
         return jax.lax.with_sharding_constraint(grads, param_shardings(grads, mesh)), metrics
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -107,7 +111,7 @@ def _in_two_programs(measure: Callable, update: Callable, mesh: Mesh) -> Callabl
         return moved(update(moved(state, DEVICE), grads, metrics), HOST)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = first(state.params, batch, state.step)
+        grads, metrics = first(state.params, state.frozen, batch, state.step)
         return second(state, grads, metrics), metrics
 
     train_step.programs = first, second
@@ -180,6 +184,6 @@ def head_of(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
     """The head's kernel and how it lies on the mesh; of a model whose tables are not gathered, as the loss gathers
     the head in the type it computes in, and scatters its gradient."""
     param = model.head_kernel
-    kernel = param.get_value()
+    kernel, trained = param.get_value(), model.lora is None or isinstance(param, LoraParam)
     return kernel, HeadPlan(param.axes.index("vocab"), mesh, array_sharding(mesh, "batch", "length").spec,
-                            spec_of(param.axes, kernel.shape, mesh))
+                            spec_of(param.axes, kernel.shape, mesh), kernel_gradient=trained)

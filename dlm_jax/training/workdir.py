@@ -2,6 +2,7 @@
 
     config.json       the settings of the run, as dotted keys
     model/            HF config.json and tokenizer, so that parameters can be read without the base they came from
+    adapter.json      of a run with LoRA, whose checkpoints hold what it trains: see `adapter`
     checkpoints/      see `checkpoint`
     metrics.jsonl     see `metrics`
 """
@@ -16,12 +17,27 @@ import jax
 from etils import epath
 from flax import nnx
 
-from dlm_jax.errors import CheckpointError
-from dlm_jax.hf import Pretrained
+from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.hf import Pretrained, load_pretrained
 from dlm_jax.hf.config import config_from_hf, config_to_hf, read_config, recorded_mask_token_id, recorded_shift
-from dlm_jax.hf.tokenizer import load_tokenizer
-from dlm_jax.models import Compute, ModelConfig, abstract_model
-from dlm_jax.storage import local_copy, reached, upload, write_json
+from dlm_jax.hf.hub import find_base
+from dlm_jax.hf.load import LoraOf, whole
+from dlm_jax.hf.tokenizer import choose_mask_token, load_tokenizer
+from dlm_jax.models import (
+    Compute,
+    LoraConfig,
+    ModelConfig,
+    Transformer,
+    abstract_model,
+    add_lora,
+    fingerprint,
+    merge_lora,
+    new_factors,
+    split_factors,
+    split_trained,
+)
+from dlm_jax.storage import is_remote, local_copy, reached, upload, write_json
+from dlm_jax.training.adapter import Adapter, read_adapter, write_adapter
 from dlm_jax.training.checkpoint import best_step, restore_params, saved_steps
 from dlm_jax.training.config import TrainConfig, flat_dict
 
@@ -41,16 +57,50 @@ def split_step(path: epath.PathLike) -> tuple[epath.Path, str | None]:
     return epath.Path(head), step
 
 
+Shardings = Callable[[ModelConfig], object]
+
+
+def load_source(source: epath.PathLike, *, mask_token: int | str | None = None, compute: Compute = Compute(),
+                param_dtype: str = "float32", shardings: Shardings | None = None, init: str = "pretrained",
+                seed: int = 0, lora: LoraOf | None = None, base: str | None = None) -> Pretrained:
+    """The model that a user names: `load_workdir` for a workdir, `load_pretrained` for everything else.
+
+    Args: as in `load_pretrained`.
+
+    Raises:
+      ConfigError: `mask_token` is new to a workdir.
+    """
+    if not is_workdir(source) or init != "pretrained":
+        return load_pretrained(source, mask_token=mask_token, compute=compute, param_dtype=param_dtype,
+                               shardings=shardings, init=init, seed=seed, lora=lora, base=base, open_base=load_source)
+    if base is not None:
+        raise ConfigError(f"{source} is a training workdir, which knows its base; leave the base out")
+    found = load_workdir(source, compute=compute, param_dtype=param_dtype, shardings=shardings, lora=lora, seed=seed)
+    mask_token_id, is_new = choose_mask_token(mask_token, found.mask_token_id, found.model.config.vocab_size,
+                                              found.tokenizer)
+    if is_new:
+        raise ConfigError(f"model.mask_token {mask_token!r} is new to {source}, and a workdir's vocabulary is fixed; "
+                          "export it first, and start from the export")
+    return dataclasses.replace(found, mask_token_id=mask_token_id)
+
+
 def load_workdir(path: epath.PathLike, *, step: int | str | None = None, compute: Compute = Compute(),
-                 param_dtype: str | None = None,
-                 shardings: Callable[[ModelConfig], object] | None = None) -> Pretrained:
+                 param_dtype: str | None = None, shardings: Shardings | None = None, lora: LoraOf | None = None,
+                 seed: int = 0, merge: bool = True) -> Pretrained:
     """The model of a run, at a checkpoint, without its optimizer and on whatever devices there are.
+
+    What a run with LoRA has learned is merged into its base, which is loaded from where it was.
 
     Args:
       path: the workdir, or `workdir@step`.
       step: a step, "best" for the lowest validation loss, or None for the latest; `@step` in the path counts first.
       param_dtype: type of the parameters; None for the type the run has.
       shardings: gives the shardings of the parameters; None puts them on the default device.
+      lora: gives the LoRA to put beside the model, as in `load_pretrained`, with new factors from `seed`.
+      merge: False leaves what a run with LoRA has learned beside its base, both in the types that the run has.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or the base of a run with LoRA is not what it was.
     """
     directory, named_step = split_step(path)
     base = described_model(directory, compute, param_dtype)
@@ -62,16 +112,62 @@ def load_workdir(path: epath.PathLike, *, step: int | str | None = None, compute
     if at is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet, or none with a validation loss where the best is "
                               "asked for")
-    graphdef, params = nnx.split(base.model)
-    if shardings is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placed = jax.tree.map(lambda _: device, params)
+    config, dtype = base.model.config, param_dtype or base.recipe["model.param_dtype"]
+    beside = None if lora is None else lora(config, False)
+    if adapter := read_adapter(directory):
+        adapted = load_adapted(directory, adapter, compute, shardings)
+        graphdef, trained, frozen = split_trained(adapted.model)
+        adapter.check(frozen, adapted.merged, directory)
+        learned = restore_params(directory, int(at), jax.tree.map(_described, trained))
+        model = nnx.merge(graphdef, learned, frozen)
+        base = dataclasses.replace(base, base=adapter.base)
+        if merge or beside is not None:
+            model, merged = merge_lora(model, dtype), (adapter.fingerprint, fingerprint(learned))
+            base = dataclasses.replace(base, base=None, merged=merged)
+        if beside is not None:
+            model = add_lora(model, beside, seed, dtype, _factor_sharding(model))
     else:
-        placed = shardings(base.model.config)
-    layout = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                          params, placed)
-    model = nnx.merge(graphdef, restore_params(directory, int(at), layout))
+        model = _restored(directory, int(at), config, compute, dtype, shardings, beside, seed)
     return dataclasses.replace(base, model=model, source=f"{directory}@{at}")
+
+
+def _restored(directory: epath.Path, step: int, config: ModelConfig, compute: Compute, dtype: str,
+              shardings: Shardings | None, lora: LoraConfig | None, seed: int) -> Transformer:
+    """The parameters of a checkpoint that holds all of them, and new factors beside them if wanted."""
+    graphdef, params, _ = split_factors(abstract_model(config, compute, dtype, lora))
+    if shardings is None:
+        places = [jax.sharding.SingleDeviceSharding(jax.local_devices()[0])] * len(jax.tree.leaves(params))
+    else:
+        places = jax.tree.leaves(shardings(config))
+    layout = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                          params, jax.tree.unflatten(jax.tree.structure(params), places))
+    factors = nnx.State({}) if lora is None else new_factors(config, lora, seed, dtype, whole(places[0]))
+    return nnx.merge(graphdef, restore_params(directory, step, layout), factors)
+
+
+def load_adapted(directory: epath.Path, adapter: Adapter, compute: Compute, shardings: Shardings | None) -> Pretrained:
+    """The base of a run with LoRA, stored as the run stores it, with new factors beside it."""
+    dtype = read_run_config(directory)["model.param_dtype"]
+    source = find_base(adapter.base, directory)
+    mask_token = None if is_workdir(source) else adapter.mask_token
+    return load_source(source, mask_token=mask_token, compute=compute, param_dtype=dtype, shardings=shardings,
+                       lora=lambda *_: adapter.lora)
+
+
+def absolute_source(source: str) -> str:
+    """A source that a run can find again from any folder: a directory's absolute path, with its step if it has one."""
+    directory, step = split_step(source)
+    if is_remote(source) or not directory.expanduser().is_dir():
+        return source
+    return str(directory.expanduser().resolve()) + ("" if step is None else f"@{step}")
+
+
+def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _factor_sharding(model: Transformer) -> jax.sharding.Sharding:
+    return whole(model.embed.embedding[...].sharding)
 
 
 def described_model(directory: epath.Path, compute: Compute, param_dtype: str | None = None) -> Pretrained:
@@ -87,8 +183,8 @@ def described_model(directory: epath.Path, compute: Compute, param_dtype: str | 
         shift=recorded_shift(hf_config), hf_config=hf_config, source=str(directory), recipe=recipe)
 
 
-def describe_run(directory: epath.Path, config: TrainConfig, base: Pretrained) -> None:
-    """Writes what `described_model` and `read_run_config` read. Only the first process does."""
+def describe_run(directory: epath.Path, config: TrainConfig, base: Pretrained, adapter: Adapter | None) -> None:
+    """Writes what `described_model`, `read_adapter` and `read_run_config` read. Only the first process does."""
     if jax.process_index() != 0:
         return
     (directory / "model").mkdir(parents=True, exist_ok=True)
@@ -99,6 +195,7 @@ def describe_run(directory: epath.Path, config: TrainConfig, base: Pretrained) -
             base.tokenizer.save_pretrained(folder)
             upload(pathlib.Path(folder), directory / "model")
     write_json(directory / "model" / "config.json", hf_config)
+    write_adapter(directory, adapter)
     write_json(directory / "config.json", flat_dict(config))
 
 

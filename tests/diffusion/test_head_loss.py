@@ -1,5 +1,6 @@
 """The fused loss against the plain one with all logits: values, gradients, meshes, and what it never makes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -56,6 +57,19 @@ def programs(plan, shift):
     differentiated = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     reference = functools.partial(plain, vocab_axis=plan.vocab_axis, shift=shift)
     return jax.jit(differentiated(fused)), jax.jit(fused), jax.jit(differentiated(reference))
+
+
+def test_the_gradient_of_a_head_that_is_not_trained_is_not_computed():
+    plan = HeadPlan(1, chunk_size=16)
+    frozen = dataclasses.replace(plan, kernel_gradient=False)
+    inputs = HIDDEN, TABLE[:V].T, batch_of("half")
+    gradient = lambda plan: jax.grad(lambda h, k, b: loss_sums(h, k, plan, b).loss, argnums=(0, 1))  # noqa: E731
+    (by_hidden, by_kernel), (same, none) = gradient(plan)(*inputs), gradient(frozen)(*inputs)
+    np.testing.assert_array_equal(by_hidden, same)
+    assert jnp.abs(by_kernel).max() > 0 and not none.any()
+    by_hidden_alone = lambda plan: jax.make_jaxpr(jax.grad(lambda *x: loss_sums(*x[:2], plan, x[2]).loss))  # noqa: E731
+    products = [str(by_hidden_alone(p)(*inputs)).count("dot_general") for p in (plan, frozen)]
+    assert products[0] * 2 == products[1] * 3  # logits and their gradient by hidden states are left
 
 
 def check(plan, scored, shift=True, vocab=V):

@@ -6,11 +6,12 @@ import jax
 import pytest
 from flax import nnx
 
-from dlm_jax.models import Transformer
+from dlm_jax.models import Transformer, split_trained
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.planning.memory import add_up, kept_bytes, placed_bytes
 from dlm_jax.planning.program import planned_state
 from dlm_jax.planning.targets import described_mesh
+from dlm_jax.training.adapter import lora_of
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.state import create_state
 
@@ -29,6 +30,22 @@ def test_the_state_is_as_large_as_the_one_that_training_makes(config, base, name
     state = create_state(params, make_optimizer(config.optimizer, 100), True, make_mesh(MESH))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert placed_bytes(planned_state(config, base, described_mesh(MESH, 8))) == held
+
+
+def test_with_lora_the_state_has_moments_and_gradients_of_what_is_trained(config, base):
+    small = changed(config, lora={"rank": 4, "embedding": False})
+    lora = lora_of(small.lora, base.config, base.new_mask_token)
+    model = Transformer(base.config, rngs=nnx.Rngs(0), lora=lora)
+    _, params, frozen = split_trained(model)
+    trained = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    state = create_state(params, make_optimizer(small.optimizer, 100), False, make_mesh(MESH), frozen=frozen)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert placed_bytes(planned_state(small, base, described_mesh(MESH, 8))) == held
+    full, less = (add_up(one, base, described_mesh(MeshConfig(data=8), 8), "cudnn") for one in (config, small))
+    assert less.gradients == pytest.approx(2 * trained / 2**30)  # summed over micro-batches, in float32
+    assert less.state < 0.3 * full.state
+    with_table = add_up(changed(config, lora={"rank": 4}), base, described_mesh(MeshConfig(data=8), 8), "cudnn")
+    assert less.state < with_table.state < full.state  # the mask token is new, and so its table is trained
 
 
 def test_activations_are_those_of_the_rematerialisation(config, base):

@@ -1,0 +1,245 @@
+"""Adapters in PEFT's format, read: a directory with adapter_config.json becomes its base with what it adds merged in.
+
+What changes the result and is not computed here is refused by name. Factors are stored as [rank, inputs] and
+[outputs, rank] whatever they stand beside, so that `fan_in_fan_out`, which says how that stores its kernel, changes
+nothing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dlm_jax.errors import CheckpointError
+from dlm_jax.hf import keys
+from dlm_jax.hf.tensors import read_tensors
+from dlm_jax.models import ModelConfig, Transformer, abstract_model, add_product
+
+if TYPE_CHECKING:
+    from dlm_jax.hf.load import Pretrained
+
+CONFIG, TENSORS, NOTES = "adapter_config.json", "adapter_model", "dlm_jax.json"
+PREFIX = "base_model.model."
+
+# Features of PEFT beyond LoRA itself, with the values under which they change nothing. Initialisations that change the
+# base (PiSSA and its like) are among them: their adapters belong to another base than the one that is named.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,), "use_bdlora": (None, False),
+    "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,), "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
+    "velora_config": (None,), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What an adapter's directory holds.
+
+    Attributes:
+      config: its adapter_config.json.
+      tensors: by stored name, without the prefix that all share.
+      notes: what dlm_jax wrote beside, of the mask token and the shift; empty where it did not.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    notes: dict[str, Any]
+
+    @property
+    def base(self) -> str:
+        """The base as it is named."""
+        return self.config.get("base_model_name_or_path") or ""
+
+    def digest(self) -> str:
+        """Of what it adds: its settings and the bytes of its tensors."""
+        parts = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            parts.update(name.encode() + np.ascontiguousarray(self.tensors[name]).view(np.uint8).data)
+        return parts.hexdigest()[:16]
+
+    def scale(self, module: str) -> tuple[int, float]:
+        """The rank of the factors beside a module, and by what their product is multiplied."""
+        rank = _of_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 8))
+        alpha = _of_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        return rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether a module is to have factors; a regular expression is not asked, as it may be for other names."""
+        wanted, without = self.config.get("target_modules"), self.config.get("exclude_modules") or []
+        layers = self.config.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        layer = re.search(r"\.(\d+)\.", module)
+        if isinstance(wanted, str) or isinstance(without, str) or (layers and int(layer[1]) not in layers):
+            return wanted == "all-linear" and not without and not layers
+        return any(f".{module}".endswith(f".{name}") for name in wanted or []) and not any(
+            f".{module}".endswith(f".{name}") for name in without)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether the directory holds an adapter and no model of its own."""
+    return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """What the directory holds, its tensors on disk until they are used.
+
+    Raises:
+      CheckpointError: it is damaged, or not LoRA as it is computed here.
+    """
+    config = _read_json(directory / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{directory / CONFIG} has peft_type {config.get('peft_type')!r}; supported is LORA")
+    for name, allowed in _NEUTRAL.items():
+        if name in config and config[name] not in allowed:
+            raise CheckpointError(f"{directory / CONFIG} sets {name} to {config[name]!r}, which this library does not "
+                                  "compute; merge the adapter with PEFT, and load the merged model")
+    stored = read_tensors(directory, (f"{TENSORS}.safetensors", f"{TENSORS}.bin"))
+    tensors = {re.sub(r"\.(modules_to_save|default)(?=\.)", "", name.removeprefix(PREFIX)): tensor
+               for name, tensor in stored.items()}
+    notes = _read_json(directory / NOTES) if (directory / NOTES).is_file() else {}
+    return Adapter(directory, config, tensors, notes)
+
+
+def merge_adapter(adapter: Adapter, base: "Pretrained", param_dtype: str) -> "Pretrained":
+    """`base` with the adapter's products added to its kernels, in float32, and its whole tables in place of the base's.
+
+    Raises:
+      CheckpointError: the adapter is for another base, or holds something that cannot be merged.
+    """
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    tables: dict[str, np.ndarray] = {}
+    stored_as = keys.canonical(adapter.tensors, base.model.config.family)
+    for name, stored in stored_as.items():
+        module, found, side = name.partition(".lora_")
+        if found and side in ("A.weight", "B.weight"):
+            factors.setdefault(module, {})[side[0]] = adapter.tensors[stored]
+        elif name in (keys.embedding_name(base.model.config.family), keys.HEAD):
+            tables[name] = adapter.tensors[stored]
+        else:
+            raise CheckpointError(f"the adapter {adapter.directory} holds {stored}, which cannot be merged; supported "
+                                  "are LoRA's factors beside projections, and the whole embedding or head")
+    model = _with_tables(adapter, base, tables, param_dtype)
+    return dataclasses.replace(base, model=_with_products(adapter, base.source, model, factors, stored_as, param_dtype))
+
+
+def _with_products(adapter: Adapter, source: str, model: Transformer, factors: dict[str, dict[str, np.ndarray]],
+                   stored_as: Mapping[str, str], param_dtype: str) -> Transformer:
+    graphdef, state = nnx.split(model)
+    flat, unused = dict(nnx.to_flat_state(state)), set(factors)
+    for name, key in keys.projections(model.config).items():
+        path = next(path for path in flat if path[0] == "blocks" and path[-2:] == (name, "kernel"))
+        shape, num_inputs = flat[path].shape, getattr(getattr(model.blocks, path[1]), name).num_inputs
+        inputs, outputs = shape[1 : 1 + num_inputs], shape[1 + num_inputs :]
+        pairs = []
+        for layer in range(model.config.num_layers):
+            module = key.name.format(i=layer).removesuffix(".weight")
+            found = factors.get(module)
+            unused.discard(module)
+            if found is None and adapter.targets(module):
+                raise CheckpointError(f"the adapter {adapter.directory} targets {module} and has no factors for it; it "
+                                      f"is damaged, or for another base than {source}")
+            pairs.append(None if found is None else _pair(
+                adapter, source, module, found, key, math.prod(inputs), math.prod(outputs), stored_as))
+        if any(pairs):
+            a, b = _stacked(pairs, math.prod(inputs), math.prod(outputs))
+            a, b = a.reshape(*shape[: 1 + num_inputs], -1), b.reshape(shape[0], -1, *outputs)
+            flat[path] = flat[path].replace(add_product(flat[path][...], a, b, 1.0, param_dtype))
+    if unused:
+        raise _for_another(adapter, source, f"it has factors for {min(unused)}, which this base does not have")
+    return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
+
+
+def _pair(adapter: Adapter, source: str, module: str, found: dict[str, np.ndarray], key: keys.Key, inputs: int,
+          outputs: int, stored_as: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 [inputs, rank] and, with the scale, [rank, outputs] of one module, of a fused one our third of it."""
+    stored = next(stored for name, stored in stored_as.items() if name.startswith(f"{module}.lora_"))
+    rank, scale = adapter.scale(stored.partition(".lora_")[0])
+    all_outputs = outputs * (1 if key.third is None else 3)
+    for side, expected in (("A", (rank, inputs)), ("B", (all_outputs, rank))):
+        if side not in found:
+            raise CheckpointError(f"the adapter {adapter.directory} is damaged: {module} has no lora_{side}")
+        if found[side].shape != expected:
+            raise _for_another(adapter, source, f"{module}.lora_{side} has the shape {list(found[side].shape)}, where "
+                                                f"its rank {rank} and this base need {list(expected)}")
+    b = found["B"] if key.third is None else found["B"][key.third * outputs : (key.third + 1) * outputs]
+    return found["A"].astype(np.float32).T, scale * b.astype(np.float32).T
+
+
+def _stacked(pairs: list[tuple[np.ndarray, np.ndarray] | None], inputs: int,
+             outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """[layers, inputs, rank] and [layers, rank, outputs] of the largest rank; what is less is filled up with zeros."""
+    rank = max(pair[0].shape[1] for pair in pairs if pair)
+    a = np.zeros((len(pairs), inputs, rank), np.float32)
+    b = np.zeros((len(pairs), rank, outputs), np.float32)
+    for layer, pair in enumerate(pairs):
+        if pair:
+            a[layer, :, : pair[0].shape[1]], b[layer, : pair[0].shape[1]] = pair
+    return a, b
+
+
+def _with_tables(adapter: Adapter, base: "Pretrained", tables: dict[str, np.ndarray], param_dtype: str) -> Transformer:
+    """The model with whole tables of the adapter. An embedding that comes without its tied head leaves that as it was,
+    as in PEFT, and the two are one no longer, unless the adapter says that they stay tied."""
+    model, config = base.model, base.model.config
+    names = {keys.embedding_name(config.family): (config.vocab_size, config.hidden_size),
+             keys.HEAD: (config.vocab_size, config.hidden_size)}
+    for name, table in tables.items():
+        if table.shape != names[name]:
+            raise _for_another(adapter, base.source, f"its {name} has the shape {list(table.shape)}, where this base "
+                                                     f"needs {list(names[name])}")
+    embedding, head = (tables.get(name) for name in names)
+    if embedding is None and head is None:
+        return model
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    table = flat["embed", "embedding"]
+    tied = config.tie_embeddings and (bool(adapter.config.get("ensure_weight_tying")) or (
+        embedding is not None and head is not None and np.array_equal(embedding, head)))
+    if config.tie_embeddings and tied and embedding is None:
+        embedding = head
+    values = {("embed", "embedding"): table[...] if embedding is None else _placed(embedding, table[...], param_dtype)}
+    if not tied:
+        old = table[...].T if config.tie_embeddings else flat["head", "kernel"][...]
+        values["head", "kernel"] = old if head is None else _placed(head.T, old, param_dtype)
+        config = dataclasses.replace(config, tie_embeddings=False)
+    return _rebuilt(model, config, values, param_dtype)
+
+
+def _rebuilt(model: Transformer, config: ModelConfig, values: Mapping[tuple, jax.Array],
+             param_dtype: str) -> Transformer:
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    graphdef, shapes = nnx.split(abstract_model(config, model.compute, param_dtype))
+    return nnx.merge(graphdef, nnx.from_flat_state([
+        (path, shape.replace(values[path] if path in values else flat[path][...]))
+        for path, shape in nnx.to_flat_state(shapes)]))
+
+
+def _placed(value: np.ndarray, like: jax.Array, dtype: str) -> jax.Array:
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index].astype(dtype))
+
+
+def _for_another(adapter: Adapter, source: str, why: str) -> CheckpointError:
+    return CheckpointError(f"the adapter {adapter.directory} is for another base than {source}: {why}")
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+    """The value of the first key, a regular expression for the end of a module's name, that matches."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return content

@@ -1,0 +1,86 @@
+"""From a model to one with LoRA beside it, what of that is trained, and back to a model as it is."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding
+
+from dlm_jax.models.config import Compute, ModelConfig
+from dlm_jax.models.lora import LoraConfig, LoraFactor, LoraParam
+from dlm_jax.models.transformer import Transformer, abstract_model
+
+
+def split_factors(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The graph, what the base has too (in its order), and the factors (none without LoRA)."""
+    graphdef, factors, stored = nnx.split(model, LoraFactor, ...)
+    return graphdef, stored, factors
+
+
+def split_trained(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The graph, what training changes, and what it does not: without LoRA everything and nothing."""
+    if model.lora is None:
+        graphdef, params = nnx.split(model)
+        return graphdef, params, nnx.State({})
+    return nnx.split(model, LoraParam, ...)
+
+
+def new_factors(config: ModelConfig, lora: LoraConfig, seed: int, param_dtype: str, sharding: Sharding) -> nnx.State:
+    """The factors before the first step, from `seed` alone; of the rest nothing is computed."""
+    shapes = split_factors(abstract_model(config, Compute(), param_dtype, lora))[2]
+    leaves = _factor_program(config, lora, param_dtype, sharding)(seed)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+@functools.cache
+def _factor_program(config: ModelConfig, lora: LoraConfig, param_dtype: str, sharding: Sharding) -> Callable:
+    def make(seed: jax.Array) -> list[jax.Array]:
+        rngs = nnx.Rngs(jax.random.key(seed))
+        model = Transformer(config, rngs=rngs, param_dtype=jnp.dtype(param_dtype), lora=lora)
+        return jax.tree.leaves(split_factors(model)[2])
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+def add_lora(model: Transformer, lora: LoraConfig, seed: int, param_dtype: str, sharding: Sharding) -> Transformer:
+    """`model` with new factors beside it; computes what it did, to the rounding of `lora.frozen_dtype`.
+
+    Args:
+      param_dtype: of what is trained.
+      sharding: of the factors.
+    """
+    graphdef, stored, _ = split_factors(abstract_model(model.config, model.compute, param_dtype, lora))
+    values = [value.astype(shape.dtype) for value, shape in
+              zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(stored), strict=True)]
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(stored), values),
+                     new_factors(model.config, lora, seed, param_dtype, sharding))
+
+
+def merge_lora(model: Transformer, param_dtype: str) -> Transformer:
+    """A model without LoRA that computes what `model` does: each product is added to its kernel, in float32."""
+    graphdef, shapes = nnx.split(abstract_model(model.config, model.compute, param_dtype))
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    merged = []
+    for path, shape in nnx.to_flat_state(shapes):
+        value, beside = flat[path][...], (*path[:-1], "factors")
+        if path[-1] == "kernel" and (*beside, "a") in flat:
+            value = add_product(value, flat[*beside, "a"][...], flat[*beside, "b"][...], model.lora.scale, param_dtype)
+        merged.append((path, shape.replace(value.astype(param_dtype))))
+    return nnx.merge(graphdef, nnx.from_flat_state(merged))
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "dtype"))
+def add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: str) -> jax.Array:
+    """kernel + scale x a b, summed a layer at a time in float32, in `dtype`.
+
+    Args:
+      kernel, a, b: [layers, *inputs, *outputs], [layers, *inputs, rank], [layers, rank, *outputs].
+    """
+
+    def layer(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        kernel, a, b = (x.astype(jnp.float32) for x in arrays)
+        return (kernel + scale * jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)).astype(dtype)
+
+    return jax.lax.map(layer, (kernel, a, b))

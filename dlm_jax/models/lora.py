@@ -1,0 +1,99 @@
+"""LoRA (Hu et al., arXiv 2106.09685): a kernel stays as it is, and a product of two thin matrices is learned beside it.
+
+What is trained is told from what is not by type: a `LoraParam` is, any other parameter of a model with LoRA is not.
+"""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import jax
+from flax import nnx
+
+from dlm_jax.attention.hashing import dropout
+from dlm_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dlm_jax.models.layers import Initializer
+
+TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # the projections of a block
+
+
+class LoraParam(nnx.Param):
+    """A parameter that a model with LoRA trains: a factor, or a whole table."""
+
+
+class LoraFactor(LoraParam):
+    """One of the two matrices beside a kernel; the base does not have it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What is learned beside a frozen model.
+
+    Attributes:
+      rank: of the products, at most each kernel's smaller side.
+      alpha: the products count alpha / rank, or under `rslora` alpha / sqrt(rank) (arXiv 2312.03732).
+      dropout: share of a factor's inputs that training drops.
+      targets: projections that get factors, of TARGETS.
+      embedding, head: whether the whole table is trained; a tied head is the embedding.
+      frozen_dtype: type in which matrices that are not trained are stored.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = TARGETS
+    embedding: bool = False
+    head: bool = False
+    rslora: bool = False
+    frozen_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ConfigError(f"lora.rank and lora.alpha must be positive, got {self.rank} and {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must lie in [0, 1), got {self.dropout}")
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets:
+            raise ConfigError(f"lora.targets {','.join(unknown) or '(none)'} are not projections of this model; choose "
+                              f"of {', '.join(TARGETS)}")
+        if self.frozen_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"lora.frozen_dtype {self.frozen_dtype!r} is unknown; choose float32 or bfloat16")
+
+    @property
+    def scale(self) -> float:
+        """By what a product is multiplied."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class Factors(nnx.Module):
+    """`a` [layers, *inputs, rank] and `b` [layers, rank, *outputs] beside a kernel [layers, *inputs, *outputs].
+
+    `a` is uniform within 1 / sqrt(number of inputs), which is Kaiming's with the slope sqrt(5) that PEFT takes, and `b`
+    is zero, so that a new model computes what its base does.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], num_inputs: int,
+                 lora: LoraConfig, init: "Initializer"):
+        layers, inputs, outputs = shape[0], shape[1 : 1 + num_inputs], shape[1 + num_inputs :]
+        for side, size in (("inputs", math.prod(inputs)), ("outputs", math.prod(outputs))):
+            if lora.rank > size:
+                raise ConfigError(f"lora.rank {lora.rank} is larger than the {size} {side} of the projection {name!r}; "
+                                  f"choose at most {size}, or leave {name!r} out of lora.targets")
+        self.num_inputs, self.lora, self.site = num_inputs, lora, TARGETS.index(name)
+        self.a = init.factor((layers, *inputs, lora.rank), (*axes[: 1 + num_inputs], "rank"),
+                             math.prod(inputs) ** -0.5)
+        self.b = init.factor((layers, lora.rank, *outputs), ("layers", "rank", *axes[1 + num_inputs :]), 0.0)
+
+    def __call__(self, x: jax.Array, seeds: jax.Array | None) -> jax.Array:
+        """What is added to the projection of `x` [batch, ..., *inputs]; `seeds` uint32 [batch] for the dropout."""
+        x = dropout(x, self.lora.dropout, seeds, self.site)
+        thin = contract(x, self.a[...].astype(x.dtype), self.num_inputs)
+        return contract(thin * self.lora.scale, self.b[...].astype(x.dtype), 1)
+
+
+def contract(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
+    """The last `num_inputs` dimensions of `x` against the first of `kernel`."""
+    contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
+    return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
