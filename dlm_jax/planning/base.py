@@ -38,6 +38,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
         "tie_word_embeddings": True},
 }  # fmt: skip
+KNOWN["diffusionfamily/diffullama"] = KNOWN["meta-llama/Llama-2-7b-hf"]
 KNOWN["Qwen/Qwen3-0.6B-Base"] = KNOWN["Qwen/Qwen3-0.6B"] | {"max_position_embeddings": 32768}
 
 

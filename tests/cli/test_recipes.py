@@ -34,6 +34,14 @@ def test_recipes_have_the_settings_of_the_paper():
     assert all(c.objective.shift and c.model.dtype == "bfloat16" and not c.data.train for c in (small, medium, large))
 
 
+def test_the_recipe_with_lora_has_the_settings_of_the_paper():
+    config = build("sft_gsm8k_llama_lora")
+    lora = config.lora
+    assert (lora.rank, lora.embedding, lora.head, lora.targets) == (16, True, False, ("all",))
+    assert config.optimizer.learning_rate == 1e-4 and config.model.mask_token == 811 and config.data.length == 256
+    assert build("sft_gsm8k_llama_lora", **{"lora.rank": "8", "lora.targets": "q,v"}).lora.targets == ("q", "v")
+
+
 def test_combinations_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="batch_size"):
         build("quickstart", **{"data.batch_size": "30", "optimizer.accumulate_steps": "4"})

@@ -1,0 +1,101 @@
+"""A training step with LoRA and the full step of the same model, in turns, and what each holds.
+
+    python benchmarks/lora.py                                                       a small LLaMA, float32: a CPU
+    python benchmarks/lora.py --hidden=2048 --layers=16 --batch_size=8 --length=1024 --dtype=bfloat16       a GPU
+
+Both start from the same random weights and see the same tokens. Prints seconds a step (the median, and the median ratio
+of neighbouring steps, so that what else the machine does falls on both) and writes benchmarks/results/lora-DEVICE.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dlm_jax.data.batch import Batch
+from dlm_jax.models import Compute, LoraConfig, ModelConfig, Transformer, new_factors, split_factors, split_trained
+from dlm_jax.models import abstract_model as abstract
+from dlm_jax.parallel import MeshConfig, make_mesh
+from dlm_jax.training.objective import ObjectiveConfig
+from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dlm_jax.training.state import create_state
+from dlm_jax.training.step import make_train_step
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def step_of(args: argparse.Namespace, lora: LoraConfig | None) -> tuple[Callable[[], None], dict[str, float]]:
+    """A function that takes one step and waits for it, and bytes of the state by what they are of."""
+    config = ModelConfig("llama", vocab_size=args.vocab, hidden_size=args.hidden, num_layers=args.layers,
+                         num_heads=args.hidden // 64, num_kv_heads=args.hidden // 64, head_dim=64,
+                         mlp_size=11 * args.hidden // 4, max_length=args.length)
+    compute, mesh = Compute(args.dtype, args.remat), make_mesh(MeshConfig(), jax.devices()[:1])
+    graphdef, stored, _ = split_factors(abstract(config, compute, "float32", lora))
+    base = nnx.state(nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))())
+    values = [x.astype(shape.dtype) for x, shape in zip(jax.tree.leaves(base), jax.tree.leaves(stored), strict=True)]
+    states = [jax.tree.unflatten(jax.tree.structure(stored), values)]
+    if lora is not None:
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        states.append(new_factors(config, lora, 0, "float32", place))
+    graphdef, params, frozen = split_trained(nnx.merge(graphdef, *states))
+    settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
+    rule = make_optimizer(settings, 10**6)
+    state = create_state(params, rule, False, mesh, frozen=frozen)
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    held = {"trained": size(state.params), "frozen": size(state.frozen), "optimizer": size(state.opt_state)}
+    step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig(anneal_steps=0), config=settings,
+                           num_steps=10**6, seed=0, mask_token_id=0)
+    tokens = np.random.default_rng(0).integers(0, args.vocab, (args.batch_size, args.length)).astype(np.int32)
+    maskable = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
+    number = iter(range(10**9))
+
+    def run() -> None:
+        nonlocal state
+        index = jnp.arange(args.batch_size, dtype=jnp.uint32) + next(number) * args.batch_size
+        state, metrics = step(state, Batch(tokens, maskable, index))
+        jax.block_until_ready((state, metrics))
+
+    return run, held
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 256), ("layers", 4), ("vocab", 4096), ("length", 128), ("batch_size", 8),
+                          ("rank", 16), ("steps", 12)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
+    parser.add_argument("--frozen_dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    args = parser.parse_args()
+    lora = LoraConfig(rank=args.rank, alpha=2.0 * args.rank, frozen_dtype=args.frozen_dtype)
+    variants = {"full": None, "lora": lora, "lora, whole embedding": dataclasses.replace(lora, embedding=True)}
+    steps = {name: step_of(args, one) for name, one in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(args.steps + 1):
+        for name, (run, _) in steps.items():
+            began = time.perf_counter()
+            run()
+            if turn:  # the first compiles
+                seconds[name].append(time.perf_counter() - began)
+    rows = {}
+    for name, (_, held) in steps.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["full"], strict=True))
+        rows[name] = {"seconds": statistics.median(seconds[name]), "of_full": ratio, "bytes": held}
+        print(f"{name:<22} {rows[name]['seconds']:8.4f} s  {ratio:6.3f} of full  "
+              + "  ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in held.items()))
+    device = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    path = RESULTS / f"lora-{device}.json"
+    path.write_text(json.dumps({"arguments": vars(args), "device": device, "steps": rows}, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

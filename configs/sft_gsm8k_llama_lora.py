@@ -1,0 +1,46 @@
+"""DiffuLLaMA fine-tuned on GSM8K by LoRA, as the paper does (arXiv 2410.17891) and its adapter diffullama-gsm was.
+
+    dlm train --config=sft_gsm8k_llama_lora --workdir=DIR --config.data.train=TRAIN.txt
+
+with lines `question||<<a*b=c>> <<...>> #### answer`, the augmented symbolic form of GSM8K. LoRA beside every projection
+but the head, and the whole embedding. From the release's code: rank 16 (the paper says 8: --config.lora.rank=8), alpha
+twice the rank, the mask 811, the separator 4936 and the padding 30399, which is noised and learned. Its batch is 128
+rows a GPU, of which it does not say how many; 64,000 steps are those of the checkpoint it evaluates. Departs from it in
+    objective.normaliser      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
+and draws times stratified over the batch, which theirs does not.
+"""
+
+from dlm_jax.cli.recipes import train_defaults
+
+
+def get_config():
+    config = train_defaults()
+    config.num_steps = 64_000
+
+    config.model.source = "diffusionfamily/diffullama"
+    config.model.mask_token = 811
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+
+    config.lora.rank = 16
+    config.lora.embedding = True
+
+    config.data.length = 256
+    config.data.batch_size = 128
+    config.data.examples.format = "gsm8k_symbolic"
+    config.data.examples.separator = "========"  # token 4936
+    config.data.examples.pad_token = "¨"  # token 30399
+    config.data.examples.padding = "trained"
+    config.data.examples.too_long = "drop"
+
+    config.objective.anneal_steps = 0  # the base is bidirectional already
+
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 2_000
+    config.optimizer.clip_norm = 1.0
+
+    config.validation.every = 1_000
+    config.checkpoint.every = 2_000
+    config.checkpoint.keep = 4
+    return config
