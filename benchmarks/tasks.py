@@ -28,8 +28,8 @@ HEAD = """# The shipped small model on every task
 `python benchmarks/tasks.py` writes this page: the quickstart's recipe run for 4,000 steps (2.6 million parameters in
 four layers, which have read nothing but children's stories) beside the autoregressive model it was made of. Most tasks
 are far beyond both, and are here to show that every part works and that errors are honest: where neither knows
-anything, multiple choice is at chance and most intervals of a difference hold 0. The plain text is held-out stories that
-the parent itself wrote, so that its figures there are as good as any model's can be.
+anything, multiple choice is at chance and most intervals of a difference hold 0. The plain text is held-out
+stories that the parent itself wrote, so that its figures there are as good as any model's can be.
 
 """
 
