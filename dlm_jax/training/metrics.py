@@ -69,8 +69,9 @@ class Window:
         self.sums, self.scheduled, self.steps, self.skipped = {}, {}, 0, 0
 
     def state(self) -> dict[str, object]:
-        return {"sums": self.sums, "scheduled": self.scheduled, "steps": self.steps, "skipped": self.skipped,
-                "in_a_row": self.in_a_row}
+        """A copy: it is written in the background, while the next steps are added."""
+        return {"sums": dict(self.sums), "scheduled": dict(self.scheduled), "steps": self.steps,
+                "skipped": self.skipped, "in_a_row": self.in_a_row}
 
 
 class MetricsLog:

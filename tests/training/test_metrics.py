@@ -75,3 +75,11 @@ def test_many_bad_steps_in_a_row_are_no_accident():
         window.add(step, {"loss": math.nan, "grad_norm": 1.0})
     with pytest.raises(TrainingError, match="loss is nan at step 39 and has not been finite for 20 steps"):
         window.add(39, {"loss": math.nan, "grad_norm": 1.0})
+
+
+def test_a_windows_state_does_not_change_while_it_is_written():
+    window = Window()
+    window.add(0, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1})
+    state = window.state()
+    window.add(1, {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.2})
+    assert state["sums"]["loss"] == 1.0 and state["scheduled"] == {"learning_rate": 0.1} and state["steps"] == 1
