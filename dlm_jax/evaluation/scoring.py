@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import cross_entropy, is_likeliest, token_nll
+from dlm_jax.diffusion.loss import Measure
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.candidate import Guess, Pair, Score
 from dlm_jax.evaluation.masks import Draw, everything
@@ -21,7 +22,6 @@ from dlm_jax.parallel import array_sharding, batch_parts
 from dlm_jax.sampling import bucket
 
 DrawRule = Callable[[Pair], Draw]
-Measure = Callable[[jax.Array, jax.Array], jax.Array]
 _HEAD_CHUNK = 8  # masked tokens of a row whose logits exist at one time
 _WIDTHS = 16  # a row is padded to a multiple of it: more programs than a canvas has, for many more passes of each
 
