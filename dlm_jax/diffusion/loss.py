@@ -17,8 +17,6 @@ from dlm_jax.diffusion.head_loss import HeadPlan, head_loss
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., embed] -> float32 logits [..., vocab]
 Measure = Callable[[jax.Array, jax.Array], jax.Array]
 
-NORMALISERS = ("maskable", "masked")
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +30,7 @@ class LossSums:
       correct: how many scored positions have the target as their likeliest token.
       scored: how many positions were scored.
       maskable: how many positions could have been.
+      examples: how many rows have such a position.
     """
 
     loss: jax.Array
@@ -40,6 +39,7 @@ class LossSums:
     correct: jax.Array
     scored: jax.Array
     maskable: jax.Array
+    examples: jax.Array
 
     @classmethod
     def zero(cls) -> Self:
@@ -52,9 +52,11 @@ class LossSums:
         """What the loss is divided by, at least 1.
 
         "maskable" makes the loss an unbiased estimate of the bound in nats per token, whatever the batch size.
-        "masked" is the release's form, for comparison; its value depends on how a batch is cut up.
+        "masked" is the release's form, for comparison; its value depends on how a batch is cut up. "examples" goes
+        with weights that are divided by each row's maskable tokens.
         """
-        return jnp.maximum(self.maskable if name == "maskable" else self.scored, 1.0)
+        count = {"maskable": self.maskable, "masked": self.scored, "examples": self.examples}[name]
+        return jnp.maximum(count, 1.0)
 
 
 def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: CorruptedBatch, *,
@@ -74,7 +76,8 @@ def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: Corru
     loss, nll, correct = head_loss(hidden, kernel, targets, scored, weights, plan)
     total = functools.partial(jnp.sum, dtype=jnp.float32)
     return LossSums(loss=loss, weighted_nll=total(bound_weights * nll), nll=total(nll), correct=total(correct),
-                    scored=total(scored), maskable=total(batch.maskable))
+                    scored=total(scored), maskable=total(batch.maskable),
+                    examples=total(batch.maskable.any(axis=1)))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -31,8 +31,9 @@ class ObjectiveConfig:
     shift: bool = _field(True, "position n is predicted from the state at n - 1, as the AR base does")
     schedule: Literal["linear", "cosine", "polynomial"] = _field("linear", "masking probability as a function of time")
     power: float = _field(2.0, "exponent of the polynomial schedule")
-    normaliser: Literal["maskable", "masked"] = _field(
-        "maskable", "divide by the tokens that may be masked (unbiased) or by those that were (the release's)")
+    normaliser: Literal["maskable", "masked", "examples"] = _field(
+        "maskable", "divide by the tokens that may be masked (unbiased); by those that were (the release's); or each "
+        "example by the length of its answer, so that all examples count alike (LLaDA's for fine-tuning)")
     weight: Literal["elbo", "uniform"] = _field("elbo", "weight of a masked token: the bound's (1/t if linear), or 1")
     min_time: float = _field(1e-3, "smallest time drawn")
     stages: tuple[tuple[int, float, float], ...] = _field(
@@ -115,5 +116,9 @@ def prepare(config: ObjectiveConfig, batch: Batch, step: jax.Array, *, seed: int
 
 
 def loss_weights(config: ObjectiveConfig, batch: CorruptedBatch) -> jax.Array:
-    """Weights [batch, length] of the cross-entropy in what is minimised: the bound's, or 1."""
-    return batch.weights if config.weight == "elbo" else jnp.ones_like(batch.weights)
+    """Weights [batch, length] of the cross-entropy in what is minimised: the bound's, or 1; under the normaliser
+    `examples` divided by the number of each row's maskable tokens (LLaDA, arXiv 2502.09992, its guidelines)."""
+    weights = batch.weights if config.weight == "elbo" else jnp.ones_like(batch.weights)
+    if config.normaliser != "examples":
+        return weights
+    return weights / jnp.maximum(batch.maskable.sum(axis=1, keepdims=True), 1)

@@ -145,6 +145,19 @@ def test_normaliser_and_weight_by_name(reference):
     assert (sums.normaliser("maskable"), sums.normaliser("masked")) == (3, 2)
 
 
+def test_examples_count_alike_whatever_the_length_of_their_answers(reference):
+    """Under the normaliser `examples` the loss is the mean over rows of each row's own bound, however they are cut."""
+    maskable = np.arange(LENGTH) < np.arange(2, ROWS + 2)[:, None]  # answers of 1, 2, 3, ... tokens
+    maskable[-1] = False  # one without an answer does not count
+    expected = np.mean([train(one_device(), 1, maskable=maskable & (np.arange(ROWS) == row)[:, None])[0][0]["bound"]
+                        for row in range(ROWS - 1)])
+    for accumulate in (1, 2):
+        (found,), _ = train(one_device(), 1, maskable=maskable, accumulate_steps=accumulate,
+                            objective=ObjectiveConfig(anneal_steps=8, normaliser="examples"))
+        np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    assert abs(found["bound"] / expected - 1) > 0.01
+
+
 @pytest.mark.parametrize("parts, expected", [
     (1, [[0, 1, 2, 3], [4, 5, 6, 7]]), (2, [[0, 1, 4, 5], [2, 3, 6, 7]]), (4, [[0, 2, 4, 6], [1, 3, 5, 7]])])
 def test_micro_batches_are_runs_of_each_devices_rows(parts, expected):
