@@ -20,10 +20,11 @@ from dlm_jax.hf import keys
 from dlm_jax.hf.adapter_export import save_adapter
 from dlm_jax.hf.card import model_card
 from dlm_jax.hf.config import config_to_hf
-from dlm_jax.hf.folder import appearing_whole, to_host, write_json
+from dlm_jax.hf.folder import appearing_whole, write_json
 from dlm_jax.hf.load import Pretrained
 from dlm_jax.hf.tensors import write_tensors
 from dlm_jax.models import Transformer, merge_lora
+from dlm_jax.parallel import to_host
 
 LAYOUTS = ("hf", "diffugpt", "peft")
 DTYPES = ("float32", "bfloat16", "float16")

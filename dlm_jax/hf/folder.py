@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from dlm_jax.errors import CheckpointError
 from dlm_jax.storage import is_remote, reached, upload
@@ -58,10 +55,3 @@ def _replaceable(directory: epath.Path) -> bool:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array that may lie on the devices of several processes."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)

@@ -1,10 +1,11 @@
-"""From host rows to global arrays: each process supplies only the rows that its own devices hold."""
+"""From host rows to global arrays, of which each process supplies only what its own devices hold, and back."""
 
 import functools
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dlm_jax.errors import ConfigError
@@ -36,3 +37,10 @@ def place_rows(read: Callable[[slice], object], num_rows: int, mesh: Mesh) -> ob
             shape, sharding, lambda index: read_part(index[0].start or 0)[0][i][:, *index[1:]])
 
     return treedef.unflatten([place(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array that may lie on the devices of several processes."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

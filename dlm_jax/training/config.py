@@ -42,6 +42,8 @@ class ValidationConfig:
     every: int = _field(1000, "steps between validations; 0: never")
     num_rows: int = _field(256, "held-out rows used, the same each time")
     num_samples: int = _field(4, "noise levels drawn for each row, the same each time")
+    answers: int = _field(0, "held-out examples answered by sampling at each validation, the same each time; 0: none")
+    answer_steps: int = _field(64, "denoising steps for an answer; never more than it has tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,11 @@ class TrainConfig:
         if self.log.profile and not (len(self.log.profile) == 2 and 0 < self.log.profile[0] <= self.log.profile[1]):
             raise ConfigError(f"log.profile must be the first and the last step of a trace, e.g. 10,12, got "
                               f"{','.join(map(str, self.log.profile))}")
+        if self.validation.answers < 0 or self.validation.answer_steps < 1:
+            raise ConfigError("validation.answers must not be negative, and validation.answer_steps at least 1")
+        if self.validation.answers and (self.data.examples.format == "none" or not self.validation.every):
+            raise ConfigError("validation.answers needs examples with prompts to answer, and validations to do so; set "
+                              "data.examples.format and validation.every, or validation.answers to 0")
         if self.log.sample_every and self.objective.name != "diffusion":
             raise ConfigError("log.sample_every samples by diffusion, which the autoregressive objective does not "
                               "learn; set it to 0")

@@ -14,6 +14,7 @@ from dlm_jax.data.loader import Loader
 from dlm_jax.models import split_trained
 from dlm_jax.parallel import make_mesh, place_rows
 from dlm_jax.storage import reached, write_json
+from dlm_jax.training.answers import Answers
 from dlm_jax.training.checkpoint import CheckpointWriter, best_step, restore_state, saved_steps, take_up
 from dlm_jax.training.clock import Clock
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
@@ -36,9 +37,9 @@ def train(config: TrainConfig, workdir: epath.PathLike) -> dict[str, object]:
     """Runs `config` in `workdir`, from its latest checkpoint if it has one.
 
     Returns:
-      A summary: `workdir`, `step`, `tokens`, `seconds`, `interrupted` (the signal's name, or None), the last `train`
-      and `validation` metrics, the `best_step` by validation, the `changes` of settings against the run that was
-      resumed, and `goodput` and `seconds_by_kind` over all starts of the run (see `clock`).
+      A summary: `workdir`, `step`, `tokens`, `seconds`, `interrupted` (the signal's name, or None), the last `train`,
+      `validation` and `answers` metrics, the `best_step` by validation, the `changes` of settings against the run that
+      was resumed, and `goodput` and `seconds_by_kind` over all starts of the run (see `clock`).
 
     Raises:
       ConfigError, CheckpointError, DataError: the run cannot be set up.
@@ -81,6 +82,8 @@ class _Run:
                 graphdef, held_out, self.mesh, num_rows=config.validation.num_rows,
                 num_samples=config.validation.num_samples, batch_size=batch_size // config.optimizer.accumulate_steps,
                 objective=config.objective, seed=config.seed, mask_token_id=self.base.mask_token_id)
+
+        self.answers = Answers(self.base, held_out, self.mesh, config) if config.validation.answers else None
 
         optimizer, ema = make_optimizer(config.optimizer, config.num_steps), config.optimizer.ema_decay > 0
         self.train_step = make_train_step(
@@ -196,7 +199,18 @@ class _Run:
         self.log.write(step, "validation", values)
         self.console.line(f"step {step:>7}  held-out bound {values['bound']:.4f} nats per token  "
                           f"accuracy {values['accuracy']:.3f}")
+        if self.answers is not None and (step == self.config.num_steps or self.due(step, self.config.validation.every)):
+            self.answer(step)
         return values["bound"]
+
+    def answer(self, step: int) -> None:
+        """Records how held-out examples are answered."""
+        with self.clock.doing("sampling"):
+            values, text = self.answers(self.state.inference_params)
+        self.last["answers"] = {"step": step, **values}
+        self.log.write(step, "answers", {**values, "text": text})
+        shares = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self.console.line(f"step {step:>7}  answers  {shares}  first: {' '.join(text.split())}")
 
     def save(self, step: int, validation: float | None) -> None:
         finite = validation is not None and math.isfinite(validation)
@@ -241,7 +255,8 @@ def lost_seconds(workdir: epath.Path, first: int) -> float:
 
 def last_records(workdir: epath.Path) -> dict[str, dict]:
     """The latest training and validation record."""
-    return {kind: (read_records(workdir, kind) or [{}])[-1] for kind in ("train", "validation")}
+    found = {kind: read_records(workdir, kind) for kind in ("train", "validation", "answers")}
+    return {kind: (records or [{}])[-1] for kind, records in found.items() if records or kind != "answers"}
 
 
 def _step_line(step: int, means: dict[str, float]) -> str:

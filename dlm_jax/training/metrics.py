@@ -105,7 +105,7 @@ class MetricsLog:
             self._wandb = _wandb_run(log.wandb, self._folder, workdir.name, config)
 
     def write(self, step: int, kind: str, values: Mapping[str, float | str]) -> None:
-        """One record: `kind` is "train", "validation" or "sample".
+        """One record: `kind` is "train", "validation", "answers" or "sample".
 
         Raises:
           TrainingError: it cannot be written.
