@@ -5,6 +5,7 @@ import jax
 from dlm_jax.attention.choice import BACKENDS, Choice, Work, choose_backend
 from dlm_jax.attention.cudnn import cudnn_attention
 from dlm_jax.attention.dense import dense_attention
+from dlm_jax.attention.dense_blocks import dense_block_attention
 from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.attention.partition import Partition
 from dlm_jax.attention.sharded import sharded_attention_tpu
@@ -32,4 +33,5 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
     if backend == "flash_tpu":
         return sharded_attention_tpu(query, key, value, mask, partition=partition, dropout_rate=dropout_rate,
                                      dropout_seeds=dropout_seeds)
-    return dense_attention(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds)
+    dense = dense_block_attention if mask.kind == "block_diffusion" else dense_attention
+    return dense(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from dlm_jax.attention.hashing import dropout
 from dlm_jax.attention.mask import AttentionMask
 
-_FORBIDDEN = -1e30  # finite, so that a query that may see nothing gives a mean of values and not NaN
+FORBIDDEN = -1e30  # finite, so that a query that may see nothing gives a mean of values and not NaN
 
 
 def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
@@ -36,7 +36,7 @@ def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: At
     if mask.kind != "bidirectional" or mask.window or mask.segment_ids is not None or mask.lengths is not None:
         positions = jnp.arange(q_len) if query_positions is None else query_positions
         allowed = mask.allowed(positions, jnp.arange(k_len))  # [batch or 1, Q, K]
-        scores = jnp.where(allowed[:, None, None], scores, _FORBIDDEN)
+        scores = jnp.where(allowed[:, None, None], scores, FORBIDDEN)
     # Softmax, divided by its sum after the product with the values: its gradient then needs no sum over the square.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)

@@ -4,6 +4,8 @@ Randomness that lives inside attention (annealing, dropout) must be computable f
 [length, length] square without the rest of it, so it is a pure function of coordinates and not a stream.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,18 +49,21 @@ def bernoulli(bits: jax.Array, probability: jax.Array | float) -> jax.Array:
     return below(bits, threshold(probability))
 
 
-def dropout(x: jax.Array, rate: float, seeds: jax.Array | None, *site: jax.Array | int) -> jax.Array:
+def dropout(x: jax.Array, rate: float, seeds: jax.Array | None, *site: jax.Array | int,
+            coordinates: Sequence[jax.Array] | None = None) -> jax.Array:
     """Inverted dropout on `x` [batch, ...], decided element by element from (seed, site, coordinates).
 
     Args:
       seeds: uint32 [batch], one per example, so that the result does not depend on how examples are
         batched or sharded; None turns dropout off.
       site: integers that tell apart the places in the network that use the same seeds.
+      coordinates: what broadcasts to `x`, for a part of an array that decides as the whole would; None: indices.
     """
     if seeds is None or rate == 0.0:
         return x
     index = [seeds.reshape((-1,) + (1,) * (x.ndim - 1)), *site]
-    index += [jax.lax.broadcasted_iota(jnp.uint32, (1,) * d + x.shape[d : d + 1] + (1,) * (x.ndim - d - 1), d)
-              for d in range(1, x.ndim)]
-    drop = bernoulli(counter_hash(*index), rate)
+    if coordinates is None:
+        coordinates = [jax.lax.broadcasted_iota(jnp.uint32, (1,) * d + x.shape[d : d + 1] + (1,) * (x.ndim - d - 1), d)
+                       for d in range(1, x.ndim)]
+    drop = bernoulli(counter_hash(*index, *coordinates), rate)
     return jnp.where(drop, 0, x / (1.0 - rate)).astype(x.dtype)

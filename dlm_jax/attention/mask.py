@@ -16,12 +16,15 @@ from dlm_jax.errors import ConfigError
 class AttentionMask:
     """A rule on (query position, key position), narrowed by segments, lengths and a window.
 
-    Build one with the class methods. Positions are array indices, not the rotary positions of packed rows.
+    Build one with the class methods. Positions are array indices, not the rotary positions of packed rows; with several
+    copies of a text, segments are those of all copies and the window is one within the text.
     """
 
     kind: str = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(default=0, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    text_length: int = dataclasses.field(default=0, metadata={"static": True})
+    views: int = dataclasses.field(default=0, metadata={"static": True})
     ratio: jax.Array | None = None
     seed: jax.Array | None = None
     example_index: jax.Array | None = None  # uint32 [batch]
@@ -61,6 +64,18 @@ class AttentionMask:
         return cls(kind="block_causal", block_size=block_size)
 
     @classmethod
+    def block_diffusion(cls, block_size: int, text_length: int, views: int = 1) -> Self:
+        """Of `views` noised copies of a text and a clean one behind them, each of `text_length` positions.
+
+        A noised block of `block_size` positions sees itself whole and the clean copy of every earlier block; the clean
+        copy sees itself as the AR parent would, causally (block diffusion, arXiv 2503.09573; the causal clean copy is
+        NBDiff's, arXiv 2512.06776). Blocks are counted from the beginning of the text; the last may be shorter.
+        """
+        if block_size < 1:
+            raise ConfigError(f"block_size must be at least 1, got {block_size}")
+        return cls(kind="block_diffusion", block_size=block_size, text_length=text_length, views=views)
+
+    @classmethod
     def matrix(cls, allowed: jax.Array) -> Self:
         """`allowed` [length, length] bool: query i sees key j where allowed[i, j]. For tests and experiments."""
         return cls(kind="matrix", allowed_matrix=jnp.asarray(allowed, bool))
@@ -70,7 +85,13 @@ class AttentionMask:
         return dataclasses.replace(self, segment_ids=jnp.asarray(segment_ids, jnp.int32))
 
     def with_lengths(self, lengths: jax.Array) -> Self:
-        """Also forbids keys at or past `lengths` int [batch], which are padding."""
+        """Also forbids keys at or past `lengths` int [batch], which are padding.
+
+        Raises:
+          ConfigError: of several copies of a text; give their padding a segment of its own.
+        """
+        if self.kind == "block_diffusion":
+            raise ConfigError("a block_diffusion mask takes no lengths; give padding a segment of its own instead")
         return dataclasses.replace(self, lengths=jnp.asarray(lengths, jnp.int32))
 
     def with_window(self, window: int | None) -> Self:
@@ -80,7 +101,8 @@ class AttentionMask:
     @property
     def rule(self) -> Rule:
         """What of this mask is known when a program is compiled."""
-        return Rule(self.kind, self.block_size, self.window, self.segment_ids is not None, self.lengths is not None)
+        return Rule(self.kind, self.block_size, self.window, self.segment_ids is not None, self.lengths is not None,
+                    self.text_length, self.views)
 
     def numbers(self) -> Numbers:
         """What the rule needs to know of each example, each int32 or uint32 [batch or 1]."""

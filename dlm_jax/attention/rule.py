@@ -26,17 +26,30 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The part of an `AttentionMask` that is known when a program is compiled."""
+    """The part of an `AttentionMask` that is known when a program is compiled.
+
+    Of the kind `block_diffusion`, which is of several copies of a text one after another, `text_length` is that of one
+    copy and `views` how many are noised; a clean one follows them.
+    """
 
     kind: str
     block_size: int = 0
     window: int | None = None
     segments: bool = False
     lengths: bool = False
+    text_length: int = 0
+    views: int = 0
+
+    def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of indices of several copies: which copy each lies in, and where in its text."""
+        copy = sum((x >= number * self.text_length).astype(jnp.int32) for number in range(1, self.views + 1))
+        return copy, x - copy * self.text_length
 
     def allowed(self, q: jax.Array, k: jax.Array, numbers: Numbers, query_segments: jax.Array | None = None,
                 key_segments: jax.Array | None = None) -> jax.Array:
         """Whether a query sees a key, bool; the arguments broadcast against each other."""
+        if self.kind == "block_diffusion":
+            (q_copy, q), (k_copy, k) = self.split(q), self.split(k)
         match self.kind:
             case "causal":
                 allowed = k <= q
@@ -46,6 +59,11 @@ class Rule:
                 allowed = (k <= q) | below(counter_hash(q, k, state=numbers.pattern), numbers.threshold)
             case "block_causal":
                 allowed = k // self.block_size <= q // self.block_size
+            case "block_diffusion":
+                q_block, k_block, k_clean = q // self.block_size, k // self.block_size, k_copy == self.views
+                # A noised block sees itself whole and what is clean before it; the clean copy is read as by the parent.
+                inside = (q_copy == k_copy) & jnp.where(k_clean, k <= q, q_block == k_block)
+                allowed = inside | ((q_copy < self.views) & k_clean & (k_block < q_block))
             case _:
                 raise ValueError(f"unknown attention mask kind {self.kind!r}")
         if self.window is not None:
@@ -59,6 +77,9 @@ class Rule:
     def extent(self, q: Span, k: Span, numbers: Numbers, query_segments: Span | None = None,
                key_segments: Span | None = None) -> tuple[jax.Array, jax.Array]:
         """What the corners of a tile tell of it: (it may allow something, it allows everything), scalar bools."""
+        if self.kind == "block_diffusion":
+            (some, every), q, k = self._extent_of_copies(q, k)
+            return self._narrowed(some, every, q, k, numbers, query_segments, key_segments)
         match self.kind:
             case "causal":
                 some, every = k.low <= q.high, k.high <= q.low
@@ -72,6 +93,11 @@ class Rule:
                 every = k.high // self.block_size <= q.low // self.block_size
             case _:
                 raise ValueError(f"attention mask kind {self.kind!r} has no tiles")
+        return self._narrowed(some, every, q, k, numbers, query_segments, key_segments)
+
+    def _narrowed(self, some: jax.Array, every: jax.Array, q: Span, k: Span, numbers: Numbers,
+                  query_segments: Span | None, key_segments: Span | None) -> tuple[jax.Array, jax.Array]:
+        """`extent` after what narrows every kind."""
         if self.window is not None:
             some &= (k.low - q.high < self.window) & (q.low - k.high < self.window)
             every &= (k.high - q.low < self.window) & (q.high - k.low < self.window)
@@ -82,3 +108,24 @@ class Rule:
             some &= k.low < numbers.length
             every &= k.high < numbers.length
         return some, every
+
+    def _extent_of_copies(self, q: Span, k: Span) -> tuple[tuple[jax.Array, jax.Array], Span, Span]:
+        """`extent` of the kind `block_diffusion`, and the spans in the text; a tile may lie across several copies."""
+        (q_first, q_low), (q_last, q_high) = self.split(q.low), self.split(q.high)
+        (k_first, k_low), (k_last, k_high) = self.split(k.low), self.split(k.high)
+        text = Span(jnp.int32(0), jnp.int32(self.text_length - 1))
+        q_whole, k_whole = q_first == q_last, k_first == k_last
+        # Across copies a tile reaches from the middle of one text to the middle of another: taken as all of it.
+        q = Span(jnp.where(q_whole, q_low, text.low), jnp.where(q_whole, q_high, text.high))
+        k = Span(jnp.where(k_whole, k_low, text.low), jnp.where(k_whole, k_high, text.high))
+        q_block, k_block = (Span(x.low // self.block_size, x.high // self.block_size) for x in (q, k))
+        same = (q_first <= k_last) & (k_first <= q_last)
+        q_noised, k_clean = q_first < self.views, k_last == self.views
+        meet = (k_block.low <= q_block.high) & (q_block.low <= k_block.high)
+        some = (same & q_noised & (k_first < self.views) & meet) | (q_noised & k_clean & (k_block.low < q_block.high))
+        some |= (q_last == self.views) & k_clean & (k.low <= q.high)
+        one = q_whole & k_whole
+        block = (q_block.low == q_block.high) & (k_block.low == k_block.high) & (q_block.low == k_block.low)
+        every = one & jnp.where(k_clean, jnp.where(q_noised, k_block.high < q_block.low, k.high <= q.low),
+                                (q_first == k_first) & block)
+        return (some, every), q, k

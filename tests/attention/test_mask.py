@@ -8,6 +8,7 @@ import pytest
 from dlm_jax.attention import AttentionMask
 from dlm_jax.attention.hashing import counter_hash, dropout
 from dlm_jax.diffusion import annealing_seed, dropout_seeds
+from dlm_jax.errors import ConfigError
 
 N = 256
 SEED, STEPS, EXAMPLES = 17, 4, 4  # of the statistics: consecutive ones, as a run has them
@@ -128,3 +129,27 @@ def test_narrowing():
 def test_ratio_and_seed_may_be_traced():
     allowed = jax.jit(lambda r, s: AttentionMask.annealed(r, s).allowed(jnp.arange(N), jnp.arange(N)))
     np.testing.assert_array_equal(allowed(0.3, 5), square(AttentionMask.annealed(0.3, 5)))
+
+
+@pytest.mark.parametrize("size, views", [(1, 1), (3, 1), (4, 2), (9, 1), (20, 2)])
+def test_a_noised_block_sees_itself_and_what_is_clean_before_it(size, views):
+    n = 9
+    found = square(AttentionMask.block_diffusion(size, n, views), n * (views + 1))[0]
+    for q, k in np.ndindex(found.shape):
+        (q_copy, q_at), (k_copy, k_at) = divmod(q, n), divmod(k, n)
+        if q_copy == views:
+            expected = k_copy == views and k_at <= q_at
+        elif k_copy == views:
+            expected = k_at // size < q_at // size
+        else:
+            expected = q_copy == k_copy and q_at // size == k_at // size
+        assert found[q, k] == expected, (q, k)
+
+
+def test_the_window_of_copies_is_one_in_the_text():
+    n = 8
+    wide, narrow = (square(AttentionMask.block_diffusion(4, n).with_window(w), 2 * n)[0] for w in (None, 3))
+    at = np.arange(2 * n) % n
+    np.testing.assert_array_equal(narrow, wide & (abs(at[:, None] - at) < 3))
+    with pytest.raises(ConfigError, match="takes no lengths"):
+        AttentionMask.block_diffusion(4, n).with_lengths(jnp.array([3]))
