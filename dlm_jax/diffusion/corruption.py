@@ -19,6 +19,7 @@ class CorruptedBatch:
       scored: bool [batch, length], the positions whose cross-entropy counts.
       maskable: bool [batch, length], the positions that could have been noised; their number normalises the bound.
       weights: float32 [batch, length], weight of each position's cross-entropy.
+      positions: int32 [batch or 1, length], where in its text each token stands; None: counted from 0.
     """
 
     tokens: jax.Array
@@ -26,6 +27,7 @@ class CorruptedBatch:
     scored: jax.Array
     maskable: jax.Array
     weights: jax.Array
+    positions: jax.Array | None = None
 
 
 def corrupt(tokens: jax.Array, maskable: jax.Array, times: jax.Array, keys: jax.Array, *, mask_token_id: int,
@@ -35,16 +37,17 @@ def corrupt(tokens: jax.Array, maskable: jax.Array, times: jax.Array, keys: jax.
     Args:
       tokens: int32 [batch, length].
       maskable: bool [batch, length]; position 0 should be False, as context is never noised.
-      times: float32 [batch], in (0, 1].
+      times: float32 [batch] or [batch, length], in (0, 1].
       keys: random keys [batch], one per example.
 
     Returns:
-      A batch weighted by the bound's weight at each row's time (arXiv 2410.17891, eq. 4 for the linear schedule).
+      A batch weighted by the bound's weight at each time (arXiv 2410.17891, eq. 4 for the linear schedule).
     """
     length = tokens.shape[1]
     noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
-    masked = maskable & (noise < schedule.mask_probability(times)[:, None])
-    weights = jnp.broadcast_to(schedule.weight(times)[:, None], tokens.shape).astype(jnp.float32)
+    times = times[:, None] if times.ndim == 1 else times
+    masked = maskable & (noise < schedule.mask_probability(times))
+    weights = jnp.broadcast_to(schedule.weight(times), tokens.shape).astype(jnp.float32)
     return CorruptedBatch(tokens=jnp.where(masked, mask_token_id, tokens), targets=tokens, scored=masked,
                           maskable=maskable, weights=weights)
 

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_jax.diffusion.randomness import TIMES, stream
 from dlm_jax.errors import ConfigError
@@ -68,6 +69,19 @@ def sample_times(seed: jax.Array | int, step: jax.Array | int, example_index: ja
     row = example_index % batch_size
     fraction = (radical_inverse(row // 2) + offset) % 1.0
     return low + (high - low) * jnp.where(row % 2 == 0, fraction, 1.0 - fraction)
+
+
+def block_times(times: jax.Array, block_size: int, length: int, *, low: jax.Array | float,
+                high: jax.Array | float) -> jax.Array:
+    """A time for each block, from one for each row: [batch] in [low, high] to [batch, length], constant in blocks.
+
+    A row's times lie apart by the golden ratio of the range, so that its blocks cover the range evenly, each of them
+    uniformly where the row's own is (Weyl's sequence); the first block has the row's.
+    """
+    block = jnp.arange(length) // block_size
+    steps = np.arange(-(-length // block_size)) * ((5**0.5 - 1) / 2) % 1.0  # in float64: blocks may be many
+    fraction = ((times - low) / (high - low))[:, None] + jnp.asarray(steps, jnp.float32)[block]
+    return jnp.where(block == 0, times[:, None], low + (high - low) * (fraction % 1.0))
 
 
 def radical_inverse(index: jax.Array) -> jax.Array:

@@ -73,7 +73,7 @@ class Transformer(nnx.Module):
 
         Args:
           attention: which position sees which; the model's sliding window, if it has one, is added.
-          positions: int [length] or [batch, length]; None counts from 0.
+          positions: int [length] or [batch, length], within the model's length; None counts from 0.
           dropout_seeds: uint32 [batch], one per example; None turns dropout off.
         """
         return self._run(tokens, attention, positions, dropout_seeds, None)[0]
@@ -92,7 +92,7 @@ class Transformer(nnx.Module):
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
              dropout_seeds: jax.Array | None, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
-        if self.positions is not None and tokens.shape[1] > config.max_length:
+        if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
                               "learned positions; use shorter rows")
         if positions is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 
@@ -86,9 +87,9 @@ class _Run:
         self.answers = Answers(self.base, held_out, self.mesh, config) if config.validation.answers else None
 
         optimizer, ema = make_optimizer(config.optimizer, config.num_steps), config.optimizer.ema_decay > 0
-        self.train_step = make_train_step(
-            graphdef, optimizer, self.mesh, objective=config.objective, config=config.optimizer,
-            num_steps=config.num_steps, seed=config.seed, mask_token_id=self.base.mask_token_id)
+        self.train_step_of = functools.cache(functools.partial(
+            make_train_step, graphdef, optimizer, self.mesh, config=config.optimizer, num_steps=config.num_steps,
+            seed=config.seed, mask_token_id=self.base.mask_token_id))
         self.data_mark, progress = data_mark(sources), {}
         if self.first:
             layout = state_layout(params, optimizer, ema, self.mesh, config.optimizer.offload, frozen)
@@ -126,7 +127,8 @@ class _Run:
             with self.clock.doing("data"):
                 batch = next(self.batches)
             self.profile.before(step + 1)
-            self.state, metrics = self.train_step(self.state, batch)
+            # One program, but for objectives that change their shape on the way: blocks that grow.
+            self.state, metrics = self.train_step_of(objective=config.objective.at(step))(self.state, batch)
             if pending:
                 self.absorb(*pending)  # the step before: the device has its next work while this waits
             step += 1

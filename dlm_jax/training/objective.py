@@ -1,7 +1,7 @@
 """What a step minimises: from a batch to a corrupted batch and an attention mask, and the weights of the loss."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from dlm_jax.diffusion import (
     NoiseSchedule,
     anneal_ratio,
     annealing_seed,
+    beside_clean,
+    block_times,
+    complement,
     corrupt,
     example_keys,
     sample_times,
@@ -27,7 +30,8 @@ def _field(default: object, meaning: str) -> object:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    name: Literal["diffusion", "autoregressive"] = _field("diffusion", "what is learnt")
+    name: Literal["diffusion", "block_diffusion", "autoregressive"] = _field(
+        "diffusion", "what is learnt; block_diffusion: one block after another, each by diffusion")
     shift: bool = _field(True, "position n is predicted from the state at n - 1, as the AR base does")
     schedule: Literal["linear", "cosine", "polynomial"] = _field("linear", "masking probability as a function of time")
     power: float = _field(2.0, "exponent of the polynomial schedule")
@@ -40,6 +44,11 @@ class ObjectiveConfig:
         (), "(first step, low, high) triples: times are drawn from [low, high] from that step on; empty: [min_time, 1]")
     anneal_steps: int = _field(0, "steps over which attention opens from causal; 0: bidirectional from the start")
     anneal_shared: bool = _field(False, "one annealed attention pattern for the whole batch, as in the release")
+    block_size: int = _field(32, "block_diffusion: tokens a block; 1 is autoregression, a row's length full diffusion")
+    block_stages: tuple[tuple[int, int], ...] = _field(
+        (), "block_diffusion: (first step, tokens a block) pairs that grow to block_size; empty: block_size throughout")
+    complementary: bool = _field(
+        False, "block_diffusion: two noised views of each text, and each token masked in one of them")
 
     def __post_init__(self) -> None:
         if not 0 < self.min_time < 1:
@@ -49,6 +58,11 @@ class ObjectiveConfig:
                               "token")
         if self.anneal_steps < 0:
             raise ConfigError(f"objective.anneal_steps must not be negative, got {self.anneal_steps}")
+        if self.name == "block_diffusion":
+            self._check_blocks()
+        elif self.block_stages or self.complementary:
+            raise ConfigError(f"objective.block_stages and complementary belong to the objective block_diffusion, and "
+                              f"this one is {self.name}")
         starts = [stage[0] for stage in self.stages]
         if starts and (starts[0] != 0 or starts != sorted(set(starts))):
             raise ConfigError(f"objective.stages must start at step 0 and go on in order, got {self.stages}")
@@ -56,9 +70,39 @@ class ObjectiveConfig:
             raise ConfigError(f"objective.stages are (first step, low, high) with 0 <= low < high <= 1, "
                               f"got {self.stages}")
 
+    def _check_blocks(self) -> None:
+        if self.anneal_steps:
+            raise ConfigError("objective.anneal_steps opens attention for the objective diffusion; block_diffusion "
+                              "grows by objective.block_stages instead")
+        sizes, starts = [size for _, size in self.block_stages], [start for start, _ in self.block_stages]
+        if min([self.block_size, *sizes]) < 1:
+            raise ConfigError(f"blocks have at least 1 token, got objective.block_size {self.block_size} and "
+                              f"block_stages {self.block_stages}")
+        if starts and (starts[0] != 0 or starts != sorted(set(starts)) or sizes[-1] != self.block_size):
+            raise ConfigError("objective.block_stages must start at step 0, go on in order and end with block_size "
+                              f"{self.block_size}, got {self.block_stages}")
+        if self.complementary and self.schedule != "linear":
+            raise ConfigError(f"objective.complementary needs the linear schedule, and this one is {self.schedule}")
+
     @property
     def noise(self) -> NoiseSchedule:
         return NoiseSchedule(self.schedule, self.power)
+
+    def at(self, step: int) -> Self:
+        """What is minimised at a step: this, with the size that blocks have got to."""
+        sizes = [size for start, size in self.block_stages if start <= step]
+        return dataclasses.replace(self, block_size=sizes[-1], block_stages=()) if sizes else self
+
+    def settled(self, length: int) -> Self:
+        """The same for rows of `length` by its simpler name: blocks of one token under the shift are autoregression,
+        and one block is full diffusion."""
+        if self.name != "block_diffusion":
+            return self
+        plain = dataclasses.replace(self, complementary=False, block_stages=(), block_size=1)
+        if self.block_size == 1 and self.shift:
+            return dataclasses.replace(plain, name="autoregressive")
+        one = self.block_size >= length and not self.complementary
+        return dataclasses.replace(plain, name="diffusion") if one else self
 
 
 def check_mask_token(config: ObjectiveConfig, mask_token_id: int | None, vocab_size: int) -> None:
@@ -75,27 +119,33 @@ def time_range(config: ObjectiveConfig, step: jax.Array) -> tuple[jax.Array, jax
     """The bounds from which this step draws its times."""
     stages = config.stages or ((0, 0.0, 1.0),)
     stage = sum((step >= start).astype(jnp.int32) for start, _, _ in stages) - 1
+    most = 1.0 - config.min_time if config.complementary else 1.0  # the time of the other view is what is left of 1
     low = jnp.asarray([max(low, config.min_time) for _, low, _ in stages], jnp.float32)
-    return low[stage], jnp.asarray([high for _, _, high in stages], jnp.float32)[stage]
+    return low[stage], jnp.asarray([min(high, most) for _, _, high in stages], jnp.float32)[stage]
 
 
 def ratio_of(config: ObjectiveConfig, step: jax.Array) -> jax.Array:
     """The share of later positions open to attention at this step: 0 causal, 1 bidirectional."""
-    if config.name == "autoregressive":
+    if config.name != "diffusion":
         return jnp.float32(0.0)
     return anneal_ratio(step, config.anneal_steps)
 
 
 def attention_mask(config: ObjectiveConfig, batch: Batch, step: jax.Array, seed: int) -> AttentionMask:
     """What training attends to at this step."""
+    segments = batch.segment_ids
     if config.name == "autoregressive":
         mask = AttentionMask.causal()
+    elif config.name == "block_diffusion":
+        views = 1 + config.complementary
+        mask = AttentionMask.block_diffusion(config.block_size, batch.tokens.shape[1], views)
+        segments = segments if segments is None else jnp.tile(segments, views + 1)
     elif config.anneal_steps == 0:
         mask = AttentionMask.bidirectional()
     else:
         mask = AttentionMask.annealed(anneal_ratio(step, config.anneal_steps), annealing_seed(seed, step),
                                       None if config.anneal_shared else batch.example_index)
-    return mask if batch.segment_ids is None else mask.with_segments(batch.segment_ids)
+    return mask if segments is None else mask.with_segments(segments)
 
 
 def prepare(config: ObjectiveConfig, batch: Batch, step: jax.Array, *, seed: int, batch_size: int,
@@ -103,16 +153,28 @@ def prepare(config: ObjectiveConfig, batch: Batch, step: jax.Array, *, seed: int
     """Noise and attention for `batch`, any part of a global batch of `batch_size` rows.
 
     All of it is a function of (seed, step, example_index): how rows are split over devices, processes or
-    micro-batches changes nothing.
+    micro-batches changes nothing. Of block diffusion the result is several copies of each row, one after another.
     """
+    config = config.settled(batch.tokens.shape[1])
     mask = attention_mask(config, batch, step, seed)
     if config.name == "autoregressive":
-        return uncorrupted(batch.tokens, batch.maskable), mask
+        return dataclasses.replace(uncorrupted(batch.tokens, batch.maskable), positions=batch.positions), mask
     low, high = time_range(config, step)
     times = sample_times(seed, step, batch.example_index, batch_size, low=low, high=high)
-    keys = example_keys(seed, batch.example_index)
-    return corrupt(batch.tokens, batch.maskable, times, keys, mask_token_id=mask_token_id,
-                   schedule=config.noise), mask
+    if config.name == "block_diffusion":
+        times = block_times(times, config.block_size, batch.tokens.shape[1], low=low, high=high)
+    noised = corrupt(batch.tokens, batch.maskable, times, example_keys(seed, batch.example_index),
+                     mask_token_id=mask_token_id, schedule=config.noise)
+    noised = dataclasses.replace(noised, positions=batch.positions)
+    return (noised if config.name == "diffusion" else _copies(config, noised, times, mask_token_id)), mask
+
+
+def _copies(config: ObjectiveConfig, noised: CorruptedBatch, times: jax.Array, mask_token_id: int) -> CorruptedBatch:
+    positions = jnp.arange(noised.tokens.shape[1])[None] if noised.positions is None else noised.positions
+    views = [dataclasses.replace(noised, positions=positions)]
+    if config.complementary:
+        views.append(complement(views[0], mask_token_id, config.noise.weight(1.0 - times)))
+    return beside_clean(views, config.block_size, shift=config.shift)
 
 
 def loss_weights(config: ObjectiveConfig, batch: CorruptedBatch) -> jax.Array:

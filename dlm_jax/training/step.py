@@ -38,7 +38,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
              batch_size: int) -> tuple[jax.Array, LossSums]:
         model = nnx.merge(graphdef, gather_tables(params, mesh), gather_tables(frozen, mesh))
         noised, mask = prepare(objective, batch, step, seed=seed, batch_size=batch_size, mask_token_id=mask_token_id)
-        hidden = model.hidden(noised.tokens, mask, positions=batch.positions,
+        hidden = model.hidden(noised.tokens, mask, positions=noised.positions,
                               dropout_seeds=dropout_seeds(seed, batch.example_index))
         sums = loss_sums(hidden, *head_of(nnx.merge(graphdef, params, frozen), mesh), noised,
                          weights=loss_weights(objective, noised), shift=objective.shift)
@@ -127,7 +127,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
     neighbours among `num_rows * num_samples` examples, whose times spread over the range, and so do those of each row.
     """
     objective = ObjectiveConfig(name=objective.name, shift=objective.shift, schedule=objective.schedule,
-                                power=objective.power, min_time=objective.min_time)
+                                power=objective.power, min_time=objective.min_time, block_size=objective.block_size)
 
     @jax.jit
     def eval_step(params: nnx.State, batch: Batch, draw: jax.Array) -> LossSums:
@@ -135,7 +135,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
         batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + draw.astype(jnp.uint32))
         noised, mask = prepare(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
                                mask_token_id=mask_token_id)
-        hidden = model.hidden(noised.tokens, mask, positions=batch.positions)
+        hidden = model.hidden(noised.tokens, mask, positions=noised.positions)
         return loss_sums(hidden, *head_of(nnx.merge(graphdef, params), mesh), noised, shift=objective.shift)
 
     return eval_step
