@@ -36,7 +36,8 @@ def tuning(config, examples):
     optimizer = dataclasses.replace(config.optimizer, learning_rate=3e-2, ema_decay=0.0)
     objective = dataclasses.replace(config.objective, anneal_steps=0)
     checkpoint = dataclasses.replace(config.checkpoint, every=20)
-    return dataclasses.replace(config, checkpoint=checkpoint, data=data, validation=validation, optimizer=optimizer, objective=objective)
+    return dataclasses.replace(config, checkpoint=checkpoint, data=data, validation=validation, optimizer=optimizer,
+                               objective=objective)
 
 
 @pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
