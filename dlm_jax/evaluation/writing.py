@@ -16,8 +16,7 @@ from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.candidate import Blank, Write
 from dlm_jax.evaluation.gap_length import settle_lengths
 from dlm_jax.models import Transformer
-from dlm_jax.parallel import array_sharding, batch_parts
-from dlm_jax.sampling import SamplerConfig, Task, make_canvas, sample
+from dlm_jax.sampling import SamplerConfig, Task, sample_rows
 from dlm_jax.sampling.text import Piece, decode, encode
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
       ConfigError: a text stands behind a blank and the policy goes from left to right.
     """
     encoder = functools.partial(encode, tokenizer, bos_token_id=bos_token_id)
+    ends = () if eos_token_id is None else (eos_token_id,)
 
     def in_use() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -72,31 +72,22 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
             rows.append([*row[first:1], *row[1 + surplus :]])
             gaps.append(range(gap.start - surplus - first, gap.stop - surplus - first))
         filled = fill(rows, blanks, dataclasses.replace(config, **settings))
-        texts = [decode(tokenizer, piece, [gap], row, eos_token_id if len(piece) == 2 else None)
+        texts = [decode(tokenizer, piece, [gap], row, ends if len(piece) == 2 else ())
                  for piece, gap, row in zip(pieces, gaps, filled, strict=True)]
         return [text[len(piece[0]) : len(text) - len(piece[2]) if len(piece) > 2 else None]
                 for text, piece in zip(texts, pieces, strict=True)]
 
     def fill(rows: Sequence[Sequence[int]], blanks: Sequence[Blank], config: SamplerConfig) -> list[np.ndarray]:
-        canvas = make_canvas(rows, model.config.max_length)
         keys = _sample_keys(seed, blanks)
-        parts = 1 if mesh is None else batch_parts(mesh)
-        size = -(-batch_size // parts) * parts
         result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
         # An infilling has text behind it, a continuation has none: two programs.
         for behind in (False, True):
-            task = Task(config, mask_token_id, shift, eos_token_id, stop_at_eos=not behind and eos_token_id is not None)
-            members = np.array([i for i, blank in enumerate(blanks) if bool(blank.after) == behind], int)
-            members = members[np.argsort(canvas.lengths[members], kind="stable")]
-            for start in range(0, len(members), size):
-                chosen = np.resize(members[start : start + size], size)  # the last batch repeats rows
-                part = canvas.take(chosen)
-                arrays = part.tokens, part.fixed, part.lengths, keys[chosen]
-                if mesh is not None:
-                    arrays = jax.device_put(arrays, array_sharding(mesh, "batch"))
-                with in_use():
-                    filled = sample(model, *arrays, task).tokens
-                for i, row in zip(chosen, np.asarray(filled), strict=True):
+            task = Task(config, mask_token_id, shift, ends, stop_at_eos=not behind and bool(ends))
+            members = [i for i, blank in enumerate(blanks) if bool(blank.after) == behind]
+            if members:
+                filled = sample_rows(model, [rows[i] for i in members], keys[np.array(members)], task,
+                                     batch_size=batch_size, mesh=mesh)
+                for i, row in zip(members, filled, strict=True):
                     result[i] = row
         return result
 
