@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.data.examples import ExampleForm, Question
+from dlm_jax.data.recorded import recorded_form
 from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
@@ -22,8 +24,8 @@ from dlm_jax.evaluation.gap_length import settle_lengths
 from dlm_jax.hf import Pretrained, save_pretrained
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
-from dlm_jax.sampling import SamplerConfig, Snapshot, Task, make_canvas, sample_rows, sampler_config
-from dlm_jax.sampling.text import Piece, decode, encode, split_gaps
+from dlm_jax.sampling import GAP, SamplerConfig, Snapshot, Task, make_canvas, sample_rows, sampler_config
+from dlm_jax.sampling.text import Piece, before_end, decode, encode, split_gaps
 from dlm_jax.training.workdir import is_workdir, load_source, load_workdir
 
 
@@ -143,6 +145,33 @@ class DiffusionLM:
                 pieces = settle_lengths(self.model, pieces, encode_text, mask_token_id=self.mask_token_id,
                                         shift=self.pretrained.shift, batch_size=batch_size)
         return self._fill(pieces, config, seed, batch_size, example_index, on_step, stop_at_eos=False)
+
+    def respond(self, questions: str | Sequence[Question], max_new_tokens: int = 128, num_steps: int | None = None,
+                policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
+                batch_size: int = 16, example_index: Sequence[int] | None = None,
+                on_step: Callable[[Snapshot], None] | None = None, form: ExampleForm | None = None,
+                **settings) -> list[str]:
+        """Answers each question as a fine-tuned model learnt to: the response alone, up to the end of it.
+
+        Args:
+          questions: a text, a conversation (a list of messages {role, content}), or a list of either.
+          max_new_tokens: the most tokens of a response.
+          form: how a question is written; by default `example_form()`. Other arguments as in `generate`.
+        """
+        _check_some(max_new_tokens)
+        config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
+        form = self.example_form() if form is None else form
+        alone = not isinstance(questions, str) and questions and isinstance(questions[0], dict)
+        prompts = [form.ask(question) for question in ([questions] if alone else _texts(questions, "questions"))]
+        # Conversations grow from call to call: coarse lengths, so that not every turn needs a program of its own.
+        filled = self._sample([prompt + [GAP] * max_new_tokens for prompt in prompts], config, seed, batch_size,
+                              example_index, on_step, form.end_token_ids, stop_at_eos=True, coarse=True)
+        return [form.response_text(before_end(row[len(prompt) : len(prompt) + max_new_tokens], form.end_token_ids))
+                for prompt, row in zip(prompts, filled, strict=True)]
+
+    def example_form(self, **settings) -> ExampleForm:
+        """How the examples were written that the model learnt from; `settings` as in `data.recorded`."""
+        return recorded_form(self.tokenizer, self.pretrained.recipe or {}, self.config.max_length, **settings)
 
     def score(self, texts: str | Sequence[str], num_samples: int = 128, seed: int = 0,
               batch_size: int = 16) -> list[BoundEstimate]:
