@@ -12,19 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.data.examples import ExampleForm, Question
+from dlm_jax.data.recorded import recorded_form
 from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
 from dlm_jax.evaluation.gap_length import settle_lengths
 from dlm_jax.hf import Pretrained, save_pretrained
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
-from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, array_sharding, batch_parts, make_mesh, param_shardings
-from dlm_jax.sampling import SamplerConfig, Snapshot, Task, make_canvas, sample, sampler_config, stream
-from dlm_jax.sampling.text import Piece, decode, encode, split_gaps
+from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
+from dlm_jax.sampling import GAP, SamplerConfig, Snapshot, Task, make_canvas, sample_rows, sampler_config
+from dlm_jax.sampling.text import Piece, before_end, decode, encode, split_gaps
 from dlm_jax.training.workdir import is_workdir, load_source, load_workdir
 
 
@@ -122,8 +123,7 @@ class DiffusionLM:
           example_index: which random numbers each prompt gets, 0, 1, 2, ... by default.
           on_step: called before the first step of each batch and after every step; the texts are the same with it.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        _check_some(max_new_tokens)
         config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
         pieces = [[prompt, max_new_tokens] for prompt in _texts(prompts, "prompts")]
         return self._fill(pieces, config, seed, batch_size, example_index, on_step, stop_at_eos=True)
@@ -145,6 +145,33 @@ class DiffusionLM:
                 pieces = settle_lengths(self.model, pieces, encode_text, mask_token_id=self.mask_token_id,
                                         shift=self.pretrained.shift, batch_size=batch_size)
         return self._fill(pieces, config, seed, batch_size, example_index, on_step, stop_at_eos=False)
+
+    def respond(self, questions: str | Sequence[Question], max_new_tokens: int = 128, num_steps: int | None = None,
+                policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
+                batch_size: int = 16, example_index: Sequence[int] | None = None,
+                on_step: Callable[[Snapshot], None] | None = None, form: ExampleForm | None = None,
+                **settings) -> list[str]:
+        """Answers each question as a fine-tuned model learnt to: the response alone, up to the end of it.
+
+        Args:
+          questions: a text, a conversation (a list of messages {role, content}), or a list of either.
+          max_new_tokens: the most tokens of a response.
+          form: how a question is written; by default `example_form()`. Other arguments as in `generate`.
+        """
+        _check_some(max_new_tokens)
+        config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
+        form = self.example_form() if form is None else form
+        alone = not isinstance(questions, str) and questions and isinstance(questions[0], dict)
+        prompts = [form.ask(question) for question in ([questions] if alone else _texts(questions, "questions"))]
+        # Conversations grow from call to call: coarse lengths, so that not every turn needs a program of its own.
+        filled = self._sample([prompt + [GAP] * max_new_tokens for prompt in prompts], config, seed, batch_size,
+                              example_index, on_step, form.end_token_ids, stop_at_eos=True, coarse=True)
+        return [form.response_text(before_end(row[len(prompt) : len(prompt) + max_new_tokens], form.end_token_ids))
+                for prompt, row in zip(prompts, filled, strict=True)]
+
+    def example_form(self, **settings) -> ExampleForm:
+        """How the examples were written that the model learnt from; `settings` as in `data.recorded`."""
+        return recorded_form(self.tokenizer, self.pretrained.recipe or {}, self.config.max_length, **settings)
 
     def score(self, texts: str | Sequence[str], num_samples: int = 128, seed: int = 0,
               batch_size: int = 16) -> list[BoundEstimate]:
@@ -179,50 +206,36 @@ class DiffusionLM:
     def _fill(self, pieces: Sequence[Sequence[Piece]], config: SamplerConfig, seed: int, batch_size: int,
               example_index: Sequence[int] | None, on_step: Callable[[Snapshot], None] | None, *,
               stop_at_eos: bool) -> list[str]:
-        """Samples all rows, those of like length together, and puts the texts back in order."""
+        """Fills the gaps of texts."""
+        eos_token_id = self.pretrained.eos_token_id
+        ends = () if eos_token_id is None else (eos_token_id,)
+        rows, gaps = zip(*(encode(self.tokenizer, piece, self._bos_token_id) for piece in pieces), strict=True)
+        filled = self._sample(rows, config, seed, batch_size, example_index, on_step, ends, stop_at_eos)
+        return [decode(self.tokenizer, *parts, ends if stop_at_eos else ())
+                for parts in zip(pieces, gaps, filled, strict=True)]
+
+    def _sample(self, rows: Sequence[Sequence[int]], config: SamplerConfig, seed: int, batch_size: int,
+                example_index: Sequence[int] | None, on_step: Callable[[Snapshot], None] | None,
+                eos_token_ids: tuple[int, ...], stop_at_eos: bool, coarse: bool = False) -> list[np.ndarray]:
+        """Fills the gaps of rows of tokens, see `sampling.sample_rows`."""
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        index = np.arange(len(pieces)) if example_index is None else np.asarray(example_index)
-        if len(index) != len(pieces):
-            raise ConfigError(f"example_index has {len(index)} entries for {len(pieces)} texts")
-        keys = example_keys(seed, jnp.asarray(index, jnp.uint32))
-        eos_token_id = self.pretrained.eos_token_id
+        index = np.arange(len(rows)) if example_index is None else np.asarray(example_index)
+        if len(index) != len(rows):
+            raise ConfigError(f"example_index has {len(index)} entries for {len(rows)} texts")
         mask_token_id = self.pretrained.mask_token_id if config.policy == "autoregressive" else self.mask_token_id
-        task = Task(config, mask_token_id, self.pretrained.shift, eos_token_id,
-                    stop_at_eos=stop_at_eos and eos_token_id is not None)
-        rows, gaps = zip(*(encode(self.tokenizer, piece, self._bos_token_id) for piece in pieces), strict=True)
-        canvas = make_canvas(rows, self.config.max_length)
-        by_length = np.argsort(canvas.lengths, kind="stable")
-        parts = 1 if self.mesh is None else batch_parts(self.mesh)
-        batch_size = -(-min(batch_size, len(pieces)) // parts) * parts
-        texts = [""] * len(pieces)
-        quiet = True if len(pieces) <= batch_size or on_step is not None else None
-        for start in tqdm(range(0, len(pieces), batch_size), desc="sampling", leave=False, disable=quiet):
-            # The last batch repeats rows, to have the shape of the others and no program of its own.
-            chosen = np.resize(by_length[start : start + batch_size], batch_size)
-            part = canvas.take(chosen)
-            arguments = self.model, *self._placed(part.tokens, part.fixed, part.lengths, keys[chosen]), task
-            with self._in_use():
-                filled = sample(*arguments).tokens if on_step is None else self._watched(arguments, chosen, on_step)
-            for i, row in zip(chosen, np.asarray(filled), strict=True):
-                texts[i] = decode(self.tokenizer, pieces[i], gaps[i], row, eos_token_id if stop_at_eos else None)
-        return texts
-
-    def _placed(self, *arrays: np.ndarray | jax.Array) -> tuple[np.ndarray | jax.Array, ...]:
-        """Arrays [batch, ...], their rows split over the mesh if there is one."""
-        return arrays if self.mesh is None else jax.device_put(arrays, array_sharding(self.mesh, "batch"))
+        task = Task(config, mask_token_id, self.pretrained.shift, eos_token_ids, stop_at_eos and bool(eos_token_ids))
+        return sample_rows(self.model, rows, example_keys(seed, jnp.asarray(index, jnp.uint32)), task,
+                           batch_size=min(batch_size, len(rows)), mesh=self.mesh, on_step=on_step, coarse=coarse,
+                           progress=on_step is None)
 
     def _in_use(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _watched(self, arguments: tuple, rows: np.ndarray, on_step: Callable[[Snapshot], None]) -> jax.Array:
-        """The tokens that `sample` would give, every step shown."""
-        number = len(np.unique(rows))  # without repetitions
-        for step, state in enumerate(stream(*arguments)):
-            tokens, masked, confidence = (np.asarray(x)[:number]
-                                          for x in (state.tokens, state.masked, state.confidence))
-            on_step(Snapshot(step, rows[:number], np.asarray(arguments[3])[:number], tokens, masked, confidence))
-        return state.tokens
+
+def _check_some(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def _texts(texts: str | Sequence[str], name: str) -> list[str]:

@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,45 @@ def test_infill_keeps_what_stands_around_the_gaps(lm):
     assert lm.infill(texts[::-1], gap_length=2, example_index=[1, 0], **STEPS) == [second, first]
 
 
+def fine_tuned(lm, **settings):
+    """The model with the record of a run on such examples."""
+    recipe = {f"data.examples.{name}": value for name, value in settings.items()}
+    return DiffusionLM(dataclasses.replace(lm.pretrained, recipe=recipe))
+
+
+def test_an_answer_is_what_follows_the_question_as_it_was_learnt(lm):
+    tuned = fine_tuned(lm, format="prompt_response", separator="\n=")
+    questions = ["What is it?", "Why?"]
+    options = {"max_new_tokens": 9, "policy": "random", **STEPS}
+    asked = [question + "\n=" for question in questions]
+    written = [text.removeprefix(prompt).strip() for text, prompt in
+               zip(lm.generate(asked, **options), asked, strict=True)]
+    assert tuned.respond(questions, **options) == written and all(written)
+    assert tuned.respond(questions[1], example_index=[1], **options) == written[1:]
+    given = tuned.example_form(separator="?")
+    assert tuned.respond("Why", form=given, **options) == [
+        lm.generate("Why?", **options)[0].removeprefix("Why?").strip()]
+
+
+def test_a_conversation_is_asked_whole_and_an_answer_ends_at_any_of_its_ends(lm, tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}")
+    form = lm.example_form(chat_template=str(file))
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "?"}]
+    options = {"max_new_tokens": 24, "policy": "autoregressive", "form": form}
+    answer = lm.respond(talk, **options)
+    assert answer == lm.respond([talk], **options) == [
+        lm.generate("uHi;aHo;u?;", max_new_tokens=24, policy="autoregressive")[0].removeprefix("uHi;aHo;u?;").strip()]
+    (prompt, length), seen = (form.ask(talk), 24), []
+    lm.respond(talk, on_step=seen.append, **options)
+    tokens = seen[-1].tokens[0, len(prompt) : len(prompt) + length].tolist()
+    end = tokens[10]
+    stub = types.SimpleNamespace(ask=form.ask, end_token_ids=(end, 256), response_text=list)
+    assert lm.respond(talk, **options | {"form": stub}) == [tokens[: tokens.index(end)]]
+    with pytest.raises(DLMError, match="no form of question and answer"):
+        lm.respond("Hi")
+
+
 def test_a_second_prompt_of_similar_length_runs_the_same_program(lm):
     lm.generate("a prompt", max_new_tokens=10, **STEPS)
     compiled = _sample._cache_size()
@@ -127,6 +168,9 @@ def test_bfloat16_halves_the_parameters_and_still_writes(base):
     (lambda lm: lm.generate([]), "prompts is an empty list"),
     (lambda lm: lm.generate("a" * 96, max_new_tokens=4), "text 0 has 101 tokens, gaps included, .* at most 96"),
     (lambda lm: lm.generate("a", max_new_tokens=0), "max_new_tokens must be at least 1"),
+    (lambda lm: lm.respond("a", max_new_tokens=0), "max_new_tokens must be at least 1"),
+    (lambda lm: fine_tuned(lm, format="gsm8k").respond([]), "questions is an empty list"),
+    (lambda lm: fine_tuned(lm, format="gsm8k").respond("a" * 90, max_new_tokens=20), "text 0 has 112 tokens"),
     (lambda lm: lm.generate("a", num_steps=0), "num_steps must be at least 1"),
     (lambda lm: lm.generate("a", policy="best"), "unknown reveal policy 'best'"),
     (lambda lm: lm.generate("a", top_p=1.1), "top_p must lie in"),

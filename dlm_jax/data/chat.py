@@ -36,12 +36,12 @@ class Turn(NamedTuple):
 class TurnEnd(NamedTuple):
     """What a template writes after an answer: `written` in all, `kept` up to the end-of-turn mark.
 
-    `closed`: the mark is a token of its own.
+    `mark`: the id of that mark, where it is a token of its own.
     """
 
     written: str
     kept: str
-    closed: bool
+    mark: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Chat:
     file: str | None = None
 
     def __post_init__(self) -> None:
-        _ = self.template, self._turn_end  # read and tried here, once, before the first record
+        _ = self.template, self.turn_end  # read and tried here, once, before the first record
 
     def turns(self, messages: list[Message]) -> list[Turn]:
         """One for each message of the assistant's; its prompt is all that was said before.
@@ -73,18 +73,32 @@ class Chat:
     def _turn(self, history: list[Message], message: Message) -> Turn:
         where = f"message {len(history) + 1}"
         refuse_blank(where, message["content"])
-        refuse_blank(f"history before {where}", "".join(before["content"] for before in history))
-        try:
-            text, whole = self._render(history, prompting=True), self._render([*history, message])
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise BadRecord(f"the chat template fails at {where} ({error})") from error
-        end = self._turn_end
+        text, prompt = self.prompt(history)
+        whole, end = self._written([*history, message], where), self.turn_end
         if not whole.endswith(end.written):
             raise BadRecord(f"the chat template ends {where} with {whole[-20:]!r}, not with {end.written!r}")
-        prompt, ids = encode(self.tokenizer, [text, whole.removesuffix(end.written) + end.kept])
+        ids, = encode(self.tokenizer, [whole.removesuffix(end.written) + end.kept])
         if ids[:len(prompt)] != prompt:
             raise BadRecord(f"the tokens before {where} are others once it follows, so that no prompt leads to it")
-        return Turn(text, prompt, ids[len(prompt):], end.closed)
+        return Turn(text, prompt, ids[len(prompt):], end.mark is not None)
+
+    def prompt(self, history: list[Message]) -> tuple[str, list[int]]:
+        """The text of a history up to where the assistant's next message begins, and its token ids.
+
+        Raises:
+          BadRecord: nothing has been said, or the template has no place for it.
+        """
+        where = f"message {len(history) + 1}"
+        refuse_blank(f"history before {where}", "".join(before["content"] for before in history))
+        text = self._written(history, where, prompting=True)
+        ids, = encode(self.tokenizer, [text])
+        return text, ids
+
+    def _written(self, messages: list[Message], where: str, *, prompting: bool = False) -> str:
+        try:
+            return self._render(messages, prompting=prompting)
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise BadRecord(f"the chat template fails at {where} ({error})") from error
 
     @functools.cached_property
     def template(self) -> str:
@@ -93,14 +107,14 @@ class Chat:
             try:
                 return Path(self.file).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"data.examples.chat_template: {self.file} cannot be read ({error})") from error
+                raise ConfigError(f"the chat template {self.file} cannot be read ({error})") from error
         if self.tokenizer.chat_template is None:
             raise DataError(f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template to write messages "
-                            "with; name a file that has one in data.examples.chat_template")
+                            "with; name a file that has one (data.examples.chat_template, or --chat_template of chat)")
         return self.tokenizer.get_chat_template()
 
     @functools.cached_property
-    def _turn_end(self) -> TurnEnd:
+    def turn_end(self) -> TurnEnd:
         problem = "it leaves out the answer"
         try:
             whole = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}])
@@ -109,10 +123,13 @@ class Chat:
         _, found, written = whole.rpartition(_ANSWER)
         if not found:
             raise DataError(f"the chat template {self.file or 'of the tokenizer'} cannot write a question and its "
-                            f"answer ({problem}); name a file with another in data.examples.chat_template")
+                            f"answer ({problem}); name a file with another (data.examples.chat_template, or "
+                            "--chat_template of chat)")
         marks = sorted(map(str, self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         mark = re.search("|".join(re.escape(mark) for mark in marks if mark.strip()) or "(?!)", written)
-        return TurnEnd(written, written[:mark.end()] if mark else written.rstrip(), mark is not None)
+        if mark is None:
+            return TurnEnd(written, written.rstrip(), None)
+        return TurnEnd(written, written[:mark.end()], self.tokenizer.convert_tokens_to_ids(mark[0]))
 
     def _render(self, messages: list[Message], *, prompting: bool = False) -> str:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False,

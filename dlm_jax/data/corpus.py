@@ -47,6 +47,8 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
     held_out = 0.0 if config.validation else config.validation_fraction
     entries = [(entry,) for entry in config.train] if config.weights else [config.train]
     opened = [corpora.open(entry, held_out) for entry in entries]
+    if all(_prepared(entry) for entry in config.train):  # else it tells how raw text is read
+        manifests.check_examples([pair for pairs in opened for pair in pairs], config)
     train = [_joined([manifest.rows(directory, "train", cache) for directory, manifest in found]) for found in opened]
     for entry, rows in zip(entries, train, strict=True):
         if not len(rows):

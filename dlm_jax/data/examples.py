@@ -8,11 +8,12 @@ there a chat template writes what stands around each turn.
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dlm_jax.data.chat import Chat, messages_of, refuse_blank
+from dlm_jax.data.chat import Chat, Message, messages_of, refuse_blank
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.encode import Piece
 from dlm_jax.data.records import BadRecord, text_of
@@ -21,6 +22,8 @@ from dlm_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Question = str | list[Message]  # a text, or a conversation
 
 # The prompts of Alpaca, from PROMPT_DICT in train.py of github.com/tatsu-lab/stanford_alpaca.
 _ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -94,8 +97,8 @@ class ExampleForm:
             turns = self._chat.turns(messages_of(record, self.config.messages_key))
             key, examples = turns[0].text, [self._example(turn.prompt, turn.response, turn.closed) for turn in turns]
         else:
-            key, response = self._pair(record)
-            examples = [self._example(*encode(self.tokenizer, [key + self.config.separator, response]))]
+            key, answer = self._question(record), self._answer(record)
+            examples = [self._example(self._asked(key), *encode(self.tokenizer, [answer]))]
         longest = max(example.length for example in examples)
         if longest > self.length and self.config.too_long == "refuse":
             raise DataError(f"an example of {longest} tokens does not fit a row of {self.length}; raise data.length, "
@@ -123,31 +126,84 @@ class ExampleForm:
         counts["dropped"] += len(examples) - len(kept)
         return Piece(tokens.reshape(-1), starts.reshape(-1), maskable.reshape(-1))
 
-    def _pair(self, record: str | dict[str, Any]) -> tuple[str, str]:
+    def prompt_ids(self, record: str | dict[str, Any]) -> list[int]:
+        """What generation begins with: the token ids that stand before the response in a row of this record.
+
+        The record needs no response. Of a conversation it is all of it, up to where the assistant goes on.
+
+        Raises:
+          BadRecord: the record asks nothing, or cannot be written.
+        """
+        if self._chat:
+            _, prompt = self._chat.prompt(messages_of(record, self.config.messages_key))
+            return self._begun(prompt)
+        return self._begun(self._asked(self._question(record)))
+
+    def ask(self, question: Question) -> list[int]:
+        """The `prompt_ids` of a question that somebody asks: a text, or with messages also a conversation.
+
+        Raises:
+          DataError: it cannot be asked so.
+        """
+        if self._chat and isinstance(question, str):
+            question = [{"role": "user", "content": question}]
+        try:
+            return self.prompt_ids({self.columns[0]: question})
+        except BadRecord as error:
+            raise DataError(f"this cannot be asked as {self.config.format}: {error}") from error
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response: EOS, and before it the end-of-turn mark of a chat template that has one."""
+        mark = self._chat and self._chat.turn_end.mark
+        return (self._eos,) if mark in (None, self._eos) else (mark, self._eos)
+
+    def response_text(self, tokens: Sequence[int]) -> str:
+        """What the token ids of a response before its end say, without space around it."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip()
+        return text.removesuffix(self._chat.turn_end.kept if self._chat else "").strip()
+
+    def _question(self, record: str | dict[str, Any]) -> str:
+        """The text of a prompt, without its separator."""
+        prompt = text_of(record, self.columns[0])
         if self.config.format == "gsm8k_symbolic":
-            prompt, bar, response = text_of(record, "text").strip().partition("||")
-            if not bar:
-                raise BadRecord("no || between question and answer")
-        else:
-            prompt, response = text_of(record, self.columns[0]), text_of(record, self.columns[-1])
+            prompt = prompt.strip().partition("||")[0]
         refuse_blank("prompt", prompt)
-        refuse_blank("response", response)
         if self.config.format == "alpaca":
             more = "" if record.get("input") is None else text_of(record, "input")
             prompt = (_ALPACA_WITH_INPUT if more.strip() else _ALPACA).format(instruction=prompt, input=more)
-        return prompt, response
+        return prompt
 
-    def _example(self, prompt: list[int], response: list[int], closed: bool = False) -> Example:
-        """`closed`: the response ends with a mark of its own, which is learnt in place of EOS."""
-        if not prompt or not response:
-            raise BadRecord(f"the {'response' if prompt else 'prompt'} has no token")
-        if self._eos in response[:-1]:
-            raise BadRecord("the response has EOS in its midst")
+    def _answer(self, record: str | dict[str, Any]) -> str:
+        response = text_of(record, self.columns[-1])
+        if self.config.format == "gsm8k_symbolic":
+            _, bar, response = response.strip().partition("||")
+            if not bar:
+                raise BadRecord("no || between question and answer")
+        refuse_blank("response", response)
+        return response
+
+    def _asked(self, question: str) -> list[int]:
+        prompt, = encode(self.tokenizer, [question + self.config.separator])
+        return prompt
+
+    def _begun(self, prompt: list[int]) -> list[int]:
+        """`prompt` with what position 0 holds, if it does not begin with that."""
+        if not prompt:
+            raise BadRecord("the prompt has no token")
         first = self.tokenizer.bos_token_id
         if first is None and not self._chat:  # generation then begins with EOS; a chat template has its own beginning
             first = self._eos
-        head = [] if first is None or prompt[0] == first else [first]
-        return Example(head + prompt, response if closed or response[-1] == self._eos else [*response, self._eos])
+        return prompt if first is None or prompt[0] == first else [first, *prompt]
+
+    def _example(self, prompt: list[int], response: list[int], closed: bool = False) -> Example:
+        """`closed`: the response ends with a mark of its own, which is learnt in place of EOS."""
+        prompt = self._begun(prompt)
+        if not response:
+            raise BadRecord("the response has no token")
+        if self._eos in response[:-1]:
+            raise BadRecord("the response has EOS in its midst")
+        return Example(prompt, response if closed or response[-1] == self._eos else [*response, self._eos])
 
     @functools.cached_property
     def _chat(self) -> Chat | None:

@@ -123,3 +123,17 @@ def check_fit(manifest: Manifest, directory: str, config: RowsConfig, tokenizer:
         if asked != found:
             raise DataError(f"the rows in {directory} were prepared with {name}={found}, but data.{name} is {asked}; "
                             f"set --config.data.{name}={found}, or prepare the corpus again")
+
+
+def check_examples(prepared: Sequence[tuple[str, Manifest]], config: RowsConfig) -> None:
+    """Raises DataError where none of the examples in prepared rows are written as `config` has it: the record of the
+    run, by which the model will be asked, would be wrong."""
+    made = [(directory, manifest.settings["examples"]) for directory, manifest in prepared
+            if manifest.settings["examples"]["format"] != "none"]
+    asked = dataclasses.asdict(config.examples)
+    wrong = [[name for name in ("format", "separator", "chat_template") if asked[name] != form[name]]
+             for _, form in made]
+    if made and all(wrong):
+        (directory, form), (name, *_) = made[0], wrong[0]
+        raise DataError(f"the rows in {directory} were prepared with examples.{name}={form[name]!r}, but data.examples."
+                        f"{name} is {asked[name]!r}; set it as it was, so that the run's record is right")

@@ -2,39 +2,38 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dlm_jax.data.examples import ExampleForm
 from dlm_jax.data.rows import Rows
 from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.metrics import METRICS
 from dlm_jax.models import Transformer
-from dlm_jax.sampling import GAP, Task, fill_rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dlm_jax.sampling import GAP, SamplerConfig, Task, sample_rows
+from dlm_jax.sampling.text import before_end
 
 _FORM = re.compile(r"#### \$?-?[\d,]*\.?\d+$")
 
 
 class Question(NamedTuple):
-    """Token ids of an example.
+    """An example.
 
     Attributes:
-      prompt: with BOS and separator, as training has it.
-      answer: with what ends it, without padding.
+      prompt: token ids, as training has them.
+      answer: the text to be found.
     """
 
     prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    answer: str
 
 
-def questions_of(rows: Rows, eos_token_id: int) -> list[Question]:
-    """The examples that fill `rows`, one each: what may be masked is the answer, up to its EOS.
+def questions_of(rows: Rows, form: ExampleForm) -> list[Question]:
+    """The examples that fill `rows`, one each: what may be masked is the answer, with its end and perhaps padding.
 
     Raises:
       DataError: the rows are running text.
@@ -44,47 +43,44 @@ def questions_of(rows: Rows, eos_token_id: int) -> list[Question]:
     found = []
     for tokens, maskable in zip(rows.tokens.tolist(), rows.maskable, strict=True):
         begin = int(np.argmax(maskable))
-        answer = tokens[begin : begin + int(maskable[begin:].sum())]
-        end = answer.index(eos_token_id) + 1 if eos_token_id in answer else len(answer)
-        found.append(Question(tuple(tokens[:begin]), tuple(answer[:end])))
+        answer = tokens[begin : begin + int(maskable.sum())]
+        found.append(Question(tuple(tokens[:begin]), form.response_text(before_end(answer, form.end_token_ids))))
     return found
 
 
-def answer(model: Transformer, questions: Sequence[Question], length: int, task: Task,
-           tokenizer: "PreTrainedTokenizerBase", *, seed: int = 0, batch_size: int = 16,
-           mesh: Mesh | None = None) -> list[str]:
-    """What the model writes behind each prompt in a row of `length` tokens, up to the task's end of text.
+def answer(model: Transformer, questions: Sequence[Question], form: ExampleForm, config: SamplerConfig, *,
+           mask_token_id: int | None, shift: bool = True, seed: int = 0, batch_size: int = 16,
+           mesh: Mesh | None = None, progress: bool = False) -> list[str]:
+    """What the model writes behind each prompt, in rows as long as the form's.
 
     An answer depends on the seed and its question's place in the list, never on the batch size.
+
+    Raises:
+      ConfigError: the sampler cannot do it; see `sampling.sample`.
     """
-    rows = [[*question.prompt, *[GAP] * (length - len(question.prompt))] for question in questions]
+    task = Task(config, mask_token_id, shift, form.end_token_ids, stop_at_eos=True)
+    rows = [[*question.prompt, *[GAP] * (form.length - len(question.prompt))] for question in questions]
     keys = example_keys(seed, jnp.arange(len(rows), dtype=jnp.uint32))
-    filled = fill_rows(model, rows, keys, task, batch_size=batch_size, mesh=mesh)
-    return [text_of(tokenizer, row[len(question.prompt) :].tolist(), task.eos_token_id)
+    filled = sample_rows(model, rows, keys, task, batch_size=batch_size, mesh=mesh, progress=progress)
+    return [form.response_text(before_end(row[len(question.prompt) :], form.end_token_ids))
             for row, question in zip(filled, questions, strict=True)]
 
 
-def judge(texts: Sequence[str], references: Sequence[str], numbers: bool) -> list[dict[str, float]]:
-    """Each text against its reference, values between 0 and 1.
+def judge(texts: Sequence[str], questions: Sequence[Question], form: ExampleForm) -> list[dict[str, float]]:
+    """Each text against the answer to its question, values between 0 and 1.
 
-    `exact_match` is the same text. Of GSM8K's answers, `numbers`, `marked_number` is the same number after `####`, and
-    `in_form` whether there is a number after `####` at the end; of others `rougeL` says how near they come.
+    `exact_match` is the same text. For GSM8K's formats `marked_number` is the same number after `####`, and `in_form`
+    whether there is a number after `####` at the end; for others `rougeL` says how near the text comes.
     """
-    return [{"exact_match": float(text == reference), **(_about_numbers if numbers else _about_words)(text, reference)}
-            for text, reference in zip(texts, references, strict=True)]
+    about = _about_numbers if form.config.format.startswith("gsm8k") else _about_words
+    return [{"exact_match": float(text == question.answer), **about(text, question.answer)}
+            for text, question in zip(texts, questions, strict=True)]
 
 
-def text_of(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int], eos_token_id: int | None) -> str:
-    """The text of an answer's tokens, up to its EOS, without spaces around it."""
-    tokens = list(tokens)
-    end = tokens.index(eos_token_id) if eos_token_id in tokens else len(tokens)
-    return tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-
-
-def _about_numbers(text: str, reference: str) -> dict[str, float]:
-    return {"marked_number": METRICS["marked_number"](text, [reference.rpartition("####")[2].strip()]),
+def _about_numbers(text: str, answer: str) -> dict[str, float]:
+    return {"marked_number": METRICS["marked_number"](text, [answer.rpartition("####")[2].strip()]),
             "in_form": float(_FORM.search(text) is not None)}
 
 
-def _about_words(text: str, reference: str) -> dict[str, float]:
-    return {"rougeL": METRICS["rougeL"](text, [reference])}
+def _about_words(text: str, answer: str) -> dict[str, float]:
+    return {"rougeL": METRICS["rougeL"](text, [answer])}

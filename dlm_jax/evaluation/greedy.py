@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from dlm_jax.diffusion import example_keys
 from dlm_jax.evaluation.candidate import Greedy, Pair
 from dlm_jax.models import Transformer
-from dlm_jax.sampling import GAP, SamplerConfig, Task, fill_rows
+from dlm_jax.sampling import GAP, SamplerConfig, Task, sample_rows
 
 
 def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int | None, bos_token_id: int | None = None,
@@ -37,7 +37,7 @@ def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int 
     def greedy(pairs: Sequence[Pair]) -> list[bool]:
         rows = [[*head, *pair.context, *[GAP] * len(pair.continuation)] for pair in pairs]
         keys = example_keys(0, jnp.zeros(len(rows), jnp.uint32))
-        written = fill_rows(model, rows, keys, task, batch_size=batch_size, mesh=mesh)
+        written = sample_rows(model, rows, keys, task, batch_size=batch_size, mesh=mesh)
         return [tuple(row[len(row) - len(pair.continuation) :].tolist()) == tuple(pair.continuation)
                 for row, pair in zip(written, pairs, strict=True)]
 

@@ -16,7 +16,7 @@ from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.candidate import Blank, Write
 from dlm_jax.evaluation.gap_length import settle_lengths
 from dlm_jax.models import Transformer
-from dlm_jax.sampling import SamplerConfig, Task, fill_rows
+from dlm_jax.sampling import SamplerConfig, Task, sample_rows
 from dlm_jax.sampling.text import Piece, decode, encode
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
       ConfigError: a text stands behind a blank and the policy goes from left to right.
     """
     encoder = functools.partial(encode, tokenizer, bos_token_id=bos_token_id)
+    ends = () if eos_token_id is None else (eos_token_id,)
 
     def in_use() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -71,7 +72,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
             rows.append([*row[first:1], *row[1 + surplus :]])
             gaps.append(range(gap.start - surplus - first, gap.stop - surplus - first))
         filled = fill(rows, blanks, dataclasses.replace(config, **settings))
-        texts = [decode(tokenizer, piece, [gap], row, eos_token_id if len(piece) == 2 else None)
+        texts = [decode(tokenizer, piece, [gap], row, ends if len(piece) == 2 else ())
                  for piece, gap, row in zip(pieces, gaps, filled, strict=True)]
         return [text[len(piece[0]) : len(text) - len(piece[2]) if len(piece) > 2 else None]
                 for text, piece in zip(texts, pieces, strict=True)]
@@ -81,10 +82,10 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
         result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
         # An infilling has text behind it, a continuation has none: two programs.
         for behind in (False, True):
-            task = Task(config, mask_token_id, shift, eos_token_id, stop_at_eos=not behind and eos_token_id is not None)
+            task = Task(config, mask_token_id, shift, ends, stop_at_eos=not behind and bool(ends))
             members = [i for i, blank in enumerate(blanks) if bool(blank.after) == behind]
-            filled = fill_rows(model, [rows[i] for i in members], keys[np.array(members, int)], task,
-                               batch_size=batch_size, mesh=mesh)
+            filled = sample_rows(model, [rows[i] for i in members], keys[np.array(members, int)], task,
+                                 batch_size=batch_size, mesh=mesh)
             for i, row in zip(members, filled, strict=True):
                 result[i] = row
         return result

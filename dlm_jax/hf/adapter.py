@@ -20,13 +20,14 @@ from flax import nnx
 
 from dlm_jax.errors import CheckpointError
 from dlm_jax.hf import keys
+from dlm_jax.hf.folder import read_json, read_notes
 from dlm_jax.hf.tensors import read_tensors
 from dlm_jax.models import ModelConfig, Transformer, abstract_model, add_product
 
 if TYPE_CHECKING:
     from dlm_jax.hf.load import Pretrained
 
-CONFIG, TENSORS, NOTES = "adapter_config.json", "adapter_model", "dlm_jax.json"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."
 
 # Features of PEFT beyond LoRA itself, with the values under which they change nothing. Initialisations that change the
@@ -95,7 +96,7 @@ def read_adapter(directory: Path) -> Adapter:
     Raises:
       CheckpointError: it is damaged, or not LoRA as it is computed here.
     """
-    config = _read_json(directory / CONFIG)
+    config = read_json(directory / CONFIG)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{directory / CONFIG} has peft_type {config.get('peft_type')!r}; supported is LORA")
     for name, allowed in _NEUTRAL.items():
@@ -105,8 +106,7 @@ def read_adapter(directory: Path) -> Adapter:
     stored = read_tensors(directory, (f"{TENSORS}.safetensors", f"{TENSORS}.bin"))
     tensors = {re.sub(r"\.(modules_to_save|default)(?=\.)", "", name.removeprefix(PREFIX)): tensor
                for name, tensor in stored.items()}
-    notes = _read_json(directory / NOTES) if (directory / NOTES).is_file() else {}
-    return Adapter(directory, config, tensors, notes)
+    return Adapter(directory, config, tensors, read_notes(directory))
 
 
 def merge_adapter(adapter: Adapter, base: "Pretrained", param_dtype: str) -> "Pretrained":
@@ -233,13 +233,3 @@ def _for_another(adapter: Adapter, source: str, why: str) -> CheckpointError:
 def _of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
     """The value of the first key, a regular expression for the end of a module's name, that matches."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return content

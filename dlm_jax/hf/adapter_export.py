@@ -12,8 +12,8 @@ from flax import nnx
 
 from dlm_jax.errors import CheckpointError
 from dlm_jax.hf import keys
-from dlm_jax.hf.adapter import CONFIG, NOTES, PREFIX, TENSORS
-from dlm_jax.hf.folder import appearing_whole, write_json
+from dlm_jax.hf.adapter import CONFIG, PREFIX, TENSORS
+from dlm_jax.hf.folder import NOTES, appearing_whole, write_json
 from dlm_jax.hf.tensors import write_safetensors
 from dlm_jax.models import Transformer
 from dlm_jax.parallel import to_host

@@ -20,7 +20,7 @@ from dlm_jax.hf import keys
 from dlm_jax.hf.adapter_export import save_adapter
 from dlm_jax.hf.card import model_card
 from dlm_jax.hf.config import config_to_hf
-from dlm_jax.hf.folder import appearing_whole, write_json
+from dlm_jax.hf.folder import NOTES, appearing_whole, write_json
 from dlm_jax.hf.load import Pretrained
 from dlm_jax.hf.tensors import write_tensors
 from dlm_jax.models import Transformer, merge_lora
@@ -93,6 +93,8 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
             tokenizer.save_pretrained(folder)
         if layout == "diffugpt":
             _spell_tokenizer_as_before(folder)
+        if pretrained.recipe is not None:
+            write_json(folder / NOTES, {"recipe": pretrained.recipe})
         (folder / "README.md").write_text(model_card(pretrained, layout, dtype))
         if layout == "hf":
             shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)

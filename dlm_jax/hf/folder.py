@@ -14,6 +14,8 @@ from etils import epath
 from dlm_jax.errors import CheckpointError
 from dlm_jax.storage import is_remote, reached, upload
 
+NOTES = "dlm_jax.json"  # what an export says for this library alone
+
 
 @contextlib.contextmanager
 def appearing_whole(directory: epath.PathLike, last: str = "config.json") -> Iterator[Path]:
@@ -51,6 +53,22 @@ def _replaceable(directory: epath.Path) -> bool:
         return False
     card = directory / "README.md"
     return not any(directory.iterdir()) or (card.is_file() and "library_name: dlm_jax" in card.read_text())
+
+
+def read_notes(directory: Path) -> dict[str, Any]:
+    """The notes of an export, empty where it has none."""
+    return read_json(directory / NOTES) if (directory / NOTES).is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError where the file is not a JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return content
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

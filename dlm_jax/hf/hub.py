@@ -9,7 +9,7 @@ from dlm_jax.errors import CheckpointError
 from dlm_jax.storage import is_remote, local_copy, reached
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_SETTINGS = ["*.json", "*.txt", "tokenizer.model"]
+_SETTINGS = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
 
 def find_base(source: str, beside: epath.PathLike) -> str:

@@ -15,6 +15,7 @@ from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.hf import keys
 from dlm_jax.hf.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from dlm_jax.hf.config import config_from_hf, read_config, recorded_mask_token_id, recorded_shift
+from dlm_jax.hf.folder import read_notes
 from dlm_jax.hf.hub import find_base, locate
 from dlm_jax.hf.stream import check_tensors, stream_parameters
 from dlm_jax.hf.tensors import read_tensors
@@ -50,7 +51,7 @@ class Pretrained:
       shift: whether logits at position n predict token n + 1.
       hf_config: the config.json it came from.
       source: the directory, workdir or hub id it came from.
-      recipe: the settings of the run that made it, for the model card of an export; None where unknown.
+      recipe: the settings of the run that made it, by dotted keys; None where unknown.
       base: where the base is of a model with LoRA beside it; None for a model as it is.
       merged: fingerprints of a base and of the adapters that were merged into it, in order, for who puts LoRA beside
         them; none for a model that was read as it is.
@@ -152,7 +153,7 @@ def load_pretrained(path_or_hub_id: str | Path, *, mask_token: str | int | None 
         params = jax.tree.unflatten(jax.tree.structure(shapes), initialise(seed, config, compute, param_dtype))
     factors = nnx.State({}) if beside is None else new_factors(config, beside, seed, param_dtype, whole(places[0]))
     return Pretrained(nnx.merge(graphdef, params, factors), tokenizer, mask_token_id, recorded_shift(hf_config),
-                      hf_config, str(path_or_hub_id))
+                      hf_config, str(path_or_hub_id), read_notes(directory).get("recipe"))
 
 
 def whole(place: Sharding) -> Sharding:

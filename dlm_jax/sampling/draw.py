@@ -87,6 +87,6 @@ def adjust(logits: jax.Array, task: Task, repeated: jax.Array | None) -> jax.Arr
     if repeated is not None:
         penalty = config.repetition_penalty
         logits = jnp.where(repeated[:, None], jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if task.eos_token_id is not None and config.eos_penalty:
-        logits = logits.at[:, :, task.eos_token_id].add(-config.eos_penalty)
+    if task.eos_token_ids and config.eos_penalty:
+        logits = logits.at[:, :, jnp.array(task.eos_token_ids)].add(-config.eos_penalty)
     return logits if task.mask_token_id is None else logits.at[:, :, task.mask_token_id].set(-jnp.inf)

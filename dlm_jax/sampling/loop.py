@@ -20,7 +20,7 @@ class Sample(NamedTuple):
     """What sampling gives.
 
     Attributes:
-      tokens: int32 [batch, length], every gap filled; behind a drawn end of text with that token.
+      tokens: int32 [batch, length], every gap filled; behind a drawn end of text with the first of those tokens.
       confidence: float32 [batch, length], the log-probability of each token when it was drawn, 0 where given.
       steps: int32 [batch], the forward passes that each row had use of.
     """
@@ -79,7 +79,7 @@ def _checked(task: Task, fixed: jax.Array, lengths: jax.Array) -> Task:
     if inside:
         raise ConfigError("autoregressive decoding continues a text and fills no gap that has text behind it; choose "
                           "another policy")
-    return dataclasses.replace(task, prompt_width=bucket(prompt, fixed.shape[1]))
+    return dataclasses.replace(task, prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
 
 
 @jax.jit
@@ -107,7 +107,7 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
 
 def _result(task: Task, state: State) -> jax.Array:
     """The tokens at the end: whatever is masked still stands behind an end of text."""
-    return jnp.where(state.masked, task.eos_token_id, state.tokens) if task.stop_at_eos else state.tokens
+    return jnp.where(state.masked, task.eos_token_ids[0], state.tokens) if task.stop_at_eos else state.tokens
 
 
 # Unused parameters are kept so that the state lies where they do, as it does after a step, which then compiles once.

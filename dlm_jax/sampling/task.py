@@ -31,7 +31,7 @@ class Task:
     Attributes:
       mask_token_id: the mask's id, which is never drawn as a token; None only from left to right.
       shift: whether the network's output at position n - 1 predicts position n.
-      eos_token_id: the end of text, where there is one.
+      eos_token_ids: tokens that end a text: EOS, or in a chat also the mark that ends a turn. Each is listed once.
       stop_at_eos: whether what follows a drawn end of text is of no interest.
       prompt_width: from left to right: room for the longest prompt of the batch.
     """
@@ -39,7 +39,7 @@ class Task:
     config: SamplerConfig
     mask_token_id: int | None
     shift: bool
-    eos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
     stop_at_eos: bool = False
     prompt_width: int = 0
 
@@ -69,5 +69,5 @@ def wanted(task: Task, request: Request, state: State) -> jax.Array:
     """Where a token is still to be found, bool [batch, length]: masked, and not behind a drawn end of text."""
     if not task.stop_at_eos:
         return state.masked
-    ends = request.gaps & ~state.masked & (state.tokens == task.eos_token_id)
+    ends = request.gaps & ~state.masked & jnp.isin(state.tokens, jnp.array(task.eos_token_ids))
     return state.masked & (jnp.cumsum(ends, axis=1) == 0)

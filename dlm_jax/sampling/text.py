@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from dlm_jax.errors import DataError
@@ -63,20 +63,23 @@ def encode(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[Piece],
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[Piece], gaps: Sequence[range],
-           filled: Sequence[int], stop_token_id: int | None = None) -> str:
-    """The pieces, with the text of `filled` where gaps were; a gap's text ends before the first `stop_token_id`.
+           filled: Sequence[int], stop_token_ids: Collection[int] = ()) -> str:
+    """The pieces, with the text of `filled` where gaps were; a gap's text ends before the first of `stop_token_ids`.
 
     A gap's text is what its tokens add to the text of all tokens before them, because tokenizers treat the
     beginning of a text specially.
     """
     text, filled = list(pieces), [int(token) for token in filled]
     for number, gap in enumerate(gaps):
-        tokens = filled[gap.start : gap.stop]
-        if stop_token_id in tokens:
-            tokens = tokens[: tokens.index(stop_token_id)]
+        tokens = before_end(filled[gap.start : gap.stop], stop_token_ids)
         before, after = _text(tokenizer, filled[: gap.start]), _text(tokenizer, filled[: gap.start] + tokens)
         text[2 * number + 1] = _beyond(before, after).removeprefix(" " if pieces[2 * number].endswith(" ") else "")
     return "".join(text)
+
+
+def before_end(tokens: Sequence[int], stop_token_ids: Collection[int]) -> list[int]:
+    """The tokens before the first of `stop_token_ids`; all of them where there is none."""
+    return [int(token) for token in itertools.takewhile(lambda token: token not in stop_token_ids, tokens)]
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

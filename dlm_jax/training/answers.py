@@ -4,18 +4,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from dlm_jax.data.examples import ExampleForm
 from dlm_jax.data.rows import RowSource
 from dlm_jax.errors import ConfigError
-from dlm_jax.evaluation.answers import answer, judge, questions_of, text_of
+from dlm_jax.evaluation.answers import answer, judge, questions_of
 from dlm_jax.hf import Pretrained
 from dlm_jax.parallel import batch_parts
-from dlm_jax.sampling import SamplerConfig, Task
+from dlm_jax.sampling import SamplerConfig
 from dlm_jax.training.config import TrainConfig
+
+_BATCH = 32  # questions at a time
 
 
 class Answers:
-    """The first held-out examples, and how they are answered: the likeliest tokens, those that the model is surest of
-    first, or from left to right under the autoregressive objective.
+    """The first held-out examples, and how they are answered: with the likeliest tokens, those that the model is surest
+    of first, or from left to right under the autoregressive objective.
 
     Raises:
       ConfigError: nothing is held out.
@@ -25,22 +28,17 @@ class Answers:
         if rows is None:
             raise ConfigError("validation.answers needs held-out examples; name some in data.validation, or raise "
                               "data.validation_fraction")
-        self._base, self._mesh, self._config = base, mesh, config
-        settings = config.validation
-        self._questions = questions_of(rows[np.arange(min(settings.answers, len(rows)))], base.eos_token_id)
-        self._references = [text_of(base.tokenizer, question.answer, base.eos_token_id)
-                            for question in self._questions]
-        sampler = (SamplerConfig(policy="autoregressive", temperature=0.0)
-                   if config.objective.name == "autoregressive"
-                   else SamplerConfig(policy="confidence", temperature=0.0, num_steps=settings.answer_steps))
-        self._task = Task(sampler, base.mask_token_id, base.shift, base.eos_token_id, stop_at_eos=True)
+        self._base, self._mesh = base, mesh
+        self._form = ExampleForm(base.tokenizer, config.data.examples, config.data.length)
+        self._questions = questions_of(rows[np.arange(min(config.validation.answers, len(rows)))], self._form)
+        self._sampler = (SamplerConfig("autoregressive", temperature=0.0) if config.objective.name == "autoregressive"
+                         else SamplerConfig("confidence", config.validation.answer_steps, temperature=0.0))
 
     def __call__(self, params: nnx.State) -> tuple[dict[str, float], str]:
-        """The share of the answers that are right, and in what ways, and the first answer."""
+        """What the answers are worth on average, by name, and the first of them."""
         model = nnx.merge(nnx.graphdef(self._base.model), params)
-        size = -(-min(len(self._questions), 32) // batch_parts(self._mesh)) * batch_parts(self._mesh)
-        texts = answer(model, self._questions, self._config.data.length, self._task, self._base.tokenizer,
-                       batch_size=size, mesh=self._mesh)
-        values = judge(texts, self._references, numbers=self._config.data.examples.format.startswith("gsm8k"))
-        means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
-        return means, texts[0]
+        texts = answer(model, self._questions, self._form, self._sampler, mask_token_id=self._base.mask_token_id,
+                       shift=self._base.shift, mesh=self._mesh,
+                       batch_size=max(min(len(self._questions), _BATCH), batch_parts(self._mesh)))
+        values = judge(texts, self._questions, self._form)
+        return {name: float(np.mean([value[name] for value in values])) for name in values[0]}, texts[0]

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.attention import Choice, Work, choose_backend
+from dlm_jax.data.chat import Chat
 from dlm_jax.data.rows import RowSource
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.hf import Pretrained
@@ -54,6 +55,10 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
                            lora=functools.partial(lora_of, config.lora))
     if base.tokenizer is None:
         raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files beside its config.json")
+    examples = config.data.examples
+    if not resumed and examples.format == "messages" and examples.chat_template is not None:
+        # The model is asked as it learnt, long after the file is gone: its tokenizer keeps what the file says.
+        base.tokenizer.chat_template = Chat(base.tokenizer, examples.chat_template).template
     check_fit(config, base.model.config, base.mask_token_id, mesh)
     compute = dataclasses.replace(compute, attention=choose_attention(config, base.model.config, mesh).backend)
     graphdef = nnx.graphdef(abstract_model(base.model.config, compute, model.param_dtype, base.model.lora))

@@ -181,6 +181,27 @@ def test_prepared_rows_that_do_not_fit_are_refused(tmp_path, tokenizer, bos_toke
         load(config, tokenizer, tmp_path)
 
 
+def test_prepared_examples_are_what_the_run_will_have_on_record(tmp_path, tokenizer):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 3)
+    config = DataConfig(length=16, validation_fraction=0.0, examples=ExampleConfig(format="prompt_response"))
+    rows = prepared(tmp_path / "rows", str(tmp_path / "pairs.jsonl"), tokenizer, config)
+    other = dataclasses.replace(config, examples=ExampleConfig(format="prompt_response", separator="="))
+    others = prepared(tmp_path / "others", str(tmp_path / "pairs.jsonl"), tokenizer, other)
+    text = write_corpus(tmp_path / "text.jsonl")
+
+    def total(config, *train):
+        return sum(map(len, load(dataclasses.replace(config, train=train), tokenizer, tmp_path)[0]))
+
+    plain = dataclasses.replace(config, examples=ExampleConfig())
+    with pytest.raises(DataError, match=r"prepared with examples.format='prompt_response', but data.examples.format is "
+                                        r"'none'; set it as it was"):
+        total(plain, rows)
+    with pytest.raises(DataError, match=r"examples.separator='\\n', but data.examples.separator is '='"):
+        total(other, rows)
+    assert total(config, rows) == 3 and total(other, rows, others) == 6  # one of several is what is asked later
+    assert total(plain, rows, text) > 100  # here the setting is how the raw text is read
+
+
 def copy_with_another_eos(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<s>"

@@ -203,6 +203,71 @@ def test_each_turn_of_the_assistant_is_an_example(chat_tokenizer, tmp_path, temp
     assert chat_tokenizer.chat_template == CHATML
 
 
+ASKED = [
+    ("prompt_response", {"prompt": "ab ü"}, {"response": "c"}),
+    ("alpaca", {"instruction": "Say."}, {"output": "it"}),
+    ("alpaca", {"instruction": "Say.", "input": ""}, {"output": "it"}),
+    ("alpaca", {"instruction": "Say.", "input": "ab"}, {"output": "it"}),
+    ("gsm8k", {"question": "1 + 1?"}, {"answer": "#### 2"}),
+    ("messages", {"messages": TALK[:2]}, {"messages": TALK[:3]}),
+    ("messages", {"messages": TALK[:4]}, {"messages": TALK}),
+]
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+@pytest.mark.parametrize("template", [CHATML, PLAIN])
+@pytest.mark.parametrize(("format", "question", "rest"), ASKED)
+def test_what_is_asked_has_the_ids_that_a_row_has_before_its_response(chat_tokenizer, format, question, rest, template,
+                                                                      bos):
+    chat_tokenizer.bos_token, chat_tokenizer.chat_template = bos, template.replace("{{ bos_token }}", "")
+    form = form_of(chat_tokenizer, format, 400)
+    tokens, _, maskable, _ = rows_of(form, [question | rest])
+    begin, end = np.flatnonzero(maskable[-1])[[0, -1]]
+    asked = form.prompt_ids(question)
+    assert asked == tokens[-1, :begin].tolist()
+    if bos or format != "messages":
+        assert asked[0] == (BOS if bos else EOS)
+    if len(question) == 1:  # as somebody would ask it
+        assert form.ask(next(iter(question.values()))) == asked
+    response = tokens[-1, begin : end + 1].tolist()
+    assert response[-1] == form.end_token_ids[0] and not set(response[:-1]) & set(form.end_token_ids)
+    said = rest["messages"][-1]["content"] if format == "messages" else next(iter(rest.values()))
+    assert form.response_text(response[:-1]) == said
+
+
+def test_symbolic_gsm8k_is_asked_as_it_was_learnt(tokenizer):
+    form = form_of(tokenizer, "gsm8k_symbolic")
+    example, = form.read("1 + 1?||<<1+1=2>> #### 2")[1]
+    assert form.ask("1 + 1?") == form.prompt_ids("1 + 1?||<<1+1=2>> #### 2") == example.prompt
+
+
+@pytest.mark.parametrize(("template", "ends"), [
+    (CHATML, ["<|im_end|>", "</s>"]), (LLAMA2, ["</s>"]), (PLAIN, ["</s>"])])
+def test_a_response_ends_with_the_template_s_mark_or_eos(chat_tokenizer, template, ends):
+    chat_tokenizer.chat_template = template
+    form = form_of(chat_tokenizer, "messages", 200)
+    assert chat_tokenizer.convert_ids_to_tokens(form.end_token_ids) == ends
+    for example in form.read({"messages": TALK[1:]})[1]:
+        assert example.response[-1] in form.end_token_ids
+
+
+def test_an_end_written_in_plain_text_is_no_part_of_what_is_said(chat_tokenizer):
+    chat_tokenizer.chat_template = PLAIN.replace("\n\n{% endfor", "\n### End\n{% endfor")
+    form = form_of(chat_tokenizer, "messages", 200)
+    *response, end = form.read({"messages": TALK[:3]})[1][0].response
+    assert chat_tokenizer.decode(response) == " im_end\n### End" and end == EOS
+    assert form.response_text(response) == "im_end"
+
+
+@pytest.mark.parametrize(("format", "question", "reason"), [
+    ("gsm8k", " ", "asked as gsm8k: a blank prompt"), ("gsm8k", TALK[:2], "list under 'question'"),
+    ("messages", " ", "asked as messages: a blank history"), ("messages", [{"role": "user"}], "message 1: no key"),
+    ("messages", "\ud800", "not valid Unicode")])
+def test_what_cannot_be_asked_says_why(chat_tokenizer, format, question, reason):
+    with pytest.raises(DataError, match=reason):
+        form_of(chat_tokenizer, format).ask(question)
+
+
 def test_a_conversation_is_held_out_as_one_by_its_first_prompt(chat_tokenizer):
     form = form_of(chat_tokenizer, "messages", 200)
     assert form.read({"messages": TALK})[0] == form.read({"messages": TALK[:3]})[0]

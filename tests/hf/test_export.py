@@ -48,7 +48,7 @@ def test_a_reimport_needs_no_flag(stories, tmp_path):
     save_pretrained(tmp_path / "out", stories)
     again = load_pretrained(tmp_path / "out")
     assert_same_model(stories, again)
-    assert again.tokenizer.mask_token_id == 512
+    assert again.tokenizer.mask_token_id == 512 and again.recipe == stories.recipe
     text = "Once upon a time, there was a little girl."
     assert again.tokenizer.encode(text) == stories.tokenizer.encode(text)
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 2

@@ -29,6 +29,13 @@ def test_similar_lengths_share_a_bucket_within_the_model_s_length():
     assert bucket(100, 101) == 101
 
 
+def test_coarse_buckets_are_at_most_two_in_a_doubling():
+    widths = {bucket(length, 1 << 20, coarse=True) for length in range(1, 4097)}
+    assert sorted(widths) == [32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+    canvas = make_canvas([[1] * 130 + [GAP] * 3, [1, GAP]], 256, coarse=True)
+    assert [canvas.take(np.array(rows)).tokens.shape[1] for rows in ([0], [1], [0, 1])] == [192, 32, 192]
+
+
 def test_a_row_too_long_or_without_context_is_refused():
     with pytest.raises(DataError, match="text 1 has 9 tokens, gaps included, and the model takes at most 8"):
         make_canvas([[1], [1] * 9], max_length=8)

@@ -124,6 +124,17 @@ def test_a_row_is_done_when_all_before_an_end_of_text_is_filled(config):
         np.testing.assert_array_equal(out.steps, [5, 20, 1, 23, 12])
 
 
+def test_any_of_several_ends_ends_a_text_and_none_is_drawn_that_is_forbidden():
+    tokens = np.repeat(np.array([5, 20])[:, None], LENGTH, axis=1)
+    settings = dict(mask=VOCAB - 1, policy="confidence", temperature=0.0)
+    fixed = np.tile(np.arange(LENGTH) < 1, (2, 1))
+    one, several = (run(Toy(ending), tokens, fixed, eos=eos, stop=True, **settings) for eos in (0, (7, 0)))
+    np.testing.assert_array_equal(several.steps, one.steps)
+    np.testing.assert_array_equal(several.tokens == 7, one.confidence + fixed == 0)  # behind the end
+    out = run(Toy(ending), tokens, fixed, eos=(0, 5), eos_penalty=np.inf, **settings)
+    assert not np.isin(out.tokens[:, 1:], (0, 5)).any()
+
+
 def test_a_given_end_of_text_ends_nothing():
     tokens, fixed = np.full((1, LENGTH), 40), np.arange(LENGTH)[None] < 3
     tokens[0, 2] = 0

@@ -30,7 +30,7 @@ def spread(model, mesh):
 ], ids=str)
 def test_a_mesh_samples_what_one_device_does(name, mesh, capfd):
     config = SamplerConfig(**CASES[name])
-    task = Task(config, MASK, True, EOS, stop_at_eos=True)
+    task = Task(config, MASK, True, (EOS,), stop_at_eos=True)
     model, arrays = tiny("llama", vocab_size=64), problem(config.policy)
     expected = sample(model, *arrays, keys_of(4), task)
 

@@ -24,8 +24,9 @@ def watch(kind, settings):
     """The states of `stream` as numpy arrays."""
     tokens, fixed, lengths = problem(settings["policy"])
     settings = dict(settings)
-    task = Task(eos_token_id=settings.pop("eos", None), stop_at_eos=settings.pop("stop", False), mask_token_id=MASK,
-                shift=True, config=SamplerConfig(**settings))
+    ends = (settings.pop("eos"),) if "eos" in settings else ()
+    task = Task(eos_token_ids=ends, stop_at_eos=settings.pop("stop", False), mask_token_id=MASK, shift=True,
+                config=SamplerConfig(**settings))
     states = stream(tiny(kind), tokens, fixed, lengths, keys_of(4), task)
     return [jax.tree.map(np.asarray, state._replace(cache=None)) for state in states]
 

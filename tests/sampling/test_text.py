@@ -81,7 +81,7 @@ def test_text_ends_before_the_stop_token(bytes_tokenizer):
     row, gaps = encode(bytes_tokenizer, ["so", 4], bytes_tokenizer.bos_token_id)
     filled = fill(bytes_tokenizer, row, gaps, "abcd")
     filled[5] = bytes_tokenizer.eos_token_id
-    assert decode(bytes_tokenizer, ["so", 4], gaps, filled, bytes_tokenizer.eos_token_id) == "soab"
+    assert decode(bytes_tokenizer, ["so", 4], gaps, filled, [bytes_tokenizer.eos_token_id]) == "soab"
 
 
 @pytest.mark.parametrize("name", ["stories260K_hf", "llama2_tokenizer", "gpt2_bpe"])

@@ -43,11 +43,11 @@ def keys_of(count, seed=0):
 
 
 def run(network, tokens, fixed, lengths=None, *, keys=None, mask=MASK, shift=True, eos=None, stop=False, **config):
-    """A `Sample` of numpy arrays."""
+    """A `Sample` of numpy arrays; `eos` is a token that ends a text, or several."""
     tokens = np.asarray(tokens)
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
     keys = keys_of(len(tokens)) if keys is None else keys
-    task = Task(SamplerConfig(**config), mask, shift, eos, stop)
+    task = Task(SamplerConfig(**config), mask, shift, () if eos is None else tuple(np.atleast_1d(eos).tolist()), stop)
     return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, task))
 
 

@@ -6,10 +6,13 @@ import json
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from dlm_jax import DiffusionLM
 from dlm_jax.data.config import ExampleConfig
+from dlm_jax.data.examples import ExampleForm
 from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation.answers import Question, judge
 from dlm_jax.parallel import MeshConfig
 from dlm_jax.training.loop import train
 from dlm_jax.training.metrics import read_records
@@ -49,10 +52,8 @@ def test_answers_are_those_of_the_finished_run_and_become_right(tuning, tmp_path
     assert summary["answers"]["exact_match"] == last["exact_match"]
 
     lm = DiffusionLM.from_pretrained(tmp_path / "run@20")
-    prompts = ["abch", "fedh"]
     settings = {"num_steps": 3} if objective == "diffusion" else {"policy": "autoregressive"}
-    texts = lm.generate(prompts, max_new_tokens=11, temperature=0.0, **settings)
-    assert [text.removeprefix(prompt) for text, prompt in zip(texts, prompts, strict=True)] == [ANSWER, ANSWER]
+    assert lm.respond(["abc", "fed"], max_new_tokens=11, temperature=0.0, **settings) == [ANSWER, ANSWER]
 
 
 def test_the_mesh_changes_no_answer(tuning, tmp_path):
@@ -86,13 +87,13 @@ def test_what_cannot_be_answered_is_refused(tuning, tmp_path, key, value, messag
         train(changed(tuning, key, value), tmp_path)
 
 
-def test_how_answers_are_judged():
-    from dlm_jax.evaluation.answers import judge
-
+def test_how_answers_are_judged(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    form = ExampleForm(tokenizer, ExampleConfig("gsm8k_symbolic"), 16)
     texts = ["<<1+1=2>> #### 2", "#### 2", "<<1+1=3>> #### 3", "<<1+1=2>> #### 2 #", "two"]
-    values = judge(texts, [texts[0]] * 5, numbers=True)
+    values = judge(texts, [Question((0,), texts[0])] * 5, form)
     assert np.array([list(value.values()) for value in values]).tolist() == [
         [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert list(values[0]) == ["exact_match", "marked_number", "in_form"]
-    near, = judge(["a b c"], ["a b d"], numbers=False)
+    near, = judge(["a b c"], [Question((0,), "a b d")], ExampleForm(tokenizer, ExampleConfig("prompt_response"), 16))
     assert near == {"exact_match": 0.0, "rougeL": pytest.approx(2 / 3)}
