@@ -37,7 +37,7 @@ class Scalars(NamedTuple):
     """What a kernel knows before it reads a tile; int32, in scalar memory."""
 
     offsets: jax.Array  # [2]: the position of the first query and of the first key
-    numbers: jax.Array  # [batch, 3]: `Numbers`
+    numbers: jax.Array  # [batch, 4]: `Numbers`
     query_segments: jax.Array  # [batch, 2 * query tiles]: the lowest and the highest segment of each
     key_segments: jax.Array  # [batch, 2 * key tiles]
     streams: jax.Array  # [batch, heads]: the hash that dropout goes on from

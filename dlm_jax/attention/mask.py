@@ -31,6 +31,7 @@ class AttentionMask:
     allowed_matrix: jax.Array | None = None  # bool [length, length]
     segment_ids: jax.Array | None = None  # int32 [batch, length]
     lengths: jax.Array | None = None  # int32 [batch]
+    causal_before: jax.Array | None = None  # int32 [batch]
 
     @classmethod
     def causal(cls) -> Self:
@@ -57,11 +58,15 @@ class AttentionMask:
                    example_index=None if example_index is None else jnp.asarray(example_index, jnp.uint32))
 
     @classmethod
-    def block_causal(cls, block_size: int) -> Self:
-        """A query sees its own block of `block_size` positions whole, and every earlier block."""
+    def block_causal(cls, block_size: int, causal_before: jax.Array | None = None) -> Self:
+        """A query sees its own block of `block_size` positions whole, and every earlier block.
+
+        `causal_before` int [batch]: queries before it see causally, as the clean text of block diffusion does.
+        """
         if block_size < 1:
             raise ConfigError(f"block_size must be at least 1, got {block_size}")
-        return cls(kind="block_causal", block_size=block_size)
+        return cls(kind="block_causal", block_size=block_size,
+                   causal_before=None if causal_before is None else jnp.asarray(causal_before, jnp.int32))
 
     @classmethod
     def block_diffusion(cls, block_size: int, text_length: int, views: int = 1) -> Self:
@@ -111,7 +116,8 @@ class AttentionMask:
         return Numbers(
             threshold=jnp.atleast_1d(jnp.asarray(threshold(self.ratio) if annealed else 0, jnp.int32)),
             pattern=jnp.atleast_1d(counter_hash(self.seed, example) if annealed else jnp.uint32(0)),
-            length=jnp.full(1, jnp.iinfo(jnp.int32).max) if self.lengths is None else self.lengths)
+            length=jnp.full(1, jnp.iinfo(jnp.int32).max) if self.lengths is None else self.lengths,
+            causal_before=jnp.zeros(1, jnp.int32) if self.causal_before is None else self.causal_before)
 
     def allowed(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """Evaluates the rule: positions int [Q] or [batch, Q] and [K] give bool [batch or 1, Q, K]."""

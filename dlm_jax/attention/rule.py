@@ -15,6 +15,7 @@ class Numbers(NamedTuple):
     threshold: jax.Array  # int32: of 2**24, the chance that annealing opens a later key
     pattern: jax.Array  # uint32: the hash of (seed, example) that annealing goes on from
     length: jax.Array  # int32: keys from here on are padding
+    causal_before: jax.Array  # int32: of the kind block_causal, queries before it see as causal ones do
 
 
 class Span(NamedTuple):
@@ -58,7 +59,7 @@ class Rule:
             case "annealed":
                 allowed = (k <= q) | below(counter_hash(q, k, state=numbers.pattern), numbers.threshold)
             case "block_causal":
-                allowed = k // self.block_size <= q // self.block_size
+                allowed = k <= self._block_end(q, numbers)
             case "block_diffusion":
                 q_block, k_block, k_clean = q // self.block_size, k // self.block_size, k_copy == self.views
                 # A noised block sees itself whole and what is clean before it; the clean copy is read as by the parent.
@@ -89,11 +90,14 @@ class Rule:
                 some = (k.low <= q.high) | (numbers.threshold > 0)
                 every = (k.high <= q.low) | (numbers.threshold == RESOLUTION)
             case "block_causal":
-                some = k.low // self.block_size <= q.high // self.block_size
-                every = k.high // self.block_size <= q.low // self.block_size
+                some, every = k.low <= self._block_end(q.high, numbers), k.high <= self._block_end(q.low, numbers)
             case _:
                 raise ValueError(f"attention mask kind {self.kind!r} has no tiles")
         return self._narrowed(some, every, q, k, numbers, query_segments, key_segments)
+
+    def _block_end(self, q: jax.Array, numbers: Numbers) -> jax.Array:
+        """The last key that a query of the kind `block_causal` sees; it never falls as `q` grows."""
+        return jnp.where(q < numbers.causal_before, q, q // self.block_size * self.block_size + self.block_size - 1)
 
     def _narrowed(self, some: jax.Array, every: jax.Array, q: Span, k: Span, numbers: Numbers,
                   query_segments: Span | None, key_segments: Span | None) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from dlm_jax.sampling import blocks
 from dlm_jax.sampling.draw import draw
 from dlm_jax.sampling.forward import empty_cache, predict
 from dlm_jax.sampling.policies import POLICIES
@@ -13,6 +14,8 @@ from dlm_jax.sampling.task import Network, Request, State, Task, wanted
 def start(network: Network, task: Task, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
          keys: jax.Array) -> tuple[Request, State]:
     """The canvas with every gap masked; arguments as in `loop.sample`."""
+    if task.block_size is not None:
+        return blocks.start(network, task, tokens, fixed, lengths, keys)
     positions = jnp.arange(tokens.shape[1])
     gaps = ~fixed & (positions > 0) & (positions < lengths[:, None])
     request = Request(gaps, block_ids(gaps, task.config.block_length), lengths, keys)
@@ -24,12 +27,12 @@ def start(network: Network, task: Task, tokens: jax.Array, fixed: jax.Array, len
 
 def advance(network: Network, task: Task, request: Request, state: State) -> State:
     """One forward pass of the batch and what it reveals."""
-    config, policy = task.config, POLICIES[task.config.policy]
+    config, policy, size = task.config, POLICIES[task.config.policy], task.block_size
     length = state.tokens.shape[1]
     plan_keys, step_keys = _fold(request.keys, 0), _fold(request.keys, 1)
     step_keys = jax.vmap(jax.random.fold_in)(step_keys, state.steps)
 
-    here = request.gaps & (request.blocks == state.block)
+    here = request.gaps & (request.blocks == state.block.reshape(-1, 1))
     number, steps = here.sum(axis=1), block_steps(config, request.gaps, request.blocks, state.block)
     active = here & wanted(task, request, state)
     working = active.any(axis=1)
@@ -43,8 +46,13 @@ def advance(network: Network, task: Task, request: Request, state: State) -> Sta
 
     # A block's work happens in a window that begins with it; past the row's end there is nothing.
     start, rows = jnp.maximum(jnp.argmax(here, axis=1), 1), jnp.arange(len(here))[:, None]
-    window = start[:, None] + jnp.arange(min(config.block_length or length, length))
-    states, cache = predict(network, task, request, state, start, window.shape[1])
+    if size is not None:
+        start = state.block * size
+    window = start[:, None] + jnp.arange(min(size or config.block_length or length, length))
+    if size is None:
+        (states, cache), frontier = predict(network, task, request, state, start, window.shape[1]), None
+    else:
+        states, cache, frontier = blocks.predict(network, task, request, state)
 
     def draw_at(positions: jax.Array) -> tuple[jax.Array, ...]:
         """Tokens, log-probabilities and scores [batch, length] where `positions` says so."""
@@ -69,8 +77,10 @@ def advance(network: Network, task: Task, request: Request, state: State) -> Sta
     state = State(
         tokens=jnp.where(reveal, tokens, state.tokens), masked=state.masked & ~reveal,
         confidence=jnp.where(reveal, confidence, state.confidence), steps=state.steps + working,
-        block=state.block, age=state.age + 1, cache=cache)
-    block = jnp.where(wanted(task, request, state), request.blocks, length).min()
+        block=state.block, age=state.age + 1, cache=cache, frontier=frontier)
+    block = jnp.where(wanted(task, request, state), request.blocks, length).min(axis=None if size is None else 1)
+    if size is not None:
+        state = state._replace(frontier=frontier._replace(pending=block != state.block))
     return state._replace(block=block, age=jnp.where(block == state.block, state.age, 0))
 
 

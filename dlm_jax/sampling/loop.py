@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.sampling import autoregressive, denoise
+from dlm_jax.sampling import autoregressive, blocks, denoise
 from dlm_jax.sampling.canvas import bucket
 from dlm_jax.sampling.task import Network, Request, State, Task, wanted
 
@@ -69,13 +69,18 @@ def _checked(task: Task, fixed: jax.Array, lengths: jax.Array) -> Task:
     if config.policy == "first_hitting" and config.num_steps is not None and gaps > config.num_steps:
         raise ConfigError(f"first_hitting reveals one token a step, and {gaps} are to be found in "
                           f"{config.num_steps} steps; leave num_steps out, or choose random_exact")
-    if config.policy != "autoregressive":
-        if task.mask_token_id is None:
-            raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
+    if config.policy != "autoregressive" and task.mask_token_id is None:
+        raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
+    if config.policy != "autoregressive" and task.block_size is None:
         return task
-    if not task.shift:
+    if task.block_size is not None:
+        blocks.check(config)
+    if config.policy == "autoregressive" and not task.shift:
         raise ConfigError("autoregressive decoding needs outputs that predict the next token, and this model was "
                           "trained without the shift, to predict the token itself; choose another policy")
+    if inside and task.block_size is not None:
+        raise ConfigError("this model writes one block after another and does not see what stands behind a gap; "
+                          "continue a text with it, or fill gaps with a model trained on whole rows")
     if inside:
         raise ConfigError("autoregressive decoding continues a text and fills no gap that has text behind it; choose "
                           "another policy")

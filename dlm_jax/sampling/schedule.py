@@ -34,9 +34,11 @@ def block_steps(config: SamplerConfig, gaps: jax.Array, blocks: jax.Array, block
 
     Args:
       gaps, blocks: [batch, length], as in `block_ids`.
+      block: int32, for all rows or [batch].
     """
+    block = jnp.broadcast_to(block, gaps.shape[:1])
     if config.steps is None:
-        return jnp.maximum((gaps & (blocks == block)).sum(axis=1), 1)
+        return jnp.maximum((gaps & (blocks == block[:, None])).sum(axis=1), 1)
     gap_blocks = jnp.where(gaps, blocks, -1)
     amount = gap_blocks.max(axis=1) + 1
     earlier = jnp.pad(jax.lax.cummax(gap_blocks, axis=1), ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
@@ -47,7 +49,7 @@ def block_steps(config: SamplerConfig, gaps: jax.Array, blocks: jax.Array, block
 
     def before(block: jax.Array) -> jax.Array:
         """Steps before a block: at least one for each block since any that comes earlier."""
-        taken = jnp.max(share + block - blocks, axis=1, initial=0, where=opens & (blocks <= block))
+        taken = jnp.max(share + block[:, None] - blocks, axis=1, initial=0, where=opens & (blocks <= block[:, None]))
         return jnp.where(block < amount, jnp.maximum(taken, block), jnp.maximum(config.steps, amount))
 
     return jnp.maximum(before(block + 1) - before(block), 1)

@@ -33,7 +33,8 @@ class Task:
       shift: whether the network's output at position n - 1 predicts position n.
       eos_token_ids: tokens that end a text: EOS, or in a chat also the mark that ends a turn. Each is listed once.
       stop_at_eos: whether what follows a drawn end of text is of no interest.
-      prompt_width: from left to right: room for the longest prompt of the batch.
+      prompt_width: from left to right, and of a model of blocks: room for the longest prompt of the batch.
+      block_size: of a model that has learnt to write one block of tokens after another; None: it sees the whole row.
     """
 
     config: SamplerConfig
@@ -42,6 +43,7 @@ class Task:
     eos_token_ids: tuple[int, ...] = ()
     stop_at_eos: bool = False
     prompt_width: int = 0
+    block_size: int | None = None
 
 
 class Request(NamedTuple):
@@ -51,6 +53,13 @@ class Request(NamedTuple):
     blocks: jax.Array  # int32, the block that each gap belongs to
     lengths: jax.Array  # int32; positions from there on are padding
     keys: jax.Array  # random keys
+
+
+class Frontier(NamedTuple):
+    """How far the clean text of each row has come, of a model of blocks."""
+
+    opening: jax.Array  # [batch, embed], the state of the last clean token, which predicts the first of the block
+    pending: jax.Array  # bool [batch], whether the block before is written and its keys and values are still to be kept
 
 
 class State(NamedTuple):
@@ -63,6 +72,7 @@ class State(NamedTuple):
     block: jax.Array  # int32, the block that all rows are in: one that is done with its own waits for the others
     age: jax.Array  # int32, steps since that block began
     cache: Cache | None
+    frontier: Frontier | None = None  # of a model of blocks, whose rows have each a `block` and `age` [batch]
 
 
 def wanted(task: Task, request: Request, state: State) -> jax.Array:
