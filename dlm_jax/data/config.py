@@ -31,6 +31,8 @@ class ExampleConfig:
     messages_key: str = _field("messages", "the key of the list of {role, content}, for messages")
     chat_template: str | None = _field(None, "a file with a chat template, for messages; None: the tokenizer's own")
     separator: str = _field("\n", "text between prompt and response; messages need none")
+    split_digits: bool = _field(
+        False, "every digit is a token of its own, as in the fine-tuning of DiffuGPT-M; not for messages")
     padding: Literal["ignored", "trained"] = _field(
         "ignored", "ignored: one EOS is learnt, padding neither seen nor learnt; trained: padding is noised and "
                    "learnt, as the DiffuGPT release does")
@@ -40,6 +42,8 @@ class ExampleConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self, "data.examples")
+        if self.split_digits and self.format == "messages":
+            raise ConfigError("data.examples.split_digits is not for messages, which their chat template writes")
 
 
 @dataclasses.dataclass(frozen=True)
