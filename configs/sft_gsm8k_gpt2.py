@@ -2,10 +2,10 @@
 
     dlm train --config=sft_gsm8k_gpt2 --workdir=DIR --config.data.train=TRAIN.txt
 
-with lines `question||<<a*b=c>> <<...>> #### answer`, the augmented symbolic form of GSM8K, of which there are 385,620. From
-the release's code: 128 rows a GPU, 200 epochs, the separator 50155 and the padding 101, which is noised and learned, and
-digits that are tokens of their own. Of how many GPUs it does not say: 8 here, as in its adaptation. For DiffuGPT-S set
---config.model.source=diffusionfamily/diffugpt-s. sft_gsm8k_gpt2_ar is the parent on the same data. It departs in
+with lines `question||<<a*b=c>> <<...>> #### answer`, the augmented symbolic form of GSM8K, of which there are 385,620.
+From the release's code: 128 rows a GPU, 200 epochs, the separator 50155, the padding 101, which is noised and learned,
+and digits that are tokens of their own. Of how many GPUs it does not say: 8 here, as in its adaptation. For DiffuGPT-S
+set --config.model.source=diffusionfamily/diffugpt-s. sft_gsm8k_gpt2_ar is the parent on the same data. It departs in
     objective.normaliser      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
     data.examples.too_long    left out; theirs are cut, a question at its beginning
 and draws times stratified over the batch, which theirs does not.

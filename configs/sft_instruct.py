@@ -5,10 +5,10 @@ r"""An adapted LLaMA taught to follow instructions by LoRA, on conversations or 
         --config.data.examples.format=alpaca
     dlm chat --model=DIR
 
-The paper shows its models following instructions and prints no settings for it. These are those of its LoRA on GSM8K, with
-what LLaDA states for its own (arXiv 2502.09992, section 2.3 and guidelines): the end of a text fills the row and is
-learned, each answer counts by its own length, three epochs, here of Alpaca's 52,002 records. LLaMA-2 has no chat template of
-its own: name a file with one, or take Alpaca's format.
+The paper shows its models following instructions and prints no settings for it. These are those of its LoRA on GSM8K,
+with what LLaDA states of its own (arXiv 2502.09992 and its guidelines): the end of a text fills the row and is learned,
+each answer counts by its own length, three epochs, here of Alpaca's 52,002 records. LLaMA-2 has no chat template: name
+a file with one in data.examples.chat_template, or take Alpaca's format.
 """
 
 from dlm_jax.cli.recipes import load_recipe
