@@ -18,7 +18,6 @@ def get_config():
     config.data.length = 64
     config.data.batch_size = 64
     config.data.examples.format = "gsm8k_symbolic"
-    config.data.examples.padding = "trained"  # or an answer could only be written where its length is known
 
     config.objective.anneal_steps = 0
 

@@ -33,9 +33,10 @@ class ExampleConfig:
     separator: str = _field("\n", "text between prompt and response; messages need none")
     split_digits: bool = _field(
         False, "every digit is a token of its own, as in the fine-tuning of DiffuGPT-M; not for messages")
-    padding: Literal["ignored", "trained"] = _field(
-        "ignored", "ignored: one EOS is learnt, padding neither seen nor learnt; trained: padding is noised and "
-                   "learnt, as the DiffuGPT release does")
+    padding: Literal["trained", "ignored"] = _field(
+        "trained", "trained: what fills a row is noised and learnt, as in the DiffuGPT release, so that the model "
+                   "knows where an answer ends in more room than it needs; ignored: one EOS is learnt, and padding "
+                   "neither seen nor learnt, which is enough from left to right")
     pad_token: str | None = _field(None, "what fills a row; None: the tokenizer's padding token, else EOS")
     too_long: Literal["refuse", "truncate", "drop"] = _field(
         "refuse", "examples longer than a row: an error, a response cut off at the end, or left out and counted")

@@ -26,8 +26,8 @@ TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
         {"role": "assistant", "content": "no more"}]
 
 
-def form_of(tokenizer, format, length=64, **settings):
-    return ExampleForm(tokenizer, ExampleConfig(format=format, **settings), length)
+def form_of(tokenizer, format, length=64, padding="ignored", **settings):
+    return ExampleForm(tokenizer, ExampleConfig(format=format, padding=padding, **settings), length)
 
 
 def rows_of(form, records):
