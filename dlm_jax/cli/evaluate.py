@@ -6,6 +6,7 @@ For a diffusion model probabilities are bounds, estimated from random maskings; 
   dlm evaluate --model=runs/first --tasks=gsm8k --data_files gsm8k=test.jsonl --shots=4 --limit=100
   dlm evaluate --model=runs/first --data heldout.jsonl --json=bound.json
   dlm evaluate --model=gpt2 --data heldout.jsonl --objective=autoregressive
+  dlm evaluate --model=runs/gsm8k --examples test.txt --json=answers.json
   dlm evaluate --model=runs/first --harness=lambada_openai,arc_easy --parent=gpt2
 
 Tasks: hellaswag, winogrande, piqa, siqa, lambada, triviaqa, squad, gsm8k, gsm8k_cot, gsm8k_icot, mawps, mawps_cot,
@@ -16,17 +17,19 @@ metrics.
 
 import argparse
 
-from dlm_jax.cli import evaluate_harness, evaluate_tasks, evaluate_text
+from dlm_jax.cli import evaluate_examples, evaluate_harness, evaluate_tasks, evaluate_text
 from dlm_jax.cli.shared import add_json_argument, add_model_arguments
 from dlm_jax.errors import ConfigError
 
-_MODES = {"tasks": evaluate_tasks, "data": evaluate_text, "harness": evaluate_harness}
+_MODES = {"tasks": evaluate_tasks, "data": evaluate_text, "examples": evaluate_examples,
+          "harness": evaluate_harness}
 # What each takes beside the arguments of all, with the defaults.
 _BOTH = {"limit": None, "parent": None, "shots": None, "num_steps": None, "out": None}
 _OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "estimator": "counts",
                   "prompt_file": None, "samples": 1, "temperature": None, "judge": None,
                   "allow_code_execution": False} | _BOTH,
         "data": {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"},
+        "examples": {"limit": None, "num_steps": None},
         "harness": {"harness_dir": None} | _BOTH}
 
 
@@ -41,14 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
     evaluate_tasks.add_arguments(parser.add_argument_group("tasks"))
     evaluate_text.add_arguments(parser.add_argument_group("held-out text"))
+    evaluate_examples.add_arguments(parser.add_argument_group("examples of fine-tuning"))
     evaluate_harness.add_arguments(parser.add_argument_group("the field's harness"))
 
 
 def run(arguments: argparse.Namespace) -> None:
     given = [name for name in _MODES if getattr(arguments, name) is not None]
     if len(given) != 1:
-        raise ConfigError("name what to evaluate on: --tasks=NAME,..., --data FILE or --harness=TASK,..., one of the "
-                          "three")
+        raise ConfigError("name what to evaluate on: --tasks=NAME,..., --data FILE, --examples FILE or "
+                          "--harness=TASK,..., one of the four")
     mode, = given
     for other in _OWN:
         for name in _OWN[other]:

@@ -1,8 +1,10 @@
 """The text as it forms, drawn over and over in a terminal."""
 
+import dataclasses
 import shutil
 import sys
 import unicodedata
+from collections.abc import Collection
 from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -48,6 +50,23 @@ class Live:
         sys.stdout.write(f"{back}\x1b[J" + "".join(line + "\n" for line in lines))
         sys.stdout.flush()
         self._height = len(lines)
+
+
+class LiveAnswer(Live):
+    """Shows of one row what is written behind its prompt, up to a token that ends it."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", end_token_ids: Collection[int]):
+        super().__init__(tokenizer)
+        self._ends, self._begin = list(end_token_ids), 0
+
+    def __call__(self, snapshot: "Snapshot") -> None:
+        if snapshot.step == 0:
+            self._begin = int(snapshot.masked[0].argmax())
+        inside = slice(self._begin, int(snapshot.lengths[0]))
+        tokens, masked = snapshot.tokens[:1, inside], snapshot.masked[:1, inside]
+        ended = (~masked[0] & [token in self._ends for token in tokens[0]]).nonzero()[0]
+        length = ended[0] if len(ended) else tokens.shape[1]
+        super().__call__(dataclasses.replace(snapshot, tokens=tokens, masked=masked, lengths=[length]))
 
 
 def partial_text(tokenizer: "PreTrainedTokenizerBase", tokens: "np.ndarray", masked: "np.ndarray", length: int) -> str:

@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": "turn a corpus into rows of tokens, once, for training at speed",
     "train": "adapt a pretrained model to diffusion, or train an autoregressive one",
     "sample": "write text: from nothing, from a prompt, or into gaps",
+    "chat": "talk with a fine-tuned model, its answers forming before your eyes if you like",
     "evaluate": "how good a model is: on tasks, beside its parent, and on held-out text",
     "export": "write a model in Hugging Face format",
     "plan": "does a recipe fit on TPUs or GPUs that are not here, and how long does it take",

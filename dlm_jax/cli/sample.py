@@ -118,15 +118,11 @@ def write_file(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
 
 def check(arguments: argparse.Namespace) -> "SamplerConfig":
     """The sampler's settings, after everything that can be refused before a model is loaded."""
-    from dlm_jax.sampling import SamplerConfig
     from dlm_jax.sampling.text import split_gaps
     from dlm_jax.sampling.trace import check_path
 
-    for name in ("num_samples", "max_new_tokens", "gap_length", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    if not 0 <= arguments.seed < 1 << 32:
-        raise ConfigError(f"--seed must lie between 0 and {(1 << 32) - 1}, got {arguments.seed}")
+    check_at_least_one(arguments, "num_samples", "max_new_tokens", "gap_length", "batch_size")
+    check_seed("--seed", arguments.seed)
     if (arguments.prompts is None) != (arguments.out is None):
         raise ConfigError("--prompts and --out go together: a file of texts, and where the results go")
     if arguments.prompts is not None and (arguments.stream or arguments.trace):
@@ -136,6 +132,24 @@ def check(arguments: argparse.Namespace) -> "SamplerConfig":
         check_path(arguments.trace)
     for text in arguments.infill or ():
         split_gaps(text, arguments.gap_length)
+    return sampler_settings(arguments)
+
+
+def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    if not 0 <= seed < 1 << 32:
+        raise ConfigError(f"{name} must lie between 0 and {(1 << 32) - 1}, got {seed}")
+
+
+def sampler_settings(arguments: argparse.Namespace) -> "SamplerConfig":
+    """What the flags of `add_sampler_arguments` say."""
+    from dlm_jax.sampling import SamplerConfig
+
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplerConfig)}
     return SamplerConfig(**settings | {"policy": arguments.policy or SamplerConfig.policy})
 

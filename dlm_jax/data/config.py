@@ -31,15 +31,20 @@ class ExampleConfig:
     messages_key: str = _field("messages", "the key of the list of {role, content}, for messages")
     chat_template: str | None = _field(None, "a file with a chat template, for messages; None: the tokenizer's own")
     separator: str = _field("\n", "text between prompt and response; messages need none")
-    padding: Literal["ignored", "trained"] = _field(
-        "ignored", "ignored: one EOS is learnt, padding neither seen nor learnt; trained: padding is noised and "
-                   "learnt, as the DiffuGPT release does")
+    split_digits: bool = _field(
+        False, "every digit is a token of its own, as in the fine-tuning of DiffuGPT-M; not for messages")
+    padding: Literal["trained", "ignored"] = _field(
+        "trained", "trained: what fills a row is noised and learnt, as in the DiffuGPT release, so that the model "
+                   "knows where an answer ends in more room than it needs; ignored: one EOS is learnt, and padding "
+                   "neither seen nor learnt, which is enough from left to right")
     pad_token: str | None = _field(None, "what fills a row; None: the tokenizer's padding token, else EOS")
     too_long: Literal["refuse", "truncate", "drop"] = _field(
         "refuse", "examples longer than a row: an error, a response cut off at the end, or left out and counted")
 
     def __post_init__(self) -> None:
         _check_choices(self, "data.examples")
+        if self.split_digits and self.format == "messages":
+            raise ConfigError("data.examples.split_digits is not for messages, which their chat template writes")
 
 
 @dataclasses.dataclass(frozen=True)

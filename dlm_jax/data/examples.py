@@ -7,6 +7,8 @@ there a chat template writes what stands around each turn.
 
 import dataclasses
 import functools
+import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,6 +66,9 @@ class ExampleForm:
         if self._eos is None:
             raise DataError(f"the tokenizer {self.tokenizer.name_or_path!r} has no EOS token to end a response with")
         _ = self.columns, self._pad, self._chat  # each checks a setting, here and not at the first record
+        if self.config.split_digits and self.tokenizer.decode(self._encode("a1b23")) != "a1b23":
+            raise ConfigError("data.examples.split_digits does not go with the tokenizer "
+                              f"{self.tokenizer.name_or_path!r}, which parts a text with spaces; set it to false")
 
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:
@@ -98,7 +103,7 @@ class ExampleForm:
             key, examples = turns[0].text, [self._example(turn.prompt, turn.response, turn.closed) for turn in turns]
         else:
             key, answer = self._question(record), self._answer(record)
-            examples = [self._example(self._asked(key), *encode(self.tokenizer, [answer]))]
+            examples = [self._example(self._asked(key), self._encode(answer))]
         longest = max(example.length for example in examples)
         if longest > self.length and self.config.too_long == "refuse":
             raise DataError(f"an example of {longest} tokens does not fit a row of {self.length}; raise data.length, "
@@ -184,8 +189,12 @@ class ExampleForm:
         return response
 
     def _asked(self, question: str) -> list[int]:
-        prompt, = encode(self.tokenizer, [question + self.config.separator])
-        return prompt
+        return self._encode(question + self.config.separator)
+
+    def _encode(self, text: str) -> list[int]:
+        """The token ids of a text, none of them special."""
+        parts = re.findall(r"\d|\D+", text) if self.config.split_digits else [text]
+        return list(itertools.chain.from_iterable(encode(self.tokenizer, parts)))
 
     def _begun(self, prompt: list[int]) -> list[int]:
         """`prompt` with what position 0 holds, if it does not begin with that."""

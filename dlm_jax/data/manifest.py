@@ -131,7 +131,7 @@ def check_examples(prepared: Sequence[tuple[str, Manifest]], config: RowsConfig)
     made = [(directory, manifest.settings["examples"]) for directory, manifest in prepared
             if manifest.settings["examples"]["format"] != "none"]
     asked = dataclasses.asdict(config.examples)
-    wrong = [[name for name in ("format", "separator", "chat_template") if asked[name] != form[name]]
+    wrong = [[name for name in ("format", "separator", "split_digits", "chat_template") if asked[name] != form[name]]
              for _, form in made]
     if made and all(wrong):
         (directory, form), (name, *_) = made[0], wrong[0]

@@ -55,7 +55,9 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
         f"| | |\n| --- | --- |\n{table}",
     ]
     if is_diffusion:
-        sections.append(f"## Use\n\n{_USE[layout]}\nWith dlm_jax: `dlm sample --model=THIS_DIRECTORY`.")
+        asked = recipe.get("data.examples.format", "none") != "none"
+        commands = "`dlm sample --model=THIS_DIRECTORY`" + " or `dlm chat --model=THIS_DIRECTORY`" * asked
+        sections.append(f"## Use\n\n{_USE[layout]}\nWith dlm_jax: {commands}.")
     if recipe:
         sections.append(f"## Recipe\n\n```json\n{json.dumps(recipe, indent=2, default=str)}\n```")
     return "\n\n".join(sections) + "\n"

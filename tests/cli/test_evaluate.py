@@ -212,7 +212,7 @@ def test_the_help_names_every_task():
     (("--tasks=piqa", "--limit=0"), "--limit must be at least 1"),
     (("--tasks=piqa", "--length=8"), "--length belongs to --data"),
     (("--data", "x.jsonl", "--limit=8"), "--data_dir belongs to --tasks"),
-    (("--tasks=piqa", "--data", "x.jsonl"), "one of the three"),
+    (("--tasks=piqa", "--data", "x.jsonl"), "one of the four"),
     (("--tasks=piqa", "--out=results.txt"), "must end in .json"),
     (("--tasks=gsm8k", "--shots=2"), "--shots=2, and"),
     (("--tasks=piqa", "--shots=1"), "no file of the task piqa"),

@@ -1,5 +1,7 @@
 """Every recipe builds, and what is wrong with one is said in a sentence."""
 
+import dataclasses
+
 import pytest
 
 from dlm_jax.cli.config import build_config, describe_config
@@ -40,6 +42,18 @@ def test_the_recipe_with_lora_has_the_settings_of_the_paper():
     assert (lora.rank, lora.embedding, lora.head, lora.targets) == (16, True, False, ("all",))
     assert config.optimizer.learning_rate == 1e-4 and config.model.mask_token == 811 and config.data.length == 256
     assert build("sft_gsm8k_llama_lora", **{"lora.rank": "8", "lora.targets": "q,v"}).lora.targets == ("q", "v")
+
+
+def test_the_recipes_of_fine_tuning_differ_where_they_say():
+    ours, parents, talks = map(build, ("sft_gsm8k_gpt2", "sft_gsm8k_gpt2_ar", "sft_instruct"))
+    assert ours.num_steps * ours.data.batch_size // 385_620 == 199  # epochs
+    assert (ours.data.examples.padding, ours.data.examples.split_digits) == ("trained", True)
+    changed = {"model", "objective", "data", "validation"}
+    assert {field.name for field in dataclasses.fields(ours)
+            if getattr(ours, field.name) != getattr(parents, field.name)} == changed
+    assert (parents.objective.name, parents.model.source) == ("autoregressive", "gpt2-medium")
+    assert (talks.objective.normaliser, talks.lora.rank, talks.data.examples.format) == ("examples", 16, "messages")
+    assert all(config.objective.anneal_steps == 0 for config in (ours, parents, talks))
 
 
 def test_combinations_that_cannot_be_are_refused():

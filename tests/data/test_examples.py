@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from transformers import GPT2TokenizerFast
+from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.encode import Encoder
@@ -26,8 +26,8 @@ TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
         {"role": "assistant", "content": "no more"}]
 
 
-def form_of(tokenizer, format, length=64, **settings):
-    return ExampleForm(tokenizer, ExampleConfig(format=format, **settings), length)
+def form_of(tokenizer, format, length=64, padding="ignored", **settings):
+    return ExampleForm(tokenizer, ExampleConfig(format=format, padding=padding, **settings), length)
 
 
 def rows_of(form, records):
@@ -343,3 +343,22 @@ def test_alpaca_asks_with_and_without_input(gpt2, test_data):
         assert ("### Input:" in prompt) == ("further context" in prompt) == bool(record["input"])
         assert record["input"] in prompt
         assert (record["output"] + "<|endoftext|>").startswith(gpt2.decode(row[learnt]).rstrip("�"))
+
+
+def test_digits_are_tokens_of_their_own(gpt2):
+    """As in DiffuGPT-M's fine-tuning: question and answer in runs without digits and single digits, each by itself."""
+    form = form_of(gpt2, "gsm8k_symbolic", separator="======", split_digits=True)
+    tokens, _, maskable, _ = rows_of(form, ["It costs 1250, or 37%.||<<1250-37=1213>> #### 1213"])
+    parts = ["It costs ", *"1250", ", or ", *"37", "%.======", "<<", *"1250", "-", *"37", "=", *"1213", ">> #### ",
+             *"1213"]
+    expected = [gpt2.eos_token_id] + [token for part in parts for token in gpt2.encode(part)] + [gpt2.eos_token_id]
+    np.testing.assert_array_equal(tokens[0, : len(expected)], expected)
+    assert maskable[0].argmax() == len(gpt2.encode("It costs ")) + len(gpt2.encode(", or ")) + 9
+    with pytest.raises(ConfigError, match="split_digits is not for messages"):
+        ExampleConfig("messages", split_digits=True)
+
+
+def test_digits_are_not_split_where_a_tokenizer_puts_spaces_between(test_data):
+    tokenizer = AutoTokenizer.from_pretrained(test_data / "stories260K_hf")
+    with pytest.raises(ConfigError, match="split_digits does not go with the tokenizer"):
+        form_of(tokenizer, "gsm8k_symbolic", split_digits=True)

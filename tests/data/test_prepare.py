@@ -164,7 +164,8 @@ def test_a_damaged_progress_file_is_named(tmp_path, corpus, tokenizer):
 def test_examples_go_the_same_road(tmp_path, tokenizer):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "response": str(2 * i)}) + "\n" for i in range(40)))
-    config = RowsConfig(length=16, validation_fraction=0.0, examples=ExampleConfig(format="prompt_response"))
+    config = RowsConfig(length=16, validation_fraction=0.0,
+                        examples=ExampleConfig("prompt_response", padding="ignored"))
     manifest = prepare(open_sources([str(path)]), str(tmp_path / "rows"), tokenizer, config, workers=1)
     rows = rows_of(tmp_path / "rows")
     assert len(rows) == manifest.counts["examples"] == 40

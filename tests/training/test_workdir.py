@@ -1,9 +1,12 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dlm_jax.data.config import ExampleConfig
+from dlm_jax.data.recorded import recorded_form
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training import is_workdir, load_workdir, train
@@ -47,3 +50,22 @@ def test_a_run_starts_from_another_runs_workdir(config, tmp_path):
         load_base(child("<mask>"), tmp_path / "child", make_mesh(config.mesh), resumed=False)
     with pytest.raises(ConfigError, match="no mask token"):
         load_base(child(None), tmp_path / "child", make_mesh(config.mesh), resumed=False)
+
+
+def test_a_run_on_conversations_keeps_its_chat_template(config, tmp_path):
+    """In its tokenizer, so that the model is asked as it learnt when the file is gone, resumed and started from too."""
+    template, talks = tmp_path / "chat.jinja", tmp_path / "talks.jsonl"
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    talks.write_text(16 * (json.dumps({"messages": [{"role": "user", "content": "abc"},
+                                                    {"role": "assistant", "content": "de"}]}) + "\n"))
+    examples = ExampleConfig(format="messages", chat_template=str(template))
+    data = dataclasses.replace(config.data, train=(str(talks),), examples=examples, validation_fraction=0.0)
+    run = dataclasses.replace(config, num_steps=1, data=data, validation=ValidationConfig(every=0))
+    train(run, tmp_path / "run")
+    train(dataclasses.replace(run, num_steps=2), tmp_path / "run")
+    said = template.read_text()
+    template.unlink()
+    learnt = load_workdir(tmp_path / "run")
+    form = recorded_form(learnt.tokenizer, learnt.recipe, 32)
+    assert form.config == dataclasses.replace(examples, chat_template=None) and learnt.tokenizer.chat_template == said
+    assert learnt.tokenizer.decode(form.ask("cab")) == "<eos>cab "

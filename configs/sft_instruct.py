@@ -1,0 +1,31 @@
+r"""An adapted LLaMA taught to follow instructions by LoRA, on conversations or on Alpaca's records.
+
+    dlm train --config=sft_instruct --workdir=DIR --config.data.train=TALKS.jsonl
+    dlm train --config=sft_instruct --workdir=DIR --config.data.train=alpaca_data.json \
+        --config.data.examples.format=alpaca
+    dlm chat --model=DIR
+
+The paper shows its models following instructions and prints no settings for it. These are those of its LoRA on GSM8K,
+with what LLaDA states of its own (arXiv 2502.09992 and its guidelines): the end of a text fills the row and is learned,
+each answer counts by its own length, three epochs, here of Alpaca's 52,002 records. LLaMA-2 has no chat template: name
+a file with one in data.examples.chat_template, or take Alpaca's format.
+"""
+
+from dlm_jax.cli.recipes import load_recipe
+
+
+def get_config():
+    config = load_recipe("sft_gsm8k_llama_lora")
+    config.num_steps = 1_200
+
+    config.data.length = 1024
+    config.data.examples.format = "messages"
+    config.data.examples.separator = "\n"
+    config.data.examples.pad_token = None  # the end of the text
+    config.objective.normaliser = "examples"
+
+    config.optimizer.warmup_steps = 50
+    config.validation.every = 100
+    config.validation.answers = 16
+    config.checkpoint.every = 200
+    return config

@@ -1,0 +1,78 @@
+"""`dlm evaluate --examples`: asked, in rows and judged as the run's own held-out examples."""
+
+import json
+
+import pytest
+
+from dlm_jax.cli.main import main
+from dlm_jax.training.metrics import read_records
+from tests.cli.conftest import RECIPE
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Training lines, and eight others."""
+    folder = tmp_path_factory.mktemp("sums")
+    lines = [f"{a}+{b}?||#### {a + b}" for a in range(1, 10) for b in range(1, 10)]
+    (folder / "train.txt").write_text("\n".join(lines[8:]))
+    (folder / "test.txt").write_text("\n".join(lines[:8]))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["diffusion", "autoregressive"])
+def run(request, base, files, tmp_path_factory):
+    """Fine-tuned for a few steps, with the test lines held out."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "recipe.py").write_text(RECIPE + f"""
+    config.num_steps = 4
+    config.model.source = {str(base)!r}
+    config.objective.name = {request.param!r}
+    config.optimizer.learning_rate = 0.01
+    config.data.train = ({str(files / "train.txt")!r},)
+    config.data.validation = ({str(files / "test.txt")!r},)
+    config.data.examples.format = "gsm8k_symbolic"
+    config.data.examples.padding = "trained"
+    config.validation.every = 4
+    config.validation.answers = 8
+    config.validation.answer_steps = 3
+    return config
+""")
+    assert main(["train", f"--config={folder / 'recipe.py'}", f"--workdir={folder / 'run'}"]) == 0
+    return folder / "run"
+
+
+def test_it_finds_what_the_run_found(run, files, tmp_path, capsys):
+    out = tmp_path / "answers.json"
+    assert main(["evaluate", f"--model={run}", "--examples", str(files / "test.txt"), "--num_steps=3",
+                 "--num_samples=8", f"--json={out}"]) == 0
+    shown, result, recorded = capsys.readouterr().out, json.loads(out.read_text()), read_records(run, "answers")[-1]
+    assert result["num_examples"] == len(result["records"]) == 8 and result["length"] == 16
+    for name in ("exact_match", "marked_number", "in_form"):
+        assert result["values"][name]["mean"] == recorded[name] and name in shown
+    assert result["records"][0]["text"] == recorded["text"] and result["records"][0]["answer"] == "#### 2"
+    bound = read_records(run, "validation")[-1]["bound"]
+    assert result["nats_per_token"] == pytest.approx(bound, rel=0.2)
+
+
+def test_fewer_examples_by_limit_and_bad_input(run, files, capsys):
+    test = str(files / "test.txt")
+    assert main(["evaluate", f"--model={run}", "--examples", test, "--num_steps=2", "--limit=3", "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_examples"] == 3
+    for arguments, message in ((("--limit=0",), "--limit must be at least 1"),
+                               (("--length=8",), "--length belongs to --data"),
+                               (("--data", test), "one of the four")):
+        assert main(["evaluate", f"--model={run}", "--examples", test, *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_model_that_was_not_fine_tuned_is_refused(base, files, tmp_path, capsys):
+    (tmp_path / "recipe.py").write_text(RECIPE + f"""
+    config.num_steps = 1
+    config.data.validation_fraction = 0.0
+    config.model.source = {str(base)!r}
+    config.data.train = ({str(files / "train.txt")!r},)
+    return config
+""")
+    assert main(["train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main(["evaluate", f"--model={tmp_path / 'run'}", "--examples", str(files / "test.txt")]) == 1
+    assert "has not been fine-tuned on examples" in capsys.readouterr().err
