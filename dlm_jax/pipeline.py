@@ -186,7 +186,7 @@ class DiffusionLM:
         with self._in_use():
             estimate = bound(self.model, canvas.tokens, ~padding, mask_token_id=mask_token_id,
                              shift=self.pretrained.shift, num_samples=num_samples, seed=seed, batch_size=batch_size,
-                             segment_ids=padding)
+                             segment_ids=padding, block_size=self.pretrained.block_size)
         return list(estimate.rows)
 
     def save_pretrained(self, directory: str | os.PathLike, layout: str = "hf") -> None:
@@ -224,7 +224,8 @@ class DiffusionLM:
         if len(index) != len(rows):
             raise ConfigError(f"example_index has {len(index)} entries for {len(rows)} texts")
         mask_token_id = self.pretrained.mask_token_id if config.policy == "autoregressive" else self.mask_token_id
-        task = Task(config, mask_token_id, self.pretrained.shift, eos_token_ids, stop_at_eos and bool(eos_token_ids))
+        task = Task(config, mask_token_id, self.pretrained.shift, eos_token_ids, stop_at_eos and bool(eos_token_ids),
+                    block_size=self.pretrained.block_size)
         return sample_rows(self.model, rows, example_keys(seed, jnp.asarray(index, jnp.uint32)), task,
                            batch_size=min(batch_size, len(rows)), mesh=self.mesh, on_step=on_step, coarse=coarse,
                            progress=on_step is None)

@@ -51,11 +51,12 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         sampler = SamplerConfig("confidence", arguments.num_steps or 64, temperature=0.0)
         estimate = bound(lm.model, batch.tokens, batch.maskable, mask_token_id=lm.mask_token_id, seed=arguments.seed,
-                         shift=lm.pretrained.shift, num_samples=arguments.num_samples or 16, **scored)
+                         shift=lm.pretrained.shift, block_size=lm.pretrained.block_size,
+                         num_samples=arguments.num_samples or 16, **scored)
     questions = questions_of(rows, form)
     texts = answer(lm.model, questions, form, sampler, mask_token_id=lm.pretrained.mask_token_id,
-                   shift=lm.pretrained.shift, seed=arguments.seed, batch_size=arguments.batch_size, mesh=lm.mesh,
-                   progress=True)
+                   shift=lm.pretrained.shift, block_size=lm.pretrained.block_size, seed=arguments.seed,
+                   batch_size=arguments.batch_size, mesh=lm.mesh, progress=True)
     values = judge(texts, questions, form)
     records = [{"prompt": lm.tokenizer.decode(question.prompt, skip_special_tokens=True), "answer": question.answer,
                 "text": text, "values": value}

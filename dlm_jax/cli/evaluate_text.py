@@ -42,8 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
                                       batch_size=arguments.batch_size)
     else:
         estimate = bound(lm.model, batch.tokens, batch.maskable, mask_token_id=lm.mask_token_id,
-                         shift=lm.pretrained.shift, segment_ids=batch.segment_ids, num_samples=num_samples,
-                         seed=arguments.seed, batch_size=arguments.batch_size)
+                         shift=lm.pretrained.shift, block_size=lm.pretrained.block_size,
+                         segment_ids=batch.segment_ids, num_samples=num_samples, seed=arguments.seed,
+                         batch_size=arguments.batch_size)
     result = {"model": lm.pretrained.source, "objective": arguments.objective, "data": arguments.data,
               "num_rows": len(batch.tokens), "length": length, "num_tokens": estimate.num_tokens,
               "nats_per_token": estimate.nats_per_token, "standard_error": estimate.standard_error,

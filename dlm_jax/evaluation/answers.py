@@ -49,8 +49,8 @@ def questions_of(rows: Rows, form: ExampleForm) -> list[Question]:
 
 
 def answer(model: Transformer, questions: Sequence[Question], form: ExampleForm, config: SamplerConfig, *,
-           mask_token_id: int | None, shift: bool = True, seed: int = 0, batch_size: int = 16,
-           mesh: Mesh | None = None, progress: bool = False) -> list[str]:
+           mask_token_id: int | None, shift: bool = True, block_size: int | None = None, seed: int = 0,
+           batch_size: int = 16, mesh: Mesh | None = None, progress: bool = False) -> list[str]:
     """What the model writes behind each prompt, in rows as long as the form's.
 
     An answer depends on the seed and its question's place in the list, never on the batch size.
@@ -58,7 +58,7 @@ def answer(model: Transformer, questions: Sequence[Question], form: ExampleForm,
     Raises:
       ConfigError: the sampler cannot do it; see `sampling.sample`.
     """
-    task = Task(config, mask_token_id, shift, form.end_token_ids, stop_at_eos=True)
+    task = Task(config, mask_token_id, shift, form.end_token_ids, stop_at_eos=True, block_size=block_size)
     rows = [[*question.prompt, *[GAP] * (form.length - len(question.prompt))] for question in questions]
     keys = example_keys(seed, jnp.arange(len(rows), dtype=jnp.uint32))
     filled = sample_rows(model, rows, keys, task, batch_size=batch_size, mesh=mesh, progress=progress)

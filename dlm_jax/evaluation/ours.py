@@ -46,6 +46,9 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
     if not autoregressive and pretrained.mask_token_id is None:
         raise ConfigError(f"{source} records no mask token, which a diffusion model needs; name one with --mask_token, "
                           "or evaluate it with --objective=autoregressive")
+    if not autoregressive and pretrained.block_size is not None:
+        raise ConfigError(f"{source} writes in blocks, and tasks are not scored block by block yet; evaluate it with "
+                          "--data or --examples, or as --objective=autoregressive")
     bos_token_id = next((token for token in (pretrained.bos_token_id, pretrained.eos_token_id)
                          if token is not None and token < config.vocab_size), None)
     if bos_token_id is None:

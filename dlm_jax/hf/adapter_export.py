@@ -144,4 +144,4 @@ def _notes(pretrained: "Pretrained") -> dict[str, Any]:
     if pretrained.mask_token_id is not None and pretrained.tokenizer is not None:
         token = pretrained.tokenizer.convert_ids_to_tokens(pretrained.mask_token_id)
     return {"mask_token_id": pretrained.mask_token_id, "mask_token": token, "shift": pretrained.shift,
-            "recipe": pretrained.recipe}
+            "block_size": pretrained.block_size, "recipe": pretrained.recipe}

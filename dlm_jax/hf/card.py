@@ -29,6 +29,12 @@ python inf_diffugpt.py --model_name THIS_DIRECTORY --base_model_name THIS_DIRECT
 }
 
 
+_USE_OF_BLOCKS = """\
+`AutoModelForCausalLM.from_pretrained` loads these weights and treats them as an autoregressive model. Writing block by
+block takes dlm_jax.
+"""
+
+
 def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
     """README.md of an export: what the model is, how to use it, and the recipe it was made by."""
     config = pretrained.model.config
@@ -47,6 +53,8 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
     if is_diffusion:
         facts["mask token id"] = pretrained.mask_token_id
         facts["output at position n predicts"] = "token n + 1" if pretrained.shift else "token n"
+        if pretrained.block_size is not None:
+            facts["written"] = f"one block of {pretrained.block_size} tokens after another"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     tags = ["diffusion", "masked-diffusion"] if is_diffusion else ["causal-lm"]
     sections = [
@@ -57,7 +65,8 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
     if is_diffusion:
         asked = recipe.get("data.examples.format", "none") != "none"
         commands = "`dlm sample --model=THIS_DIRECTORY`" + " or `dlm chat --model=THIS_DIRECTORY`" * asked
-        sections.append(f"## Use\n\n{_USE[layout]}\nWith dlm_jax: {commands}.")
+        use = _USE[layout] if pretrained.block_size is None else _USE_OF_BLOCKS
+        sections.append(f"## Use\n\n{use}\nWith dlm_jax: {commands}.")
     if recipe:
         sections.append(f"## Recipe\n\n```json\n{json.dumps(recipe, indent=2, default=str)}\n```")
     return "\n\n".join(sections) + "\n"

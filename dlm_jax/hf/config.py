@@ -60,6 +60,11 @@ def recorded_shift(hf: Mapping[str, Any]) -> bool:
     return (hf.get("dlm_jax") or {}).get("shift", True)
 
 
+def recorded_block_size(hf: Mapping[str, Any]) -> int | None:
+    """Of how many tokens the blocks are that the model writes one after another; None where it sees whole rows."""
+    return (hf.get("dlm_jax") or {}).get("block_size")
+
+
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """The architecture that a config.json describes, with HF's defaults for what it leaves out.
 
@@ -76,7 +81,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_to_hf(config: ModelConfig, base: Mapping[str, Any], *, mask_token_id: int | None, shift: bool,
-                 dtype: str) -> dict[str, Any]:
+                 dtype: str, block_size: int | None = None) -> dict[str, Any]:
     """A config.json for this architecture, keeping what `base`, the config it came from, says beyond that.
 
     Raises:
@@ -92,7 +97,8 @@ def config_to_hf(config: ModelConfig, base: Mapping[str, Any], *, mask_token_id:
         "torch_dtype": dtype,
     }
     if mask_token_id is not None:
-        hf |= {"mask_token_id": mask_token_id, "dlm_jax": {"mask_token_id": mask_token_id, "shift": shift}}
+        blocks = {} if block_size is None else {"block_size": block_size}
+        hf |= {"mask_token_id": mask_token_id, "dlm_jax": {"mask_token_id": mask_token_id, "shift": shift} | blocks}
     read_back, wanted = dataclasses.asdict(config_from_hf(hf)), dataclasses.asdict(config)
     lost = [name for name in wanted if read_back[name] != wanted[name] and not name.endswith("_dropout")]
     if lost:

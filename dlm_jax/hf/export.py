@@ -59,11 +59,14 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         pretrained = dataclasses.replace(pretrained, model=merge_lora(pretrained.model, "float32"), base=None)
     config, tokenizer = pretrained.model.config, pretrained.tokenizer
     hf_config = config_to_hf(config, pretrained.hf_config, mask_token_id=pretrained.mask_token_id,
-                             shift=pretrained.shift, dtype=dtype)
+                             shift=pretrained.shift, dtype=dtype, block_size=pretrained.block_size)
     for name in ("bos_token_id", "eos_token_id"):  # left out, transformers would put its own
         if hf_config.get(name) is None:
             hf_config[name] = getattr(pretrained, name)
     tensors = hf_tensors(pretrained.model)
+    if layout == "diffugpt" and pretrained.block_size is not None:
+        raise CheckpointError(f"{pretrained.source} writes in blocks, which the DiffuGPT release's code does not; "
+                              "choose the layout hf")
     if layout == "diffugpt":
         tokenizer = _release_tokenizer(pretrained)
         hf_config["task_specific_params"] = {"text-generation": {"do_sample": True, "max_length": config.max_length}}
@@ -96,7 +99,7 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         if pretrained.recipe is not None:
             write_json(folder / NOTES, {"recipe": pretrained.recipe})
         (folder / "README.md").write_text(model_card(pretrained, layout, dtype))
-        if layout == "hf":
+        if layout == "hf" and pretrained.block_size is None:
             shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)
 
 

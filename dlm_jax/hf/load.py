@@ -14,7 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.hf import keys
 from dlm_jax.hf.adapter import Adapter, is_adapter, merge_adapter, read_adapter
-from dlm_jax.hf.config import config_from_hf, read_config, recorded_mask_token_id, recorded_shift
+from dlm_jax.hf.config import (
+    config_from_hf,
+    read_config,
+    recorded_block_size,
+    recorded_mask_token_id,
+    recorded_shift,
+)
 from dlm_jax.hf.folder import read_notes
 from dlm_jax.hf.hub import find_base, locate
 from dlm_jax.hf.stream import check_tensors, stream_parameters
@@ -55,6 +61,7 @@ class Pretrained:
       base: where the base is of a model with LoRA beside it; None for a model as it is.
       merged: fingerprints of a base and of the adapters that were merged into it, in order, for who puts LoRA beside
         them; none for a model that was read as it is.
+      block_size: of a model that writes one block of tokens after another; None: it sees whole rows.
     """
 
     model: Transformer
@@ -66,6 +73,7 @@ class Pretrained:
     recipe: dict[str, Any] | None = None
     base: str | None = None
     merged: tuple[str, ...] = ()
+    block_size: int | None = None
 
     @property
     def bos_token_id(self) -> int | None:
@@ -153,7 +161,8 @@ def load_pretrained(path_or_hub_id: str | Path, *, mask_token: str | int | None 
         params = jax.tree.unflatten(jax.tree.structure(shapes), initialise(seed, config, compute, param_dtype))
     factors = nnx.State({}) if beside is None else new_factors(config, beside, seed, param_dtype, whole(places[0]))
     return Pretrained(nnx.merge(graphdef, params, factors), tokenizer, mask_token_id, recorded_shift(hf_config),
-                      hf_config, str(path_or_hub_id), read_notes(directory).get("recipe"))
+                      hf_config, str(path_or_hub_id), read_notes(directory).get("recipe"),
+                      block_size=recorded_block_size(hf_config))
 
 
 def whole(place: Sharding) -> Sharding:
@@ -179,6 +188,7 @@ def _load_adapted(adapter: Adapter, mask_token: str | int | None, base: str | No
     model = merge_adapter(adapter, loaded, dtype)
     tokenizer = load_tokenizer(adapter.directory) or loaded.tokenizer
     model = dataclasses.replace(model, tokenizer=tokenizer, shift=adapter.notes.get("shift", loaded.shift),
+                                block_size=adapter.notes.get("block_size", loaded.block_size),
                                 recipe=adapter.notes.get("recipe", loaded.recipe))
     if lora is None:
         return model

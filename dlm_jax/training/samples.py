@@ -18,7 +18,8 @@ def sample_text(base: Pretrained, params: nnx.State, *, length: int, num_steps: 
     model = nnx.merge(nnx.graphdef(base.model), params)
     tokens = jnp.full((1, length), first, jnp.int32)
     fixed = jnp.arange(length)[None] == 0
-    task = Task(SamplerConfig(num_steps=num_steps, top_p=0.9), base.mask_token_id, base.shift)
+    task = Task(SamplerConfig(num_steps=num_steps, top_p=0.9), base.mask_token_id, base.shift,
+                block_size=base.block_size)
     keys = example_keys(seed, jnp.zeros((1,), jnp.uint32))
     tokens = sample(model, tokens, fixed, jnp.full((1,), length), keys, task).tokens
     return base.tokenizer.decode(jax.device_get(tokens)[0], skip_special_tokens=True)

@@ -62,7 +62,9 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     check_fit(config, base.model.config, base.mask_token_id, mesh)
     compute = dataclasses.replace(compute, attention=choose_attention(config, base.model.config, mesh).backend)
     graphdef = nnx.graphdef(abstract_model(base.model.config, compute, model.param_dtype, base.model.lora))
-    return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), shift=config.objective.shift)
+    blocks = config.objective.block_size if config.objective.name == "block_diffusion" else None
+    return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), shift=config.objective.shift,
+                               block_size=blocks)
 
 
 def settle_adapter(config: TrainConfig, workdir: epath.Path, base: Pretrained, frozen: nnx.State,
@@ -149,6 +151,9 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
         opening = f"annealed over {config.objective.anneal_steps} steps" if config.objective.anneal_steps else \
             "bidirectional from the start"
         objective += f", mask token {base.mask_token_id}, attention {opening}"
+    elif objective == "block_diffusion":
+        sizes = [size for _, size in config.objective.block_stages] or [config.objective.block_size]
+        objective += f", mask token {base.mask_token_id}, blocks of {' -> '.join(map(str, sizes))} tokens"
     lines = [
         f"model      {config.model.source} ({architecture.family}), {count_params(architecture) / 1e6:,.1f}M parameters"
         f", {config.model.init} weights",

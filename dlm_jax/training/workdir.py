@@ -19,7 +19,14 @@ from flax import nnx
 
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.hf import Pretrained, load_pretrained
-from dlm_jax.hf.config import config_from_hf, config_to_hf, read_config, recorded_mask_token_id, recorded_shift
+from dlm_jax.hf.config import (
+    config_from_hf,
+    config_to_hf,
+    read_config,
+    recorded_block_size,
+    recorded_mask_token_id,
+    recorded_shift,
+)
 from dlm_jax.hf.hub import find_base
 from dlm_jax.hf.load import LoraOf, whole
 from dlm_jax.hf.tokenizer import choose_mask_token, load_tokenizer
@@ -180,7 +187,8 @@ def described_model(directory: epath.Path, compute: Compute, param_dtype: str | 
     return Pretrained(
         model=abstract_model(config_from_hf(hf_config), compute, param_dtype or recipe["model.param_dtype"]),
         tokenizer=load_tokenizer(model), mask_token_id=recorded_mask_token_id(hf_config),
-        shift=recorded_shift(hf_config), hf_config=hf_config, source=str(directory), recipe=recipe)
+        shift=recorded_shift(hf_config), hf_config=hf_config, source=str(directory), recipe=recipe,
+        block_size=recorded_block_size(hf_config))
 
 
 def describe_run(directory: epath.Path, config: TrainConfig, base: Pretrained, adapter: Adapter | None) -> None:
@@ -189,7 +197,7 @@ def describe_run(directory: epath.Path, config: TrainConfig, base: Pretrained, a
         return
     (directory / "model").mkdir(parents=True, exist_ok=True)
     hf_config = config_to_hf(base.model.config, base.hf_config, mask_token_id=base.mask_token_id, shift=base.shift,
-                             dtype=config.model.param_dtype)
+                             dtype=config.model.param_dtype, block_size=base.block_size)
     if base.tokenizer is not None:
         with tempfile.TemporaryDirectory() as folder:
             base.tokenizer.save_pretrained(folder)

@@ -60,6 +60,42 @@ def test_the_bound_is_unbiased_and_its_error_honest(model, shift):
     assert 0.9 < 4 * estimate.standard_error / spread < 1.6  # overstated, and a little only
 
 
+def enumerated_block_bound(model, row, size, shift):
+    """`enumerated_bound` of each block given the clean text before it. Under the shift a block's first token is
+    predicted from clean text, whatever is masked."""
+    total = 0.0
+    for start in range(0, len(row), size):
+        inside = np.arange(max(start, 1), min(start + size, len(row)))
+        n, end = len(inside), min(start + size, len(row))
+        q, k = np.indices((end, end))
+        attention = AttentionMask.matrix((k <= q) | (q >= start))
+        masks = np.array([mask for mask in itertools.product([False, True], repeat=n) if any(mask)])
+        noised = np.tile(row[:end], (len(masks), 1))
+        noised[:, inside] = np.where(masks, MASK, row[inside])
+        logp = log_probabilities(model, noised, attention)
+        for mask, logp_row in zip(masks, logp, strict=True):
+            k = mask.sum()
+            total -= beta(k, n - k + 1) * sum(logp_row[at - shift, row[at]] for at in inside[mask]
+                                              if not (shift and at == start))
+        if shift and start:
+            total -= log_probabilities(model, row[None, :start], AttentionMask.causal())[0, -1, row[start]]
+    return total
+
+
+@pytest.mark.parametrize("size, shift", [(3, True), (3, False), (1, True), (7, True)])
+def test_the_bound_of_blocks_is_unbiased(model, size, shift):
+    (row,), _ = rows_of(1, length=7)
+    copies = 1000
+    estimate = bound(model, np.tile(row, (copies, 1)), np.ones((copies, 7), bool), mask_token_id=MASK, shift=shift,
+                     num_samples=3, batch_size=1000, block_size=size)
+    expected = enumerated_block_bound(model, row, size, shift)
+    spread = np.std([r.nats for r in estimate.rows]) / copies**0.5
+    assert abs(estimate.nats / copies - expected) < 4 * spread + 1e-4
+    if size == 1:
+        exact = autoregressive_nll(model, row[None], np.ones((1, 7), bool))
+        assert estimate.nats / copies == pytest.approx(exact.nats, rel=1e-5) and spread < 1e-5
+
+
 def test_the_bound_exceeds_zero_and_depends_on_the_seed_only(model):
     tokens, maskable = rows_of(7, length=9)
     first, again, batched, other = (

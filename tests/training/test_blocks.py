@@ -1,0 +1,90 @@
+"""Runs that learn to write block after block: growing blocks, resumption, the record, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dlm_jax import DiffusionLM
+from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.parallel import MeshConfig
+from dlm_jax.training.loop import train
+from dlm_jax.training.metrics import read_records
+from dlm_jax.training.objective import ObjectiveConfig
+from tests.training.conftest import changed
+
+STAGES = ((0, 1), (4, 2), (8, 4))
+
+
+@pytest.fixture
+def blocks(config):
+    """Twelve steps through three sizes of blocks."""
+    objective = ObjectiveConfig(name="block_diffusion", block_size=4, block_stages=STAGES)
+    return dataclasses.replace(config, num_steps=12, objective=objective)
+
+
+def losses(workdir):
+    return [record["loss"] for record in read_records(workdir, "train")]
+
+
+def test_a_run_of_growing_blocks_resumes_bit_for_bit_and_is_the_same_on_every_mesh(blocks, tmp_path):
+    whole = train(blocks, tmp_path / "whole")
+    assert np.isfinite(losses(tmp_path / "whole")).all() and whole["validation"]["bound"] < 3
+    train(changed(blocks, "num_steps", 5), tmp_path / "parts")
+    train(blocks, tmp_path / "parts")
+    assert losses(tmp_path / "parts")[-1] == losses(tmp_path / "whole")[-1]
+    train(dataclasses.replace(blocks, mesh=MeshConfig(context=2, fsdp=2, data=2)), tmp_path / "mesh")
+    np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "whole"), rtol=1e-5)
+
+    lm = DiffusionLM.from_pretrained(tmp_path / "whole")
+    assert lm.pretrained.block_size == 4
+    text, = lm.generate("abc", max_new_tokens=12, num_steps=6)
+    assert text.startswith("abc")
+    score, = lm.score("abcdefgh", num_samples=8)
+    assert 1 < score.nats_per_token < 4
+    lm.save_pretrained(tmp_path / "export")
+    again = DiffusionLM.from_pretrained(tmp_path / "export")
+    assert again.pretrained.block_size == 4 and again.generate("abc", max_new_tokens=12, num_steps=6) == [text]
+    assert not (tmp_path / "export" / "sample_torch.py").exists()
+    with pytest.raises(CheckpointError, match="writes in blocks"):
+        lm.save_pretrained(tmp_path / "release", layout="diffugpt")
+    with pytest.raises(ConfigError, match="does not see what stands behind a gap"):
+        lm.infill("ab<mask:2>cd")
+
+
+def test_the_first_stage_is_the_parents_training_and_one_block_is_full_diffusion(blocks, tmp_path):
+    def first_loss(folder, **objective):
+        run = dataclasses.replace(blocks, num_steps=1, objective=ObjectiveConfig(**objective))
+        train(run, tmp_path / folder)
+        return losses(tmp_path / folder)
+
+    assert first_loss("one", name="block_diffusion", block_size=1) == first_loss("parent", name="autoregressive")
+    assert first_loss("all", name="block_diffusion", block_size=16) == first_loss("full", name="diffusion")
+
+
+def test_complementary_views_train(blocks, tmp_path):
+    objective = ObjectiveConfig(name="block_diffusion", block_size=4, complementary=True, weight="uniform")
+    train(dataclasses.replace(blocks, num_steps=4, objective=objective), tmp_path)
+    record, = read_records(tmp_path, "train")
+    maskable = 16 * 15
+    assert record["masked_tokens"] == maskable  # each token once, whatever the times
+
+
+def test_a_step_knows_its_blocks():
+    objective = ObjectiveConfig(name="block_diffusion", block_size=4, block_stages=STAGES)
+    assert [objective.at(step).block_size for step in (0, 3, 4, 7, 8, 100)] == [1, 1, 2, 2, 4, 4]
+    assert objective.at(0).settled(16).name == "autoregressive" and objective.at(4).settled(16) == objective.at(4)
+    assert objective.at(8).settled(4) == ObjectiveConfig(block_size=1)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"block_size": 0}, "at least 1 token"), ({"anneal_steps": 5}, "grows by objective.block_stages"),
+    ({"block_stages": ((1, 1), (4, 32))}, "must start at step 0"),
+    ({"block_stages": ((0, 1), (4, 8))}, "end with block_size 32"),
+    ({"complementary": True, "schedule": "cosine"}, "needs the linear schedule"),
+    ({"name": "diffusion", "complementary": True}, "belong to the objective block_diffusion"),
+    ({"name": "diffusion", "block_stages": ((0, 32),)}, "belong to the objective block_diffusion")])
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ObjectiveConfig(**{"name": "block_diffusion"} | settings)
+
