@@ -9,7 +9,7 @@ from dlm_jax.parallel.chips import Chip
 from dlm_jax.training.adapter import lora_of
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params, train_flops
-from dlm_jax.training.objective import ObjectiveConfig
+from dlm_jax.training.objective import ObjectiveConfig, copies
 
 # The share of the chips' peaks that matrix products and memory reach in a training step. At 0.6, Llama-2-7B with full
 # rematerialisation on 256 v5e comes to a utilisation of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
@@ -81,8 +81,9 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
     attention under any, and attention's backward pass as its backend does it."""
     length = config.data.length
     tokens = config.data.batch_size * length
-    lora = lora_of(config.lora, architecture, new_mask_token)
-    model = train_flops(architecture, tokens, tokens * scored_share(config.objective), length, lora)
+    lora, scored = lora_of(config.lora, architecture, new_mask_token), tokens * scored_share(config.objective)
+    tokens *= copies(config.objective, length)
+    model = train_flops(architecture, tokens, scored, length, lora)
     forward = 2 * count_params(architecture, "blocks") * tokens
     product = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim * length * tokens
     everything = forward + 2 * product
@@ -95,7 +96,12 @@ def scored_share(objective: ObjectiveConfig) -> float:
     if objective.name == "autoregressive":
         return 1.0
     low, high = objective.stages[-1][1:] if objective.stages else (objective.min_time, 1.0)
-    return float(np.mean(objective.noise.mask_probability(np.linspace(max(low, objective.min_time), high, 1001))))
+    masked = float(np.mean(objective.noise.mask_probability(np.linspace(max(low, objective.min_time), high, 1001))))
+    if objective.complementary:
+        return 1.0
+    if objective.name == "block_diffusion" and objective.shift:  # the first of a block is always scored
+        return masked + (1 - masked) / objective.block_size
+    return masked
 
 
 def passes(remat: str) -> int:

@@ -21,6 +21,7 @@ from dlm_jax.training.clock import Clock
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
 from dlm_jax.training.flops import peak_flops, train_flops
 from dlm_jax.training.metrics import Console, MetricsLog, Window, read_records
+from dlm_jax.training.objective import copies
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.profile import Profile, peak_memory_gib
 from dlm_jax.training.samples import sample_text
@@ -170,23 +171,24 @@ class _Run:
         self.console.step(metrics["loss"])
         if not self.due(step, self.config.log.every) and step != self.config.num_steps:
             return
-        means = self.window.means() | self.rates()
+        means = self.window.means() | self.rates(step)
         if self.due(step, self.config.log.every):
             self.window.clear()
         self.last["train"] = {"step": step, **means}
         self.log.write(step, "train", means)
         self.console.line(_step_line(step, means))
 
-    def rates(self) -> dict[str, float]:
-        """Speed since the last record, validation and saving left out, and memory."""
+    def rates(self, step: int) -> dict[str, float]:
+        """At a step: speed since the last record, validation and saving left out, and memory."""
         lap, rates = self.clock.lap(), {}
         if lap["steps"]:
             tokens = lap["steps"] * self.config.data.batch_size * self.config.data.length
             rates = {"tokens_per_second": tokens / lap["seconds"], "seconds_per_step": lap["seconds"] / lap["steps"],
                      "slowest_step_seconds": lap["slowest"], "data_wait": lap["waiting"] / lap["seconds"]}
             if peak := peak_flops(self.mesh.devices.flat[0]):
-                model = self.base.model
-                flops = train_flops(model.config, tokens, lap["scored"], self.config.data.length, model.lora)
+                model, length = self.base.model, self.config.data.length
+                read = tokens * copies(self.config.objective.at(step - 1), length)
+                flops = train_flops(model.config, read, lap["scored"], length, model.lora)
                 rates["mfu"] = flops / lap["seconds"] / (peak * self.mesh.size)
         memory = peak_memory_gib()
         return rates | ({} if memory is None else {"peak_memory_gib": memory})

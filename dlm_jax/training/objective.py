@@ -105,6 +105,11 @@ class ObjectiveConfig:
         return dataclasses.replace(plain, name="diffusion") if one else self
 
 
+def copies(config: ObjectiveConfig, length: int) -> int:
+    """How often the network reads each token of a row in a step: once, or for blocks in every view and clean."""
+    return 2 + config.complementary if config.settled(length).name == "block_diffusion" else 1
+
+
 def check_mask_token(config: ObjectiveConfig, mask_token_id: int | None, vocab_size: int) -> None:
     """Raises ConfigError where diffusion has no mask token, or one outside the vocabulary."""
     if config.name == "autoregressive":

@@ -1,0 +1,19 @@
+"""GPT-2 small, adapted to write one block of tokens after another. Not the paper's, and nobody's published settings.
+
+    dlm train --config=block_gpt2 --workdir=DIR --config.data.train=FINEWEB
+
+The data and the budget of gpt2_one_gpu. The first hundred steps are the parent's own training, blocks of one token; then
+blocks grow by doubling, which did better than going to the last size at once in NBDiff (arXiv 2512.06776).
+"""
+
+from dlm_jax.cli.recipes import load_recipe
+
+
+def get_config():
+    config = load_recipe("gpt2_one_gpu")
+    config.objective.name = "block_diffusion"
+    config.objective.anneal_steps = 0
+    config.objective.block_size = 32
+    config.objective.block_stages = ((0, 1), (100, 2), (500, 4), (1_000, 8), (1_500, 16), (2_000, 32))
+    config.optimizer.accumulate_steps = 16  # each row is read twice
+    return config
