@@ -2,8 +2,8 @@
 
     dlm train --config=block_gpt2 --workdir=DIR --config.data.train=FINEWEB
 
-The data and the budget of gpt2_one_gpu. The first hundred steps are the parent's own training, blocks of one token; then
-blocks grow by doubling, which did better than going to the last size at once in NBDiff (arXiv 2512.06776).
+The data and the budget of gpt2_one_gpu. The first hundred steps are the parent's own training, blocks of one token;
+then blocks grow by doubling, which did better than the last size at once in NBDiff (arXiv 2512.06776).
 """
 
 from dlm_jax.cli.recipes import load_recipe
