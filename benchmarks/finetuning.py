@@ -38,7 +38,7 @@ def configure(args: argparse.Namespace, variant: str) -> TrainConfig:
     if variant.endswith("left to right"):
         recipe.objective.name, recipe.data.examples.padding = "autoregressive", "ignored"
     recipe.optimizer.learning_rate = args.learning_rate
-    recipe.validation.every = args.num_steps // 6
+    recipe.validation.every = args.num_steps // 5
     recipe.checkpoint.every, recipe.checkpoint.keep = args.num_steps, 1
     return build_config(TrainConfig, recipe)
 
@@ -92,15 +92,16 @@ def main() -> None:
     for name in ("data", "validation", "test"):
         parser.add_argument(f"--{name}", nargs="+", required=True, help="files of lines")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/finetuning"))
-    parser.add_argument("--num_steps", type=int, default=600)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--num_steps", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=24)
+    parser.add_argument("--length", type=int, default=128, help="longer examples are left out")
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--limit", type=int, default=200, help="questions of the test")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     args = parser.parse_args()
 
     curves, found = {}, {}
-    for variant in VARIANTS:
+    for variant in args.variants:
         workdir = args.work / variant.replace(", ", "-").replace(" ", "_")
         if train(configure(args, variant), workdir)["interrupted"]:
             raise SystemExit("stopped; the same command goes on from there")
