@@ -1,7 +1,8 @@
 """From a model to one with LoRA beside it, what of that is trained, and back to a model as it is."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from dlm_jax.models.config import Compute, ModelConfig
+from dlm_jax.models.fingerprint import checksum, of_checksums
 from dlm_jax.models.lora import LoraConfig, LoraFactor, LoraParam
+from dlm_jax.models.quantised import dequantise, quantised
 from dlm_jax.models.transformer import Transformer, abstract_model
 
 
 def split_factors(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The graph, what the base has too (in its order), and the factors (none without LoRA)."""
+    """The graph, what comes from the base, and the factors (none without LoRA)."""
     graphdef, factors, stored = nnx.split(model, LoraFactor, ...)
     return graphdef, stored, factors
 
@@ -27,8 +30,37 @@ def split_trained(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Stat
     return nnx.split(model, LoraParam, ...)
 
 
+def base_shapes(config: ModelConfig, compute: Compute, param_dtype: str,
+                lora: LoraConfig | None) -> tuple[nnx.GraphDef, nnx.State]:
+    """The graph of a model, and the parameters of its base: in the base's order, in the types that `freeze` takes."""
+    graphdef = nnx.graphdef(abstract_model(config, compute, param_dtype, lora))
+    if lora is not None:
+        lora = dataclasses.replace(lora, frozen_dtype=lora.read_dtype)
+    return graphdef, split_factors(abstract_model(config, compute, param_dtype, lora))[1]
+
+
+def freeze(params: Iterable[tuple[tuple, nnx.Param]],
+           lora: LoraConfig | None) -> tuple[nnx.State, tuple[str, ...]]:
+    """A base's parameters, which may come one by one from a disk, as the model stores them.
+
+    Returns:
+      the parameters, and where they were quantised the fingerprint of what came: how codes round depends on the device.
+    """
+    if lora is None or not lora.quantised:
+        return nnx.from_flat_state(list(params)), ()
+    stored, checksums = [], {}
+    for path, param in params:
+        checksums[path] = checksum(param[...])
+        if path[0] == "blocks" and path[-1] == "kernel":
+            param, scale = quantised(param, lora.frozen_dtype)
+            stored.append(((*path[:-1], "kernel_scale"), scale))
+        stored.append((path, param))
+    return nnx.from_flat_state(stored), (of_checksums(checksums),)
+
+
 def new_factors(config: ModelConfig, lora: LoraConfig, seed: int, param_dtype: str, sharding: Sharding) -> nnx.State:
     """The factors before the first step, from `seed` alone; of the rest nothing is computed."""
+    lora = dataclasses.replace(lora, frozen_dtype="float32")  # nothing to be traced, and one program for all types
     shapes = split_factors(abstract_model(config, Compute(), param_dtype, lora))[2]
     leaves = _factor_program(config, lora, param_dtype, sharding)(seed)
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -51,10 +83,10 @@ def add_lora(model: Transformer, lora: LoraConfig, seed: int, param_dtype: str, 
       param_dtype: of what is trained.
       sharding: of the factors.
     """
-    graphdef, stored, _ = split_factors(abstract_model(model.config, model.compute, param_dtype, lora))
-    values = [value.astype(shape.dtype) for value, shape in
-              zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(stored), strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(stored), values),
+    graphdef, shapes = base_shapes(model.config, model.compute, param_dtype, lora)
+    params = ((path, shape.replace(value[...].astype(shape.dtype))) for (path, shape), (_, value) in
+              zip(nnx.to_flat_state(shapes), nnx.to_flat_state(nnx.state(model)), strict=True))
+    return nnx.merge(graphdef, freeze(params, lora)[0],
                      new_factors(model.config, lora, seed, param_dtype, sharding))
 
 
@@ -65,6 +97,8 @@ def merge_lora(model: Transformer, param_dtype: str) -> Transformer:
     merged = []
     for path, shape in nnx.to_flat_state(shapes):
         value, beside = flat[path][...], (*path[:-1], "factors")
+        if (*path[:-1], "kernel_scale") in flat and path[-1] == "kernel":
+            value = dequantise(value, flat[*path[:-1], "kernel_scale"][...])
         if path[-1] == "kernel" and (*beside, "a") in flat:
             value = add_product(value, flat[*beside, "a"][...], flat[*beside, "b"][...], model.lora.scale, param_dtype)
         merged.append((path, shape.replace(value.astype(param_dtype))))

@@ -16,6 +16,7 @@ from dlm_jax.errors import ConfigError
 if TYPE_CHECKING:
     from dlm_jax.models.layers import Initializer
 
+QUANTISED = ("int8", "nf4")
 TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # the projections of a block
 
 
@@ -37,7 +38,8 @@ class LoraConfig:
       dropout: share of a factor's inputs that training drops.
       targets: projections that get factors, of TARGETS.
       embedding, head: whether the whole table is trained; a tied head is the embedding.
-      frozen_dtype: type in which matrices that are not trained are stored.
+      frozen_dtype: type in which matrices that are not trained are stored; QUANTISED are those of the blocks alone,
+        beside tables in bfloat16.
     """
 
     rank: int
@@ -58,13 +60,24 @@ class LoraConfig:
         if unknown or not self.targets:
             raise ConfigError(f"lora.targets {','.join(unknown) or '(none)'} are not projections of this model; choose "
                               f"of {', '.join(TARGETS)}")
-        if self.frozen_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"lora.frozen_dtype {self.frozen_dtype!r} is unknown; choose float32 or bfloat16")
+        if self.frozen_dtype not in ("float32", "bfloat16", *QUANTISED):
+            raise ConfigError(f"lora.frozen_dtype {self.frozen_dtype!r} is unknown; choose float32, bfloat16, "
+                              f"{' or '.join(QUANTISED)}")
 
     @property
     def scale(self) -> float:
         """By what a product is multiplied."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether kernels that are not trained are stored as codes and scales."""
+        return self.frozen_dtype in QUANTISED
+
+    @property
+    def read_dtype(self) -> str:
+        """Type of matrices that are not trained before any is quantised; the tables stay in it."""
+        return "bfloat16" if self.quantised else self.frozen_dtype
 
 
 class Factors(nnx.Module):

@@ -30,7 +30,8 @@ class LoraSettings:
                                           "mask token is new, as nothing else learns its row")
     head: bool = _field(False, "train the whole head, where it is not the embedding")
     rslora: bool = _field(False, "the products count alpha / sqrt(rank) instead (rank-stabilised)")
-    frozen_dtype: Literal["bfloat16", "float32"] = _field("bfloat16", "stored type of matrices that are not trained")
+    frozen_dtype: Literal["bfloat16", "float32", "int8", "nf4"] = _field(
+        "bfloat16", "stored type of matrices that are not trained; int8 and nf4: of those in the blocks")
 
 
 def lora_of(settings: LoraSettings, architecture: ModelConfig, new_mask_token: bool) -> LoraConfig | None:
@@ -75,7 +76,8 @@ class Adapter:
 
 
 def base_fingerprint(frozen: nnx.State, merged: tuple[str, ...]) -> str:
-    """Of what is not trained; where adapters were merged into that, of what was put together, as sums round.
+    """Of what is not trained; where adapters were merged into that, or it was quantised, of what it was made from, as
+    that rounds.
 
     Args:
       merged: see `Pretrained`.
