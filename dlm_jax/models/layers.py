@@ -34,10 +34,12 @@ class Initializer:
     """Makes parameters of one type, random ones from one stream.
 
     With LoRA, matrices that are not trained have a type of their own; norms and biases, which are small, do not.
+    `remat` says that the backward pass computes layers again.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoraConfig | None = None):
-        self.stddev, self.rngs, self.dtype, self.lora = config.initializer_range, rngs, dtype, lora
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoraConfig | None = None,
+                 remat: bool = False):
+        self.stddev, self.rngs, self.dtype, self.lora, self.remat = config.initializer_range, rngs, dtype, lora, remat
 
     def normal(self, shape: tuple[int, ...], axes: Axes, stddev: float | None = None, *,
                trained: bool = False) -> nnx.Param:
@@ -86,7 +88,7 @@ class Linear(nnx.Module):
 
     def __init__(self, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: Axes, num_layers: int,
                  bias: bool, init: Initializer, stddev: float | None = None):
-        self.num_inputs = len(inputs)
+        self.num_inputs, self.remat = len(inputs), init.remat
         shape, lora = (num_layers, *inputs, *outputs), init.lora
         kernel = init.normal(shape, ("layers", *axes), stddev)
         codes = lora is not None and lora.quantised
@@ -102,7 +104,7 @@ class Linear(nnx.Module):
         if self.kernel_scale is None:
             y = contract(x, self.kernel[...].astype(x.dtype), self.num_inputs)
         else:
-            y = contract_quantised(x, self.kernel[...], self.kernel_scale[...], self.num_inputs)
+            y = contract_quantised(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, again=not self.remat)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         return y if self.factors is None else y + self.factors(x, seeds)

@@ -61,8 +61,15 @@ def dequantise(codes: jax.Array, scales: jax.Array) -> jax.Array:
     return jnp.moveaxis(vector(jnp.moveaxis(codes, axis, -1), jnp.moveaxis(scales, axis, -1)), -1, axis)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
-def contract_quantised(x: jax.Array, codes: jax.Array, scales: jax.Array, num_inputs: int) -> jax.Array:
-    """`contract` with a kernel of one layer, which lives as long as this product: the backward pass makes it again,
-    where kept it would be the kernels of all layers in the type of `x`."""
-    return contract(x, dequantise(codes, scales).astype(x.dtype), num_inputs)
+def contract_quantised(x: jax.Array, codes: jax.Array, scales: jax.Array, num_inputs: int, again: bool) -> jax.Array:
+    """`contract` with a kernel of one layer.
+
+    Args:
+      again: whether the backward pass makes the kernel again; else it keeps it, in the type of `x`. Where the whole
+        layer is computed again, that is better left out: a split kernel is then gathered once for both.
+    """
+
+    def product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        return contract(x, dequantise(codes, scales).astype(x.dtype), num_inputs)
+
+    return (jax.checkpoint(product, prevent_cse=False) if again else product)(x, codes, scales)

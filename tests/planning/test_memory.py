@@ -8,8 +8,9 @@ from flax import nnx
 
 from dlm_jax.models import Compute, Transformer, base_shapes, split_trained
 from dlm_jax.parallel import MeshConfig, make_mesh
+from dlm_jax.planning.collectives import collectives
 from dlm_jax.planning.memory import add_up, kept_bytes, placed_bytes
-from dlm_jax.planning.program import planned_state
+from dlm_jax.planning.program import planned_state, trace_step
 from dlm_jax.planning.targets import described_mesh
 from dlm_jax.training.adapter import lora_of
 from dlm_jax.training.optimizer import make_optimizer
@@ -64,6 +65,16 @@ def test_a_quantised_base_takes_its_codes_and_a_scale_for_each_64(config, base, 
     small = changed(config, lora={"rank": 4, "frozen_dtype": kind}, model={"remat": "none"})
     plain = changed(small, lora={"frozen_dtype": "bfloat16"})
     assert kept_bytes(small, base, "cudnn", "none") == kept_bytes(plain, base, "cudnn", "none")
+
+
+def test_a_quantised_base_is_gathered_no_more_often_than_another(config, base):
+    def sent(frozen_dtype):
+        one = changed(config, lora={"rank": 4, "frozen_dtype": frozen_dtype}, model={"remat": "full"},
+                      optimizer={"accumulate_steps": 1}, data={"batch_size": 8, "length": 256})
+        program, = trace_step(one, base, make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), "dense")
+        return sum(c.sent for c in collectives(program.lower().compile().as_text(), 2) if c.kind == "all-gather")
+
+    assert 0 < sent("nf4") <= sent("bfloat16")
 
 
 def test_activations_are_those_of_the_rematerialisation(config, base):
