@@ -34,6 +34,7 @@ from dlm_jax.models import (
     freeze,
     new_factors,
     split_trained,
+    with_magnitudes,
 )
 from dlm_jax.models.lora import QUANTISED
 from dlm_jax.parallel import MeshConfig, make_mesh
@@ -59,7 +60,7 @@ def step_of(args: argparse.Namespace, lora: LoraConfig | None) -> tuple[Callable
     if lora is not None:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         states.append(new_factors(config, lora, 0, "float32", place))
-    graphdef, params, frozen = split_trained(nnx.merge(graphdef, *states))
+    graphdef, params, frozen = split_trained(with_magnitudes(nnx.merge(graphdef, *states)))
     settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     rule = make_optimizer(settings, 10**6)
     state = create_state(params, rule, False, mesh, frozen=frozen)
@@ -110,6 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     lora = LoraConfig(rank=args.rank, alpha=2.0 * args.rank)
     variants = {"full": None, "lora": lora, "lora, whole embedding": dataclasses.replace(lora, embedding=True),
+                "lora, dora": dataclasses.replace(lora, dora=True),
                 **{f"lora, {kind}": dataclasses.replace(lora, frozen_dtype=kind) for kind in QUANTISED}}
     steps = {name: step_of(args, one) for name, one in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -29,6 +29,7 @@ from dlm_jax.models import (
     fingerprint,
     freeze,
     new_factors,
+    with_magnitudes,
 )
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def load_pretrained(path_or_hub_id: str | Path, *, mask_token: str | int | None 
         params = jax.tree.unflatten(jax.tree.structure(shapes), initialise(seed, config, compute, param_dtype))
         merged = ()
     factors = nnx.State({}) if beside is None else new_factors(config, beside, seed, param_dtype, whole(places[0]))
-    return Pretrained(nnx.merge(graphdef, params, factors), tokenizer, mask_token_id, recorded_shift(hf_config),
-                      hf_config, str(path_or_hub_id), merged=merged)
+    return Pretrained(with_magnitudes(nnx.merge(graphdef, params, factors)), tokenizer, mask_token_id,
+                      recorded_shift(hf_config), hf_config, str(path_or_hub_id), merged=merged)
 
 
 def whole(place: Sharding) -> Sharding:

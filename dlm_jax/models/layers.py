@@ -17,7 +17,7 @@ from dlm_jax.attention.hashing import dropout
 from dlm_jax.models.cache import Cache, Memory
 from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.lora import Factors, LoraConfig, LoraFactor, LoraParam, contract
-from dlm_jax.models.quantised import contract_quantised, quantised
+from dlm_jax.models.quantised import contract_quantised, quantised, whole_kernel
 from dlm_jax.models.rotary import rotate
 
 Axes = tuple[str | None, ...]
@@ -105,9 +105,11 @@ class Linear(nnx.Module):
             y = contract(x, self.kernel[...].astype(x.dtype), self.num_inputs)
         else:
             y = contract_quantised(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, again=not self.remat)
-        if self.bias is not None:
-            y += self.bias[...].astype(x.dtype)
-        return y if self.factors is None else y + self.factors(x, seeds)
+        if self.factors is not None:
+            y += self.factors(x, seeds)
+            if self.factors.magnitude is not None:
+                y = self.factors.rescale(y, whole_kernel(self.kernel, self.kernel_scale))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):

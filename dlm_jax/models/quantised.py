@@ -61,6 +61,11 @@ def dequantise(codes: jax.Array, scales: jax.Array) -> jax.Array:
     return jnp.moveaxis(vector(jnp.moveaxis(codes, axis, -1), jnp.moveaxis(scales, axis, -1)), -1, axis)
 
 
+def whole_kernel(kernel: nnx.Variable, scale: nnx.Variable | None) -> jax.Array:
+    """The kernel as it is, or dequantised where it is codes."""
+    return kernel[...] if scale is None else dequantise(kernel[...], scale[...])
+
+
 def contract_quantised(x: jax.Array, codes: jax.Array, scales: jax.Array, num_inputs: int, again: bool) -> jax.Array:
     """`contract` with a kernel of one layer.
 

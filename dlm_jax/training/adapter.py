@@ -30,6 +30,7 @@ class LoraSettings:
                                           "mask token is new, as nothing else learns its row")
     head: bool = _field(False, "train the whole head, where it is not the embedding")
     rslora: bool = _field(False, "the products count alpha / sqrt(rank) instead (rank-stabilised)")
+    dora: bool = _field(False, "learn the norm of each output's weights apart from their direction (DoRA)")
     frozen_dtype: Literal["bfloat16", "float32", "int8", "nf4"] = _field(
         "bfloat16", "stored type of matrices that are not trained; int8 and nf4: of those in the blocks")
 
@@ -49,7 +50,7 @@ def lora_of(settings: LoraSettings, architecture: ModelConfig, new_mask_token: b
         rank=settings.rank, alpha=2.0 * settings.rank if settings.alpha is None else settings.alpha,
         dropout=settings.dropout, targets=read_targets(settings.targets, architecture),
         embedding=new_mask_token if settings.embedding is None else settings.embedding, head=settings.head,
-        rslora=settings.rslora, frozen_dtype=settings.frozen_dtype)
+        rslora=settings.rslora, dora=settings.dora, frozen_dtype=settings.frozen_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,7 @@ from dlm_jax.models import (
     merge_lora,
     new_factors,
     split_trained,
+    with_magnitudes,
 )
 from dlm_jax.storage import is_remote, local_copy, reached, upload, write_json
 from dlm_jax.training.adapter import Adapter, read_adapter, write_adapter
@@ -147,7 +148,7 @@ def _restored(directory: epath.Path, step: int, config: ModelConfig, compute: Co
                           params, jax.tree.unflatten(jax.tree.structure(params), places))
     factors = nnx.State({}) if lora is None else new_factors(config, lora, seed, dtype, whole(places[0]))
     frozen, merged = freeze(nnx.to_flat_state(restore_params(directory, step, layout)), lora)
-    return nnx.merge(graphdef, frozen, factors), merged
+    return with_magnitudes(nnx.merge(graphdef, frozen, factors)), merged
 
 
 def load_adapted(directory: epath.Path, adapter: Adapter, compute: Compute, shardings: Shardings | None) -> Pretrained:

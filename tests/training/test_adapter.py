@@ -108,6 +108,16 @@ def test_a_run_beside_a_quantised_base(kind, lora_config, pretrained, tmp_path):
         load_workdir(tmp_path / "whole")
 
 
+def test_a_run_with_dora_gives_its_model_merged_or_not(lora_config, pretrained, tmp_path):
+    train(changed(changed(lora_config, "lora.dora", True), "num_steps", 5), tmp_path)
+    merged, beside = load_workdir(tmp_path), load_workdir(tmp_path, merge=False)
+    np.testing.assert_allclose(logits(merged.model), logits(beside.model), atol=1e-5)
+    assert np.abs(logits(merged.model) - logits(load_pretrained(pretrained, mask_token=10).model)).max() > 1e-3
+    assert sum(name.startswith("params/") and name.endswith("magnitude") for name in items(tmp_path, 5)) == 6
+    save_pretrained(tmp_path / "adapter", beside, layout="peft")
+    np.testing.assert_allclose(logits(load_pretrained(tmp_path / "adapter").model), logits(merged.model), atol=2e-2)
+
+
 def test_a_full_run_as_a_base_that_is_quantised(config, lora_config, tmp_path):
     train(dataclasses.replace(config, num_steps=1), tmp_path / "base")
     child = dataclasses.replace(changed(lora_config, "lora.frozen_dtype", "nf4"), num_steps=1,

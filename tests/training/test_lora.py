@@ -114,6 +114,21 @@ def test_a_quantised_base_gives_the_same_loss_curve_on_every_mesh(reference, kin
     assert "rematerialization" not in capfd.readouterr().err
 
 
+def test_dora_gives_the_same_loss_curve_on_a_mesh_and_learns_magnitudes(reference):
+    lora = dataclasses.replace(LORA, dora=True, frozen_dtype="nf4")
+    expected, _ = run(one_device(), 3, lora=lora)
+    metrics, state = run(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), 3, lora=lora)
+    for found, one in zip(metrics, expected, strict=True):
+        np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-5)
+        np.testing.assert_allclose(found["grad_norm"], one["grad_norm"], rtol=1e-4)
+    new = add_lora(Transformer(MODEL, rngs=nnx.Rngs(0)), lora, 0, "float32",
+                   jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    for name in ("q", "out"):
+        before, after = (np.asarray(params["attention"][name]["factors"]["magnitude"][...])
+                         for params in (nnx.state(new)["blocks"], state.params["blocks"]))
+        assert 1e-4 < np.abs(before - after).max() < 0.1
+
+
 @pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
 def test_every_optimizer_takes_factors(name):
     metrics, _ = run(make_mesh(MeshConfig(fsdp=4, tensor=2)), 4, name=name, learning_rate=1e-3)
