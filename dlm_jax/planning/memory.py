@@ -31,9 +31,9 @@ class StepMemory:
       state: parameters, the optimizer's moments and the average, as they are placed.
       gradients: in float32, placed as the parameters; once more in their own type where micro-batches are summed.
       activations: what the backward pass of a micro-batch keeps of the forward pass.
-      working: one layer's weights and the tables, gathered, or the weights dequantised; what that layer's backward pass
-        makes again; the scores of dense attention; the logits of one chunk with their gradient; the head's gradient
-        before it is scattered.
+      working: one layer's weights and the tables, gathered, or its weights as they are made of codes or with LoRA's
+        products; what that layer's backward pass makes again; the scores of dense attention; the logits of one chunk
+        with their gradient; the head's gradient before it is scattered.
     """
 
     state: float
@@ -70,7 +70,7 @@ def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention
     working += min(4 * table, HeadPlan.max_gradient_bytes) if gathers else 4 * table
     if gathers:
         working += width * (layer + table * (1 if architecture.tie_embeddings else 2))
-    elif lora is not None and lora.quantised:
+    elif lora is not None and (lora.quantised or lora.dora):
         working += width * layer
     if config.model.remat != "none":
         working += everything / architecture.num_layers
