@@ -1,10 +1,12 @@
-"""A training step with LoRA and the full step of the same model, in turns, and what each holds.
+"""A training step with LoRA, beside bases in several types, and the full step of the same model, in turns; what each
+holds, and what quantising the base does to the loss.
 
     python benchmarks/lora.py                                                       a small LLaMA, float32: a CPU
     python benchmarks/lora.py --hidden=2048 --layers=16 --batch_size=8 --length=1024 --dtype=bfloat16       a GPU
 
-Both start from the same random weights and see the same tokens. Prints seconds a step (the median, and the median ratio
-of neighbouring steps, so that what else the machine does falls on both) and writes benchmarks/results/lora-DEVICE.json.
+All start from the same random weights and see the same tokens. Prints seconds a step (the median, and the median ratio
+of neighbouring steps, so that what else the machine does falls on both), and of the shipped base the loss on its
+held-out stories, left to right; writes benchmarks/results/lora-DEVICE.json.
 """
 
 import argparse
@@ -20,16 +22,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dlm_jax.attention import AttentionMask
 from dlm_jax.data.batch import Batch
-from dlm_jax.models import Compute, LoraConfig, ModelConfig, Transformer, new_factors, split_factors, split_trained
-from dlm_jax.models import abstract_model as abstract
+from dlm_jax.hf import load_pretrained
+from dlm_jax.models import (
+    Compute,
+    LoraConfig,
+    ModelConfig,
+    Transformer,
+    base_shapes,
+    freeze,
+    new_factors,
+    split_trained,
+    with_magnitudes,
+)
+from dlm_jax.models.lora import QUANTISED
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.state import create_state
 from dlm_jax.training.step import make_train_step
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def step_of(args: argparse.Namespace, lora: LoraConfig | None) -> tuple[Callable[[], None], dict[str, float]]:
@@ -38,18 +53,19 @@ def step_of(args: argparse.Namespace, lora: LoraConfig | None) -> tuple[Callable
                          num_heads=args.hidden // 64, num_kv_heads=args.hidden // 64, head_dim=64,
                          mlp_size=11 * args.hidden // 4, max_length=args.length)
     compute, mesh = Compute(args.dtype, args.remat), make_mesh(MeshConfig(), jax.devices()[:1])
-    graphdef, stored, _ = split_factors(abstract(config, compute, "float32", lora))
+    graphdef, shapes = base_shapes(config, compute, "float32", lora)
     base = nnx.state(nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))())
-    values = [x.astype(shape.dtype) for x, shape in zip(jax.tree.leaves(base), jax.tree.leaves(stored), strict=True)]
-    states = [jax.tree.unflatten(jax.tree.structure(stored), values)]
+    states = [freeze(((path, shape.replace(x[...].astype(shape.dtype))) for (path, x), (_, shape) in
+                      zip(nnx.to_flat_state(base), nnx.to_flat_state(shapes), strict=True)), lora)[0]]
     if lora is not None:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         states.append(new_factors(config, lora, 0, "float32", place))
-    graphdef, params, frozen = split_trained(nnx.merge(graphdef, *states))
+    graphdef, params, frozen = split_trained(with_magnitudes(nnx.merge(graphdef, *states)))
     settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     rule = make_optimizer(settings, 10**6)
     state = create_state(params, rule, False, mesh, frozen=frozen)
-    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    size = lambda tree: sum(  # noqa: E731
+        leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
     held = {"trained": size(state.params), "frozen": size(state.frozen), "optimizer": size(state.opt_state)}
     step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig(anneal_steps=0), config=settings,
                            num_steps=10**6, seed=0, mask_token_id=0)
@@ -66,6 +82,25 @@ def step_of(args: argparse.Namespace, lora: LoraConfig | None) -> tuple[Callable
     return run, held
 
 
+def held_out_loss(lora: LoraConfig | None) -> float:
+    """Nats per token of the shipped base, left to right, on the first 256 tokens of its held-out stories."""
+    base = load_pretrained(ROOT / "assets" / "stories-gpt2", lora=lambda *_: lora)
+    lines = (ROOT / "assets" / "stories" / "heldout.jsonl").read_text().splitlines()
+    rows = [base.tokenizer.encode(json.loads(line)["text"])[:256] for line in lines]
+    tokens = np.zeros((len(rows), 256), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    scored = np.arange(1, 256) < np.array([len(ids) for ids in rows])[:, None]
+    graphdef, state = nnx.split(base.model)
+
+    @jax.jit
+    def nll(state: nnx.State) -> jax.Array:
+        logits = nnx.merge(graphdef, state)(tokens, AttentionMask.causal())[:, :-1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)[..., 0]
+
+    return float(np.asarray(nll(state))[scored].mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("hidden", 256), ("layers", 4), ("vocab", 4096), ("length", 128), ("batch_size", 8),
@@ -73,10 +108,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
-    parser.add_argument("--frozen_dtype", default="bfloat16", choices=("float32", "bfloat16"))
     args = parser.parse_args()
-    lora = LoraConfig(rank=args.rank, alpha=2.0 * args.rank, frozen_dtype=args.frozen_dtype)
-    variants = {"full": None, "lora": lora, "lora, whole embedding": dataclasses.replace(lora, embedding=True)}
+    lora = LoraConfig(rank=args.rank, alpha=2.0 * args.rank)
+    variants = {"full": None, "lora": lora, "lora, whole embedding": dataclasses.replace(lora, embedding=True),
+                "lora, dora": dataclasses.replace(lora, dora=True),
+                **{f"lora, {kind}": dataclasses.replace(lora, frozen_dtype=kind) for kind in QUANTISED}}
     steps = {name: step_of(args, one) for name, one in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(args.steps + 1):
@@ -87,13 +123,20 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - began)
     rows = {}
     for name, (_, held) in steps.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["full"], strict=True))
-        rows[name] = {"seconds": statistics.median(seconds[name]), "of_full": ratio, "bytes": held}
-        print(f"{name:<22} {rows[name]['seconds']:8.4f} s  {ratio:6.3f} of full  "
+        of_full, of_lora = (statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+                            for other in ("full", "lora"))
+        rows[name] = {"seconds": statistics.median(seconds[name]), "of_full": of_full, "of_lora": of_lora,
+                      "bytes": held}
+        print(f"{name:<22} {rows[name]['seconds']:8.4f} s  {of_full:6.3f} of full  {of_lora:6.3f} of lora  "
               + "  ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in held.items()))
+    six = dataclasses.replace(lora, rank=1, targets=("q", "k", "v", "out", "up", "down"))  # new: it changes nothing
+    losses = {kind: held_out_loss(dataclasses.replace(six, frozen_dtype=kind))
+              for kind in ("float32", "bfloat16", *QUANTISED)}
+    print("held-out loss  " + "  ".join(f"{kind} {loss:.5f}" for kind, loss in losses.items()))
     device = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = RESULTS / f"lora-{device}.json"
-    path.write_text(json.dumps({"arguments": vars(args), "device": device, "steps": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"arguments": vars(args), "device": device, "steps": rows,
+                                "held_out_loss": losses}, indent=1) + "\n")
     print(f"written to {path}")
 
 

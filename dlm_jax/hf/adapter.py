@@ -22,18 +22,18 @@ from dlm_jax.errors import CheckpointError
 from dlm_jax.hf import keys
 from dlm_jax.hf.folder import read_json, read_notes
 from dlm_jax.hf.tensors import read_tensors
-from dlm_jax.models import ModelConfig, Transformer, abstract_model, add_product
+from dlm_jax.models import ModelConfig, Transformer, abstract_model, add_product, kernel_norms
 
 if TYPE_CHECKING:
     from dlm_jax.hf.load import Pretrained
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model"
-PREFIX = "base_model.model."
+PREFIX, MAGNITUDE = "base_model.model.", "magnitude_vector"
 
 # Features of PEFT beyond LoRA itself, with the values under which they change nothing. Initialisations that change the
 # base (PiSSA and its like) are among them: their adapters belong to another base than the one that is named.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,), "use_bdlora": (None, False),
+    "bias": ("none",), "lora_bias": (False,), "use_qalora": (False,), "use_bdlora": (None, False),
     "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
     "alora_invocation_tokens": (None,), "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
     "velora_config": (None,), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
@@ -59,6 +59,11 @@ class Adapter:
     def base(self) -> str:
         """The base as it is named."""
         return self.config.get("base_model_name_or_path") or ""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """What each module has, after `lora_`."""
+        return ("A", "B", MAGNITUDE) if self.config.get("use_dora") else ("A", "B")
 
     def digest(self) -> str:
         """Of what it adds: its settings and the bytes of its tensors."""
@@ -120,8 +125,9 @@ def merge_adapter(adapter: Adapter, base: "Pretrained", param_dtype: str) -> "Pr
     stored_as = keys.canonical(adapter.tensors, base.model.config.family)
     for name, stored in stored_as.items():
         module, found, side = name.partition(".lora_")
-        if found and side in ("A.weight", "B.weight"):
-            factors.setdefault(module, {})[side[0]] = adapter.tensors[stored]
+        side = side.removesuffix(".weight")
+        if found and side in adapter.sides:
+            factors.setdefault(module, {})[side] = adapter.tensors[stored]
         elif name in (keys.embedding_name(base.model.config.family), keys.HEAD):
             tables[name] = adapter.tensors[stored]
         else:
@@ -152,29 +158,37 @@ def _with_products(adapter: Adapter, source: str, model: Transformer, factors: d
         if any(pairs):
             a, b = _stacked(pairs, math.prod(inputs), math.prod(outputs))
             a, b = a.reshape(*shape[: 1 + num_inputs], -1), b.reshape(shape[0], -1, *outputs)
-            flat[path] = flat[path].replace(add_product(flat[path][...], a, b, 1.0, param_dtype))
+            kernel, magnitude = flat[path][...], None
+            if MAGNITUDE in adapter.sides:  # layers that have none keep the norms they have
+                magnitude = kernel_norms(kernel, 1 + len(outputs))
+                for layer, pair in enumerate(pairs):
+                    if pair:
+                        magnitude = magnitude.at[layer].set(pair[2].reshape(outputs))
+            flat[path] = flat[path].replace(add_product(kernel, a, b, 1.0, param_dtype, magnitude))
     if unused:
         raise _for_another(adapter, source, f"it has factors for {min(unused)}, which this base does not have")
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
 
 
 def _pair(adapter: Adapter, source: str, module: str, found: dict[str, np.ndarray], key: keys.Key, inputs: int,
-          outputs: int, stored_as: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 [inputs, rank] and, with the scale, [rank, outputs] of one module, of a fused one our third of it."""
+          outputs: int, stored_as: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Float32 [inputs, rank] and, with the scale, [rank, outputs] of one module, of a fused one our third of it; and
+    DoRA's magnitudes [outputs]."""
     stored = next(stored for name, stored in stored_as.items() if name.startswith(f"{module}.lora_"))
     rank, scale = adapter.scale(stored.partition(".lora_")[0])
     all_outputs = outputs * (1 if key.third is None else 3)
-    for side, expected in (("A", (rank, inputs)), ("B", (all_outputs, rank))):
+    for side, expected in zip(adapter.sides, ((rank, inputs), (all_outputs, rank), (all_outputs,)), strict=False):
         if side not in found:
             raise CheckpointError(f"the adapter {adapter.directory} is damaged: {module} has no lora_{side}")
         if found[side].shape != expected:
             raise _for_another(adapter, source, f"{module}.lora_{side} has the shape {list(found[side].shape)}, where "
                                                 f"its rank {rank} and this base need {list(expected)}")
-    b = found["B"] if key.third is None else found["B"][key.third * outputs : (key.third + 1) * outputs]
-    return found["A"].astype(np.float32).T, scale * b.astype(np.float32).T
+    ours = slice(None) if key.third is None else slice(key.third * outputs, (key.third + 1) * outputs)
+    return (found["A"].astype(np.float32).T, scale * found["B"][ours].astype(np.float32).T,
+            found[MAGNITUDE][ours].astype(np.float32) if MAGNITUDE in found else None)
 
 
-def _stacked(pairs: list[tuple[np.ndarray, np.ndarray] | None], inputs: int,
+def _stacked(pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray | None] | None], inputs: int,
              outputs: int) -> tuple[np.ndarray, np.ndarray]:
     """[layers, inputs, rank] and [layers, rank, outputs] of the largest rank; what is less is filled up with zeros."""
     rank = max(pair[0].shape[1] for pair in pairs if pair)
@@ -182,7 +196,7 @@ def _stacked(pairs: list[tuple[np.ndarray, np.ndarray] | None], inputs: int,
     b = np.zeros((len(pairs), rank, outputs), np.float32)
     for layer, pair in enumerate(pairs):
         if pair:
-            a[layer, :, : pair[0].shape[1]], b[layer, : pair[0].shape[1]] = pair
+            a[layer, :, : pair[0].shape[1]], b[layer, : pair[0].shape[1]] = pair[:2]
     return a, b
 
 

@@ -1,6 +1,7 @@
 """Adapters in PEFT's format, written: what was learned beside a base becomes a directory that `peft` loads."""
 
 import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,11 @@ from flax import nnx
 
 from dlm_jax.errors import CheckpointError
 from dlm_jax.hf import keys
-from dlm_jax.hf.adapter import CONFIG, PREFIX, TENSORS
+from dlm_jax.hf.adapter import CONFIG, MAGNITUDE, PREFIX, TENSORS
 from dlm_jax.hf.folder import NOTES, appearing_whole, write_json
 from dlm_jax.hf.tensors import write_safetensors
-from dlm_jax.models import Transformer
+from dlm_jax.models import Transformer, kernel_norms
+from dlm_jax.models.quantised import whole_kernel
 from dlm_jax.parallel import to_host
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
             a, b = _fused([(key, *_matrices(key, a[layer], b[layer])) for key, a, b in parts])
             module = PREFIX + template.format(i=layer).removesuffix(".weight")
             tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    if model.lora.dora:
+        tensors |= _magnitudes(model, flat, modules)
     if model.lora.embedding:
         table = to_host(flat["embed", "embedding"][...]).astype(np.float32)
         tensors[PREFIX + keys.embedding_name(family)] = table
@@ -96,6 +100,23 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
     if model.lora.head:
         tensors[PREFIX + keys.HEAD] = to_host(flat["head", "kernel"][...]).astype(np.float32).T
     return tensors
+
+
+def _magnitudes(model: Transformer, flat: Mapping[tuple, nnx.Variable],
+                modules: Collection[str]) -> dict[str, np.ndarray]:
+    """DoRA's magnitudes; a part of a fused module that has none has the norms of its kernel, which they begin as."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, key in keys.projections(model.config).items():  # in the order of the thirds
+        if key.name in modules:
+            linear = next(path for path in flat if path[-2:] == (name, "kernel"))[:-1]
+            found = flat.get((*linear, "factors", "magnitude"))
+            if found is None:
+                kernel = whole_kernel(flat[*linear, "kernel"], flat.get((*linear, "kernel_scale")))
+                norms = kernel_norms(kernel, kernel.ndim - 1)
+            value = to_host(norms if found is None else found[...]).astype(np.float32)
+            parts.setdefault(key.name, []).append(value.reshape(len(value), -1))
+    return {f"{PREFIX}{template.format(i=layer).removesuffix('.weight')}.lora_{MAGNITUDE}": row
+            for template, values in parts.items() for layer, row in enumerate(np.concatenate(values, axis=1))}
 
 
 def _matrices(key: keys.Key, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +151,7 @@ def adapter_config(model: Transformer, base: str) -> dict[str, Any]:
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
         "target_modules": sorted(modules), "modules_to_save": saved or None, "bias": "none",
         "fan_in_fan_out": model.config.family == "gpt2",
         "rank_pattern": {module: lora.rank * count for module, count in fused.items()},

@@ -31,11 +31,12 @@ from dlm_jax.models import (
     LoraConfig,
     ModelConfig,
     Transformer,
-    abstract_model,
     add_lora,
+    base_shapes,
     fingerprint,
+    freeze,
     new_factors,
-    split_factors,
+    with_magnitudes,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Pretrained:
       recipe: the settings of the run that made it, by dotted keys; None where unknown.
       base: where the base is of a model with LoRA beside it; None for a model as it is.
       merged: fingerprints of a base and of the adapters that were merged into it, in order, for who puts LoRA beside
-        them; none for a model that was read as it is.
+        them, or of a base before it was quantised; none for a model that was read as it is.
       block_size: of a model that writes one block of tokens after another; None: it sees whole rows.
     """
 
@@ -151,18 +152,20 @@ def load_pretrained(path_or_hub_id: str | Path, *, mask_token: str | int | None 
     if beside is not None and init == "random":
         raise ConfigError("LoRA stands beside pretrained weights, and model.init is random; set lora.rank to 0, or "
                           "model.init to pretrained")
-    graphdef, shapes, _ = split_factors(abstract_model(config, compute, param_dtype, beside))
+    graphdef, shapes = base_shapes(config, compute, param_dtype, beside)
     count = len(jax.tree.leaves(shapes))
     places = jax.tree.leaves(shardings(config)) if shardings else [SingleDeviceSharding(jax.local_devices()[0])] * count
     if init == "pretrained":
-        params = stream_parameters(tensors, config, shapes, places, mask_token_id if is_new else None)
+        read = stream_parameters(tensors, config, shapes, places, mask_token_id if is_new else None)
+        params, merged = freeze(read, beside)
     else:
         initialise = jax.jit(_initialise, static_argnums=(1, 2, 3), out_shardings=places)
         params = jax.tree.unflatten(jax.tree.structure(shapes), initialise(seed, config, compute, param_dtype))
+        merged = ()
     factors = nnx.State({}) if beside is None else new_factors(config, beside, seed, param_dtype, whole(places[0]))
-    return Pretrained(nnx.merge(graphdef, params, factors), tokenizer, mask_token_id, recorded_shift(hf_config),
-                      hf_config, str(path_or_hub_id), read_notes(directory).get("recipe"),
-                      block_size=recorded_block_size(hf_config))
+    return Pretrained(with_magnitudes(nnx.merge(graphdef, params, factors)), tokenizer, mask_token_id,
+                      recorded_shift(hf_config), hf_config, str(path_or_hub_id), read_notes(directory).get("recipe"),
+                      merged=merged, block_size=recorded_block_size(hf_config))
 
 
 def whole(place: Sharding) -> Sharding:

@@ -1,6 +1,6 @@
 """Parameters from a checkpoint's tensors: checked first, then read, converted and placed one at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -43,8 +43,8 @@ def check_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig, direct
 
 
 def stream_parameters(tensors: Mapping[str, np.ndarray], config: ModelConfig, shapes: nnx.State,
-                      places: list[Sharding], new_row: int | None) -> nnx.State:
-    """The parameters as sharded arrays, in the types of `shapes`; at most one is in flight at a time.
+                      places: list[Sharding], new_row: int | None) -> Iterator[tuple[tuple, nnx.Param]]:
+    """The parameters as sharded arrays with their paths, in the types of `shapes`; at most one is in flight at a time.
 
     Args:
       tensors: the checkpoint's, by HF name, which `check_tensors` has passed.
@@ -52,13 +52,11 @@ def stream_parameters(tensors: Mapping[str, np.ndarray], config: ModelConfig, sh
       new_row: index of a token that the checkpoint does not have; its row becomes the mean of all rows.
     """
     flat = nnx.to_flat_state(shapes)
-    loaded = []
     progress = tqdm(zip(flat, places, strict=True), "importing", len(flat), leave=False, disable=None, delay=3)
     for (path, leaf), place in progress:
         key = keys.KEYS[config.family][".".join(path)]
         stored = _Stored(tensors, key, leaf, new_row)
-        loaded.append((path, leaf.replace(jax.make_array_from_callback(leaf.shape, place, stored.read))))
-    return nnx.from_flat_state(loaded)
+        yield path, leaf.replace(jax.make_array_from_callback(leaf.shape, place, stored.read))
 
 
 class _Stored:

@@ -1,7 +1,8 @@
 """From a model to one with LoRA beside it, what of that is trained, and back to a model as it is."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.lora import LoraConfig, LoraFactor, LoraParam
+from dlm_jax.models.fingerprint import checksum, of_checksums
+from dlm_jax.models.lora import LoraConfig, LoraFactor, LoraParam, output_norms
+from dlm_jax.models.quantised import quantised, whole_kernel
 from dlm_jax.models.transformer import Transformer, abstract_model
 
 
 def split_factors(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The graph, what the base has too (in its order), and the factors (none without LoRA)."""
+    """The graph, what comes from the base, and the factors (none without LoRA)."""
     graphdef, factors, stored = nnx.split(model, LoraFactor, ...)
     return graphdef, stored, factors
 
@@ -27,8 +30,37 @@ def split_trained(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Stat
     return nnx.split(model, LoraParam, ...)
 
 
+def base_shapes(config: ModelConfig, compute: Compute, param_dtype: str,
+                lora: LoraConfig | None) -> tuple[nnx.GraphDef, nnx.State]:
+    """The graph of a model, and the parameters of its base: in the base's order, in the types that `freeze` takes."""
+    graphdef = nnx.graphdef(abstract_model(config, compute, param_dtype, lora))
+    if lora is not None:
+        lora = dataclasses.replace(lora, frozen_dtype=lora.read_dtype)
+    return graphdef, split_factors(abstract_model(config, compute, param_dtype, lora))[1]
+
+
+def freeze(params: Iterable[tuple[tuple, nnx.Param]],
+           lora: LoraConfig | None) -> tuple[nnx.State, tuple[str, ...]]:
+    """A base's parameters, which may come one by one from a disk, as the model stores them.
+
+    Returns:
+      the parameters, and where they were quantised the fingerprint of what came: how codes round depends on the device.
+    """
+    if lora is None or not lora.quantised:
+        return nnx.from_flat_state(list(params)), ()
+    stored, checksums = [], {}
+    for path, param in params:
+        checksums[path] = checksum(param[...])
+        if path[0] == "blocks" and path[-1] == "kernel":
+            param, scale = quantised(param, lora.frozen_dtype)
+            stored.append(((*path[:-1], "kernel_scale"), scale))
+        stored.append((path, param))
+    return nnx.from_flat_state(stored), (of_checksums(checksums),)
+
+
 def new_factors(config: ModelConfig, lora: LoraConfig, seed: int, param_dtype: str, sharding: Sharding) -> nnx.State:
     """The factors before the first step, from `seed` alone; of the rest nothing is computed."""
+    lora = dataclasses.replace(lora, frozen_dtype="float32")  # nothing to be traced, and one program for all types
     shapes = split_factors(abstract_model(config, Compute(), param_dtype, lora))[2]
     leaves = _factor_program(config, lora, param_dtype, sharding)(seed)
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -51,11 +83,29 @@ def add_lora(model: Transformer, lora: LoraConfig, seed: int, param_dtype: str, 
       param_dtype: of what is trained.
       sharding: of the factors.
     """
-    graphdef, stored, _ = split_factors(abstract_model(model.config, model.compute, param_dtype, lora))
-    values = [value.astype(shape.dtype) for value, shape in
-              zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(stored), strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(stored), values),
-                     new_factors(model.config, lora, seed, param_dtype, sharding))
+    graphdef, shapes = base_shapes(model.config, model.compute, param_dtype, lora)
+    params = ((path, shape.replace(value[...].astype(shape.dtype))) for (path, shape), (_, value) in
+              zip(nnx.to_flat_state(shapes), nnx.to_flat_state(nnx.state(model)), strict=True))
+    return with_magnitudes(nnx.merge(graphdef, freeze(params, lora)[0],
+                                     new_factors(model.config, lora, seed, param_dtype, sharding)))
+
+
+def with_magnitudes(model: Transformer) -> Transformer:
+    """`model` with DoRA's magnitudes, if it has them, at the norms of the kernels that they stand beside."""
+    graphdef, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    for path, param in flat.items():
+        if path[-1] == "magnitude":
+            kernel = whole_kernel(flat[*path[:-2], "kernel"], flat.get((*path[:-2], "kernel_scale")))
+            norms = kernel_norms(kernel, param.ndim).astype(param.dtype)
+            flat[path] = param.replace(jax.device_put(norms, param[...].sharding))
+    return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def kernel_norms(kernel: jax.Array, ndim: int) -> jax.Array:
+    """The norms [layers, *outputs], of `ndim` dimensions, of a kernel [layers, *inputs, *outputs], in float32."""
+    return jax.lax.map(lambda layer: output_norms(layer.astype(jnp.float32), kernel.ndim - ndim), kernel)
 
 
 def merge_lora(model: Transformer, param_dtype: str) -> Transformer:
@@ -64,23 +114,32 @@ def merge_lora(model: Transformer, param_dtype: str) -> Transformer:
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     merged = []
     for path, shape in nnx.to_flat_state(shapes):
-        value, beside = flat[path][...], (*path[:-1], "factors")
-        if path[-1] == "kernel" and (*beside, "a") in flat:
-            value = add_product(value, flat[*beside, "a"][...], flat[*beside, "b"][...], model.lora.scale, param_dtype)
+        value = flat[path][...]
+        if path[0] == "blocks" and path[-1] == "kernel":
+            value = whole_kernel(flat[path], flat.get((*path[:-1], "kernel_scale")))
+            a, b, magnitude = (flat.get((*path[:-1], "factors", name)) for name in ("a", "b", "magnitude"))
+            if a is not None:
+                value = add_product(value, a[...], b[...], model.lora.scale, param_dtype,
+                                    None if magnitude is None else magnitude[...])
         merged.append((path, shape.replace(value.astype(param_dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(merged))
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "dtype"))
-def add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: str) -> jax.Array:
+def add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: str,
+                magnitude: jax.Array | None = None) -> jax.Array:
     """kernel + scale x a b, summed a layer at a time in float32, in `dtype`.
 
     Args:
       kernel, a, b: [layers, *inputs, *outputs], [layers, *inputs, rank], [layers, rank, *outputs].
+      magnitude: [layers, *outputs], DoRA's norms of the sum.
     """
 
-    def layer(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        kernel, a, b = (x.astype(jnp.float32) for x in arrays)
-        return (kernel + scale * jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)).astype(dtype)
+    def layer(arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        kernel, a, b, magnitude = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+        merged = kernel + scale * jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
+        if magnitude is not None:
+            merged *= magnitude / output_norms(merged, a.ndim - 1)
+        return merged.astype(dtype)
 
-    return jax.lax.map(layer, (kernel, a, b))
+    return jax.lax.map(layer, (kernel, a, b, magnitude))

@@ -17,6 +17,7 @@ from dlm_jax.attention.hashing import dropout
 from dlm_jax.models.cache import Cache, Memory
 from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.lora import Factors, LoraConfig, LoraFactor, LoraParam, contract
+from dlm_jax.models.quantised import contract_quantised, quantised, whole_kernel
 from dlm_jax.models.rotary import rotate
 
 Axes = tuple[str | None, ...]
@@ -33,10 +34,12 @@ class Initializer:
     """Makes parameters of one type, random ones from one stream.
 
     With LoRA, matrices that are not trained have a type of their own; norms and biases, which are small, do not.
+    `remat` says that the backward pass computes layers again.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoraConfig | None = None):
-        self.stddev, self.rngs, self.dtype, self.lora = config.initializer_range, rngs, dtype, lora
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoraConfig | None = None,
+                 remat: bool = False):
+        self.stddev, self.rngs, self.dtype, self.lora, self.remat = config.initializer_range, rngs, dtype, lora, remat
 
     def normal(self, shape: tuple[int, ...], axes: Axes, stddev: float | None = None, *,
                trained: bool = False) -> nnx.Param:
@@ -45,7 +48,7 @@ class Initializer:
         value *= self.stddev if stddev is None else stddev
         if self.lora is None:
             return nnx.Param(value, axes=axes)
-        return LoraParam(value, axes=axes) if trained else nnx.Param(value.astype(self.lora.frozen_dtype), axes=axes)
+        return LoraParam(value, axes=axes) if trained else nnx.Param(value.astype(self.lora.read_dtype), axes=axes)
 
     def factor(self, shape: tuple[int, ...], axes: Axes, bound: float) -> LoraFactor:
         """Uniform between -bound and bound."""
@@ -79,14 +82,17 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """Contracts the last `num_inputs` dimensions of the input with a kernel [layers, *inputs, *outputs].
 
-    Where LoRA targets the projection by its `name`, factors stand beside the kernel.
+    Where LoRA targets the projection by its `name`, factors stand beside the kernel. A kernel that is quantised is
+    codes, with scales beside it.
     """
 
     def __init__(self, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: Axes, num_layers: int,
                  bias: bool, init: Initializer, stddev: float | None = None):
-        self.num_inputs = len(inputs)
+        self.num_inputs, self.remat = len(inputs), init.remat
         shape, lora = (num_layers, *inputs, *outputs), init.lora
-        self.kernel = init.normal(shape, ("layers", *axes), stddev)
+        kernel = init.normal(shape, ("layers", *axes), stddev)
+        codes = lora is not None and lora.quantised
+        self.kernel, self.kernel_scale = quantised(kernel, lora.frozen_dtype) if codes else (kernel, None)
         targeted = lora is not None and name in lora.targets
         self.factors = Factors(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
         # A bias along the residual stream stays whole on every device: it is added where the stream is.
@@ -95,10 +101,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         """`seeds` uint32 [batch] for the dropout of the factors' inputs; None turns it off."""
-        y = contract(x, self.kernel[...].astype(x.dtype), self.num_inputs)
-        if self.bias is not None:
-            y += self.bias[...].astype(x.dtype)
-        return y if self.factors is None else y + self.factors(x, seeds)
+        if self.kernel_scale is None:
+            y = contract(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+        else:
+            y = contract_quantised(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, again=not self.remat)
+        if self.factors is not None:
+            y += self.factors(x, seeds)
+            if self.factors.magnitude is not None:
+                y = self.factors.rescale(y, whole_kernel(self.kernel, self.kernel_scale))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):

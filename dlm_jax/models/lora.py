@@ -1,4 +1,5 @@
 """LoRA (Hu et al., arXiv 2106.09685): a kernel stays as it is, and a product of two thin matrices is learned beside it.
+DoRA (Liu et al., arXiv 2402.09353) learns, of the sum's column for each output, the norm apart from the direction.
 
 What is trained is told from what is not by type: a `LoraParam` is, any other parameter of a model with LoRA is not.
 """
@@ -8,6 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dlm_jax.attention.hashing import dropout
@@ -16,6 +18,7 @@ from dlm_jax.errors import ConfigError
 if TYPE_CHECKING:
     from dlm_jax.models.layers import Initializer
 
+QUANTISED = ("int8", "nf4")
 TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # the projections of a block
 
 
@@ -24,7 +27,7 @@ class LoraParam(nnx.Param):
 
 
 class LoraFactor(LoraParam):
-    """One of the two matrices beside a kernel; the base does not have it."""
+    """One of the two matrices beside a kernel, or DoRA's magnitudes; the base does not have it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,10 @@ class LoraConfig:
       alpha: the products count alpha / rank, or under `rslora` alpha / sqrt(rank) (arXiv 2312.03732).
       dropout: share of a factor's inputs that training drops.
       targets: projections that get factors, of TARGETS.
+      dora: whether the norm of each output's column is learned too.
       embedding, head: whether the whole table is trained; a tied head is the embedding.
-      frozen_dtype: type in which matrices that are not trained are stored.
+      frozen_dtype: type in which matrices that are not trained are stored; QUANTISED are those of the blocks alone,
+        beside tables in bfloat16.
     """
 
     rank: int
@@ -47,6 +52,7 @@ class LoraConfig:
     embedding: bool = False
     head: bool = False
     rslora: bool = False
+    dora: bool = False
     frozen_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -58,20 +64,32 @@ class LoraConfig:
         if unknown or not self.targets:
             raise ConfigError(f"lora.targets {','.join(unknown) or '(none)'} are not projections of this model; choose "
                               f"of {', '.join(TARGETS)}")
-        if self.frozen_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"lora.frozen_dtype {self.frozen_dtype!r} is unknown; choose float32 or bfloat16")
+        if self.frozen_dtype not in ("float32", "bfloat16", *QUANTISED):
+            raise ConfigError(f"lora.frozen_dtype {self.frozen_dtype!r} is unknown; choose float32, bfloat16, "
+                              f"{' or '.join(QUANTISED)}")
 
     @property
     def scale(self) -> float:
         """By what a product is multiplied."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def quantised(self) -> bool:
+        """Whether kernels that are not trained are stored as codes and scales."""
+        return self.frozen_dtype in QUANTISED
+
+    @property
+    def read_dtype(self) -> str:
+        """Type of matrices that are not trained before any is quantised; the tables stay in it."""
+        return "bfloat16" if self.quantised else self.frozen_dtype
+
 
 class Factors(nnx.Module):
     """`a` [layers, *inputs, rank] and `b` [layers, rank, *outputs] beside a kernel [layers, *inputs, *outputs].
 
     `a` is uniform within 1 / sqrt(number of inputs), which is Kaiming's with the slope sqrt(5) that PEFT takes, and `b`
-    is zero, so that a new model computes what its base does.
+    is zero, so that a new model computes what its base does. So does `magnitude` [layers, *outputs], which DoRA adds,
+    once it has been set to the norms of the base's kernel.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], num_inputs: int,
@@ -85,12 +103,28 @@ class Factors(nnx.Module):
         self.a = init.factor((layers, *inputs, lora.rank), (*axes[: 1 + num_inputs], "rank"),
                              math.prod(inputs) ** -0.5)
         self.b = init.factor((layers, lora.rank, *outputs), ("layers", "rank", *axes[1 + num_inputs :]), 0.0)
+        whole = tuple(None if axis == "embed" else axis for axis in axes[1 + num_inputs :])  # as a bias is
+        self.magnitude = init.factor((layers, *outputs), ("layers", *whole), 0.0) if lora.dora else None
 
     def __call__(self, x: jax.Array, seeds: jax.Array | None) -> jax.Array:
         """What is added to the projection of `x` [batch, ..., *inputs]; `seeds` uint32 [batch] for the dropout."""
         x = dropout(x, self.lora.dropout, seeds, self.site)
         thin = contract(x, self.a[...].astype(x.dtype), self.num_inputs)
         return contract(thin * self.lora.scale, self.b[...].astype(x.dtype), 1)
+
+    def rescale(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
+        """DoRA: the projection `y` [batch, ..., *outputs] by kernel and product, with the norms that are learned.
+
+        As in the paper's section 4.3, and in PEFT, no gradient flows through the norms that are divided by.
+        """
+        a, b = (jax.lax.stop_gradient(factor[...]).astype(jnp.float32) for factor in (self.a, self.b))
+        norms = output_norms(kernel.astype(jnp.float32) + self.lora.scale * jnp.tensordot(a, b, 1), self.num_inputs)
+        return (y * (self.magnitude[...] / norms)).astype(y.dtype)
+
+
+def output_norms(kernel: jax.Array, num_inputs: int) -> jax.Array:
+    """The norms [*outputs] of the columns of a kernel [*inputs, *outputs]."""
+    return jnp.sqrt(jnp.sum(kernel * kernel, axis=range(num_inputs)))
 
 
 def contract(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:

@@ -59,7 +59,7 @@ class Transformer(nnx.Module):
                  param_dtype: jnp.dtype = jnp.float32, lora: LoraConfig | None = None):
         if lora is not None:
             check_lora(lora, config)
-        init = Initializer(config, rngs, param_dtype, lora)
+        init = Initializer(config, rngs, param_dtype, lora, compute.remat != "none")
         self.config, self.compute, self.lora = config, compute, lora
         self.embed = Embedding(config.vocab_size, "vocab", config, init, trained=lora is not None and lora.embedding)
         self.positions = Embedding(config.max_length, None, config, init) if config.positions == "learned" else None

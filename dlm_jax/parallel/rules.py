@@ -18,6 +18,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "length": "context",
     "vocab": "tensor",
     "embed": ("fsdp", "context"),  # the parts of a sequence share the storage of parameters too
+    "embed_blocks": ("fsdp", "context"),  # of the scales of a kernel that is quantised
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -30,8 +31,9 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 # The same for attention, whose kernels XLA cannot split by itself.
 ATTENTION_PARTITION = Partition(batch=BATCH_AXES, heads=RULES["heads"], length=RULES["length"])
 
-# Vocabularies are seldom round (GPT-2: 50257, and a mask token adds one): one that does not divide stays whole.
-_MAY_STAY_WHOLE = ("vocab",)
+# Vocabularies are seldom round (GPT-2: 50257, and a mask token adds one), and scales are small: what does not divide
+# stays whole.
+_MAY_STAY_WHOLE = ("vocab", "embed_blocks")
 
 
 def is_param(node: object) -> bool:

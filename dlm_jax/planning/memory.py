@@ -15,6 +15,7 @@ from dlm_jax.parallel import MeshConfig, batch_parts, make_mesh
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.planning.base import Base
 from dlm_jax.planning.program import planned_state, trace_step
+from dlm_jax.training.adapter import lora_of
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params
 from dlm_jax.training.state import HOST
@@ -30,8 +31,9 @@ class StepMemory:
       state: parameters, the optimizer's moments and the average, as they are placed.
       gradients: in float32, placed as the parameters; once more in their own type where micro-batches are summed.
       activations: what the backward pass of a micro-batch keeps of the forward pass.
-      working: one layer's weights and the tables, gathered; what that layer's backward pass makes again; the scores of
-        dense attention; the logits of one chunk with their gradient; the head's gradient before it is scattered.
+      working: one layer's weights and the tables, gathered, or its weights as they are made of codes or with LoRA's
+        products; what that layer's backward pass makes again; the scores of dense attention; the logits of one chunk
+        with their gradient; the head's gradient before it is scattered.
     """
 
     state: float
@@ -61,12 +63,15 @@ def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention
     rows = config.data.batch_size / config.optimizer.accumulate_steps / batch_parts(mesh)
     kept, everything = (rows * kept_bytes(config, base, attention, remat) for remat in (config.model.remat, "none"))
     width, gathers = jnp.dtype(config.model.dtype).itemsize, mesh.shape["fsdp"] > 1
+    lora = lora_of(config.lora, architecture, base.new_mask_token)
     layer = count_params(architecture, "blocks") / architecture.num_layers
     table = architecture.vocab_size * architecture.hidden_size
     working = 8 * HeadPlan.chunk_size * architecture.vocab_size
     working += min(4 * table, HeadPlan.max_gradient_bytes) if gathers else 4 * table
     if gathers:
         working += width * (layer + table * (1 if architecture.tie_embeddings else 2))
+    elif lora is not None and (lora.quantised or lora.dora):
+        working += width * layer
     if config.model.remat != "none":
         working += everything / architecture.num_layers
     if attention == "dense":  # the scores and their gradient, float32
@@ -76,7 +81,7 @@ def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention
 
 def placed_bytes(tree: object) -> int:
     """Bytes of a device that a tree of shapes with shardings takes; what lies in the host's memory takes none."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
                for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST)
 
 

@@ -30,7 +30,9 @@ class LoraSettings:
                                           "mask token is new, as nothing else learns its row")
     head: bool = _field(False, "train the whole head, where it is not the embedding")
     rslora: bool = _field(False, "the products count alpha / sqrt(rank) instead (rank-stabilised)")
-    frozen_dtype: Literal["bfloat16", "float32"] = _field("bfloat16", "stored type of matrices that are not trained")
+    dora: bool = _field(False, "learn the norm of each output's weights apart from their direction (DoRA)")
+    frozen_dtype: Literal["bfloat16", "float32", "int8", "nf4"] = _field(
+        "bfloat16", "stored type of matrices that are not trained; int8 and nf4: of those in the blocks")
 
 
 def lora_of(settings: LoraSettings, architecture: ModelConfig, new_mask_token: bool) -> LoraConfig | None:
@@ -48,7 +50,7 @@ def lora_of(settings: LoraSettings, architecture: ModelConfig, new_mask_token: b
         rank=settings.rank, alpha=2.0 * settings.rank if settings.alpha is None else settings.alpha,
         dropout=settings.dropout, targets=read_targets(settings.targets, architecture),
         embedding=new_mask_token if settings.embedding is None else settings.embedding, head=settings.head,
-        rslora=settings.rslora, frozen_dtype=settings.frozen_dtype)
+        rslora=settings.rslora, dora=settings.dora, frozen_dtype=settings.frozen_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Adapter:
 
 
 def base_fingerprint(frozen: nnx.State, merged: tuple[str, ...]) -> str:
-    """Of what is not trained; where adapters were merged into that, of what was put together, as sums round.
+    """Of what is not trained; where adapters were merged into that, or it was quantised, of what it was made from, as
+    that rounds.
 
     Args:
       merged: see `Pretrained`.

@@ -37,11 +37,13 @@ from dlm_jax.models import (
     Transformer,
     abstract_model,
     add_lora,
+    base_shapes,
     fingerprint,
+    freeze,
     merge_lora,
     new_factors,
-    split_factors,
     split_trained,
+    with_magnitudes,
 )
 from dlm_jax.storage import is_remote, local_copy, reached, upload, write_json
 from dlm_jax.training.adapter import Adapter, read_adapter, write_adapter
@@ -134,14 +136,17 @@ def load_workdir(path: epath.PathLike, *, step: int | str | None = None, compute
         if beside is not None:
             model = add_lora(model, beside, seed, dtype, _factor_sharding(model))
     else:
-        model = _restored(directory, int(at), config, compute, dtype, shardings, beside, seed)
+        model, merged = _restored(directory, int(at), config, compute, dtype, shardings, beside, seed)
+        base = dataclasses.replace(base, merged=merged)
     return dataclasses.replace(base, model=model, source=f"{directory}@{at}")
 
 
 def _restored(directory: epath.Path, step: int, config: ModelConfig, compute: Compute, dtype: str,
-              shardings: Shardings | None, lora: LoraConfig | None, seed: int) -> Transformer:
-    """The parameters of a checkpoint that holds all of them, and new factors beside them if wanted."""
-    graphdef, params, _ = split_factors(abstract_model(config, compute, dtype, lora))
+              shardings: Shardings | None, lora: LoraConfig | None,
+              seed: int) -> tuple[Transformer, tuple[str, ...]]:
+    """The parameters of a checkpoint that holds all of them, and new factors beside them if wanted; what `freeze` says
+    of where they come from."""
+    graphdef, params = base_shapes(config, compute, dtype, lora)
     if shardings is None:
         places = [jax.sharding.SingleDeviceSharding(jax.local_devices()[0])] * len(jax.tree.leaves(params))
     else:
@@ -149,7 +154,8 @@ def _restored(directory: epath.Path, step: int, config: ModelConfig, compute: Co
     layout = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                           params, jax.tree.unflatten(jax.tree.structure(params), places))
     factors = nnx.State({}) if lora is None else new_factors(config, lora, seed, dtype, whole(places[0]))
-    return nnx.merge(graphdef, restore_params(directory, step, layout), factors)
+    frozen, merged = freeze(nnx.to_flat_state(restore_params(directory, step, layout)), lora)
+    return with_magnitudes(nnx.merge(graphdef, frozen, factors)), merged
 
 
 def load_adapted(directory: epath.Path, adapter: Adapter, compute: Compute, shardings: Shardings | None) -> Pretrained:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import huggingface_hub
@@ -31,6 +32,11 @@ SETTINGS = {
     "llama2-grouped-tied": dict(r=3, use_rslora=True, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
     "llama-biases": dict(r=4, target_modules=LLAMA_TARGETS, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
                          alpha_pattern={"layers.0.self_attn.q_proj": 20}, modules_to_save=["embed_tokens"]),
+    "gpt2-dora": dict(r=3, lora_alpha=5, target_modules=["c_attn", "c_proj"], use_dora=True),
+    "llama-biases-dora": dict(r=4, use_rslora=True, target_modules="all-linear", rank_pattern={"q_proj": 2},
+                              use_dora=True),
+    "llama2-grouped-tied-dora": dict(r=3, target_modules=["q_proj", "down_proj"], layers_to_transform=[1],
+                                     use_dora=True, lora_dropout=0.2),
     "qwen3": dict(r=2, target_modules=r".*\.(k_proj|down_proj)", exclude_modules=None),
 }
 
@@ -41,7 +47,7 @@ def logits(pretrained):
 
 def theirs(case, directory, **settings):
     """A base and an adapter with random factors, saved by `peft`, and the logits it gives."""
-    model = families.save(case.removesuffix("-whole"), directory / "base")
+    model = families.save(re.sub("-(whole|dora)$", "", case), directory / "base")
     model.name_or_path = str(directory / "base")
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     torch.manual_seed(1)
@@ -60,7 +66,8 @@ def test_an_adapter_that_peft_wrote_gives_pefts_logits(case, tmp_path):
     assert np.abs(expected - logits(load_pretrained(tmp_path / "base"))).max() > 0.05
     np.testing.assert_allclose(logits(found), expected, atol=1e-4)
     assert found.model.lora is None and found.source == str(tmp_path / "adapter")
-    assert found.model.config.tie_embeddings == (case in ("gpt2", "llama2-grouped-tied", "qwen3"))
+    assert found.model.config.tie_embeddings == (case.removesuffix("-dora") in (
+        "gpt2", "llama2-grouped-tied", "qwen3"))
 
 
 def ours(case, directory, **settings):
@@ -83,7 +90,8 @@ GPT2_TARGETS = ("q", "k", "v", "out", "up", "down")
     ("gpt2", dict(targets=("k", "up"), embedding=True)),
     ("gpt2-untied-relu", dict(targets=("out",), embedding=True, head=True)),
     ("llama2-grouped-tied", dict(rslora=True)), ("llama-biases", dict(targets=("q", "down"), embedding=True)),
-    ("mistral-window", {}), ("qwen2", dict(targets=("gate",), head=True))])
+    ("gpt2", dict(targets=GPT2_TARGETS, dora=True)), ("gpt2", dict(targets=("v", "up"), dora=True, rslora=True)),
+    ("llama-biases", dict(dora=True)), ("mistral-window", {}), ("qwen2", dict(targets=("gate",), head=True))])
 def test_an_adapter_that_we_wrote_gives_our_logits_in_peft(case, settings, tmp_path):
     reference, pretrained = ours(case, tmp_path, **settings)
     assert np.abs(logits(pretrained) - families.torch_logits(reference, TOKENS)).max() > 0.05
@@ -161,7 +169,8 @@ def adapter(tmp_path_factory):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"use_dora": True}, "use_dora to True"), ({"bias": "all"}, "bias to 'all'"), ({"peft_type": "IA3"}, "'IA3'"),
+    ({"use_dora": True}, "q_proj has no lora_magnitude_vector"), ({"bias": "all"}, "bias to 'all'"),
+    ({"peft_type": "IA3"}, "'IA3'"),
     ({"init_lora_weights": "pissa"}, "'pissa'"), ({"r": 8}, "rank 8"), ({"lora_bias": True}, "lora_bias"),
     ({"target_modules": ["q_proj", "v_proj"]}, "targets model.layers.0.self_attn.v_proj and has no factors")])
 def test_what_is_not_computed_is_refused_by_name(adapter, settings, message, tmp_path):
@@ -175,6 +184,8 @@ def test_what_is_not_computed_is_refused_by_name(adapter, settings, message, tmp
 
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(32)}), "holds .*norm.weight, which cannot"),
+    (lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(32)}),
+     "lora_magnitude_vector, which cannot be merged"),
     (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}), "lm_head"),
     (lambda t: t.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"), "no lora_B"),
     (lambda t: t.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 32)}), "layers.7"),

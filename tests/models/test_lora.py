@@ -175,6 +175,44 @@ def test_dropout_of_factors_is_per_example_and_counts_on_average():
     assert jnp.abs(one(x[:1], seeds[:1]) - one(x[:1], None)).max() > 0.2
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_dora_begins_at_the_norms_of_the_base_and_merges_to_the_norms_it_learned(case):
+    base, model = build(case, dora=True)
+    out, kernel = model.blocks.attention.out, base.blocks.attention.out.kernel[...]
+    np.testing.assert_allclose(out.factors.magnitude[...], np.linalg.norm(kernel.reshape(len(kernel), -1, 32), axis=1),
+                               rtol=1e-5)
+    np.testing.assert_allclose(logits(model), logits(base), atol=2e-5)
+    model = learned(model)
+    assert jnp.abs(logits(model) - logits(base)).max() > 0.1
+    merged = merge_lora(model, "float32")
+    assert nnx.graphdef(merged) == nnx.graphdef(base)
+    np.testing.assert_allclose(logits(merged), logits(model), atol=2e-5)
+    norms = np.linalg.norm(merged.blocks.attention.out.kernel[...].reshape(len(kernel), -1, 32), axis=1)
+    np.testing.assert_allclose(norms, np.abs(model.blocks.attention.out.factors.magnitude[...]), rtol=1e-5)
+
+
+def test_doras_gradient_takes_the_norms_it_divides_by_as_constants():
+    factors = learned(build("gpt2", dora=True)[1]).blocks.mlp.down.factors
+    for name in ("a", "b", "magnitude"):
+        setattr(factors, name, nnx.Param(getattr(factors, name)[...][0]))
+    graphdef, values = nnx.split(factors)
+    kernel, x = (jax.random.normal(jax.random.key(i), shape)
+                 for i, shape in enumerate(((factors.a.shape[0], 32), (5, factors.a.shape[0]))))
+
+    def projected(values):
+        factors = nnx.merge(graphdef, values)
+        return factors.rescale(x @ kernel + factors(x, None), kernel)
+
+    norms = jnp.linalg.norm(kernel + 1.5 * factors.a[...] @ factors.b[...], axis=0)
+
+    def with_constants(values):
+        return x @ (kernel + 1.5 * values["a"][...] @ values["b"][...]) * values["magnitude"][...] / norms
+
+    found, expected = (jax.grad(lambda values, f: jnp.sin(f(values)).sum())(values, f)
+                       for f in (projected, with_constants))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"rank": 33}, "lora.rank 33 is larger than the 32 inputs of the projection 'q'"),
     ({"rank": 25, "targets": ("k",)}, "lora.rank 25 is larger than the 24 outputs of the projection 'k'"),

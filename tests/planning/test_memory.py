@@ -6,10 +6,11 @@ import jax
 import pytest
 from flax import nnx
 
-from dlm_jax.models import Transformer, split_trained
+from dlm_jax.models import Compute, Transformer, base_shapes, split_trained
 from dlm_jax.parallel import MeshConfig, make_mesh
+from dlm_jax.planning.collectives import collectives
 from dlm_jax.planning.memory import add_up, kept_bytes, placed_bytes
-from dlm_jax.planning.program import planned_state
+from dlm_jax.planning.program import planned_state, trace_step
 from dlm_jax.planning.targets import described_mesh
 from dlm_jax.training.adapter import lora_of
 from dlm_jax.training.optimizer import make_optimizer
@@ -46,6 +47,34 @@ def test_with_lora_the_state_has_moments_and_gradients_of_what_is_trained(config
     assert less.state < 0.3 * full.state
     with_table = add_up(changed(config, lora={"rank": 4}), base, described_mesh(MeshConfig(data=8), 8), "cudnn")
     assert less.state < with_table.state < full.state  # the mask token is new, and so its table is trained
+
+
+@pytest.mark.parametrize("kind, bits", [("int8", 8.5), ("nf4", 4.5)])
+def test_a_quantised_base_takes_its_codes_and_a_scale_for_each_64(config, base, kind, bits):
+    def state(frozen_dtype, mesh):
+        small = changed(config, lora={"rank": 4, "frozen_dtype": frozen_dtype})
+        return placed_bytes(planned_state(small, base, described_mesh(mesh, 8)))
+
+    _, stored = base_shapes(base.config, Compute(), "float32", None)
+    kernels = sum(leaf.size for path, leaf in nnx.to_flat_state(stored)
+                  if path[0] == "blocks" and path[-1] == "kernel")
+    saved = state("bfloat16", MeshConfig(data=8)) - state(kind, MeshConfig(data=8))
+    assert saved == kernels * (16 - bits) / 8
+    split = MeshConfig(data=4, fsdp=2)  # between the two blocks of 128
+    assert state("bfloat16", split) - state(kind, split) == saved / 2
+    small = changed(config, lora={"rank": 4, "frozen_dtype": kind}, model={"remat": "none"})
+    plain = changed(small, lora={"frozen_dtype": "bfloat16"})
+    assert kept_bytes(small, base, "cudnn", "none") == kept_bytes(plain, base, "cudnn", "none")
+
+
+def test_a_quantised_base_is_gathered_no_more_often_than_another(config, base):
+    def sent(frozen_dtype):
+        one = changed(config, lora={"rank": 4, "frozen_dtype": frozen_dtype}, model={"remat": "full"},
+                      optimizer={"accumulate_steps": 1}, data={"batch_size": 8, "length": 256})
+        program, = trace_step(one, base, make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), "dense")
+        return sum(c.sent for c in collectives(program.lower().compile().as_text(), 2) if c.kind == "all-gather")
+
+    assert 0 < sent("nf4") <= sent("bfloat16")
 
 
 def test_activations_are_those_of_the_rematerialisation(config, base):

@@ -19,6 +19,7 @@ from dlm_jax.models import (
     Transformer,
     fingerprint,
 )
+from dlm_jax.models.quantised import dequantise, quantised
 from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings
 from dlm_jax.pipeline import DiffusionLM
 from dlm_jax.training import load_workdir, read_records, train
@@ -72,6 +73,62 @@ def test_checkpoints_hold_what_is_trained_and_a_resumed_run_is_the_uninterrupted
     assert len(params) == 12 and all(".factors." in name for name in params)
     assert all(".factors." in name for name in expected if expected[name].ndim)
     assert read_records(whole, "train")[-1]["loss"] == read_records(tmp_path, "train")[-1]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_run_beside_a_quantised_base(kind, lora_config, pretrained, tmp_path):
+    """It resumes bit for bit, gives its model merged or not, and knows its base as it was before it was quantised."""
+    run = changed(lora_config, "lora.frozen_dtype", kind)
+    train(run, tmp_path / "whole")
+    train(changed(run, "num_steps", 5), tmp_path / "parts")
+    train(run, tmp_path / "parts")
+    expected, found = items(tmp_path / "whole", 10), items(tmp_path / "parts", 10)
+    assert {name for name in expected if not np.array_equal(expected[name], found[name])} == set()
+    merged, beside = load_workdir(tmp_path / "whole"), load_workdir(tmp_path / "whole", merge=False)
+    assert beside.model.lora.frozen_dtype == kind and beside.model.blocks.mlp.up.kernel_scale is not None
+    np.testing.assert_allclose(logits(merged.model), logits(beside.model), atol=1e-5)
+    lm = DiffusionLM.from_pretrained(tmp_path / "whole", mesh=MeshConfig(fsdp=4, data=2), merge=False)
+    np.testing.assert_allclose(logits(lm.model), logits(merged.model), atol=1e-5)
+    child = dataclasses.replace(run, num_steps=1, model=ModelSource(source=str(tmp_path / "whole")))
+    train(child, tmp_path / "child")
+    train(changed(child, "num_steps", 2), tmp_path / "child")
+    base = load_pretrained(pretrained, mask_token=10)
+    kernel = base.model.blocks.mlp.up.kernel[...].astype(jnp.bfloat16)
+    exact = dequantise(*(part[...] for part in quantised(nnx.Param(kernel, axes=("layers", "embed", "mlp")), kind)))
+    factors = beside.model.blocks.mlp.up.factors
+    product = 2.0 * np.stack([x @ y for x, y in zip(factors.a[...], factors.b[...], strict=True)])
+    np.testing.assert_allclose(merged.model.blocks.mlp.up.kernel[...], exact + product, atol=1e-6)
+    path = tmp_path / "whole" / "adapter.json"
+    record = json.loads(path.read_text())
+    kernel = base.model.blocks.mlp.up.kernel
+    kernel[...] = kernel[...].at[1, 3, 2].multiply(1.01)  # which may well be the same code
+    save_pretrained(tmp_path / "other", base)
+    path.write_text(json.dumps(record | {"base": str(tmp_path / "other")}))
+    with pytest.raises(CheckpointError, match="not the one that the adapter in .* was trained beside"):
+        load_workdir(tmp_path / "whole")
+
+
+def test_a_run_with_dora_gives_its_model_merged_or_not(lora_config, pretrained, tmp_path):
+    train(changed(changed(lora_config, "lora.dora", True), "num_steps", 5), tmp_path)
+    merged, beside = load_workdir(tmp_path), load_workdir(tmp_path, merge=False)
+    np.testing.assert_allclose(logits(merged.model), logits(beside.model), atol=1e-5)
+    assert np.abs(logits(merged.model) - logits(load_pretrained(pretrained, mask_token=10).model)).max() > 1e-3
+    assert sum(name.startswith("params/") and name.endswith("magnitude") for name in items(tmp_path, 5)) == 6
+    save_pretrained(tmp_path / "adapter", beside, layout="peft")
+    np.testing.assert_allclose(logits(load_pretrained(tmp_path / "adapter").model), logits(merged.model), atol=2e-2)
+
+
+def test_a_full_run_as_a_base_that_is_quantised(config, lora_config, tmp_path):
+    train(dataclasses.replace(config, num_steps=1), tmp_path / "base")
+    child = dataclasses.replace(changed(lora_config, "lora.frozen_dtype", "nf4"), num_steps=1,
+                                model=ModelSource(source=str(tmp_path / "base")))
+    train(child, tmp_path / "child")
+    train(changed(child, "num_steps", 2), tmp_path / "child")
+    load_workdir(tmp_path / "child")
+    shutil.rmtree(tmp_path / "base")
+    train(dataclasses.replace(config, num_steps=1, seed=config.seed + 1), tmp_path / "base")
+    with pytest.raises(CheckpointError, match="was trained beside"):
+        load_workdir(tmp_path / "child")
 
 
 def test_a_workdir_gives_its_model_merged_or_not(whole, pretrained, lora_config):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -23,6 +24,7 @@ from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.state import TrainState, create_state
 from dlm_jax.training.step import make_train_step
+from tests.models.test_quantised import STORED
 
 MODEL = ModelConfig("llama", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
                     mlp_size=32, max_length=16, tie_embeddings=False, residual_dropout=0.1)
@@ -97,6 +99,34 @@ def test_what_saves_memory_changes_nothing(reference, settings):
     metrics, _ = run(make_mesh(MeshConfig(fsdp=4, data=2)), 3, compute=Compute(remat=remat), **settings)
     for found, expected in zip(metrics, reference[0], strict=False):
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind, mesh", [
+    ("nf4", MeshConfig(fsdp=8)), ("int8", MeshConfig(data=2, fsdp=2, tensor=2))])  # blocks of one value, and of eight
+def test_a_quantised_base_gives_the_same_loss_curve_on_every_mesh(reference, kind, mesh, capfd):
+    lora = dataclasses.replace(LORA, frozen_dtype=kind)
+    expected, _ = run(one_device(), 3, lora=lora)
+    metrics, state = run(make_mesh(mesh), 3, lora=lora, compute=Compute(remat="full"))
+    for found, one, exact in zip(metrics, expected, reference[0], strict=False):
+        np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-5)
+        assert 1e-7 < abs(one["loss"] - exact["loss"]) < 0.02
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen["blocks"]["mlp"])} >= {jnp.dtype(STORED[kind])}
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_dora_gives_the_same_loss_curve_on_a_mesh_and_learns_magnitudes(reference):
+    lora = dataclasses.replace(LORA, dora=True, frozen_dtype="nf4")
+    expected, _ = run(one_device(), 3, lora=lora)
+    metrics, state = run(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), 3, lora=lora)
+    for found, one in zip(metrics, expected, strict=True):
+        np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-5)
+        np.testing.assert_allclose(found["grad_norm"], one["grad_norm"], rtol=1e-4)
+    new = add_lora(Transformer(MODEL, rngs=nnx.Rngs(0)), lora, 0, "float32",
+                   jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    for name in ("q", "out"):
+        before, after = (np.asarray(params["attention"][name]["factors"]["magnitude"][...])
+                         for params in (nnx.state(new)["blocks"], state.params["blocks"]))
+        assert 1e-4 < np.abs(before - after).max() < 0.1
 
 
 @pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
