@@ -27,6 +27,7 @@ TPU = [
     ("diffullama_7b", "v5e:2x4", ("--advise",)), ("diffullama_7b", "v4:2x2x1", ("--advise",)),
     ("diffugpt_s", "v5e:1x1", ("--advise",)), ("diffugpt_m", "v5e:2x2", ("--advise",)),
     ("diffullama_7b", "v5e:4x8", ("--advise",)), ("diffullama_7b", "v6e:4x4", ("--advise",)),
+    ("sft_gsm8k_llama_lora", "v5e:2x4", ()), ("block_llama_7b", "v5e:16x16", ()),
 ]
 GPU = [
     ("diffugpt_s", "a100-80:8", ()), ("diffugpt_s", "h100:8", ()),
