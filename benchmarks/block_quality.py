@@ -1,0 +1,197 @@
+"""What blocks are worth: one base adapted at one budget to full diffusion and to blocks of several sizes, over seeds.
+
+    python benchmarks/block_quality.py --base=assets/stories-gpt2 --data assets/stories/train.jsonl \\
+        --validation assets/stories/heldout.jsonl
+
+adapts the base by each of the variants (the parent trained on as it is, full diffusion with annealed attention, blocks
+at their size from the start, blocks that grow from one token), with the same rows in the same order for each seed. Of
+every run it takes the held-out bound, and of its samples the perplexity under the base, distinct-2, and the tokens a
+second, by itself and eight rows together. It writes docs/figures/block_quality.png and
+benchmarks/results/block_quality.json, and prints the table. Runs that are done are not repeated; one that was cut short
+resumes.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from dlm_jax import DiffusionLM
+from dlm_jax.data.config import DataConfig
+from dlm_jax.diffusion import example_keys
+from dlm_jax.evaluation import autoregressive_nll
+from dlm_jax.sampling import SamplerConfig, Task, sample
+from dlm_jax.training import TrainConfig, read_records, train
+from dlm_jax.training.config import CheckpointConfig, LogConfig, ModelSource, ValidationConfig
+from dlm_jax.training.objective import ObjectiveConfig
+from dlm_jax.training.optimizer import OptimizerConfig
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "block_quality.json"
+FIGURE = pathlib.Path(__file__).parents[1] / "docs" / "figures" / "block_quality.png"
+SIZES = (4, 8, 16, 32)
+VARIANTS = ("parent", "full diffusion", *(f"blocks of {size}{grown}" for grown in ("", ", grown") for size in SIZES))
+THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+
+
+def objective_of(variant: str, num_steps: int) -> ObjectiveConfig:
+    """Blocks that grow double over the first half of the run, as full diffusion's attention opens over its third."""
+    if variant == "parent":
+        return ObjectiveConfig(name="autoregressive")
+    if variant == "full diffusion":
+        return ObjectiveConfig(anneal_steps=num_steps // 3)
+    size, stages = int(variant.split()[2].rstrip(",")), ()
+    if variant.endswith("grown"):
+        sizes = [2**power for power in range(size.bit_length())]
+        stages = tuple((number * num_steps // 2 // (len(sizes) - 1), one) for number, one in enumerate(sizes))
+    return ObjectiveConfig(name="block_diffusion", block_size=size, block_stages=stages)
+
+
+def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
+    """One run; only what the variant names differs between variants."""
+    num_steps = args.tokens // (args.batch_size * args.length)
+    return TrainConfig(
+        seed=seed, num_steps=num_steps, model=ModelSource(source=args.base, mask_token="<|mask|>"),
+        data=DataConfig(train=tuple(args.data), validation=tuple(args.validation), length=args.length,
+                        batch_size=args.batch_size, cache_dir=str(args.work / "data")),
+        objective=objective_of(variant, num_steps),
+        optimizer=OptimizerConfig(learning_rate=args.learning_rate, warmup_steps=num_steps // 20, b2=0.99),
+        validation=ValidationConfig(every=num_steps // 5, num_rows=args.validation_rows, num_samples=8),
+        checkpoint=CheckpointConfig(every=num_steps, keep=1, keep_best=False),
+        log=LogConfig(every=max(1, num_steps // 20), tensorboard=False))
+
+
+def draw(lm: DiffusionLM, config: SamplerConfig, rows: int, args: argparse.Namespace) -> dict:
+    """Texts from nothing, `rows` at a time: their tokens, tokens a second without compilation, forward passes a row."""
+    tokens = np.full((rows, args.length), lm.pretrained.bos_token_id, np.int32)
+    fixed, lengths = np.broadcast_to(np.arange(args.length) == 0, tokens.shape), np.full(rows, args.length)
+    task = Task(config, lm.pretrained.mask_token_id, lm.pretrained.shift, block_size=lm.pretrained.block_size)
+
+    def run(start: int) -> object:
+        keys = example_keys(args.sample_seed, np.arange(start, start + rows, dtype=np.uint32))
+        return jax.block_until_ready(sample(lm.model, tokens, fixed, lengths, keys, task))
+
+    run(0)
+    began = time.perf_counter()
+    parts = [run(start) for start in range(0, args.num_samples, rows)]
+    seconds = time.perf_counter() - began
+    return {"tokens": np.concatenate([part.tokens for part in parts]), "forwards": float(np.mean(
+        [part.steps for part in parts])), "tokens_per_second": len(parts) * rows * (args.length - 1) / seconds}
+
+
+def samplers(variant: str, args: argparse.Namespace) -> dict[str, SamplerConfig]:
+    """How a variant writes: the parent from left to right, the others at several thresholds."""
+    choice = {"temperature": args.temperature, "top_p": args.top_p}
+    if variant == "parent":
+        return {"left to right": SamplerConfig("autoregressive", **choice)}
+    return {f"threshold {threshold}": SamplerConfig("threshold", threshold=threshold, **choice)
+            for threshold in THRESHOLDS}
+
+
+def written(lm: DiffusionLM, judge: DiffusionLM, variant: str, args: argparse.Namespace) -> dict[str, dict]:
+    """Of each way of writing the perplexity under the judge, distinct-2, and speed at one row and at eight."""
+    found = {}
+    for name, config in samplers(variant, args).items():
+        together = draw(lm, config, 8, args)
+        tokens = together.pop("tokens")
+        nats = autoregressive_nll(judge.model, tokens, np.ones(tokens.shape, bool)).nats_per_token
+        pairs = np.lib.stride_tricks.sliding_window_view(tokens[:, 1:], 2, axis=1).reshape(-1, 2)
+        found[name] = {"perplexity": float(np.exp(nats)), "distinct_2": len(np.unique(pairs, axis=0)) / len(pairs),
+                       "forwards": together["forwards"], "tokens_per_second_of_8": together["tokens_per_second"],
+                       "tokens_per_second_of_1": draw(lm, config, 1, args)["tokens_per_second"]}
+    return found
+
+
+def measure(args: argparse.Namespace, variant: str, seed: int, judge: DiffusionLM) -> dict:
+    """A run, taken as far as it goes, and what came of it."""
+    workdir = args.work / f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
+    done = workdir / "measured.json"
+    if not done.exists():
+        if train(configure(args, variant, seed), workdir)["interrupted"]:
+            raise SystemExit("stopped; the same command goes on from there")
+        records = read_records(workdir, "validation")
+        found = {"bounds": [(record["step"], record["bound"]) for record in records],
+                 "written": written(DiffusionLM.from_pretrained(workdir), judge, variant, args)}
+        done.write_text(json.dumps(found))
+    return json.loads(done.read_text())
+
+
+def plot(found: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Held-out bound by size of block, and perplexity against forward passes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    final = {variant: np.array([run["bounds"][-1][1] for run in runs]) for variant, runs in found.items()}
+    for grown, colour in (("", "#1b6ca8"), (", grown", "#d1495b")):
+        sizes = [size for size in SIZES if f"blocks of {size}{grown}" in final]
+        values = [final[f"blocks of {size}{grown}"] for size in sizes]
+        left.errorbar(sizes, [x.mean() for x in values], [x.std() for x in values], marker="o", color=colour,
+                      label=f"blocks{grown or ', at once'}", capsize=3)
+    for variant, style in (("parent", ":"), ("full diffusion", "--")):
+        if variant in final:
+            left.axhline(final[variant].mean(), color="black", linestyle=style, linewidth=1, label=variant)
+    left.set_xscale("log", base=2)
+    left.set(xlabel="tokens a block", ylabel="held-out bound (nats per token)")
+    for variant, runs in found.items():
+        ways = runs[0]["written"]
+        right.plot([np.mean([run["written"][way]["forwards"] for run in runs]) for way in ways],
+                   [np.mean([run["written"][way]["perplexity"] for run in runs]) for way in ways], "o-", label=variant,
+                   linewidth=1, markersize=3)
+    right.set(xlabel="forward passes a text", ylabel="perplexity under the base", yscale="log")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def table(found: dict[str, list[dict]]) -> str:
+    lines = ["| variant | bound | written | perplexity | distinct-2 | forwards | tokens/s, 1 row | tokens/s, 8 rows |",
+             "| --- " * 8 + "|"]
+    for variant, runs in found.items():
+        bounds = np.array([run["bounds"][-1][1] for run in runs])
+        for way in runs[0]["written"]:
+            mean = {name: np.mean([run["written"][way][name] for run in runs]) for name in runs[0]["written"][way]}
+            lines.append(f"| {variant} | {bounds.mean():.3f} ± {bounds.std():.3f} | {way} | {mean['perplexity']:.1f} | "
+                         f"{mean['distinct_2']:.3f} | {mean['forwards']:.1f} | {mean['tokens_per_second_of_1']:,.0f} | "
+                         f"{mean['tokens_per_second_of_8']:,.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="the AR base model: a directory or hub id")
+    parser.add_argument("--data", nargs="+", required=True, help="paths or globs of text")
+    parser.add_argument("--validation", nargs="+", required=True, help="paths or globs of held-out text")
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/block_quality"))
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    for name, default in (("seeds", 3), ("tokens", 800_000), ("batch_size", 8), ("length", 128),
+                          ("validation_rows", 64), ("num_samples", 32), ("sample_seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("learning_rate", 1.5e-3), ("temperature", 1.0), ("top_p", 0.95)):
+        parser.add_argument(f"--{name}", type=float, default=default)
+    args = parser.parse_args()
+
+    judge = DiffusionLM.from_pretrained(args.base)
+    found: dict[str, list[dict]] = {variant: [] for variant in args.variants}
+    for seed in range(args.seeds):
+        for variant in args.variants:
+            found[variant].append(measure(args, variant, seed, judge))
+            print(f"{variant}, seed {seed}: {found[variant][-1]['bounds'][-1][1]:.3f} nats per token", flush=True)
+    RESULTS.write_text(json.dumps({
+        "settings": {key: str(value) for key, value in vars(args).items()}, "runs": found,
+        "device": str(jax.devices()[0]),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}}, indent=1) + "\n")
+    plot(found, FIGURE)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
