@@ -2,8 +2,8 @@
 
     python benchmarks/addition.py [--out build/addition]
 
-writes 20,000 sums to learn from, `What is 468+357?||<<8+7=15>> <<6+5+1=12>> <<4+3+1=8>> #### 825`, and 500 of
-other pairs; fine-tunes by `configs/sft_addition.py`; and asks the 500. A table goes to standard output, the figures
+writes 20,000 sums to learn from, `What is 468+357?||<<8+7+0=15>> <<6+5+1=12>> <<4+3+1=8>> #### 825`, and 500
+of other pairs; fine-tunes by `configs/sft_addition.py`; and asks the 500. A table goes to standard output, the figures
 to benchmarks/results/addition.json.
 """
 
@@ -28,7 +28,7 @@ def line(a: int, b: int) -> str:
     steps, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
         total = int(x) + int(y) + carry
-        steps.append(f"<<{x}+{y}{'+1' if carry else ''}={total}>>")
+        steps.append(f"<<{x}+{y}+{carry}={total}>>")
         carry = total // 10
     return f"What is {a}+{b}?||{' '.join(steps)} #### {a + b}"
 

@@ -11,17 +11,17 @@ from dlm_jax.cli.recipes import load_recipe
 
 def get_config():
     config = load_recipe("quickstart")
-    config.num_steps = 1_600
+    config.num_steps = 3_000
 
     config.data.train = ("build/addition/train.txt",)
     config.data.validation = ("build/addition/validation.txt",)
     config.data.length = 64
-    config.data.batch_size = 64
+    config.data.batch_size = 32
     config.data.examples.format = "gsm8k_symbolic"
 
     config.objective.anneal_steps = 0
 
-    config.validation.every = 400
+    config.validation.every = 750
     config.validation.answers = 32
-    config.checkpoint.every = 400
+    config.checkpoint.every = 750
     return config

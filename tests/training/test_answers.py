@@ -59,13 +59,11 @@ def test_answers_are_those_of_the_finished_run_and_become_right(tuning, tmp_path
 def test_the_mesh_changes_no_answer(tuning, tmp_path):
     """Half-learnt, so that answers differ from each other."""
     found = []
-    for name, mesh in (("spread", tuning.mesh), ("alone", MeshConfig(data=1)), ("context", MeshConfig(context=8))):
+    for name, mesh in (("spread", tuning.mesh), ("context", MeshConfig(context=8))):
         run = dataclasses.replace(tuning, mesh=mesh, num_steps=3)
         train(run, tmp_path / name)
         found.append(read_records(tmp_path / name, "answers")[-1])
-    assert found[0]["text"] == found[1]["text"] == found[2]["text"]
-    for name in ("exact_match", "rougeL"):
-        assert found[0][name] == found[1][name] == found[2][name]
+    assert found[0] == found[1]
 
 
 def test_a_run_taken_up_again_keeps_its_answers_in_the_summary(tuning, tmp_path):

@@ -16,27 +16,43 @@ from tests.training.conftest import changed
 STAGES = ((0, 1), (4, 2), (8, 4))
 
 
-@pytest.fixture
-def blocks(config):
+def growing(config):
     """Twelve steps through three sizes of blocks."""
     objective = ObjectiveConfig(name="block_diffusion", block_size=4, block_stages=STAGES)
     return dataclasses.replace(config, num_steps=12, objective=objective)
+
+
+@pytest.fixture
+def blocks(config):
+    return growing(config)
 
 
 def losses(workdir):
     return [record["loss"] for record in read_records(workdir, "train")]
 
 
-def test_a_run_of_growing_blocks_resumes_bit_for_bit_and_is_the_same_on_every_mesh(blocks, tmp_path):
-    whole = train(blocks, tmp_path / "whole")
-    assert np.isfinite(losses(tmp_path / "whole")).all() and whole["validation"]["bound"] < 3
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The run, uninterrupted."""
+    folder = tmp_path_factory.mktemp("blocks") / "whole"
+    summary = train(growing(config), folder)
+    assert np.isfinite(losses(folder)).all() and summary["validation"]["bound"] < 3
+    return folder
+
+
+def test_a_run_of_growing_blocks_resumes_bit_for_bit(blocks, whole, tmp_path):
     train(changed(blocks, "num_steps", 5), tmp_path / "parts")
     train(blocks, tmp_path / "parts")
-    assert losses(tmp_path / "parts")[-1] == losses(tmp_path / "whole")[-1]
-    train(dataclasses.replace(blocks, mesh=MeshConfig(context=2, fsdp=2, data=2)), tmp_path / "mesh")
-    np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "whole"), rtol=1e-5)
+    assert losses(tmp_path / "parts")[-1] == losses(whole)[-1]
 
-    lm = DiffusionLM.from_pretrained(tmp_path / "whole")
+
+def test_a_run_of_blocks_is_the_same_on_every_mesh(blocks, whole, tmp_path):
+    train(dataclasses.replace(blocks, mesh=MeshConfig(context=2, fsdp=2, data=2)), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
+
+
+def test_the_model_of_a_run_knows_its_blocks(whole, tmp_path):
+    lm = DiffusionLM.from_pretrained(whole)
     assert lm.pretrained.block_size == 4
     text, = lm.generate("abc", max_new_tokens=12, num_steps=6)
     assert text.startswith("abc")
