@@ -1,5 +1,7 @@
 """Two processes of four devices, over the loopback: the same run as one process, and what happens when one is lost."""
 
+import itertools
+import json
 import os
 import signal
 import time
@@ -27,6 +29,20 @@ def test_two_processes_are_the_run_of_one(runs, tmp_path):
             assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), (name, one, two)
     code, out, err = runs.run(tmp_path / "two", num_steps=24)  # one process of one device takes over
     assert code == 0 and "resumed    from step 20" in out, err
+
+
+def test_two_processes_answer_and_learn_blocks_as_one_does(runs, tmp_path):
+    """Held-out examples are sampled over all devices, and each process has all answers."""
+    lines = [{"prompt": f"{a}{b}{c}", "response": "cafe"} for a, b, c in itertools.product("abcdef", repeat=3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = {"data__train": tmp_path / "pairs.jsonl", "data__document_separator": "", "objective__anneal_steps": 0,
+                "data__examples__format": "prompt_response", "data__examples__separator": "h", "num_steps": 8,
+                "validation__answers": 8, "objective__name": "block_diffusion", "objective__block_size": 4}
+    code, _, err = runs.run(tmp_path / "one", devices=8, **settings)
+    assert code == 0, err
+    assert [code for code, *_ in map(ended, runs.pair(tmp_path / "two", **settings))] == [0, 0]
+    one, two = (read_records(tmp_path / name, "answers") for name in ("one", "two"))
+    assert one == two and [record["step"] for record in one] == [0, 8]
 
 
 def test_slurm_tells_two_processes_of_each_other(runs, tmp_path):
