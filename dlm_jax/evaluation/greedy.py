@@ -12,7 +12,8 @@ from dlm_jax.sampling import GAP, SamplerConfig, Task, sample_rows
 
 
 def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int | None, bos_token_id: int | None = None,
-                shift: bool = True, batch_size: int = 16, mesh: Mesh | None = None) -> Greedy:
+                shift: bool = True, block_size: int | None = None, batch_size: int = 16,
+                mesh: Mesh | None = None) -> Greedy:
     """A `Greedy` by writing as many tokens as each continuation has, and comparing.
 
     From left to right the likeliest token is taken each time. A diffusion model begins with that many masks behind the
@@ -31,7 +32,7 @@ def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int 
     length = model.config.max_length
     config = (SamplerConfig(policy="autoregressive", temperature=0.0) if autoregressive
               else SamplerConfig(policy="confidence", temperature=0.0, num_steps=length))  # at most one a token
-    task = Task(config, mask_token_id, shift)
+    task = Task(config, mask_token_id, shift, block_size=block_size)
     head = [] if bos_token_id is None else [bos_token_id]
 
     def greedy(pairs: Sequence[Pair]) -> list[bool]:

@@ -9,13 +9,17 @@ host; so the options of an item meet the same noise (common random numbers), and
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 
 class Draw(NamedTuple):
-    """`masked` bool [passes, length], no row empty; `weights` float64 [passes]."""
+    """`masked` bool [passes, length], no row empty; `weights` float64 [passes].
+
+    Of a model that writes in blocks, `weights` are [passes, length]: see `in_blocks`.
+    """
 
     masked: np.ndarray
     weights: np.ndarray
@@ -81,6 +85,30 @@ def release_draw(uniform: np.ndarray) -> Draw:
 def everything(length: int) -> Draw:
     """Every token scored once in one pass: what a causal model needs."""
     return Draw(np.ones((1, length), bool), np.ones(1))
+
+
+def in_blocks(draw: Callable[[int, int], Draw], begin: int, length: int, block_size: int, *, shift: bool) -> Draw:
+    """Masks for the bound of blocks that are written one after another, each given the clean text before it.
+
+    A pass masks in every block at once, so that a block's tokens count by its own draw: the weights are [passes,
+    length]. Under the shift a block's first token is predicted from clean text whatever is masked, and counts once, in
+    the first pass (see `diffusion.blocks`).
+
+    Args:
+      draw: gives the masks in a block, from its number and how many of its tokens are to be scored.
+      begin: where in its row the continuation begins, at least 1; blocks are counted from the row's beginning.
+    """
+    ends = [*range(begin - begin % block_size + block_size, begin + length, block_size), begin + length]
+    found = [draw((end - 1) // block_size, end - start) for start, end in zip([begin, *ends], ends, strict=False)]
+    passes = max(len(part.weights) for part in found)
+    planes = [part.masked for part in found], [part.weights[:, None] * part.masked for part in found]
+    masked, weights = (np.concatenate([np.pad(x, ((0, passes - len(x)), (0, 0))) for x in plane], axis=1)
+                       for plane in planes)
+    if shift:
+        opens = (begin + np.arange(length)) % block_size == 0
+        weights[:, opens] = np.arange(passes)[:, None] == 0
+    scores = weights.any(axis=1)
+    return Draw(masked[scores], weights[scores])
 
 
 def _merged(masked: np.ndarray, weights: np.ndarray) -> Draw:

@@ -46,9 +46,9 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
     if not autoregressive and pretrained.mask_token_id is None:
         raise ConfigError(f"{source} records no mask token, which a diffusion model needs; name one with --mask_token, "
                           "or evaluate it with --objective=autoregressive")
-    if not autoregressive and pretrained.block_size is not None:
-        raise ConfigError(f"{source} writes in blocks, and tasks are not scored block by block yet; evaluate it with "
-                          "--data or --examples, or as --objective=autoregressive")
+    if release and pretrained.block_size is not None:
+        raise ConfigError(f"{source} writes in blocks, and the released scripts are for models that see whole rows; "
+                          "choose the protocol default")
     bos_token_id = next((token for token in (pretrained.bos_token_id, pretrained.eos_token_id)
                          if token is not None and token < config.vocab_size), None)
     if bos_token_id is None:
@@ -60,17 +60,22 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
     else:
         rule = released_rule(num_samples, seed) if release else bound_rule(num_samples, seed, estimator)
         score = diffusion_score(pretrained.model, rule, mask_token_id=pretrained.mask_token_id,
-                                shift=pretrained.shift, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
+                                shift=pretrained.shift, bos_token_id=scored_from, block_size=pretrained.block_size,
+                                batch_size=batch_size, mesh=mesh)
     special = functools.partial(_encode, tokenizer, True)
     write = make_write(pretrained.model, tokenizer,
                        SamplerConfig(policy="autoregressive" if autoregressive else "confidence"),
                        mask_token_id=pretrained.mask_token_id, bos_token_id=bos_token_id,
-                       eos_token_id=pretrained.eos_token_id, shift=pretrained.shift, seed=seed, batch_size=batch_size,
-                       mesh=mesh, keep_bos=not release or special("a")[0] == bos_token_id)
+                       eos_token_id=pretrained.eos_token_id, shift=pretrained.shift,
+                       block_size=pretrained.block_size, seed=seed, batch_size=batch_size, mesh=mesh,
+                       keep_bos=not release or special("a")[0] == bos_token_id)
     greedy = make_greedy(pretrained.model, autoregressive=autoregressive, mask_token_id=pretrained.mask_token_id,
-                         bos_token_id=scored_from, shift=pretrained.shift, batch_size=batch_size, mesh=mesh)
-    guess = make_guess(pretrained.model, mask_token_id=None if autoregressive else pretrained.mask_token_id,
-                       shift=pretrained.shift, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
+                         bos_token_id=scored_from, shift=pretrained.shift, block_size=pretrained.block_size,
+                         batch_size=batch_size, mesh=mesh)
+    guess = None  # a model of blocks does not see what stands behind
+    if autoregressive or pretrained.block_size is None:
+        guess = make_guess(pretrained.model, mask_token_id=None if autoregressive else pretrained.mask_token_id,
+                           shift=pretrained.shift, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
     return Candidate(name, functools.partial(_encode, tokenizer, False), score, write, config.max_length,
                      autoregressive, 0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95,
                      special, greedy, guess)

@@ -12,30 +12,32 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import cross_entropy, is_likeliest, token_nll
+from dlm_jax.diffusion import CorruptedBatch, beside_clean, cross_entropy, is_likeliest, token_nll
 from dlm_jax.diffusion.loss import Measure
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.candidate import Guess, Pair, Score
-from dlm_jax.evaluation.masks import Draw, everything
+from dlm_jax.evaluation.masks import Draw, everything, in_blocks
 from dlm_jax.models import Transformer
 from dlm_jax.parallel import array_sharding, batch_parts
 from dlm_jax.sampling import bucket
 
 DrawRule = Callable[[Pair], Draw]
 _HEAD_CHUNK = 8  # masked tokens of a row whose logits exist at one time
+_BLOCK_ITEMS = 1 << 24  # items' numbers of the draws of one block and of the next lie so far apart
 _WIDTHS = 16  # a row is padded to a multiple of it: more programs than a canvas has, for many more passes of each
 
 
 class _Pass(NamedTuple):
-    """One forward pass: which pair, and where of its continuation masks lie, bool [length]."""
+    """One forward pass: which pair, where of its continuation masks lie, and what each token counts, [length]."""
 
     pair: int
     masked: np.ndarray
-    weight: float
+    weights: np.ndarray
 
 
 def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int | None, shift: bool = True,
-                    bos_token_id: int | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> Score:
+                    bos_token_id: int | None = None, block_size: int | None = None, batch_size: int = 16,
+                    mesh: Mesh | None = None) -> Score:
     """A `Score` by masking: the sum of `draw(pair)`'s passes, bidirectional attention, the context never masked.
 
     A pair's score does not depend on the other pairs or the batch size.
@@ -44,11 +46,21 @@ def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int | 
       mask_token_id: None: nothing is masked, and attention is causal.
       draw: `masks.bound_draw` for the bound, `masks.release_draw` for the release's score.
       bos_token_id: stands before every context; None: nothing does, and position 0 is the context's own first token.
+      block_size: of a model that writes one block after another: the bound is that of its blocks, each by a draw of
+        its own. None: it sees whole rows.
       mesh: splits a batch over devices.
     """
+    def draw_of(pair: Pair) -> Draw:
+        if block_size is None:
+            return draw(pair)
+        begin = (bos_token_id is not None) + len(pair.context)
+        return in_blocks(lambda block, length: draw(pair._replace(
+            continuation=pair.continuation[:length], item=pair.item + _BLOCK_ITEMS * block)), begin,
+            len(pair.continuation), block_size, shift=shift)
+
     def score(pairs: Sequence[Pair]) -> np.ndarray:
-        return _score(model, pairs, list(map(draw, pairs)), mask_token_id=mask_token_id, shift=shift,
-                      bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
+        return _score(model, pairs, list(map(draw_of, pairs)), mask_token_id=mask_token_id, shift=shift,
+                      bos_token_id=bos_token_id, block_size=block_size, batch_size=batch_size, mesh=mesh)
 
     return score
 
@@ -73,7 +85,7 @@ def make_guess(model: Transformer, *, mask_token_id: int | None, shift: bool = T
 
 
 def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, mask_token_id: int | None, shift: bool,
-           bos_token_id: int | None, batch_size: int, mesh: Mesh | None,
+           bos_token_id: int | None, batch_size: int, mesh: Mesh | None, block_size: int | None = None,
            measure: Measure = cross_entropy) -> np.ndarray:
     """float64 [pairs], each the weighted sum over its passes of `measure` at the masked; no mask token: causal."""
     if batch_size < 1:
@@ -83,7 +95,8 @@ def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, 
     for row, pair in zip(rows, pairs, strict=True):
         _check(row, pair, model.config.max_length)
     width = [bucket(len(row), model.config.max_length, _WIDTHS) for row in rows]
-    passes = [_Pass(number, *found) for number, draw in enumerate(draws) for found in zip(*draw, strict=True)]
+    passes = [_Pass(number, masked, np.where(masked, weights, 0) if np.ndim(weights) == 0 else weights)
+              for number, draw in enumerate(draws) for masked, weights in zip(*draw, strict=True)]
     # Batch mates are alike in their width, one compiled shape, and in how many tokens the head works on.
     passes.sort(key=lambda one: (width[one.pair], one.masked.sum()), reverse=True)
     graphdef, params = nnx.split(model)
@@ -92,12 +105,11 @@ def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, 
     scores = np.zeros(len(pairs))
     waiting: list[tuple[list[_Pass], jax.Array]] = []
     for batch in _batches(passes, width, batch_size):
-        arrays = _arrays([(rows[one.pair], one.masked) for one in batch], width[batch[0].pair], batch_size,
-                         mask_token_id)
+        arrays = _arrays([(rows[one.pair], one) for one in batch], width[batch[0].pair], batch_size, mask_token_id)
         arrays = jax.tree.map(jnp.asarray, arrays) if mesh is None else jax.device_put(
             arrays, array_sharding(mesh, "batch"))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            nll = _nll(graphdef, params, *arrays, causal=mask_token_id is None, shift=shift,
+            nll = _nll(graphdef, params, *arrays, causal=mask_token_id is None, shift=shift, block_size=block_size,
                        measure=measure)
         waiting.append((batch, nll))  # the next batch is made while this one runs
         if len(waiting) > 1:
@@ -128,31 +140,40 @@ def _batches(passes: Sequence[_Pass], width: Sequence[int], batch_size: int) -> 
     return batches
 
 
-def _arrays(rows: Sequence[tuple[np.ndarray, np.ndarray]], width: int, batch_size: int,
+def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: int,
             mask_token_id: int | None) -> tuple[np.ndarray, ...]:
-    """Noised tokens, clean tokens, where is scored [batch, width]; lengths [batch]. Rows left over score nothing."""
+    """Noised tokens, clean tokens, weights [batch, width]; lengths [batch]. Rows left over score nothing."""
     targets = np.zeros((batch_size, width), np.int32)
-    wanted = np.zeros((batch_size, width), bool)
+    masked = np.zeros((batch_size, width), bool)
+    weights = np.zeros((batch_size, width), np.float32)
     lengths = np.ones(batch_size, np.int32)
-    for number, (row, masked) in enumerate(rows):
-        targets[number, : len(row)] = row
-        wanted[number, len(row) - len(masked) : len(row)] = masked
-        lengths[number] = len(row)
-    tokens = targets if mask_token_id is None else np.where(wanted, mask_token_id, targets).astype(np.int32)
-    return tokens, targets, wanted, lengths
+    for number, (row, one) in enumerate(rows):
+        here = slice(len(row) - len(one.masked), len(row))
+        targets[number, : len(row)], lengths[number] = row, len(row)
+        masked[number, here], weights[number, here] = one.masked, one.weights
+    tokens = targets if mask_token_id is None else np.where(masked, mask_token_id, targets).astype(np.int32)
+    return tokens, targets, weights, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "causal", "shift", "measure"))
-def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, wanted: jax.Array,
-         lengths: jax.Array, *, causal: bool, shift: bool, measure: Measure) -> jax.Array:
-    """Each row's cross-entropy, or another measure, summed over where it is wanted, float32 [batch]."""
-    model = nnx.merge(graphdef, params)
-    attention = AttentionMask.causal() if causal else AttentionMask.bidirectional()
-    hidden = model.hidden(tokens, attention.with_lengths(lengths))
-    return token_nll(hidden, model.unembed, targets, wanted, shift=shift, chunk_size=_HEAD_CHUNK,
-                     measure=measure).sum(axis=1)
+@functools.partial(jax.jit, static_argnames=("graphdef", "causal", "shift", "block_size", "measure"))
+def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, weights: jax.Array,
+         lengths: jax.Array, *, causal: bool, shift: bool, block_size: int | None, measure: Measure) -> jax.Array:
+    """Each row's weighted sum of the cross-entropy, or of another measure, float32 [batch]."""
+    model, wanted = nnx.merge(graphdef, params), weights > 0
+    nll_of = functools.partial(token_nll, unembed=model.unembed, shift=shift, chunk_size=_HEAD_CHUNK, measure=measure)
+    if block_size is None:
+        attention = AttentionMask.causal() if causal else AttentionMask.bidirectional()
+        hidden = model.hidden(tokens, attention.with_lengths(lengths))
+        return jnp.sum(weights * nll_of(hidden, targets=targets, wanted=wanted), axis=1)
+    view = CorruptedBatch(tokens, targets, wanted, wanted, weights,
+                          jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    both = beside_clean([view], block_size, shift=shift)
+    padding = jnp.tile(jnp.arange(tokens.shape[1]) >= lengths[:, None], 2)
+    attention = AttentionMask.block_diffusion(block_size, tokens.shape[1]).with_segments(padding)
+    hidden = model.hidden(both.tokens, attention, positions=both.positions)
+    # A block's first token, from the clean copy, has the weight 1 there that it has in the pass that scores it.
+    return jnp.sum(both.weights * nll_of(hidden, targets=both.targets, wanted=both.scored), axis=1)
 
 
 def _add(scores: np.ndarray, batch: Sequence[_Pass], nll: jax.Array) -> None:
-    found = np.asarray(nll, np.float64)[: len(batch)]
-    np.add.at(scores, [one.pair for one in batch], found * [one.weight for one in batch])
+    np.add.at(scores, [one.pair for one in batch], np.asarray(nll, np.float64)[: len(batch)])

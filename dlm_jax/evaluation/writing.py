@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config: SamplerConfig, *,
                mask_token_id: int | None, bos_token_id: int, eos_token_id: int | None, shift: bool = True,
-               seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None, keep_bos: bool = True) -> Write:
+               block_size: int | None = None, seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None,
+               keep_bos: bool = True) -> Write:
     """A `Write` by sampling. What follows an end of text is cut off.
 
     Prompts that are too long lose their beginning; where both a text before a blank and one behind it are, they lose
@@ -36,6 +37,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
     none is.
 
     Args:
+      block_size: of a model that writes one block after another; None: it sees whole rows.
       keep_bos: whether BOS stands at position 0; else it is the prompt's first token that is context there.
 
     Raises:
@@ -82,7 +84,8 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
         result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
         # An infilling has text behind it, a continuation has none: two programs.
         for behind in (False, True):
-            task = Task(config, mask_token_id, shift, ends, stop_at_eos=not behind and bool(ends))
+            task = Task(config, mask_token_id, shift, ends, stop_at_eos=not behind and bool(ends),
+                        block_size=block_size)
             members = [i for i, blank in enumerate(blanks) if bool(blank.after) == behind]
             filled = sample_rows(model, [rows[i] for i in members], keys[np.array(members, int)], task,
                                  batch_size=batch_size, mesh=mesh)

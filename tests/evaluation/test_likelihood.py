@@ -12,6 +12,9 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.data.batch import Batch
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import autoregressive_nll, bound, make_bound_fn
+from dlm_jax.evaluation.candidate import Pair
+from dlm_jax.evaluation.masks import bound_draw
+from dlm_jax.evaluation.scoring import diffusion_score
 from dlm_jax.models import ModelConfig, Transformer
 
 MASK = 12
@@ -94,6 +97,18 @@ def test_the_bound_of_blocks_is_unbiased(model, size, shift):
     if size == 1:
         exact = autoregressive_nll(model, row[None], np.ones((1, 7), bool))
         assert estimate.nats / copies == pytest.approx(exact.nats, rel=1e-5) and spread < 1e-5
+
+
+@pytest.mark.parametrize("size, shift", [(3, True), (3, False), (1, True)])
+def test_the_score_of_a_continuation_is_the_bound_of_its_blocks(model, size, shift):
+    """Exact, as every mask of a short block is tried: from the beginning, and behind a context of whole blocks."""
+    (row,), _ = rows_of(1, length=9)
+    score = diffusion_score(model, lambda pair: bound_draw(len(pair.continuation), 7, 0, pair.item),
+                            mask_token_id=MASK, shift=shift, bos_token_id=int(row[0]), block_size=size, batch_size=4)
+    whole, rest = score([Pair((), tuple(row[1:])), Pair(tuple(row[1:6]), tuple(row[6:]))])
+    expected = enumerated_block_bound(model, row, size, shift)
+    np.testing.assert_allclose(whole, expected, rtol=1e-5)
+    np.testing.assert_allclose(rest, expected - enumerated_block_bound(model, row[:6], size, shift), rtol=1e-5)
 
 
 def test_the_bound_exceeds_zero_and_depends_on_the_seed_only(model):
