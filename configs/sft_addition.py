@@ -13,6 +13,8 @@ def get_config():
     config = load_recipe("quickstart")
     config.num_steps = 3_000
 
+    config.model.dropout = 0.0  # there is more to learn than to forget
+
     config.data.train = ("build/addition/train.txt",)
     config.data.validation = ("build/addition/validation.txt",)
     config.data.length = 64

@@ -82,7 +82,7 @@ def _cudnn_obstacle(work: Work, platform: str | None, capability: tuple[int, ...
         return _Obstacle(f"takes a head_dim of a multiple of 8 up to {largest}, and the model's is {work.head_dim}")
     if work.dropout:  # ours is a hash of example and place; cuDNN's is a stream that depends on batch and mesh
         return _Obstacle("has no attention dropout that is the same on every mesh, and the model's is not 0",
-                         "attention dropout to 0 in the base model's config.json")
+                         "model.dropout=0")
     return None
 
 

@@ -11,6 +11,7 @@ from dlm_jax.hf.hub import locate
 from dlm_jax.hf.tokenizer import choose_mask_token, load_tokenizer
 from dlm_jax.models import ModelConfig
 from dlm_jax.training.config import ModelSource
+from dlm_jax.training.start import with_dropout
 from dlm_jax.training.workdir import is_workdir, split_step
 
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
@@ -80,6 +81,7 @@ def describe_base(model: ModelSource) -> Base:
         mask_token_id, is_new = choose_mask_token(model.mask_token, recorded, config.vocab_size, tokenizer)
     if is_new:
         config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
+    config = with_dropout(config, model.dropout)
     origin = f"{directory}/config.json" if directory else "the table of known models in dlm_jax"
     return Base(config, mask_token_id, model.source, origin, is_new)
 

@@ -27,7 +27,14 @@ class ModelSource:
     remat: Literal["none", "dots", "full", "offload"] = _field(
         "none", "what the backward pass recomputes to save memory; full keeps only the inputs of layers, offload keeps "
         "those in the host's memory")
+    dropout: float | None = _field(None, "share of embeddings, attention and branches that training drops; None: as "
+                                         "the base's config.json says")
     attention: str = _field("auto", "attention backend: dense, flash_tpu, cudnn (NVIDIA), or auto: what fits")
+
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout must lie in [0, 1), got {self.dropout}")
 
 
 @dataclasses.dataclass(frozen=True)

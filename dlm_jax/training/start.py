@@ -39,7 +39,8 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     compute = Compute(model.dtype, model.remat, model.attention, ATTENTION_PARTITION)
 
     def shardings(model_config: ModelConfig) -> object:
-        choose_attention(config, model_config, mesh)  # what it refuses, it refuses before any weights are read
+        # What it refuses, it refuses before any weights are read.
+        choose_attention(config, with_dropout(model_config, model.dropout), mesh)
         return param_shardings(abstract_model(model_config, compute, model.param_dtype), mesh)
 
     if resumed:
@@ -59,12 +60,20 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     if not resumed and examples.format == "messages" and examples.chat_template is not None:
         # The model is asked as it learnt, long after the file is gone: its tokenizer keeps what the file says.
         base.tokenizer.chat_template = Chat(base.tokenizer, examples.chat_template).template
-    check_fit(config, base.model.config, base.mask_token_id, mesh)
-    compute = dataclasses.replace(compute, attention=choose_attention(config, base.model.config, mesh).backend)
-    graphdef = nnx.graphdef(abstract_model(base.model.config, compute, model.param_dtype, base.model.lora))
+    architecture = with_dropout(base.model.config, model.dropout)
+    check_fit(config, architecture, base.mask_token_id, mesh)
+    compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend)
+    graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
     blocks = config.objective.block_size if config.objective.name == "block_diffusion" else None
     return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), shift=config.objective.shift,
                                block_size=blocks)
+
+
+def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:
+    """The architecture with one rate of dropout everywhere; None leaves its own."""
+    if rate is None:
+        return architecture
+    return dataclasses.replace(architecture, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
 
 
 def settle_adapter(config: TrainConfig, workdir: epath.Path, base: Pretrained, frozen: nnx.State,
