@@ -33,7 +33,7 @@ def test_auto_follows_the_platform(gpu):
     ((8, 6), Work("bfloat16", 160), "takes a head_dim of a multiple of 8 up to 128, and the model's is 160", ""),
     ((9, 0), Work("bfloat16", 64, dropout=True),
      "has no attention dropout that is the same on every mesh, and the model's is not 0",
-     ", or attention dropout to 0 in the base model's config.json"),
+     ", or model.dropout=0"),
 ])
 def test_what_cudnn_cannot_do_falls_to_dense_or_is_refused_by_name(gpu, capability, work, why, remedy):
     gpu(*capability)
