@@ -103,7 +103,7 @@ def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
     (("--harness=own_choice", "--out=results.txt"), "must end in .json"),
     (("--harness=own_choice", "--protocol=release"), "--protocol belongs to --tasks, which is not given"),
     (("--tasks=piqa",), "--harness_dir belongs to --harness, which is not given"),
-    (("--data", "x.jsonl", "--limit=3"), "--limit belongs to --tasks or --harness, which is not given"),
+    (("--data", "x.jsonl", "--limit=3"), "--limit belongs to --tasks or --examples or --harness, which is not given"),
     (("--harness=own_choice", "--tasks=piqa"), "one of the four"),
     (("--harness=own_choice",), "records no mask token"),
 ])

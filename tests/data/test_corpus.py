@@ -218,7 +218,7 @@ def test_lines_of_a_text_file_are_examples(tmp_path, tokenizer):
     path = tmp_path / "sums.txt"
     path.write_text("".join(f"{i}+{i}=||<<{i}+{i}={2 * i}>> #### {2 * i}\n" for i in range(30)))
     config = DataConfig(train=(str(path),), length=48, validation_fraction=0.0,
-                        examples=ExampleConfig(format="gsm8k_symbolic"))
+                        examples=ExampleConfig(format="gsm8k_symbolic", padding="ignored"))
     rows, _ = load_one(config, tokenizer, tmp_path)
     assert len(rows) == 30
     assert tokenizer.decode(rows.tokens[3][rows.maskable[3]]) == "<<3+3=6>> #### 6</s>"
