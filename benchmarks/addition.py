@@ -64,7 +64,8 @@ def main() -> None:
     answers = json.loads((out / "answers.json").read_text())
     result = {
         "minutes_training": (trained - began) / 60, "minutes_answering": (time.monotonic() - trained) / 60,
-        "minutes_of_processor_time": time.process_time() / 60, "unseen_sums": answers["num_examples"], **answers["values"], "nats_per_token": answers["nats_per_token"],
+        "minutes_of_processor_time": time.process_time() / 60, "unseen_sums": answers["num_examples"],
+        **answers["values"], "nats_per_token": answers["nats_per_token"],
         "while_training": [{name: value for name, value in record.items() if name != "text"}
                            for record in read_records(run, "answers")],
         "wrong": [record["text"] for record in answers["records"] if not record["values"]["marked_number"]][:10],
@@ -76,7 +77,8 @@ def main() -> None:
               f"{record['in_form']:>6.3f}")
     print(f"{result['unseen_sums']} unseen sums: exact {answers['values']['exact_match']['mean']:.3f}, sum "
           f"{answers['values']['marked_number']['mean']:.3f}; {result['minutes_training']:.1f} minutes of training, "
-          f"{result['minutes_answering']:.1f} of answering, {result['minutes_of_processor_time']:.1f} of processor time")
+          f"{result['minutes_answering']:.1f} of answering, {result['minutes_of_processor_time']:.1f} of processor "
+          "time")
 
 
 if __name__ == "__main__":
