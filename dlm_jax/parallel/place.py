@@ -39,6 +39,11 @@ def place_rows(read: Callable[[slice], object], num_rows: int, mesh: Mesh) -> ob
     return treedef.unflatten([place(i, leaf) for i, leaf in enumerate(leaves)])
 
 
+def split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A host array [rows, ...] that every process has whole, as a global array with its rows split over the mesh."""
+    return jax.make_array_from_callback(array.shape, array_sharding(mesh, "batch"), lambda index: array[index])
+
+
 def to_host(array: jax.Array) -> np.ndarray:
     """The whole of an array that may lie on the devices of several processes."""
     if array.is_fully_addressable:

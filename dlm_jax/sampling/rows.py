@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dlm_jax.parallel import array_sharding, batch_parts, to_host
+from dlm_jax.parallel import batch_parts, split_rows, to_host
 from dlm_jax.sampling.canvas import GAP, bucket, make_canvas
 from dlm_jax.sampling.loop import sample, stream
 from dlm_jax.sampling.task import Network, Task
@@ -54,7 +54,8 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
         part = canvas.take(chosen)
         arrays = part.tokens, part.fixed, part.lengths, keys[chosen]
         if mesh is not None:
-            arrays = jax.device_put(arrays, array_sharding(mesh, "batch"))
+            *arrays, numbers = (split_rows(np.asarray(x), mesh) for x in (*arrays[:3], jax.random.key_data(arrays[3])))
+            arrays = *arrays, jax.random.wrap_key_data(numbers)
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             tokens = (sample(model, *arrays, task).tokens if on_step is None else
                       _watched(model, arrays, task, chosen, on_step))

@@ -40,7 +40,8 @@ def test_two_processes_answer_and_learn_blocks_as_one_does(runs, tmp_path):
                 "validation__answers": 8, "objective__name": "block_diffusion", "objective__block_size": 4}
     code, _, err = runs.run(tmp_path / "one", devices=8, **settings)
     assert code == 0, err
-    assert [code for code, *_ in map(ended, runs.pair(tmp_path / "two", **settings))] == [0, 0]
+    results = [ended(process) for process in runs.pair(tmp_path / "two", **settings)]
+    assert [code for code, *_ in results] == [0, 0], results
     one, two = (read_records(tmp_path / name, "answers") for name in ("one", "two"))
     assert one == two and [record["step"] for record in one] == [0, 8]
 
