@@ -10,37 +10,28 @@ rows a GPU, of which it does not say how many; 64,000 steps are those of the che
 and draws times stratified over the batch, which theirs does not.
 """
 
-from dlm_jax.cli.recipes import train_defaults
+from dlm_jax.cli.recipes import load_recipe
 
 
 def get_config():
-    config = train_defaults()
+    config = load_recipe("sft_gsm8k_gpt2")
     config.num_steps = 64_000
 
     config.model.source = "diffusionfamily/diffullama"
     config.model.mask_token = 811
-    config.model.dtype = "bfloat16"
     config.model.remat = "full"
 
     config.lora.rank = 16
     config.lora.embedding = True
 
-    config.data.length = 256
     config.data.batch_size = 128
-    config.data.examples.format = "gsm8k_symbolic"
     config.data.examples.separator = "========"  # token 4936
     config.data.examples.pad_token = "¨"  # token 30399
-    config.data.examples.padding = "trained"
-    config.data.examples.too_long = "drop"
-
-    config.objective.anneal_steps = 0  # the base is bidirectional already
+    config.data.examples.split_digits = False  # LLaMA's tokenizer does so by itself
 
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 2_000
-    config.optimizer.clip_norm = 1.0
 
-    config.validation.every = 1_000
+    config.validation.answers = 0
     config.checkpoint.every = 2_000
     config.checkpoint.keep = 4
     return config
