@@ -175,7 +175,7 @@ def test_what_cannot_run_is_refused():
 @pytest.mark.usefixtures("pretend_cudnn")
 def test_dropout_is_refused_only_where_something_is_dropped():
     tensors, seeds = inputs(jnp.bfloat16)[:3], EXAMPLES
-    with pytest.raises(ConfigError, match="has no attention dropout .* set model.attention=dense, or attention"):
+    with pytest.raises(ConfigError, match="has no attention dropout .* set model.attention=dense, or model.dropout=0"):
         attend(*tensors, CAUSAL, backend="cudnn", dropout_rate=0.1, dropout_seeds=seeds)
     for quiet in ({"dropout_rate": 0.1}, {"dropout_rate": 0.0, "dropout_seeds": seeds}):
         assert lowered_calls(functools.partial(attend, mask=CAUSAL, backend="cudnn", **quiet), *tensors)
