@@ -29,7 +29,7 @@ class AttentionMask:
     seed: jax.Array | None = None
     example_index: jax.Array | None = None  # uint32 [batch]
     allowed_matrix: jax.Array | None = None  # bool [length, length]
-    segment_ids: jax.Array | None = None  # int32 [batch, length]
+    segment_ids: jax.Array | None = None  # int32 [batch, length], of all copies
     lengths: jax.Array | None = None  # int32 [batch]
     causal_before: jax.Array | None = None  # int32 [batch]
 
@@ -86,8 +86,9 @@ class AttentionMask:
         return cls(kind="matrix", allowed_matrix=jnp.asarray(allowed, bool))
 
     def with_segments(self, segment_ids: jax.Array) -> Self:
-        """Also forbids seeing another segment; `segment_ids` int [batch, length]."""
-        return dataclasses.replace(self, segment_ids=jnp.asarray(segment_ids, jnp.int32))
+        """Also forbids seeing another segment; `segment_ids` int [batch, length], of one text if it is of copies."""
+        segment_ids = jnp.tile(jnp.asarray(segment_ids, jnp.int32), self.views + 1)
+        return dataclasses.replace(self, segment_ids=segment_ids)
 
     def with_lengths(self, lengths: jax.Array) -> Self:
         """Also forbids keys at or past `lengths` int [batch], which are padding.

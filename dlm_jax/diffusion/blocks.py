@@ -23,14 +23,17 @@ def opens_block(length: int, block_size: int) -> jax.Array:
 def beside_clean(views: list[CorruptedBatch], block_size: int, *, shift: bool = True) -> CorruptedBatch:
     """Noised views of one text [batch, length] and the text itself: [batch, (views + 1) x length].
 
-    Every position keeps its loss in the copy from whose state it is predicted. Several views count as their mean.
+    Every position keeps its loss in the copy from whose state it is predicted. Several views count as their mean. All
+    copies stand at the positions of the text.
     """
     first, number = views[0], len(views)
+    at = jnp.arange(first.tokens.shape[1]) if first.positions is None else first.positions
+    at = jnp.broadcast_to(at, first.tokens.shape)
     begins = opens_block(first.tokens.shape[1], block_size) & shift
     none = jnp.zeros_like(first.maskable)
     clean = dataclasses.replace(first, tokens=first.targets, scored=first.maskable & begins, maskable=none,
-                                weights=jnp.ones_like(first.weights))
-    copies = [dataclasses.replace(view, scored=view.scored & ~begins, weights=view.weights / number,
+                                weights=jnp.ones_like(first.weights), positions=at)
+    copies = [dataclasses.replace(view, scored=view.scored & ~begins, weights=view.weights / number, positions=at,
                                   maskable=none if index else view.maskable) for index, view in enumerate(views)]
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *copies, clean)
 

@@ -110,15 +110,11 @@ def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax
     masked, weight = jax.vmap(jax.vmap(functools.partial(_masked, num_samples=num_samples)))(blocks, block_keys, strata)
     masked = masked.reshape(rows, -1)[:, :length]
     weights = jnp.repeat(weight, block_size, axis=1)[:, :length]
-    positions = jnp.arange(length)[None] if batch.positions is None else batch.positions
-    view = CorruptedBatch(jnp.where(masked, mask_token_id, batch.tokens), batch.tokens, masked, batch.maskable, weights,
-                          jnp.broadcast_to(positions, batch.tokens.shape))
-    both = beside_clean([view], block_size, shift=shift)
-    attention = AttentionMask.block_diffusion(block_size, length)
-    if batch.segment_ids is not None:
-        attention = attention.with_segments(jnp.tile(batch.segment_ids, 2))
-    hidden = model.hidden(both.tokens, attention, positions=both.positions)
-    return jnp.sum(both.weights * token_nll(hidden, model.unembed, both.targets, both.scored, shift=shift), axis=1)
+    both = beside_clean([CorruptedBatch(jnp.where(masked, mask_token_id, batch.tokens), batch.tokens, masked,
+                                        batch.maskable, weights, batch.positions)], block_size, shift=shift)
+    noised = dataclasses.replace(batch, tokens=both.tokens, positions=both.positions)
+    nll = _nll(model, noised, both.targets, both.scored, AttentionMask.block_diffusion(block_size, length), shift)
+    return jnp.sum(both.weights * nll, axis=1)
 
 
 def _masked(maskable: jax.Array, key: jax.Array, sample: jax.Array, *, num_samples: int) -> tuple[jax.Array, jax.Array]:

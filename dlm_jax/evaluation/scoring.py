@@ -165,10 +165,8 @@ def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array
         attention = AttentionMask.causal() if causal else AttentionMask.bidirectional()
         hidden = model.hidden(tokens, attention.with_lengths(lengths))
         return jnp.sum(weights * nll_of(hidden, targets=targets, wanted=wanted), axis=1)
-    view = CorruptedBatch(tokens, targets, wanted, wanted, weights,
-                          jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-    both = beside_clean([view], block_size, shift=shift)
-    padding = jnp.tile(jnp.arange(tokens.shape[1]) >= lengths[:, None], 2)
+    both = beside_clean([CorruptedBatch(tokens, targets, wanted, wanted, weights)], block_size, shift=shift)
+    padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
     attention = AttentionMask.block_diffusion(block_size, tokens.shape[1]).with_segments(padding)
     hidden = model.hidden(both.tokens, attention, positions=both.positions)
     # A block's first token, from the clean copy, has the weight 1 there that it has in the pass that scores it.

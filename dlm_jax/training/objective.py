@@ -138,19 +138,16 @@ def ratio_of(config: ObjectiveConfig, step: jax.Array) -> jax.Array:
 
 def attention_mask(config: ObjectiveConfig, batch: Batch, step: jax.Array, seed: int) -> AttentionMask:
     """What training attends to at this step."""
-    segments = batch.segment_ids
     if config.name == "autoregressive":
         mask = AttentionMask.causal()
     elif config.name == "block_diffusion":
-        views = 1 + config.complementary
-        mask = AttentionMask.block_diffusion(config.block_size, batch.tokens.shape[1], views)
-        segments = segments if segments is None else jnp.tile(segments, views + 1)
+        mask = AttentionMask.block_diffusion(config.block_size, batch.tokens.shape[1], views=1 + config.complementary)
     elif config.anneal_steps == 0:
         mask = AttentionMask.bidirectional()
     else:
         mask = AttentionMask.annealed(anneal_ratio(step, config.anneal_steps), annealing_seed(seed, step),
                                       None if config.anneal_shared else batch.example_index)
-    return mask if segments is None else mask.with_segments(segments)
+    return mask if batch.segment_ids is None else mask.with_segments(batch.segment_ids)
 
 
 def prepare(config: ObjectiveConfig, batch: Batch, step: jax.Array, *, seed: int, batch_size: int,
@@ -171,15 +168,12 @@ def prepare(config: ObjectiveConfig, batch: Batch, step: jax.Array, *, seed: int
     noised = corrupt(batch.tokens, batch.maskable, times, example_keys(seed, batch.example_index),
                      mask_token_id=mask_token_id, schedule=config.noise)
     noised = dataclasses.replace(noised, positions=batch.positions)
-    return (noised if config.name == "diffusion" else _copies(config, noised, times, mask_token_id)), mask
-
-
-def _copies(config: ObjectiveConfig, noised: CorruptedBatch, times: jax.Array, mask_token_id: int) -> CorruptedBatch:
-    positions = jnp.arange(noised.tokens.shape[1])[None] if noised.positions is None else noised.positions
-    views = [dataclasses.replace(noised, positions=positions)]
+    if config.name == "diffusion":
+        return noised, mask
+    views = [noised]
     if config.complementary:
-        views.append(complement(views[0], mask_token_id, config.noise.weight(1.0 - times)))
-    return beside_clean(views, config.block_size, shift=config.shift)
+        views.append(complement(noised, mask_token_id, config.noise.weight(1.0 - times)))
+    return beside_clean(views, config.block_size, shift=config.shift), mask
 
 
 def loss_weights(config: ObjectiveConfig, batch: CorruptedBatch) -> jax.Array:

@@ -16,7 +16,7 @@ SEGMENTS = np.array([[0] * 3 + [1] * 7, [0] * 6 + [1] * 4])
 
 def mask_of(size, views, segments, window):
     mask = AttentionMask.block_diffusion(size, TEXT, views).with_window(window)
-    return mask.with_segments(np.tile(SEGMENTS, views + 1)) if segments else mask
+    return mask.with_segments(SEGMENTS) if segments else mask
 
 
 @pytest.mark.parametrize("size, views, segments, window, dropout", [

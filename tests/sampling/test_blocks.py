@@ -33,7 +33,7 @@ def states_of(task, kind="llama", rows=slice(None)):
 def uncached(tokens, kind, shift):
     """Log-probabilities [batch, length, vocab] for every position, from one pass over noised copies and clean ones."""
     padding = jnp.arange(WIDTH) >= LENGTHS[:, None]
-    mask = AttentionMask.block_diffusion(SIZE, WIDTH).with_segments(jnp.tile(padding, 2))
+    mask = AttentionMask.block_diffusion(SIZE, WIDTH).with_segments(padding)
     hidden = tiny(kind).hidden(jnp.tile(tokens, 2), mask, positions=jnp.arange(2 * WIDTH) % WIDTH)
     noised, clean = jnp.split(hidden, 2, axis=1)
     if shift:
