@@ -5,10 +5,10 @@
 
 adapts the base by each of the variants (the parent trained on as it is, full diffusion with annealed attention, blocks
 at their size from the start, blocks that grow from one token), with the same rows in the same order for each seed. Of
-every run it takes the held-out bound, and of its samples the perplexity under the base, distinct-2, and the tokens a
-second, by itself and eight rows together. It writes docs/figures/block_quality.png and
-benchmarks/results/block_quality.json, and prints the table. Runs that are done are not repeated; one that was cut short
-resumes.
+every run it takes the held-out bound, and of its samples the perplexity under the base and distinct-2; when all have
+been trained, of the first seed's the tokens a second, one row at a time and eight together. It writes
+docs/figures/block_quality-BASE.png and benchmarks/results/block_quality-BASE.json, and prints the table. Runs that are
+done are not repeated; one that was cut short resumes.
 """
 
 import argparse
@@ -25,16 +25,18 @@ from dlm_jax.data.config import DataConfig
 from dlm_jax.diffusion import example_keys
 from dlm_jax.evaluation import autoregressive_nll
 from dlm_jax.sampling import SamplerConfig, Task, sample
+from dlm_jax.storage import write_json
 from dlm_jax.training import TrainConfig, read_records, train
 from dlm_jax.training.config import CheckpointConfig, LogConfig, ModelSource, ValidationConfig
 from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "block_quality.json"
-FIGURE = pathlib.Path(__file__).parents[1] / "docs" / "figures" / "block_quality.png"
+RESULTS = pathlib.Path(__file__).parent / "results"
+FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
 SIZES = (4, 8, 16, 32)
 VARIANTS = ("parent", "full diffusion", *(f"blocks of {size}{grown}" for grown in ("", ", grown") for size in SIZES))
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+COLOURS = ("#222222", "#888888", "#00798c", "#1b6ca8", "#edae49", "#d1495b")
 
 
 def objective_of(variant: str, num_steps: int) -> ObjectiveConfig:
@@ -54,18 +56,19 @@ def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
     """One run; only what the variant names differs between variants."""
     num_steps = args.tokens // (args.batch_size * args.length)
     return TrainConfig(
-        seed=seed, num_steps=num_steps, model=ModelSource(source=args.base, mask_token="<|mask|>"),
+        seed=seed, num_steps=num_steps, model=ModelSource(source=args.base, mask_token=args.mask_token),
         data=DataConfig(train=tuple(args.data), validation=tuple(args.validation), length=args.length,
                         batch_size=args.batch_size, cache_dir=str(args.work / "data")),
         objective=objective_of(variant, num_steps),
         optimizer=OptimizerConfig(learning_rate=args.learning_rate, warmup_steps=num_steps // 20, b2=0.99),
-        validation=ValidationConfig(every=num_steps // 5, num_rows=args.validation_rows, num_samples=8),
+        validation=ValidationConfig(every=num_steps // 2, num_rows=args.validation_rows, num_samples=8),
         checkpoint=CheckpointConfig(every=num_steps, keep=1, keep_best=False),
         log=LogConfig(every=max(1, num_steps // 20), tensorboard=False))
 
 
-def draw(lm: DiffusionLM, config: SamplerConfig, rows: int, args: argparse.Namespace) -> dict:
-    """Texts from nothing, `rows` at a time: their tokens, tokens a second without compilation, forward passes a row."""
+def draw(lm: DiffusionLM, config: SamplerConfig, rows: int, count: int, args: argparse.Namespace) -> dict:
+    """`count` texts from nothing, `rows` at a time: their tokens, forward passes a text, and tokens a second without
+    compilation."""
     tokens = np.full((rows, args.length), lm.pretrained.bos_token_id, np.int32)
     fixed, lengths = np.broadcast_to(np.arange(args.length) == 0, tokens.shape), np.full(rows, args.length)
     task = Task(config, lm.pretrained.mask_token_id, lm.pretrained.shift, block_size=lm.pretrained.block_size)
@@ -76,7 +79,7 @@ def draw(lm: DiffusionLM, config: SamplerConfig, rows: int, args: argparse.Names
 
     run(0)
     began = time.perf_counter()
-    parts = [run(start) for start in range(0, args.num_samples, rows)]
+    parts = [run(start) for start in range(0, count, rows)]
     seconds = time.perf_counter() - began
     return {"tokens": np.concatenate([part.tokens for part in parts]), "forwards": float(np.mean(
         [part.steps for part in parts])), "tokens_per_second": len(parts) * rows * (args.length - 1) / seconds}
@@ -92,41 +95,53 @@ def samplers(variant: str, args: argparse.Namespace) -> dict[str, SamplerConfig]
 
 
 def written(lm: DiffusionLM, judge: DiffusionLM, variant: str, args: argparse.Namespace) -> dict[str, dict]:
-    """Of each way of writing the perplexity under the judge, distinct-2, and speed at one row and at eight."""
+    """Of each way of writing the perplexity under the judge, distinct-2, and forward passes a text."""
     found = {}
     for name, config in samplers(variant, args).items():
-        together = draw(lm, config, 8, args)
-        tokens = together.pop("tokens")
-        nats = autoregressive_nll(judge.model, tokens, np.ones(tokens.shape, bool)).nats_per_token
-        pairs = np.lib.stride_tricks.sliding_window_view(tokens[:, 1:], 2, axis=1).reshape(-1, 2)
+        texts = draw(lm, config, 8, args.num_samples, args)
+        nats = autoregressive_nll(judge.model, texts["tokens"], np.ones(texts["tokens"].shape, bool)).nats_per_token
+        pairs = np.lib.stride_tricks.sliding_window_view(texts["tokens"][:, 1:], 2, axis=1).reshape(-1, 2)
         found[name] = {"perplexity": float(np.exp(nats)), "distinct_2": len(np.unique(pairs, axis=0)) / len(pairs),
-                       "forwards": together["forwards"], "tokens_per_second_of_8": together["tokens_per_second"],
-                       "tokens_per_second_of_1": draw(lm, config, 1, args)["tokens_per_second"]}
+                       "forwards": texts["forwards"]}
     return found
+
+
+def workdir_of(args: argparse.Namespace, variant: str, seed: int) -> pathlib.Path:
+    return args.work / name_of(args.base) / f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def name_of(base: str) -> str:
+    return pathlib.Path(base).name
 
 
 def measure(args: argparse.Namespace, variant: str, seed: int, judge: DiffusionLM) -> dict:
     """A run, taken as far as it goes, and what came of it."""
-    workdir = args.work / f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
+    workdir = workdir_of(args, variant, seed)
     done = workdir / "measured.json"
     if not done.exists():
         if train(configure(args, variant, seed), workdir)["interrupted"]:
             raise SystemExit("stopped; the same command goes on from there")
         records = read_records(workdir, "validation")
-        found = {"bounds": [(record["step"], record["bound"]) for record in records],
-                 "written": written(DiffusionLM.from_pretrained(workdir), judge, variant, args)}
-        done.write_text(json.dumps(found))
+        write_json(done, {"bounds": [(record["step"], record["bound"]) for record in records],
+                          "written": written(DiffusionLM.from_pretrained(workdir), judge, variant, args)})
     return json.loads(done.read_text())
 
 
-def plot(found: dict[str, list[dict]], path: pathlib.Path) -> None:
-    """Held-out bound by size of block, and perplexity against forward passes."""
+def speeds(args: argparse.Namespace, variant: str) -> dict[str, dict[str, float]]:
+    """Tokens a second of each way of writing, by the number of rows."""
+    lm = DiffusionLM.from_pretrained(workdir_of(args, variant, seed=0))
+    return {name: {str(rows): draw(lm, config, rows, args.num_timed * rows, args)["tokens_per_second"]
+                   for rows in (1, 8)} for name, config in samplers(variant, args).items()}
+
+
+def plot(found: dict[str, list[dict]], speed: dict[str, dict], path: pathlib.Path) -> None:
+    """Held-out bound by size of block, and perplexity against tokens a second."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, (left, *rest) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
     final = {variant: np.array([run["bounds"][-1][1] for run in runs]) for variant, runs in found.items()}
     for grown, colour in (("", "#1b6ca8"), (", grown", "#d1495b")):
         sizes = [size for size in SIZES if f"blocks of {size}{grown}" in final]
@@ -138,21 +153,25 @@ def plot(found: dict[str, list[dict]], path: pathlib.Path) -> None:
             left.axhline(final[variant].mean(), color="black", linestyle=style, linewidth=1, label=variant)
     left.set_xscale("log", base=2)
     left.set(xlabel="tokens a block", ylabel="held-out bound (nats per token)")
-    for variant, runs in found.items():
-        ways = runs[0]["written"]
-        right.plot([np.mean([run["written"][way]["forwards"] for run in runs]) for way in ways],
-                   [np.mean([run["written"][way]["perplexity"] for run in runs]) for way in ways], "o-", label=variant,
-                   linewidth=1, markersize=3)
-    right.set(xlabel="forward passes a text", ylabel="perplexity under the base", yscale="log")
-    for axes in (left, right):
+    shown = [variant for variant in found if not variant.endswith("grown")]  # both write at one speed
+    for rows, axes in zip(("1", "8"), rest, strict=True):
+        for number, variant in enumerate(shown):
+            ways, runs = speed[variant], found[variant]
+            axes.plot([ways[way][rows] for way in ways],
+                      [np.mean([run["written"][way]["perplexity"] for run in runs]) for way in ways], "o-",
+                      label=variant, color=COLOURS[number], linewidth=1.5, markersize=4)
+        axes.set(xlabel=f"tokens a second, {rows} row{'s' * (rows != '1')} at a time", xscale="log", yscale="log",
+                 ylabel="perplexity of what is written, under the base")
+    for axes in (left, *rest):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+    left.legend(frameon=False, fontsize=8)
+    rest[0].legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
 
-def table(found: dict[str, list[dict]]) -> str:
+def table(found: dict[str, list[dict]], speed: dict[str, dict]) -> str:
     lines = ["| variant | bound | written | perplexity | distinct-2 | forwards | tokens/s, 1 row | tokens/s, 8 rows |",
              "| --- " * 8 + "|"]
     for variant, runs in found.items():
@@ -160,8 +179,8 @@ def table(found: dict[str, list[dict]]) -> str:
         for way in runs[0]["written"]:
             mean = {name: np.mean([run["written"][way][name] for run in runs]) for name in runs[0]["written"][way]}
             lines.append(f"| {variant} | {bounds.mean():.3f} ± {bounds.std():.3f} | {way} | {mean['perplexity']:.1f} | "
-                         f"{mean['distinct_2']:.3f} | {mean['forwards']:.1f} | {mean['tokens_per_second_of_1']:,.0f} | "
-                         f"{mean['tokens_per_second_of_8']:,.0f} |")
+                         f"{mean['distinct_2']:.3f} | {mean['forwards']:.1f} | {speed[variant][way]['1']:,.0f} | "
+                         f"{speed[variant][way]['8']:,.0f} |")
     return "\n".join(lines)
 
 
@@ -170,10 +189,11 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="the AR base model: a directory or hub id")
     parser.add_argument("--data", nargs="+", required=True, help="paths or globs of text")
     parser.add_argument("--validation", nargs="+", required=True, help="paths or globs of held-out text")
+    parser.add_argument("--mask_token", default="<|mask|>")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/block_quality"))
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     for name, default in (("seeds", 3), ("tokens", 800_000), ("batch_size", 8), ("length", 128),
-                          ("validation_rows", 64), ("num_samples", 32), ("sample_seed", 0)):
+                          ("validation_rows", 64), ("num_samples", 32), ("num_timed", 4), ("sample_seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("learning_rate", 1.5e-3), ("temperature", 1.0), ("top_p", 0.95)):
         parser.add_argument(f"--{name}", type=float, default=default)
@@ -185,12 +205,13 @@ def main() -> None:
         for variant in args.variants:
             found[variant].append(measure(args, variant, seed, judge))
             print(f"{variant}, seed {seed}: {found[variant][-1]['bounds'][-1][1]:.3f} nats per token", flush=True)
-    RESULTS.write_text(json.dumps({
-        "settings": {key: str(value) for key, value in vars(args).items()}, "runs": found,
+    speed = {variant: speeds(args, variant) for variant in args.variants}
+    write_json(RESULTS / f"block_quality-{name_of(args.base)}.json", {
+        "settings": {key: str(value) for key, value in vars(args).items()}, "runs": found, "tokens_per_second": speed,
         "device": str(jax.devices()[0]),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}}, indent=1) + "\n")
-    plot(found, FIGURE)
-    print(table(found))
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}})
+    plot(found, speed, FIGURES / f"block_quality-{name_of(args.base)}.png")
+    print(table(found, speed))
 
 
 if __name__ == "__main__":

@@ -15,5 +15,6 @@ done
 setup_env test
 "$PYTHON" -m ruff check --quiet .
 arrows=$("$(dirname "$PYTHON")/lint-imports" --no-logo 2>&1) || { echo "$arrows" >&2; exit 1; }
-"$PYTHON" -m pytest --quiet ${arguments[@]+"${arguments[@]}"}
+# A file of tests is one process's, and so are what its tests share and the programs they compile.
+"$PYTHON" -m pytest --quiet --numprocesses=auto --maxprocesses=8 --dist=loadfile ${arguments[@]+"${arguments[@]}"}
 echo "all checks pass after $SECONDS s"

@@ -1,5 +1,6 @@
 """Real runs of the field's harness on tasks over local files: every likelihood against the candidate's own answers."""
 
+import dataclasses
 import math
 import pathlib
 import subprocess
@@ -42,9 +43,10 @@ def test_multiple_choice_by_hand(harness_folder):
     assert model.looked == []  # nothing here is made of what is greedy
 
 
-@pytest.mark.parametrize("autoregressive", [True, False])
-def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, autoregressive):
-    candidate = make_candidate(lm.pretrained, "ours", autoregressive=autoregressive, num_samples=64)
+@pytest.mark.parametrize("autoregressive, block_size", [(True, None), (False, None), (False, 3)])
+def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, autoregressive, block_size):
+    pretrained = dataclasses.replace(lm.pretrained, block_size=block_size)
+    candidate = make_candidate(pretrained, "ours", autoregressive=autoregressive, num_samples=64)
     samples = evaluate(HarnessLM(candidate), harness_folder, "choice")["samples"]["choice"]
     questions = [Item(tuple((row["q"], f" {option}") for option in row["options"]), gold=row["gold"])
                  for row in CHOICES]
@@ -56,6 +58,20 @@ def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, au
             [-score for score in record["scores"]], rel=1e-5)
         assert sample["acc"] == record["values"]["accuracy"]
         assert sample["acc_bytes"] == pytest.approx(record["values"]["accuracy_normalised"])
+
+
+def test_blocks_of_one_token_answer_as_the_parent(lm):
+    """Whole texts in windows, what is greedy, and what is written: block by block it is the parent, token by token."""
+    requests = by_hand("loglikelihood", ("Once", " upon a time"), ("Tom", " ran home to his mum."))
+    texts = by_hand("loglikelihood_rolling", ("Once upon a time there was a little girl. " * 40,), ("Sue sat.",))
+    asked = by_hand("generate_until", ("Once upon", {"until": ["\n\n"], "max_gen_toks": 9}))
+    parent = HarnessLM(make_candidate(lm.pretrained, "parent", autoregressive=True))
+    blocks = HarnessLM(make_candidate(dataclasses.replace(lm.pretrained, block_size=1), "blocks", num_samples=2))
+    expected, found = parent.loglikelihood(requests), blocks.loglikelihood(requests)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert blocks.loglikelihood_rolling(texts) == pytest.approx(parent.loglikelihood_rolling(texts), rel=1e-5)
+    assert blocks.generate_until(asked) == parent.generate_until(asked) != [""]
 
 
 def test_options_meet_the_same_noise_and_nothing_else_does(harness_folder):

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.data.config import DataConfig
+from dlm_jax.hf import load_pretrained, save_pretrained
 from dlm_jax.parallel import MeshConfig
 from dlm_jax.training.config import (
     CheckpointConfig,
@@ -54,6 +55,14 @@ def base(tmp_path_factory) -> pathlib.Path:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>",
                             unk_token="<unk>").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pretrained(base, tmp_path_factory) -> pathlib.Path:
+    """The tiny base, with weights."""
+    directory = tmp_path_factory.mktemp("pretrained") / "base"
+    save_pretrained(directory, load_pretrained(base, init="random", seed=5))
     return directory
 
 

@@ -33,14 +33,6 @@ MODEL = ModelConfig("llama", vocab_size=24, hidden_size=16, num_layers=2, num_he
 
 
 @pytest.fixture(scope="module")
-def pretrained(base, tmp_path_factory):
-    """The tiny base, with weights."""
-    directory = tmp_path_factory.mktemp("pretrained") / "base"
-    save_pretrained(directory, load_pretrained(base, init="random", seed=5))
-    return directory
-
-
-@pytest.fixture(scope="module")
 def lora_config(config, pretrained):
     return dataclasses.replace(
         config, num_steps=10, model=ModelSource(source=str(pretrained), mask_token=10),

@@ -8,6 +8,8 @@ import pytest
 from dlm_jax import DiffusionLM
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import MeshConfig
+from dlm_jax.training.adapter import LoraSettings
+from dlm_jax.training.config import ModelSource
 from dlm_jax.training.loop import train
 from dlm_jax.training.metrics import read_records
 from dlm_jax.training.objective import ObjectiveConfig
@@ -68,14 +70,38 @@ def test_the_model_of_a_run_knows_its_blocks(whole, tmp_path):
         lm.infill("ab<mask:2>cd")
 
 
-def test_the_first_stage_is_the_parents_training_and_one_block_is_full_diffusion(blocks, tmp_path):
-    def first_loss(folder, **objective):
-        run = dataclasses.replace(blocks, num_steps=1, objective=ObjectiveConfig(**objective))
+def with_lora(config, pretrained):
+    return dataclasses.replace(config, model=ModelSource(source=str(pretrained), mask_token=10),
+                               lora=LoraSettings(rank=2, alpha=4.0))
+
+
+@pytest.mark.parametrize("kind", ["all parameters", "documents apart", "LoRA"])
+def test_the_first_stage_is_the_parents_training_and_one_block_is_full_diffusion(blocks, pretrained, kind, tmp_path):
+    if kind == "LoRA":
+        blocks = with_lora(blocks, pretrained)
+    elif kind == "documents apart":
+        blocks = changed(blocks, "data.pack", "segments")
+
+    def trained(folder, **objective):
+        run = dataclasses.replace(blocks, num_steps=4, objective=ObjectiveConfig(**objective))
         train(run, tmp_path / folder)
         return losses(tmp_path / folder)
 
-    assert first_loss("one", name="block_diffusion", block_size=1) == first_loss("parent", name="autoregressive")
-    assert first_loss("all", name="block_diffusion", block_size=16) == first_loss("full", name="diffusion")
+    assert trained("one", name="block_diffusion", block_size=1) == trained("parent", name="autoregressive")
+    assert trained("all", name="block_diffusion", block_size=16) == trained("full", name="diffusion")
+
+
+def test_factors_learn_blocks(blocks, pretrained, tmp_path):
+    train(with_lora(blocks, pretrained), tmp_path / "run")
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    lm = DiffusionLM.from_pretrained(tmp_path / "run")
+    assert lm.pretrained.block_size == 4
+    lm.save_pretrained(tmp_path / "merged")
+    merged = DiffusionLM.from_pretrained(tmp_path / "merged")
+    assert merged.pretrained.block_size == 4
+    text = "abc", "abcdefgh"
+    assert [x.nats for x in merged.score(text, num_samples=4)] == pytest.approx(
+        [x.nats for x in lm.score(text, num_samples=4)], rel=1e-5)
 
 
 def test_complementary_views_train(blocks, tmp_path):

@@ -68,6 +68,10 @@ def test_segments_are_kept_apart():
     rows = dataclasses.replace(batch(), segment_ids=jnp.broadcast_to(jnp.arange(8) // 4, (16, 8)))
     allowed = prepared(ObjectiveConfig(), rows=rows)[1].allowed(POSITIONS, POSITIONS)
     assert allowed[0, 0, 3] and not allowed[0, 0, 4]
+    both = jnp.arange(16)  # a noised copy and a clean one: each block of 3 sees what is its own document's
+    allowed = prepared(ObjectiveConfig(name="block_diffusion", block_size=3), rows=rows)[1].allowed(both, both)[0]
+    assert [list(np.flatnonzero(row)) for row in np.asarray(allowed)[[3, 4, 6, 8 + 3, 8 + 4]]] == [
+        [3, 8, 9, 10], [4, 5], [6, 7, 8 + 4, 8 + 5], [8, 9, 10, 11], [8 + 4]]
 
 
 def test_stages_narrow_the_times():
