@@ -61,10 +61,14 @@ class Rule:
             case "block_causal":
                 allowed = k <= self._block_end(q, numbers)
             case "block_diffusion":
-                q_block, k_block, k_clean = q // self.block_size, k // self.block_size, k_copy == self.views
+                q_block, k_block = q // self.block_size, k // self.block_size
+                q_clean, k_clean = q_copy == self.views, k_copy == self.views
                 # A noised block sees itself whole and what is clean before it; the clean copy is read as by the parent.
-                inside = (q_copy == k_copy) & jnp.where(k_clean, k <= q, q_block == k_block)
-                allowed = inside | ((q_copy < self.views) & k_clean & (k_block < q_block))
+                # (Blocks are numbered through the copies and truths are joined, neither compared nor chosen between:
+                # the TPU's compiler refuses that of whole tiles.)
+                count = -(-self.text_length // self.block_size)
+                allowed = (q_copy * count + q_block == k_copy * count + k_block) & ~k_clean
+                allowed |= k_clean & ((~q_clean & (k_block < q_block)) | (q_clean & (k <= q)))
             case _:
                 raise ValueError(f"unknown attention mask kind {self.kind!r}")
         if self.window is not None:

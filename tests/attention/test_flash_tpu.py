@@ -52,7 +52,7 @@ def assert_parity(tensors, mask, tolerance=1e-5, **options):
                                    err_msg=name)
 
 
-@pytest.mark.parametrize("mask", [
+MASKS = [
     pytest.param(AttentionMask.causal(), id="causal"),
     pytest.param(AttentionMask.bidirectional(), id="bidirectional"),
     pytest.param(AttentionMask.annealed(0.3, 5), id="annealed alike"),
@@ -65,7 +65,10 @@ def assert_parity(tensors, mask, tolerance=1e-5, **options):
                  id="block_diffusion narrowed"),
     pytest.param(AttentionMask.annealed(0.5, 5, EXAMPLES).with_segments(SEGMENTS).with_window(30).with_lengths(
         jnp.array([41, LENGTH])), id="everything"),
-])
+]
+
+
+@pytest.mark.parametrize("mask", MASKS)
 def test_matches_dense(mask):
     assert_parity(inputs(), mask)
 
@@ -187,15 +190,32 @@ def test_lowers_for_a_tpu(head_dim):
     assert lowered.as_text().count("tpu_custom_call") == 3
 
 
-def test_compiles_for_a_tpu_without_a_square(monkeypatch):
+@pytest.fixture
+def tpu_mesh(monkeypatch):
+    """One chip to compile for. Pallas asks the mesh which TPU it lowers for."""
     pytest.importorskip("libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    mesh = jax.sharding.Mesh([device], ("x",), axis_types=(AxisType.Auto,))
-    length = 8192
-    gradients, shapes = tpu_gradients(head_dim=64, length=length)
-    with jax.set_mesh(mesh):  # Pallas asks the mesh which TPU it lowers for
+    return jax.sharding.Mesh([device], ("x",), axis_types=(AxisType.Auto,))
+
+
+def compiled_for(mesh, function, shapes):
+    with jax.set_mesh(mesh):
         everywhere = NamedSharding(mesh, PartitionSpec())
-        compiled = gradients.lower(*(jax.ShapeDtypeStruct(*x, sharding=everywhere) for x in shapes)).compile()
+        return function.lower(*(jax.ShapeDtypeStruct(*x, sharding=everywhere) for x in shapes)).compile()
+
+
+def test_compiles_for_a_tpu_without_a_square(tpu_mesh):
+    length = 8192
+    compiled = compiled_for(tpu_mesh, *tpu_gradients(head_dim=64, length=length))
     assert compiled.memory_analysis().peak_memory_in_bytes < 4 * length**2  # the float32 square of one head
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_compiles_for_a_tpu(tpu_mesh, mask):
+    def loss(query, key, value):
+        return jnp.sum(flash_attention_tpu(query, key, value, mask).astype(jnp.float32))
+
+    shapes = [((2, LENGTH, 2, 64), jnp.bfloat16)] * 3
+    assert compiled_for(tpu_mesh, jax.jit(jax.grad(loss, (0, 1, 2))), shapes)
