@@ -35,7 +35,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
 SIZES = (4, 8, 16, 32)
 VARIANTS = ("parent", "full diffusion", *(f"blocks of {size}{grown}" for grown in ("", ", grown") for size in SIZES))
-THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+THRESHOLDS = (0.5, 0.7, 0.9)
 COLOURS = ("#222222", "#888888", "#00798c", "#1b6ca8", "#edae49", "#d1495b")
 
 
@@ -61,7 +61,7 @@ def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
                         batch_size=args.batch_size, cache_dir=str(args.work / "data")),
         objective=objective_of(variant, num_steps),
         optimizer=OptimizerConfig(learning_rate=args.learning_rate, warmup_steps=num_steps // 20, b2=0.99),
-        validation=ValidationConfig(every=num_steps // 2, num_rows=args.validation_rows, num_samples=8),
+        validation=ValidationConfig(every=num_steps, num_rows=args.validation_rows, num_samples=8),
         checkpoint=CheckpointConfig(every=num_steps, keep=1, keep_best=False),
         log=LogConfig(every=max(1, num_steps // 20), tensorboard=False))
 
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--mask_token", default="<|mask|>")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/block_quality"))
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    for name, default in (("seeds", 3), ("tokens", 800_000), ("batch_size", 8), ("length", 128),
+    for name, default in (("seeds", 3), ("tokens", 300_000), ("batch_size", 8), ("length", 128),
                           ("validation_rows", 64), ("num_samples", 32), ("num_timed", 4), ("sample_seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("learning_rate", 1.5e-3), ("temperature", 1.0), ("top_p", 0.95)):
