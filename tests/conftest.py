@@ -1,4 +1,4 @@
-"""Eight host devices, CPU, exact float32 products: set before JAX starts.
+"""Eight host devices, CPU, exact float32 products, quick compilation: set before JAX starts.
 
 Eight devices on few cores may wait long for each other, where the default is to give up after 40 seconds. A collective
 blocks a thread of XLA's on each, and without NPROC there are as many threads as cores: two collectives at a time, and
@@ -17,6 +17,7 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time here; programs are small
 
 
 @pytest.fixture(scope="session")

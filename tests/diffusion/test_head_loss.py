@@ -24,14 +24,6 @@ SCORED = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def batch_of(scored):
     return CorruptedBatch(TOKENS, TOKENS, SCORED[scored], jnp.ones((B, L), bool), WEIGHTS)
 

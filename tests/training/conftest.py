@@ -29,11 +29,10 @@ LETTERS = "abcdefgh "
 
 @pytest.fixture(scope="package", autouse=True)
 def quick_compilation(tmp_path_factory):
-    """Compiling is most of the time here: little optimisation, and what is compiled once is read back."""
-    defaults = {"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None,
+    """Compiling is most of the time here: what is compiled once is read back."""
+    defaults = {"jax_compilation_cache_dir": None,
                 "jax_persistent_cache_min_compile_time_secs": 1.0, "jax_persistent_cache_min_entry_size_bytes": 0}
-    quick = {"jax_disable_most_optimizations": True,
-             "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+    quick = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
              "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
     for settings in (quick, defaults):
         for name, value in settings.items():
