@@ -67,8 +67,8 @@ def draw(curves: dict[str, dict[str, list[dict]]], path: pathlib.Path) -> None:
         for axes, kind, name in ((left, "validation", "bound"), (right, "answers", "in_form")):
             axes.plot([record["step"] for record in curve[kind]], [record[name] for record in curve[kind]], "o-",
                       color=VARIANTS[variant], label=variant, linewidth=2, markersize=4)
-    left.set(xlabel="steps", ylabel="held-out answers, nats per token", ylim=(0, 4))
-    right.set(xlabel="steps", ylabel="held-out answers that end with #### and a number", ylim=(-0.03, 1.03))
+    left.set(xlabel="steps", ylabel="held-out answers, nats per token", yscale="log")
+    right.set(xlabel="steps", ylabel="share of held-out answers in form", ylim=(-0.03, 1.03))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False)
@@ -108,7 +108,9 @@ def main() -> None:
         curves[variant] = {kind: read_records(workdir, kind) for kind in ("validation", "answers")}
         found[variant] = asked(args, workdir)
     write_json(RESULTS, {
-        "settings": {key: str(value) for key, value in vars(args).items()}, "test": found, "curves": curves,
+        "settings": {key: value for key, value in vars(args).items() if isinstance(value, int | float)},
+        "files": [pathlib.Path(path).name for path in (*args.data, *args.validation, *args.test)],
+        "test": found, "curves": curves,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}})
     draw(curves, FIGURE)
     print(table(found))
