@@ -35,7 +35,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
 SIZES = (4, 8, 16, 32)
 VARIANTS = ("parent", "full diffusion", *(f"blocks of {size}{grown}" for grown in ("", ", grown") for size in SIZES))
-THRESHOLDS = (0.5, 0.7, 0.9)
+THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 COLOURS = ("#222222", "#888888", "#00798c", "#1b6ca8", "#edae49", "#d1495b")
 
 
@@ -86,12 +86,13 @@ def draw(lm: DiffusionLM, config: SamplerConfig, rows: int, count: int, args: ar
 
 
 def samplers(variant: str, args: argparse.Namespace) -> dict[str, SamplerConfig]:
-    """How a variant writes: the parent from left to right, the others at several thresholds."""
+    """How a variant writes: the parent from left to right, the others at several thresholds, low ones for speed."""
     choice = {"temperature": args.temperature, "top_p": args.top_p}
     if variant == "parent":
         return {"left to right": SamplerConfig("autoregressive", **choice)}
+    thresholds = THRESHOLDS[3:] if variant.endswith("grown") else THRESHOLDS  # both write at one speed
     return {f"threshold {threshold}": SamplerConfig("threshold", threshold=threshold, **choice)
-            for threshold in THRESHOLDS}
+            for threshold in thresholds}
 
 
 def written(lm: DiffusionLM, judge: DiffusionLM, variant: str, args: argparse.Namespace) -> dict[str, dict]:
@@ -140,6 +141,7 @@ def plot(found: dict[str, list[dict]], speed: dict[str, dict], path: pathlib.Pat
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, (left, *rest) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
     final = {variant: np.array([run["bounds"][-1][1] for run in runs]) for variant, runs in found.items()}
@@ -152,6 +154,7 @@ def plot(found: dict[str, list[dict]], speed: dict[str, dict], path: pathlib.Pat
         if variant in final:
             left.axhline(final[variant].mean(), color="black", linestyle=style, linewidth=1, label=variant)
     left.set_xscale("log", base=2)
+    left.set_xticks(SIZES, map(str, SIZES))
     left.set(xlabel="tokens a block", ylabel="held-out bound (nats per token)")
     shown = [variant for variant in found if not variant.endswith("grown")]  # both write at one speed
     for rows, axes in zip(("1", "8"), rest, strict=True):
@@ -162,6 +165,10 @@ def plot(found: dict[str, list[dict]], speed: dict[str, dict], path: pathlib.Pat
                       label=variant, color=COLOURS[number], linewidth=1.5, markersize=4)
         axes.set(xlabel=f"tokens a second, {rows} row{'s' * (rows != '1')} at a time", xscale="log", yscale="log",
                  ylabel="perplexity of what is written, under the base")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,.0f}")
+            axis.set_minor_locator(NullLocator())
     for axes in (left, *rest):
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=8)
