@@ -1,7 +1,8 @@
 """What fine-tuning on GSM8K's steps teaches a small model, by diffusion and from left to right, at one budget.
 
     dlm train --config=quickstart --workdir=build/adapted
-    python benchmarks/finetuning.py --adapted=build/adapted --data TRAIN.txt --test TEST.txt
+    python benchmarks/finetuning.py --adapted=build/adapted --data TRAIN.txt --validation VALID.txt \\
+        --test TEST.txt
 
 fine-tunes, on lines `question||<<a*b=c>> #### answer`, the shipped small model adapted to diffusion, the same model by
 diffusion without having been adapted, and from left to right; and asks each of them the questions of the test.
