@@ -214,7 +214,9 @@ def main() -> None:
             print(f"{variant}, seed {seed}: {found[variant][-1]['bounds'][-1][1]:.3f} nats per token", flush=True)
     speed = {variant: speeds(args, variant) for variant in args.variants}
     write_json(RESULTS / f"block_quality-{name_of(args.base)}.json", {
-        "settings": {key: str(value) for key, value in vars(args).items()}, "runs": found, "tokens_per_second": speed,
+        "settings": {key: value for key, value in vars(args).items() if isinstance(value, int | float)},
+        "files": [pathlib.Path(path).name for path in (args.base, *args.data, *args.validation)],
+        "runs": found, "tokens_per_second": speed,
         "device": str(jax.devices()[0]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}})
     plot(found, speed, FIGURES / f"block_quality-{name_of(args.base)}.png")
