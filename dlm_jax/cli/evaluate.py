@@ -17,19 +17,20 @@ metrics.
 
 import argparse
 
-from dlm_jax.cli import evaluate_examples, evaluate_harness, evaluate_tasks, evaluate_text
+from dlm_jax.cli import evaluate_examples, evaluate_harness, evaluate_tasks, evaluate_text, evaluate_writing
 from dlm_jax.cli.shared import add_json_argument, add_model_arguments
 from dlm_jax.errors import ConfigError
 
 _MODES = {"tasks": evaluate_tasks, "data": evaluate_text, "examples": evaluate_examples,
           "harness": evaluate_harness}
 # What each takes beside the arguments of all, with the defaults.
-_BOTH = {"limit": None, "parent": None, "shots": None, "num_steps": None, "out": None}
+_WRITING = dict.fromkeys(evaluate_writing.FLAGS)
+_BOTH = {"limit": None, "parent": None, "shots": None, "out": None} | _WRITING
 _OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "estimator": "counts",
                   "prompt_file": None, "samples": 1, "temperature": None, "judge": None,
                   "allow_code_execution": False} | _BOTH,
         "data": {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"},
-        "examples": {"limit": None, "num_steps": None},
+        "examples": {"limit": None} | _WRITING,
         "harness": {"harness_dir": None} | _BOTH}
 
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_text.add_arguments(parser.add_argument_group("held-out text"))
     evaluate_examples.add_arguments(parser.add_argument_group("examples of fine-tuning"))
     evaluate_harness.add_arguments(parser.add_argument_group("the field's harness"))
+    evaluate_writing.add_arguments(parser.add_argument_group("how texts are written: tasks, examples, harness"))
 
 
 def run(arguments: argparse.Namespace) -> None:

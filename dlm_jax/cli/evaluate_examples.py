@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import tempfile
 
+from dlm_jax.cli.evaluate_writing import sampler_of
 from dlm_jax.cli.shared import load_model, write_result
 from dlm_jax.errors import ConfigError
 
@@ -14,8 +15,8 @@ from dlm_jax.errors import ConfigError
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """What is not given stays None; `evaluate` knows the defaults."""
     parser.add_argument("--examples", nargs="+", action="extend", metavar="FILE",
-                        help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME; --limit, "
-                        "--num_steps and --num_samples hold here too")
+                        help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME; --limit "
+                        "and --num_samples hold here too")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -25,7 +26,6 @@ def run(arguments: argparse.Namespace) -> None:
     from dlm_jax.evaluation import autoregressive_nll, bound
     from dlm_jax.evaluation.answers import answer, judge, questions_of
     from dlm_jax.evaluation.statistics import mean_of
-    from dlm_jax.sampling import SamplerConfig
 
     for name in ("limit", "num_steps", "num_samples"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{arguments.model} has not been fine-tuned on examples, so that it is not on record how to "
                           "ask it; evaluate it with --tasks or --data")
     autoregressive = "autoregressive" in (arguments.objective, recipe.get("objective.name"))
+    sampler = sampler_of(arguments, autoregressive)
     form = dataclasses.replace(lm.example_form(), length=recipe["data.length"])
     data = DataConfig(train=tuple(arguments.examples), validation_fraction=0.0, length=form.length,
                       examples=form.config)
@@ -46,10 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
         rows, batch = source[slice(0, number)], Loader([source], number, shuffle=False).batch(0)
     scored = {"segment_ids": batch.segment_ids, "batch_size": arguments.batch_size}
     if autoregressive:
-        sampler = SamplerConfig("autoregressive", temperature=0.0)
         estimate = autoregressive_nll(lm.model, batch.tokens, batch.maskable, **scored)
     else:
-        sampler = SamplerConfig("confidence", arguments.num_steps or 64, temperature=0.0)
         estimate = bound(lm.model, batch.tokens, batch.maskable, mask_token_id=lm.mask_token_id, seed=arguments.seed,
                          shift=lm.pretrained.shift, block_size=lm.pretrained.block_size,
                          num_samples=arguments.num_samples or 16, **scored)
@@ -63,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
                for question, text, value in zip(questions, texts, values, strict=True)]
     result = {"model": lm.pretrained.source, "objective": "autoregressive" if autoregressive else "diffusion",
               "examples": arguments.examples, "num_examples": number, "length": form.length,
-              "num_steps": sampler.steps, "nats_per_token": estimate.nats_per_token,
+              "policy": sampler.policy, "num_steps": sampler.steps, "threshold": sampler.certain,
+              "block_length": sampler.block_length, "nats_per_token": estimate.nats_per_token,
               "standard_error": estimate.standard_error,
               "values": {name: dataclasses.asdict(mean_of([value[name] for value in values]))
                          for name in values[0]}}

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dlm_jax.cli import evaluate_writing
 from dlm_jax.cli.evaluate_tasks import PACKAGES, load_candidates, write_json
 from dlm_jax.cli.partial import check_output
 from dlm_jax.cli.shared import write_result
@@ -23,13 +24,13 @@ from dlm_jax.errors import ConfigError, DataError
 
 _BOOTSTRAPS = 1000  # for the errors of perplexities and the like; the harness's 100000 take minutes
 _SETTINGS = ("model", "parent", "objective", "mask_token", "dtype", "harness", "harness_dir", "limit", "shots",
-             "num_samples", "num_steps", "seed")
+             "num_samples", "seed", *evaluate_writing.FLAGS)
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """What is not given stays None; `evaluate` knows the defaults."""
     parser.add_argument("--harness", metavar="TASK,...", help="tasks, groups and tags of lm-eval; --limit, --shots, "
-                        "--num_steps, --parent and --out are as for --tasks")
+                        "--parent and --out are as for --tasks")
     parser.add_argument("--harness_dir", metavar="DIR", help="holds tasks of your own, as YAML files; their relative "
                         "data_files are found from the current folder")
 
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.num_samples = 16
     with _quiet():
         tasks = _load_tasks(names, arguments.harness_dir)
+    writes = any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values())
+    evaluate_writing.check_used(arguments, writes, f"--harness={arguments.harness}")
     _set_shots(tasks["tasks"], arguments.shots)
     found, shortened = {}, {}
     for candidate in load_candidates(arguments):

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dlm_jax.cli import evaluate_writing
 from dlm_jax.cli.evaluate_data import make_job, read_prompt_file
 from dlm_jax.cli.partial import Partial, check_output
 from dlm_jax.cli.shared import load_model, read_mesh, write_result
@@ -50,8 +51,6 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
                         "tokens, for generation 1); several samples need one above 0")
     parser.add_argument("--allow_code_execution", action="store_true", default=None, help="run the programs that the "
                         "model writes, shut in; without it tasks of programs are refused")
-    parser.add_argument("--num_steps", type=int, help="forward passes for each text that is written (default 64, and "
-                        "at most one a token)")
     parser.add_argument("--out", metavar="FILE.json", help="where results go; the command resumes")
 
 
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     models = [candidate.name for candidate in candidates]
     settings = {name: getattr(arguments, name) for name in (
         "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "estimator",
-        "num_steps", "samples", "temperature", "judge", "seed")} | about_text | {"data": files}
+        "samples", "temperature", "judge", "seed", *evaluate_writing.FLAGS)} | about_text | {"data": files}
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
         records = run_tasks(jobs, candidates, release=release, num_steps=arguments.num_steps,
                             samples=arguments.samples, temperature=arguments.temperature, execute=execute, judge=judge,
@@ -104,9 +103,10 @@ def _check(arguments: argparse.Namespace) -> None:
         least, value = (0 if name == "shots" else 1), getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be at least {least}, got {value}")
-    if arguments.protocol == "release" and (arguments.num_steps or arguments.shots or arguments.prompt_file):
-        raise ConfigError("the protocol release has its own numbers of steps and no examples; leave --num_steps, "
-                          "--shots and --prompt_file out, or choose --protocol=default")
+    for name in (*evaluate_writing.FLAGS, "shots", "prompt_file"):
+        if arguments.protocol == "release" and getattr(arguments, name):
+            raise ConfigError(f"the protocol release has its own way of writing and no examples; leave --{name} out, "
+                              "or choose --protocol=default")
     if arguments.protocol == "release" and arguments.estimator != "counts":
         raise ConfigError("the protocol release has its own score; leave --estimator out, or choose --protocol=default")
     if arguments.shots and arguments.prompt_file:
@@ -123,9 +123,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None:
     """What of the settings does not go with a task."""
-    from dlm_jax.evaluation.run import Setting, check
+    from dlm_jax.evaluation.run import Setting, check, writes
 
     setting = Setting(arguments.protocol == "release", arguments.num_steps, arguments.samples, arguments.temperature)
+    evaluate_writing.check_used(arguments, any(writes(task) for task in tasks), f"--tasks={arguments.tasks}")
     for task in tasks:
         check(task, setting)
         if task.kind in ("text", "reconstruct") and (arguments.shots or arguments.prompt_file):
@@ -146,9 +147,11 @@ def load_candidates(arguments: argparse.Namespace, release: bool = False,
 
     options = {"release": release, "estimator": estimator, "num_samples": arguments.num_samples, "seed": arguments.seed,
                "batch_size": arguments.batch_size}
+    autoregressive = arguments.objective == "autoregressive"
+    sampler = evaluate_writing.sampler_of(arguments, autoregressive)
     lm = load_model(arguments)
-    found = [make_candidate(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options,
-                            autoregressive=arguments.objective == "autoregressive")]
+    found = [make_candidate(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
+                            autoregressive=autoregressive)]
     if arguments.parent is not None:
         mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
         parent = DiffusionLM.from_pretrained(arguments.parent, dtype=arguments.dtype, mesh=mesh)

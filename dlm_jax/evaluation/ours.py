@@ -22,14 +22,16 @@ ESTIMATORS = {"counts": bound_draw, "times": times_draw}
 
 
 def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = False, release: bool = False,
-                   num_samples: int = 16, seed: int = 0, estimator: str = "counts", batch_size: int = 16,
-                   mesh: Mesh | None = None) -> Candidate:
+                   num_samples: int = 16, seed: int = 0, estimator: str = "counts",
+                   sampler: SamplerConfig | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> Candidate:
     """A model as a diffusion model, or as an autoregressive one: scored exactly, writing the likeliest tokens.
 
     Args:
       release: score by the released rule, with `num_samples` its T, and with no BOS but the tokenizer's own.
       estimator: of the bound, "counts" of masked tokens or "times"; see `masks.bound_draw` and `masks.times_draw`.
       num_samples: forward passes for each option of a diffusion model; fewer where they would repeat themselves.
+      sampler: how texts are written, but for temperature and steps, which the tasks know; None: the surest tokens
+        first, or from left to right.
 
     Raises:
       ConfigError: there is no tokenizer, no mask token for a diffusion model, no BOS or EOS to begin with, or an
@@ -64,7 +66,7 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
                                 batch_size=batch_size, mesh=mesh)
     special = functools.partial(_encode, tokenizer, True)
     write = make_write(pretrained.model, tokenizer,
-                       SamplerConfig(policy="autoregressive" if autoregressive else "confidence"),
+                       sampler or SamplerConfig("autoregressive" if autoregressive else "confidence"),
                        mask_token_id=pretrained.mask_token_id, bos_token_id=bos_token_id,
                        eos_token_id=pretrained.eos_token_id, shift=pretrained.shift,
                        block_size=pretrained.block_size, seed=seed, batch_size=batch_size, mesh=mesh,

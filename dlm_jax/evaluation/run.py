@@ -99,13 +99,18 @@ def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, done: Sequence[
     return records
 
 
+def writes(task: Task) -> bool:
+    """Whether texts are written for it."""
+    return _ABLE[task.kind] == "write"
+
+
 def check(task: Task, setting: Setting) -> None:
     """Raises ConfigError if a task cannot be run so; whether programs may be run is asked elsewhere."""
     temperature = task.temperature if setting.temperature is None else setting.temperature
     if setting.samples < 1 or not 0 <= temperature < math.inf:
         raise ConfigError(f"there must be a sample and a temperature of 0 or more, got {setting.samples} and "
                           f"{temperature:g}")
-    scores = _ABLE[task.kind] != "write"
+    scores = not writes(task)
     if setting.samples > 1 and temperature == 0 and not scores:
         raise ConfigError(f"{setting.samples} samples at temperature 0 would all be the same; set a temperature above "
                           "0, for instance 0.7")

@@ -62,13 +62,14 @@ def evaluate(capsys, *argv):
 def test_a_table_of_a_model_beside_its_parent(capsys, parent, data_dir, tmp_path):
     out = tmp_path / "results.json"
     arguments = (f"--model={parent}", "--tasks=piqa,gsm8k,text", f"--data_dir={data_dir}", f"--parent={parent}",
-                 "--num_samples=3", "--num_steps=2", "--batch_size=4")
+                 "--num_samples=3", "--num_steps=2", "--block_length=2", "--batch_size=4")
     status, table, err = evaluate(capsys, *arguments, f"--out={out}")
     assert status == 0, err
     assert "accuracy normalised" in table and "marked number" in table and "bits per byte" in table
     result = json.loads(out.read_text())
     assert result["tasks"]["piqa"]["items"] == 5 and len(result["records"]) == 2 * (5 + 2 + 1)
-    assert result["settings"]["num_samples"] == 3 and result["versions"]["jax"]
+    assert result["settings"]["num_samples"] == 3 and result["settings"]["block_length"] == 2
+    assert result["versions"]["jax"]
     assert set(result["tasks"]["text"]["differences"]) == {"bits_per_byte"}
     assert "| piqa | accuracy |" in out.with_suffix(".md").read_text()
     assert "<td>bits per byte</td>" in out.with_suffix(".html").read_text()
@@ -191,7 +192,14 @@ def test_the_help_names_every_task():
     (("--tasks=gsm8k,piqa", "--samples=3", "--temperature=1"), "are for tasks that write, and piqa scores"),
     (("--tasks=gsm8k", "--samples=3", "--temperature=1", "--protocol=release"), "writes one sample"),
     (("--tasks=mawps", "--protocol=release"), "the released scripts have no task mawps"),
-    (("--tasks=mawps", "--protocol=release", "--prompt_file=x"), "no examples; leave --num_steps"),
+    (("--tasks=mawps", "--protocol=release", "--prompt_file=x"), "no examples; leave --prompt_file out"),
+    (("--tasks=gsm8k", "--protocol=release", "--num_steps=4"), "its own way of writing and no examples; leave --num_"),
+    (("--tasks=gsm8k", "--policy=surest"), "unknown reveal policy 'surest'"),
+    (("--tasks=gsm8k", "--threshold=0.5"), "threshold belongs to the policy threshold"),
+    (("--tasks=gsm8k", "--policy=autoregressive"), "evaluate it from left to right with --objective=autoregressive"),
+    (("--tasks=gsm8k", "--objective=autoregressive", "--block_length=8"), "this one is evaluated from left to right"),
+    (("--tasks=piqa", "--block_length=8"), "--block_length says how texts are written, and --tasks=piqa asks for none"),
+    (("--data", "x.jsonl", "--policy=random"), "--policy belongs to --tasks or --examples or --harness"),
     (("--tasks=mawps", "--prompt_file=none.txt"), "--prompt_file=none.txt cannot be read (No such file"),
     (("--tasks=mawps", "--prompt_file=empty.txt"), "--prompt_file=empty.txt is empty"),
     (("--tasks=mawps", "--prompt_file=bytes.txt"), "--prompt_file=bytes.txt is not UTF-8 text"),

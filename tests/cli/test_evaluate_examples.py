@@ -20,13 +20,18 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["diffusion", "autoregressive"])
-def run(request, base, files, tmp_path_factory):
+def objective(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(objective, base, files, tmp_path_factory):
     """Fine-tuned for a few steps, with the test lines held out."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "recipe.py").write_text(RECIPE + f"""
     config.num_steps = 4
     config.model.source = {str(base)!r}
-    config.objective.name = {request.param!r}
+    config.objective.name = {objective!r}
     config.optimizer.learning_rate = 0.01
     config.data.train = ({str(files / "train.txt")!r},)
     config.data.validation = ({str(files / "test.txt")!r},)
@@ -41,10 +46,11 @@ def run(request, base, files, tmp_path_factory):
     return folder / "run"
 
 
-def test_it_finds_what_the_run_found(run, files, tmp_path, capsys):
+def test_it_finds_what_the_run_found(run, objective, files, tmp_path, capsys):
     out = tmp_path / "answers.json"
-    assert main(["evaluate", f"--model={run}", "--examples", str(files / "test.txt"), "--num_steps=3",
-                 "--num_samples=8", f"--json={out}"]) == 0
+    steps = ("--num_steps=3",) if objective == "diffusion" else ()
+    assert main(["evaluate", f"--model={run}", "--examples", str(files / "test.txt"), *steps, "--num_samples=8",
+                 f"--json={out}"]) == 0
     shown, result, recorded = capsys.readouterr().out, json.loads(out.read_text()), read_records(run, "answers")[-1]
     assert result["num_examples"] == len(result["records"]) == 8 and result["length"] == 16
     for name in ("exact_match", "marked_number", "in_form"):
@@ -54,10 +60,17 @@ def test_it_finds_what_the_run_found(run, files, tmp_path, capsys):
     assert result["nats_per_token"] == pytest.approx(bound, rel=0.2)
 
 
-def test_fewer_examples_by_limit_and_bad_input(run, files, capsys):
+def test_fewer_examples_by_limit_other_ways_of_writing_and_bad_input(run, objective, files, capsys):
     test = str(files / "test.txt")
-    assert main(["evaluate", f"--model={run}", "--examples", test, "--num_steps=2", "--limit=3", "--json=-"]) == 0
-    assert json.loads(capsys.readouterr().out)["num_examples"] == 3
+    how = ("--policy=threshold", "--threshold=0.2", "--block_length=4")
+    status = main(["evaluate", f"--model={run}", "--examples", test, "--limit=3", "--json=-", *how])
+    out, err = capsys.readouterr()
+    if objective == "diffusion":
+        result = json.loads(out)
+        assert (status, result["num_examples"], result["policy"], result["threshold"], result["block_length"]) == (
+            0, 3, "threshold", 0.2, 4)
+    else:
+        assert status == 1 and "this one is evaluated from left to right; leave it out" in err
     for arguments, message in ((("--limit=0",), "--limit must be at least 1"),
                                (("--length=8",), "--length belongs to --data"),
                                (("--data", test), "one of the four")):

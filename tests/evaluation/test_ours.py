@@ -9,9 +9,11 @@ from scipy.special import log_softmax
 
 from dlm_jax import AttentionMask, DiffusionLM
 from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation.candidate import Blank
 from dlm_jax.evaluation.ours import make_candidate
 from dlm_jax.evaluation.run import Job, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
+from dlm_jax.sampling import SamplerConfig
 
 SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
 SEED, STEPS = 5, 32
@@ -71,6 +73,15 @@ def test_the_parent_is_asked_the_same_and_scored_exactly(lm):
         logp = log_softmax(np.asarray(lm.logits(np.array([row]), AttentionMask.causal()), np.float64)[0], axis=-1)
         first = len(row) - len(whole) + len(lm.tokenizer.encode(context))
         assert found == pytest.approx(-sum(logp[n - 1, row[n]] for n in range(first, len(row))), rel=1e-4)
+
+
+def test_texts_are_written_as_the_sampler_says(lm):
+    blank, prompt = Blank("Tom saw a", "", range(8, 9), 0), "Tom saw a"
+    for sampler in (None, SamplerConfig("margin", block_length=2), SamplerConfig("threshold", threshold=0.3)):
+        found, = make_candidate(lm.pretrained, "model", sampler=sampler).write([blank], temperature=0.0, num_steps=None)
+        how = {} if sampler is None else dataclasses.asdict(sampler)
+        expected, = lm.generate([prompt], max_new_tokens=8, **how | {"temperature": 0.0})
+        assert found == expected.removeprefix(prompt)
 
 
 def test_models_that_cannot_be_evaluated_are_refused(lm):
