@@ -4,6 +4,7 @@ import jax
 
 from dlm_jax.attention.choice import BACKENDS, Choice, Work, choose_backend
 from dlm_jax.attention.cudnn import cudnn_attention
+from dlm_jax.attention.cudnn_blocks import cudnn_block_attention
 from dlm_jax.attention.dense import dense_attention
 from dlm_jax.attention.dense_blocks import dense_block_attention
 from dlm_jax.attention.mask import AttentionMask
@@ -28,10 +29,11 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
     drops = dropout_rate > 0 and dropout_seeds is not None
     work = Work(query.dtype.name, query.shape[-1], dropout=drops, matrix=mask.kind == "matrix")
     backend = choose_backend(backend, work).backend
+    blocks = mask.kind == "block_diffusion"
     if backend == "cudnn":
-        return cudnn_attention(query, key, value, mask, partition=partition)
+        return (cudnn_block_attention if blocks else cudnn_attention)(query, key, value, mask, partition=partition)
     if backend == "flash_tpu":
         return sharded_attention_tpu(query, key, value, mask, partition=partition, dropout_rate=dropout_rate,
                                      dropout_seeds=dropout_seeds)
-    dense = dense_block_attention if mask.kind == "block_diffusion" else dense_attention
+    dense = dense_block_attention if blocks else dense_attention
     return dense(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds)

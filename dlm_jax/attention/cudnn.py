@@ -65,12 +65,21 @@ def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: At
     Returns:
       [batch, Q, heads, head_dim] in the type of `query`.
     """
-    sizes = query.shape[0], query.shape[1], key.shape[1]
-    if not is_split(partition):
-        return _attention(query, key, value, cudnn_arguments(mask, *sizes), implementation)
+    arguments = cudnn_arguments(mask, query.shape[0], query.shape[1], key.shape[1], split=splits_length(partition))
+    return attend_by(arguments, query, key, value, partition=partition, implementation=implementation)
 
+
+def splits_length(partition: Partition | None) -> bool:
+    """Whether the mesh in use splits the length."""
+    return is_split(partition) and jax.sharding.get_abstract_mesh().shape[partition.length] > 1
+
+
+def attend_by(arguments: Arguments, query: jax.Array, key: jax.Array, value: jax.Array, *,
+              partition: Partition | None = None, implementation: str = "cudnn") -> jax.Array:
+    """`cudnn_attention` of a mask in cuDNN's terms, of all queries and keys."""
+    if not is_split(partition):
+        return _attention(query, key, value, arguments, implementation)
     rows, length = partition.batch, partition.length
-    arguments = cudnn_arguments(mask, *sizes, split=jax.sharding.get_abstract_mesh().shape[length] > 1)
     shared = arguments.mask is not None and arguments.mask.shape[0] == 1
     specs = PartitionSpec(rows), PartitionSpec(None if shared else rows, None, length, None)
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -11,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src import lib
-from jax._src.cudnn import fused_attention_stablehlo as inner
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dlm_jax.attention import AttentionMask, attend
@@ -21,6 +20,7 @@ from dlm_jax.attention.dense import dense_attention
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import Compute, ModelConfig, Transformer
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh
+from tests.attention.tools import ON_GPU, assert_close, jit, lowered_calls, value_and_gradients
 
 LENGTH = 32
 EXAMPLES = jnp.array([7, 8, 9, 4_000_000_000], jnp.uint32)
@@ -45,31 +45,12 @@ MASKS = {
     "matrix": AttentionMask.matrix(np.tri(LENGTH, k=3)),
 }
 KNOWN = {"causal", "causal, window", "causal, lengths", "bidirectional", "bidirectional, lengths"}
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # mostly compiles
-ON_GPU = jax.default_backend() == "gpu"
 
 
 def inputs(dtype=jnp.float32, length=LENGTH, kv_heads=2):
     """Query, key, value, and weights of the output for a loss."""
     rng = np.random.default_rng(0)
     return tuple(jnp.asarray(rng.normal(size=(4, length, heads, 16)), dtype) for heads in (4, kv_heads, kv_heads, 4))
-
-
-def value_and_gradients(attention, tensors, mask):
-    """Of the queries that see something: the others may give anything."""
-    def loss(query, key, value):
-        positions = jnp.arange(query.shape[1])
-        seen = mask.allowed(positions, positions).any(-1)[:, :, None, None]
-        out = jnp.where(seen, attention(query, key, value, mask), 0).astype(jnp.float32)
-        return jnp.sum(out * tensors[3].astype(jnp.float32)), out
-    gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*tensors[:3])
-    return out, *gradients
-
-
-def assert_close(found, expected, tolerance):
-    for name, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        x, y = (np.asarray(z, np.float32) for z in (x, y))
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("implementation, dtype", [
@@ -92,7 +73,8 @@ def test_matches_dense(name, length, kv_heads, implementation, dtype):
 @pytest.mark.skipif(ON_GPU or not os.path.exists("/dev/nvidiactl"), reason="needs an NVIDIA GPU")
 def test_matches_dense_on_the_gpu():
     """The tests run on the CPU, also where there is a GPU: a process of its own."""
-    subprocess.run([sys.executable, "-m", "pytest", __file__, "-k", "cudnn-bfloat16"], check=True,
+    files = pathlib.Path(__file__).parent.glob("test_cudnn*.py")
+    subprocess.run([sys.executable, "-m", "pytest", *files, "-k", "cudnn-bfloat16"], check=True,
                    env=os.environ | {"JAX_PLATFORMS": ""})
 
 
@@ -119,20 +101,6 @@ def test_a_mesh_computes_what_one_device_does(mesh, name):
         found = jit(functools.partial(value_and_gradients, attention))(
             tuple(jax.device_put(tensor, split) for tensor in tensors), mask)
     assert_close(found, expected, 2e-6)
-
-
-@pytest.fixture
-def pretend_cudnn(monkeypatch):
-    """JAX lowers for CUDA without a GPU, once it believes in cuDNN."""
-    monkeypatch.setattr(lib, "cuda_versions", object())
-    monkeypatch.setattr(inner, "check_cudnn_version", lambda: 91000)
-
-
-def lowered_calls(function, *args):
-    """cuDNN's calls in the program for CUDA: the target's name, and how many results it has beside its workspace."""
-    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    return [(name, int(results) - 1) for results, name in re.findall(r":(\d+) = stablehlo.custom_call @__cudnn\$(\w+)",
-                                                                     text)]
 
 
 @pytest.mark.usefixtures("pretend_cudnn")

@@ -57,7 +57,8 @@ def test_the_harness_s_table_of_a_model_and_its_parent(capsys, harness_dir, tmp_
     out = tmp_path / "results.json"
     arguments = ("--harness=own_choice,own_shown,own_writing", f"--harness_dir={harness_dir}", "--num_samples=3",
                  "--limit=3", "--shots=1")
-    status, table, err = evaluate(capsys, *arguments, "--num_steps=2", "--mask_token=4000", f"--parent={SHIPPED}", f"--out={out}")
+    status, table, err = evaluate(capsys, *arguments, "--num_steps=2", "--mask_token=4000", f"--parent={SHIPPED}",
+                                  f"--out={out}")
     assert status == 0 and not err, err
     assert table.count("|own_choice") == 2 and f"{SHIPPED} (parent)" in table and "bootstrapping" not in table
     assert f"Likelihoods of {SHIPPED} are bounds" in table
