@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     if recipe.get("data.examples.format", "none") == "none":
         raise ConfigError(f"{arguments.model} has not been fine-tuned on examples, so that it is not on record how to "
                           "ask it; evaluate it with --tasks or --data")
-    autoregressive = "autoregressive" in (arguments.objective, recipe.get("objective.name"))
+    autoregressive = arguments.objective == "autoregressive" or lm.pretrained.learnt_left_to_right
     sampler = sampler_of(arguments, autoregressive)
     form = dataclasses.replace(lm.example_form(), length=recipe["data.length"])
     data = DataConfig(train=tuple(arguments.examples), validation_fraction=0.0, length=form.length,

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dlm_jax.cli import evaluate_writing
-from dlm_jax.cli.evaluate_tasks import PACKAGES, load_candidates, write_json
+from dlm_jax.cli.evaluate_tasks import PACKAGES, load_candidates
 from dlm_jax.cli.partial import check_output
 from dlm_jax.cli.shared import write_result
 from dlm_jax.cli.values import hint
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> None:
     names = _check(arguments)
     from dlm_jax.evaluation.harness import HarnessLM  # refuses where lm-eval is missing
+    from dlm_jax.storage import write_json
 
     if arguments.num_samples is None:
         arguments.num_samples = 16
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
               "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, "lm-eval")},
               "shortened": shortened, "harness": found}
     if arguments.out:
-        write_json(arguments.out, result)
+        write_json(pathlib.Path(arguments.out), result)
     for one in found.values():
         one.pop("samples", None)
     write_result(arguments.json, result, _table(result, arguments.objective))

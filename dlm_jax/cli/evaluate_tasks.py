@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     from dlm_jax.evaluation.run import run as run_tasks
     from dlm_jax.evaluation.sandbox import Sandbox
     from dlm_jax.evaluation.tasks import find_task
+    from dlm_jax.storage import write_json
 
     _check(arguments)
     release = arguments.protocol == "release"
@@ -85,16 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
               "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
               "tasks": summarise(records, names, models, arguments.seed)}
     if arguments.out:
-        write_json(arguments.out, {**result, "records": records})
-        pathlib.Path(arguments.out).with_suffix(".md").write_text(markdown_report(result), encoding="utf-8")
-        pathlib.Path(arguments.out).with_suffix(".html").write_text(page(result, records), encoding="utf-8")
+        out = pathlib.Path(arguments.out)
+        write_json(out, {**result, "records": records})
+        out.with_suffix(".md").write_text(markdown_report(result), encoding="utf-8")
+        out.with_suffix(".html").write_text(page(result, records), encoding="utf-8")
     write_result(arguments.json, result, table(result["tasks"], models))
-
-
-def write_json(path: str, content: object) -> None:
-    from dlm_jax import storage
-
-    storage.write_json(pathlib.Path(path), content)
 
 
 def _check(arguments: argparse.Namespace) -> None:

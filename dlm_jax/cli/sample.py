@@ -158,7 +158,7 @@ def settle_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM"
     """What a model that was trained autoregressively, or that has no mask token, makes of a policy not given."""
     if policy is not None:
         return config
-    if (lm.pretrained.recipe or {}).get("objective.name") == "autoregressive":
+    if lm.pretrained.learnt_left_to_right:
         return dataclasses.replace(config, policy="autoregressive")
     if lm.pretrained.mask_token_id is None:
         raise ConfigError(f"{lm.pretrained.source} records no mask token; name one with --mask_token, or write from "

@@ -106,7 +106,7 @@ def writes(task: Task) -> bool:
 
 def check(task: Task, setting: Setting) -> None:
     """Raises ConfigError if a task cannot be run so; whether programs may be run is asked elsewhere."""
-    temperature = task.temperature if setting.temperature is None else setting.temperature
+    temperature = _temperature(task, setting)
     if setting.samples < 1 or not 0 <= temperature < math.inf:
         raise ConfigError(f"there must be a sample and a temperature of 0 or more, got {setting.samples} and "
                           f"{temperature:g}")
@@ -121,6 +121,10 @@ def check(task: Task, setting: Setting) -> None:
                           "temperature out, or choose the protocol default")
     if scores and (setting.samples > 1 or setting.temperature):
         raise ConfigError(f"samples and a temperature are for tasks that write, and {task.name} scores; leave them out")
+
+
+def _temperature(task: Task, setting: Setting) -> float:
+    return task.temperature if setting.temperature is None else setting.temperature
 
 
 def pairs_of(candidate: Candidate, task: Task, item: Item, number: int, *, release: bool = False,
@@ -239,7 +243,7 @@ def _written(job: Job, candidate: Candidate, numbers: Sequence[int], setting: Se
     task = job.task
     blanks = [blank_of(candidate, task, job.items[number], number, release=setting.release, prefix=job.prefix,
                        sample=sample) for number in numbers for sample in range(setting.samples)]
-    steps, temperature = setting.num_steps, task.temperature if setting.temperature is None else setting.temperature
+    steps, temperature = setting.num_steps, _temperature(task, setting)
     if setting.release:
         temperature = (candidate.release_temperature if task.release_temperature is None else task.release_temperature)
         temperature = 0.0 if candidate.autoregressive else temperature

@@ -92,6 +92,11 @@ class Pretrained:
         pad = self._special("pad_token_id")
         return self.eos_token_id if pad is None else pad
 
+    @property
+    def learnt_left_to_right(self) -> bool:
+        """Whether the run that made it, where it is on record, was autoregressive."""
+        return (self.recipe or {}).get("objective.name") == "autoregressive"
+
     def _special(self, name: str) -> int | None:
         value = getattr(self.tokenizer, name, None)
         value = self.hf_config.get(name) if value is None else value

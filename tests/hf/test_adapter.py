@@ -22,6 +22,10 @@ from dlm_jax.hf.adapter_export import adapter_config
 from dlm_jax.models import LoraConfig, LoraParam
 from tests.hf import families
 
+# What transformers and peft say of each other's ways.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
+    "`is_gradient_checkpointing` is deprecated", "fan_in_fan_out is set to False",
+    "Model has `tie_word_embeddings=True`")]
 TOKENS = families.tokens()
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
