@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import pathlib
 import re
 import select
 import subprocess
@@ -256,6 +257,13 @@ def test_in_a_real_terminal(model):
             shown += os.read(master, 1 << 16)
         return shown.decode()
 
+    def wait_until_it_waits() -> None:
+        """A Ctrl-C between a key and the wait for the next would be heeded at that next key only."""
+        stat = pathlib.Path(f"/proc/{child.pid}/stat")
+        time.sleep(0.5)
+        while stat.exists() and stat.read_text().rpartition(") ")[2][0] != "S":
+            time.sleep(0.1)
+
     def typed(keys: str, mark: str = "> ") -> str:
         os.write(master, keys.encode())
         return shown_until(mark)
@@ -265,7 +273,7 @@ def test_in_a_real_terminal(model):
         answers = [typed("Tom?\n")]
         assert "step 0\r\n" + 5 * MASK in answers[0] and "step 3" in answers[0]
         typed("half a line", mark="half a line")
-        time.sleep(0.5)  # until it waits for the next key again
+        wait_until_it_waits()
         assert "Traceback" not in typed("\x03")
         typed("/reset\n")
         typed("/seed 0\n")

@@ -75,20 +75,21 @@ def with_lora(config, pretrained):
                                lora=LoraSettings(rank=2, alpha=4.0))
 
 
+@pytest.mark.parametrize("size, objective", [(1, "autoregressive"), (16, "diffusion")])
 @pytest.mark.parametrize("kind", ["all parameters", "documents apart", "LoRA"])
-def test_the_first_stage_is_the_parents_training_and_one_block_is_full_diffusion(blocks, pretrained, kind, tmp_path):
+def test_blocks_of_one_are_the_parents_training_and_one_block_is_full_diffusion(blocks, pretrained, kind, size,
+                                                                                objective, tmp_path):
     if kind == "LoRA":
         blocks = with_lora(blocks, pretrained)
     elif kind == "documents apart":
         blocks = changed(blocks, "data.pack", "segments")
 
-    def trained(folder, **objective):
-        run = dataclasses.replace(blocks, num_steps=4, objective=ObjectiveConfig(**objective))
+    def trained(folder, **settings):
+        run = dataclasses.replace(blocks, num_steps=4, objective=ObjectiveConfig(**settings))
         train(run, tmp_path / folder)
         return losses(tmp_path / folder)
 
-    assert trained("one", name="block_diffusion", block_size=1) == trained("parent", name="autoregressive")
-    assert trained("all", name="block_diffusion", block_size=16) == trained("full", name="diffusion")
+    assert trained("blocks", name="block_diffusion", block_size=size) == trained("plain", name=objective)
 
 
 def test_factors_learn_blocks(blocks, pretrained, tmp_path):
