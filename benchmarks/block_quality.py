@@ -7,7 +7,7 @@ adapts the base by each of the variants (the parent trained on as it is, full di
 at their size from the start, blocks that grow from one token), with the same rows in the same order for each seed. Of
 every run it takes the held-out bound, and of its samples the perplexity under the base and distinct-2; when all have
 been trained, of the first seed's the tokens a second, one row at a time and eight together. It writes
-docs/figures/block_quality-BASE.png and benchmarks/results/block_quality-BASE.json, and prints the table. Runs that are
+docs/figures/block_quality-NAME.png and benchmarks/results/block_quality-NAME.json, and prints the table. Runs that are
 done are not repeated; one that was cut short resumes.
 """
 
@@ -108,11 +108,7 @@ def written(lm: DiffusionLM, judge: DiffusionLM, variant: str, args: argparse.Na
 
 
 def workdir_of(args: argparse.Namespace, variant: str, seed: int) -> pathlib.Path:
-    return args.work / name_of(args.base) / f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
-
-
-def name_of(base: str) -> str:
-    return pathlib.Path(base).name
+    return args.work / args.name / f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
 
 
 def measure(args: argparse.Namespace, variant: str, seed: int, judge: DiffusionLM) -> dict:
@@ -197,6 +193,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="paths or globs of text")
     parser.add_argument("--validation", nargs="+", required=True, help="paths or globs of held-out text")
     parser.add_argument("--mask_token", default="<|mask|>")
+    parser.add_argument("--name", help="of the figure and the results (default: the base's)")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/block_quality"))
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     for name, default in (("seeds", 3), ("tokens", 300_000), ("batch_size", 8), ("length", 128),
@@ -205,6 +202,7 @@ def main() -> None:
     for name, default in (("learning_rate", 1.5e-3), ("temperature", 1.0), ("top_p", 0.95)):
         parser.add_argument(f"--{name}", type=float, default=default)
     args = parser.parse_args()
+    args.name = args.name or pathlib.Path(args.base).name
 
     judge = DiffusionLM.from_pretrained(args.base)
     found: dict[str, list[dict]] = {variant: [] for variant in args.variants}
@@ -213,13 +211,13 @@ def main() -> None:
             found[variant].append(measure(args, variant, seed, judge))
             print(f"{variant}, seed {seed}: {found[variant][-1]['bounds'][-1][1]:.3f} nats per token", flush=True)
     speed = {variant: speeds(args, variant) for variant in args.variants}
-    write_json(RESULTS / f"block_quality-{name_of(args.base)}.json", {
+    write_json(RESULTS / f"block_quality-{args.name}.json", {
         "settings": {key: value for key, value in vars(args).items() if isinstance(value, int | float)},
         "files": [pathlib.Path(path).name for path in (args.base, *args.data, *args.validation)],
         "runs": found, "tokens_per_second": speed,
         "device": str(jax.devices()[0]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}})
-    plot(found, speed, FIGURES / f"block_quality-{name_of(args.base)}.png")
+    plot(found, speed, FIGURES / f"block_quality-{args.name}.png")
     print(table(found, speed))
 
 
