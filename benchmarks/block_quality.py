@@ -144,8 +144,9 @@ def plot(found: dict[str, list[dict]], speed: dict[str, dict], path: pathlib.Pat
     for grown, colour in (("", "#1b6ca8"), (", grown", "#d1495b")):
         sizes = [size for size in SIZES if f"blocks of {size}{grown}" in final]
         values = [final[f"blocks of {size}{grown}"] for size in sizes]
-        left.errorbar(sizes, [x.mean() for x in values], [x.std() for x in values], marker="o", color=colour,
-                      label=f"blocks{grown or ', at once'}", capsize=3)
+        if sizes:
+            left.errorbar(sizes, [x.mean() for x in values], [x.std() for x in values], marker="o", color=colour,
+                          label=f"blocks{grown or ', at once'}", capsize=3)
     for variant, style in (("parent", ":"), ("full diffusion", "--")):
         if variant in final:
             left.axhline(final[variant].mean(), color="black", linestyle=style, linewidth=1, label=variant)
@@ -154,11 +155,11 @@ def plot(found: dict[str, list[dict]], speed: dict[str, dict], path: pathlib.Pat
     left.set(xlabel="tokens a block", ylabel="held-out bound (nats per token)")
     shown = [variant for variant in found if not variant.endswith("grown")]  # both write at one speed
     for rows, axes in zip(("1", "8"), rest, strict=True):
-        for number, variant in enumerate(shown):
+        for variant in shown:
             ways, runs = speed[variant], found[variant]
             axes.plot([ways[way][rows] for way in ways],
                       [np.mean([run["written"][way]["perplexity"] for run in runs]) for way in ways], "o-",
-                      label=variant, color=COLOURS[number], linewidth=1.5, markersize=4)
+                      label=variant, color=COLOURS[VARIANTS.index(variant)], linewidth=1.5, markersize=4)
         axes.set(xlabel=f"tokens a second, {rows} row{'s' * (rows != '1')} at a time", xscale="log", yscale="log",
                  ylabel="perplexity of what is written, under the base")
         for axis in (axes.xaxis, axes.yaxis):
