@@ -10,7 +10,7 @@ import pytest
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.gap_length import Gap, continuation_scores, settle_lengths
-from dlm_jax.sampling import GAP, make_canvas
+from dlm_jax.sampling import GAP
 from tests.sampling.tools import MASK, run, tiny
 from tests.sampling.toys import Toy
 
@@ -26,17 +26,15 @@ def test_a_length_is_scored_by_the_chain_rule_behind_the_filled_gap():
     model, before, after = tiny("llama"), [1, 17, 5], [30, GAP, 8, 41, 2]
     gap = Gap(before, after, range(1, 4))
     found, = continuation_scores(model, [gap], mask_token_id=MASK, num_scored=3)
-    # Filled in the same program: a network with random weights is nearly undecided, and rounding would decide.
-    canvas = make_canvas([[*before, *[GAP] * length, *after] for length in gap.lengths], model.config.max_length)
-    filled = run(model, canvas.tokens, canvas.fixed, canvas.lengths, policy="confidence", temperature=0.0).tokens
-    for length, score, row in zip(gap.lengths, found, filled, strict=True):
-        row = row[None, : len(before) + length + len(after)]
+    for length, score in zip(gap.lengths, found, strict=True):
+        row = np.array([[*before, *[GAP] * length, *after]])
+        filled = run(model, row, row != GAP, policy="confidence", temperature=0.0).tokens
         scored = 3 + length + np.array([0, 2, 3])  # the given ones of `after`, in their order
-        seen, total = row.copy(), 0.0
-        seen[0, scored] = MASK
-        for position in scored:
-            total += log_probabilities(model, jnp.array(seen))[0, position - 1, row[0, position]]
-            seen[0, position] = row[0, position]
+        total = 0.0
+        for n, position in enumerate(scored):
+            seen = filled.copy()  # a fresh one each time: JAX may not yet have read the one before
+            seen[0, scored[n:]] = MASK
+            total += log_probabilities(model, jnp.array(seen))[0, position - 1, filled[0, position]]
         np.testing.assert_allclose(score, total, rtol=1e-5)
 
 
