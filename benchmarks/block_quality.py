@@ -71,7 +71,7 @@ def draw(lm: DiffusionLM, config: SamplerConfig, rows: int, count: int, args: ar
     compilation."""
     tokens = np.full((rows, args.length), lm.pretrained.bos_token_id, np.int32)
     fixed, lengths = np.broadcast_to(np.arange(args.length) == 0, tokens.shape), np.full(rows, args.length)
-    task = Task(config, lm.pretrained.mask_token_id, lm.pretrained.shift, block_size=lm.pretrained.block_size)
+    task = Task(config, lm.pretrained.mask_token_id, lm.pretrained.shift, blocks=lm.pretrained.blocks)
 
     def run(start: int) -> object:
         keys = example_keys(args.sample_seed, np.arange(start, start + rows, dtype=np.uint32))

@@ -107,7 +107,8 @@ class DiffusionLM:
             raise DataError(f"token ids must lie in 0 .. {self.config.vocab_size - 1}, the model's vocabulary, "
                             f"got {tokens.min()} .. {tokens.max()}")
         with self._in_use():
-            return _logits(*nnx.split(self.model), jnp.asarray(tokens, jnp.int32),
+            # A copy: JAX may read what it is handed after this returns, when the caller may have changed it.
+            return _logits(*nnx.split(self.model), np.array(tokens, np.int32),
                            AttentionMask.bidirectional() if attention is None else attention)
 
     def generate(self, prompts: str | Sequence[str] = "", max_new_tokens: int = 128, num_steps: int | None = None,
@@ -186,7 +187,7 @@ class DiffusionLM:
         with self._in_use():
             estimate = bound(self.model, canvas.tokens, ~padding, mask_token_id=mask_token_id,
                              shift=self.pretrained.shift, num_samples=num_samples, seed=seed, batch_size=batch_size,
-                             segment_ids=padding, block_size=self.pretrained.block_size)
+                             segment_ids=padding, blocks=self.pretrained.blocks)
         return list(estimate.rows)
 
     def save_pretrained(self, directory: str | os.PathLike, layout: str = "hf") -> None:
@@ -225,7 +226,7 @@ class DiffusionLM:
             raise ConfigError(f"example_index has {len(index)} entries for {len(rows)} texts")
         mask_token_id = self.pretrained.mask_token_id if config.policy == "autoregressive" else self.mask_token_id
         task = Task(config, mask_token_id, self.pretrained.shift, eos_token_ids, stop_at_eos and bool(eos_token_ids),
-                    block_size=self.pretrained.block_size)
+                    blocks=self.pretrained.blocks)
         return sample_rows(self.model, rows, example_keys(seed, jnp.asarray(index, jnp.uint32)), task,
                            batch_size=min(batch_size, len(rows)), mesh=self.mesh, on_step=on_step, coarse=coarse,
                            progress=on_step is None)

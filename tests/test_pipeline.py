@@ -14,6 +14,7 @@ import dlm_jax
 from dlm_jax import AttentionMask, DiffusionLM, DLMError
 from dlm_jax.evaluation import bound
 from dlm_jax.hf import load_pretrained
+from dlm_jax.hf.stream import aligned_empty
 from dlm_jax.sampling.loop import _sample
 
 STEPS = {"num_steps": 5}
@@ -61,6 +62,17 @@ def test_logits_are_bidirectional_unless_told_otherwise(lm):
     assert np.abs(causal - lm.logits(tokens)).max() > 0.1
     matrix = AttentionMask.matrix(np.tril(np.ones((7, 7), bool)))
     np.testing.assert_allclose(lm.logits(tokens, matrix), causal, atol=1e-5)
+
+
+def test_tokens_may_be_changed_after_they_were_given(lm):
+    """JAX takes up an array that lies as it likes without a copy, and computes when it comes to it."""
+    expected = np.asarray(lm.logits(np.zeros((4, 32), np.int32)))
+    for _ in range(20):
+        tokens = aligned_empty((4, 32), np.int32)
+        tokens[:] = 0
+        found = lm.logits(tokens)
+        tokens[:] = 1
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_prompt_s_text_depends_on_itself_and_its_index_only(lm):

@@ -2,6 +2,7 @@
 
 import jax
 
+from dlm_jax.attention.blocks import Blocks
 from dlm_jax.attention.choice import BACKENDS, Choice, Work, choose_backend
 from dlm_jax.attention.cudnn import cudnn_attention
 from dlm_jax.attention.cudnn_blocks import cudnn_block_attention
@@ -11,7 +12,7 @@ from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.attention.partition import Partition
 from dlm_jax.attention.sharded import sharded_attention_tpu
 
-__all__ = ["BACKENDS", "AttentionMask", "Choice", "Partition", "Work", "attend", "choose_backend"]
+__all__ = ["BACKENDS", "AttentionMask", "Blocks", "Choice", "Partition", "Work", "attend", "choose_backend"]
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, backend: str = "auto",

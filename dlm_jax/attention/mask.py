@@ -25,6 +25,7 @@ class AttentionMask:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     text_length: int = dataclasses.field(default=0, metadata={"static": True})
     views: int = dataclasses.field(default=0, metadata={"static": True})
+    whole_clean: bool = dataclasses.field(default=False, metadata={"static": True})
     ratio: jax.Array | None = None
     seed: jax.Array | None = None
     example_index: jax.Array | None = None  # uint32 [batch]
@@ -69,16 +70,18 @@ class AttentionMask:
                    causal_before=None if causal_before is None else jnp.asarray(causal_before, jnp.int32))
 
     @classmethod
-    def block_diffusion(cls, block_size: int, text_length: int, views: int = 1) -> Self:
+    def block_diffusion(cls, block_size: int, text_length: int, views: int = 1, *, whole_clean: bool = False) -> Self:
         """Of `views` noised copies of a text and a clean one behind them, each of `text_length` positions.
 
-        A noised block of `block_size` positions sees itself whole and the clean copy of every earlier block; the clean
-        copy sees itself as the AR parent would, causally (block diffusion, arXiv 2503.09573; the causal clean copy is
-        NBDiff's, arXiv 2512.06776). Blocks are counted from the beginning of the text; the last may be shorter.
+        A noised block of `block_size` positions sees itself whole and the clean copy of every earlier block (block
+        diffusion, arXiv 2503.09573). The clean copy sees itself as the AR parent would, causally (NBDiff's, arXiv
+        2512.06776), or with `whole_clean` also each block whole (block diffusion's own). Blocks are counted from the
+        beginning of the text; the last may be shorter.
         """
         if block_size < 1:
             raise ConfigError(f"block_size must be at least 1, got {block_size}")
-        return cls(kind="block_diffusion", block_size=block_size, text_length=text_length, views=views)
+        return cls(kind="block_diffusion", block_size=block_size, text_length=text_length, views=views,
+                   whole_clean=whole_clean)
 
     @classmethod
     def matrix(cls, allowed: jax.Array) -> Self:
@@ -108,7 +111,7 @@ class AttentionMask:
     def rule(self) -> Rule:
         """What of this mask is known when a program is compiled."""
         return Rule(self.kind, self.block_size, self.window, self.segment_ids is not None, self.lengths is not None,
-                    self.text_length, self.views)
+                    self.text_length, self.views, self.whole_clean)
 
     def numbers(self) -> Numbers:
         """What the rule needs to know of each example, each int32 or uint32 [batch or 1]."""

@@ -30,7 +30,7 @@ class Rule:
     """The part of an `AttentionMask` that is known when a program is compiled.
 
     Of the kind `block_diffusion`, which is of several copies of a text one after another, `text_length` is that of one
-    copy and `views` how many are noised; a clean one follows them.
+    copy and `views` how many are noised; a clean one follows them, causal or with `whole_clean` in whole blocks.
     """
 
     kind: str
@@ -40,6 +40,7 @@ class Rule:
     lengths: bool = False
     text_length: int = 0
     views: int = 0
+    whole_clean: bool = False
 
     def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of indices of several copies: which copy each lies in, and where in its text."""
@@ -63,12 +64,13 @@ class Rule:
             case "block_diffusion":
                 q_block, k_block = q // self.block_size, k // self.block_size
                 q_clean, k_clean = q_copy == self.views, k_copy == self.views
-                # A noised block sees itself whole and what is clean before it; the clean copy is read as by the parent.
+                # A noised block sees itself whole and what is clean before it.
                 # (Blocks are numbered through the copies and truths are joined, neither compared nor chosen between:
                 # the TPU's compiler refuses that of whole tiles.)
                 count = -(-self.text_length // self.block_size)
                 allowed = (q_copy * count + q_block == k_copy * count + k_block) & ~k_clean
-                allowed |= k_clean & ((~q_clean & (k_block < q_block)) | (q_clean & (k <= q)))
+                before = k_block <= q_block if self.whole_clean else k <= q
+                allowed |= k_clean & ((~q_clean & (k_block < q_block)) | (q_clean & before))
             case _:
                 raise ValueError(f"unknown attention mask kind {self.kind!r}")
         if self.window is not None:
@@ -131,9 +133,11 @@ class Rule:
         q_noised, k_clean = q_first < self.views, k_last == self.views
         meet = (k_block.low <= q_block.high) & (q_block.low <= k_block.high)
         some = (same & q_noised & (k_first < self.views) & meet) | (q_noised & k_clean & (k_block.low < q_block.high))
-        some |= (q_last == self.views) & k_clean & (k.low <= q.high)
+        before = k_block.low <= q_block.high if self.whole_clean else k.low <= q.high
+        some |= (q_last == self.views) & k_clean & before
         one = q_whole & k_whole
         block = (q_block.low == q_block.high) & (k_block.low == k_block.high) & (q_block.low == k_block.low)
-        every = one & jnp.where(k_clean, jnp.where(q_noised, k_block.high < q_block.low, k.high <= q.low),
+        before = k_block.high <= q_block.low if self.whole_clean else k.high <= q.low
+        every = one & jnp.where(k_clean, jnp.where(q_noised, k_block.high < q_block.low, before),
                                 (q_first == k_first) & block)
         return (some, every), q, k

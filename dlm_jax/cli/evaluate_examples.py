@@ -50,11 +50,11 @@ def run(arguments: argparse.Namespace) -> None:
         estimate = autoregressive_nll(lm.model, batch.tokens, batch.maskable, **scored)
     else:
         estimate = bound(lm.model, batch.tokens, batch.maskable, mask_token_id=lm.mask_token_id, seed=arguments.seed,
-                         shift=lm.pretrained.shift, block_size=lm.pretrained.block_size,
+                         shift=lm.pretrained.shift, blocks=lm.pretrained.blocks,
                          num_samples=arguments.num_samples or 16, **scored)
     questions = questions_of(rows, form)
     texts = answer(lm.model, questions, form, sampler, mask_token_id=lm.pretrained.mask_token_id,
-                   shift=lm.pretrained.shift, block_size=lm.pretrained.block_size, seed=arguments.seed,
+                   shift=lm.pretrained.shift, blocks=lm.pretrained.blocks, seed=arguments.seed,
                    batch_size=arguments.batch_size, mesh=lm.mesh, progress=True)
     values = judge(texts, questions, form)
     records = [{"prompt": lm.tokenizer.decode(question.prompt, skip_special_tokens=True), "answer": question.answer,

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
                                       batch_size=arguments.batch_size)
     else:
         estimate = bound(lm.model, batch.tokens, batch.maskable, mask_token_id=lm.mask_token_id,
-                         shift=lm.pretrained.shift, block_size=lm.pretrained.block_size,
+                         shift=lm.pretrained.shift, blocks=lm.pretrained.blocks,
                          segment_ids=batch.segment_ids, num_samples=num_samples, seed=arguments.seed,
                          batch_size=arguments.batch_size)
     result = {"model": lm.pretrained.source, "objective": arguments.objective, "data": arguments.data,

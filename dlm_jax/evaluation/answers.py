@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dlm_jax.attention import Blocks
 from dlm_jax.data.examples import ExampleForm
 from dlm_jax.data.rows import Rows
 from dlm_jax.diffusion import example_keys
@@ -49,7 +50,7 @@ def questions_of(rows: Rows, form: ExampleForm) -> list[Question]:
 
 
 def answer(model: Transformer, questions: Sequence[Question], form: ExampleForm, config: SamplerConfig, *,
-           mask_token_id: int | None, shift: bool = True, block_size: int | None = None, seed: int = 0,
+           mask_token_id: int | None, shift: bool = True, blocks: Blocks | None = None, seed: int = 0,
            batch_size: int = 16, mesh: Mesh | None = None, progress: bool = False) -> list[str]:
     """What the model writes behind each prompt, in rows as long as the form's.
 
@@ -58,7 +59,7 @@ def answer(model: Transformer, questions: Sequence[Question], form: ExampleForm,
     Raises:
       ConfigError: the sampler cannot do it; see `sampling.sample`.
     """
-    task = Task(config, mask_token_id, shift, form.end_token_ids, stop_at_eos=True, block_size=block_size)
+    task = Task(config, mask_token_id, shift, form.end_token_ids, stop_at_eos=True, blocks=blocks)
     rows = [[*question.prompt, *[GAP] * (form.length - len(question.prompt))] for question in questions]
     keys = example_keys(seed, jnp.arange(len(rows), dtype=jnp.uint32))
     filled = sample_rows(model, rows, keys, task, batch_size=batch_size, mesh=mesh, progress=progress)

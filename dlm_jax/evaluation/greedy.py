@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dlm_jax.attention import Blocks
 from dlm_jax.diffusion import example_keys
 from dlm_jax.evaluation.candidate import Greedy, Pair
 from dlm_jax.models import Transformer
@@ -12,7 +13,7 @@ from dlm_jax.sampling import GAP, SamplerConfig, Task, sample_rows
 
 
 def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int | None, bos_token_id: int | None = None,
-                shift: bool = True, block_size: int | None = None, batch_size: int = 16,
+                shift: bool = True, blocks: Blocks | None = None, batch_size: int = 16,
                 mesh: Mesh | None = None) -> Greedy:
     """A `Greedy` by writing as many tokens as each continuation has, and comparing.
 
@@ -32,7 +33,7 @@ def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int 
     length = model.config.max_length
     config = (SamplerConfig(policy="autoregressive", temperature=0.0) if autoregressive
               else SamplerConfig(policy="confidence", temperature=0.0, num_steps=length))  # at most one a token
-    task = Task(config, mask_token_id, shift, block_size=block_size)
+    task = Task(config, mask_token_id, shift, blocks=blocks)
     head = [] if bos_token_id is None else [bos_token_id]
 
     def greedy(pairs: Sequence[Pair]) -> list[bool]:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import AttentionMask, Blocks
 from dlm_jax.data.batch import Batch
 from dlm_jax.data.packing import positions_of
 from dlm_jax.diffusion import CorruptedBatch, beside_clean, example_keys, token_nll
@@ -67,29 +67,29 @@ BoundFn = Callable[[nnx.State, Batch, jax.Array | int], jax.Array]
 
 
 def make_bound_fn(graphdef: nnx.GraphDef, *, mask_token_id: int, shift: bool, num_samples: int, seed: int,
-                  block_size: int | None = None) -> BoundFn:
+                  blocks: Blocks | None = None) -> BoundFn:
     """A function of (params, batch, sample) that gives each row's estimate, float32 [batch] in nats.
 
     `sample`, an int or int32 [batch], picks one of `num_samples` strata of the number of masked tokens; the mean
     over all of them is an unbiased estimate of the bound. Noise is fixed by (seed, batch.example_index, sample).
     It is compiled once a shape and runs where its arguments lie, on one device or under a mesh. Attention is
-    bidirectional always, within segments if the batch has them. With `block_size` the bound is that of a model which
-    writes blocks one after another (see `diffusion.blocks`), and numbers are drawn for each block.
+    bidirectional always, within segments if the batch has them. With `blocks` the bound is that of a model which writes
+    one after another (see `diffusion.blocks`), and numbers are drawn for each block.
     """
     if num_samples < 2:
         raise ConfigError(f"num_samples must be at least 2, so that an error can be given, got {num_samples}")
     return functools.partial(_bound_values, graphdef, mask_token_id=mask_token_id, shift=shift,
-                             num_samples=num_samples, seed=seed, block_size=block_size)
+                             num_samples=num_samples, seed=seed, blocks=blocks)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mask_token_id", "shift", "num_samples", "seed", "block_size"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "mask_token_id", "shift", "num_samples", "seed", "blocks"))
 def _bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sample: jax.Array, *,
-                  mask_token_id: int, shift: bool, num_samples: int, seed: int, block_size: int | None) -> jax.Array:
+                  mask_token_id: int, shift: bool, num_samples: int, seed: int, blocks: Blocks | None) -> jax.Array:
     sample = jnp.broadcast_to(sample, batch.example_index.shape)
     keys = jax.vmap(jax.random.fold_in)(example_keys(seed, batch.example_index), sample)
-    if block_size is not None:
+    if blocks is not None:
         return _block_values(nnx.merge(graphdef, params), batch, keys, sample, mask_token_id, shift, num_samples,
-                             block_size)
+                             blocks)
     draw = functools.partial(_masked, num_samples=num_samples)
     masked, weight = jax.vmap(draw)(batch.maskable, keys, sample)
     noised = dataclasses.replace(batch, tokens=jnp.where(masked, mask_token_id, batch.tokens))
@@ -98,22 +98,23 @@ def _bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sampl
 
 
 def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax.Array, mask_token_id: int, shift: bool,
-                  num_samples: int, block_size: int) -> jax.Array:
+                  num_samples: int, blocks: Blocks) -> jax.Array:
     """The bound block by block: in each, a number of tokens is masked, drawn from a stratum of its own."""
     rows, length = batch.tokens.shape
-    count = -(-length // block_size)
-    filled = ((0, 0), (0, count * block_size - length))
-    blocks = jnp.pad(batch.maskable, filled).reshape(rows, count, block_size)
+    count = -(-length // blocks.size)
+    filled = ((0, 0), (0, count * blocks.size - length))
+    maskable = jnp.pad(batch.maskable, filled).reshape(rows, count, blocks.size)
     block_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(count))
     # Over the samples each block meets every stratum once; in one sample its blocks meet different ones.
     strata = (sample[:, None] + jnp.arange(count)) % num_samples
-    masked, weight = jax.vmap(jax.vmap(functools.partial(_masked, num_samples=num_samples)))(blocks, block_keys, strata)
+    draw = functools.partial(_masked, num_samples=num_samples)
+    masked, weight = jax.vmap(jax.vmap(draw))(maskable, block_keys, strata)
     masked = masked.reshape(rows, -1)[:, :length]
-    weights = jnp.repeat(weight, block_size, axis=1)[:, :length]
+    weights = jnp.repeat(weight, blocks.size, axis=1)[:, :length]
     both = beside_clean([CorruptedBatch(jnp.where(masked, mask_token_id, batch.tokens), batch.tokens, masked,
-                                        batch.maskable, weights, batch.positions)], block_size, shift=shift)
+                                        batch.maskable, weights, batch.positions)], blocks.size, shift=shift)
     noised = dataclasses.replace(batch, tokens=both.tokens, positions=both.positions)
-    nll = _nll(model, noised, both.targets, both.scored, AttentionMask.block_diffusion(block_size, length), shift)
+    nll = _nll(model, noised, both.targets, both.scored, blocks.learning(length), shift)
     return jnp.sum(both.weights * nll, axis=1)
 
 
@@ -140,7 +141,7 @@ def _nll(model: Transformer, batch: Batch, targets: jax.Array, wanted: jax.Array
 
 def bound(model: Transformer, tokens: np.ndarray, maskable: np.ndarray, *, mask_token_id: int, shift: bool = True,
           num_samples: int = 128, seed: int = 0, batch_size: int = 16,
-          segment_ids: np.ndarray | None = None, block_size: int | None = None) -> BoundEstimate:
+          segment_ids: np.ndarray | None = None, blocks: Blocks | None = None) -> BoundEstimate:
     """The diffusion model's upper bound on the negative log-likelihood of rows.
 
     Args:
@@ -150,11 +151,11 @@ def bound(model: Transformer, tokens: np.ndarray, maskable: np.ndarray, *, mask_
       batch_size: rows in one forward pass; it does not change the result.
       segment_ids: int [num_rows, length]; a token sees its own segment only, and positions restart with each. Give
         padding one of its own.
-      block_size: of a model that writes blocks one after another; None: it sees whole rows.
+      blocks: of a model that writes one after another; None: it sees whole rows.
     """
     graphdef, params = nnx.split(model)
     values_of = make_bound_fn(graphdef, mask_token_id=mask_token_id, shift=shift, num_samples=num_samples, seed=seed,
-                              block_size=block_size)
+                              blocks=blocks)
     maskable = _scorable(maskable)
     row, sample = (x.ravel() for x in np.meshgrid(np.arange(len(tokens)), np.arange(num_samples)))
     values = _in_batches(lambda batch, picked: values_of(params, batch, picked), tokens, maskable, segment_ids,

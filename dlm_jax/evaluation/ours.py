@@ -48,7 +48,7 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
     if not autoregressive and pretrained.mask_token_id is None:
         raise ConfigError(f"{source} records no mask token, which a diffusion model needs; name one with --mask_token, "
                           "or evaluate it with --objective=autoregressive")
-    if release and pretrained.block_size is not None:
+    if release and pretrained.blocks is not None:
         raise ConfigError(f"{source} writes in blocks, and the released scripts are for models that see whole rows; "
                           "choose the protocol default")
     bos_token_id = next((token for token in (pretrained.bos_token_id, pretrained.eos_token_id)
@@ -62,20 +62,20 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
     else:
         rule = released_rule(num_samples, seed) if release else bound_rule(num_samples, seed, estimator)
         score = diffusion_score(pretrained.model, rule, mask_token_id=pretrained.mask_token_id,
-                                shift=pretrained.shift, bos_token_id=scored_from, block_size=pretrained.block_size,
+                                shift=pretrained.shift, bos_token_id=scored_from, blocks=pretrained.blocks,
                                 batch_size=batch_size, mesh=mesh)
     special = functools.partial(_encode, tokenizer, True)
     write = make_write(pretrained.model, tokenizer,
                        sampler or SamplerConfig("autoregressive" if autoregressive else "confidence"),
                        mask_token_id=pretrained.mask_token_id, bos_token_id=bos_token_id,
                        eos_token_id=pretrained.eos_token_id, shift=pretrained.shift,
-                       block_size=pretrained.block_size, seed=seed, batch_size=batch_size, mesh=mesh,
+                       blocks=pretrained.blocks, seed=seed, batch_size=batch_size, mesh=mesh,
                        keep_bos=not release or special("a")[0] == bos_token_id)
     greedy = make_greedy(pretrained.model, autoregressive=autoregressive, mask_token_id=pretrained.mask_token_id,
-                         bos_token_id=scored_from, shift=pretrained.shift, block_size=pretrained.block_size,
+                         bos_token_id=scored_from, shift=pretrained.shift, blocks=pretrained.blocks,
                          batch_size=batch_size, mesh=mesh)
     guess = None  # a model of blocks does not see what stands behind
-    if autoregressive or pretrained.block_size is None:
+    if autoregressive or pretrained.blocks is None:
         guess = make_guess(pretrained.model, mask_token_id=None if autoregressive else pretrained.mask_token_id,
                            shift=pretrained.shift, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
     return Candidate(name, functools.partial(_encode, tokenizer, False), score, write, config.max_length,

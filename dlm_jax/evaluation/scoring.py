@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import AttentionMask, Blocks
 from dlm_jax.diffusion import CorruptedBatch, beside_clean, cross_entropy, is_likeliest, token_nll
 from dlm_jax.diffusion.loss import Measure
 from dlm_jax.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ class _Pass(NamedTuple):
 
 
 def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int | None, shift: bool = True,
-                    bos_token_id: int | None = None, block_size: int | None = None, batch_size: int = 16,
+                    bos_token_id: int | None = None, blocks: Blocks | None = None, batch_size: int = 16,
                     mesh: Mesh | None = None) -> Score:
     """A `Score` by masking: the sum of `draw(pair)`'s passes, bidirectional attention, the context never masked.
 
@@ -46,21 +46,21 @@ def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int | 
       mask_token_id: None: nothing is masked, and attention is causal.
       draw: `masks.bound_draw` for the bound, `masks.release_draw` for the release's score.
       bos_token_id: stands before every context; None: nothing does, and position 0 is the context's own first token.
-      block_size: of a model that writes one block after another: the bound is that of its blocks, each by a draw of
+      blocks: of a model that writes one block after another: the bound is that of its blocks, each by a draw of
         its own. None: it sees whole rows.
       mesh: splits a batch over devices.
     """
     def draw_of(pair: Pair) -> Draw:
-        if block_size is None:
+        if blocks is None:
             return draw(pair)
         begin = (bos_token_id is not None) + len(pair.context)
         return in_blocks(lambda block, length: draw(pair._replace(
             continuation=pair.continuation[:length], item=pair.item + _BLOCK_ITEMS * block)), begin,
-            len(pair.continuation), block_size, shift=shift)
+            len(pair.continuation), blocks.size, shift=shift)
 
     def score(pairs: Sequence[Pair]) -> np.ndarray:
         return _score(model, pairs, list(map(draw_of, pairs)), mask_token_id=mask_token_id, shift=shift,
-                      bos_token_id=bos_token_id, block_size=block_size, batch_size=batch_size, mesh=mesh)
+                      bos_token_id=bos_token_id, blocks=blocks, batch_size=batch_size, mesh=mesh)
 
     return score
 
@@ -85,7 +85,7 @@ def make_guess(model: Transformer, *, mask_token_id: int | None, shift: bool = T
 
 
 def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, mask_token_id: int | None, shift: bool,
-           bos_token_id: int | None, batch_size: int, mesh: Mesh | None, block_size: int | None = None,
+           bos_token_id: int | None, batch_size: int, mesh: Mesh | None, blocks: Blocks | None = None,
            measure: Measure = cross_entropy) -> np.ndarray:
     """float64 [pairs], each the weighted sum over its passes of `measure` at the masked; no mask token: causal."""
     if batch_size < 1:
@@ -109,7 +109,7 @@ def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, 
         arrays = jax.tree.map(jnp.asarray, arrays) if mesh is None else jax.device_put(
             arrays, array_sharding(mesh, "batch"))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            nll = _nll(graphdef, params, *arrays, causal=mask_token_id is None, shift=shift, block_size=block_size,
+            nll = _nll(graphdef, params, *arrays, causal=mask_token_id is None, shift=shift, blocks=blocks,
                        measure=measure)
         waiting.append((batch, nll))  # the next batch is made while this one runs
         if len(waiting) > 1:
@@ -155,19 +155,19 @@ def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: in
     return tokens, targets, weights, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "causal", "shift", "block_size", "measure"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "causal", "shift", "blocks", "measure"))
 def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, weights: jax.Array,
-         lengths: jax.Array, *, causal: bool, shift: bool, block_size: int | None, measure: Measure) -> jax.Array:
+         lengths: jax.Array, *, causal: bool, shift: bool, blocks: Blocks | None, measure: Measure) -> jax.Array:
     """Each row's weighted sum of the cross-entropy, or of another measure, float32 [batch]."""
     model, wanted = nnx.merge(graphdef, params), weights > 0
     nll_of = functools.partial(token_nll, unembed=model.unembed, shift=shift, chunk_size=_HEAD_CHUNK, measure=measure)
-    if block_size is None:
+    if blocks is None:
         attention = AttentionMask.causal() if causal else AttentionMask.bidirectional()
         hidden = model.hidden(tokens, attention.with_lengths(lengths))
         return jnp.sum(weights * nll_of(hidden, targets=targets, wanted=wanted), axis=1)
-    both = beside_clean([CorruptedBatch(tokens, targets, wanted, wanted, weights)], block_size, shift=shift)
+    both = beside_clean([CorruptedBatch(tokens, targets, wanted, wanted, weights)], blocks.size, shift=shift)
     padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
-    attention = AttentionMask.block_diffusion(block_size, tokens.shape[1]).with_segments(padding)
+    attention = blocks.learning(tokens.shape[1]).with_segments(padding)
     hidden = model.hidden(both.tokens, attention, positions=both.positions)
     # A block's first token, from the clean copy, has the weight 1 there that it has in the pass that scores it.
     return jnp.sum(both.weights * nll_of(hidden, targets=both.targets, wanted=both.scored), axis=1)

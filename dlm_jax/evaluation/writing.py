@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dlm_jax.attention import Blocks
 from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.candidate import Blank, Write
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config: SamplerConfig, *,
                mask_token_id: int | None, bos_token_id: int, eos_token_id: int | None, shift: bool = True,
-               block_size: int | None = None, seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None,
+               blocks: Blocks | None = None, seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None,
                keep_bos: bool = True) -> Write:
     """A `Write` by sampling. What follows an end of text is cut off.
 
@@ -37,7 +38,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
     none is.
 
     Args:
-      block_size: of a model that writes one block after another; None: it sees whole rows.
+      blocks: of a model that writes one block after another; None: it sees whole rows.
       keep_bos: whether BOS stands at position 0; else it is the prompt's first token that is context there.
 
     Raises:
@@ -85,7 +86,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
         # An infilling has text behind it, a continuation has none: two programs.
         for behind in (False, True):
             task = Task(config, mask_token_id, shift, ends, stop_at_eos=not behind and bool(ends),
-                        block_size=block_size)
+                        blocks=blocks)
             members = [i for i, blank in enumerate(blanks) if bool(blank.after) == behind]
             filled = sample_rows(model, [rows[i] for i in members], keys[np.array(members, int)], task,
                                  batch_size=batch_size, mesh=mesh)

@@ -14,6 +14,7 @@ from flax import nnx
 from dlm_jax.errors import CheckpointError
 from dlm_jax.hf import keys
 from dlm_jax.hf.adapter import CONFIG, MAGNITUDE, PREFIX, TENSORS
+from dlm_jax.hf.config import record_of
 from dlm_jax.hf.folder import NOTES, appearing_whole, write_json
 from dlm_jax.hf.tensors import write_safetensors
 from dlm_jax.models import Transformer, kernel_norms
@@ -165,5 +166,6 @@ def _notes(pretrained: "Pretrained") -> dict[str, Any]:
     token = None
     if pretrained.mask_token_id is not None and pretrained.tokenizer is not None:
         token = pretrained.tokenizer.convert_ids_to_tokens(pretrained.mask_token_id)
+    written = {"block_size": None} if pretrained.blocks is None else record_of(pretrained.blocks)
     return {"mask_token_id": pretrained.mask_token_id, "mask_token": token, "shift": pretrained.shift,
-            "block_size": pretrained.block_size, "recipe": pretrained.recipe}
+            **written, "recipe": pretrained.recipe}

@@ -53,8 +53,9 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
     if is_diffusion:
         facts["mask token id"] = pretrained.mask_token_id
         facts["output at position n predicts"] = "token n + 1" if pretrained.shift else "token n"
-        if pretrained.block_size is not None:
-            facts["written"] = f"one block of {pretrained.block_size} tokens after another"
+        if pretrained.blocks is not None:
+            facts["written"] = f"one block of {pretrained.blocks.size} tokens after another"
+            facts["attention inside a block that is written"] = pretrained.blocks.clean
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     tags = ["diffusion", "masked-diffusion"] if is_diffusion else ["causal-lm"]
     sections = [
@@ -65,7 +66,7 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
     if is_diffusion:
         asked = recipe.get("data.examples.format", "none") != "none"
         commands = "`dlm sample --model=THIS_DIRECTORY`" + " or `dlm chat --model=THIS_DIRECTORY`" * asked
-        use = _USE[layout] if pretrained.block_size is None else _USE_OF_BLOCKS
+        use = _USE[layout] if pretrained.blocks is None else _USE_OF_BLOCKS
         sections.append(f"## Use\n\n{use}\nWith dlm_jax: {commands}.")
     if recipe:
         sections.append(f"## Recipe\n\n```json\n{json.dumps(recipe, indent=2, default=str)}\n```")

@@ -7,8 +7,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from dlm_jax.attention import Blocks
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import ModelConfig, RopeScaling
 
@@ -31,13 +32,37 @@ _ACTIVATIONS = {
 }  # fmt: skip
 _HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu": "relu"}
 
+
+
+class Relative(NamedTuple):
+    """A block diffusion model of another project: an architecture of HF's, read and written in its own way.
+
+    Attributes:
+      size_key: what its config.json calls the tokens in a block, and `size` how many its code takes where it does not.
+      mask_token_id: what its code takes where config.json names none.
+    """
+
+    family: str
+    shift: bool
+    size_key: str
+    size: int
+    mask_token_id: int | None = None
+
+
+# Both read clean blocks whole: SDAR (arXiv 2510.06303) and Fast-dLLM v2 (arXiv 2509.26328), from their released code.
+RELATIVES = {
+    "sdar": Relative("qwen3", shift=False, size_key="block_size", size=4),
+    "Fast_dLLM_Qwen": Relative("qwen2", shift=True, size_key="bd_size", size=32, mask_token_id=151665),
+}
+
 # What an export states anew, in one spelling, instead of keeping what its source said.
 _RESTATED = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "dtype", "torch_dtype", "auto_map",
              "_name_or_path", "transformers_version", "mask_token_id", "dlm_jax")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The contents of a checkpoint directory's config.json."""
+    """The contents of a checkpoint directory's config.json; of another project's block diffusion, as an export of ours
+    would say it."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -47,7 +72,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
-    return config
+    return _in_our_terms(config)
 
 
 def recorded_mask_token_id(hf: Mapping[str, Any]) -> int | None:
@@ -60,9 +85,30 @@ def recorded_shift(hf: Mapping[str, Any]) -> bool:
     return (hf.get("dlm_jax") or {}).get("shift", True)
 
 
-def recorded_block_size(hf: Mapping[str, Any]) -> int | None:
-    """Of how many tokens the blocks are that the model writes one after another; None where it sees whole rows."""
-    return (hf.get("dlm_jax") or {}).get("block_size")
+def recorded_blocks(hf: Mapping[str, Any]) -> Blocks | None:
+    """The blocks that the model writes one after another; None where it sees whole rows."""
+    return blocks_of(hf.get("dlm_jax") or {})
+
+
+def blocks_of(record: Mapping[str, Any]) -> Blocks | None:
+    """What `record_of` made a record of."""
+    size = record.get("block_size")
+    return None if size is None else Blocks(size, record.get("clean_blocks", "causal"))
+
+
+def record_of(blocks: Blocks) -> dict[str, Any]:
+    """Blocks as entries of a JSON object."""
+    return {"block_size": blocks.size, "clean_blocks": blocks.clean}
+
+
+def _in_our_terms(hf: dict[str, Any]) -> dict[str, Any]:
+    relative = RELATIVES.get(hf.get("model_type"))
+    if relative is None:
+        return hf
+    about = {"mask_token_id": hf.get("mask_token_id", relative.mask_token_id), "shift": relative.shift,
+             **record_of(Blocks(hf.get(relative.size_key, relative.size), "whole"))}
+    kept = {name: value for name, value in hf.items() if name not in (relative.size_key, "attn_implementation")}
+    return kept | {"model_type": relative.family, "dlm_jax": about}
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -73,7 +119,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     family = hf.get("model_type")
     if family not in _ARCHITECTURES:
-        raise CheckpointError(f"config.json has model_type {family!r}; supported are {', '.join(_ARCHITECTURES)}")
+        raise CheckpointError(f"config.json has model_type {family!r}; supported are "
+                              f"{', '.join([*_ARCHITECTURES, *RELATIVES])}")
     for name, allowed in _NEUTRAL.items():
         if name in hf and hf[name] not in allowed:
             raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not compute")
@@ -81,7 +128,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_to_hf(config: ModelConfig, base: Mapping[str, Any], *, mask_token_id: int | None, shift: bool,
-                 dtype: str, block_size: int | None = None) -> dict[str, Any]:
+                 dtype: str, blocks: Blocks | None = None) -> dict[str, Any]:
     """A config.json for this architecture, keeping what `base`, the config it came from, says beyond that.
 
     Raises:
@@ -97,8 +144,8 @@ def config_to_hf(config: ModelConfig, base: Mapping[str, Any], *, mask_token_id:
         "torch_dtype": dtype,
     }
     if mask_token_id is not None:
-        blocks = {} if block_size is None else {"block_size": block_size}
-        hf |= {"mask_token_id": mask_token_id, "dlm_jax": {"mask_token_id": mask_token_id, "shift": shift} | blocks}
+        written = {} if blocks is None else record_of(blocks)
+        hf |= {"mask_token_id": mask_token_id, "dlm_jax": {"mask_token_id": mask_token_id, "shift": shift} | written}
     read_back, wanted = dataclasses.asdict(config_from_hf(hf)), dataclasses.asdict(config)
     lost = [name for name in wanted if read_back[name] != wanted[name] and not name.endswith("_dropout")]
     if lost:

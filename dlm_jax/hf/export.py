@@ -59,12 +59,12 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         pretrained = dataclasses.replace(pretrained, model=merge_lora(pretrained.model, "float32"), base=None)
     config, tokenizer = pretrained.model.config, pretrained.tokenizer
     hf_config = config_to_hf(config, pretrained.hf_config, mask_token_id=pretrained.mask_token_id,
-                             shift=pretrained.shift, dtype=dtype, block_size=pretrained.block_size)
+                             shift=pretrained.shift, dtype=dtype, blocks=pretrained.blocks)
     for name in ("bos_token_id", "eos_token_id"):  # left out, transformers would put its own
         if hf_config.get(name) is None:
             hf_config[name] = getattr(pretrained, name)
     tensors = hf_tensors(pretrained.model)
-    if layout == "diffugpt" and pretrained.block_size is not None:
+    if layout == "diffugpt" and pretrained.blocks is not None:
         raise CheckpointError(f"{pretrained.source} writes in blocks, which the DiffuGPT release's code does not; "
                               "choose the layout hf")
     if layout == "diffugpt":
@@ -99,7 +99,7 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         if pretrained.recipe is not None:
             write_json(folder / NOTES, {"recipe": pretrained.recipe})
         (folder / "README.md").write_text(model_card(pretrained, layout, dtype))
-        if layout == "hf" and pretrained.block_size is None:
+        if layout == "hf" and pretrained.blocks is None:
             shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)
 
 

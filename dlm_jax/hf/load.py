@@ -11,13 +11,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from dlm_jax.attention import Blocks
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.hf import keys
 from dlm_jax.hf.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from dlm_jax.hf.config import (
+    blocks_of,
     config_from_hf,
     read_config,
-    recorded_block_size,
+    recorded_blocks,
     recorded_mask_token_id,
     recorded_shift,
 )
@@ -62,7 +64,7 @@ class Pretrained:
       base: where the base is of a model with LoRA beside it; None for a model as it is.
       merged: fingerprints of a base and of the adapters that were merged into it, in order, for who puts LoRA beside
         them, or of a base before it was quantised; none for a model that was read as it is.
-      block_size: of a model that writes one block of tokens after another; None: it sees whole rows.
+      blocks: of a model that writes one block of tokens after another; None: it sees whole rows.
     """
 
     model: Transformer
@@ -74,7 +76,7 @@ class Pretrained:
     recipe: dict[str, Any] | None = None
     base: str | None = None
     merged: tuple[str, ...] = ()
-    block_size: int | None = None
+    blocks: Blocks | None = None
 
     @property
     def bos_token_id(self) -> int | None:
@@ -170,7 +172,7 @@ def load_pretrained(path_or_hub_id: str | Path, *, mask_token: str | int | None 
     factors = nnx.State({}) if beside is None else new_factors(config, beside, seed, param_dtype, whole(places[0]))
     return Pretrained(with_magnitudes(nnx.merge(graphdef, params, factors)), tokenizer, mask_token_id,
                       recorded_shift(hf_config), hf_config, str(path_or_hub_id), read_notes(directory).get("recipe"),
-                      merged=merged, block_size=recorded_block_size(hf_config))
+                      merged=merged, blocks=recorded_blocks(hf_config))
 
 
 def whole(place: Sharding) -> Sharding:
@@ -196,7 +198,7 @@ def _load_adapted(adapter: Adapter, mask_token: str | int | None, base: str | No
     model = merge_adapter(adapter, loaded, dtype)
     tokenizer = load_tokenizer(adapter.directory) or loaded.tokenizer
     model = dataclasses.replace(model, tokenizer=tokenizer, shift=adapter.notes.get("shift", loaded.shift),
-                                block_size=adapter.notes.get("block_size", loaded.block_size),
+                                blocks=blocks_of(adapter.notes) if "block_size" in adapter.notes else loaded.blocks,
                                 recipe=adapter.notes.get("recipe", loaded.recipe))
     if lora is None:
         return model

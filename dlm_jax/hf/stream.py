@@ -1,6 +1,7 @@
 """Parameters from a checkpoint's tensors: checked first, then read, converted and placed one at a time."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -76,7 +77,7 @@ class _Stored:
         """The part of the parameter at `index`; devices that hold the same part share one reading of it."""
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True))
         if bounds not in self.parts:
-            self.parts[bounds] = part = _aligned_empty([stop - start for start, stop in bounds], self.dtype)
+            self.parts[bounds] = part = aligned_empty([stop - start for start, stop in bounds], self.dtype)
             window = tuple(slice(*pair) for pair in bounds)
             if self.stacked:
                 for target, view in zip(part, self.views[window[0]], strict=True):
@@ -96,9 +97,9 @@ class _Stored:
             rows[self.new_row - first] = self.mean[window[1 - self.vocab_axis]]
 
 
-def _aligned_empty(shape: list[int], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
+def aligned_empty(shape: Sequence[int], dtype: np.typing.DTypeLike, alignment: int = 64) -> np.ndarray:
     """An array at an address that XLA on CPU adopts as it is, so that placing it there makes no second copy."""
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment
     return buffer[start : start + size].view(dtype).reshape(shape)

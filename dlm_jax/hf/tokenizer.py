@@ -1,10 +1,12 @@
 """Tokenizers: loading them from a checkpoint directory, and finding or making the mask token."""
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlm_jax.errors import CheckpointError
+from dlm_jax.hf.config import RELATIVES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,14 +25,23 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
              if (directory / name).is_file()}
     if not files:
         return None
-    from transformers import AutoTokenizer, LlamaTokenizer
+    from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
 
     try:
         if files == {"tokenizer.model"}:  # a bare sentencepiece model, as LLaMA's: AutoTokenizer cannot tell
             return LlamaTokenizer.from_pretrained(directory, add_bos_token=True)
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        relative = RELATIVES.get(_model_type(directory))
+        # Of a kind that transformers does not know it would ask whether to run the code that lies beside it.
+        known = {} if relative is None else {"config": AutoConfig.for_model(relative.family)}
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **known)
     except Exception as error:  # transformers raises many kinds, with advice for other situations
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _model_type(directory: Path) -> str | None:
+    """As config.json has it, where there is one."""
+    path = directory / "config.json"
+    return json.loads(path.read_text()).get("model_type") if path.is_file() else None
 
 
 def choose_mask_token(mask_token: str | int | None, recorded: int | None, vocab_size: int,

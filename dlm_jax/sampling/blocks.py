@@ -1,15 +1,14 @@
 """One block of tokens after another, by a model that block diffusion has taught; what is written is remembered exactly.
 
-Text that is written is read causally, as the AR parent reads it, so its keys and values never change and are kept. A
-step computes the tokens of the block alone, which see themselves and all that is kept. When a block is full, its keys
-and values as clean text are computed together with the first step of the next. Rows do not wait for each other: each
-is in a block of its own.
+Text that is written sees nothing of what follows its block, so its keys and values never change and are kept. A step
+computes the tokens of the block alone, which see themselves and all that is kept. When a block is full, its keys and
+values as clean text are computed together with the first step of the next. Rows do not wait for each other: each is in
+a block of its own.
 """
 
 import jax
 import jax.numpy as jnp
 
-from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import Cache
 from dlm_jax.sampling.config import SamplerConfig
@@ -28,7 +27,7 @@ def start(network: Network, task: Task, tokens: jax.Array, fixed: jax.Array, len
     """The prompts, of any lengths, with their keys and values; arguments as in `loop.sample`."""
     positions = jnp.arange(tokens.shape[1])
     gaps = ~fixed & (positions > 0) & (positions < lengths[:, None])
-    request = Request(gaps, jnp.broadcast_to(positions // task.block_size, gaps.shape), lengths, keys)
+    request = Request(gaps, jnp.broadcast_to(positions // task.blocks.size, gaps.shape), lengths, keys)
     zero = jnp.zeros_like(lengths)
     state = State(jnp.where(gaps, task.mask_token_id, tokens), masked=gaps, confidence=jnp.zeros(gaps.shape),
                   steps=zero, block=zero, age=zero, cache=None)
@@ -36,19 +35,19 @@ def start(network: Network, task: Task, tokens: jax.Array, fixed: jax.Array, len
     prompts = state.tokens[:, : task.prompt_width]
     # What is written past the blocks that are full is seen by no query before it has been written anew.
     hidden, cache = network.cached_hidden(
-        prompts, AttentionMask.causal().with_lengths(lengths),
+        prompts, task.blocks.reading().with_lengths(lengths),
         jnp.broadcast_to(positions[: task.prompt_width], prompts.shape),
         Cache.empty(network.config, *tokens.shape, network.compute.dtype))
-    last = jnp.clip(block * task.block_size - 1, 0, task.prompt_width - 1)
+    last = jnp.clip(block * task.blocks.size - 1, 0, task.prompt_width - 1)
     opening = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return request, state._replace(block=block, cache=cache, frontier=Frontier(opening, jnp.zeros(len(gaps), bool)))
 
 
 def predict(network: Network, task: Task, request: Request, state: State) -> tuple[jax.Array, Cache, Frontier]:
     """The hidden states [batch, block_size, embed] that predict the tokens of each row's block, and what is kept."""
-    size, length = task.block_size, state.tokens.shape[1]
+    size, length = task.blocks.size, state.tokens.shape[1]
     begin = state.block * size
-    attention = AttentionMask.block_causal(size, causal_before=begin).with_lengths(request.lengths)
+    attention = task.blocks.writing(begin).with_lengths(request.lengths)
 
     def run(first: int, cache: Cache) -> tuple[jax.Array, Cache]:
         """The states from `first` positions after each block's beginning to its end."""

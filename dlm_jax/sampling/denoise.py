@@ -14,7 +14,7 @@ from dlm_jax.sampling.task import Network, Request, State, Task, wanted
 def start(network: Network, task: Task, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
          keys: jax.Array) -> tuple[Request, State]:
     """The canvas with every gap masked; arguments as in `loop.sample`."""
-    if task.block_size is not None:
+    if task.blocks is not None:
         return blocks.start(network, task, tokens, fixed, lengths, keys)
     positions = jnp.arange(tokens.shape[1])
     gaps = ~fixed & (positions > 0) & (positions < lengths[:, None])
@@ -27,7 +27,8 @@ def start(network: Network, task: Task, tokens: jax.Array, fixed: jax.Array, len
 
 def advance(network: Network, task: Task, request: Request, state: State) -> State:
     """One forward pass of the batch and what it reveals."""
-    config, policy, size = task.config, POLICIES[task.config.policy], task.block_size
+    config, policy = task.config, POLICIES[task.config.policy]
+    size = None if task.blocks is None else task.blocks.size
     length = state.tokens.shape[1]
     plan_keys, step_keys = _fold(request.keys, 0), _fold(request.keys, 1)
     step_keys = jax.vmap(jax.random.fold_in)(step_keys, state.steps)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dlm_jax.errors import ConfigError
@@ -71,14 +72,14 @@ def _checked(task: Task, fixed: jax.Array, lengths: jax.Array) -> Task:
                           f"{config.num_steps} steps; leave num_steps out, or choose random_exact")
     if config.policy != "autoregressive" and task.mask_token_id is None:
         raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
-    if config.policy != "autoregressive" and task.block_size is None:
+    if config.policy != "autoregressive" and task.blocks is None:
         return task
-    if task.block_size is not None:
+    if task.blocks is not None:
         blocks.check(config)
     if config.policy == "autoregressive" and not task.shift:
         raise ConfigError("autoregressive decoding needs outputs that predict the next token, and this model was "
                           "trained without the shift, to predict the token itself; choose another policy")
-    if inside and task.block_size is not None:
+    if inside and task.blocks is not None:
         raise ConfigError("this model writes one block after another and does not see what stands behind a gap; "
                           "continue a text with it, or fill gaps with a model trained on whole rows")
     if inside:
@@ -97,7 +98,12 @@ def _extent(fixed: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array,
 
 
 def _arrays(tokens: jax.Array, fixed: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(fixed, bool), jnp.asarray(lengths, jnp.int32)
+    """In the types that are compiled for; of NumPy arrays copies, as JAX may read what it is handed after a function
+    returns, when the caller may have changed it."""
+    def own(x: jax.Array, dtype: type) -> jax.Array:
+        return x.astype(dtype) if isinstance(x, jax.Array) else np.array(x, dtype)
+
+    return own(tokens, np.int32), own(fixed, bool), own(lengths, np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "task"))

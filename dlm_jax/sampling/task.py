@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import AttentionMask, Blocks
 from dlm_jax.models import Cache, ModelConfig
 from dlm_jax.sampling.config import SamplerConfig
 
@@ -34,7 +34,7 @@ class Task:
       eos_token_ids: tokens that end a text: EOS, or in a chat also the mark that ends a turn. Each is listed once.
       stop_at_eos: whether what follows a drawn end of text is of no interest.
       prompt_width: from left to right, and of a model of blocks: room for the longest prompt of the batch.
-      block_size: of a model that has learnt to write one block of tokens after another; None: it sees the whole row.
+      blocks: of a model that has learnt to write one block of tokens after another; None: it sees the whole row.
     """
 
     config: SamplerConfig
@@ -43,7 +43,7 @@ class Task:
     eos_token_ids: tuple[int, ...] = ()
     stop_at_eos: bool = False
     prompt_width: int = 0
-    block_size: int | None = None
+    blocks: Blocks | None = None
 
 
 class Request(NamedTuple):

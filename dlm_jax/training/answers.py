@@ -38,7 +38,7 @@ class Answers:
         """What the answers are worth on average, by name, and the first of them."""
         model = nnx.merge(nnx.graphdef(self._base.model), params)
         texts = answer(model, self._questions, self._form, self._sampler, mask_token_id=self._base.mask_token_id,
-                       shift=self._base.shift, block_size=self._base.block_size, mesh=self._mesh,
+                       shift=self._base.shift, blocks=self._base.blocks, mesh=self._mesh,
                        batch_size=max(min(len(self._questions), _BATCH), batch_parts(self._mesh)))
         values = judge(texts, self._questions, self._form)
         return {name: float(np.mean([value[name] for value in values])) for name in values[0]}, texts[0]

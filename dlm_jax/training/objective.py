@@ -6,7 +6,7 @@ from typing import Literal, Self
 import jax
 import jax.numpy as jnp
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import AttentionMask, Blocks
 from dlm_jax.data.batch import Batch
 from dlm_jax.diffusion import (
     CorruptedBatch,
@@ -47,6 +47,9 @@ class ObjectiveConfig:
     block_size: int = _field(32, "block_diffusion: tokens a block; 1 is autoregression, a row's length full diffusion")
     block_stages: tuple[tuple[int, int], ...] = _field(
         (), "block_diffusion: (first step, tokens a block) pairs that grow to block_size; empty: block_size throughout")
+    clean_blocks: Literal["causal", "whole"] = _field(
+        "causal", "block_diffusion: clean text is read causally, as by the parent; or each of its blocks sees itself "
+        "whole, as in BD3-LM, SDAR and Fast-dLLM v2")
     complementary: bool = _field(
         False, "block_diffusion: two noised views of each text, and each token masked in one of them")
 
@@ -60,9 +63,9 @@ class ObjectiveConfig:
             raise ConfigError(f"objective.anneal_steps must not be negative, got {self.anneal_steps}")
         if self.name == "block_diffusion":
             self._check_blocks()
-        elif self.block_stages or self.complementary:
-            raise ConfigError(f"objective.block_stages and complementary belong to the objective block_diffusion, and "
-                              f"this one is {self.name}")
+        elif self.block_stages or self.complementary or self.clean_blocks != "causal":
+            raise ConfigError(f"objective.block_stages, complementary and clean_blocks belong to the objective "
+                              f"block_diffusion, and this one is {self.name}")
         starts = [stage[0] for stage in self.stages]
         if starts and (starts[0] != 0 or starts != sorted(set(starts))):
             raise ConfigError(f"objective.stages must start at step 0 and go on in order, got {self.stages}")
@@ -88,6 +91,11 @@ class ObjectiveConfig:
     def noise(self) -> NoiseSchedule:
         return NoiseSchedule(self.schedule, self.power)
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """How a model that has learnt this writes; None: it sees whole rows."""
+        return Blocks(self.block_size, self.clean_blocks) if self.name == "block_diffusion" else None
+
     def at(self, step: int) -> Self:
         """What is minimised at a step: this, with the size that blocks have got to."""
         sizes = [size for start, size in self.block_stages if start <= step]
@@ -98,7 +106,7 @@ class ObjectiveConfig:
         and one block is full diffusion."""
         if self.name != "block_diffusion":
             return self
-        plain = dataclasses.replace(self, complementary=False, block_stages=(), block_size=1)
+        plain = dataclasses.replace(self, complementary=False, block_stages=(), block_size=1, clean_blocks="causal")
         if self.block_size == 1 and self.shift:
             return dataclasses.replace(plain, name="autoregressive")
         one = self.block_size >= length and not self.complementary
@@ -141,7 +149,7 @@ def attention_mask(config: ObjectiveConfig, batch: Batch, step: jax.Array, seed:
     if config.name == "autoregressive":
         mask = AttentionMask.causal()
     elif config.name == "block_diffusion":
-        mask = AttentionMask.block_diffusion(config.block_size, batch.tokens.shape[1], views=1 + config.complementary)
+        mask = config.blocks.learning(batch.tokens.shape[1], views=1 + config.complementary)
     elif config.anneal_steps == 0:
         mask = AttentionMask.bidirectional()
     else:

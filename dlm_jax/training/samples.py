@@ -19,7 +19,7 @@ def sample_text(base: Pretrained, params: nnx.State, *, length: int, num_steps: 
     tokens = jnp.full((1, length), first, jnp.int32)
     fixed = jnp.arange(length)[None] == 0
     task = Task(SamplerConfig(num_steps=num_steps, top_p=0.9), base.mask_token_id, base.shift,
-                block_size=base.block_size)
+                blocks=base.blocks)
     keys = example_keys(seed, jnp.zeros((1,), jnp.uint32))
     tokens = sample(model, tokens, fixed, jnp.full((1,), length), keys, task).tokens
     return base.tokenizer.decode(jax.device_get(tokens)[0], skip_special_tokens=True)

@@ -64,9 +64,8 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     check_fit(config, architecture, base.mask_token_id, mesh)
     compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend)
     graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
-    blocks = config.objective.block_size if config.objective.name == "block_diffusion" else None
     return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), shift=config.objective.shift,
-                               block_size=blocks)
+                               blocks=config.objective.blocks)
 
 
 def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:
@@ -162,7 +161,8 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
         objective += f", mask token {base.mask_token_id}, attention {opening}"
     elif objective == "block_diffusion":
         sizes = [size for _, size in config.objective.block_stages] or [config.objective.block_size]
-        objective += f", mask token {base.mask_token_id}, blocks of {' -> '.join(map(str, sizes))} tokens"
+        objective += f", mask token {base.mask_token_id}, blocks of {' -> '.join(map(str, sizes))} tokens" \
+                     + ", read whole when clean" * (config.objective.clean_blocks == "whole")
     lines = [
         f"model      {config.model.source} ({architecture.family}), {count_params(architecture) / 1e6:,.1f}M parameters"
         f", {config.model.init} weights",

@@ -127,7 +127,8 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
     neighbours among `num_rows * num_samples` examples, whose times spread over the range, and so do those of each row.
     """
     objective = ObjectiveConfig(name=objective.name, shift=objective.shift, schedule=objective.schedule,
-                                power=objective.power, min_time=objective.min_time, block_size=objective.block_size)
+                                power=objective.power, min_time=objective.min_time, block_size=objective.block_size,
+                                clean_blocks=objective.clean_blocks)
 
     @jax.jit
     def eval_step(params: nnx.State, batch: Batch, draw: jax.Array) -> LossSums:

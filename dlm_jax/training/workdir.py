@@ -23,7 +23,7 @@ from dlm_jax.hf.config import (
     config_from_hf,
     config_to_hf,
     read_config,
-    recorded_block_size,
+    recorded_blocks,
     recorded_mask_token_id,
     recorded_shift,
 )
@@ -194,7 +194,7 @@ def described_model(directory: epath.Path, compute: Compute, param_dtype: str | 
         model=abstract_model(config_from_hf(hf_config), compute, param_dtype or recipe["model.param_dtype"]),
         tokenizer=load_tokenizer(model), mask_token_id=recorded_mask_token_id(hf_config),
         shift=recorded_shift(hf_config), hf_config=hf_config, source=str(directory), recipe=recipe,
-        block_size=recorded_block_size(hf_config))
+        blocks=recorded_blocks(hf_config))
 
 
 def describe_run(directory: epath.Path, config: TrainConfig, base: Pretrained, adapter: Adapter | None) -> None:
@@ -203,7 +203,7 @@ def describe_run(directory: epath.Path, config: TrainConfig, base: Pretrained, a
         return
     (directory / "model").mkdir(parents=True, exist_ok=True)
     hf_config = config_to_hf(base.model.config, base.hf_config, mask_token_id=base.mask_token_id, shift=base.shift,
-                             dtype=config.model.param_dtype, block_size=base.block_size)
+                             dtype=config.model.param_dtype, blocks=base.blocks)
     if base.tokenizer is not None:
         with tempfile.TemporaryDirectory() as folder:
             base.tokenizer.save_pretrained(folder)

@@ -32,11 +32,11 @@ def inputs(mask, batch=2, dtype=jnp.float32):
     ("xla", jnp.float32, 2e-6),
     pytest.param("cudnn", jnp.bfloat16, 0.02, marks=pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")),
 ])
-@pytest.mark.parametrize("size, views, segments, window", [
-    (1, 1, False, None), (3, 1, False, None), (5, 2, True, None), (4, 1, True, 3), (TEXT, 1, False, None),
-    (64, 2, False, 6)])
-def test_matches_the_whole_square(size, views, segments, window, implementation, dtype, tolerance):
-    mask = mask_of(size, views, segments, window)
+@pytest.mark.parametrize("size, views, segments, window, whole_clean", [
+    (1, 1, False, None, False), (3, 1, False, None, True), (5, 2, True, None, False), (4, 1, True, 3, True),
+    (TEXT, 1, False, None, False), (64, 2, False, 6, False)])
+def test_matches_the_whole_square(size, views, segments, window, whole_clean, implementation, dtype, tolerance):
+    mask = mask_of(size, views, segments, window, whole_clean)
     tensors = inputs(mask, dtype=dtype)
     exact = tuple(x.astype(jnp.float32) for x in tensors)
     square = functools.partial(attend, backend="dense")
@@ -63,13 +63,14 @@ def test_a_mesh_computes_what_one_device_does(mesh):
 
 
 @pytest.mark.parametrize("text, size, views", [(2048, 32, 1), (2048, 4, 2), (4096, 100, 1), (512, 4, 1), (64, 4, 1)])
-def test_pieces_fill_the_copies_and_compute_little(text, size, views):
-    found = list(pieces(AttentionMask.block_diffusion(size, text, views)))
-    places = np.concatenate([np.arange(views * text)[own] for own, _ in found])
-    np.testing.assert_array_equal(places, np.arange(views * text))
-    area = sum((own.stop - own.start) * (own.stop - own.start + clean.stop - clean.start) for own, clean in found)
+@pytest.mark.parametrize("whole_clean", [False, True])
+def test_pieces_fill_the_copies_and_compute_little(text, size, views, whole_clean):
+    found = list(pieces(AttentionMask.block_diffusion(size, text, views, whole_clean=whole_clean)))
+    copies, at = views + whole_clean, np.arange((views + 1) * text)
+    np.testing.assert_array_equal(np.concatenate([at[own] for own, _ in found]), at[: copies * text])
+    area = sum(len(at[own]) * sum(len(at[part]) for part in keys) for own, keys in found)
     assert all((own.start % text) % size == 0 for own, _ in found)
-    assert area / (views * text**2) < (0.7 if text >= 2048 else 0.9 if text >= 512 else 2)
+    assert area / (copies * text**2) < (0.7 if text >= 2048 else 0.9 if text >= 512 else 2)
 
 
 @pytest.mark.usefixtures("pretend_cudnn")

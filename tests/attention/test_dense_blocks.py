@@ -14,16 +14,16 @@ TEXT = 10
 SEGMENTS = np.array([[0] * 3 + [1] * 7, [0] * 6 + [1] * 4])
 
 
-def mask_of(size, views, segments, window):
-    mask = AttentionMask.block_diffusion(size, TEXT, views).with_window(window)
+def mask_of(size, views, segments, window, whole_clean):
+    mask = AttentionMask.block_diffusion(size, TEXT, views, whole_clean=whole_clean).with_window(window)
     return mask.with_segments(SEGMENTS) if segments else mask
 
 
-@pytest.mark.parametrize("size, views, segments, window, dropout", [
-    (1, 1, False, None, 0.0), (3, 1, False, None, 0.3), (5, 2, True, None, 0.0), (4, 1, True, 3, 0.3),
-    (TEXT, 1, False, None, 0.0), (64, 2, False, 6, 0.0)])
-def test_matches_the_whole_square(size, views, segments, window, dropout):
-    rng, mask = np.random.default_rng(0), mask_of(size, views, segments, window)
+@pytest.mark.parametrize("size, views, segments, window, whole_clean, dropout", [
+    (1, 1, False, None, False, 0.0), (3, 1, False, None, True, 0.3), (5, 2, True, None, False, 0.0),
+    (4, 1, True, 3, True, 0.3), (TEXT, 1, False, None, False, 0.0), (64, 2, False, 6, False, 0.0)])
+def test_matches_the_whole_square(size, views, segments, window, whole_clean, dropout):
+    rng, mask = np.random.default_rng(0), mask_of(size, views, segments, window, whole_clean)
     query, key, value, weights = (jnp.asarray(rng.normal(size=(2, TEXT * (views + 1), heads, 8)), jnp.float32)
                                   for heads in (4, 2, 2, 4))
 

@@ -61,6 +61,7 @@ MASKS = [
     pytest.param(AttentionMask.bidirectional().with_segments(SEGMENTS), id="segments"),
     pytest.param(AttentionMask.bidirectional().with_lengths(jnp.array([LENGTH, 19])), id="lengths"),
     pytest.param(AttentionMask.block_diffusion(6, 15, views=2), id="block_diffusion"),
+    pytest.param(AttentionMask.block_diffusion(6, 21, whole_clean=True), id="block_diffusion whole"),
     pytest.param(AttentionMask.block_diffusion(4, 23).with_window(9).with_segments(SEGMENTS[:, :23]),
                  id="block_diffusion narrowed"),
     pytest.param(AttentionMask.annealed(0.5, 5, EXAMPLES).with_segments(SEGMENTS).with_window(30).with_lengths(
@@ -138,7 +139,8 @@ def test_a_query_that_sees_nothing_gives_nothing():
     Rule("causal"), Rule("bidirectional", lengths=True), Rule("annealed"), Rule("block_causal", block_size=6),
     Rule("causal", window=20), Rule("bidirectional", segments=True),
     Rule("block_diffusion", block_size=12, text_length=32, views=1), Rule(
-        "block_diffusion", block_size=9, window=28, text_length=28, views=1)], ids=str)
+        "block_diffusion", block_size=9, window=28, text_length=28, views=1), Rule(
+        "block_diffusion", block_size=9, text_length=28, views=1, whole_clean=True)], ids=str)
 def test_the_extent_of_a_tile_bounds_what_it_allows(rule):
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(0, 5, 64))

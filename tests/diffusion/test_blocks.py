@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import AttentionMask, Blocks
 from dlm_jax.diffusion import (
     HeadPlan,
     beside_clean,
@@ -44,11 +44,10 @@ def noised(times=TIMES):
     return corrupt(TOKENS, MASKABLE, times, example_keys(0, jnp.arange(ROWS)), mask_token_id=MASK)
 
 
-def copies(block_size, views=(), **options):
+def copies(block_size, views=(), clean="causal", **options):
     views = views or [noised()]
     views = [jax.tree.map(lambda x: x, view) for view in views]
-    return beside_clean(list(views), block_size, **options), AttentionMask.block_diffusion(block_size, LENGTH,
-                                                                                          len(views))
+    return beside_clean(list(views), block_size, **options), Blocks(block_size, clean).learning(LENGTH, len(views))
 
 
 def loss_and_gradients(name, batch, mask, **options):
@@ -72,24 +71,25 @@ def assert_same(one, other):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), one, other)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_blocks_of_one_token_are_the_parents_loss(name):
+@pytest.mark.parametrize("name, clean", [("gpt2", "causal"), ("llama", "whole")])
+def test_blocks_of_one_token_are_the_parents_loss(name, clean):
     """Whatever the noise: every token is read from the clean copy."""
     expected = loss_and_gradients(name, uncorrupted(TOKENS, MASKABLE), AttentionMask.causal())
-    assert_same(loss_and_gradients(name, *copies(1)), expected)
+    assert_same(loss_and_gradients(name, *copies(1, clean=clean)), expected)
     pair = [noised(), complement(noised(), MASK, (1 / (1 - TIMES))[:, None])]
     assert_same(loss_and_gradients(name, *copies(1, pair)), expected)
 
 
 @pytest.mark.parametrize("shift", [True, False])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_one_block_is_full_diffusion(name, shift):
+@pytest.mark.parametrize("name, clean", [("gpt2", "whole"), ("llama", "causal")])
+def test_one_block_is_full_diffusion(name, clean, shift):
     expected = loss_and_gradients(name, noised(), AttentionMask.bidirectional(), shift=shift)
-    assert_same(loss_and_gradients(name, *copies(LENGTH, shift=shift), shift=shift), expected)
+    assert_same(loss_and_gradients(name, *copies(LENGTH, clean=clean, shift=shift), shift=shift), expected)
 
 
+@pytest.mark.parametrize("clean", ["causal", "whole"])
 @pytest.mark.parametrize("shift", [True, False])
-def test_each_block_is_predicted_given_the_clean_ones_before_it(shift):
+def test_each_block_is_predicted_given_the_clean_ones_before_it(shift, clean):
     """Against a forward pass for every block by itself, with an explicit mask and logits in full."""
     size, model, view = 5, model_of("llama"), noised(block_times(TIMES, 5, LENGTH, low=0.0, high=1.0))
     expected = 0.0
@@ -97,13 +97,14 @@ def test_each_block_is_predicted_given_the_clean_ones_before_it(shift):
         stop = min(start + size, LENGTH)
         tokens = jnp.concatenate([TOKENS[:, :start], view.tokens[:, start:stop]], axis=1)
         q, k = np.indices((stop, stop))
-        logits = model(tokens, AttentionMask.matrix((k <= q) | (q >= start)))
+        before = k <= q if clean == "causal" else k // size <= q // size
+        logits = model(tokens, AttentionMask.matrix(before | (q >= start)))
         for at in range(max(start, 1), stop):
             opens = shift and at == start
             nll = cross_entropy(logits[:, at - shift], TOKENS[:, at])
             counts = jnp.where(opens, MASKABLE[:, at], view.scored[:, at] * view.weights[:, at])
             expected += float(jnp.sum(counts * nll))
-    found, _, maskable = loss_and_gradients("llama", *copies(size, [view], shift=shift), shift=shift)
+    found, _, maskable = loss_and_gradients("llama", *copies(size, [view], clean, shift=shift), shift=shift)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert maskable == MASKABLE.sum()
 

@@ -11,6 +11,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from dlm_jax import DiffusionLM
+from dlm_jax.attention import Blocks
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.candidate import Candidate, Pair
 from dlm_jax.evaluation.harness import HarnessLM
@@ -43,9 +44,10 @@ def test_multiple_choice_by_hand(harness_folder):
     assert model.looked == []  # nothing here is made of what is greedy
 
 
-@pytest.mark.parametrize("autoregressive, block_size", [(True, None), (False, None), (False, 3)])
-def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, autoregressive, block_size):
-    pretrained = dataclasses.replace(lm.pretrained, block_size=block_size)
+@pytest.mark.parametrize("autoregressive, blocks", [
+    (True, None), (False, None), (False, Blocks(3)), (False, Blocks(4, "whole"))])
+def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, autoregressive, blocks):
+    pretrained = dataclasses.replace(lm.pretrained, blocks=blocks)
     candidate = make_candidate(pretrained, "ours", autoregressive=autoregressive, num_samples=64)
     samples = evaluate(HarnessLM(candidate), harness_folder, "choice")["samples"]["choice"]
     questions = [Item(tuple((row["q"], f" {option}") for option in row["options"]), gold=row["gold"])
@@ -66,7 +68,7 @@ def test_blocks_of_one_token_answer_as_the_parent(lm):
     texts = by_hand("loglikelihood_rolling", ("Once upon a time there was a little girl. " * 40,), ("Sue sat.",))
     asked = by_hand("generate_until", ("Once upon", {"until": ["\n\n"], "max_gen_toks": 9}))
     parent = HarnessLM(make_candidate(lm.pretrained, "parent", autoregressive=True))
-    blocks = HarnessLM(make_candidate(dataclasses.replace(lm.pretrained, block_size=1), "blocks", num_samples=2))
+    blocks = HarnessLM(make_candidate(dataclasses.replace(lm.pretrained, blocks=Blocks(1)), "blocks", num_samples=2))
     expected, found = parent.loglikelihood(requests), blocks.loglikelihood(requests)
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]

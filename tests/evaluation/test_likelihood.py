@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import beta
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import AttentionMask, Blocks
 from dlm_jax.data.batch import Batch
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import autoregressive_nll, bound, make_bound_fn
@@ -63,15 +63,16 @@ def test_the_bound_is_unbiased_and_its_error_honest(model, shift):
     assert 0.9 < 4 * estimate.standard_error / spread < 1.6  # overstated, and a little only
 
 
-def enumerated_block_bound(model, row, size, shift):
+def enumerated_block_bound(model, row, blocks, shift):
     """`enumerated_bound` of each block given the clean text before it. Under the shift a block's first token is
     predicted from clean text, whatever is masked."""
-    total = 0.0
+    size, total = blocks.size, 0.0
     for start in range(0, len(row), size):
         inside = np.arange(max(start, 1), min(start + size, len(row)))
         n, end = len(inside), min(start + size, len(row))
         q, k = np.indices((end, end))
-        attention = AttentionMask.matrix((k <= q) | (q >= start))
+        clean = k // size <= q // size if blocks.clean == "whole" else k <= q
+        attention = AttentionMask.matrix(clean | (q >= start))
         masks = np.array([mask for mask in itertools.product([False, True], repeat=n) if any(mask)])
         noised = np.tile(row[:end], (len(masks), 1))
         noised[:, inside] = np.where(masks, MASK, row[inside])
@@ -81,34 +82,36 @@ def enumerated_block_bound(model, row, size, shift):
             total -= beta(k, n - k + 1) * sum(logp_row[at - shift, row[at]] for at in inside[mask]
                                               if not (shift and at == start))
         if shift and start:
-            total -= log_probabilities(model, row[None, :start], AttentionMask.causal())[0, -1, row[start]]
+            total -= log_probabilities(model, row[None, :start], blocks.reading())[0, -1, row[start]]
     return total
 
 
-@pytest.mark.parametrize("size, shift", [(3, True), (3, False), (1, True), (7, True)])
-def test_the_bound_of_blocks_is_unbiased(model, size, shift):
+@pytest.mark.parametrize("blocks, shift", [
+    (Blocks(3), True), (Blocks(3), False), (Blocks(1), True), (Blocks(7), True), (Blocks(3, "whole"), True)])
+def test_the_bound_of_blocks_is_unbiased(model, blocks, shift):
     (row,), _ = rows_of(1, length=7)
     copies = 1000
     estimate = bound(model, np.tile(row, (copies, 1)), np.ones((copies, 7), bool), mask_token_id=MASK, shift=shift,
-                     num_samples=3, batch_size=1000, block_size=size)
-    expected = enumerated_block_bound(model, row, size, shift)
+                     num_samples=3, batch_size=1000, blocks=blocks)
+    expected = enumerated_block_bound(model, row, blocks, shift)
     spread = np.std([r.nats for r in estimate.rows]) / copies**0.5
     assert abs(estimate.nats / copies - expected) < 4 * spread + 1e-4
-    if size == 1:
+    if blocks.size == 1:
         exact = autoregressive_nll(model, row[None], np.ones((1, 7), bool))
         assert estimate.nats / copies == pytest.approx(exact.nats, rel=1e-5) and spread < 1e-5
 
 
-@pytest.mark.parametrize("size, shift", [(3, True), (3, False), (1, True)])
-def test_the_score_of_a_continuation_is_the_bound_of_its_blocks(model, size, shift):
+@pytest.mark.parametrize("blocks, shift", [
+    (Blocks(3), True), (Blocks(3), False), (Blocks(1), True), (Blocks(3, "whole"), False)])
+def test_the_score_of_a_continuation_is_the_bound_of_its_blocks(model, blocks, shift):
     """Exact, as every mask of a short block is tried: from the beginning, and behind a context of whole blocks."""
     (row,), _ = rows_of(1, length=9)
     score = diffusion_score(model, lambda pair: bound_draw(len(pair.continuation), 7, 0, pair.item),
-                            mask_token_id=MASK, shift=shift, bos_token_id=int(row[0]), block_size=size, batch_size=4)
+                            mask_token_id=MASK, shift=shift, bos_token_id=int(row[0]), blocks=blocks, batch_size=4)
     whole, rest = score([Pair((), tuple(row[1:])), Pair(tuple(row[1:6]), tuple(row[6:]))])
-    expected = enumerated_block_bound(model, row, size, shift)
+    expected = enumerated_block_bound(model, row, blocks, shift)
     np.testing.assert_allclose(whole, expected, rtol=1e-5)
-    np.testing.assert_allclose(rest, expected - enumerated_block_bound(model, row[:6], size, shift), rtol=1e-5)
+    np.testing.assert_allclose(rest, expected - enumerated_block_bound(model, row[:6], blocks, shift), rtol=1e-5)
 
 
 def test_the_bound_exceeds_zero_and_depends_on_the_seed_only(model):

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -26,6 +27,25 @@ def test_gpt2_vocabulary_and_merges(tmp_path, test_data):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == 50256
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(where, tmp_path, test_data, monkeypatch, capfd):
+    """As with the block diffusion models of other projects, whose tokenizer is one that transformers has."""
+    shutil.copy(test_data / "gpt2_bpe" / "encoder.json", tmp_path / "vocab.json")
+    shutil.copy(test_data / "gpt2_bpe" / "vocab.bpe", tmp_path / "merges.txt")
+    settings = {"config.json": {"model_type": "Fast_dLLM_Qwen", "rope_scaling": None},
+                "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}}
+    settings[where]["auto_map"] = {"config.json": {"AutoConfig": "theirs.Config"},
+                                   "tokenizer_config.json": {"AutoTokenizer": ["theirs.Tokenizer", None]}}[where]
+    for file, values in settings.items():
+        (tmp_path / file).write_text(json.dumps(values))
+    (tmp_path / "theirs.py").write_text("raise SystemExit('run')")
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert type(tokenizer).__name__.startswith("Qwen2Tokenizer")
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert capfd.readouterr().err == ""
 
 
 def test_none_and_damaged(tmp_path):

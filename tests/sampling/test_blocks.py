@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import Blocks
 from dlm_jax.errors import ConfigError
 from dlm_jax.sampling import SamplerConfig, Task, loop
 from tests.sampling.tools import EOS, MASK, keys_of, tiny
@@ -19,9 +19,9 @@ GIVEN, LENGTHS = np.array([1, 4, 7, 12]), np.array([24, 18, 23, 13])
 FIXED = np.arange(WIDTH) < GIVEN[:, None]
 
 
-def task_of(shift=True, eos=(), size=SIZE, **settings):
+def task_of(shift=True, eos=(), blocks=Blocks(SIZE), **settings):
     settings = {"policy": "confidence", "temperature": 0.8} | settings
-    return Task(SamplerConfig(**settings), MASK, shift, eos, bool(eos), block_size=size)
+    return Task(SamplerConfig(**settings), MASK, shift, eos, bool(eos), blocks=blocks)
 
 
 def states_of(task, kind="llama", rows=slice(None)):
@@ -29,11 +29,11 @@ def states_of(task, kind="llama", rows=slice(None)):
     return list(loop.stream(tiny(kind), *arrays, task))
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "shift"))
-def uncached(tokens, kind, shift):
+@functools.partial(jax.jit, static_argnames=("kind", "shift", "blocks"))
+def uncached(tokens, kind, shift, blocks):
     """Log-probabilities [batch, length, vocab] for every position, from one pass over noised copies and clean ones."""
     padding = jnp.arange(WIDTH) >= LENGTHS[:, None]
-    mask = AttentionMask.block_diffusion(SIZE, WIDTH).with_segments(padding)
+    mask = blocks.learning(WIDTH).with_segments(padding)
     hidden = tiny(kind).hidden(jnp.tile(tokens, 2), mask, positions=jnp.arange(2 * WIDTH) % WIDTH)
     noised, clean = jnp.split(hidden, 2, axis=1)
     if shift:
@@ -42,11 +42,15 @@ def uncached(tokens, kind, shift):
     return jax.nn.log_softmax(tiny(kind).unembed(noised).at[:, :, MASK].set(-jnp.inf))
 
 
-@pytest.mark.parametrize("kind, shift", [("llama", True), ("gpt2", True), ("window", True), ("llama", False)])
-def test_what_is_remembered_is_what_would_be_computed(kind, shift):
+@pytest.mark.parametrize("kind, shift, clean", [
+    ("llama", True, "causal"), ("gpt2", True, "causal"), ("window", True, "causal"), ("llama", False, "causal"),
+    ("llama", True, "whole"), ("gpt2", False, "whole"), ("window", True, "whole")])
+def test_what_is_remembered_is_what_would_be_computed(kind, shift, clean):
     """At every step of every row, what is revealed and how likely it is are those of the whole row computed anew."""
-    for before, after in itertools.pairwise(states_of(task_of(shift, temperature=0.0, num_steps=20), kind)):
-        expected, revealed = uncached(before.tokens, kind, shift), np.asarray(before.masked & ~after.masked)
+    blocks = Blocks(SIZE, clean)
+    for before, after in itertools.pairwise(states_of(task_of(shift, blocks=blocks, temperature=0.0, num_steps=20),
+                                                      kind)):
+        expected, revealed = uncached(before.tokens, kind, shift, blocks), np.asarray(before.masked & ~after.masked)
         np.testing.assert_array_equal(after.tokens[revealed], expected.argmax(axis=-1)[revealed])
         np.testing.assert_allclose(after.confidence[revealed], expected.max(axis=-1)[revealed], atol=2e-4)
         assert revealed.any()
@@ -86,8 +90,8 @@ def test_a_threshold_of_nothing_takes_one_step_a_block():
 
 
 def test_blocks_of_one_token_are_the_parents_decoding():
-    ours = states_of(task_of(size=1, temperature=0.0))[-1]
-    parents = states_of(task_of(size=None, policy="autoregressive", temperature=0.0))[-1]
+    ours = states_of(task_of(blocks=Blocks(1), temperature=0.0))[-1]
+    parents = states_of(task_of(blocks=None, policy="autoregressive", temperature=0.0))[-1]
     np.testing.assert_array_equal(ours.tokens, parents.tokens)
     np.testing.assert_allclose(ours.confidence, parents.confidence, atol=2e-4)
 

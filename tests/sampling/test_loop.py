@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from dlm_jax.errors import ConfigError
+from dlm_jax.hf.stream import aligned_empty
 from dlm_jax.sampling import SamplerConfig, Task, sample, stream
 from tests.sampling.tools import MASK, keys_of, problem, run, tiny
 from tests.sampling.toys import Toy
@@ -63,6 +64,21 @@ def test_each_step_reveals_as_many_as_scheduled(config, counts):
     assert found == counts
     if "num_steps" in config and "block_length" not in config:  # a row with fewer gaps has its own schedule
         assert out.steps[1] == min(4, config["num_steps"])
+
+
+def test_a_canvas_may_be_changed_after_it_was_given():
+    """JAX takes up an array that lies as it likes without a copy, and computes when it comes to it."""
+    def start():
+        tokens, fixed = aligned_empty((4, 64), np.int32), aligned_empty((4, 64), np.bool_)
+        tokens[:], fixed[:] = 7, np.arange(64) < 20
+        task = Task(SamplerConfig("confidence", num_steps=2, temperature=0.0), MASK, True)
+        return tokens, fixed, sample(tiny("llama"), tokens, fixed, np.full(4, 64), keys_of(4), task)
+
+    expected = np.asarray(start()[-1].tokens)
+    for _ in range(20):
+        tokens, fixed, found = start()
+        tokens[:], fixed[:] = 8, False
+        np.testing.assert_array_equal(found.tokens, expected)
 
 
 def test_the_random_policy_skips_the_steps_that_reveal_nothing():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dlm_jax import DiffusionLM
+from dlm_jax.attention import Blocks
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import MeshConfig
 from dlm_jax.training.adapter import LoraSettings
@@ -55,14 +56,14 @@ def test_a_run_of_blocks_is_the_same_on_every_mesh(blocks, whole, tmp_path):
 
 def test_the_model_of_a_run_knows_its_blocks(whole, tmp_path):
     lm = DiffusionLM.from_pretrained(whole)
-    assert lm.pretrained.block_size == 4
+    assert lm.pretrained.blocks == Blocks(4)
     text, = lm.generate("abc", max_new_tokens=12, num_steps=6)
     assert text.startswith("abc")
     score, = lm.score("abcdefgh", num_samples=8)
     assert 1 < score.nats_per_token < 4
     lm.save_pretrained(tmp_path / "export")
     again = DiffusionLM.from_pretrained(tmp_path / "export")
-    assert again.pretrained.block_size == 4 and again.generate("abc", max_new_tokens=12, num_steps=6) == [text]
+    assert again.pretrained.blocks == Blocks(4) and again.generate("abc", max_new_tokens=12, num_steps=6) == [text]
     assert not (tmp_path / "export" / "sample_torch.py").exists()
     with pytest.raises(CheckpointError, match="writes in blocks"):
         lm.save_pretrained(tmp_path / "release", layout="diffugpt")
@@ -96,10 +97,10 @@ def test_factors_learn_blocks(blocks, pretrained, tmp_path):
     train(with_lora(blocks, pretrained), tmp_path / "run")
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     lm = DiffusionLM.from_pretrained(tmp_path / "run")
-    assert lm.pretrained.block_size == 4
+    assert lm.pretrained.blocks == Blocks(4)
     lm.save_pretrained(tmp_path / "merged")
     merged = DiffusionLM.from_pretrained(tmp_path / "merged")
-    assert merged.pretrained.block_size == 4
+    assert merged.pretrained.blocks == Blocks(4)
     text = "abc", "abcdefgh"
     assert [x.nats for x in merged.score(text, num_samples=4)] == pytest.approx(
         [x.nats for x in lm.score(text, num_samples=4)], rel=1e-5)
@@ -111,6 +112,24 @@ def test_complementary_views_train(blocks, tmp_path):
     record, = read_records(tmp_path, "train")
     maskable = 16 * 15
     assert record["masked_tokens"] == maskable  # each token once, whatever the times
+
+
+def test_clean_blocks_may_be_read_whole(blocks, pretrained, tmp_path):
+    """What is learnt is another thing, and the record of it goes with the model."""
+    def run(clean, folder, config=blocks):
+        objective = ObjectiveConfig(name="block_diffusion", block_size=4, clean_blocks=clean)
+        train(dataclasses.replace(config, num_steps=4, objective=objective), tmp_path / folder)
+        return losses(tmp_path / folder)[-1]
+
+    assert run("whole", "whole") != run("causal", "causal")
+    run("whole", "factors", with_lora(blocks, pretrained))
+    for folder, layout in (("whole", "hf"), ("factors", "hf"), ("factors", "peft")):
+        lm = DiffusionLM.from_pretrained(tmp_path / folder)
+        lm.save_pretrained(tmp_path / f"{folder}-{layout}", layout=layout)
+        again = DiffusionLM.from_pretrained(tmp_path / f"{folder}-{layout}")
+        assert again.pretrained.blocks == lm.pretrained.blocks == Blocks(4, "whole")
+        asked = dict(max_new_tokens=12, num_steps=6)
+        assert again.generate("abc", **asked) == lm.generate("abc", **asked)
 
 
 def test_a_step_knows_its_blocks():
@@ -126,6 +145,7 @@ def test_a_step_knows_its_blocks():
     ({"block_stages": ((0, 1), (4, 8))}, "end with block_size 32"),
     ({"complementary": True, "schedule": "cosine"}, "needs the linear schedule"),
     ({"name": "diffusion", "complementary": True}, "belong to the objective block_diffusion"),
+    ({"name": "diffusion", "clean_blocks": "whole"}, "belong to the objective block_diffusion"),
     ({"name": "diffusion", "block_stages": ((0, 32),)}, "belong to the objective block_diffusion")])
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
