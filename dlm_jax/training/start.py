@@ -54,6 +54,9 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
         base = load_source(model.source, mask_token=model.mask_token, compute=compute, param_dtype=model.param_dtype,
                            shardings=shardings, init=model.init, seed=config.seed,
                            lora=functools.partial(lora_of, config.lora))
+        if config.objective.shift and not base.shift and model.init == "pretrained":
+            raise ConfigError(f"{base.source} has learnt to predict each token at its own position, and "
+                              "objective.shift is true; set it to false to go on from what the model has learnt")
     if base.tokenizer is None:
         raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files beside its config.json")
     examples = config.data.examples

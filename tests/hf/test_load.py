@@ -250,14 +250,14 @@ def test_import_is_quiet(tmp_path):
 
 def test_the_arrays_that_are_read_into_are_the_parameters(tmp_path, monkeypatch):
     families.save("llama1", tmp_path)
-    addresses, allocate = set(), stream._aligned_empty
+    addresses, allocate = set(), stream.aligned_empty
 
     def recorded(*arguments):
         array = allocate(*arguments)
         addresses.add(array.ctypes.data)
         return array
 
-    monkeypatch.setattr(stream, "_aligned_empty", recorded)
+    monkeypatch.setattr(stream, "aligned_empty", recorded)
     params = jax.tree.leaves(nnx.state(load_pretrained(tmp_path).model))
     assert {leaf.unsafe_buffer_pointer() for leaf in params} == addresses  # on CPU no second copy is made
 

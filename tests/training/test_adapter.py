@@ -67,7 +67,7 @@ def test_checkpoints_hold_what_is_trained_and_a_resumed_run_is_the_uninterrupted
     assert read_records(whole, "train")[-1]["loss"] == read_records(tmp_path, "train")[-1]["loss"]
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_run_beside_a_quantised_base(kind, lora_config, pretrained, tmp_path):
     """It resumes bit for bit, gives its model merged or not, and knows its base as it was before it was quantised."""
     run = changed(lora_config, "lora.frozen_dtype", kind)
@@ -81,9 +81,6 @@ def test_a_run_beside_a_quantised_base(kind, lora_config, pretrained, tmp_path):
     np.testing.assert_allclose(logits(merged.model), logits(beside.model), atol=1e-5)
     lm = DiffusionLM.from_pretrained(tmp_path / "whole", mesh=MeshConfig(fsdp=4, data=2), merge=False)
     np.testing.assert_allclose(logits(lm.model), logits(merged.model), atol=1e-5)
-    child = dataclasses.replace(run, num_steps=1, model=ModelSource(source=str(tmp_path / "whole")))
-    train(child, tmp_path / "child")
-    train(changed(child, "num_steps", 2), tmp_path / "child")
     base = load_pretrained(pretrained, mask_token=10)
     kernel = base.model.blocks.mlp.up.kernel[...].astype(jnp.bfloat16)
     exact = dequantise(*(part[...] for part in quantised(nnx.Param(kernel, axes=("layers", "embed", "mlp")), kind)))
@@ -110,6 +107,18 @@ def test_a_run_with_dora_gives_its_model_merged_or_not(lora_config, pretrained, 
     np.testing.assert_allclose(logits(load_pretrained(tmp_path / "adapter").model), logits(merged.model), atol=2e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_run_beside_a_quantised_base_as_the_base_of_another(kind, lora_config, tmp_path):
+    run = changed(changed(lora_config, "lora.frozen_dtype", kind), "num_steps", 2)
+    train(run, tmp_path / "run")
+    child = dataclasses.replace(run, num_steps=1, model=ModelSource(source=str(tmp_path / "run")))
+    train(child, tmp_path / "child")
+    train(changed(child, "num_steps", 2), tmp_path / "child")
+    assert load_workdir(tmp_path / "child").recipe["lora.frozen_dtype"] == kind
+
+
+@pytest.mark.slow
 def test_a_full_run_as_a_base_that_is_quantised(config, lora_config, tmp_path):
     train(dataclasses.replace(config, num_steps=1), tmp_path / "base")
     child = dataclasses.replace(changed(lora_config, "lora.frozen_dtype", "nf4"), num_steps=1,

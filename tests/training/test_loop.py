@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from dlm_jax.errors import ConfigError, DataError, TrainingError
+from dlm_jax.hf import load_pretrained, save_pretrained
 from dlm_jax.training import load_workdir, loop, read_records, train
 from dlm_jax.training.checkpoint import named, restore_state, saved_steps
-from dlm_jax.training.config import LogConfig, TrainConfig
+from dlm_jax.training.config import LogConfig, ModelSource, TrainConfig
 from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed
 
@@ -173,6 +175,16 @@ def test_autoregressive_training_on_the_same_machine(config, tmp_path):
     assert summary["train"]["bound"] == pytest.approx(summary["train"]["masked_nll"])
     assert summary["validation"]["bound"] < read_records(tmp_path, "validation")[0]["bound"]
     assert load_workdir(tmp_path).mask_token_id is None
+
+
+def test_what_has_been_learnt_without_the_shift_goes_on_without_it(config, pretrained, tmp_path):
+    theirs = load_pretrained(pretrained, mask_token=10)
+    save_pretrained(tmp_path / "base", dataclasses.replace(theirs, shift=False))
+    run = dataclasses.replace(config, num_steps=1, model=ModelSource(source=str(tmp_path / "base")))
+    with pytest.raises(ConfigError, match="objective.shift is true; set it to false to go on"):
+        train(run, tmp_path / "run")
+    train(changed(run, "objective.shift", False), tmp_path / "run")
+    assert not load_workdir(tmp_path / "run").shift
 
 
 @pytest.mark.parametrize("key, value, message", [
