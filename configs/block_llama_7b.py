@@ -3,9 +3,10 @@
     dlm train --config=block_llama_7b --workdir=DIR --config.data.train=SLIMPAJAMA
 
 From arXiv 2509.26328: 2,500 steps of 256 rows of 2,048 tokens (1.3B), blocks of 32, two complementary views without
-the bound's weights, AdamW, a learning rate of 1e-5 after 500 steps of warm-up. Theirs begins from Qwen2.5-7B-Instruct
-and is fine-tuning on its prompts' answers. It departs from theirs in how a block's first token is predicted: from the
-clean text before it, in training as in writing (see dlm_jax/diffusion/blocks.py), where theirs trains it from noise.
+the bound's weights, clean blocks read whole, AdamW, a learning rate of 1e-5 after 500 steps of warm-up. Theirs begins
+from Qwen2.5-7B-Instruct and is fine-tuning on its prompts' answers. It departs from theirs in how a block's first
+token is predicted: from the clean text before it, in training as in writing (see dlm_jax/diffusion/blocks.py), where
+theirs trains it from noise.
 """
 
 from dlm_jax.cli.recipes import load_recipe
@@ -18,6 +19,7 @@ def get_config():
 
     config.objective.name = "block_diffusion"
     config.objective.block_size = 32
+    config.objective.clean_blocks = "whole"
     config.objective.complementary = True
     config.objective.weight = "uniform"
 
