@@ -4,11 +4,12 @@
         --validation assets/stories/heldout.jsonl
 
 adapts the base by each of the variants (the parent trained on as it is, full diffusion with annealed attention, blocks
-at their size from the start, blocks that grow from one token), with the same rows in the same order for each seed. Of
-every run it takes the held-out bound, and of its samples the perplexity under the base and distinct-2; when all have
-been trained, of the first seed's the tokens a second, one row at a time and eight together. It writes
-docs/figures/block_quality-NAME.png and benchmarks/results/block_quality-NAME.json, and prints the table. Runs that are
-done are not repeated; one that was cut short resumes.
+at their size from the start, blocks that grow from one token, blocks that are read whole when clean), with the same
+rows in the same order for each seed. Of every run it takes the held-out bound, and of its samples the perplexity under
+the base and distinct-2; when all have been trained, of the first seed's the tokens a second, one row at a time and
+eight together. It writes docs/figures/block_quality-NAME.png and benchmarks/results/block_quality-NAME.json, and
+prints the table. Runs that are done are not repeated; one that was cut short resumes. Variants that the results
+already hold, at the same settings, stay in them.
 """
 
 import argparse
@@ -34,7 +35,8 @@ from dlm_jax.training.optimizer import OptimizerConfig
 RESULTS = pathlib.Path(__file__).parent / "results"
 FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
 SIZES = (4, 8, 16, 32)
-VARIANTS = ("parent", "full diffusion", *(f"blocks of {size}{grown}" for grown in ("", ", grown") for size in SIZES))
+KINDS = ("", ", grown", ", read whole")
+VARIANTS = ("parent", "full diffusion", *(f"blocks of {size}{kind}" for kind in KINDS for size in SIZES))
 THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 COLOURS = ("#222222", "#888888", "#00798c", "#1b6ca8", "#edae49", "#d1495b")
 
@@ -49,7 +51,8 @@ def objective_of(variant: str, num_steps: int) -> ObjectiveConfig:
     if variant.endswith("grown"):
         sizes = [2**power for power in range(size.bit_length())]
         stages = tuple((number * num_steps // 2 // (len(sizes) - 1), one) for number, one in enumerate(sizes))
-    return ObjectiveConfig(name="block_diffusion", block_size=size, block_stages=stages)
+    clean = "whole" if variant.endswith("read whole") else "causal"
+    return ObjectiveConfig(name="block_diffusion", block_size=size, block_stages=stages, clean_blocks=clean)
 
 
 def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
@@ -90,7 +93,7 @@ def samplers(variant: str, args: argparse.Namespace) -> dict[str, SamplerConfig]
     choice = {"temperature": args.temperature, "top_p": args.top_p}
     if variant == "parent":
         return {"left to right": SamplerConfig("autoregressive", **choice)}
-    thresholds = THRESHOLDS[3:] if variant.endswith("grown") else THRESHOLDS  # both write at one speed
+    thresholds = THRESHOLDS[3:] if variant.endswith(KINDS[1:]) else THRESHOLDS  # all kinds write at one speed
     return {f"threshold {threshold}": SamplerConfig("threshold", threshold=threshold, **choice)
             for threshold in thresholds}
 
@@ -141,19 +144,19 @@ def plot(found: dict[str, list[dict]], speed: dict[str, dict], path: pathlib.Pat
 
     figure, (left, *rest) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
     final = {variant: np.array([run["bounds"][-1][1] for run in runs]) for variant, runs in found.items()}
-    for grown, colour in (("", "#1b6ca8"), (", grown", "#d1495b")):
-        sizes = [size for size in SIZES if f"blocks of {size}{grown}" in final]
-        values = [final[f"blocks of {size}{grown}"] for size in sizes]
+    for kind, colour in zip(KINDS, ("#1b6ca8", "#d1495b", "#edae49"), strict=True):
+        sizes = [size for size in SIZES if f"blocks of {size}{kind}" in final]
+        values = [final[f"blocks of {size}{kind}"] for size in sizes]
         if sizes:
             left.errorbar(sizes, [x.mean() for x in values], [x.std() for x in values], marker="o", color=colour,
-                          label=f"blocks{grown or ', at once'}", capsize=3)
+                          label=f"blocks{kind or ', at once'}", capsize=3)
     for variant, style in (("parent", ":"), ("full diffusion", "--")):
         if variant in final:
             left.axhline(final[variant].mean(), color="black", linestyle=style, linewidth=1, label=variant)
     left.set_xscale("log", base=2)
     left.set_xticks(SIZES, map(str, SIZES))
     left.set(xlabel="tokens a block", ylabel="held-out bound (nats per token)")
-    shown = [variant for variant in found if not variant.endswith("grown")]  # both write at one speed
+    shown = [variant for variant in found if not variant.endswith(KINDS[1:])]  # all kinds write at one speed
     for rows, axes in zip(("1", "8"), rest, strict=True):
         for variant in shown:
             ways, runs = speed[variant], found[variant]
@@ -204,6 +207,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, default=default)
     args = parser.parse_args()
     args.name = args.name or pathlib.Path(args.base).name
+    about = {"settings": {key: value for key, value in vars(args).items() if isinstance(value, int | float)},
+             "files": [pathlib.Path(path).name for path in (args.base, *args.data, *args.validation)]}
+    results = RESULTS / f"block_quality-{args.name}.json"
+    known = json.loads(results.read_text()) if results.exists() else about | {"runs": {}, "tokens_per_second": {}}
+    if any(known[key] != about[key] for key in about):
+        parser.error(f"{results} is of other settings or files; give these runs another --name")
 
     judge = DiffusionLM.from_pretrained(args.base)
     found: dict[str, list[dict]] = {variant: [] for variant in args.variants}
@@ -212,11 +221,9 @@ def main() -> None:
             found[variant].append(measure(args, variant, seed, judge))
             print(f"{variant}, seed {seed}: {found[variant][-1]['bounds'][-1][1]:.3f} nats per token", flush=True)
     speed = {variant: speeds(args, variant) for variant in args.variants}
-    write_json(RESULTS / f"block_quality-{args.name}.json", {
-        "settings": {key: value for key, value in vars(args).items() if isinstance(value, int | float)},
-        "files": [pathlib.Path(path).name for path in (args.base, *args.data, *args.validation)],
-        "runs": found, "tokens_per_second": speed,
-        "device": str(jax.devices()[0]),
+    found, speed = known["runs"] | found, known["tokens_per_second"] | speed
+    write_json(results, about | {
+        "runs": found, "tokens_per_second": speed, "device": str(jax.devices()[0]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}})
     plot(found, speed, FIGURES / f"block_quality-{args.name}.png")
     print(table(found, speed))
