@@ -2,7 +2,7 @@
 
 A block's tokens are masked and predicted given all earlier blocks clean (BD3-LM, arXiv 2503.09573). Under the shift the
 state at n - 1 predicts token n, and for the first token of a block that state lies in an earlier block: it is read from
-the clean copy, which is causal, so that this prediction is the AR parent's own. It does not depend on the noise of its
+the clean copy, and where that is causal this prediction is the AR parent's own. It does not depend on the noise of its
 block, so the expectation of its weight, 1, takes the weight's place, and it is always scored. Blocks of one token
 are then the AR loss, and one block as long as the text is the loss of full diffusion.
 """
