@@ -13,6 +13,7 @@ already hold, at the same settings, stay in them.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -92,16 +93,21 @@ def samplers(variant: str, args: argparse.Namespace) -> dict[str, SamplerConfig]
     """How a variant writes: the parent from left to right, the others at several thresholds, low ones for speed."""
     choice = {"temperature": args.temperature, "top_p": args.top_p}
     if variant == "parent":
-        return {"left to right": SamplerConfig("autoregressive", **choice)}
-    thresholds = THRESHOLDS[3:] if variant.endswith(KINDS[1:]) else THRESHOLDS  # all kinds write at one speed
-    return {f"threshold {threshold}": SamplerConfig("threshold", threshold=threshold, **choice)
-            for threshold in thresholds}
+        ways = {"left to right": SamplerConfig("autoregressive", **choice)}
+    else:
+        thresholds = THRESHOLDS[3:] if variant.endswith(KINDS[1:]) else THRESHOLDS  # all kinds write at one speed
+        ways = {f"threshold {threshold}": SamplerConfig("threshold", threshold=threshold, **choice)
+                for threshold in thresholds}
+    colder = {f"{name}, temperature {temperature}": dataclasses.replace(config, temperature=temperature)
+              for name, config in ways.items() for temperature in args.colder}
+    return ways | colder
 
 
-def written(lm: DiffusionLM, judge: DiffusionLM, variant: str, args: argparse.Namespace) -> dict[str, dict]:
+def written(lm: DiffusionLM, judge: DiffusionLM, ways: dict[str, SamplerConfig],
+            args: argparse.Namespace) -> dict[str, dict]:
     """Of each way of writing the perplexity under the judge, distinct-2, and forward passes a text."""
     found = {}
-    for name, config in samplers(variant, args).items():
+    for name, config in ways.items():
         texts = draw(lm, config, 8, args.num_samples, args)
         nats = autoregressive_nll(judge.model, texts["tokens"], np.ones(texts["tokens"].shape, bool)).nats_per_token
         pairs = np.lib.stride_tricks.sliding_window_view(texts["tokens"][:, 1:], 2, axis=1).reshape(-1, 2)
@@ -117,14 +123,17 @@ def workdir_of(args: argparse.Namespace, variant: str, seed: int) -> pathlib.Pat
 def measure(args: argparse.Namespace, variant: str, seed: int, judge: DiffusionLM) -> dict:
     """A run, taken as far as it goes, and what came of it."""
     workdir = workdir_of(args, variant, seed)
-    done = workdir / "measured.json"
-    if not done.exists():
+    path = workdir / "measured.json"
+    done = json.loads(path.read_text()) if path.exists() else {"bounds": [], "written": {}}
+    if not done["bounds"]:
         if train(configure(args, variant, seed), workdir)["interrupted"]:
             raise SystemExit("stopped; the same command goes on from there")
-        records = read_records(workdir, "validation")
-        write_json(done, {"bounds": [(record["step"], record["bound"]) for record in records],
-                          "written": written(DiffusionLM.from_pretrained(workdir), judge, variant, args)})
-    return json.loads(done.read_text())
+        done["bounds"] = [(record["step"], record["bound"]) for record in read_records(workdir, "validation")]
+    missing = {name: way for name, way in samplers(variant, args).items() if name not in done["written"]}
+    if missing:
+        done["written"] |= written(DiffusionLM.from_pretrained(workdir), judge, missing, args)
+        write_json(path, done)
+    return done
 
 
 def speeds(args: argparse.Namespace, variant: str) -> dict[str, dict[str, float]]:
@@ -159,7 +168,8 @@ def plot(found: dict[str, list[dict]], speed: dict[str, dict], path: pathlib.Pat
     shown = [variant for variant in found if not variant.endswith(KINDS[1:])]  # all kinds write at one speed
     for rows, axes in zip(("1", "8"), rest, strict=True):
         for variant in shown:
-            ways, runs = speed[variant], found[variant]
+            runs = found[variant]
+            ways = {name: rates for name, rates in speed[variant].items() if "temperature" not in name}
             axes.plot([ways[way][rows] for way in ways],
                       [np.mean([run["written"][way]["perplexity"] for run in runs]) for way in ways], "o-",
                       label=variant, color=COLOURS[VARIANTS.index(variant)], linewidth=1.5, markersize=4)
@@ -205,6 +215,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("learning_rate", 1.5e-3), ("temperature", 1.0), ("top_p", 0.95)):
         parser.add_argument(f"--{name}", type=float, default=default)
+    parser.add_argument("--colder", nargs="*", type=float, default=[], help="further temperatures, lower ones")
     args = parser.parse_args()
     args.name = args.name or pathlib.Path(args.base).name
     about = {"settings": {key: value for key, value in vars(args).items() if isinstance(value, int | float)},
