@@ -10,6 +10,7 @@ from flax import nnx
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.models import Cache, ModelConfig, Transformer
+from tests.compilation import quick
 
 LENGTH, WIDTH = 20, 8
 SIZES = dict(vocab_size=61, hidden_size=32, num_heads=4, head_dim=8, mlp_size=48, initializer_range=0.3)
@@ -22,8 +23,7 @@ KINDS = {
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, LENGTH))
 LENGTHS = jnp.array([20, 13, 1])
 every_kind = pytest.mark.parametrize("kind", KINDS)
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0,
-                                                   "xla_cpu_use_fusion_emitters": False})  # mostly compiles
+jit = functools.partial(jax.jit, compiler_options=quick())  # mostly compiles
 
 
 @functools.cache

@@ -6,13 +6,12 @@ import jax
 import pytest
 
 from dlm_jax.sampling import loop
+from tests.compilation import quick
 
 
 @functools.cache
 def _quick(program, level):
-    return jax.jit(program.__wrapped__, static_argnames=("graphdef", "task"), compiler_options={
-        "xla_backend_optimization_level": level, "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1})
+    return jax.jit(program.__wrapped__, static_argnames=("graphdef", "task"), compiler_options=quick(level))
 
 
 @pytest.fixture(scope="module", autouse=True)
