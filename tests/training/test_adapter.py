@@ -67,7 +67,8 @@ def test_checkpoints_hold_what_is_trained_and_a_resumed_run_is_the_uninterrupted
     assert read_records(whole, "train")[-1]["loss"] == read_records(tmp_path, "train")[-1]["loss"]
 
 
-@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_run_beside_a_quantised_base(kind, lora_config, pretrained, tmp_path):
     """It resumes bit for bit, gives its model merged or not, and knows its base as it was before it was quantised."""
     run = changed(lora_config, "lora.frozen_dtype", kind)
@@ -97,6 +98,7 @@ def test_a_run_beside_a_quantised_base(kind, lora_config, pretrained, tmp_path):
         load_workdir(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_with_dora_gives_its_model_merged_or_not(lora_config, pretrained, tmp_path):
     train(changed(changed(lora_config, "lora.dora", True), "num_steps", 5), tmp_path)
     merged, beside = load_workdir(tmp_path), load_workdir(tmp_path, merge=False)
