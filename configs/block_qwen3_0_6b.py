@@ -2,10 +2,10 @@
 
     dlm train --config=block_qwen3_0_6b --workdir=DIR --config.data.train=TEXT
 
-SDAR adapts Qwen3 from 1.7B on in blocks of 4, clean ones read whole, weighted by 1/t, and enlarges blocks while fine-
-tuning; of its learning rate for 50B tokens nothing was found, and the constant 1e-5 is that of its released fine-
-tuning. The budget here is 1B tokens, a choice. Theirs predicts a token from its own position; ours keeps the parent's
-shift.
+SDAR adapts Qwen3 from 1.7B on in blocks of 4, clean ones read whole, weighted by 1/t, and enlarges blocks while
+fine-tuning; of its learning rate for 50B tokens nothing was found, and the constant 1e-5 is that of its released
+fine-tuning. The budget here is 1B tokens, a choice. Theirs predicts a token from its own position; ours keeps the
+parent's shift.
 """
 
 from dlm_jax.cli.recipes import load_recipe

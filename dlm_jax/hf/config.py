@@ -33,7 +33,6 @@ _ACTIVATIONS = {
 _HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu": "relu"}
 
 
-
 class Relative(NamedTuple):
     """A block diffusion model of another project: an architecture of HF's, read and written in its own way.
 
