@@ -101,6 +101,14 @@ class ObjectiveConfig:
         sizes = [size for start, size in self.block_stages if start <= step]
         return dataclasses.replace(self, block_size=sizes[-1], block_stages=()) if sizes else self
 
+    def for_validation(self) -> Self:
+        """Returns what held-out rows are scored by: the same without what only shapes training.
+
+        Every field that is not named here, a new one too, holds for validation as well.
+        """
+        return dataclasses.replace(self, stages=(), anneal_steps=0, anneal_shared=False, block_stages=(),
+                                   complementary=False)
+
     def settled(self, length: int) -> Self:
         """The same for rows of `length` by its simpler name: blocks of one token under the shift are autoregression,
         and one block is full diffusion."""

@@ -126,9 +126,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
     The noise depends on (seed, row, draw) only, and covers all times whatever training does: the draws of a row are
     neighbours among `num_rows * num_samples` examples, whose times spread over the range, and so do those of each row.
     """
-    objective = ObjectiveConfig(name=objective.name, shift=objective.shift, schedule=objective.schedule,
-                                power=objective.power, min_time=objective.min_time, block_size=objective.block_size,
-                                clean_blocks=objective.clean_blocks)
+    objective = objective.for_validation()
 
     @jax.jit
     def eval_step(params: nnx.State, batch: Batch, draw: jax.Array) -> LossSums:

@@ -22,14 +22,14 @@ class Validation:
 
     Args:
       num_rows: at most how many rows are used.
-      num_samples: noise levels a row; the autoregressive loss has no noise and takes one.
+      num_samples: noise levels per row; the autoregressive loss has no noise and takes one.
       batch_size: rows of one forward pass.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, rows: RowSource, mesh: Mesh, *, num_rows: int, num_samples: int,
                  batch_size: int, objective: ObjectiveConfig, seed: int, mask_token_id: int | None):
         self.num_rows = min(num_rows, len(rows))
-        self.num_samples = num_samples if objective.name == "diffusion" else 1
+        self.num_samples = 1 if objective.name == "autoregressive" else num_samples
         self._eval_step = make_eval_step(graphdef, mesh, objective=objective, seed=seed, num_rows=self.num_rows,
                                          num_samples=self.num_samples, mask_token_id=mask_token_id)
         loader = Loader([rows], batch_size, shuffle=False)
