@@ -25,12 +25,12 @@ import numpy as np
 from dlm_jax import DiffusionLM
 from dlm_jax.data.config import DataConfig
 from dlm_jax.diffusion import example_keys
+from dlm_jax.diffusion.objective import ObjectiveConfig
 from dlm_jax.evaluation import autoregressive_nll
-from dlm_jax.sampling import SamplerConfig, Task, sample
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 from dlm_jax.storage import write_json
 from dlm_jax.training import TrainConfig, read_records, train
 from dlm_jax.training.config import CheckpointConfig, LogConfig, ModelSource, ValidationConfig
-from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -52,8 +52,8 @@ def objective_of(variant: str, num_steps: int) -> ObjectiveConfig:
     if variant.endswith("grown"):
         sizes = [2**power for power in range(size.bit_length())]
         stages = tuple((number * num_steps // 2 // (len(sizes) - 1), one) for number, one in enumerate(sizes))
-    clean = "whole" if variant.endswith("read whole") else "causal"
-    return ObjectiveConfig(name="block_diffusion", block_size=size, block_stages=stages, clean_blocks=clean)
+    clean = "block_bidirectional" if variant.endswith("read whole") else "causal"
+    return ObjectiveConfig(name="block_diffusion", block_size=size, block_size_schedule=stages, clean_attention=clean)
 
 
 def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
@@ -70,16 +70,16 @@ def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
         log=LogConfig(every=max(1, num_steps // 20), tensorboard=False))
 
 
-def draw(lm: DiffusionLM, config: SamplerConfig, rows: int, count: int, args: argparse.Namespace) -> dict:
+def draw_tokens(lm: DiffusionLM, config: SamplerConfig, rows: int, count: int, args: argparse.Namespace) -> dict:
     """`count` texts from nothing, `rows` at a time: their tokens, forward passes a text, and tokens a second without
     compilation."""
     tokens = np.full((rows, args.length), lm.pretrained.bos_token_id, np.int32)
     fixed, lengths = np.broadcast_to(np.arange(args.length) == 0, tokens.shape), np.full(rows, args.length)
-    task = Task(config, lm.pretrained.mask_token_id, lm.pretrained.shift, blocks=lm.pretrained.blocks)
+    spec = SamplingSpec(config, lm.pretrained.mask_token_id, lm.pretrained.shift, blocks=lm.pretrained.blocks)
 
     def run(start: int) -> object:
         keys = example_keys(args.sample_seed, np.arange(start, start + rows, dtype=np.uint32))
-        return jax.block_until_ready(sample(lm.model, tokens, fixed, lengths, keys, task))
+        return jax.block_until_ready(sample(lm.model, tokens, fixed, lengths, keys, spec))
 
     run(0)
     began = time.perf_counter()
@@ -108,7 +108,7 @@ def written(lm: DiffusionLM, judge: DiffusionLM, ways: dict[str, SamplerConfig],
     """Of each way of writing the perplexity under the judge, distinct-2, and forward passes a text."""
     found = {}
     for name, config in ways.items():
-        texts = draw(lm, config, 8, args.num_samples, args)
+        texts = draw_tokens(lm, config, 8, args.num_samples, args)
         nats = autoregressive_nll(judge.model, texts["tokens"], np.ones(texts["tokens"].shape, bool)).nats_per_token
         pairs = np.lib.stride_tricks.sliding_window_view(texts["tokens"][:, 1:], 2, axis=1).reshape(-1, 2)
         found[name] = {"perplexity": float(np.exp(nats)), "distinct_2": len(np.unique(pairs, axis=0)) / len(pairs),
@@ -139,7 +139,7 @@ def measure(args: argparse.Namespace, variant: str, seed: int, judge: DiffusionL
 def speeds(args: argparse.Namespace, variant: str) -> dict[str, dict[str, float]]:
     """Tokens a second of each way of writing, by the number of rows."""
     lm = DiffusionLM.from_pretrained(workdir_of(args, variant, seed=0))
-    return {name: {str(rows): draw(lm, config, rows, args.num_timed * rows, args)["tokens_per_second"]
+    return {name: {str(rows): draw_tokens(lm, config, rows, args.num_timed * rows, args)["tokens_per_second"]
                    for rows in (1, 8)} for name, config in samplers(variant, args).items()}
 
 

@@ -21,13 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dlm_jax.data.batch import Batch
+from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion.objective import ObjectiveConfig
 from dlm_jax.models import Compute, ModelConfig, Transformer
 from dlm_jax.parallel import MeshConfig, make_mesh
-from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.state import create_state
-from dlm_jax.training.step import make_train_step
+from dlm_jax.training.step import create_state, make_train_step
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 OBJECTIVES = {
@@ -54,12 +53,12 @@ def step_of(args: argparse.Namespace, objective: ObjectiveConfig) -> Callable[[]
     step = make_train_step(graphdef, rule, mesh, objective=objective, config=settings, num_steps=10**6, seed=0,
                            mask_token_id=0)
     tokens = np.random.default_rng(0).integers(0, args.vocab, (args.batch_size, args.length)).astype(np.int32)
-    maskable, number = np.broadcast_to(np.arange(args.length) > 0, tokens.shape), iter(range(10**9))
+    noisable_mask, number = np.broadcast_to(np.arange(args.length) > 0, tokens.shape), iter(range(10**9))
 
     def run() -> None:
         nonlocal state
         index = jnp.arange(args.batch_size, dtype=jnp.uint32) + next(number) * args.batch_size
-        state, metrics = step(state, Batch(tokens, maskable, index))
+        state, metrics = step(state, Batch(tokens, noisable_mask, index))
         jax.block_until_ready((state, metrics))
 
     return run

@@ -65,12 +65,12 @@ def loader_speed(length: int, pack: str, folder: str, seconds: float, mixture: b
     from dlm_jax.data.shards import RowFiles, RowLayout, write_shard
 
     random, count = np.random.default_rng(0), (32 << 20) // length
-    planes = ("starts",) if pack == "segments" else ()
-    layout = RowLayout.fitting(length, 50_257, planes)
+    row_masks = ("starts",) if pack == "document_mask" else ()
+    layout = RowLayout.fitting(length, 50_257, row_masks)
     shards = []
     for number in range(4):
         rows = Rows(random.integers(0, 50_257, (count // 4, length)).astype(np.uint32),
-                    random.random((count // 4, length)) < 0.002 if planes else None)
+                    random.random((count // 4, length)) < 0.002 if row_masks else None)
         shards.append(write_shard(folder, f"{length}-{pack}-{number}.array_record", [layout.encode(rows)]))
     sources = [RowFiles(folder, shards[:2], layout), RowFiles(folder, shards[2:], layout)] if mixture else \
         [RowFiles(folder, shards, layout)]

@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dlm_jax.evaluation.candidate import Pair
+from dlm_jax.evaluation.eval_model import Pair
 from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -51,8 +51,8 @@ def speed(args: argparse.Namespace) -> dict:
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+    from dlm_jax.checkpoints import load_pretrained
     from dlm_jax.evaluation.scoring import diffusion_score
-    from dlm_jax.hf import load_pretrained
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -113,15 +113,15 @@ def speed(args: argparse.Namespace) -> dict:
 def error(args: argparse.Namespace) -> dict:
     """The variance of differences between options, per forward pass."""
     from dlm_jax import DiffusionLM
-    from dlm_jax.evaluation.ours import make_candidate
+    from dlm_jax.evaluation.ours import make_eval_model
     from dlm_jax.evaluation.run import pairs_of
     from dlm_jax.evaluation.scoring import diffusion_score
     from dlm_jax.evaluation.tasks import TASKS, load_items
 
     lm = DiffusionLM.from_pretrained(args.model)
-    candidate, task = make_candidate(lm.pretrained, "model"), TASKS[args.task]
+    eval_model, task = make_eval_model(lm.pretrained, "model"), TASKS[args.task]
     items = load_items(task, args.data, limit=args.items)
-    asked = [pairs_of(candidate, task, item, number) for number, item in enumerate(items)]
+    asked = [pairs_of(eval_model, task, item, number) for number, item in enumerate(items)]
     pairs = [pair for item in asked for pair in item]
     lengths = np.array([len(pair.continuation) for pair in pairs])
     rules: dict[str, tuple[int, Callable[[int], Callable[[Pair], Draw]], np.ndarray]] = {

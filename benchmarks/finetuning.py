@@ -35,7 +35,7 @@ def configure(args: argparse.Namespace, variant: str) -> TrainConfig:
         recipe.model.source = args.adapted
     recipe.data.train, recipe.data.validation = tuple(args.data), tuple(args.validation)
     recipe.data.length, recipe.data.batch_size = args.length, args.batch_size
-    recipe.data.examples.too_long = "drop"
+    recipe.data.examples.overlong = "drop"
     if variant.endswith("left to right"):
         recipe.objective.name = "autoregressive"
     recipe.optimizer.learning_rate = args.learning_rate

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dlm_jax.hf import config_from_hf, keys, load_pretrained
-from dlm_jax.hf.tensors import write_tensors
+from dlm_jax.checkpoints import config_from_hf, hf_names, load_pretrained
+from dlm_jax.checkpoints.hf_tensors import write_tensors
 from dlm_jax.models import abstract_model
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "import_memory.json"
@@ -40,8 +40,8 @@ def write_checkpoint(directory: pathlib.Path, dtype: str) -> None:
     (directory / "config.json").write_text(json.dumps(hf))
     shapes = {}
     for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(config_from_hf(hf)))):
-        key = keys.KEYS["llama"][".".join(path)]
-        shapes |= {name: keys.hf_shape(key, shape) for name, shape in keys.slices(key, leaf.shape)}
+        key = hf_names.KEYS["llama"][".".join(path)]
+        shapes |= {name: hf_names.hf_shape(key, shape) for name, shape in hf_names.layer_tensors(key, leaf.shape)}
     random = np.random.default_rng(0)
     write_tensors(directory, shapes, lambda name: random.standard_normal(shapes[name], np.float32),
                   jnp.dtype(dtype), max_shard_bytes=200e6)

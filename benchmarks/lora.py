@@ -23,31 +23,30 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.data.batch import Batch
-from dlm_jax.hf import load_pretrained
+from dlm_jax.checkpoints import load_pretrained
+from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion.objective import ObjectiveConfig
 from dlm_jax.models import (
     Compute,
-    LoraConfig,
+    LoRAConfig,
     ModelConfig,
     Transformer,
+    add_dora_magnitudes,
     base_shapes,
     freeze,
     new_factors,
     split_trained,
-    with_magnitudes,
 )
 from dlm_jax.models.lora import QUANTISED
 from dlm_jax.parallel import MeshConfig, make_mesh
-from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.state import create_state
-from dlm_jax.training.step import make_train_step
+from dlm_jax.training.step import create_state, make_train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def step_of(args: argparse.Namespace, lora: LoraConfig | None) -> tuple[Callable[[], None], dict[str, float]]:
+def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[Callable[[], None], dict[str, float]]:
     """A function that takes one step and waits for it, and bytes of the state by what they are of."""
     config = ModelConfig("llama", vocab_size=args.vocab, hidden_size=args.hidden, num_layers=args.layers,
                          num_heads=args.hidden // 64, num_kv_heads=args.hidden // 64, head_dim=64,
@@ -60,7 +59,7 @@ def step_of(args: argparse.Namespace, lora: LoraConfig | None) -> tuple[Callable
     if lora is not None:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         states.append(new_factors(config, lora, 0, "float32", place))
-    graphdef, params, frozen = split_trained(with_magnitudes(nnx.merge(graphdef, *states)))
+    graphdef, params, frozen = split_trained(add_dora_magnitudes(nnx.merge(graphdef, *states)))
     settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     rule = make_optimizer(settings, 10**6)
     state = create_state(params, rule, False, mesh, frozen=frozen)
@@ -70,19 +69,19 @@ def step_of(args: argparse.Namespace, lora: LoraConfig | None) -> tuple[Callable
     step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig(anneal_steps=0), config=settings,
                            num_steps=10**6, seed=0, mask_token_id=0)
     tokens = np.random.default_rng(0).integers(0, args.vocab, (args.batch_size, args.length)).astype(np.int32)
-    maskable = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
+    noisable_mask = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
     number = iter(range(10**9))
 
     def run() -> None:
         nonlocal state
         index = jnp.arange(args.batch_size, dtype=jnp.uint32) + next(number) * args.batch_size
-        state, metrics = step(state, Batch(tokens, maskable, index))
+        state, metrics = step(state, Batch(tokens, noisable_mask, index))
         jax.block_until_ready((state, metrics))
 
     return run, held
 
 
-def held_out_loss(lora: LoraConfig | None) -> float:
+def held_out_loss(lora: LoRAConfig | None) -> float:
     """Nats per token of the shipped base, left to right, on the first 256 tokens of its held-out stories."""
     base = load_pretrained(ROOT / "assets" / "stories-gpt2", lora=lambda *_: lora)
     lines = (ROOT / "assets" / "stories" / "heldout.jsonl").read_text().splitlines()
@@ -90,7 +89,7 @@ def held_out_loss(lora: LoraConfig | None) -> float:
     tokens = np.zeros((len(rows), 256), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
-    scored = np.arange(1, 256) < np.array([len(ids) for ids in rows])[:, None]
+    loss_mask = np.arange(1, 256) < np.array([len(ids) for ids in rows])[:, None]
     graphdef, state = nnx.split(base.model)
 
     @jax.jit
@@ -98,7 +97,7 @@ def held_out_loss(lora: LoraConfig | None) -> float:
         logits = nnx.merge(graphdef, state)(tokens, AttentionMask.causal())[:, :-1]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)[..., 0]
 
-    return float(np.asarray(nll(state))[scored].mean())
+    return float(np.asarray(nll(state))[loss_mask].mean())
 
 
 def main() -> None:
@@ -109,7 +108,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
     args = parser.parse_args()
-    lora = LoraConfig(rank=args.rank, alpha=2.0 * args.rank)
+    lora = LoRAConfig(rank=args.rank, alpha=2.0 * args.rank)
     variants = {"full": None, "lora": lora, "lora, whole embedding": dataclasses.replace(lora, embedding=True),
                 "lora, dora": dataclasses.replace(lora, dora=True),
                 **{f"lora, {kind}": dataclasses.replace(lora, frozen_dtype=kind) for kind in QUANTISED}}

@@ -22,15 +22,15 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from dlm_jax.data.batch import Batch
-from dlm_jax.diffusion import CorruptedBatch, HeadPlan, LossSums, loss_sums
-from dlm_jax.hf import config_from_hf
+from dlm_jax.checkpoints import config_from_hf
+from dlm_jax.diffusion import HeadPlan, LossSums, NoisyBatch, loss_sums
+from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion.objective import ObjectiveConfig
 from dlm_jax.models import Compute, ModelConfig, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, array_sharding, make_mesh
 from dlm_jax.training import step as step_module
-from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.state import state_layout
+from dlm_jax.training.step import state_layout
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "loss_memory.json"
 GPT2_SMALL = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
@@ -39,18 +39,18 @@ ROWS, LENGTH = 8, 1024
 GIB = 1 << 30
 
 
-def full_loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: CorruptedBatch, *,
+def full_loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: NoisyBatch, *,
                    weights: jax.Array | None = None, shift: bool = True) -> LossSums:
     """`loss_sums` from the logits of all positions."""
     logits = jnp.einsum("ble,ve->blv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
     weights, skip = batch.weights if weights is None else weights, int(shift)
-    logits, targets, scored, weights = (logits[:, :LENGTH - skip], batch.targets[:, skip:], batch.scored[:, skip:],
+    logits, targets, loss_mask, weights = (logits[:, :LENGTH - skip], batch.targets[:, skip:], batch.loss_mask[:, skip:],
                                         weights[:, skip:])
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0] * scored
-    correct = (jnp.argmax(logits, axis=-1) == targets) & scored
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0] * loss_mask
+    correct = (jnp.argmax(logits, axis=-1) == targets) & loss_mask
     loss = jnp.sum(weights * nll)
     return LossSums(loss, jax.lax.stop_gradient(loss), jnp.sum(nll), jnp.sum(correct.astype(jnp.float32)),
-                    jnp.sum(scored.astype(jnp.float32)), jnp.sum(batch.maskable.astype(jnp.float32)))
+                    jnp.sum(loss_mask.astype(jnp.float32)), jnp.sum(batch.noisable_mask.astype(jnp.float32)))
 
 
 def array(mesh: Mesh, dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
@@ -59,7 +59,7 @@ def array(mesh: Mesh, dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
 
 def lower_loss(config: ModelConfig, mesh: Mesh, dtype: str, loss: object) -> jax.stages.Lowered:
     rows = ROWS, LENGTH
-    batch = CorruptedBatch(array(mesh, "int32", *rows), array(mesh, "int32", *rows), array(mesh, "bool", *rows),
+    batch = NoisyBatch(array(mesh, "int32", *rows), array(mesh, "int32", *rows), array(mesh, "bool", *rows),
                            array(mesh, "bool", *rows), array(mesh, "float32", *rows))
     gradient = jax.jit(jax.value_and_grad(lambda hidden, kernel, batch: loss(hidden, kernel, HeadPlan(0), batch).loss,
                                           argnums=(0, 1)))

@@ -31,8 +31,8 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.data.config import DataConfig
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.diffusion import HeadPlan, corrupt, loss_sums, sample_times
-from dlm_jax.evaluation.candidate import Pair
-from dlm_jax.evaluation.masks import Draw, bound_draw, times_draw
+from dlm_jax.evaluation.eval_model import Pair
+from dlm_jax.evaluation.masks import Draw, bound_draw, sample_time_masks
 from dlm_jax.evaluation.scoring import diffusion_score
 
 RESULT = pathlib.Path(__file__).parent / "results" / "noise.json"
@@ -57,27 +57,27 @@ def stratified(key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     return sample_times(seed, 0, jnp.arange(rows), rows, low=LOW), jax.random.split(second, rows)
 
 
-DRAWS = {"the release": (released, "maskable"), "the release, its own loss": (released, "masked"),
-         "independent times": (independent, "maskable"), "stratified times (ours)": (stratified, "maskable")}
+DRAWS = {"the release": (released, "noisable_mask"), "the release, its own loss": (released, "masked"),
+         "independent times": (independent, "noisable_mask"), "stratified times (ours)": (stratified, "noisable_mask")}
 
 
 def of_loss(lm: DiffusionLM, tokens: np.ndarray, num_draws: int) -> dict[str, dict[str, float]]:
     """Of one batch [rows, length]."""
     graphdef, params = nnx.split(lm.model)
     plan = HeadPlan(vocab_axis=0 if lm.model.head is None else 1)
-    maskable = jnp.ones(tokens.shape, bool).at[:, 0].set(False)
+    noisable_mask = jnp.ones(tokens.shape, bool).at[:, 0].set(False)
 
-    def loss(params: nnx.State, times: jax.Array, keys: jax.Array, normaliser: str) -> jax.Array:
+    def loss(params: nnx.State, times: jax.Array, keys: jax.Array, normalizer: str) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        batch = corrupt(jnp.asarray(tokens), maskable, times, keys, mask_token_id=lm.mask_token_id)
+        batch = corrupt(jnp.asarray(tokens), noisable_mask, times, keys, mask_token_id=lm.mask_token_id)
         hidden = model.hidden(batch.tokens, AttentionMask.bidirectional())
         sums = loss_sums(hidden, model.head_kernel[...], plan, batch, shift=lm.pretrained.shift)
-        return sums.loss / sums.normaliser(normaliser)
+        return sums.loss / sums.normalizer(normalizer)
 
     result = {}
-    for name, (draw, normaliser) in DRAWS.items():
-        step = jax.jit(lambda params, key, draw=draw, normaliser=normaliser: jax.value_and_grad(loss)(
-            params, *draw(key, len(tokens)), normaliser))
+    for name, (draw, normalizer) in DRAWS.items():
+        step = jax.jit(lambda params, key, draw=draw, normalizer=normalizer: jax.value_and_grad(loss)(
+            params, *draw(key, len(tokens)), normalizer))
         losses, total, square = [], None, 0.0
         for key in tqdm(jax.random.split(jax.random.key(0), num_draws), desc=name, leave=False, disable=None):
             value, gradient = step(params, key)
@@ -112,7 +112,7 @@ RULES: dict[str, Callable[[int, int, int, int], Draw]] = {
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),
     "the release's evaluation, a grid of times": lambda length, passes, seed, row: from_times(
         length, (np.arange(passes) + 1) / passes, np.random.default_rng([seed, row])),
-    "stratified times (tasks, --estimator=times)": lambda length, passes, seed, row: times_draw(
+    "stratified times (tasks, --estimator=times)": lambda length, passes, seed, row: sample_time_masks(
         length, passes, seed, row),
     "exact numbers": lambda length, passes, seed, row: from_counts(
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),

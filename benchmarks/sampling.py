@@ -36,9 +36,9 @@ def ours(args: argparse.Namespace, policy: str, cache: str = "none") -> Callable
     import jax
     from flax import nnx
 
-    from dlm_jax.hf import config_from_hf
+    from dlm_jax.checkpoints import config_from_hf
     from dlm_jax.models import Compute, Transformer
-    from dlm_jax.sampling import SamplerConfig, Task, sample
+    from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
     model = nnx.jit(lambda: Transformer(config_from_hf(HF_CONFIGS[args.model]), rngs=nnx.Rngs(0),
                                         param_dtype=args.dtype, compute=Compute(args.dtype)))()
@@ -51,7 +51,7 @@ def ours(args: argparse.Namespace, policy: str, cache: str = "none") -> Callable
 
     def run(seed: int) -> None:
         keys = jax.random.split(jax.random.key(seed), args.batch_size)
-        jax.block_until_ready(sample(model, tokens, fixed, lengths, keys, Task(config, MASK_TOKEN_ID, True)))
+        jax.block_until_ready(sample(model, tokens, fixed, lengths, keys, SamplingSpec(config, MASK_TOKEN_ID, True)))
 
     return run
 
@@ -79,9 +79,9 @@ def pytorch(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
     @torch.no_grad()
     def run(seed: int) -> None:
         torch.manual_seed(seed)
-        maskable = torch.ones(args.batch_size, args.length, dtype=torch.bool, device=device)
-        maskable[:, 0] = False
-        masked = maskable.clone()
+        noisable_mask = torch.ones(args.batch_size, args.length, dtype=torch.bool, device=device)
+        noisable_mask[:, 0] = False
+        masked = noisable_mask.clone()
         tokens = torch.where(masked, MASK_TOKEN_ID, 0)
         for t in range(args.num_steps - 1, -1, -1):
             logits = model(tokens, attention_mask=bias, use_cache=False).logits.float() / args.temperature
@@ -92,8 +92,8 @@ def pytorch(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
             if policy == "random":
                 reveal = masked & (torch.rand(masked.shape, device=device) < 1 / (t + 1))
             else:
-                score = torch.cat([score[:, :1], score[:, :-1]], 1).masked_fill(~maskable, -torch.inf)
-                number = int(maskable.sum(1)[0] * (args.num_steps - t) / args.num_steps)
+                score = torch.cat([score[:, :1], score[:, :-1]], 1).masked_fill(~noisable_mask, -torch.inf)
+                number = int(noisable_mask.sum(1)[0] * (args.num_steps - t) / args.num_steps)
                 best = score.topk(number, 1).indices
                 reveal = masked & torch.zeros_like(masked).scatter(1, best, True)
                 reveal |= masked if t == 0 else False

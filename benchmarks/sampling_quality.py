@@ -22,7 +22,7 @@ import numpy as np
 from dlm_jax import DiffusionLM
 from dlm_jax.diffusion import example_keys
 from dlm_jax.evaluation import autoregressive_nll
-from dlm_jax.sampling import SamplerConfig, Task, sample
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
 HERE = pathlib.Path(__file__).parent
 COLOURS = {"random": "#8d96a3", "first_hitting": "#5c6470", "confidence": "#1b6ca8", "margin": "#2a9d8f",
@@ -30,17 +30,17 @@ COLOURS = {"random": "#8d96a3", "first_hitting": "#5c6470", "confidence": "#1b6c
 BLOCK = 32
 
 
-def draw(lm: DiffusionLM, config: SamplerConfig, args: argparse.Namespace, batch_size: int) -> dict:
+def draw_tokens(lm: DiffusionLM, config: SamplerConfig, args: argparse.Namespace, batch_size: int) -> dict:
     """Samples from nothing: tokens [num_samples, length], seconds without compilation, and forward passes a row."""
     first = lm.pretrained.bos_token_id or lm.pretrained.eos_token_id or 0
     tokens = np.full((batch_size, args.length), first, np.int32)
     fixed = np.broadcast_to(np.arange(args.length) == 0, tokens.shape)
     lengths = np.full(batch_size, args.length)
-    task = Task(config, lm.pretrained.mask_token_id, lm.pretrained.shift)
+    spec = SamplingSpec(config, lm.pretrained.mask_token_id, lm.pretrained.shift)
 
     def run(start: int):
         index = np.arange(start, start + batch_size, dtype=np.uint32)
-        return jax.block_until_ready(sample(lm.model, tokens, fixed, lengths, example_keys(args.seed, index), task))
+        return jax.block_until_ready(sample(lm.model, tokens, fixed, lengths, example_keys(args.seed, index), spec))
 
     run(0)
     began = time.perf_counter()
@@ -73,7 +73,7 @@ def policies(lm: DiffusionLM, parent: DiffusionLM, args: argparse.Namespace) -> 
     settings += [SamplerConfig(policy="threshold", threshold=threshold, temperature=args.temperature, top_p=args.top_p)
                  for threshold in (0.3, 0.5, 0.7, 0.9)]
     for config in settings:
-        drawn = draw(lm, config, args, args.batch_size)
+        drawn = draw_tokens(lm, config, args, args.batch_size)
         rows.append({"policy": config.policy, "steps": config.num_steps, "threshold": config.threshold,
                      **judge(parent, drawn.pop("tokens")), **drawn})
         print(f"| {config.policy}{f' {config.threshold}' if config.threshold else ''} | {config.num_steps or ''} | "
@@ -91,10 +91,10 @@ def caches(lm: DiffusionLM, parent: DiffusionLM, args: argparse.Namespace) -> li
     for cache in ("prefix", "dual"):
         settings[f"blocks, threshold, {cache} cache"] = dataclasses.replace(quick, cache=cache)
         settings[f"blocks, threshold, {cache} cache, refreshed every 4 steps"] = dataclasses.replace(
-            quick, cache=cache, refresh_every=4)
+            quick, cache=cache, cache_refresh_interval=4)
     rows = []
     for name, config in settings.items():
-        drawn = draw(lm, config, args, 1)
+        drawn = draw_tokens(lm, config, args, 1)
         rows.append({"name": name, **judge(parent, drawn.pop("tokens")), **drawn})
         gain = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
         print(f"| {name} | {drawn['forwards']:.1f} | {describe(rows[-1])} | {drawn['tokens_per_second']:,.0f} | "
@@ -125,7 +125,7 @@ def plot(rows: list[dict], mark: dict, path: pathlib.Path) -> None:
         axis.set(xscale="log", xlabel="forward passes", title=title)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axis.grid(alpha=0.25)
+        axis.step_schedule(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
@@ -153,7 +153,7 @@ def main() -> None:
     lm, parent = DiffusionLM.from_pretrained(args.model), DiffusionLM.from_pretrained(args.parent)
     head = "perplexity | distinct-1 | distinct-2 | distinct-3 | tokens a second |"
     config = SamplerConfig(policy="autoregressive", temperature=args.temperature, top_p=args.top_p)
-    mark = draw(parent, config, args, args.batch_size)
+    mark = draw_tokens(parent, config, args, args.batch_size)
     mark = {**judge(parent, mark.pop("tokens")), **mark}
     print(f"{args.num_samples} samples of {args.length} tokens, temperature {args.temperature}, top-p {args.top_p}, "
           f"{jax.devices()[0].device_kind}\n\nOne row at a time, blocks of {BLOCK}, threshold {args.threshold}:\n\n"

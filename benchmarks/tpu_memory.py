@@ -20,7 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from dlm_jax.data.config import DataConfig
 from dlm_jax.parallel import MeshConfig
-from dlm_jax.planning import Plan, describe_base, make_plan, read_topology, tpu_target
+from dlm_jax.plan import Plan, describe_base, make_plan, read_topology, tpu_target
 from dlm_jax.training.config import ModelSource, ObjectiveConfig, OptimizerConfig, TrainConfig
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "tpu_memory.json"

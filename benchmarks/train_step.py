@@ -57,14 +57,13 @@ def ours(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
     import jax
     from flax import nnx
 
-    from dlm_jax.data.batch import Batch
-    from dlm_jax.hf import config_from_hf
+    from dlm_jax.checkpoints import config_from_hf
+    from dlm_jax.diffusion.corruption import Batch
+    from dlm_jax.diffusion.objective import ObjectiveConfig
     from dlm_jax.models import Compute, Transformer
     from dlm_jax.parallel import MeshConfig, make_mesh
-    from dlm_jax.training.objective import ObjectiveConfig
     from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from dlm_jax.training.state import create_state
-    from dlm_jax.training.step import make_train_step
+    from dlm_jax.training.step import create_state, make_train_step
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = nnx.jit(lambda: Transformer(config_from_hf(hf_config(args)), rngs=nnx.Rngs(0), param_dtype=args.param_dtype,
@@ -79,11 +78,11 @@ def ours(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
     step = make_train_step(graphdef, optimizer, mesh, objective=objective, config=optimizer_config,
                            num_steps=10**6, seed=0, mask_token_id=MASK_TOKEN_ID)
     tokens = tokens_of(args).astype(np.int32)
-    maskable = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
+    noisable_mask = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
     number = iter(range(10**9))
 
     def batch() -> Batch:
-        return Batch(tokens, maskable, np.arange(args.batch_size, dtype=np.uint32) + next(number) * args.batch_size)
+        return Batch(tokens, noisable_mask, np.arange(args.batch_size, dtype=np.uint32) + next(number) * args.batch_size)
 
     def run() -> None:
         nonlocal state
@@ -181,8 +180,8 @@ def main() -> None:
 
     import jax
 
-    from dlm_jax.hf import config_from_hf
-    from dlm_jax.training.flops import peak_flops, train_flops
+    from dlm_jax.checkpoints import config_from_hf
+    from dlm_jax.training.metrics import peak_flops, train_flops
 
     results = []
     for annealed in {"both": (False, True), "off": (False,), "on": (True,)}[args.annealed]:

@@ -14,6 +14,6 @@ def get_config():
     config.objective.name = "block_diffusion"
     config.objective.anneal_steps = 0
     config.objective.block_size = 32
-    config.objective.block_stages = ((0, 1), (100, 2), (500, 4), (1_000, 8), (1_500, 16), (2_000, 32))
+    config.objective.block_size_schedule = ((0, 1), (100, 2), (500, 4), (1_000, 8), (1_500, 16), (2_000, 32))
     config.optimizer.accumulate_steps = 16  # each row is read twice
     return config

@@ -19,7 +19,7 @@ def get_config():
 
     config.objective.name = "block_diffusion"
     config.objective.block_size = 32
-    config.objective.clean_blocks = "whole"
+    config.objective.clean_attention = "block_bidirectional"
     config.objective.complementary = True
     config.objective.weight = "uniform"
 

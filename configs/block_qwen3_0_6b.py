@@ -16,7 +16,7 @@ def get_config():
     config.objective.name = "block_diffusion"
     config.objective.anneal_steps = 0
     config.objective.block_size = 4
-    config.objective.clean_blocks = "whole"
+    config.objective.clean_attention = "block_bidirectional"
 
     config.optimizer.learning_rate = 1e-5
     config.optimizer.schedule = "constant"

@@ -3,8 +3,8 @@
     dlm train --config=diffugpt_s --workdir=DIR --config.data.train=FINEWEB
 
 The paper takes 30B unique tokens of FineWeb sample-100BT. It departs from the authors' code, not from their paper, in
-    objective.normaliser      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
-    objective.anneal_shared   one attention pattern an example; theirs shares one in a batch
+    objective.loss_normalization      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
+    objective.share_annealed_mask   one attention pattern an example; theirs shares one in a batch
     validation                always bidirectional; theirs sees the attention of the moment
 and draws times stratified over the batch, which theirs does not.
 """

@@ -6,7 +6,7 @@ r"""DiffuLLaMA: Llama-2-7B, adapted on 65B tokens of SlimPajama and StarCoder (a
 with directories made by `dlm prepare` (docs/data.md has the commands), in the paper's proportion. Attention is
 bidirectional from the start, as in the paper; diffullama_7b_annealed opens it gradually. It departs from the authors'
 code, not from their paper, in
-    objective.normaliser      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
+    objective.loss_normalization      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
     data.length               2048 tokens; theirs reads rows of 2049
     model.param_dtype         float32 master parameters, computing in bfloat16; theirs loads bfloat16
 and draws times stratified over the batch, which theirs does not.

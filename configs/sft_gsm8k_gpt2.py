@@ -6,8 +6,8 @@ with lines `question||<<a*b=c>> <<...>> #### answer`, the augmented symbolic for
 From the release's code: 128 rows a GPU, 200 epochs, the separator 50155, the padding 101, which is noised and learned,
 and digits that are tokens of their own. Of how many GPUs it does not say: 8 here, as in its adaptation. For DiffuGPT-S
 set --config.model.source=diffusionfamily/diffugpt-s. sft_gsm8k_gpt2_ar is the parent on the same data. It departs in
-    objective.normaliser      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
-    data.examples.too_long    left out; theirs are cut, a question at its beginning
+    objective.loss_normalization      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
+    data.examples.overlong    left out; theirs are cut, a question at its beginning
 and draws times stratified over the batch, which theirs does not.
 """
 
@@ -26,9 +26,9 @@ def get_config():
     config.data.examples.format = "gsm8k_symbolic"
     config.data.examples.separator = "======"  # token 50155
     config.data.examples.pad_token = "¨"  # token 101
-    config.data.examples.padding = "trained"
+    config.data.examples.train_on_padding = True
     config.data.examples.split_digits = True
-    config.data.examples.too_long = "drop"
+    config.data.examples.overlong = "drop"
 
     config.objective.anneal_steps = 0  # the base is bidirectional already
 
@@ -38,6 +38,6 @@ def get_config():
     config.optimizer.clip_norm = 1.0
 
     config.validation.every = 1_000
-    config.validation.answers = 64
+    config.validation.generation_eval = 64
     config.checkpoint.every = 1_000
     return config

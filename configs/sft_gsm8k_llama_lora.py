@@ -6,7 +6,7 @@ with lines `question||<<a*b=c>> <<...>> #### answer`, the augmented symbolic for
 but the head, and the whole embedding. From the release's code: rank 16 (the paper says 8: --config.lora.rank=8), alpha
 twice the rank, the mask 811, the separator 4936 and the padding 30399, which is noised and learned. Its batch is 128
 rows a GPU, of which it does not say how many; 64,000 steps are those of the checkpoint it evaluates. Departs from it in
-    objective.normaliser      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
+    objective.loss_normalization      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
 and draws times stratified over the batch, which theirs does not.
 """
 
@@ -31,7 +31,7 @@ def get_config():
 
     config.optimizer.learning_rate = 1e-4
 
-    config.validation.answers = 0
+    config.validation.generation_eval = 0
     config.checkpoint.every = 2_000
     config.checkpoint.keep = 4
     return config

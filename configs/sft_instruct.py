@@ -22,10 +22,10 @@ def get_config():
     config.data.examples.format = "messages"
     config.data.examples.separator = "\n"
     config.data.examples.pad_token = None  # the end of the text
-    config.objective.normaliser = "examples"
+    config.objective.loss_normalization = "examples"
 
     config.optimizer.warmup_steps = 50
     config.validation.every = 100
-    config.validation.answers = 16
+    config.validation.generation_eval = 16
     config.checkpoint.every = 200
     return config

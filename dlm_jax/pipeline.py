@@ -15,18 +15,17 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.data.examples import ExampleForm, Question
-from dlm_jax.data.recorded import recorded_form
+from dlm_jax.checkpoints import Pretrained, save_pretrained
+from dlm_jax.checkpoints.workdir import is_workdir, load_source, load_workdir
+from dlm_jax.data.prompts import PromptFormat, Question, prompt_format_from_run
 from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
-from dlm_jax.evaluation.gap_length import settle_lengths
-from dlm_jax.hf import Pretrained, save_pretrained
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
-from dlm_jax.sampling import GAP, SamplerConfig, Snapshot, Task, make_canvas, sample_rows, sampler_config
-from dlm_jax.sampling.text import Piece, before_end, decode, encode, split_gaps
-from dlm_jax.training.workdir import is_workdir, load_source, load_workdir
+from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, Snapshot, pad_rows, sample_rows, sampler_config
+from dlm_jax.sampling.gap_length import infer_gap_lengths
+from dlm_jax.sampling.text import Segment, before_end, decode, encode, split_gaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +125,8 @@ class DiffusionLM:
         """
         _check_some(max_new_tokens)
         config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
-        pieces = [[prompt, max_new_tokens] for prompt in _texts(prompts, "prompts")]
-        return self._fill(pieces, config, seed, batch_size, example_index, on_step, stop_at_eos=True)
+        segments = [[prompt, max_new_tokens] for prompt in _texts(prompts, "prompts")]
+        return self._fill(segments, config, seed, batch_size, example_index, on_step, stop_at_eos=True)
 
     def infill(self, texts: str | Sequence[str], gap_length: int = 16, num_steps: int | None = None,
                policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
@@ -139,29 +138,29 @@ class DiffusionLM:
         What stands around gaps comes back character for character. Other arguments as in `generate`.
         """
         config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
-        pieces = [split_gaps(text, gap_length) for text in _texts(texts, "texts")]
-        if any(isinstance(piece, range) for text in pieces for piece in text):
+        segments = [split_gaps(text, gap_length) for text in _texts(texts, "texts")]
+        if any(isinstance(segment, range) for text in segments for segment in text):
             encode_text = functools.partial(encode, self.tokenizer, bos_token_id=self._bos_token_id)
             with self._in_use():
-                pieces = settle_lengths(self.model, pieces, encode_text, mask_token_id=self.mask_token_id,
+                segments = infer_gap_lengths(self.model, segments, encode_text, mask_token_id=self.mask_token_id,
                                         shift=self.pretrained.shift, batch_size=batch_size)
-        return self._fill(pieces, config, seed, batch_size, example_index, on_step, stop_at_eos=False)
+        return self._fill(segments, config, seed, batch_size, example_index, on_step, stop_at_eos=False)
 
     def respond(self, questions: str | Sequence[Question], max_new_tokens: int = 128, num_steps: int | None = None,
                 policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
                 batch_size: int = 16, example_index: Sequence[int] | None = None,
-                on_step: Callable[[Snapshot], None] | None = None, form: ExampleForm | None = None,
+                on_step: Callable[[Snapshot], None] | None = None, form: PromptFormat | None = None,
                 **settings) -> list[str]:
         """Answers each question as a fine-tuned model learnt to: the response alone, up to the end of it.
 
         Args:
           questions: a text, a conversation (a list of messages {role, content}), or a list of either.
           max_new_tokens: the most tokens of a response.
-          form: how a question is written; by default `example_form()`. Other arguments as in `generate`.
+          form: how a question is written; by default `prompt_format()`. Other arguments as in `generate`.
         """
         _check_some(max_new_tokens)
         config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
-        form = self.example_form() if form is None else form
+        form = self.prompt_format() if form is None else form
         alone = not isinstance(questions, str) and questions and isinstance(questions[0], dict)
         prompts = [form.ask(question) for question in ([questions] if alone else _texts(questions, "questions"))]
         # Conversations grow from call to call: coarse lengths, so that not every turn needs a program of its own.
@@ -170,9 +169,9 @@ class DiffusionLM:
         return [form.response_text(before_end(row[len(prompt) : len(prompt) + max_new_tokens], form.end_token_ids))
                 for prompt, row in zip(prompts, filled, strict=True)]
 
-    def example_form(self, **settings) -> ExampleForm:
+    def prompt_format(self, **settings) -> PromptFormat:
         """How the examples were written that the model learnt from; `settings` as in `data.recorded`."""
-        return recorded_form(self.tokenizer, self.pretrained.recipe or {}, self.config.max_length, **settings)
+        return prompt_format_from_run(self.tokenizer, self.pretrained.recipe or {}, self.config.max_length, **settings)
 
     def score(self, texts: str | Sequence[str], num_samples: int = 128, seed: int = 0,
               batch_size: int = 16) -> list[BoundEstimate]:
@@ -182,10 +181,10 @@ class DiffusionLM:
         for number, row in enumerate(rows):
             if len(row) == 1:
                 raise DataError(f"text {number} is empty, so there is nothing to score")
-        canvas = make_canvas(rows, self.config.max_length)
-        padding = np.arange(canvas.tokens.shape[1]) >= canvas.lengths[:, None]
+        padded = pad_rows(rows, self.config.max_length)
+        padding = np.arange(padded.tokens.shape[1]) >= padded.lengths[:, None]
         with self._in_use():
-            estimate = bound(self.model, canvas.tokens, ~padding, mask_token_id=mask_token_id,
+            estimate = bound(self.model, padded.tokens, ~padding, mask_token_id=mask_token_id,
                              shift=self.pretrained.shift, num_samples=num_samples, seed=seed, batch_size=batch_size,
                              segment_ids=padding, blocks=self.pretrained.blocks)
         return list(estimate.rows)
@@ -204,16 +203,16 @@ class DiffusionLM:
         raise ConfigError(f"{self.pretrained.source} has no BOS or EOS token to begin a text with; set bos_token "
                           "in its tokenizer_config.json")
 
-    def _fill(self, pieces: Sequence[Sequence[Piece]], config: SamplerConfig, seed: int, batch_size: int,
+    def _fill(self, segments: Sequence[Sequence[Segment]], config: SamplerConfig, seed: int, batch_size: int,
               example_index: Sequence[int] | None, on_step: Callable[[Snapshot], None] | None, *,
               stop_at_eos: bool) -> list[str]:
         """Fills the gaps of texts."""
         eos_token_id = self.pretrained.eos_token_id
         ends = () if eos_token_id is None else (eos_token_id,)
-        rows, gaps = zip(*(encode(self.tokenizer, piece, self._bos_token_id) for piece in pieces), strict=True)
+        rows, gaps = zip(*(encode(self.tokenizer, segment, self._bos_token_id) for segment in segments), strict=True)
         filled = self._sample(rows, config, seed, batch_size, example_index, on_step, ends, stop_at_eos)
         return [decode(self.tokenizer, *parts, ends if stop_at_eos else ())
-                for parts in zip(pieces, gaps, filled, strict=True)]
+                for parts in zip(segments, gaps, filled, strict=True)]
 
     def _sample(self, rows: Sequence[Sequence[int]], config: SamplerConfig, seed: int, batch_size: int,
                 example_index: Sequence[int] | None, on_step: Callable[[Snapshot], None] | None,
@@ -225,9 +224,9 @@ class DiffusionLM:
         if len(index) != len(rows):
             raise ConfigError(f"example_index has {len(index)} entries for {len(rows)} texts")
         mask_token_id = self.pretrained.mask_token_id if config.policy == "autoregressive" else self.mask_token_id
-        task = Task(config, mask_token_id, self.pretrained.shift, eos_token_ids, stop_at_eos and bool(eos_token_ids),
+        spec = SamplingSpec(config, mask_token_id, self.pretrained.shift, eos_token_ids, stop_at_eos and bool(eos_token_ids),
                     blocks=self.pretrained.blocks)
-        return sample_rows(self.model, rows, example_keys(seed, jnp.asarray(index, jnp.uint32)), task,
+        return sample_rows(self.model, rows, example_keys(seed, jnp.asarray(index, jnp.uint32)), spec,
                            batch_size=min(batch_size, len(rows)), mesh=self.mesh, on_step=on_step, coarse=coarse,
                            progress=on_step is None)
 

@@ -45,8 +45,8 @@ case $workdir in
     *) misuse "--workdir=$workdir is on a pod's own disk, which goes with it; give gs://BUCKET/DIR or a mounted path" ;;
 esac
 [ -z "$env_file" ] || [ -r "$env_file" ] || misuse "--env_file=$env_file cannot be read"
-if [ "$slices" -gt 1 ] && [ -z "$(argument_of config.mesh.slices "${train[@]}")" ]; then
-    train+=("--config.mesh.slices=$slices")
+if [ "$slices" -gt 1 ] && [ -z "$(argument_of config.mesh.dcn_data "${train[@]}")" ]; then
+    train+=("--config.mesh.dcn_data=$slices")
 fi
 
 # One line, as it stands in a YAML block. exec: a pod's SIGTERM reaches the training, which saves.

@@ -63,8 +63,8 @@ check_arguments() {
     [[ $repo != *://*@* ]] || misuse "--repo must not hold a user or a token: it is printed, and stays on the workers"
     [ -z "$repo" ] || [ -n "$commit" ] || misuse "--repo needs --commit=SHA"
     [ -z "$env_file" ] || [ -r "$env_file" ] || misuse "--env_file=$env_file cannot be read"
-    if [ "$slices" -gt 1 ] && [ -z "$(argument_of config.mesh.slices "${train[@]}")" ]; then
-        train+=("--config.mesh.slices=$slices")
+    if [ "$slices" -gt 1 ] && [ -z "$(argument_of config.mesh.dcn_data "${train[@]}")" ]; then
+        train+=("--config.mesh.dcn_data=$slices")
     fi
 }
 

@@ -7,7 +7,14 @@ each waits for ever for devices whose threads the other holds.
 
 import os
 import pathlib
+import shutil
+import tempfile
 
+# What one test compiles the next one reads back, in every process of the run and in the commands that tests start.
+_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+_CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"dlm_jax-tests-{_RUN}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "64")
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -38,8 +45,16 @@ def test_data() -> pathlib.Path:
     return pathlib.Path(os.environ["DLM_TEST_DATA"]).resolve()
 
 
+def pytest_sessionfinish(session):
+    """Removes the run's own compilation cache; one that the environment names is kept."""
+    if not hasattr(session.config, "workerinput") and os.path.basename(_CACHE) == f"dlm_jax-tests-{_RUN}":
+        shutil.rmtree(_CACHE, ignore_errors=True)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _forget_programs():
+def _clear_programs():
     """Thousands of compiled programs at once exhaust a process's memory maps, and the next one crashes."""
     yield
-    jax.clear_caches()
+    limit, maps = pathlib.Path("/proc/sys/vm/max_map_count"), pathlib.Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > int(limit.read_text()) // 2:
+        jax.clear_caches()

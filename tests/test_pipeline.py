@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 import dlm_jax
 from dlm_jax import AttentionMask, DiffusionLM, DLMError
+from dlm_jax.checkpoints import load_pretrained
+from dlm_jax.checkpoints.hf_import import aligned_empty
 from dlm_jax.evaluation import bound
-from dlm_jax.hf import load_pretrained
-from dlm_jax.hf.stream import aligned_empty
 from dlm_jax.sampling.loop import _sample
 
 STEPS = {"num_steps": 5}
@@ -119,7 +119,7 @@ def test_an_answer_is_what_follows_the_question_as_it_was_learnt(lm):
                zip(lm.generate(asked, **options), asked, strict=True)]
     assert tuned.respond(questions, **options) == written and all(written)
     assert tuned.respond(questions[1], example_index=[1], **options) == written[1:]
-    given = tuned.example_form(separator="?")
+    given = tuned.prompt_format(separator="?")
     assert tuned.respond("Why", form=given, **options) == [
         lm.generate("Why?", **options)[0].removeprefix("Why?").strip()]
 
@@ -127,7 +127,7 @@ def test_an_answer_is_what_follows_the_question_as_it_was_learnt(lm):
 def test_a_conversation_is_asked_whole_and_an_answer_ends_at_any_of_its_ends(lm, tmp_path):
     file = tmp_path / "chat.jinja"
     file.write_text("{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}")
-    form = lm.example_form(chat_template=str(file))
+    form = lm.prompt_format(chat_template=str(file))
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "?"}]
     options = {"max_new_tokens": 24, "policy": "autoregressive", "form": form}
     answer = lm.respond(talk, **options)

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.storage import is_remote, local_copy, reached, upload, write_json
+from dlm_jax.storage import ensure_accessible, is_remote, local_copy, upload, write_json
 from tests.faults.runs import Runs, ended
 from tests.object_store import object_store
 from tests.training.conftest import base, corpus  # noqa: F401
@@ -58,14 +58,14 @@ def test_json_is_written_whole(bucket, tmp_path):
 
 
 def test_what_cannot_be_reached_is_said_in_a_sentence(bucket, monkeypatch):
-    assert reached(f"{bucket}/anything").name == "anything"
+    assert ensure_accessible(f"{bucket}/anything").name == "anything"
 
     def refuse(self):
         raise PermissionError("Anonymous caller may not\n list objects")
 
     monkeypatch.setattr(type(epath.Path(bucket)), "exists", refuse)
     with pytest.raises(ConfigError, match="^gs://bucket/run cannot be reached: .*Anonymous caller may not list"):
-        reached(f"{bucket}/run")
+        ensure_accessible(f"{bucket}/run")
 
 
 def test_a_missing_package_is_named(tmp_path):

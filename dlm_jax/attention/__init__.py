@@ -2,17 +2,14 @@
 
 import jax
 
-from dlm_jax.attention.blocks import Blocks
-from dlm_jax.attention.choice import BACKENDS, Choice, Work, choose_backend
-from dlm_jax.attention.cudnn import cudnn_attention
-from dlm_jax.attention.cudnn_blocks import cudnn_block_attention
-from dlm_jax.attention.dense import dense_attention
-from dlm_jax.attention.dense_blocks import dense_block_attention
+from dlm_jax.attention.backend import BACKENDS, AttentionSpec, Choice, choose_backend
+from dlm_jax.attention.cudnn import cudnn_attention, cudnn_block_attention
 from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.attention.partition import Partition
-from dlm_jax.attention.sharded import sharded_attention_tpu
+from dlm_jax.attention.tpu_ring import sharded_attention_tpu
+from dlm_jax.attention.xla import dense_attention, dense_block_attention
 
-__all__ = ["BACKENDS", "AttentionMask", "Blocks", "Choice", "Partition", "Work", "attend", "choose_backend"]
+__all__ = ["BACKENDS", "AttentionMask", "Blocks", "Choice", "Partition", "AttentionSpec", "attend", "choose_backend"]
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, backend: str = "auto",
@@ -28,7 +25,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
       ConfigError: the backend cannot do this work.
     """
     drops = dropout_rate > 0 and dropout_seeds is not None
-    work = Work(query.dtype.name, query.shape[-1], dropout=drops, matrix=mask.kind == "matrix")
+    work = AttentionSpec(query.dtype.name, query.shape[-1], dropout=drops, matrix=mask.kind == "matrix")
     backend = choose_backend(backend, work).backend
     blocks = mask.kind == "block_diffusion"
     if backend == "cudnn":

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dlm_jax.cli.sample import add_sampler_arguments, check_at_least_one, check_seed, sampler_settings, settle_policy
+from dlm_jax.cli.sample import add_sampler_arguments, check_at_least_one, check_seed, resolve_policy, sampler_settings
 from dlm_jax.cli.shared import add_model_arguments, load_model
 from dlm_jax.errors import DataError
 
@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = sampler_settings(arguments)
     lm = load_model(arguments)
     given = {name: getattr(arguments, name) for name in ("format", "separator", "chat_template")}
-    form = lm.example_form(**{name: value for name, value in given.items() if value is not None})
-    conversation = Conversation(lm, form, settle_policy(config, arguments.policy, lm), system=arguments.system,
+    form = lm.prompt_format(**{name: value for name, value in given.items() if value is not None})
+    conversation = Conversation(lm, form, resolve_policy(config, arguments.policy, lm), system=arguments.system,
                                 max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
     if sys.stdin.isatty() and sys.stdout.isatty():
         from dlm_jax.cli.chat_terminal import talk
@@ -66,11 +66,11 @@ def answer_lines(conversation: "Conversation", *, stream: bool) -> None:
         with (LiveAnswer(conversation.lm.tokenizer, conversation.form.end_token_ids) if stream
               else contextlib.nullcontext()) as live:
             reply = conversation.ask(line, live)
-        tell_forgotten(reply.forgotten)
+        warn_truncated_history(reply.forgotten)
         print(reply.text, flush=True)
 
 
-def tell_forgotten(exchanges: int) -> None:
+def warn_truncated_history(exchanges: int) -> None:
     if exchanges:
         what = "exchange was" if exchanges == 1 else f"{exchanges} exchanges were"
         print(f"(the oldest {what} forgotten, to make room)", file=sys.stderr, flush=True)

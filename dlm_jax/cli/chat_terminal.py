@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dlm_jax.cli.chat import tell_forgotten
+from dlm_jax.cli.chat import warn_truncated_history
 from dlm_jax.cli.live import LiveAnswer
 from dlm_jax.cli.sample import check_seed
-from dlm_jax.cli.values import Unfit, hint, read
+from dlm_jax.cli.values import InvalidValue, hint, read
 from dlm_jax.errors import ConfigError, DLMError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def talk(conversation: "Conversation", *, stream: bool) -> None:
         try:
             line = input(PROMPT).strip()
             if line.startswith("/"):
-                _obey(line, conversation)
+                _run_command(line, conversation)
             elif line:
                 _answer(line, conversation, stream=stream)
         except EOFError:
@@ -55,7 +55,7 @@ def _answer(line: str, conversation: "Conversation", *, stream: bool) -> None:
     lm, form = conversation.lm, conversation.form
     with LiveAnswer(lm.tokenizer, form.end_token_ids) if stream else _Bar(conversation) as on_step:
         reply = conversation.ask(line, on_step)
-    tell_forgotten(reply.forgotten)
+    warn_truncated_history(reply.forgotten)
     print(reply.text)
 
 
@@ -65,7 +65,7 @@ class _Bar:
     def __init__(self, conversation: "Conversation"):
         most = conversation.max_new_tokens
         self._bar = tqdm(total=min(conversation.config.steps or most, most), desc="answering", unit="step",
-                         leave=False, delay=2)
+                         exit_now=False, delay=2)
 
     def __enter__(self) -> "_Bar":
         return self
@@ -77,7 +77,7 @@ class _Bar:
         self._bar.update(snapshot.step - self._bar.n)
 
 
-def _obey(line: str, conversation: "Conversation") -> None:
+def _run_command(line: str, conversation: "Conversation") -> None:
     """Raises ConfigError where the command is unknown or cannot be obeyed, and EOFError to leave."""
     command, _, text = line.partition(" ")
     text = text.strip()
@@ -90,14 +90,14 @@ def _obey(line: str, conversation: "Conversation") -> None:
     if command == "/reset":
         conversation.forget()
     elif command == "/system":
-        conversation.instruct(text or None)
+        conversation.set_system_prompt(text or None)
     elif command == "/seed":
         try:
             seed = read(text, int)
-        except Unfit as error:
+        except InvalidValue as error:
             raise ConfigError(f"/seed takes a number, not {text!r}") from error
         check_seed("/seed", seed)
-        conversation.begin_draws(seed)
+        conversation.reset_seed(seed)
     else:
         width = max(map(len, COMMANDS))
         print("\n".join(f"{name:<{width}}  {meaning}" for name, meaning in COMMANDS.items()))

@@ -123,6 +123,6 @@ def _from_mapping(cls: type[Config], content: Mapping[str, Any] | ml_collections
 def _checked(convert: Callable[[Any, Any], Any], value: Any, kind: Any, key: str) -> Any:
     try:
         return convert(value, kind)
-    except values.Unfit as error:
+    except values.InvalidValue as error:
         hint = values.hint(str(value), values.choices(kind))
         raise ConfigError(f"config.{key} takes {values.name(kind)}, not {value!r}{hint}") from error

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dlm_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from dlm_jax.data.chat import Message
-    from dlm_jax.data.examples import ExampleForm, Question
+    from dlm_jax.data.prompts import Message, PromptFormat, Question
     from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.sampling import SamplerConfig, Snapshot
 
@@ -27,19 +26,19 @@ class Conversation:
     The n-th answer is a function of the seed, n and what was said before.
     """
 
-    def __init__(self, lm: "DiffusionLM", form: "ExampleForm", config: "SamplerConfig", *, max_new_tokens: int,
+    def __init__(self, lm: "DiffusionLM", form: "PromptFormat", config: "SamplerConfig", *, max_new_tokens: int,
                  seed: int, system: str | None = None):
         self.lm, self.form, self.config, self.max_new_tokens = lm, form, config, max_new_tokens
         self._exchanges: list[tuple[Message, Message]] = []
         self._system: list[Message] = []
-        self.instruct(system)
-        self.begin_draws(seed)
+        self.set_system_prompt(system)
+        self.reset_seed(seed)
 
     @property
     def has_memory(self) -> bool:
         return self.form.config.format == "messages"
 
-    def instruct(self, system: str | None) -> None:
+    def set_system_prompt(self, system: str | None) -> None:
         """Sets what the assistant is told before everything else; nothing for None.
 
         Raises:
@@ -50,7 +49,7 @@ class Conversation:
                               "leave it out")
         self._system = [] if system is None else [{"role": "system", "content": system}]
 
-    def begin_draws(self, seed: int) -> None:
+    def reset_seed(self, seed: int) -> None:
         """Begins the sequence of random numbers of a seed."""
         self._seed, self._turn = seed, 0
 

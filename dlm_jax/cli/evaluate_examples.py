@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     if recipe.get("data.examples.format", "none") == "none":
         raise ConfigError(f"{arguments.model} has not been fine-tuned on examples, so that it is not on record how to "
                           "ask it; evaluate it with --tasks or --data")
-    autoregressive = arguments.objective == "autoregressive" or lm.pretrained.learnt_left_to_right
+    autoregressive = arguments.objective == "autoregressive" or lm.pretrained.is_autoregressive
     sampler = sampler_of(arguments, autoregressive)
-    form = dataclasses.replace(lm.example_form(), length=recipe["data.length"])
+    form = dataclasses.replace(lm.prompt_format(), length=recipe["data.length"])
     data = DataConfig(train=tuple(arguments.examples), validation_fraction=0.0, length=form.length,
                       examples=form.config)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
         rows, batch = source[slice(0, number)], Loader([source], number, shuffle=False).batch(0)
     scored = {"segment_ids": batch.segment_ids, "batch_size": arguments.batch_size}
     if autoregressive:
-        estimate = autoregressive_nll(lm.model, batch.tokens, batch.maskable, **scored)
+        estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, **scored)
     else:
-        estimate = bound(lm.model, batch.tokens, batch.maskable, mask_token_id=lm.mask_token_id, seed=arguments.seed,
+        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, mask_token_id=lm.mask_token_id, seed=arguments.seed,
                          shift=lm.pretrained.shift, blocks=lm.pretrained.blocks,
                          num_samples=arguments.num_samples or 16, **scored)
     questions = questions_of(rows, form)

@@ -48,13 +48,13 @@ def run(arguments: argparse.Namespace) -> None:
     evaluate_writing.check_used(arguments, writes, f"--harness={arguments.harness}")
     _set_shots(tasks["tasks"], arguments.shots)
     found, shortened = {}, {}
-    for candidate in load_candidates(arguments):
+    for eval_model in load_candidates(arguments):
         # In a multiple choice only exact_match is made of what is greedy.
         exact = any(task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in task.aggregation()
                     for task in tasks["tasks"].values())
-        lm = HarnessLM(candidate, num_steps=arguments.num_steps, greedy=exact or None)
+        lm = HarnessLM(eval_model, num_steps=arguments.num_steps, greedy=exact or None)
         with _quiet():
-            found[candidate.name] = _evaluate(lm, tasks, arguments.limit, samples=arguments.out is not None)
+            found[eval_model.name] = _evaluate(lm, tasks, arguments.limit, samples=arguments.out is not None)
         shortened |= lm.shortened
     result = {"models": list(found), "settings": {name: getattr(arguments, name) for name in _SETTINGS},
               "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, "lm-eval")},

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from dlm_jax.cli import evaluate_writing
 from dlm_jax.cli.evaluate_data import make_job, read_prompt_file
-from dlm_jax.cli.partial import Partial, check_output
+from dlm_jax.cli.partial import ResumeState, check_output
 from dlm_jax.cli.shared import load_model, read_mesh, write_result
 from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dlm_jax.evaluation.candidate import Candidate
+    from dlm_jax.evaluation.eval_model import EvalModel
     from dlm_jax.evaluation.tasks import Task
 
 PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
@@ -72,14 +72,14 @@ def run(arguments: argparse.Namespace) -> None:
     text, about_text = read_prompt_file(arguments.prompt_file)
     jobs, files = zip(*(make_job(task, arguments, release, text) for task in tasks), strict=True)
     execute = Sandbox() if any(task.executes for task in tasks) else None
-    candidates = load_candidates(arguments, release, arguments.estimator)
-    judge = _load_judge(arguments, candidates) if any(task.kind == "free" for task in tasks) else None
-    models = [candidate.name for candidate in candidates]
+    eval_models = load_candidates(arguments, release, arguments.estimator)
+    judge = _load_judge(arguments, eval_models) if any(task.kind == "free" for task in tasks) else None
+    models = [eval_model.name for eval_model in eval_models]
     settings = {name: getattr(arguments, name) for name in (
         "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "estimator",
         "samples", "temperature", "judge", "seed", *evaluate_writing.FLAGS)} | about_text | {"data": files}
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
-        records = run_tasks(jobs, candidates, release=release, num_steps=arguments.num_steps,
+        records = run_tasks(jobs, eval_models, release=release, num_steps=arguments.num_steps,
                             samples=arguments.samples, temperature=arguments.temperature, execute=execute, judge=judge,
                             seed=arguments.seed, done=done, add=add)
     result = {"models": models, "settings": settings,
@@ -136,9 +136,9 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
 
 
 def load_candidates(arguments: argparse.Namespace, release: bool = False,
-                    estimator: str = "counts") -> "list[Candidate]":
+                    estimator: str = "counts") -> "list[EvalModel]":
     """The model, and its parent if one is named."""
-    from dlm_jax.evaluation.ours import make_candidate
+    from dlm_jax.evaluation.ours import make_eval_model
     from dlm_jax.pipeline import DiffusionLM
 
     options = {"release": release, "estimator": estimator, "num_samples": arguments.num_samples, "seed": arguments.seed,
@@ -146,26 +146,26 @@ def load_candidates(arguments: argparse.Namespace, release: bool = False,
     autoregressive = arguments.objective == "autoregressive"
     sampler = evaluate_writing.sampler_of(arguments, autoregressive)
     lm = load_model(arguments)
-    found = [make_candidate(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
+    found = [make_eval_model(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
                             autoregressive=autoregressive)]
     if arguments.parent is not None:
         mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
         parent = DiffusionLM.from_pretrained(arguments.parent, dtype=arguments.dtype, mesh=mesh)
         name = f"{arguments.parent} (parent)"
-        found.append(make_candidate(parent.pretrained, name, autoregressive=True, mesh=parent.mesh, **options))
+        found.append(make_eval_model(parent.pretrained, name, autoregressive=True, mesh=parent.mesh, **options))
     return found
 
 
-def _load_judge(arguments: argparse.Namespace, candidates: "Sequence[Candidate]") -> "Candidate":
+def _load_judge(arguments: argparse.Namespace, eval_models: "Sequence[EvalModel]") -> "EvalModel":
     """The model that is named, else the parent."""
-    from dlm_jax.evaluation.ours import make_candidate
+    from dlm_jax.evaluation.ours import make_eval_model
     from dlm_jax.pipeline import DiffusionLM
 
     if arguments.judge is None:
-        return candidates[1]
+        return eval_models[1]
     mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
     lm = DiffusionLM.from_pretrained(arguments.judge, dtype=arguments.dtype, mesh=mesh)
-    return make_candidate(lm.pretrained, arguments.judge, autoregressive=True, batch_size=arguments.batch_size,
+    return make_eval_model(lm.pretrained, arguments.judge, autoregressive=True, batch_size=arguments.batch_size,
                           mesh=lm.mesh)
 
 
@@ -176,7 +176,7 @@ def _records_file(out: str | None, settings: dict[str, Any]):
         yield [], lambda records: None
         return
     path = _items_path(out)
-    with Partial(str(path), settings) as partial:
+    with ResumeState(str(path), settings) as partial:
         lines = pathlib.Path(f"{path}.partial").read_text(encoding="utf-8").split("\n")[: partial.done]
         yield [json.loads(line) for line in lines], partial.add
         partial.finish()

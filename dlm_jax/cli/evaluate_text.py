@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
         rows = rows if held_out is None else held_out  # prepared rows may have a held-out part
         batch = Loader([rows], min(len(rows), arguments.num_rows), shuffle=False).batch(0)
     if arguments.objective == "autoregressive":
-        estimate = autoregressive_nll(lm.model, batch.tokens, batch.maskable, segment_ids=batch.segment_ids,
+        estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, segment_ids=batch.segment_ids,
                                       batch_size=arguments.batch_size)
     else:
-        estimate = bound(lm.model, batch.tokens, batch.maskable, mask_token_id=lm.mask_token_id,
+        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, mask_token_id=lm.mask_token_id,
                          shift=lm.pretrained.shift, blocks=lm.pretrained.blocks,
                          segment_ids=batch.segment_ids, num_samples=num_samples, seed=arguments.seed,
                          batch_size=arguments.batch_size)

@@ -2,7 +2,7 @@
 
 DONE = 0
 REFUSED = 1  # or failed, with a sentence on stderr: the same command would fail again
-MISUSED = 2  # arguments
+EXIT_USAGE = 2  # arguments
 DOES_NOT_FIT = 3  # what was planned
 STOPPED = 75  # by SIGTERM, everything saved: the same command goes on
 PEER_LOST = 76  # another process of the run has died: start all of them again, and the run goes on

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     pretrained = load_model(arguments, merge=arguments.layout != "peft").pretrained
-    from dlm_jax.hf import save_pretrained
+    from dlm_jax.checkpoints import save_pretrained
 
     save_pretrained(arguments.output, pretrained, layout=arguments.layout, dtype=arguments.dtype)
     print(f"{pretrained.source} is in {arguments.output}, layout {arguments.layout}, {arguments.dtype}")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from dlm_jax.cli.exit_codes import DONE, INTERRUPTED, MISUSED, REFUSED
-from dlm_jax.cli.processes import leave
+from dlm_jax.cli.exit_codes import DONE, EXIT_USAGE, INTERRUPTED, REFUSED
+from dlm_jax.cli.processes import exit_now
 from dlm_jax.cli.quiet import keep_libraries_quiet
 from dlm_jax.cli.values import hint
 from dlm_jax.errors import DLMError
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(MISUSED, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The arguments of a command, with `overrides` if it takes a recipe. A misspelt name is what is told first."""
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"dlm: there is no command {name!r}{hint(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}",
               file=sys.stderr)
-        return MISUSED
+        return EXIT_USAGE
     keep_libraries_quiet()
     command = importlib.import_module(f"dlm_jax.cli.{name}")
     parser = Parser(prog=f"dlm {name}", description=command.__doc__, allow_abbrev=False,
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse(rest)
     arguments.argv = argv
     code = _run(name, command, arguments)
-    leave(code)
+    exit_now(code)
     return code
 
 

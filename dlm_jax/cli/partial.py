@@ -26,7 +26,7 @@ def check_output(path: str) -> None:
         raise ConfigError(f"there is no folder {out.parent} for {out.name}; make it, or name another")
 
 
-class Partial:
+class ResumeState:
     """The lines of `out` so far, `done` of them; what is left of a line that broke off is removed.
 
     Raises:

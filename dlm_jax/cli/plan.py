@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts: what is planned for is not here, and what is here not used
     recipe = load_recipe(arguments.config)
     from dlm_jax import planning
-    from dlm_jax.planning import report
-    from dlm_jax.planning.roofline import FORMULA
+    from dlm_jax.plan import report
+    from dlm_jax.plan.roofline import FORMULA
     from dlm_jax.training.config import TrainConfig, flat_dict
 
     config = build_config(TrainConfig, recipe, arguments.overrides)

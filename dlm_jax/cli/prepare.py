@@ -47,11 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
     if workers < 0 or arguments.shard_size < 1:
         raise ConfigError("--workers must not be negative, and --shard_size at least 1")
 
+    from dlm_jax.checkpoints.hub import locate
+    from dlm_jax.checkpoints.tokenizer import load_tokenizer
     from dlm_jax.data.corpus import sources_of
-    from dlm_jax.data.manifest import rows_config
-    from dlm_jax.data.prepare import prepare
-    from dlm_jax.hf.hub import locate
-    from dlm_jax.hf.tokenizer import load_tokenizer
+    from dlm_jax.data.prepare import prepare, rows_config
 
     tokenizer = load_tokenizer(locate(model, weights=False))
     if tokenizer is None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from dlm_jax.cli.exit_codes import KILLED, PEER_LOST, REFUSED
 
-_LIFELINE = "DLM_JAX_LIFELINE"  # set in the child: a pipe that closes when its parent dies
+_PARENT_PIPE = "DLM_JAX_LIFELINE"  # set in the child: a pipe that closes when its parent dies
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def supervises(arguments: argparse.Namespace) -> bool:
     """Whether this process is to watch over the one that does the work."""
-    return arguments.coordinator is not None and _LIFELINE not in os.environ
+    return arguments.coordinator is not None and _PARENT_PIPE not in os.environ
 
 
 def supervise(argv: Sequence[str]) -> int:
@@ -38,7 +38,7 @@ def supervise(argv: Sequence[str]) -> int:
     """
     lifeline, end = os.pipe()
     child = subprocess.Popen([sys.executable, "-m", "dlm_jax.cli.main", *argv], pass_fds=[lifeline],
-                             env=os.environ | {_LIFELINE: str(lifeline)}, start_new_session=True)
+                             env=os.environ | {_PARENT_PIPE: str(lifeline)}, start_new_session=True)
     os.close(lifeline)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
@@ -61,16 +61,16 @@ def join(arguments: argparse.Namespace) -> None:
     """Makes this process one of several, if that is what was asked for. To be called before any device is touched."""
     if arguments.coordinator is None:
         return
-    from dlm_jax.parallel import join_processes
+    from dlm_jax.parallel import initialize_distributed
 
     sys.excepthook = _leave_after(sys.excepthook)
-    threading.Thread(target=_die_with_parent, args=[int(os.environ[_LIFELINE])], daemon=True).start()
-    join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.heartbeat_seconds)
+    threading.Thread(target=_die_with_parent, args=[int(os.environ[_PARENT_PIPE])], daemon=True).start()
+    initialize_distributed(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.heartbeat_seconds)
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """Ends a process that has failed without waiting for the others, which may be waiting for it."""
-    if _LIFELINE in os.environ and code in (REFUSED, PEER_LOST):
+    if _PARENT_PIPE in os.environ and code in (REFUSED, PEER_LOST):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -86,6 +86,6 @@ def _leave_after(report: Callable) -> Callable:
     def hook(*error: object) -> None:
         report(*error)
         if threading.current_thread() is threading.main_thread():
-            leave(REFUSED)
+            exit_now(REFUSED)
 
     return hook

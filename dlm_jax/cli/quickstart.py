@@ -82,8 +82,8 @@ def heading(text: str) -> None:
 
 def plan(arguments: argparse.Namespace) -> "TrainConfig":
     """The run for this base and corpus, with a budget in proportion, announced before it begins."""
-    from dlm_jax.hf.config import config_from_hf, read_config
-    from dlm_jax.hf.hub import locate
+    from dlm_jax.checkpoints.hf_config import config_from_hf, read_config
+    from dlm_jax.checkpoints.hub import locate
     from dlm_jax.training import TrainConfig, count_params, step_seconds
 
     overrides = [("model.source", arguments.base), ("model.mask_token", MASK_TOKEN),
@@ -122,11 +122,11 @@ def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> 
     if held_out is None:
         raise ConfigError("there is no held-out text: give --validation files or a data.validation_fraction")
     tokens = held_out[np.arange(min(len(held_out), config.validation.num_rows))].tokens.astype(np.int32)
-    maskable = np.ones(tokens.shape, bool)
-    results = {"the AR parent, exact": autoregressive_nll(start.model, tokens, maskable).nats_per_token}
+    noisable_mask = np.ones(tokens.shape, bool)
+    results = {"the AR parent, exact": autoregressive_nll(start.model, tokens, noisable_mask).nats_per_token}
     for name, source in {"before adaptation": None, **runs}.items():
         lm = start if source is None else DiffusionLM.from_pretrained(source)
-        results[name] = bound(lm.model, tokens, maskable, mask_token_id=lm.mask_token_id, shift=lm.pretrained.shift,
+        results[name] = bound(lm.model, tokens, noisable_mask, mask_token_id=lm.mask_token_id, shift=lm.pretrained.shift,
                               num_samples=BOUND_SAMPLES).nats_per_token
     return results
 

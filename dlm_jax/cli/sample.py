@@ -54,7 +54,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
                        "confidence, or autoregressive for a model that was trained so)")
     steps.add_argument("--num_steps", type=int, help="denoising steps (default: 64; for first_hitting one a token, "
                        "for threshold as many as it takes)")
-    steps.add_argument("--grid", default="linear", help="linear: as many tokens each step; cosine: few at first "
+    steps.add_argument("--step_schedule", default="linear", help="linear: as many tokens each step; cosine: few at first "
                        "(default %(default)s)")
     steps.add_argument("--block_length", type=int, help="fill blocks of this many positions from left to right")
     steps.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals "
@@ -70,12 +70,12 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
                         "already less likely (default %(default)s)")
     tokens.add_argument("--eos_penalty", type=float, default=0.0, help="nats off the end of text; inf: never end "
                         "(default %(default)s)")
-    tokens.add_argument("--guidance", type=float, default=0.0, help="how far to lean towards the given text, at twice "
+    tokens.add_argument("--cfg_scale", type=float, default=0.0, help="how far to lean towards the given text, at twice "
                         "the work (default %(default)s)")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--cache", default="none", help="keys and values kept while a block is filled: none, prefix "
                        "(before it) or dual (behind it too); faster, not exact (default %(default)s)")
-    cache.add_argument("--refresh_every", type=int, help="steps until they are computed anew (default: once a block)")
+    cache.add_argument("--cache_refresh_interval", type=int, help="steps until they are computed anew (default: once a block)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -89,10 +89,10 @@ def run(arguments: argparse.Namespace) -> None:
 def write_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
     """Continues or fills the texts of the command line, and prints them."""
     lm = load_model(arguments)
-    config = settle_policy(config, arguments.policy, lm)
+    config = resolve_policy(config, arguments.policy, lm)
     given = [text for text in arguments.infill or arguments.prompt or [""] for _ in range(arguments.num_samples)]
     start = time.perf_counter()
-    texts = watched(lm, given, config, arguments)
+    texts = sample_with_trace(lm, given, config, arguments)
     seconds = time.perf_counter() - start
     samples = [{"infill" if arguments.infill else "prompt": source, "text": text}
                for source, text in zip(given, texts, strict=True)]
@@ -112,7 +112,7 @@ def write_file(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
     inputs = read_inputs(arguments.prompts, max_new_tokens=arguments.max_new_tokens, gap_length=arguments.gap_length,
                          taken=("text",) if arguments.num_samples == 1 else ("text", "sample"))
     lm = load_model(arguments)
-    result = sample_file(inputs, arguments, lm, settle_policy(config, arguments.policy, lm))
+    result = sample_file(inputs, arguments, lm, resolve_policy(config, arguments.policy, lm))
     write_result(arguments.json, result, table(result))
 
 
@@ -154,11 +154,11 @@ def sampler_settings(arguments: argparse.Namespace) -> "SamplerConfig":
     return SamplerConfig(**settings | {"policy": arguments.policy or SamplerConfig.policy})
 
 
-def settle_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM") -> "SamplerConfig":
+def resolve_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM") -> "SamplerConfig":
     """What a model that was trained autoregressively, or that has no mask token, makes of a policy not given."""
     if policy is not None:
         return config
-    if lm.pretrained.learnt_left_to_right:
+    if lm.pretrained.is_autoregressive:
         return dataclasses.replace(config, policy="autoregressive")
     if lm.pretrained.mask_token_id is None:
         raise ConfigError(f"{lm.pretrained.source} records no mask token; name one with --mask_token, or write from "
@@ -166,7 +166,7 @@ def settle_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM"
     return config
 
 
-def watched(lm: "DiffusionLM", given: list[str], config: "SamplerConfig", arguments: argparse.Namespace) -> list[str]:
+def sample_with_trace(lm: "DiffusionLM", given: list[str], config: "SamplerConfig", arguments: argparse.Namespace) -> list[str]:
     """The texts; how they form is shown or saved where that is asked for."""
     from dlm_jax.cli.live import Live
     from dlm_jax.sampling.trace import Trace

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dlm_jax.cli.partial import Partial
+from dlm_jax.cli.partial import ResumeState
 from dlm_jax.cli.sample_inputs import Inputs
 from dlm_jax.errors import DataError
 from dlm_jax.sampling.text import encode
@@ -37,7 +37,7 @@ def sample_file(inputs: Inputs, arguments: argparse.Namespace, lm: "DiffusionLM"
     size = min(arguments.batch_size, total)
     call = lm.infill if inputs.kind == "infill" else lm.generate
     start, tokens = time.perf_counter(), 0
-    with (Partial(arguments.out, {**settings, "input_sha256": inputs.digest[:16]}) as partial,
+    with (ResumeState(arguments.out, {**settings, "input_sha256": inputs.digest[:16]}) as partial,
           tqdm(total=total, initial=partial.done, desc="texts", unit="text", disable=None) as bar):
         before = partial.done
         while partial.done < total:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dlm_jax.errors import DataError
-from dlm_jax.sampling.text import Piece, split_gaps
+from dlm_jax.sampling.text import Segment, split_gaps
 
 KINDS = ("prompt", "infill")
 
@@ -33,7 +33,7 @@ class Inputs:
     def text(self, number: int) -> str:
         return self.records[number][self.kind]
 
-    def pieces(self, number: int) -> list[Piece]:
+    def segments(self, number: int) -> list[Segment]:
         """The text of a record and the tokens wanted in it, as `sampling.text` has them."""
         text = self.text(number)
         return split_gaps(text, **self.room) if self.kind == "infill" else [text, self.room["max_new_tokens"]]

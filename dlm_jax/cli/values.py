@@ -11,7 +11,7 @@ _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-class Unfit(ValueError):
+class InvalidValue(ValueError):
     """The value is not of the kind asked for."""
 
 
@@ -31,14 +31,14 @@ def read(text: str, kind: Any) -> Any:
     if kind in (bool, types.NoneType):
         words = _TRUTH if kind is bool else {"none": None}
         if text.lower() not in words:
-            raise Unfit
+            raise InvalidValue
         return words[text.lower()]
     if kind is str:
         return text
     try:
         return fit(ast.literal_eval(text.strip()) if origin is tuple else _number(text, kind), kind)
     except (ValueError, SyntaxError, OverflowError) as error:
-        raise Unfit from error
+        raise InvalidValue from error
 
 
 def fit(value: Any, kind: Any) -> Any:
@@ -55,14 +55,14 @@ def fit(value: Any, kind: Any) -> Any:
     elif origin is tuple:
         kinds = inner[:1] * len(value) if inner[-1] is Ellipsis and isinstance(value, list | tuple) else inner
         if not isinstance(value, list | tuple) or len(kinds) != len(value):
-            raise Unfit
+            raise InvalidValue
         return tuple(fit(item, item_kind) for item, item_kind in zip(value, kinds, strict=True))
     elif kind is float and type(value) is int:
         return float(value)
     else:
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
-        raise Unfit
+        raise InvalidValue
     return value
 
 
@@ -92,14 +92,14 @@ def choices(kind: Any) -> tuple[str, ...]:
     return tuple(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal else ()
 
 
-def closest(word: str, candidates: Iterable[str]) -> str | None:
+def closest(word: str, eval_models: Iterable[str]) -> str | None:
     """The candidate that `word` most probably misspells."""
-    return next(iter(difflib.get_close_matches(word, list(candidates), n=1)), None)
+    return next(iter(difflib.get_close_matches(word, list(eval_models), n=1)), None)
 
 
-def hint(word: str, candidates: Iterable[str]) -> str:
+def hint(word: str, eval_models: Iterable[str]) -> str:
     """` (did you mean x?)`, or nothing."""
-    match = closest(word, candidates)
+    match = closest(word, eval_models)
     return f" (did you mean {match}?)" if match else ""
 
 
@@ -108,7 +108,7 @@ def _number(text: str, kind: type) -> int | float:
         return int(text)
     number = float(text)
     if number != number:
-        raise Unfit
+        raise InvalidValue
     return int(number) if kind is int and number.is_integer() else number  # 1e6 is an integer too
 
 
@@ -117,6 +117,6 @@ def _first_fit(convert: Callable[[Any, Any], Any], value: Any, kinds: Sequence[A
     for kind in sorted(kinds, key=lambda kind: kind is str):
         try:
             return convert(value, kind)
-        except Unfit:
+        except InvalidValue:
             continue
-    raise Unfit
+    raise InvalidValue

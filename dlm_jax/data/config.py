@@ -33,13 +33,13 @@ class ExampleConfig:
     separator: str = _field("\n", "text between prompt and response; messages need none")
     split_digits: bool = _field(
         False, "every digit is a token of its own, as in the fine-tuning of DiffuGPT-M; not for messages")
-    padding: Literal["trained", "ignored"] = _field(
-        "trained", "trained: what fills a row is noised and learnt, as in the DiffuGPT release, so that the model "
-                   "knows where an answer ends in more room than it needs; ignored: one EOS is learnt, and padding "
-                   "neither seen nor learnt, which is enough from left to right")
+    train_on_padding: bool = _field(
+        True, "true: padding is noised and learned, as in the DiffuLLaMA reference implementation, so that the model knows "
+              "where an answer ends in more room than it needs; false: one EOS is learned and padding is masked, which is "
+              "enough for an autoregressive model")
     pad_token: str | None = _field(None, "what fills a row; None: the tokenizer's padding token, else EOS")
-    too_long: Literal["refuse", "truncate", "drop"] = _field(
-        "refuse", "examples longer than a row: an error, a response cut off at the end, or left out and counted")
+    overlong: Literal["error", "truncate", "drop"] = _field(
+        "error", "examples longer than a row: an error, a response cut off at the end, or left out and counted")
 
     def __post_init__(self) -> None:
         _check_choices(self, "data.examples")
@@ -54,12 +54,12 @@ class RowsConfig:
     text_key: str = _field("text", "the key of the text in records")
     document_separator: str = _field("", "what parts a .txt file into documents; empty: the file is one document")
     length: int = _field(512, "tokens a row")
-    pack: Literal["plain", "segments"] = _field(
-        "plain", "plain: documents run on, EOS between; segments: each document sees only itself")
+    packing: Literal["concat", "document_mask"] = _field(
+        "concat", "concat: documents run on, EOS between; document_mask: each document sees only itself")
     add_bos: bool | None = _field(
-        None, "BOS before each document; None: as the tokenizer does, and always with segments")
-    bad_records: Literal["stop", "skip"] = _field(
-        "stop", "records that cannot be read: an error, or reported, counted and left out")
+        None, "BOS before each document; None: as the tokenizer does, and always with document_mask")
+    on_bad_record: Literal["raise", "skip"] = _field(
+        "raise", "records that cannot be read: an error, or reported, counted and left out")
     examples: ExampleConfig = _field(ExampleConfig(), "fine-tuning on prompts and responses instead of running text")
     validation_fraction: float = _field(0.01, "share of the documents held out, if no validation text is given")
 

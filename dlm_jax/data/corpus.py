@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dlm_jax.data import manifest as manifests
-from dlm_jax.data import progress as progresses
 from dlm_jax.data.config import DataConfig, RowsConfig
-from dlm_jax.data.manifest import Manifest
-from dlm_jax.data.prepare import make_form, prepare
-from dlm_jax.data.remote import read_file
+from dlm_jax.data.prepare import (
+    MANIFEST_FILE,
+    PROGRESS_FILE,
+    Manifest,
+    check_examples,
+    check_fit,
+    identity_of,
+    make_form,
+    prepare,
+    read_manifest,
+    rows_config,
+)
 from dlm_jax.data.rows import Concatenated, RowSource
 from dlm_jax.data.sources import Source, open_sources
 from dlm_jax.errors import DataError
-from dlm_jax.storage import is_remote
+from dlm_jax.storage import is_remote, read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +55,7 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
     entries = [(entry,) for entry in config.train] if config.weights else [config.train]
     opened = [corpora.open(entry, held_out) for entry in entries]
     if all(_prepared(entry) for entry in config.train):  # else it tells how raw text is read
-        manifests.check_examples([pair for pairs in opened for pair in pairs], config)
+        check_examples([pair for pairs in opened for pair in pairs], config)
     train = [_joined([manifest.rows(directory, "train", cache) for directory, manifest in found]) for found in opened]
     for entry, rows in zip(entries, train, strict=True):
         if not len(rows):
@@ -84,7 +91,7 @@ class _Corpora:
         found, raw = [], []
         for entry in entries:
             if manifest := _prepared(entry):
-                manifests.check_fit(manifest, entry, self._config, self._tokenizer)
+                check_fit(manifest, entry, self._config, self._tokenizer)
                 found.append((entry, manifest))
             else:
                 raw.append(entry)
@@ -95,8 +102,8 @@ class _Corpora:
         return {source.identity()[0] for source in sources_of(self._config, raw)} if raw else set()
 
     def _cached(self, sources: Sequence[Source], validation_fraction: float) -> tuple[str, Manifest]:
-        config = manifests.rows_config(self._config, validation_fraction)
-        identity = manifests.identity_of(sources, self._tokenizer, config, make_form(self._tokenizer, config))
+        config = rows_config(self._config, validation_fraction)
+        identity = identity_of(sources, self._tokenizer, config, make_form(self._tokenizer, config))
         directory = self._cache / identity
         if not directory.exists():
             # Processes that share the folder do the same work beside each other, and the first to finish wins.
@@ -109,9 +116,9 @@ class _Corpora:
             except OSError as error:
                 if not directory.exists():
                     raise DataError(f"{directory}: the rows cannot be written ({error})") from error
-        manifest = manifests.read(str(directory))
+        manifest = read_manifest(str(directory))
         if manifest is None:
-            raise DataError(f"the rows in {directory} are damaged (no {manifests.FILE}); remove it")
+            raise DataError(f"the rows in {directory} are damaged (no {MANIFEST_FILE}); remove it")
         return str(directory), manifest
 
 
@@ -120,8 +127,8 @@ def _prepared(entry: str) -> Manifest | None:
     if entry.startswith(("tfds:", "hf:")) or not (is_remote(entry) or Path(entry).is_dir()):
         return None
     directory = entry.rstrip("/")
-    manifest = manifests.read(directory)
-    if manifest is None and read_file(f"{directory}/{progresses.FILE}") is not None:
+    manifest = read_manifest(directory)
+    if manifest is None and read_file(f"{directory}/{PROGRESS_FILE}") is not None:
         raise DataError(f"the rows in {directory} are not finished; run its `dlm prepare` command again, and it "
                         "goes on")
     return manifest

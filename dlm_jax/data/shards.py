@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dlm_jax.data.remote import put_file
 from dlm_jax.data.rows import Rows
 from dlm_jax.errors import DataError
-from dlm_jax.storage import is_remote
+from dlm_jax.storage import is_remote, put_file
 
 # One record a chunk, so that a row is read alone; token ids compress too little to pay for it.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -24,16 +23,16 @@ class RowLayout:
     Attributes:
       length: tokens a row.
       dtype: "uint16" or "uint32".
-      planes: of `rows.PLANES`.
+      row_masks: of `rows.ROW_MASKS`.
     """
 
     length: int
     dtype: str
-    planes: tuple[str, ...]
+    row_masks: tuple[str, ...]
 
     @classmethod
-    def fitting(cls, length: int, vocab_size: int, planes: Sequence[str]) -> "RowLayout":
-        return cls(length, "uint16" if vocab_size <= 1 << 16 else "uint32", tuple(planes))
+    def fitting(cls, length: int, vocab_size: int, row_masks: Sequence[str]) -> "RowLayout":
+        return cls(length, "uint16" if vocab_size <= 1 << 16 else "uint32", tuple(row_masks))
 
     @property
     def _token_bytes(self) -> int:
@@ -45,24 +44,24 @@ class RowLayout:
 
     @property
     def row_bytes(self) -> int:
-        return self._token_bytes + len(self.planes) * self._plane_bytes
+        return self._token_bytes + len(self.row_masks) * self._plane_bytes
 
     def encode(self, rows: Rows) -> np.ndarray:
         """uint8 [rows, row_bytes]."""
-        rows = rows.with_planes(self.planes)
+        rows = rows.with_row_masks(self.row_masks)
         tokens = rows.tokens.astype(np.dtype(self.dtype).newbyteorder("<"))
-        parts = [tokens.view(np.uint8), *(np.packbits(getattr(rows, name), axis=1) for name in self.planes)]
-        return np.concatenate(parts, axis=1) if self.planes else parts[0]
+        parts = [tokens.view(np.uint8), *(np.packbits(getattr(rows, name), axis=1) for name in self.row_masks)]
+        return np.concatenate(parts, axis=1) if self.row_masks else parts[0]
 
     def decode(self, records: Sequence[bytes]) -> Rows:
         data = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.row_bytes)
         tokens = np.ascontiguousarray(data[:, :self._token_bytes]).view(np.dtype(self.dtype).newbyteorder("<"))
-        planes = {}
-        for k, name in enumerate(self.planes):
+        row_masks = {}
+        for k, name in enumerate(self.row_masks):
             start = self._token_bytes + k * self._plane_bytes
             bits = np.unpackbits(data[:, start : start + self._plane_bytes], axis=1, count=self.length)
-            planes[name] = bits.view(bool)
-        return Rows(tokens, **planes)
+            row_masks[name] = bits.view(bool)
+        return Rows(tokens, **row_masks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,7 @@ class RowFiles:
         """Raises DataError: a file is missing, or has another size than it was written with."""
         from grain.sources import ArrayRecordDataSource
 
-        self.length, self.planes, self._layout = layout.length, layout.planes, layout
+        self.length, self.row_masks, self._layout = layout.length, layout.row_masks, layout
         self._count = sum(shard.rows for shard in shards)
         for shard in shards:
             path = Path(directory, shard.file)
@@ -125,7 +124,7 @@ class RowFiles:
     def __getitem__(self, indices: np.ndarray) -> Rows:
         indices = np.arange(self._count)[indices].tolist()
         if not indices:
-            return Rows(np.zeros((0, self.length), self._layout.dtype)).with_planes(self.planes)
+            return Rows(np.zeros((0, self.length), self._layout.dtype)).with_row_masks(self.row_masks)
         try:
             return self._layout.decode(self._records.__getitems__(indices))
         except (RuntimeError, ValueError) as error:  # what ArrayRecord raises where a checksum does not match

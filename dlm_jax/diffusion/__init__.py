@@ -1,15 +1,14 @@
 """The mathematics of absorbing diffusion: pure functions of arrays."""
 
-from dlm_jax.diffusion.annealing import anneal_ratio
-from dlm_jax.diffusion.blocks import beside_clean, complement
-from dlm_jax.diffusion.corruption import CorruptedBatch, corrupt, uncorrupted
-from dlm_jax.diffusion.head_loss import HeadPlan
-from dlm_jax.diffusion.loss import LossSums, cross_entropy, is_likeliest, loss_sums, token_nll
-from dlm_jax.diffusion.randomness import annealing_seed, dropout_seeds, example_keys
-from dlm_jax.diffusion.schedule import NoiseSchedule, block_times, sample_times
+from dlm_jax.diffusion.corruption import NoisyBatch, clean_batch, complementary_mask, concat_noisy_and_clean, corrupt
+from dlm_jax.diffusion.fused_loss import HeadPlan
+from dlm_jax.diffusion.loss import LossSums, cross_entropy, loss_sums, token_nll, top1_correct
+from dlm_jax.diffusion.schedule import NoiseSchedule, anneal_ratio, block_times, sample_times
+from dlm_jax.diffusion.spec import BlockSpec, DiffusionSpec
+from dlm_jax.random import annealing_seed, dropout_seeds, example_keys
 
 __all__ = [
-    "CorruptedBatch", "HeadPlan", "LossSums", "NoiseSchedule", "anneal_ratio", "annealing_seed",
-    "beside_clean", "block_times", "complement", "corrupt", "cross_entropy", "dropout_seeds", "example_keys",
-    "is_likeliest", "loss_sums", "sample_times", "token_nll", "uncorrupted",
+    "BlockSpec", "DiffusionSpec", "NoisyBatch", "HeadPlan", "LossSums", "NoiseSchedule", "anneal_ratio", "annealing_seed",
+    "concat_noisy_and_clean", "block_times", "complementary_mask", "corrupt", "cross_entropy", "dropout_seeds", "example_keys",
+    "top1_correct", "loss_sums", "sample_times", "token_nll", "clean_batch",
 ]

@@ -11,8 +11,8 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from dlm_jax.diffusion.corruption import CorruptedBatch
-from dlm_jax.diffusion.head_loss import HeadPlan, head_loss
+from dlm_jax.diffusion.corruption import NoisyBatch
+from dlm_jax.diffusion.fused_loss import HeadPlan, head_loss
 
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., embed] -> float32 logits [..., vocab]
 Measure = Callable[[jax.Array, jax.Array], jax.Array]
@@ -28,18 +28,18 @@ class LossSums:
       weighted_nll: the bound's weights x cross-entropy over the scored positions, nats.
       nll: cross-entropy over the scored positions, nats.
       correct: how many scored positions have the target as their likeliest token.
-      scored: how many positions were scored.
-      maskable: how many positions could have been.
-      examples: how many rows have such a position.
+      num_scored: number of scored positions.
+      num_noisable: number of positions that could have been noised.
+      num_examples: number of rows with such a position.
     """
 
     loss: jax.Array
     weighted_nll: jax.Array
     nll: jax.Array
     correct: jax.Array
-    scored: jax.Array
-    maskable: jax.Array
-    examples: jax.Array
+    num_scored: jax.Array
+    num_noisable: jax.Array
+    num_examples: jax.Array
 
     @classmethod
     def zero(cls) -> Self:
@@ -48,18 +48,18 @@ class LossSums:
     def __add__(self, other: Self) -> Self:
         return jax.tree.map(jnp.add, self, other)
 
-    def normaliser(self, name: str) -> jax.Array:
+    def normalizer(self, name: str) -> jax.Array:
         """What the loss is divided by, at least 1.
 
         "maskable" makes the loss an unbiased estimate of the bound in nats per token, whatever the batch size.
         "masked" is the release's form, for comparison; its value depends on how a batch is cut up. "examples" goes
         with weights that are divided by each row's maskable tokens.
         """
-        count = {"maskable": self.maskable, "masked": self.scored, "examples": self.examples}[name]
+        count = {"all_tokens": self.num_noisable, "masked_tokens": self.num_scored, "per_example": self.num_examples}[name]
         return jnp.maximum(count, 1.0)
 
 
-def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: CorruptedBatch, *,
+def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: NoisyBatch, *,
               weights: jax.Array | None = None, shift: bool = True) -> LossSums:
     """Scores `hidden` [batch, length, embed] against the batch's targets, where it says.
 
@@ -68,16 +68,16 @@ def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: Corru
       weights: float32 [batch, length], of each position's cross-entropy in what is minimised; None: the bound's.
       shift: logits at n - 1 predict token n (the AR alignment, kept); position 0 is then never scored.
     """
-    targets, scored, bound_weights = batch.targets, batch.scored, batch.weights
+    targets, loss_mask, bound_weights = batch.targets, batch.loss_mask, batch.weights
     weights = bound_weights if weights is None else weights
     if shift:
-        scored, targets, bound_weights, weights = _shift(scored, targets, bound_weights, weights)
-    bound_weights, weights = (jnp.where(scored, x, 0.0) for x in (bound_weights, weights))
-    loss, nll, correct = head_loss(hidden, kernel, targets, scored, weights, plan)
+        loss_mask, targets, bound_weights, weights = _shift(loss_mask, targets, bound_weights, weights)
+    bound_weights, weights = (jnp.where(loss_mask, x, 0.0) for x in (bound_weights, weights))
+    loss, nll, correct = head_loss(hidden, kernel, targets, loss_mask, weights, plan)
     total = functools.partial(jnp.sum, dtype=jnp.float32)
     return LossSums(loss=loss, weighted_nll=total(bound_weights * nll), nll=total(nll), correct=total(correct),
-                    scored=total(scored), maskable=total(batch.maskable),
-                    examples=total(batch.maskable.any(axis=1)))
+                    num_scored=total(loss_mask), num_noisable=total(batch.noisable_mask),
+                    num_examples=total(batch.noisable_mask.any(axis=1)))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def is_likeliest(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def top1_correct(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """1 where the target is the likeliest token, else 0: [..., vocab] and int [...] to float32 [...]."""
     return (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
@@ -120,10 +120,10 @@ def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, wanted: j
     return jnp.roll(nll, 1, axis=1) if shift else nll
 
 
-def _shift(scored: jax.Array, *others: jax.Array) -> list[jax.Array]:
+def _shift(loss_mask: jax.Array, *others: jax.Array) -> list[jax.Array]:
     """Each [batch, length], moved to the position whose state predicts it; nothing predicts position 0.
 
     The one place of the loss where the AR alignment is undone, on small arrays: the states stay where they are.
     """
-    scored = scored & (jnp.arange(scored.shape[1]) > 0)
-    return [jnp.roll(x, -1, axis=1) for x in (scored, *others)]
+    loss_mask = loss_mask & (jnp.arange(loss_mask.shape[1]) > 0)
+    return [jnp.roll(x, -1, axis=1) for x in (loss_mask, *others)]

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax.diffusion.randomness import TIMES, stream
 from dlm_jax.errors import ConfigError
+from dlm_jax.random import TIMES, stream
 
 _NAMES = ("linear", "cosine", "polynomial")
 
@@ -89,3 +89,16 @@ def radical_inverse(index: jax.Array) -> jax.Array:
     digit = jnp.arange(24, dtype=jnp.uint32)  # as many as float32 holds exactly
     digits = (index[..., None].astype(jnp.uint32) >> digit) & 1
     return jnp.sum(digits * 0.5 ** (digit + 1.0), axis=-1, dtype=jnp.float32)
+
+
+# ---- How far attention has been opened from causal to bidirectional.
+
+
+def anneal_ratio(step: jax.Array | int, anneal_steps: int) -> jax.Array:
+    """min(1, (step + 1) / anneal_steps), float32; 0 steps means bidirectional from the start.
+
+    As in the release of arXiv 2410.17891, the first step is already slightly open.
+    """
+    if anneal_steps == 0:
+        return jnp.float32(1.0)
+    return jnp.minimum(1.0, (jnp.asarray(step, jnp.float32) + 1.0) / anneal_steps)

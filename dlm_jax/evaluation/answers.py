@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dlm_jax.attention import Blocks
-from dlm_jax.data.examples import ExampleForm
+from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.data.rows import Rows
 from dlm_jax.diffusion import example_keys
+from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.metrics import METRICS
 from dlm_jax.models import Transformer
-from dlm_jax.sampling import GAP, SamplerConfig, Task, sample_rows
+from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, sample_rows
 from dlm_jax.sampling.text import before_end
 
 _FORM = re.compile(r"#### \$?-?[\d,]*\.?\d+$")
@@ -33,24 +33,24 @@ class Question(NamedTuple):
     answer: str
 
 
-def questions_of(rows: Rows, form: ExampleForm) -> list[Question]:
+def questions_of(rows: Rows, form: PromptFormat) -> list[Question]:
     """The examples that fill `rows`, one each: what may be masked is the answer, with its end and perhaps padding.
 
     Raises:
       DataError: the rows are running text.
     """
-    if rows.maskable is None:
+    if rows.noisable_mask is None:
         raise DataError("rows of running text hold no questions to answer; name a format in data.examples")
     found = []
-    for tokens, maskable in zip(rows.tokens.tolist(), rows.maskable, strict=True):
-        begin = int(np.argmax(maskable))
-        answer = tokens[begin : begin + int(maskable.sum())]
+    for tokens, noisable_mask in zip(rows.tokens.tolist(), rows.noisable_mask, strict=True):
+        begin = int(np.argmax(noisable_mask))
+        answer = tokens[begin : begin + int(noisable_mask.sum())]
         found.append(Question(tuple(tokens[:begin]), form.response_text(before_end(answer, form.end_token_ids))))
     return found
 
 
-def answer(model: Transformer, questions: Sequence[Question], form: ExampleForm, config: SamplerConfig, *,
-           mask_token_id: int | None, shift: bool = True, blocks: Blocks | None = None, seed: int = 0,
+def answer(model: Transformer, questions: Sequence[Question], form: PromptFormat, config: SamplerConfig, *,
+           mask_token_id: int | None, shift: bool = True, blocks: BlockSpec | None = None, seed: int = 0,
            batch_size: int = 16, mesh: Mesh | None = None, progress: bool = False) -> list[str]:
     """What the model writes behind each prompt, in rows as long as the form's.
 
@@ -59,15 +59,15 @@ def answer(model: Transformer, questions: Sequence[Question], form: ExampleForm,
     Raises:
       ConfigError: the sampler cannot do it; see `sampling.sample`.
     """
-    task = Task(config, mask_token_id, shift, form.end_token_ids, stop_at_eos=True, blocks=blocks)
+    spec = SamplingSpec(config, mask_token_id, shift, form.end_token_ids, stop_at_eos=True, blocks=blocks)
     rows = [[*question.prompt, *[GAP] * (form.length - len(question.prompt))] for question in questions]
     keys = example_keys(seed, jnp.arange(len(rows), dtype=jnp.uint32))
-    filled = sample_rows(model, rows, keys, task, batch_size=batch_size, mesh=mesh, progress=progress)
+    filled = sample_rows(model, rows, keys, spec, batch_size=batch_size, mesh=mesh, progress=progress)
     return [form.response_text(before_end(row[len(question.prompt) :], form.end_token_ids))
             for row, question in zip(filled, questions, strict=True)]
 
 
-def judge(texts: Sequence[str], questions: Sequence[Question], form: ExampleForm) -> list[dict[str, float]]:
+def judge(texts: Sequence[str], questions: Sequence[Question], form: PromptFormat) -> list[dict[str, float]]:
     """Each text against the answer to its question, values between 0 and 1.
 
     `exact_match` is the same text. For GSM8K's formats `marked_number` is the same number after `####`, and `in_form`

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dlm_jax.attention import Blocks
 from dlm_jax.diffusion import example_keys
-from dlm_jax.evaluation.candidate import Greedy, Pair
+from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.evaluation.eval_model import Greedy, Pair
 from dlm_jax.models import Transformer
-from dlm_jax.sampling import GAP, SamplerConfig, Task, sample_rows
+from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, sample_rows
 
 
 def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int | None, bos_token_id: int | None = None,
-                shift: bool = True, blocks: Blocks | None = None, batch_size: int = 16,
+                shift: bool = True, blocks: BlockSpec | None = None, batch_size: int = 16,
                 mesh: Mesh | None = None) -> Greedy:
     """A `Greedy` by writing as many tokens as each continuation has, and comparing.
 
@@ -33,13 +33,13 @@ def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int 
     length = model.config.max_length
     config = (SamplerConfig(policy="autoregressive", temperature=0.0) if autoregressive
               else SamplerConfig(policy="confidence", temperature=0.0, num_steps=length))  # at most one a token
-    task = Task(config, mask_token_id, shift, blocks=blocks)
+    spec = SamplingSpec(config, mask_token_id, shift, blocks=blocks)
     head = [] if bos_token_id is None else [bos_token_id]
 
     def greedy(pairs: Sequence[Pair]) -> list[bool]:
         rows = [[*head, *pair.context, *[GAP] * len(pair.continuation)] for pair in pairs]
         keys = example_keys(0, jnp.zeros(len(rows), jnp.uint32))
-        written = sample_rows(model, rows, keys, task, batch_size=batch_size, mesh=mesh)
+        written = sample_rows(model, rows, keys, spec, batch_size=batch_size, mesh=mesh)
         return [tuple(row[len(row) - len(pair.continuation) :].tolist()) == tuple(pair.continuation)
                 for row, pair in zip(written, pairs, strict=True)]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import items
-from dlm_jax.evaluation.candidate import Blank, Candidate, Pair
+from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair
 from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.run import pairs_of
 from dlm_jax.evaluation.tasks import Task
@@ -68,12 +68,12 @@ class HarnessLM(LM):
       shortened: of each task whose texts are shorter than it asks, (tokens asked for, tokens written).
     """
 
-    def __init__(self, candidate: Candidate, *, tokenizer: "PreTrainedTokenizerBase | None" = None,
+    def __init__(self, eval_model: EvalModel, *, tokenizer: "PreTrainedTokenizerBase | None" = None,
                  num_steps: int | None = None, max_gen_toks: int = 256, greedy: bool | None = None):
         """Wraps a candidate.
 
         Args:
-          tokenizer: for chat templates; `candidate.encode` is what tokenises.
+          tokenizer: for chat templates; `eval_model.encode` is what tokenises.
           num_steps: forward passes for each text that is written; None leaves it to the candidate.
           max_gen_toks: how many tokens are written where a task does not say. At most half of the candidate's row is
             written, whatever the task says.
@@ -89,7 +89,7 @@ class HarnessLM(LM):
         for name, value in (("num_steps", num_steps), ("max_gen_toks", max_gen_toks)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        self.candidate, self.tokenizer, self.shortened = candidate, tokenizer, {}
+        self.eval_model, self.tokenizer, self.shortened = eval_model, tokenizer, {}
         self._num_steps, self._max_gen_toks, self._greedy = num_steps, max_gen_toks, greedy
         # Bootstraps of the harness would fork, which the threads of JAX do not survive.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -97,7 +97,7 @@ class HarnessLM(LM):
     @property
     def max_length(self) -> int | None:
         """Tokens of a row at most; None: no limit."""
-        return self.candidate.max_length
+        return self.eval_model.max_length
 
     def loglikelihood(self, requests: "Sequence[Instance]") -> list[tuple[float, bool]]:
         """Of each (context, continuation): log p(continuation | context) in nats or a bound, and `is_greedy`.
@@ -112,17 +112,17 @@ class HarnessLM(LM):
         for question in _questions(requests):
             item = Item(tuple(requests[place].args[:2] for place in question.places))
             task = Task(question.task, "choice", items.text)
-            for place, pair in zip(question.places, pairs_of(self.candidate, task, item, question.document),
+            for place, pair in zip(question.places, pairs_of(self.eval_model, task, item, question.document),
                                    strict=True):
                 pairs[place] = pair._replace(item=question.noise)
             if self._greedy or (self._greedy is None and len(question.places) == 1):
                 asked += question.places
-        if asked and self.candidate.greedy is None:
-            raise ConfigError(f"{self.candidate.name} does not say what is greedy, which metrics of the task "
+        if asked and self.eval_model.greedy is None:
+            raise ConfigError(f"{self.eval_model.name} does not say what is greedy, which metrics of the task "
                               f"{requests[asked[0]].task_name} may be made of; give the Candidate a `greedy`, or the "
                               "HarnessLM greedy=False and do not trust them")
-        scores = self.candidate.score(pairs)
-        greedy = dict(zip(asked, self.candidate.greedy([pairs[place] for place in asked]) if asked else (),
+        scores = self.eval_model.score(pairs)
+        greedy = dict(zip(asked, self.eval_model.greedy([pairs[place] for place in asked]) if asked else (),
                           strict=True))
         return self._answer("loglikelihood", requests, [
             (-float(score), bool(greedy.get(place))) for place, score in enumerate(scores)])
@@ -137,13 +137,13 @@ class HarnessLM(LM):
         pairs, owner = [], []
         for question in _questions(requests):
             for place in question.places:
-                tokens = self.candidate.encode(requests[place].args[0])
+                tokens = self.eval_model.encode(requests[place].args[0])
                 size = max(len(tokens), 1) if self.max_length is None else self.max_length - 1
                 for number, (context, continuation) in enumerate(_windows(tokens, size)):
                     pairs.append(Pair(context, continuation, _noise(question.noise, number), number))
                     owner.append(place)
         found: list[list[float]] = [[] for _ in requests]
-        for place, score in zip(owner, self.candidate.score(pairs) if pairs else (), strict=True):
+        for place, score in zip(owner, self.eval_model.score(pairs) if pairs else (), strict=True):
             found[place].append(float(score))
         return self._answer("loglikelihood_rolling", requests, [-math.fsum(scores) for scores in found])
 
@@ -157,15 +157,15 @@ class HarnessLM(LM):
         """
         self._check("write", requests)
         settings = [self._settings(request) for request in requests]
-        blanks = [Blank("", "", range(0))] * len(requests)
+        blanks = [GenerationRequest("", "", range(0))] * len(requests)
         for question in _questions(requests):
             for place in question.places:
                 length = settings[place].length
-                blanks[place] = Blank(requests[place].args[0], "", range(length, length + 1), question.noise)
+                blanks[place] = GenerationRequest(requests[place].args[0], "", range(length, length + 1), question.noise)
         texts = [""] * len(requests)
         for temperature in sorted({setting.temperature for setting in settings}):
             members = [place for place, setting in enumerate(settings) if setting.temperature == temperature]
-            written = self.candidate.write([blanks[place] for place in members], temperature=temperature,
+            written = self.eval_model.write([blanks[place] for place in members], temperature=temperature,
                                            num_steps=self._num_steps)
             for place, text in zip(members, written, strict=True):
                 texts[place] = _cut(text, settings[place].until)
@@ -193,22 +193,22 @@ class HarnessLM(LM):
             return ""
         found = getattr(self.tokenizer, "chat_template", None)
         if not isinstance(found, str):
-            raise ConfigError(f"{self.candidate.name} has {'several chat templates' if found else 'no chat template'}; "
+            raise ConfigError(f"{self.eval_model.name} has {'several chat templates' if found else 'no chat template'}; "
                               "give the HarnessLM a tokenizer with one, or leave apply_chat_template out")
         return found
 
     @property
     def tokenizer_name(self) -> str:
         """What the harness's cache of prompts goes by."""
-        return str(getattr(self.tokenizer, "name_or_path", self.candidate.name)).replace("/", "__")
+        return str(getattr(self.tokenizer, "name_or_path", self.eval_model.name)).replace("/", "__")
 
     def get_model_info(self) -> dict[str, str]:
         """What the harness's results say of the model."""
-        return {"model": self.candidate.name}
+        return {"model": self.eval_model.name}
 
     def _check(self, ability: str, requests: "Sequence[Instance]") -> None:
-        if getattr(self.candidate, ability) is None:
-            raise ConfigError(f"{self.candidate.name} cannot {ability}, which the task {requests[0].task_name} asks "
+        if getattr(self.eval_model, ability) is None:
+            raise ConfigError(f"{self.eval_model.name} cannot {ability}, which the task {requests[0].task_name} asks "
                               "for")
 
     def _answer(self, kind: str, requests: "Sequence[Instance]", answers: list) -> list:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dlm_jax.evaluation.candidate import Candidate, Pair
+from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.in_context import majority
 from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.metrics import ANSWERS, METRICS
@@ -14,7 +14,7 @@ from dlm_jax.evaluation.tasks import Task
 from dlm_jax.evaluation.text_parts import cut
 
 
-def judge_options(task: Task, candidate: Candidate, item: Item, pairs: Sequence[Pair], scores: Sequence[float],
+def judge_options(task: Task, eval_model: EvalModel, item: Item, pairs: Sequence[Pair], scores: Sequence[float],
                   release: bool) -> dict[str, Any]:
     """The likeliest option, and the likeliest per byte; under `release` by its own rule alone."""
     lengths = [len(pair.continuation) for pair in pairs]
@@ -22,7 +22,7 @@ def judge_options(task: Task, candidate: Candidate, item: Item, pairs: Sequence[
         sizes = [len(continuation.encode()) for _, continuation in item.options]
         picks = {"accuracy": _least(scores),
                  "accuracy_normalised": _least([score / size for score, size in zip(scores, sizes, strict=True)])}
-    elif candidate.autoregressive and task.release_normalised:
+    elif eval_model.autoregressive and task.release_normalised:
         picks = {"accuracy": _least([score / length for score, length in zip(scores, lengths, strict=True)])}
     else:
         picks = {"accuracy": _least(scores)}
@@ -77,14 +77,14 @@ def judge_writing(task: Task, item: Item, texts: Sequence[str], predictions: Seq
     return {"texts": list(texts), "predictions": list(predictions), **about, "values": means}
 
 
-def judged_part(task: Task, candidate: Candidate, item: Item, text: str, release: bool) -> str:
+def extract_answer(task: Task, eval_model: EvalModel, item: Item, text: str, release: bool) -> str:
     """What of a text counts: under `release` all of it."""
-    if release or (task.executes and not candidate.autoregressive):
+    if release or (task.executes and not eval_model.autoregressive):
         return text
     if task.executes:
         return cut_code(item, text)
     if task.kind == "infill":
-        return cut(text, "sentence" if candidate.autoregressive else "all")
+        return cut(text, "sentence" if eval_model.autoregressive else "all")
     return cut(text, task.cut)
 
 

@@ -17,10 +17,11 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from dlm_jax.attention import AttentionMask, Blocks
-from dlm_jax.data.batch import Batch
-from dlm_jax.data.packing import positions_of
-from dlm_jax.diffusion import CorruptedBatch, beside_clean, example_keys, token_nll
+from dlm_jax.attention import AttentionMask
+from dlm_jax.data.rows import positions_of
+from dlm_jax.diffusion import NoisyBatch, concat_noisy_and_clean, example_keys, token_nll
+from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.models import Transformer
 
@@ -67,7 +68,7 @@ BoundFn = Callable[[nnx.State, Batch, jax.Array | int], jax.Array]
 
 
 def make_bound_fn(graphdef: nnx.GraphDef, *, mask_token_id: int, shift: bool, num_samples: int, seed: int,
-                  blocks: Blocks | None = None) -> BoundFn:
+                  blocks: BlockSpec | None = None) -> BoundFn:
     """A function of (params, batch, sample) that gives each row's estimate, float32 [batch] in nats.
 
     `sample`, an int or int32 [batch], picks one of `num_samples` strata of the number of masked tokens; the mean
@@ -84,50 +85,50 @@ def make_bound_fn(graphdef: nnx.GraphDef, *, mask_token_id: int, shift: bool, nu
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mask_token_id", "shift", "num_samples", "seed", "blocks"))
 def _bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sample: jax.Array, *,
-                  mask_token_id: int, shift: bool, num_samples: int, seed: int, blocks: Blocks | None) -> jax.Array:
+                  mask_token_id: int, shift: bool, num_samples: int, seed: int, blocks: BlockSpec | None) -> jax.Array:
     sample = jnp.broadcast_to(sample, batch.example_index.shape)
     keys = jax.vmap(jax.random.fold_in)(example_keys(seed, batch.example_index), sample)
     if blocks is not None:
         return _block_values(nnx.merge(graphdef, params), batch, keys, sample, mask_token_id, shift, num_samples,
                              blocks)
     draw = functools.partial(_masked, num_samples=num_samples)
-    masked, weight = jax.vmap(draw)(batch.maskable, keys, sample)
+    masked, weight = jax.vmap(draw)(batch.noisable_mask, keys, sample)
     noised = dataclasses.replace(batch, tokens=jnp.where(masked, mask_token_id, batch.tokens))
     nll = _nll(nnx.merge(graphdef, params), noised, batch.tokens, masked, AttentionMask.bidirectional(), shift)
     return weight * nll.sum(axis=1)
 
 
 def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax.Array, mask_token_id: int, shift: bool,
-                  num_samples: int, blocks: Blocks) -> jax.Array:
+                  num_samples: int, blocks: BlockSpec) -> jax.Array:
     """The bound block by block: in each, a number of tokens is masked, drawn from a stratum of its own."""
     rows, length = batch.tokens.shape
     count = -(-length // blocks.size)
     filled = ((0, 0), (0, count * blocks.size - length))
-    maskable = jnp.pad(batch.maskable, filled).reshape(rows, count, blocks.size)
+    noisable_mask = jnp.pad(batch.noisable_mask, filled).reshape(rows, count, blocks.size)
     block_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(count))
     # Over the samples each block meets every stratum once; in one sample its blocks meet different ones.
     strata = (sample[:, None] + jnp.arange(count)) % num_samples
     draw = functools.partial(_masked, num_samples=num_samples)
-    masked, weight = jax.vmap(jax.vmap(draw))(maskable, block_keys, strata)
+    masked, weight = jax.vmap(jax.vmap(draw))(noisable_mask, block_keys, strata)
     masked = masked.reshape(rows, -1)[:, :length]
     weights = jnp.repeat(weight, blocks.size, axis=1)[:, :length]
-    both = beside_clean([CorruptedBatch(jnp.where(masked, mask_token_id, batch.tokens), batch.tokens, masked,
-                                        batch.maskable, weights, batch.positions)], blocks.size, shift=shift)
+    both = concat_noisy_and_clean([NoisyBatch(jnp.where(masked, mask_token_id, batch.tokens), batch.tokens, masked,
+                                        batch.noisable_mask, weights, batch.positions)], blocks.size, shift=shift)
     noised = dataclasses.replace(batch, tokens=both.tokens, positions=both.positions)
-    nll = _nll(model, noised, both.targets, both.scored, blocks.learning(length), shift)
+    nll = _nll(model, noised, both.targets, both.loss_mask, blocks.training_mask(length), shift)
     return jnp.sum(both.weights * nll, axis=1)
 
 
-def _masked(maskable: jax.Array, key: jax.Array, sample: jax.Array, *, num_samples: int) -> tuple[jax.Array, jax.Array]:
+def _masked(noisable_mask: jax.Array, key: jax.Array, sample: jax.Array, *, num_samples: int) -> tuple[jax.Array, jax.Array]:
     """One row's masked positions bool [length] and weight n / l, for a number l from the given stratum of 1 .. n."""
-    total = maskable.sum()
+    total = noisable_mask.sum()
     count_key, order_key = jax.random.split(key)
     fraction = (sample + jax.random.uniform(count_key)) / num_samples
     number = jnp.clip(1 + jnp.floor(fraction * total).astype(jnp.int32), 1, jnp.maximum(total, 1))
-    position_keys = jax.vmap(jax.random.fold_in, (None, 0))(order_key, jnp.arange(maskable.shape[0]))
-    order = jnp.where(maskable, jax.vmap(jax.random.uniform)(position_keys), 2.0)
+    position_keys = jax.vmap(jax.random.fold_in, (None, 0))(order_key, jnp.arange(noisable_mask.shape[0]))
+    order = jnp.where(noisable_mask, jax.vmap(jax.random.uniform)(position_keys), 2.0)
     rank = jnp.argsort(jnp.argsort(order))
-    return maskable & (rank < number), total / number
+    return noisable_mask & (rank < number), total / number
 
 
 def _nll(model: Transformer, batch: Batch, targets: jax.Array, wanted: jax.Array, attention: AttentionMask,
@@ -139,9 +140,9 @@ def _nll(model: Transformer, batch: Batch, targets: jax.Array, wanted: jax.Array
     return token_nll(hidden, model.unembed, targets, wanted, shift=shift)
 
 
-def bound(model: Transformer, tokens: np.ndarray, maskable: np.ndarray, *, mask_token_id: int, shift: bool = True,
+def bound(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, mask_token_id: int, shift: bool = True,
           num_samples: int = 128, seed: int = 0, batch_size: int = 16,
-          segment_ids: np.ndarray | None = None, blocks: Blocks | None = None) -> BoundEstimate:
+          segment_ids: np.ndarray | None = None, blocks: BlockSpec | None = None) -> BoundEstimate:
     """The diffusion model's upper bound on the negative log-likelihood of rows.
 
     Args:
@@ -156,40 +157,40 @@ def bound(model: Transformer, tokens: np.ndarray, maskable: np.ndarray, *, mask_
     graphdef, params = nnx.split(model)
     values_of = make_bound_fn(graphdef, mask_token_id=mask_token_id, shift=shift, num_samples=num_samples, seed=seed,
                               blocks=blocks)
-    maskable = _scorable(maskable)
+    noisable_mask = _scorable(noisable_mask)
     row, sample = (x.ravel() for x in np.meshgrid(np.arange(len(tokens)), np.arange(num_samples)))
-    values = _in_batches(lambda batch, picked: values_of(params, batch, picked), tokens, maskable, segment_ids,
+    values = _in_batches(lambda batch, picked: values_of(params, batch, picked), tokens, noisable_mask, segment_ids,
                          row, sample, batch_size, "bound")
-    return BoundEstimate.from_samples(values.reshape(num_samples, len(tokens)), maskable.sum(axis=1))
+    return BoundEstimate.from_samples(values.reshape(num_samples, len(tokens)), noisable_mask.sum(axis=1))
 
 
-def autoregressive_nll(model: Transformer, tokens: np.ndarray, maskable: np.ndarray, *, batch_size: int = 16,
+def autoregressive_nll(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, batch_size: int = 16,
                        segment_ids: np.ndarray | None = None) -> BoundEstimate:
     """The exact negative log-likelihood under causal attention; arguments as in `bound`."""
     graphdef, params = nnx.split(model)
-    maskable = _scorable(maskable)
+    noisable_mask = _scorable(noisable_mask)
     row = np.arange(len(tokens))
-    values = _in_batches(lambda batch, _: _autoregressive_values(graphdef, params, batch), tokens, maskable,
+    values = _in_batches(lambda batch, _: _autoregressive_values(graphdef, params, batch), tokens, noisable_mask,
                          segment_ids, row, row, batch_size, "likelihood")
-    return BoundEstimate.from_samples(values[None], maskable.sum(axis=1))
+    return BoundEstimate.from_samples(values[None], noisable_mask.sum(axis=1))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _autoregressive_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Array:
     model = nnx.merge(graphdef, params)
-    return _nll(model, batch, batch.tokens, batch.maskable, AttentionMask.causal(), shift=True).sum(axis=1)
+    return _nll(model, batch, batch.tokens, batch.noisable_mask, AttentionMask.causal(), shift=True).sum(axis=1)
 
 
-def _scorable(maskable: np.ndarray) -> np.ndarray:
+def _scorable(noisable_mask: np.ndarray) -> np.ndarray:
     """The tokens to score: position 0 is context always."""
-    scorable = np.array(maskable, bool)
+    scorable = np.array(noisable_mask, bool)
     scorable[:, 0] = False
     if not scorable.any():
         raise DataError("there is no token to score: every row holds at most its context, position 0")
     return scorable
 
 
-def _in_batches(values_of: Callable[[Batch, np.ndarray], jax.Array], tokens: np.ndarray, maskable: np.ndarray,
+def _in_batches(values_of: Callable[[Batch, np.ndarray], jax.Array], tokens: np.ndarray, noisable_mask: np.ndarray,
                 segment_ids: np.ndarray | None, row: np.ndarray, sample: np.ndarray, batch_size: int,
                 name: str) -> np.ndarray:
     """Evaluates pairs (row, sample), `batch_size` at a time; the last batch is filled up with repetitions."""
@@ -202,7 +203,7 @@ def _in_batches(values_of: Callable[[Batch, np.ndarray], jax.Array], tokens: np.
     values = []
     for start in tqdm(range(0, len(row), batch_size), desc=name, leave=False, disable=None):
         at = np.arange(start, start + batch_size) % len(row)
-        batch = Batch(tokens=jnp.asarray(tokens[row[at]], jnp.int32), maskable=jnp.asarray(maskable[row[at]]),
+        batch = Batch(tokens=jnp.asarray(tokens[row[at]], jnp.int32), noisable_mask=jnp.asarray(noisable_mask[row[at]]),
                       example_index=jnp.asarray(row[at], jnp.uint32),
                       segment_ids=None if segment_ids is None else jnp.asarray(segment_ids[row[at]], jnp.int32),
                       positions=None if positions is None else jnp.asarray(positions[row[at]]))

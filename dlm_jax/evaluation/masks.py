@@ -57,7 +57,7 @@ def bound_draw(length: int, num_samples: int, seed: int, item: int) -> Draw:
     return _merged(masked, weights)
 
 
-def times_draw(length: int, num_samples: int, seed: int, item: int) -> Draw:
+def sample_time_masks(length: int, num_samples: int, seed: int, item: int) -> Draw:
     """The same bound by times instead of numbers: pass s masks each token with probability t, and counts 1 / t.
 
     The times are stratified, one from each of `num_samples` equal parts of (0, 1). It is what training minimises
@@ -82,7 +82,7 @@ def release_draw(uniform: np.ndarray) -> Draw:
     return _merged(masked, 1 / (num_passes * masked.sum(axis=1)))
 
 
-def everything(length: int) -> Draw:
+def mask_all(length: int) -> Draw:
     """Every token scored once in one pass: what a causal model needs."""
     return Draw(np.ones((1, length), bool), np.ones(1))
 
@@ -101,9 +101,9 @@ def in_blocks(draw: Callable[[int, int], Draw], begin: int, length: int, block_s
     ends = [*range(begin - begin % block_size + block_size, begin + length, block_size), begin + length]
     found = [draw((end - 1) // block_size, end - start) for start, end in zip([begin, *ends], ends, strict=False)]
     passes = max(len(part.weights) for part in found)
-    planes = [part.masked for part in found], [part.weights[:, None] * part.masked for part in found]
+    row_masks = [part.masked for part in found], [part.weights[:, None] * part.masked for part in found]
     masked, weights = (np.concatenate([np.pad(x, ((0, passes - len(x)), (0, 0))) for x in plane], axis=1)
-                       for plane in planes)
+                       for plane in row_masks)
     if shift:
         opens = (begin + np.arange(length)) % block_size == 0
         weights[:, opens] = np.arange(passes)[:, None] == 0

@@ -6,29 +6,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jax.sharding import Mesh
 
+from dlm_jax.checkpoints import Pretrained
 from dlm_jax.errors import ConfigError
-from dlm_jax.evaluation.candidate import Candidate, Pair
+from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.greedy import make_greedy
-from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw, times_draw
+from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw, sample_time_masks
 from dlm_jax.evaluation.scoring import DrawRule, autoregressive_score, diffusion_score, make_guess
 from dlm_jax.evaluation.writing import make_write
-from dlm_jax.hf import Pretrained
 from dlm_jax.sampling import SamplerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ESTIMATORS = {"counts": bound_draw, "times": times_draw}
+ESTIMATORS = {"counts": bound_draw, "times": sample_time_masks}
 
 
-def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = False, release: bool = False,
+def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool = False, release: bool = False,
                    num_samples: int = 16, seed: int = 0, estimator: str = "counts",
-                   sampler: SamplerConfig | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> Candidate:
+                   sampler: SamplerConfig | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> EvalModel:
     """A model as a diffusion model, or as an autoregressive one: scored exactly, writing the likeliest tokens.
 
     Args:
       release: score by the released rule, with `num_samples` its T, and with no BOS but the tokenizer's own.
-      estimator: of the bound, "counts" of masked tokens or "times"; see `masks.bound_draw` and `masks.times_draw`.
+      estimator: of the bound, "counts" of masked tokens or "times"; see `masks.bound_draw` and `masks.sample_time_masks`.
       num_samples: forward passes for each option of a diffusion model; fewer where they would repeat themselves.
       sampler: how texts are written, but for temperature and steps, which the tasks know; None: the surest tokens
         first, or from left to right.
@@ -78,7 +78,7 @@ def make_candidate(pretrained: Pretrained, name: str, *, autoregressive: bool = 
     if autoregressive or pretrained.blocks is None:
         guess = make_guess(pretrained.model, mask_token_id=None if autoregressive else pretrained.mask_token_id,
                            shift=pretrained.shift, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
-    return Candidate(name, functools.partial(_encode, tokenizer, False), score, write, config.max_length,
+    return EvalModel(name, functools.partial(_encode, tokenizer, False), score, write, config.max_length,
                      autoregressive, 0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95,
                      special, greedy, guess)
 

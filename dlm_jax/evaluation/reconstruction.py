@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dlm_jax.evaluation.candidate import Guess, Pair
+from dlm_jax.evaluation.eval_model import MaskedPrediction, Pair
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def reconstructed(guess: Guess, texts: Sequence[Pair], seed: int = 0) -> list[dict[str, float]]:
+def reconstructed(guess: MaskedPrediction, texts: Sequence[Pair], seed: int = 0) -> list[dict[str, float]]:
     """For each text, by ratio, the share of its masked tokens that are found: {"10% masked": 0.8, ...}.
 
     As many tokens as the ratio says, at least one, are drawn anew for each text and ratio from (seed, item): the same

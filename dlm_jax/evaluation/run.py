@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.candidate import Blank, Candidate, Pair
+from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.judging import judge_free, judge_options, judge_text, judge_writing, judged_part
+from dlm_jax.evaluation.judging import extract_answer, judge_free, judge_options, judge_text, judge_writing
 from dlm_jax.evaluation.programs import completed
 from dlm_jax.evaluation.reconstruction import reconstructed
 from dlm_jax.evaluation.sandbox import Outcome, Program
@@ -18,7 +18,7 @@ from dlm_jax.evaluation.tasks import Task
 
 Record = dict[str, Any]
 Execute = Callable[[Sequence[Program]], Sequence[Outcome]]
-_ABLE = {"choice": "score", "text": "score", "reconstruct": "guess", "write": "write", "infill": "write",
+_REQUIRED_CAPABILITY = {"choice": "score", "text": "score", "reconstruct": "guess", "write": "write", "infill": "write",
          "free": "write"}  # what of a candidate each kind of task asks
 _CANVAS = 256  # tokens of a row in the release's GSM8K; more than any reference elsewhere has
 
@@ -50,11 +50,11 @@ class Setting(NamedTuple):
     samples: int = 1
     temperature: float | None = None
     execute: Execute | None = None
-    judge: Candidate | None = None
+    judge: EvalModel | None = None
     seed: int = 0
 
 
-def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, done: Sequence[Record] = (),
+def run(jobs: Sequence[Job], eval_models: Sequence[EvalModel], *, done: Sequence[Record] = (),
         add: Callable[[list[Record]], None] = lambda records: None, chunk_size: int = 32,
         **settings: Any) -> list[Record]:
     """The records of all items, job by job and candidate by candidate.
@@ -70,10 +70,10 @@ def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, done: Sequence[
       DataError: the released scripts take no item of a task.
     """
     setting = Setting(**settings)
-    for job, candidate in itertools.product(jobs, candidates):
+    for job, eval_model in itertools.product(jobs, eval_models):
         check(job.task, setting)
-        if getattr(candidate, _ABLE[job.task.kind]) is None:
-            raise ConfigError(f"{candidate.name} cannot {_ABLE[job.task.kind]}, which the task {job.task.name} asks "
+        if getattr(eval_model, _REQUIRED_CAPABILITY[job.task.kind]) is None:
+            raise ConfigError(f"{eval_model.name} cannot {_REQUIRED_CAPABILITY[job.task.kind]}, which the task {job.task.name} asks "
                               "for")
         if job.task.executes and setting.execute is None:
             raise ConfigError(f"the task {job.task.name} runs programs that a model wrote; give run() an `execute`")
@@ -82,18 +82,18 @@ def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, done: Sequence[
                               "`judge` that scores")
     records, first = list(done), 0
     for job in jobs:
-        numbers = _taken(job, candidates) if setting.release else range(len(job.items))
-        for candidate in candidates:
+        numbers = _taken(job, eval_models) if setting.release else range(len(job.items))
+        for eval_model in eval_models:
             start = min(max(len(done) - first, 0), len(numbers))
             first += len(numbers)
-            with tqdm(total=len(numbers), initial=start, desc=f"{job.task.name}, {candidate.name}", unit="item",
+            with tqdm(total=len(numbers), initial=start, desc=f"{job.task.name}, {eval_model.name}", unit="item",
                       disable=None) as bar:
                 while start < len(numbers):
                     stop = min(start // chunk_size * chunk_size + chunk_size, len(numbers))
-                    found = _records(job, candidate, numbers[start:stop], setting)
+                    found = _records(job, eval_model, numbers[start:stop], setting)
                     add(found)
                     records += found
-                    bar.set_postfix_str(_running(records, job.task, candidate), refresh=False)
+                    bar.set_postfix_str(_running(records, job.task, eval_model), refresh=False)
                     bar.update(stop - start)
                     start = stop
     return records
@@ -101,7 +101,7 @@ def run(jobs: Sequence[Job], candidates: Sequence[Candidate], *, done: Sequence[
 
 def writes(task: Task) -> bool:
     """Whether texts are written for it."""
-    return _ABLE[task.kind] == "write"
+    return _REQUIRED_CAPABILITY[task.kind] == "write"
 
 
 def check(task: Task, setting: Setting) -> None:
@@ -127,7 +127,7 @@ def _temperature(task: Task, setting: Setting) -> float:
     return task.temperature if setting.temperature is None else setting.temperature
 
 
-def pairs_of(candidate: Candidate, task: Task, item: Item, number: int, *, release: bool = False,
+def pairs_of(eval_model: EvalModel, task: Task, item: Item, number: int, *, release: bool = False,
              prefix: str = "") -> list[Pair]:
     """What is scored of an item, an option a pair; of a text as many as the model needs to take it, and to
     reconstruct it the first of them.
@@ -140,96 +140,96 @@ def pairs_of(candidate: Candidate, task: Task, item: Item, number: int, *, relea
       DataError: a continuation has no token, or more than the model takes.
     """
     if task.kind in ("text", "reconstruct"):
-        tokens = candidate.encode(item.options[0][1])
-        size = max(len(tokens), 1) if candidate.max_length is None else candidate.max_length - 1
+        tokens = eval_model.encode(item.options[0][1])
+        size = max(len(tokens), 1) if eval_model.max_length is None else eval_model.max_length - 1
         if task.kind == "reconstruct":
             return [Pair((), tuple(tokens[:size]), number)]
         return [Pair((), tuple(tokens[at : at + size]), number, place)
                 for place, at in enumerate(range(0, max(len(tokens), 1), size))]
-    special = candidate.encode_special or candidate.encode
-    options = item.parent_options if candidate.autoregressive and item.parent_options else item.options
+    special = eval_model.encode_special or eval_model.encode
+    options = item.parent_options if eval_model.autoregressive and item.parent_options else item.options
     pairs = []
     for option, (context, continuation) in enumerate(options):
         if release:
             before = special(prefix + context)
-            tokens = (special if task.release_bos else candidate.encode)(continuation)
+            tokens = (special if task.release_bos else eval_model.encode)(continuation)
         else:
-            before, whole = candidate.encode(prefix + context), candidate.encode(prefix + context + continuation)
+            before, whole = eval_model.encode(prefix + context), eval_model.encode(prefix + context + continuation)
             same = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(before, whole, strict=False)))
             before, tokens = whole[:same], whole[same:]
-        pairs.append(Pair(_fitting(before, tokens, candidate, f"{task.name}, item {number}, option {option}"),
+        pairs.append(Pair(_fitting(before, tokens, eval_model, f"{task.name}, item {number}, option {option}"),
                           tuple(tokens), number, option))
     return pairs
 
 
-def blank_of(candidate: Candidate, task: Task, item: Item, number: int, *, release: bool = False,
-             prefix: str = "", sample: int = 0) -> Blank:
+def blank_of(eval_model: EvalModel, task: Task, item: Item, number: int, *, release: bool = False,
+             prefix: str = "", sample: int = 0) -> GenerationRequest:
     """Where an item asks to write, and how much: under `release` as much as the reference has."""
     lengths = item.lengths or range(task.lengths[0], task.lengths[1] + 1)
     if release:
-        if candidate.autoregressive and task.kind == "infill":
+        if eval_model.autoregressive and task.kind == "infill":
             count = len(item.solution)  # characters, as the released script has it
         elif task.name.startswith("gsm8k"):
-            count = _CANVAS - len((candidate.encode_special or candidate.encode)(item.prompt))
+            count = _CANVAS - len((eval_model.encode_special or eval_model.encode)(item.prompt))
         else:
-            count = max(len(candidate.encode(answer)) for answer in (item.solution, *item.answers))
+            count = max(len(eval_model.encode(answer)) for answer in (item.solution, *item.answers))
         lengths = range(max(count, 1), max(count, 1) + 1)
     else:
-        if candidate.max_length is not None:  # half of the row is left to the text around
-            most = candidate.max_length // 2
+        if eval_model.max_length is not None:  # half of the row is left to the text around
+            most = eval_model.max_length // 2
             lengths = range(min(lengths.start, most), min(lengths[-1], most) + 1, lengths.step)
-        if task.kind in ("write", "free") or candidate.autoregressive:
+        if task.kind in ("write", "free") or eval_model.autoregressive:
             lengths = range(lengths[-1], lengths[-1] + 1)
-    prompt = item.parent_prompt if candidate.autoregressive and item.parent_prompt else item.prompt
-    suffix = "" if candidate.autoregressive else item.suffix
-    return Blank(prefix + prompt, suffix, lengths, number, sample)
+    prompt = item.parent_prompt if eval_model.autoregressive and item.parent_prompt else item.prompt
+    suffix = "" if eval_model.autoregressive else item.suffix
+    return GenerationRequest(prefix + prompt, suffix, lengths, number, sample)
 
 
-def _taken(job: Job, candidates: Sequence[Candidate]) -> list[int]:
+def _taken(job: Job, eval_models: Sequence[EvalModel]) -> list[int]:
     """The numbers of the items that the released scripts take, the same for all candidates."""
     most = job.task.release_most_tokens
     if most is None:
         return list(range(len(job.items)))
     numbers = [number for number, item in enumerate(job.items) if all(
-        sum(len(candidate.encode(text)) for text in (item.prompt, item.solution, item.suffix)) <= most
-        for candidate in candidates)]
+        sum(len(eval_model.encode(text)) for text in (item.prompt, item.solution, item.suffix)) <= most
+        for eval_model in eval_models)]
     if not numbers:
         raise DataError(f"all items of {job.task.name} have more than {most} tokens, and those the released scripts "
                         "leave out; take more items, or choose the protocol default")
     return numbers
 
 
-def _fitting(context: Sequence[int], continuation: Sequence[int], candidate: Candidate, where: str) -> tuple[int, ...]:
+def _fitting(context: Sequence[int], continuation: Sequence[int], eval_model: EvalModel, where: str) -> tuple[int, ...]:
     if not continuation:
         raise DataError(f"{where} has no token to score")
-    if candidate.max_length is None:
+    if eval_model.max_length is None:
         return tuple(context)
-    room = candidate.max_length - 1 - len(continuation)
+    room = eval_model.max_length - 1 - len(continuation)
     if room < 1:
-        raise DataError(f"{where} has {len(continuation)} tokens to score, and {candidate.name} takes at most "
-                        f"{candidate.max_length} with a context")
+        raise DataError(f"{where} has {len(continuation)} tokens to score, and {eval_model.name} takes at most "
+                        f"{eval_model.max_length} with a context")
     return tuple(context[-room:])
 
 
-def _records(job: Job, candidate: Candidate, numbers: Sequence[int], setting: Setting) -> list[Record]:
+def _records(job: Job, eval_model: EvalModel, numbers: Sequence[int], setting: Setting) -> list[Record]:
     task, items, release = job.task, [job.items[number] for number in numbers], setting.release
-    heads = [{"task": task.name, "model": candidate.name, "item": number} for number in numbers]
+    heads = [{"task": task.name, "model": eval_model.name, "item": number} for number in numbers]
     if task.kind in ("choice", "text"):
-        asked = [pairs_of(candidate, task, item, number, release=release, prefix=job.prefix)
+        asked = [pairs_of(eval_model, task, item, number, release=release, prefix=job.prefix)
                  for item, number in zip(items, numbers, strict=True)]
-        scores = iter(candidate.score([pair for pairs in asked for pair in pairs]))
+        scores = iter(eval_model.score([pair for pairs in asked for pair in pairs]))
         found = [[float(next(scores)) for _ in pairs] for pairs in asked]
         return [{**head, **(judge_text(item, pairs, values) if task.kind == "text"
-                            else judge_options(task, candidate, item, pairs, values, release))}
+                            else judge_options(task, eval_model, item, pairs, values, release))}
                 for head, item, pairs, values in zip(heads, items, asked, found, strict=True)]
     if task.kind == "reconstruct":
-        pairs = [pairs_of(candidate, task, item, number)[0] for item, number in zip(items, numbers, strict=True)]
+        pairs = [pairs_of(eval_model, task, item, number)[0] for item, number in zip(items, numbers, strict=True)]
         return [{**head, "values": values}
-                for head, values in zip(heads, reconstructed(candidate.guess, pairs, setting.seed), strict=True)]
-    texts = _written(job, candidate, numbers, setting)
+                for head, values in zip(heads, reconstructed(eval_model.guess, pairs, setting.seed), strict=True)]
+    texts = _written(job, eval_model, numbers, setting)
     if task.kind == "free":
         return [{**head, **values} for head, values in zip(heads, _judged(job, numbers, texts, setting), strict=True)]
-    parts = [[judged_part(task, candidate, item, text, release) for text in written]
+    parts = [[extract_answer(task, eval_model, item, text, release) for text in written]
              for item, written in zip(items, texts, strict=True)]
     outcomes = iter(setting.execute([completed(item, part) for item, written in zip(items, parts, strict=True)
                                      for part in written]) if task.executes else ())
@@ -238,17 +238,17 @@ def _records(job: Job, candidate: Candidate, numbers: Sequence[int], setting: Se
             for head, item, written, judged in zip(heads, items, texts, parts, strict=True)]
 
 
-def _written(job: Job, candidate: Candidate, numbers: Sequence[int], setting: Setting) -> list[list[str]]:
+def _written(job: Job, eval_model: EvalModel, numbers: Sequence[int], setting: Setting) -> list[list[str]]:
     """The samples of each item."""
     task = job.task
-    blanks = [blank_of(candidate, task, job.items[number], number, release=setting.release, prefix=job.prefix,
+    blanks = [blank_of(eval_model, task, job.items[number], number, release=setting.release, prefix=job.prefix,
                        sample=sample) for number in numbers for sample in range(setting.samples)]
     steps, temperature = setting.num_steps, _temperature(task, setting)
     if setting.release:
-        temperature = (candidate.release_temperature if task.release_temperature is None else task.release_temperature)
-        temperature = 0.0 if candidate.autoregressive else temperature
+        temperature = (eval_model.release_temperature if task.release_temperature is None else task.release_temperature)
+        temperature = 0.0 if eval_model.autoregressive else temperature
         steps = task.release_steps or _CANVAS  # more steps than tokens: one token a step
-    texts = candidate.write(blanks, temperature=temperature, num_steps=steps)
+    texts = eval_model.write(blanks, temperature=temperature, num_steps=steps)
     return [list(texts[at : at + setting.samples]) for at in range(0, len(blanks), setting.samples)]
 
 
@@ -267,9 +267,9 @@ def written(record: Record) -> list[str]:
     return record["texts"] if "texts" in record else [record["text"]]
 
 
-def _running(records: Sequence[Record], task: Task, candidate: Candidate) -> str:
+def _running(records: Sequence[Record], task: Task, eval_model: EvalModel) -> str:
     values = [record["values"] for record in records
-              if record["task"] == task.name and record["model"] == candidate.name]
+              if record["task"] == task.name and record["model"] == eval_model.name]
     if task.kind == "text":
         return f"{math.fsum(v['nats'] for v in values) / sum(v['tokens'] for v in values):.3f} nats/token"
     if task.kind == "free":

@@ -11,12 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dlm_jax.attention import AttentionMask, Blocks
-from dlm_jax.diffusion import CorruptedBatch, beside_clean, cross_entropy, is_likeliest, token_nll
+from dlm_jax.attention import AttentionMask
+from dlm_jax.diffusion import NoisyBatch, concat_noisy_and_clean, cross_entropy, token_nll, top1_correct
 from dlm_jax.diffusion.loss import Measure
+from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.candidate import Guess, Pair, Score
-from dlm_jax.evaluation.masks import Draw, everything, in_blocks
+from dlm_jax.evaluation.eval_model import MaskedPrediction, Pair, Score
+from dlm_jax.evaluation.masks import Draw, in_blocks, mask_all
 from dlm_jax.models import Transformer
 from dlm_jax.parallel import array_sharding, batch_parts
 from dlm_jax.sampling import bucket
@@ -36,7 +37,7 @@ class _Pass(NamedTuple):
 
 
 def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int | None, shift: bool = True,
-                    bos_token_id: int | None = None, blocks: Blocks | None = None, batch_size: int = 16,
+                    bos_token_id: int | None = None, blocks: BlockSpec | None = None, batch_size: int = 16,
                     mesh: Mesh | None = None) -> Score:
     """A `Score` by masking: the sum of `draw(pair)`'s passes, bidirectional attention, the context never masked.
 
@@ -68,24 +69,24 @@ def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int | 
 def autoregressive_score(model: Transformer, *, bos_token_id: int | None = None, batch_size: int = 16,
                          mesh: Mesh | None = None) -> Score:
     """A `Score` that is exact: one pass under causal attention; arguments as in `diffusion_score`."""
-    return diffusion_score(model, lambda pair: everything(len(pair.continuation)), mask_token_id=None,
+    return diffusion_score(model, lambda pair: mask_all(len(pair.continuation)), mask_token_id=None,
                            bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
 
 
 def make_guess(model: Transformer, *, mask_token_id: int | None, shift: bool = True, bos_token_id: int | None = None,
-               batch_size: int = 16, mesh: Mesh | None = None) -> Guess:
-    """A `Guess` by one forward pass each, in which all asked for are masked; an autoregressive model (`mask_token_id`
+               batch_size: int = 16, mesh: Mesh | None = None) -> MaskedPrediction:
+    """A `MaskedPrediction` by one forward pass each, in which all asked for are masked; an autoregressive model (`mask_token_id`
     None) sees what stands before each, and nothing is masked."""
     def guess(pairs: Sequence[Pair], asked: Sequence[np.ndarray]) -> np.ndarray:
         draws = [Draw(masked[None], np.array([1 / masked.sum()])) for masked in asked]
         return _score(model, pairs, draws, mask_token_id=mask_token_id, shift=shift, bos_token_id=bos_token_id,
-                      batch_size=batch_size, mesh=mesh, measure=is_likeliest)
+                      batch_size=batch_size, mesh=mesh, measure=top1_correct)
 
     return guess
 
 
 def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, mask_token_id: int | None, shift: bool,
-           bos_token_id: int | None, batch_size: int, mesh: Mesh | None, blocks: Blocks | None = None,
+           bos_token_id: int | None, batch_size: int, mesh: Mesh | None, blocks: BlockSpec | None = None,
            measure: Measure = cross_entropy) -> np.ndarray:
     """float64 [pairs], each the weighted sum over its passes of `measure` at the masked; no mask token: causal."""
     if batch_size < 1:
@@ -157,7 +158,7 @@ def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: in
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "causal", "shift", "blocks", "measure"))
 def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, weights: jax.Array,
-         lengths: jax.Array, *, causal: bool, shift: bool, blocks: Blocks | None, measure: Measure) -> jax.Array:
+         lengths: jax.Array, *, causal: bool, shift: bool, blocks: BlockSpec | None, measure: Measure) -> jax.Array:
     """Each row's weighted sum of the cross-entropy, or of another measure, float32 [batch]."""
     model, wanted = nnx.merge(graphdef, params), weights > 0
     nll_of = functools.partial(token_nll, unembed=model.unembed, shift=shift, chunk_size=_HEAD_CHUNK, measure=measure)
@@ -165,12 +166,12 @@ def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array
         attention = AttentionMask.causal() if causal else AttentionMask.bidirectional()
         hidden = model.hidden(tokens, attention.with_lengths(lengths))
         return jnp.sum(weights * nll_of(hidden, targets=targets, wanted=wanted), axis=1)
-    both = beside_clean([CorruptedBatch(tokens, targets, wanted, wanted, weights)], blocks.size, shift=shift)
+    both = concat_noisy_and_clean([NoisyBatch(tokens, targets, wanted, wanted, weights)], blocks.size, shift=shift)
     padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
-    attention = blocks.learning(tokens.shape[1]).with_segments(padding)
+    attention = blocks.training_mask(tokens.shape[1]).with_segments(padding)
     hidden = model.hidden(both.tokens, attention, positions=both.positions)
     # A block's first token, from the clean copy, has the weight 1 there that it has in the pass that scores it.
-    return jnp.sum(both.weights * nll_of(hidden, targets=both.targets, wanted=both.scored), axis=1)
+    return jnp.sum(both.weights * nll_of(hidden, targets=both.targets, wanted=both.loss_mask), axis=1)
 
 
 def _add(scores: np.ndarray, batch: Sequence[_Pass], nll: jax.Array) -> None:

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dlm_jax.attention import Blocks
 from dlm_jax.diffusion import example_keys
+from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import ConfigError
-from dlm_jax.evaluation.candidate import Blank, Write
-from dlm_jax.evaluation.gap_length import settle_lengths
+from dlm_jax.evaluation.eval_model import GenerationRequest, Write
 from dlm_jax.models import Transformer
-from dlm_jax.sampling import SamplerConfig, Task, sample_rows
-from dlm_jax.sampling.text import Piece, decode, encode
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample_rows
+from dlm_jax.sampling.gap_length import infer_gap_lengths
+from dlm_jax.sampling.text import Segment, decode, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config: SamplerConfig, *,
                mask_token_id: int | None, bos_token_id: int, eos_token_id: int | None, shift: bool = True,
-               blocks: Blocks | None = None, seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None,
+               blocks: BlockSpec | None = None, seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None,
                keep_bos: bool = True) -> Write:
     """A `Write` by sampling. What follows an end of text is cut off.
 
@@ -50,24 +50,24 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
     def in_use() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
-    def write(blanks: Sequence[Blank], *, temperature: float, num_steps: int | None) -> list[str]:
+    def write(blanks: Sequence[GenerationRequest], *, temperature: float, num_steps: int | None) -> list[str]:
         settings = {"temperature": temperature}
         if config.policy != "autoregressive":
             settings["num_steps"] = num_steps
         # The samples of an item share its gap, whose length is settled once.
         gaps_of = {blank: [blank.before, blank.lengths, blank.after] if blank.after
                    else [blank.before, blank.lengths[-1]] for blank in (blank._replace(sample=0) for blank in blanks)}
-        asked: list[list[Piece]] = [_shortened(piece, encoder, tokenizer, model.config.max_length)
-                                    for piece in gaps_of.values()]
+        asked: list[list[Segment]] = [_shortened(segment, encoder, tokenizer, model.config.max_length)
+                                    for segment in gaps_of.values()]
         with in_use():
-            asked = _settled(asked, lambda texts: settle_lengths(
+            asked = _settled(asked, lambda texts: infer_gap_lengths(
                 model, texts, encoder, mask_token_id=mask_token_id, shift=shift, batch_size=batch_size))
         settled = dict(zip(gaps_of, asked, strict=True))
-        pieces = [settled[blank._replace(sample=0)] for blank in blanks]
+        segments = [settled[blank._replace(sample=0)] for blank in blanks]
         rows, gaps = [], []
-        for piece in pieces:
-            row, (gap,) = encoder(piece)
-            surplus = max(len(row) - model.config.max_length, 0) if len(piece) == 2 else 0
+        for segment in segments:
+            row, (gap,) = encoder(segment)
+            surplus = max(len(row) - model.config.max_length, 0) if len(segment) == 2 else 0
             if surplus >= gap.start and surplus:
                 raise ConfigError(f"{len(gap)} new tokens leave no room for a prompt in the {model.config.max_length} "
                                   "tokens that the model takes")
@@ -75,20 +75,20 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
             rows.append([*row[first:1], *row[1 + surplus :]])
             gaps.append(range(gap.start - surplus - first, gap.stop - surplus - first))
         filled = fill(rows, blanks, dataclasses.replace(config, **settings))
-        texts = [decode(tokenizer, piece, [gap], row, ends if len(piece) == 2 else ())
-                 for piece, gap, row in zip(pieces, gaps, filled, strict=True)]
-        return [text[len(piece[0]) : len(text) - len(piece[2]) if len(piece) > 2 else None]
-                for text, piece in zip(texts, pieces, strict=True)]
+        texts = [decode(tokenizer, segment, [gap], row, ends if len(segment) == 2 else ())
+                 for segment, gap, row in zip(segments, gaps, filled, strict=True)]
+        return [text[len(segment[0]) : len(text) - len(segment[2]) if len(segment) > 2 else None]
+                for text, segment in zip(texts, segments, strict=True)]
 
-    def fill(rows: Sequence[Sequence[int]], blanks: Sequence[Blank], config: SamplerConfig) -> list[np.ndarray]:
+    def fill(rows: Sequence[Sequence[int]], blanks: Sequence[GenerationRequest], config: SamplerConfig) -> list[np.ndarray]:
         keys = _sample_keys(seed, blanks)
         result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
         # An infilling has text behind it, a continuation has none: two programs.
         for behind in (False, True):
-            task = Task(config, mask_token_id, shift, ends, stop_at_eos=not behind and bool(ends),
+            spec = SamplingSpec(config, mask_token_id, shift, ends, stop_at_eos=not behind and bool(ends),
                         blocks=blocks)
             members = [i for i, blank in enumerate(blanks) if bool(blank.after) == behind]
-            filled = sample_rows(model, [rows[i] for i in members], keys[np.array(members, int)], task,
+            filled = sample_rows(model, [rows[i] for i in members], keys[np.array(members, int)], spec,
                                  batch_size=batch_size, mesh=mesh)
             for i, row in zip(members, filled, strict=True):
                 result[i] = row
@@ -97,36 +97,36 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
     return write
 
 
-def _sample_keys(seed: int, blanks: Sequence[Blank]) -> jax.Array:
+def _sample_keys(seed: int, blanks: Sequence[GenerationRequest]) -> jax.Array:
     """A key for each blank [blanks]: its item's, and of all samples but the first one derived from that."""
     samples = jnp.array([blank.sample for blank in blanks], jnp.uint32)
     keys = example_keys(seed, jnp.array([blank.item for blank in blanks], jnp.uint32))
     return jnp.where(samples == 0, keys, jax.vmap(jax.random.fold_in)(keys, samples))
 
 
-def _shortened(pieces: list[Piece], encoder: Callable[[Sequence[Piece]], tuple[list[int], list[range]]],
-               tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Piece]:
+def _shortened(segments: list[Segment], encoder: Callable[[Sequence[Segment]], tuple[list[int], list[range]]],
+               tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Segment]:
     """A gap with text on both sides, cut so that at the gap's longest the row fits; other pieces as they are."""
-    row, (gap,) = encoder(pieces)
-    if len(pieces) == 2 or len(row) <= max_length:
-        return pieces
+    row, (gap,) = encoder(segments)
+    if len(segments) == 2 or len(row) <= max_length:
+        return segments
     text = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     before, after = row[1 : gap.start], row[gap.stop :]
     for room in range(max_length - 1 - len(gap), -1, -1):  # less where the cut texts have more tokens than they had
         kept = min(len(after), max(room // 2, room - len(before)))
-        space = " " if pieces[0].endswith(" ") else ""
-        cut = [text(before[len(before) - min(room - kept, len(before)) :]) + space, pieces[1], text(after[:kept])]
+        space = " " if segments[0].endswith(" ") else ""
+        cut = [text(before[len(before) - min(room - kept, len(before)) :]) + space, segments[1], text(after[:kept])]
         if len(encoder(cut)[0]) <= max_length:
             return cut
     raise ConfigError(f"{len(gap)} new tokens leave no room for a prompt in the {max_length} tokens that the model "
                       "takes")
 
 
-def _settled(pieces: list[list[Piece]], settle: Callable[[list[list[Piece]]], list[list[Piece]]]) -> list[list[Piece]]:
+def _settled(segments: list[list[Segment]], settle: Callable[[list[list[Segment]]], list[list[Segment]]]) -> list[list[Segment]]:
     """The pieces, ranges of one length as that length and others settled."""
-    pieces = [[piece[0] if isinstance(piece, range) and len(piece) == 1 else piece for piece in text]
-              for text in pieces]
-    open_ = [number for number, text in enumerate(pieces) if any(isinstance(piece, range) for piece in text)]
-    for number, text in zip(open_, settle([pieces[number] for number in open_]) if open_ else [], strict=True):
-        pieces[number] = text
-    return pieces
+    segments = [[segment[0] if isinstance(segment, range) and len(segment) == 1 else segment for segment in text]
+              for text in segments]
+    open_ = [number for number, text in enumerate(segments) if any(isinstance(segment, range) for segment in text)]
+    for number, text in zip(open_, settle([segments[number] for number in open_]) if open_ else [], strict=True):
+        segments[number] = text
+    return segments

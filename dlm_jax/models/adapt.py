@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,14 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.fingerprint import checksum, of_checksums
-from dlm_jax.models.lora import LoraConfig, LoraFactor, LoraParam, output_norms
-from dlm_jax.models.quantised import quantised, whole_kernel
+from dlm_jax.models.lora import LoRAConfig, LoRAFactor, LoRAParam, dequantize, output_norms, quantised
 from dlm_jax.models.transformer import Transformer, abstract_model
+from dlm_jax.random import counter_hash
 
 
-def split_factors(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def split_lora(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """The graph, what comes from the base, and the factors (none without LoRA)."""
-    graphdef, factors, stored = nnx.split(model, LoraFactor, ...)
+    graphdef, factors, stored = nnx.split(model, LoRAFactor, ...)
     return graphdef, stored, factors
 
 
@@ -27,20 +28,20 @@ def split_trained(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Stat
     if model.lora is None:
         graphdef, params = nnx.split(model)
         return graphdef, params, nnx.State({})
-    return nnx.split(model, LoraParam, ...)
+    return nnx.split(model, LoRAParam, ...)
 
 
 def base_shapes(config: ModelConfig, compute: Compute, param_dtype: str,
-                lora: LoraConfig | None) -> tuple[nnx.GraphDef, nnx.State]:
+                lora: LoRAConfig | None) -> tuple[nnx.GraphDef, nnx.State]:
     """The graph of a model, and the parameters of its base: in the base's order, in the types that `freeze` takes."""
     graphdef = nnx.graphdef(abstract_model(config, compute, param_dtype, lora))
     if lora is not None:
         lora = dataclasses.replace(lora, frozen_dtype=lora.read_dtype)
-    return graphdef, split_factors(abstract_model(config, compute, param_dtype, lora))[1]
+    return graphdef, split_lora(abstract_model(config, compute, param_dtype, lora))[1]
 
 
 def freeze(params: Iterable[tuple[tuple, nnx.Param]],
-           lora: LoraConfig | None) -> tuple[nnx.State, tuple[str, ...]]:
+           lora: LoRAConfig | None) -> tuple[nnx.State, tuple[str, ...]]:
     """A base's parameters, which may come one by one from a disk, as the model stores them.
 
     Returns:
@@ -58,25 +59,25 @@ def freeze(params: Iterable[tuple[tuple, nnx.Param]],
     return nnx.from_flat_state(stored), (of_checksums(checksums),)
 
 
-def new_factors(config: ModelConfig, lora: LoraConfig, seed: int, param_dtype: str, sharding: Sharding) -> nnx.State:
+def new_factors(config: ModelConfig, lora: LoRAConfig, seed: int, param_dtype: str, sharding: Sharding) -> nnx.State:
     """The factors before the first step, from `seed` alone; of the rest nothing is computed."""
     lora = dataclasses.replace(lora, frozen_dtype="float32")  # nothing to be traced, and one program for all types
-    shapes = split_factors(abstract_model(config, Compute(), param_dtype, lora))[2]
+    shapes = split_lora(abstract_model(config, Compute(), param_dtype, lora))[2]
     leaves = _factor_program(config, lora, param_dtype, sharding)(seed)
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 @functools.cache
-def _factor_program(config: ModelConfig, lora: LoraConfig, param_dtype: str, sharding: Sharding) -> Callable:
+def _factor_program(config: ModelConfig, lora: LoRAConfig, param_dtype: str, sharding: Sharding) -> Callable:
     def make(seed: jax.Array) -> list[jax.Array]:
         rngs = nnx.Rngs(jax.random.key(seed))
         model = Transformer(config, rngs=rngs, param_dtype=jnp.dtype(param_dtype), lora=lora)
-        return jax.tree.leaves(split_factors(model)[2])
+        return jax.tree.leaves(split_lora(model)[2])
 
     return jax.jit(make, out_shardings=sharding)
 
 
-def add_lora(model: Transformer, lora: LoraConfig, seed: int, param_dtype: str, sharding: Sharding) -> Transformer:
+def add_lora(model: Transformer, lora: LoRAConfig, seed: int, param_dtype: str, sharding: Sharding) -> Transformer:
     """`model` with new factors beside it; computes what it did, to the rounding of `lora.frozen_dtype`.
 
     Args:
@@ -86,17 +87,17 @@ def add_lora(model: Transformer, lora: LoraConfig, seed: int, param_dtype: str, 
     graphdef, shapes = base_shapes(model.config, model.compute, param_dtype, lora)
     params = ((path, shape.replace(value[...].astype(shape.dtype))) for (path, shape), (_, value) in
               zip(nnx.to_flat_state(shapes), nnx.to_flat_state(nnx.state(model)), strict=True))
-    return with_magnitudes(nnx.merge(graphdef, freeze(params, lora)[0],
+    return add_dora_magnitudes(nnx.merge(graphdef, freeze(params, lora)[0],
                                      new_factors(model.config, lora, seed, param_dtype, sharding)))
 
 
-def with_magnitudes(model: Transformer) -> Transformer:
+def add_dora_magnitudes(model: Transformer) -> Transformer:
     """`model` with DoRA's magnitudes, if it has them, at the norms of the kernels that they stand beside."""
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     for path, param in flat.items():
         if path[-1] == "magnitude":
-            kernel = whole_kernel(flat[*path[:-2], "kernel"], flat.get((*path[:-2], "kernel_scale")))
+            kernel = dequantize(flat[*path[:-2], "kernel"], flat.get((*path[:-2], "kernel_scale")))
             norms = kernel_norms(kernel, param.ndim).astype(param.dtype)
             flat[path] = param.replace(jax.device_put(norms, param[...].sharding))
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
@@ -116,7 +117,7 @@ def merge_lora(model: Transformer, param_dtype: str) -> Transformer:
     for path, shape in nnx.to_flat_state(shapes):
         value = flat[path][...]
         if path[0] == "blocks" and path[-1] == "kernel":
-            value = whole_kernel(flat[path], flat.get((*path[:-1], "kernel_scale")))
+            value = dequantize(flat[path], flat.get((*path[:-1], "kernel_scale")))
             a, b, magnitude = (flat.get((*path[:-1], "factors", name)) for name in ("a", "b", "magnitude"))
             if a is not None:
                 value = add_product(value, a[...], b[...], model.lora.scale, param_dtype,
@@ -143,3 +144,31 @@ def add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dty
         return merged.astype(dtype)
 
     return jax.lax.map(layer, (kernel, a, b, magnitude))
+
+
+# ---- A few digits that tell one set of parameters from another.
+
+
+def fingerprint(params: nnx.State) -> str:
+    """16 hexadecimal digits that depend on every bit of every parameter, and not on how they lie on devices."""
+    return of_checksums({path: checksum(leaf[...]) for path, leaf in nnx.to_flat_state(params)})
+
+
+def of_checksums(checksums: Mapping[tuple, jax.Array]) -> str:
+    """The fingerprint of parameters by the `checksum` of each."""
+    sums = {".".join(map(str, path)): int(checksum) for path, checksum in checksums.items()}
+    return combined(json.dumps(sums, sort_keys=True))
+
+
+def combined(*parts: str) -> str:
+    """16 hexadecimal digits that depend on all parts."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def checksum(x: jax.Array) -> jax.Array:
+    """The sum modulo 2**32, in which order is nothing, of a hash of each element's place and bits."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype == jnp.bfloat16 else jnp.uint32)
+    place = [jax.lax.broadcasted_iota(jnp.uint32, (1,) * d + x.shape[d : d + 1] + (1,) * (x.ndim - d - 1), d)
+             for d in range(x.ndim)]
+    return jnp.sum(counter_hash(*place, bits.astype(jnp.uint32)), dtype=jnp.uint32)

@@ -1,24 +1,96 @@
-"""The parts of a decoder block.
-
-Every parameter of a block carries a leading `layers` dimension: a block object holds the whole stack, and
-`transformer.py` scans over it, handing each call a block whose parameters have lost that dimension.
-Parameters name their logical axes in `.axes`, one entry a dimension; `parallel.rules` maps them to a mesh.
-"""
+"""Rotary position embedding in the half-split layout of the HF checkpoints (Su et al., arXiv 2104.09864)."""
 
 import functools
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask, attend
-from dlm_jax.attention.dense import dense_attention
-from dlm_jax.attention.hashing import dropout
-from dlm_jax.models.cache import Cache, Memory
-from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.lora import Factors, LoraConfig, LoraFactor, LoraParam, contract
-from dlm_jax.models.quantised import contract_quantised, quantised, whole_kernel
-from dlm_jax.models.rotary import rotate
+from dlm_jax.attention.xla import dense_attention
+from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
+from dlm_jax.models.lora import (
+    LoRAConfig,
+    LoRAFactor,
+    LoRAParam,
+    LoRAParams,
+    dense,
+    dense_quantized,
+    dequantize,
+    quantised,
+)
+from dlm_jax.random import dropout
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Angular frequencies float32 [head_dim / 2], in radians per position."""
+    freqs = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if scaling is None:
+        return freqs.astype(np.float32)
+    if scaling.kind == "linear":
+        return (freqs / scaling.factor).astype(np.float32)
+    # llama3: `smooth` is 0 for wavelengths that are stretched whole and 1 for those left alone.
+    turns = scaling.original_max_length * freqs / (2 * np.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return (freqs * (smooth + (1 - smooth) / scaling.factor)).astype(np.float32)
+
+
+def rotation(positions: jax.Array, freqs: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [batch or 1, length, 1, head_dim / 2], of positions [length] or [batch, length]."""
+    angles = jnp.atleast_2d(positions).astype(jnp.float32)[..., None, None] * freqs
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates `x` [batch, length, heads, head_dim] in float32; returns the type of `x`."""
+    cos, sin = cos_sin
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+# ---- The keys and values a decoder keeps, so that a later call computes some positions and sees all.
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, [layers, batch, length, kv_heads, head_dim]."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, length: int, dtype: str) -> Self:
+        """A cache in which nothing has been written; whoever attends to it must mask what has not."""
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, layer: jax.Array, positions: jax.Array, key: jax.Array, value: jax.Array) -> Self:
+        """Puts keys and values [batch, Q, kv_heads, head_dim] at int `positions` [batch, Q]; past the end: dropped."""
+        rows = jnp.arange(key.shape[0])[:, None]
+        return Cache(*(whole.at[layer, rows, positions].set(part.astype(whole.dtype), mode="drop")
+                       for whole, part in zip(self, (key, value), strict=True)))
+
+    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One layer's keys and values, [batch, length, kv_heads, head_dim]."""
+        return self.key[layer], self.value[layer]
+
+
+class LayerCache(NamedTuple):
+    """What one layer's attention is told of a cache: which layer it is, and where its queries stand, int [batch, Q]."""
+
+    cache: Cache
+    layer: jax.Array
+    positions: jax.Array
+
+
+# ---- The parts of a decoder block.
+#
+# Every parameter of a block carries a leading `layers` dimension: a block object holds the whole stack, and
+# `transformer.py` scans over it, handing each call a block whose parameters have lost that dimension.
+# Parameters name their logical axes in `.axes`, one entry a dimension; `parallel.rules` maps them to a mesh.
+
 
 Axes = tuple[str | None, ...]
 
@@ -37,7 +109,7 @@ class Initializer:
     `remat` says that the backward pass computes layers again.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoraConfig | None = None,
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoRAConfig | None = None,
                  remat: bool = False):
         self.stddev, self.rngs, self.dtype, self.lora, self.remat = config.initializer_range, rngs, dtype, lora, remat
 
@@ -48,12 +120,12 @@ class Initializer:
         value *= self.stddev if stddev is None else stddev
         if self.lora is None:
             return nnx.Param(value, axes=axes)
-        return LoraParam(value, axes=axes) if trained else nnx.Param(value.astype(self.lora.read_dtype), axes=axes)
+        return LoRAParam(value, axes=axes) if trained else nnx.Param(value.astype(self.lora.read_dtype), axes=axes)
 
-    def factor(self, shape: tuple[int, ...], axes: Axes, bound: float) -> LoraFactor:
+    def factor(self, shape: tuple[int, ...], axes: Axes, bound: float) -> LoRAFactor:
         """Uniform between -bound and bound."""
         value = jax.random.uniform(self.rngs.params(), shape, self.dtype, -bound, bound)
-        return LoraFactor(value, axes=axes)
+        return LoRAFactor(value, axes=axes)
 
     def full(self, shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
         return nnx.Param(jnp.full(shape, value, self.dtype), axes=axes)
@@ -94,7 +166,7 @@ class Linear(nnx.Module):
         codes = lora is not None and lora.quantised
         self.kernel, self.kernel_scale = quantised(kernel, lora.frozen_dtype) if codes else (kernel, None)
         targeted = lora is not None and name in lora.targets
-        self.factors = Factors(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
+        self.factors = LoRAParams(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
         # A bias along the residual stream stays whole on every device: it is added where the stream is.
         bias_axes = tuple(None if axis == "embed" else axis for axis in axes[len(inputs):])
         self.bias = init.full((num_layers, *outputs), ("layers", *bias_axes), 0.0) if bias else None
@@ -102,13 +174,13 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         """`seeds` uint32 [batch] for the dropout of the factors' inputs; None turns it off."""
         if self.kernel_scale is None:
-            y = contract(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+            y = dense(x, self.kernel[...].astype(x.dtype), self.num_inputs)
         else:
-            y = contract_quantised(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, again=not self.remat)
+            y = dense_quantized(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, remat=not self.remat)
         if self.factors is not None:
             y += self.factors(x, seeds)
             if self.factors.magnitude is not None:
-                y = self.factors.rescale(y, whole_kernel(self.kernel, self.kernel_scale))
+                y = self.factors.apply_dora_scale(y, dequantize(self.kernel, self.kernel_scale))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -129,7 +201,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
                  dropout_seeds: jax.Array | None, factor_seeds: jax.Array | None,
-                 memory: Memory | None) -> tuple[jax.Array, Cache | None]:
+                 memory: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         # [batch, length, heads or kv_heads, head_dim]
         query, key, value = (project(x, factor_seeds) for project in (self.q, self.k, self.v))
         if self.q_norm is not None:
@@ -175,7 +247,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
                  seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None, jax.Array | None],
-                 memory: Memory | None) -> tuple[jax.Array, Cache | None]:
+                 memory: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         """`x` [batch, length, embed]; `seeds` for the dropout of probabilities, of the two branches, and of factors."""
         y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], seeds[3], memory)
         x = x + dropout(y, self.dropout_rate, seeds[1])

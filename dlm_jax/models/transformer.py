@@ -6,13 +6,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.attention.hashing import counter_hash, dropout
 from dlm_jax.errors import ConfigError
-from dlm_jax.models.cache import Cache, Memory
 from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.layers import Block, Initializer, Norm
-from dlm_jax.models.lora import LoraConfig
-from dlm_jax.models.rotary import frequencies, rotation
+from dlm_jax.models.layers import Block, Cache, Initializer, LayerCache, Norm, frequencies, rotation
+from dlm_jax.models.lora import LoRAConfig
+from dlm_jax.random import counter_hash, dropout
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -56,7 +54,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, compute: Compute = Compute(),
-                 param_dtype: jnp.dtype = jnp.float32, lora: LoraConfig | None = None):
+                 param_dtype: jnp.dtype = jnp.float32, lora: LoRAConfig | None = None):
         if lora is not None:
             check_lora(lora, config)
         init = Initializer(config, rngs, param_dtype, lora, compute.remat != "none")
@@ -113,7 +111,7 @@ class Transformer(nnx.Module):
                   layer_input: tuple[jax.Array, nnx.State]) -> tuple[tuple[jax.Array, Cache | None], None]:
             (x, cache), (index, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
-            memory = None if cache is None else Memory(cache, index, positions)
+            memory = None if cache is None else LayerCache(cache, index, positions)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
             return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, memory), None
@@ -138,7 +136,7 @@ class Transformer(nnx.Module):
         return self.unembed(self.hidden(tokens, attention, positions=positions))
 
 
-def check_lora(lora: LoraConfig, config: ModelConfig) -> None:
+def check_lora(lora: LoRAConfig, config: ModelConfig) -> None:
     """Raises ConfigError where LoRA asks for what the architecture does not have."""
     if "gate" in lora.targets and not config.gated_mlp:
         raise ConfigError(f"lora.targets names gate, and {config.family} has no gated MLP; leave it out")
@@ -148,7 +146,7 @@ def check_lora(lora: LoraConfig, config: ModelConfig) -> None:
 
 
 def abstract_model(config: ModelConfig, compute: Compute = Compute(), param_dtype: str = "float32",
-                   lora: LoraConfig | None = None) -> Transformer:
+                   lora: LoRAConfig | None = None) -> Transformer:
     """The model with shapes in place of arrays: what a checkpoint must hold, without allocating it."""
     return nnx.eval_shape(lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0),
                                               param_dtype=jnp.dtype(param_dtype), lora=lora))

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from dlm_jax.errors import ConfigError
 
-AXES = ("slices", "data", "fsdp", "tensor", "context")
+AXES = ("dcn_data", "data", "fsdp", "tensor", "context")
 
 
 def _size(default: int, meaning: str) -> int:
@@ -22,7 +22,7 @@ def _size(default: int, meaning: str) -> int:
 class MeshConfig:
     """Sizes of the mesh axes; at most one is -1 and takes the devices the others leave."""
 
-    slices: int = _size(1, "TPU slices (or groups of GPU hosts), each with a copy of the parameters: only the sums of "
+    dcn_data: int = _size(1, "TPU slices (or groups of GPU hosts), each with a copy of the parameters: only the sums of "
                         "gradients cross the slower network between them")
     data: int = _size(1, "copies of the parameters, each with its own part of the batch")
     fsdp: int = _size(-1, "parts of the batch that, with context, also share the storage of parameters and optimizer")
@@ -30,7 +30,7 @@ class MeshConfig:
     context: int = _size(1, "parts of the sequence")
 
     def sizes(self) -> tuple[int, int, int, int, int]:
-        return self.slices, self.data, self.fsdp, self.tensor, self.context
+        return self.dcn_data, self.data, self.fsdp, self.tensor, self.context
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
@@ -83,8 +83,8 @@ def split_slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Dev
     """
     physical = sorted({getattr(device, "slice_index", 0) for device in devices})
     if len(physical) > 1 and count % len(physical):
-        raise ConfigError(f"the devices lie in {len(physical)} slices, which the mesh's slices={count} would cut "
-                          f"across; set mesh.slices to {len(physical)}")
+        raise ConfigError(f"the devices lie in {len(physical)} slices, which the mesh's dcn_data={count} would cut "
+                          f"across; set mesh.dcn_data to {len(physical)}")
     ordered = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
     size = len(devices) // count
     return [ordered[start : start + size] for start in range(0, len(devices), size)]

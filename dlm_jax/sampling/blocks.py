@@ -12,42 +12,42 @@ import jax.numpy as jnp
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import Cache
 from dlm_jax.sampling.config import SamplerConfig
-from dlm_jax.sampling.task import Frontier, Network, Request, State, Task, wanted
+from dlm_jax.sampling.spec import DecodeFrontier, Network, SamplingInputs, SamplingSpec, State, pending_mask
 
 
 def check(config: SamplerConfig) -> None:
     """Raises ConfigError where settings are for models that see the whole row."""
-    for name, nothing in (("block_length", None), ("cache", "none"), ("guidance", 0.0)):
+    for name, nothing in (("block_length", None), ("cache", "none"), ("cfg_scale", 0.0)):
         if getattr(config, name) != nothing:
             raise ConfigError(f"this model writes in blocks of its own and keeps what it has written; leave {name} out")
 
 
-def start(network: Network, task: Task, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-          keys: jax.Array) -> tuple[Request, State]:
+def start(network: Network, spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+          keys: jax.Array) -> tuple[SamplingInputs, State]:
     """The prompts, of any lengths, with their keys and values; arguments as in `loop.sample`."""
     positions = jnp.arange(tokens.shape[1])
     gaps = ~fixed & (positions > 0) & (positions < lengths[:, None])
-    request = Request(gaps, jnp.broadcast_to(positions // task.blocks.size, gaps.shape), lengths, keys)
+    inputs = SamplingInputs(gaps, jnp.broadcast_to(positions // spec.blocks.size, gaps.shape), lengths, keys)
     zero = jnp.zeros_like(lengths)
-    state = State(jnp.where(gaps, task.mask_token_id, tokens), masked=gaps, confidence=jnp.zeros(gaps.shape),
-                  steps=zero, block=zero, age=zero, cache=None)
-    block = jnp.where(wanted(task, request, state), request.blocks, len(positions)).min(axis=1)
-    prompts = state.tokens[:, : task.prompt_width]
+    state = State(jnp.where(gaps, spec.mask_token_id, tokens), masked=gaps, confidence=jnp.zeros(gaps.shape),
+                  steps=zero, block=zero, steps_in_block=zero, cache=None)
+    block = jnp.where(pending_mask(spec, inputs, state), inputs.blocks, len(positions)).min(axis=1)
+    prompts = state.tokens[:, : spec.prompt_width]
     # What is written past the blocks that are full is seen by no query before it has been written anew.
     hidden, cache = network.cached_hidden(
-        prompts, task.blocks.reading().with_lengths(lengths),
-        jnp.broadcast_to(positions[: task.prompt_width], prompts.shape),
+        prompts, spec.blocks.prefill_mask().with_lengths(lengths),
+        jnp.broadcast_to(positions[: spec.prompt_width], prompts.shape),
         Cache.empty(network.config, *tokens.shape, network.compute.dtype))
-    last = jnp.clip(block * task.blocks.size - 1, 0, task.prompt_width - 1)
+    last = jnp.clip(block * spec.blocks.size - 1, 0, spec.prompt_width - 1)
     opening = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return request, state._replace(block=block, cache=cache, frontier=Frontier(opening, jnp.zeros(len(gaps), bool)))
+    return inputs, state._replace(block=block, cache=cache, frontier=DecodeFrontier(opening, jnp.zeros(len(gaps), bool)))
 
 
-def predict(network: Network, task: Task, request: Request, state: State) -> tuple[jax.Array, Cache, Frontier]:
+def predict(network: Network, spec: SamplingSpec, inputs: SamplingInputs, state: State) -> tuple[jax.Array, Cache, DecodeFrontier]:
     """The hidden states [batch, block_size, embed] that predict the tokens of each row's block, and what is kept."""
-    size, length = task.blocks.size, state.tokens.shape[1]
+    size, length = spec.blocks.size, state.tokens.shape[1]
     begin = state.block * size
-    attention = task.blocks.writing(begin).with_lengths(request.lengths)
+    attention = spec.blocks.decode_mask(begin).with_lengths(inputs.lengths)
 
     def run(first: int, cache: Cache) -> tuple[jax.Array, Cache]:
         """The states from `first` positions after each block's beginning to its end."""
@@ -65,6 +65,6 @@ def predict(network: Network, task: Task, request: Request, state: State) -> tup
         return hidden, state.frontier.opening, cache
 
     hidden, opening, cache = jax.lax.cond(state.frontier.pending.any(), with_block_before, alone, state.cache)
-    if task.shift:
+    if spec.shift:
         hidden = jnp.concatenate([opening[:, None], hidden[:, :-1]], axis=1)
     return hidden, cache, state.frontier._replace(opening=opening)

@@ -5,20 +5,20 @@ import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.models import Cache
-from dlm_jax.sampling.task import Network, Request, State, Task
+from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, State
 
 _PREFIX_WIDTHS = 4  # programs of different width for what follows the prefix
 
 
-def empty_cache(network: Network, task: Task, batch: int, length: int) -> Cache | None:
+def empty_cache(network: Network, spec: SamplingSpec, batch: int, length: int) -> Cache | None:
     """Room for the keys and values that the task's cache keeps; None where it keeps none."""
-    if task.config.cache == "none":
+    if spec.config.cache == "none":
         return None
-    rows = 2 * batch if task.config.guidance else batch
+    rows = 2 * batch if spec.config.cfg_scale else batch
     return Cache.empty(network.config, rows, length, network.compute.dtype)
 
 
-def predict(network: Network, task: Task, request: Request, state: State, start: jax.Array,
+def predict(network: Network, spec: SamplingSpec, inputs: SamplingInputs, state: State, start: jax.Array,
             width: int) -> tuple[jax.Array, Cache | None]:
     """The hidden states that predict positions `start` .. `start + width`, and the cache after it.
 
@@ -30,14 +30,14 @@ def predict(network: Network, task: Task, request: Request, state: State, start:
     Returns:
       [batch, width, embed]. Under guidance the batch is twice as large: with the given tokens, then without them.
     """
-    tokens, lengths = state.tokens, request.lengths
-    if task.config.guidance:
-        given = ~request.gaps & (jnp.arange(tokens.shape[1]) > 0)
-        tokens = jnp.concatenate([tokens, jnp.where(given, task.mask_token_id, tokens)])
+    tokens, lengths = state.tokens, inputs.lengths
+    if spec.config.cfg_scale:
+        given = ~inputs.gaps & (jnp.arange(tokens.shape[1]) > 0)
+        tokens = jnp.concatenate([tokens, jnp.where(given, spec.mask_token_id, tokens)])
         lengths, start = jnp.tile(lengths, 2), jnp.tile(start, 2)
     attention = AttentionMask.bidirectional().with_lengths(lengths)
     length = tokens.shape[1]
-    first = start - task.shift  # the state here predicts position `start`
+    first = start - spec.shift  # the state here predicts position `start`
 
     def whole(cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         if cache is None:
@@ -54,16 +54,16 @@ def predict(network: Network, task: Task, request: Request, state: State, start:
         hidden, cache = network.cached_hidden(some, attention, at, cache)
         return hidden[:, :width], cache
 
-    if task.config.cache == "none":
+    if spec.config.cache == "none":
         return whole(None)
-    narrowest = min(width + task.shift, length)
-    if task.config.cache == "dual":
+    narrowest = min(width + spec.shift, length)
+    if spec.config.cache == "dual":
         rest = lambda cache: part(narrowest, cache)  # noqa: E731
     else:
         widths = sorted({max(-(-length * i // _PREFIX_WIDTHS), narrowest) for i in range(1, _PREFIX_WIDTHS + 1)})
         needed = jnp.searchsorted(jnp.array(widths), (lengths - first).max())
         branches = [lambda cache, size=size: part(size, cache) for size in widths]
         rest = lambda cache: jax.lax.switch(needed, branches, cache)  # noqa: E731
-    every = task.config.refresh_every
-    due = state.age == 0 if every is None else state.age % every == 0
+    every = spec.config.cache_refresh_interval
+    due = state.steps_in_block == 0 if every is None else state.steps_in_block % every == 0
     return jax.lax.cond(due, whole, rest, state.cache)

@@ -1,29 +1,89 @@
-"""Between text with gaps and rows of tokens, so that what the user wrote comes back character for character."""
+"""From rows of tokens and gaps to the rectangular arrays a sampler works on."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
 
 from dlm_jax.errors import DataError
-from dlm_jax.sampling.canvas import GAP
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+GAP = -1  # stands for a token to be filled in
+_BUCKET = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedBatch:
+    """Padded rows: `tokens` int32 and `fixed` bool [batch, length], and `lengths` int32 [batch].
+
+    `coarse`: how wide the padding is, see `bucket`.
+    """
+
+    tokens: np.ndarray
+    fixed: np.ndarray
+    lengths: np.ndarray
+    coarse: bool = False
+
+    def take(self, rows: np.ndarray) -> Self:
+        """The given rows, no wider than the bucket of the longest of them."""
+        width = bucket(self.lengths[rows].max(), self.tokens.shape[1], coarse=self.coarse)
+        return PaddedBatch(self.tokens[rows, :width], self.fixed[rows, :width], self.lengths[rows], self.coarse)
+
+
+def bucket(length: int, max_length: int, multiple: int = _BUCKET, coarse: bool = False) -> int:
+    """The padded length: a multiple of 32 or so, so that similar lengths share one compiled program.
+
+    `coarse`: of long texts there are two lengths in each doubling, for texts that grow a little from call to call.
+    """
+    if coarse:
+        multiple = max(multiple, (1 << int(length - 1).bit_length()) // 4)
+    return min(-(-length // multiple) * multiple, max_length)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], max_length: int, coarse: bool = False) -> PaddedBatch:
+    """Pads `rows` of token ids and GAPs to one bucketed length; `coarse` as in `bucket`.
+
+    Raises:
+      DataError: a row is longer than `max_length`, or its position 0, which is context, is a gap.
+    """
+    for number, row in enumerate(rows):
+        if len(row) > max_length:
+            raise DataError(f"text {number} has {len(row)} tokens, gaps included, and the model takes at most "
+                            f"{max_length}; shorten the text or ask for fewer new tokens")
+        if row[0] == GAP:
+            raise DataError(f"text {number} begins with a gap; position 0 is context, put a BOS token there")
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), bucket(lengths.max(), max_length, coarse=coarse)), np.int32)
+    fixed = np.ones(tokens.shape, bool)
+    for i, row in enumerate(rows):
+        row = np.asarray(row, np.int32)
+        fixed[i, : len(row)] = row != GAP
+        tokens[i, : len(row)] = np.where(row == GAP, 0, row)
+    return PaddedBatch(tokens, fixed, lengths, coarse)
+
+
+# ---- Between text with gaps and rows of tokens, so that what the user wrote comes back character for character.
+
+
 # Text that is kept, or a number of tokens to fill in, or the numbers it may be; text and gaps alternate, text first.
-Piece = str | int | range
+Segment = str | int | range
 
 _MARK = re.compile(r"<mask(?::(\d+)(?:-(\d+))?)?>")
 
 
-def split_gaps(text: str, gap_length: int) -> list[Piece]:
+def split_gaps(text: str, gap_length: int) -> list[Segment]:
     """Cuts "The <mask:3> sat<mask>, <mask:2-8>." into ["The ", 3, " sat", gap_length, ", ", range(2, 9), "."].
 
     Raises:
       DataError: there is no mark, or one asks for no tokens, or its range is empty.
     """
-    pieces: list[Piece] = []
+    segments: list[Segment] = []
     end = 0
     for mark in _MARK.finditer(text):
         shortest = int(mark[1] or gap_length)
@@ -32,15 +92,15 @@ def split_gaps(text: str, gap_length: int) -> list[Piece]:
             raise DataError(f"a gap of no tokens in {_excerpt(text)}; a gap has at least 1 token")
         if shortest > longest:
             raise DataError(f"the range of {mark[0]} in {_excerpt(text)} is empty; write <mask:{longest}-{shortest}>")
-        pieces += [text[end : mark.start()], shortest if shortest == longest else range(shortest, longest + 1)]
+        segments += [text[end : mark.start()], shortest if shortest == longest else range(shortest, longest + 1)]
         end = mark.end()
-    if not pieces:
+    if not segments:
         raise DataError(f"no gap in {_excerpt(text)}; write <mask:8> where 8 tokens are to be filled in, or <mask:2-8> "
                         "where 2 to 8 are")
-    return [*pieces, text[end:]]
+    return [*segments, text[end:]]
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[Piece],
+def encode(tokenizer: "PreTrainedTokenizerBase", segments: Sequence[Segment],
            bos_token_id: int) -> tuple[list[int], list[range]]:
     """A row that begins with BOS, a GAP for each token to fill in; and where in it each gap lies.
 
@@ -50,30 +110,30 @@ def encode(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[Piece],
     network would meet a lone space, which it hardly knows; `decode` sets it right.
     """
     row, gaps = [bos_token_id], []
-    for number, piece in enumerate(pieces):
-        if not isinstance(piece, str):
-            length = piece[-1] if isinstance(piece, range) else piece
+    for number, segment in enumerate(segments):
+        if not isinstance(segment, str):
+            length = segment[-1] if isinstance(segment, range) else segment
             gaps.append(range(len(row), len(row) + length))
             row += [GAP] * length
             continue
-        piece = piece.removesuffix(" ") if number + 1 < len(pieces) else piece
-        if piece:
-            row += _tokens(tokenizer, piece) if number == 0 else _inner_tokens(tokenizer, piece)
+        segment = segment.removesuffix(" ") if number + 1 < len(segments) else segment
+        if segment:
+            row += _tokens(tokenizer, segment) if number == 0 else _inner_tokens(tokenizer, segment)
     return row, gaps
 
 
-def decode(tokenizer: "PreTrainedTokenizerBase", pieces: Sequence[Piece], gaps: Sequence[range],
+def decode(tokenizer: "PreTrainedTokenizerBase", segments: Sequence[Segment], gaps: Sequence[range],
            filled: Sequence[int], stop_token_ids: Collection[int] = ()) -> str:
     """The pieces, with the text of `filled` where gaps were; a gap's text ends before the first of `stop_token_ids`.
 
     A gap's text is what its tokens add to the text of all tokens before them, because tokenizers treat the
     beginning of a text specially.
     """
-    text, filled = list(pieces), [int(token) for token in filled]
+    text, filled = list(segments), [int(token) for token in filled]
     for number, gap in enumerate(gaps):
         tokens = before_end(filled[gap.start : gap.stop], stop_token_ids)
         before, after = _text(tokenizer, filled[: gap.start]), _text(tokenizer, filled[: gap.start] + tokens)
-        text[2 * number + 1] = _beyond(before, after).removeprefix(" " if pieces[2 * number].endswith(" ") else "")
+        text[2 * number + 1] = _beyond(before, after).removeprefix(" " if segments[2 * number].endswith(" ") else "")
     return "".join(text)
 
 

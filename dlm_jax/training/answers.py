@@ -4,11 +4,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dlm_jax.data.examples import ExampleForm
+from dlm_jax.checkpoints import Pretrained
+from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.data.rows import RowSource
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.answers import answer, judge, questions_of
-from dlm_jax.hf import Pretrained
 from dlm_jax.parallel import batch_parts
 from dlm_jax.sampling import SamplerConfig
 from dlm_jax.training.config import TrainConfig
@@ -16,7 +16,7 @@ from dlm_jax.training.config import TrainConfig
 _BATCH = 32  # questions at a time
 
 
-class Answers:
+class GenerationEval:
     """The first held-out examples, and how they are answered: with the likeliest tokens, those that the model is surest
     of first, or from left to right under the autoregressive objective.
 
@@ -26,13 +26,13 @@ class Answers:
 
     def __init__(self, base: Pretrained, rows: RowSource | None, mesh: Mesh, config: TrainConfig):
         if rows is None:
-            raise ConfigError("validation.answers needs held-out examples; name some in data.validation, or raise "
+            raise ConfigError("validation.generation_eval needs held-out examples; name some in data.validation, or raise "
                               "data.validation_fraction")
         self._base, self._mesh = base, mesh
-        self._form = ExampleForm(base.tokenizer, config.data.examples, config.data.length)
-        self._questions = questions_of(rows[np.arange(min(config.validation.answers, len(rows)))], self._form)
+        self._form = PromptFormat(base.tokenizer, config.data.examples, config.data.length)
+        self._questions = questions_of(rows[np.arange(min(config.validation.generation_eval, len(rows)))], self._form)
         self._sampler = (SamplerConfig("autoregressive", temperature=0.0) if config.objective.name == "autoregressive"
-                         else SamplerConfig("confidence", config.validation.answer_steps, temperature=0.0))
+                         else SamplerConfig("confidence", config.validation.generation_steps, temperature=0.0))
 
     def __call__(self, params: nnx.State) -> tuple[dict[str, float], str]:
         """What the answers are worth on average, by name, and the first of them."""

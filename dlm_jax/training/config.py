@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Literal
 
+from dlm_jax.checkpoints.hf_names import read_targets
 from dlm_jax.data.config import DataConfig
+from dlm_jax.diffusion.objective import ObjectiveConfig
 from dlm_jax.errors import ConfigError
+from dlm_jax.models import LoRAConfig, ModelConfig
 from dlm_jax.parallel import MeshConfig
-from dlm_jax.training.adapter import LoraSettings
-from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig
 
 
@@ -38,6 +39,40 @@ class ModelSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRASettings:
+    rank: int = _field(0, "of LoRA's products; 0: no LoRA, all parameters are trained, and the other keys mean nothing")
+    alpha: float | None = _field(None, "the products count alpha / rank; None: twice the rank")
+    dropout: float = _field(0.0, "share of the inputs of LoRA's products that training drops")
+    targets: tuple[str, ...] = _field(("all",), "projections with a product, as q,v or q_proj,v_proj; all: every one "
+                                                "inside the blocks, which is not the head")
+    embedding: bool | None = _field(None, "train the whole embedding, with a head that is tied to it; None: where the "
+                                          "mask token is new, as nothing else learns its row")
+    head: bool = _field(False, "train the whole head, where it is not the embedding")
+    rslora: bool = _field(False, "the products count alpha / sqrt(rank) instead (rank-stabilised)")
+    dora: bool = _field(False, "learn the norm of each output's weights apart from their direction (DoRA)")
+    frozen_dtype: Literal["bfloat16", "float32", "int8", "nf4"] = _field(
+        "bfloat16", "stored type of matrices that are not trained; int8 and nf4: of those in the blocks")
+
+
+def lora_of(settings: LoRASettings, architecture: ModelConfig, new_mask_token: bool) -> LoRAConfig | None:
+    """What the settings come to for an architecture; None for a run without LoRA.
+
+    Args:
+      new_mask_token: the vocabulary has got a row for it, which the base has not learned.
+
+    Raises:
+      ConfigError: a target that the architecture does not have, or a value that cannot be.
+    """
+    if settings.rank == 0:
+        return None
+    return LoRAConfig(
+        rank=settings.rank, alpha=2.0 * settings.rank if settings.alpha is None else settings.alpha,
+        dropout=settings.dropout, targets=read_targets(settings.targets, architecture),
+        embedding=new_mask_token if settings.embedding is None else settings.embedding, head=settings.head,
+        rslora=settings.rslora, dora=settings.dora, frozen_dtype=settings.frozen_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int = _field(1000, "steps between checkpoints; the last step is always kept")
     keep: int = _field(2, "how many of the latest checkpoints stay")
@@ -49,8 +84,8 @@ class ValidationConfig:
     every: int = _field(1000, "steps between validations; 0: never")
     num_rows: int = _field(256, "held-out rows used, the same each time")
     num_samples: int = _field(4, "noise levels drawn for each row, the same each time")
-    answers: int = _field(0, "held-out examples answered by sampling at each validation, the same each time; 0: none")
-    answer_steps: int = _field(64, "denoising steps for an answer; never more than it has tokens")
+    generation_eval: int = _field(0, "held-out examples answered by sampling at each validation, the same each time; 0: none")
+    generation_steps: int = _field(64, "denoising steps for an answer; never more than it has tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +108,7 @@ class TrainConfig:
     compilation_cache: str | None = _field(None, "folder in which compiled programs are kept, for restarts and other "
                                                  "runs; may be gs://; None: as JAX is set")
     model: ModelSource = _field(ModelSource(), "the base model")
-    lora: LoraSettings = _field(LoraSettings(), "what is trained of the base, if not all of it")
+    lora: LoRASettings = _field(LoRASettings(), "what is trained of the base, if not all of it")
     data: DataConfig = _field(DataConfig(), "the corpus and how it becomes batches")
     objective: ObjectiveConfig = _field(ObjectiveConfig(), "what is minimised")
     optimizer: OptimizerConfig = _field(OptimizerConfig(), "how it is minimised")
@@ -94,11 +129,11 @@ class TrainConfig:
         if self.log.profile and not (len(self.log.profile) == 2 and 0 < self.log.profile[0] <= self.log.profile[1]):
             raise ConfigError(f"log.profile must be the first and the last step of a trace, e.g. 10,12, got "
                               f"{','.join(map(str, self.log.profile))}")
-        if self.validation.answers < 0 or self.validation.answer_steps < 1:
-            raise ConfigError("validation.answers must not be negative, and validation.answer_steps at least 1")
-        if self.validation.answers and (self.data.examples.format == "none" or not self.validation.every):
-            raise ConfigError("validation.answers needs examples with prompts to answer, and validations to do so; set "
-                              "data.examples.format and validation.every, or validation.answers to 0")
+        if self.validation.generation_eval < 0 or self.validation.generation_steps < 1:
+            raise ConfigError("validation.generation_eval must not be negative, and validation.generation_steps at least 1")
+        if self.validation.generation_eval and (self.data.examples.format == "none" or not self.validation.every):
+            raise ConfigError("validation.generation_eval needs examples with prompts to answer, and validations to do so; set "
+                              "data.examples.format and validation.every, or validation.generation_eval to 0")
         if self.log.sample_every and self.objective.name != "diffusion":
             raise ConfigError("log.sample_every samples by diffusion, which the autoregressive objective does not "
                               "learn; set it to 0")
@@ -109,7 +144,7 @@ class TrainConfig:
 _FIXED_ON_RESUME = ("seed", "model.source", "model.init", "model.mask_token", "model.param_dtype", "lora.", "data.",
                     "objective.name", "objective.shift", "optimizer.name")
 # That rows which lie elsewhere are the same rows is checked by their content.
-_FREE_ON_RESUME = ("data.cache_dir", "data.bad_records", "data.train", "data.validation")
+_FREE_ON_RESUME = ("data.cache_dir", "data.on_bad_record", "data.train", "data.validation")
 
 
 def flat_dict(config: object, prefix: str = "") -> dict[str, object]:

@@ -10,27 +10,39 @@ import jax
 from etils import epath
 from flax import nnx
 
+from dlm_jax.checkpoints.orbax import CheckpointWriter, best_step, restore_latest, restore_state, saved_steps
+from dlm_jax.checkpoints.workdir import read_run_config, write_run_metadata
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
+from dlm_jax.diffusion.objective import forward_multiplier
 from dlm_jax.models import split_trained
-from dlm_jax.parallel import make_mesh, place_rows
-from dlm_jax.storage import reached, write_json
-from dlm_jax.training.answers import Answers
-from dlm_jax.training.checkpoint import CheckpointWriter, best_step, restore_state, saved_steps, take_up
-from dlm_jax.training.clock import Clock
+from dlm_jax.parallel import make_global_batch, make_mesh
+from dlm_jax.storage import ensure_accessible, write_json
+from dlm_jax.training.answers import GenerationEval
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
-from dlm_jax.training.flops import peak_flops, train_flops
-from dlm_jax.training.metrics import Console, MetricsLog, Window, read_records
-from dlm_jax.training.objective import copies
+from dlm_jax.training.metrics import (
+    Clock,
+    Console,
+    MetricAccumulator,
+    MetricsLog,
+    peak_flops,
+    read_records,
+    train_flops,
+)
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.profile import Profile, peak_memory_gib
 from dlm_jax.training.samples import sample_text
 from dlm_jax.training.signals import StopRequest, stop_requests
-from dlm_jax.training.start import check_data, data_mark, load_base, rows_folder, settle_adapter, summary_lines
-from dlm_jax.training.state import create_state, state_layout
-from dlm_jax.training.step import Metrics, make_train_step
+from dlm_jax.training.start import (
+    check_data,
+    dataset_fingerprint,
+    load_base,
+    resolve_adapter,
+    rows_folder,
+    summary_lines,
+)
+from dlm_jax.training.step import Metrics, create_state, make_train_step, state_layout
 from dlm_jax.training.validation import Validation
-from dlm_jax.training.workdir import describe_run, read_run_config
 
 _OUTLIER = 4  # times the mean of its record: a step that slow is shown
 
@@ -47,7 +59,7 @@ def train(config: TrainConfig, workdir: epath.PathLike) -> dict[str, object]:
       ConfigError, CheckpointError, DataError: the run cannot be set up.
       TrainingError: the loss or the gradient is not finite.
     """
-    workdir = reached(workdir)
+    workdir = ensure_accessible(workdir)
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if config.num_steps <= (taken := max(saved_steps(workdir), default=0)):
@@ -64,7 +76,7 @@ class _Run:
         workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = make_mesh(config.mesh)
         stack.enter_context(jax.set_mesh(self.mesh))  # for what is split by hand, inside the model
-        self.first, damaged = take_up(workdir)
+        self.first, damaged = restore_latest(workdir)
         self.changes = config_changes(read_run_config(workdir), config) if self.first else []
         base = load_base(config, workdir, self.mesh, resumed=bool(self.first))
         graphdef, params, frozen = split_trained(base.model)
@@ -76,7 +88,7 @@ class _Run:
         batch_size = config.data.batch_size
         loader = Loader(sources, batch_size, weights=config.data.weights, seed=config.seed,
                         random_length=config.data.random_length)
-        self.batches = loader.batches(self.first, lambda read: place_rows(read, batch_size, self.mesh))
+        self.batches = loader.batches(self.first, lambda read: make_global_batch(read, batch_size, self.mesh))
         stack.callback(self.batches.close)
         self.validation = None
         if config.validation.every and held_out is not None:
@@ -85,21 +97,21 @@ class _Run:
                 num_samples=config.validation.num_samples, batch_size=batch_size // config.optimizer.accumulate_steps,
                 objective=config.objective, seed=config.seed, mask_token_id=self.base.mask_token_id)
 
-        self.answers = Answers(self.base, held_out, self.mesh, config) if config.validation.answers else None
+        self.answers = GenerationEval(self.base, held_out, self.mesh, config) if config.validation.generation_eval else None
 
         optimizer, ema = make_optimizer(config.optimizer, config.num_steps), config.optimizer.ema_decay > 0
         self.train_step_of = functools.cache(functools.partial(
             make_train_step, graphdef, optimizer, self.mesh, config=config.optimizer, num_steps=config.num_steps,
             seed=config.seed, mask_token_id=self.base.mask_token_id))
-        self.data_mark, progress = data_mark(sources), {}
+        self.dataset_fingerprint, progress = dataset_fingerprint(sources), {}
         if self.first:
             layout = state_layout(params, optimizer, ema, self.mesh, config.optimizer.offload, frozen)
             self.state, progress = restore_state(workdir, self.first, layout, frozen)
-            check_data(workdir, progress["data"], self.data_mark)
+            check_data(workdir, progress["data"], self.dataset_fingerprint)
         else:
             self.state = create_state(params, optimizer, ema, self.mesh, config.optimizer.offload, frozen)
-        adapter = settle_adapter(config, workdir, self.base, self.state.frozen, bool(self.first))
-        describe_run(workdir, config, self.base, adapter)
+        adapter = resolve_adapter(config, workdir, self.base, self.state.frozen, bool(self.first))
+        write_run_metadata(workdir, flat_dict(config), self.base, adapter)
         self.checkpoints = CheckpointWriter(workdir, keep=config.checkpoint.keep,
                                             keep_best=config.checkpoint.keep_best)
         stack.callback(self.checkpoints.close)
@@ -108,7 +120,7 @@ class _Run:
         self.clock.add({"lost": lost_seconds(workdir, self.first)})
         self.profile = Profile(workdir, config.log.profile)
         stack.callback(self.profile.close)
-        self.window = Window(config.optimizer.nonfinite == "skip", **progress.get("window", {}))
+        self.accumulator = MetricAccumulator(config.optimizer.on_nonfinite == "skip", **progress.get("window", {}))
         self.log = MetricsLog(workdir, config.log, flat_dict(config), self.first)
         stack.callback(self.log.close)
         self.last = last_records(workdir)
@@ -131,7 +143,7 @@ class _Run:
             # One program, but for objectives that change their shape on the way: blocks that grow.
             self.state, metrics = self.train_step_of(objective=config.objective.at(step))(self.state, batch)
             if pending:
-                self.absorb(*pending)  # the step before: the device has its next work while this waits
+                self.log_metrics(*pending)  # the step before: the device has its next work while this waits
             step += 1
             pending = step, metrics
             if self.profile.after(step, self.state):
@@ -142,7 +154,7 @@ class _Run:
             validate |= save and config.checkpoint.keep_best and not stop
             sample = self.due(step, config.log.sample_every)
             if validate or save or sample:
-                self.absorb(*pending)
+                self.log_metrics(*pending)
                 pending = None
                 value = self.validate(step) if validate else None
                 if save:
@@ -160,10 +172,10 @@ class _Run:
     def due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def absorb(self, step: int, metrics: Metrics) -> None:
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Takes in the metrics of a step and, every so often, records the mean of what has been taken in."""
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.window.add(step, metrics)
+        self.accumulator.add(step, metrics)
         if step == self.first + 1:
             self.clock.switch("steps")  # the first compiled the program, which is no measure of speed
         else:
@@ -171,9 +183,9 @@ class _Run:
         self.console.step(metrics["loss"])
         if not self.due(step, self.config.log.every) and step != self.config.num_steps:
             return
-        means = self.window.means() | self.rates(step)
+        means = self.accumulator.means() | self.rates(step)
         if self.due(step, self.config.log.every):
-            self.window.clear()
+            self.accumulator.clear()
         self.last["train"] = {"step": step, **means}
         self.log.write(step, "train", means)
         self.console.line(_step_line(step, means))
@@ -187,7 +199,7 @@ class _Run:
                      "slowest_step_seconds": lap["slowest"], "data_wait": lap["waiting"] / lap["seconds"]}
             if peak := peak_flops(self.mesh.devices.flat[0]):
                 model, length = self.base.model, self.config.data.length
-                read = tokens * copies(self.config.objective.at(step - 1), length)
+                read = tokens * forward_multiplier(self.config.objective.at(step - 1), length)
                 flops = train_flops(model.config, read, lap["scored"], length, model.lora)
                 rates["mfu"] = flops / lap["seconds"] / (peak * self.mesh.size)
         memory = peak_memory_gib()
@@ -219,7 +231,7 @@ class _Run:
     def save(self, step: int, validation: float | None) -> None:
         finite = validation is not None and math.isfinite(validation)
         with self.clock.doing("saving"):
-            progress = {"window": self.window.state(), "data": self.data_mark, "seconds": self.clock.state()}
+            progress = {"window": self.accumulator.state(), "data": self.dataset_fingerprint, "seconds": self.clock.state()}
             self.checkpoints.save(step, self.state, progress, validation if finite else None)
 
     def sample(self, step: int) -> None:

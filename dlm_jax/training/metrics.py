@@ -1,4 +1,4 @@
-"""What a run reports: one JSON line a record, TensorBoard and Weights & Biases beside it, a line on the console."""
+"""Floating-point operations a step must do, and what the device could do: their ratio is the utilisation (MFU)."""
 
 import contextlib
 import json
@@ -8,16 +8,160 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from etils import epath
+from flax import nnx
 from tqdm import tqdm
 
+from dlm_jax.data.config import DataConfig
 from dlm_jax.errors import ConfigError, TrainingError
+from dlm_jax.models import LoRAConfig, LoRAFactor, ModelConfig, abstract_model
+from dlm_jax.parallel.chips import find_chip
 from dlm_jax.storage import is_remote, upload
 from dlm_jax.training.config import LogConfig
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's dense bfloat16 peak, FLOP/s, or None where it is not known (CPUs among them)."""
+    chip = find_chip(device)
+    return chip and chip.flops
+
+
+def count_params(config: ModelConfig, part: str | None = None) -> int:
+    """Parameters of the model, or of one of its parts, such as "blocks"."""
+    model = abstract_model(config)
+    leaves = jax.tree.leaves(nnx.state(model if part is None else getattr(model, part)))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def count_factors(config: ModelConfig, lora: LoRAConfig) -> int:
+    """Parameters of LoRA's factors."""
+    factors = nnx.state(abstract_model(config, lora=lora), LoRAFactor)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(factors))
+
+
+def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
+                lora: LoRAConfig | None = None) -> float:
+    """FLOPs of a forward and a backward pass over `tokens` tokens in rows of `length`, `scored` of them scored.
+
+    6 x (parameters of the blocks) x tokens, for their matrix products;
+    + 12 x layers x heads x head_dim x length x tokens, for attention over the whole square (no causal half);
+    + 6 x hidden x vocabulary x scored, for the head, needed only where a token is scored.
+    What is computed again (remat, chunked loss) does not count. With LoRA, matrices that are not trained have 4 in
+    place of 6, as they have no gradient of their own, and the factors are added.
+    """
+    frozen, head = (6, 6) if lora is None else (4, 6 if lora.head or (lora.embedding and config.tie_embeddings) else 4)
+    blocks = frozen * count_params(config, "blocks") * tokens
+    if lora is not None:
+        blocks += 6 * count_factors(config, lora) * tokens
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
+    return blocks + attention + head * config.hidden_size * config.vocab_size * scored
+
+
+_USUAL_SHARE = 0.3  # of the peak, or of a large matrix product's speed, that a training step reaches
+
+
+def step_seconds(config: ModelConfig, data: DataConfig) -> float:
+    """A rough forecast of the seconds a step takes on the devices at hand, before anything is compiled."""
+    tokens = data.batch_size * data.length
+    peak = peak_flops(jax.devices()[0])
+    speed = peak * jax.device_count() if peak else measured_flops()
+    return train_flops(config, tokens, tokens / 2, data.length) / (_USUAL_SHARE * speed)
+
+
+def measured_flops(size: int = 1024, repeats: int = 4) -> float:
+    """FLOP/s of a float32 matrix product of this size on the default device."""
+    product, matrix = jax.jit(jnp.matmul), jnp.ones((size, size), jnp.float32)
+    product(matrix, matrix).block_until_ready()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        product(matrix, matrix).block_until_ready()
+    return repeats * 2 * size**3 / (time.perf_counter() - began)
+
+
+# ---- Where the time of a run goes, over all its starts.
+
+
+# What a run can be doing. Only "steps" is what it is there for; "lost" was spent on steps after the last checkpoint.
+KINDS = ("start", "compiling", "steps", "data", "validation", "saving", "sampling", "lost")
+_TRAINING = ("steps", "data")
+
+
+class Clock:
+    """Adds up seconds by kind, and counts steps and scored tokens between records."""
+
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys(KINDS, 0.0)
+        self._kind, self._since = "start", time.monotonic()
+        self._begin_lap()
+
+    def add(self, spent: Mapping[str, float]) -> None:
+        """Counts in what starts before have spent, as `state` gave it."""
+        for kind, seconds in spent.items():
+            self.spent[kind] += seconds
+        self._begin_lap()
+
+    @contextlib.contextmanager
+    def doing(self, kind: str) -> Iterator[None]:
+        """Time inside counts as `kind`."""
+        before = self._kind
+        self.switch(kind)
+        yield
+        self.switch(before)
+
+    def switch(self, kind: str) -> None:
+        """From now on time counts as `kind`."""
+        now = time.monotonic()
+        self.spent[self._kind] += now - self._since
+        self._kind, self._since = kind, now
+
+    def count(self, scored: float) -> None:
+        """A step's results are here."""
+        self.switch(self._kind)
+        now = self._training()
+        self._steps, self._scored = self._steps + 1, self._scored + scored
+        self._slowest, self._last = max(self._slowest, now - self._last), now
+
+    def lap(self) -> dict[str, float]:
+        """Since the last lap: `steps`, `scored` tokens, `seconds` of training, of which `waiting` for data, and those
+        of the `slowest` step."""
+        self.switch(self._kind)
+        lap = {"steps": self._steps, "scored": self._scored, "seconds": max(self._training() - self._began, 1e-9),
+               "waiting": self.spent["data"] - self._waited, "slowest": self._slowest}
+        self._begin_lap()
+        return lap
+
+    def state(self) -> dict[str, float]:
+        self.switch(self._kind)
+        return dict(self.spent)
+
+    def goodput(self) -> float:
+        """The share of all time that went into steps that count."""
+        spent = self.state()
+        return spent["steps"] / max(sum(spent.values()), 1e-9)
+
+    def line(self) -> str:
+        """For people: the shares of all kinds that took at least a thousandth."""
+        spent = self.state()
+        total = max(sum(spent.values()), 1e-9)
+        shares = sorted(((seconds / total, kind) for kind, seconds in spent.items()), reverse=True)
+        return ", ".join(f"{kind} {share:.1%}" for share, kind in shares if share >= 1e-3)
+
+    def _training(self) -> float:
+        return sum(self.spent[kind] for kind in _TRAINING)
+
+    def _begin_lap(self) -> None:
+        self._steps, self._scored, self._slowest = 0, 0.0, 0.0
+        self._began = self._last = self._training()
+        self._waited = self.spent["data"]
+
+
+# ---- What a run reports: one JSON line a record, TensorBoard and Weights & Biases beside it, a line on the console.
+
 
 METRICS = "metrics.jsonl"
 _COPY_SECONDS = 30
@@ -25,7 +169,7 @@ _SCHEDULED = ("learning_rate", "anneal_ratio")
 _MOST_SKIPPED = 20  # steps in a row: then it is no accident
 
 
-class Window:
+class MetricAccumulator:
     """Means of the metrics of the steps since the last record; its state is saved, so that a resumed run agrees.
 
     Args:

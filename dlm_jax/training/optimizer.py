@@ -36,8 +36,8 @@ class OptimizerConfig:
     decay_steps: int = _field(0, "wsd: steps of the final decay, at the end of the run")
     final_fraction: float = _field(0.0, "what is left of the learning rate at the end, as a share of the peak")
     accumulate_steps: int = _field(1, "micro-batches that one step's batch is cut into")
-    nonfinite: Literal["stop", "skip"] = _field(
-        "stop", "where loss or gradient are not finite: stop the run, or skip the step and count it")
+    on_nonfinite: Literal["raise", "skip"] = _field(
+        "raise", "where loss or gradient are not finite: stop the run, or skip the step and count it")
     offload: bool = _field(False, "keep the optimizer's state in the host's memory between steps")
     ema_decay: float = _field(0.0, "decay of the moving average of the parameters, which is then what is "
                                    "validated and exported; 0: none")
@@ -79,13 +79,13 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     """Clipping, the optimizer's own rule, decay of the matrices, the learning rate: one chain for all names."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        _direction(config),
+        _base_transform(config),
         optax.add_decayed_weights(config.weight_decay, mask=decays) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate(config, num_steps)),
     )
 
 
-def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+def _base_transform(config: OptimizerConfig) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     match config.name:
         case "adamw":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
-from dlm_jax.parallel import stop_wanted
+from dlm_jax.parallel import preemption_requested
 
 
 class StopRequest:
@@ -18,7 +18,7 @@ class StopRequest:
 
     def at(self, step: int) -> str | None:
         """The name of the signal that asks to stop after this step; the same in all processes of a run."""
-        if jax.process_count() > 1 and stop_wanted(step):
+        if jax.process_count() > 1 and preemption_requested(step):
             self.name = "SIGTERM"
         return self.name
 

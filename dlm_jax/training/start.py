@@ -11,20 +11,27 @@ from etils import epath
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dlm_jax.attention import Choice, Work, choose_backend
-from dlm_jax.data.chat import Chat
+from dlm_jax.attention import AttentionSpec, Choice, choose_backend
+from dlm_jax.checkpoints import Pretrained
+from dlm_jax.checkpoints.workdir import (
+    Adapter,
+    absolute_source,
+    abstract_pretrained,
+    base_fingerprint,
+    load_adapted,
+    load_source,
+    read_adapter,
+)
+from dlm_jax.data.prompts import Chat
 from dlm_jax.data.rows import RowSource
+from dlm_jax.diffusion.objective import check_mask_token
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.hf import Pretrained
 from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trained
 from dlm_jax.parallel import ATTENTION_PARTITION, batch_parts, describe_mesh, param_shardings
 from dlm_jax.storage import cache_folder, is_remote
-from dlm_jax.training.adapter import Adapter, base_fingerprint, lora_of, read_adapter
-from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.flops import count_params
-from dlm_jax.training.objective import check_mask_token
-from dlm_jax.training.state import HOST
-from dlm_jax.training.workdir import absolute_source, described_model, load_adapted, load_source
+from dlm_jax.training.config import TrainConfig, lora_of
+from dlm_jax.training.metrics import count_params
+from dlm_jax.training.step import HOST
 
 
 def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: bool) -> Pretrained:
@@ -44,10 +51,10 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
         return param_shardings(abstract_model(model_config, compute, model.param_dtype), mesh)
 
     if resumed:
-        base = described_model(workdir, compute)
+        base = abstract_pretrained(workdir, compute)
         if adapter := read_adapter(workdir):
             adapted = load_adapted(workdir, adapter, compute, shardings)
-            base = dataclasses.replace(base, model=adapted.model, merged=adapted.merged)
+            base = dataclasses.replace(base, model=adapted.model, merged_adapters=adapted.merged_adapters)
     elif not model.source:
         raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
     else:
@@ -78,7 +85,7 @@ def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:
     return dataclasses.replace(architecture, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
 
 
-def settle_adapter(config: TrainConfig, workdir: epath.Path, base: Pretrained, frozen: nnx.State,
+def resolve_adapter(config: TrainConfig, workdir: epath.Path, base: Pretrained, frozen: nnx.State,
                    resumed: bool) -> Adapter | None:
     """What the workdir of a run with LoRA keeps of its base; of a resumed one, what it has kept, if that still holds.
 
@@ -89,20 +96,20 @@ def settle_adapter(config: TrainConfig, workdir: epath.Path, base: Pretrained, f
         return None
     if not resumed:
         return Adapter(base.model.lora, absolute_source(base.source), config.model.mask_token,
-                       base_fingerprint(frozen, base.merged))
+                       base_fingerprint(frozen, base.merged_adapters))
     adapter = read_adapter(workdir)
-    adapter.check(frozen, base.merged, workdir)
+    adapter.check(frozen, base.merged_adapters, workdir)
     return adapter
 
 
 def choose_attention(config: TrainConfig, architecture: ModelConfig, mesh: Mesh) -> Choice:
     """The attention backend of the whole run, of its training and its validations alike."""
-    return choose_backend(config.model.attention, attention_work(config, architecture), mesh.devices.flat[0].platform)
+    return choose_backend(config.model.attention, attention_spec(config, architecture), mesh.devices.flat[0].platform)
 
 
-def attention_work(config: TrainConfig, architecture: ModelConfig) -> Work:
+def attention_spec(config: TrainConfig, architecture: ModelConfig) -> AttentionSpec:
     """What the run asks of attention."""
-    return Work(config.model.dtype, architecture.head_dim, dropout=architecture.attention_dropout > 0)
+    return AttentionSpec(config.model.dtype, architecture.head_dim, dropout=architecture.attention_dropout > 0)
 
 
 def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int | None,
@@ -113,7 +120,7 @@ def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int
     parts, micro_batches = batch_parts(mesh), config.optimizer.accumulate_steps
     if data.batch_size % (parts * micro_batches):
         raise ConfigError(f"data.batch_size {data.batch_size} does not divide into {micro_batches} micro-batches over "
-                          f"the {parts} parts of the mesh axes slices, data and fsdp")
+                          f"the {parts} parts of the mesh axes dcn_data, data and fsdp")
     if data.length % mesh.shape["context"]:
         raise ConfigError(f"data.length {data.length} does not divide over mesh.context {mesh.shape['context']}")
     if data.length > architecture.max_length:
@@ -135,7 +142,7 @@ def rows_folder(workdir: epath.Path) -> epath.Path:
     return cache_folder() / "rows" if is_remote(workdir) else workdir / "data"
 
 
-def data_mark(sources: Sequence[RowSource]) -> list[int]:
+def dataset_fingerprint(sources: Sequence[RowSource]) -> list[int]:
     """Tells one set of rows from another: of each source their number, and a checksum of up to 64 of them."""
     marks = []
     for rows in sources:
@@ -163,9 +170,9 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
             "bidirectional from the start"
         objective += f", mask token {base.mask_token_id}, attention {opening}"
     elif objective == "block_diffusion":
-        sizes = [size for _, size in config.objective.block_stages] or [config.objective.block_size]
+        sizes = [size for _, size in config.objective.block_size_schedule] or [config.objective.block_size]
         objective += f", mask token {base.mask_token_id}, blocks of {' -> '.join(map(str, sizes))} tokens" \
-                     + ", read whole when clean" * (config.objective.clean_blocks == "whole")
+                     + ", read whole when clean" * (config.objective.clean_attention == "block_bidirectional")
     lines = [
         f"model      {config.model.source} ({architecture.family}), {count_params(architecture) / 1e6:,.1f}M parameters"
         f", {config.model.init} weights",

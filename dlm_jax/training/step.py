@@ -1,8 +1,9 @@
-"""The training step: one program, from a state and a batch to the next state and its metrics."""
+"""Everything that changes from step to step."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,90 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from dlm_jax.data.batch import Batch
 from dlm_jax.diffusion import HeadPlan, LossSums, dropout_seeds, loss_sums
-from dlm_jax.models import LoraParam, Transformer
+from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion.objective import ObjectiveConfig, loss_weights, prepare, ratio_of
+from dlm_jax.models import LoRAParam, Transformer
 from dlm_jax.parallel import array_sharding, batch_parts, is_param, param_shardings, spec_of, state_shardings
-from dlm_jax.training.objective import ObjectiveConfig, loss_weights, prepare, ratio_of
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
-from dlm_jax.training.state import DEVICE, HOST, TrainState, in_memory
+
+DEVICE, HOST = "device", "pinned_host"  # JAX's names for kinds of memory
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state that a step takes and gives back.
+
+    Attributes:
+      step: int32 scalar, steps taken.
+      params: the model's parameters that are trained, as `split_trained` gives them.
+      opt_state: optax's state; its moments carry the logical axes of their parameters.
+      ema: moving average of `params` in float32, or None.
+      frozen: parameters that no step changes and no checkpoint holds: with LoRA those of the base, else none.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: optax.OptState
+    ema: nnx.State | None
+    frozen: nnx.State = dataclasses.field(default_factory=lambda: nnx.State({}))
+
+    @classmethod
+    def create(cls, params: nnx.State, optimizer: optax.GradientTransformation, ema: bool,
+               frozen: nnx.State) -> Self:
+        """The state before the first step."""
+        average = jax.tree.map(lambda p: p.astype(jnp.float32), params) if ema else None
+        return cls(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), ema=average, frozen=frozen)
+
+    @property
+    def inference_params(self) -> nnx.State:
+        """All parameters, as they are validated and exported: of what is trained the average, where there is one."""
+        return nnx.merge_state(self.params if self.ema is None else self.ema, self.frozen)
+
+
+def state_layout(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh,
+                 offload: bool = False, frozen: nnx.State | None = None) -> TrainState:
+    """The state as shapes with shardings, for compiling, for creating it in place and for restoring it.
+
+    Args:
+      offload: the optimizer's state lies in the host's memory.
+      frozen: parameters that are not trained; None: there are none.
+    """
+    frozen = nnx.State({}) if frozen is None else frozen
+    shapes = jax.eval_shape(lambda p, f: TrainState.create(p, optimizer, ema, f), params, frozen)
+    placed = param_shardings(params, mesh)
+    shardings = dataclasses.replace(state_shardings(shapes, mesh), params=placed, ema=placed if ema else None,
+                                    frozen=param_shardings(frozen, mesh))
+    if offload:
+        shardings = dataclasses.replace(shardings, opt_state=in_memory(shardings.opt_state, HOST))
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+                        shapes, shardings)
+
+
+def in_memory(shardings: object, kind: str) -> object:
+    """The same shardings, in memory of another kind."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), shardings)
+
+
+def shardings_of(layout: object) -> object:
+    """The shardings of a tree of shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, layout)
+
+
+def create_state(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh,
+                 offload: bool = False, frozen: nnx.State | None = None) -> TrainState:
+    """The first state, made where it will live. Takes over `params` and `frozen`, not to be used afterwards."""
+    layout = state_layout(params, optimizer, ema, mesh, offload, frozen)
+    frozen = jax.device_put(nnx.State({}) if frozen is None else frozen, shardings_of(layout.frozen))
+    params = jax.device_put(params, shardings_of(layout.params))
+    create = jax.jit(lambda p, f: TrainState.create(p, optimizer, ema, f), out_shardings=shardings_of(layout),
+                     donate_argnums=(0, 1))
+    return create(params, frozen)
+
+
+# ---- The training step: one program, from a state and a batch to the next state and its metrics.
+
 
 Metrics = dict[str, jax.Array]
 
@@ -36,11 +114,11 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
     def loss(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
              batch_size: int) -> tuple[jax.Array, LossSums]:
-        model = nnx.merge(graphdef, gather_tables(params, mesh), gather_tables(frozen, mesh))
+        model = nnx.merge(graphdef, all_gather_embeddings(params, mesh), all_gather_embeddings(frozen, mesh))
         noised, mask = prepare(objective, batch, step, seed=seed, batch_size=batch_size, mask_token_id=mask_token_id)
         hidden = model.hidden(noised.tokens, mask, positions=noised.positions,
                               dropout_seeds=dropout_seeds(seed, batch.example_index))
-        sums = loss_sums(hidden, *head_of(nnx.merge(graphdef, params, frozen), mesh), noised,
+        sums = loss_sums(hidden, *lm_head(nnx.merge(graphdef, params, frozen), mesh), noised,
                          weights=loss_weights(objective, noised), shift=objective.shift)
         return sums.loss, sums
 
@@ -61,9 +139,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     def measure(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
         """The gradient that the optimizer gets, float32, and what is reported."""
         grads, sums = gradients(params, frozen, batch, step)
-        count = sums.normaliser(objective.normaliser)
+        count = sums.normalizer(objective.loss_normalization)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
-        return grads, statistics(sums) | {
+        return grads, metrics_from_sums(sums) | {
             "loss": sums.loss / count,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(step),
@@ -78,7 +156,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay)
         after = TrainState(state.step + 1, params, opt_state, ema)
-        if config.nonfinite == "skip":
+        if config.on_nonfinite == "skip":
             fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             before = dataclasses.replace(state, step=after.step)
             after = jax.tree.map(functools.partial(jnp.where, fine), after, before)
@@ -89,10 +167,10 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         grads, metrics = measure(state.params, state.frozen, batch, state.step)
         return update(state, grads, metrics), metrics
 
-    return _in_two_programs(measure, update, mesh) if config.offload else train_step
+    return _offloaded_step(measure, update, mesh) if config.offload else train_step
 
 
-def _in_two_programs(measure: Callable, update: Callable, mesh: Mesh) -> Callable:
+def _offloaded_step(measure: Callable, update: Callable, mesh: Mesh) -> Callable:
     """A step whose optimizer state lies in the host's memory while the gradient is computed.
 
     In one program it would be up to XLA when the state is fetched, before the activations are gone or after.
@@ -130,12 +208,12 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
 
     @jax.jit
     def eval_step(params: nnx.State, batch: Batch, draw: jax.Array) -> LossSums:
-        model = nnx.merge(graphdef, gather_tables(params, mesh))
+        model = nnx.merge(graphdef, all_gather_embeddings(params, mesh))
         batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + draw.astype(jnp.uint32))
         noised, mask = prepare(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
                                mask_token_id=mask_token_id)
         hidden = model.hidden(noised.tokens, mask, positions=noised.positions)
-        return loss_sums(hidden, *head_of(nnx.merge(graphdef, params), mesh), noised, shift=objective.shift)
+        return loss_sums(hidden, *lm_head(nnx.merge(graphdef, params), mesh), noised, shift=objective.shift)
 
     return eval_step
 
@@ -153,18 +231,18 @@ def micro_batches(batch: Batch, count: int, parts: int) -> Batch:
     return jax.tree.map(cut, batch)
 
 
-def statistics(sums: LossSums) -> Metrics:
+def metrics_from_sums(sums: LossSums) -> Metrics:
     """What people read off the sums: nats per token, shares and counts."""
-    scored = jnp.maximum(sums.scored, 1.0)
+    scored = jnp.maximum(sums.num_scored, 1.0)
     return {
-        "bound": sums.weighted_nll / sums.normaliser("maskable"),  # nats per token
+        "bound": sums.weighted_nll / sums.normalizer("all_tokens"),  # nats per token
         "masked_nll": sums.nll / scored,  # unweighted, nats per masked token
         "accuracy": sums.correct / scored,
-        "masked_tokens": sums.scored,
+        "masked_tokens": sums.num_scored,
     }
 
 
-def gather_tables(params: nnx.State, mesh: Mesh) -> nnx.State:
+def all_gather_embeddings(params: nnx.State, mesh: Mesh) -> nnx.State:
     """Makes embedding tables whole along `embed` once a step: looking rows up in a table split that way would
     move activations instead, which are larger."""
 
@@ -179,10 +257,10 @@ def gather_tables(params: nnx.State, mesh: Mesh) -> nnx.State:
     return jax.tree.map(gather, params, is_leaf=is_param)
 
 
-def head_of(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
+def lm_head(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
     """The head's kernel and how it lies on the mesh; of a model whose tables are not gathered, as the loss gathers
     the head in the type it computes in, and scatters its gradient."""
     param = model.head_kernel
-    kernel, trained = param.get_value(), model.lora is None or isinstance(param, LoraParam)
+    kernel, trained = param.get_value(), model.lora is None or isinstance(param, LoRAParam)
     return kernel, HeadPlan(param.axes.index("vocab"), mesh, array_sharding(mesh, "batch", "length").spec,
                             spec_of(param.axes, kernel.shape, mesh), kernel_gradient=trained)

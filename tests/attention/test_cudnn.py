@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dlm_jax.attention import AttentionMask, attend
 from dlm_jax.attention.cudnn import cudnn_arguments, cudnn_attention
-from dlm_jax.attention.dense import dense_attention
+from dlm_jax.attention.xla import dense_attention
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import Compute, ModelConfig, Transformer
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh

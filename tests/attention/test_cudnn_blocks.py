@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dlm_jax.attention import AttentionMask, attend, cudnn_blocks
-from dlm_jax.attention.cudnn_blocks import cudnn_block_attention, pieces
+from dlm_jax.attention import AttentionMask, attend, cudnn
+from dlm_jax.attention.cudnn import cudnn_block_attention, pieces
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh
 from tests.attention.test_dense_blocks import SEGMENTS, TEXT, mask_of
 from tests.attention.tools import ON_GPU, assert_close, jit, lowered_calls, value_and_gradients
@@ -18,8 +18,8 @@ from tests.attention.tools import ON_GPU, assert_close, jit, lowered_calls, valu
 @pytest.fixture
 def short_pieces(monkeypatch):
     """Of at least two tokens, a third of the text at most."""
-    monkeypatch.setattr(cudnn_blocks, "_PIECES", 3)
-    monkeypatch.setattr(cudnn_blocks, "_SHORTEST", 2)
+    monkeypatch.setattr(cudnn, "_PIECES", 3)
+    monkeypatch.setattr(cudnn, "_SHORTEST", 2)
 
 
 def inputs(mask, batch=2, dtype=jnp.float32):
@@ -32,11 +32,11 @@ def inputs(mask, batch=2, dtype=jnp.float32):
     ("xla", jnp.float32, 2e-6),
     pytest.param("cudnn", jnp.bfloat16, 0.02, marks=pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")),
 ])
-@pytest.mark.parametrize("size, views, segments, window, whole_clean", [
+@pytest.mark.parametrize("size, views, segments, window, block_bidirectional_clean", [
     (1, 1, False, None, False), (3, 1, False, None, True), (5, 2, True, None, False), (4, 1, True, 3, True),
     (TEXT, 1, False, None, False), (64, 2, False, 6, False)])
-def test_matches_the_whole_square(size, views, segments, window, whole_clean, implementation, dtype, tolerance):
-    mask = mask_of(size, views, segments, window, whole_clean)
+def test_matches_the_whole_square(size, views, segments, window, block_bidirectional_clean, implementation, dtype, tolerance):
+    mask = mask_of(size, views, segments, window, block_bidirectional_clean)
     tensors = inputs(mask, dtype=dtype)
     exact = tuple(x.astype(jnp.float32) for x in tensors)
     square = functools.partial(attend, backend="dense")
@@ -63,10 +63,10 @@ def test_a_mesh_computes_what_one_device_does(mesh):
 
 
 @pytest.mark.parametrize("text, size, views", [(2048, 32, 1), (2048, 4, 2), (4096, 100, 1), (512, 4, 1), (64, 4, 1)])
-@pytest.mark.parametrize("whole_clean", [False, True])
-def test_pieces_fill_the_copies_and_compute_little(text, size, views, whole_clean):
-    found = list(pieces(AttentionMask.block_diffusion(size, text, views, whole_clean=whole_clean)))
-    copies, at = views + whole_clean, np.arange((views + 1) * text)
+@pytest.mark.parametrize("block_bidirectional_clean", [False, True])
+def test_pieces_fill_the_copies_and_compute_little(text, size, views, block_bidirectional_clean):
+    found = list(pieces(AttentionMask.block_diffusion(size, text, views, block_bidirectional_clean=block_bidirectional_clean)))
+    copies, at = views + block_bidirectional_clean, np.arange((views + 1) * text)
     np.testing.assert_array_equal(np.concatenate([at[own] for own, _ in found]), at[: copies * text])
     area = sum(len(at[own]) * sum(len(at[part]) for part in keys) for own, keys in found)
     assert all((own.start % text) % size == 0 for own, _ in found)

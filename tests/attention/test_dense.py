@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask, attend
-from dlm_jax.attention.hashing import dropout
 from dlm_jax.errors import ConfigError
+from dlm_jax.random import dropout
 
 
 def inputs(batch=2, length=13, heads=4, kv_heads=2, head_dim=8, dtype=np.float32):

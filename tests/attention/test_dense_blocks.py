@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask, dense_attention
-from dlm_jax.attention.dense_blocks import dense_block_attention
+from dlm_jax.attention.xla import dense_block_attention
 
 TEXT = 10
 SEGMENTS = np.array([[0] * 3 + [1] * 7, [0] * 6 + [1] * 4])
 
 
-def mask_of(size, views, segments, window, whole_clean):
-    mask = AttentionMask.block_diffusion(size, TEXT, views, whole_clean=whole_clean).with_window(window)
+def mask_of(size, views, segments, window, block_bidirectional_clean):
+    mask = AttentionMask.block_diffusion(size, TEXT, views, block_bidirectional_clean=block_bidirectional_clean).with_window(window)
     return mask.with_segments(SEGMENTS) if segments else mask
 
 
-@pytest.mark.parametrize("size, views, segments, window, whole_clean, dropout", [
+@pytest.mark.parametrize("size, views, segments, window, block_bidirectional_clean, dropout", [
     (1, 1, False, None, False, 0.0), (3, 1, False, None, True, 0.3), (5, 2, True, None, False, 0.0),
     (4, 1, True, 3, True, 0.3), (TEXT, 1, False, None, False, 0.0), (64, 2, False, 6, False, 0.0)])
-def test_matches_the_whole_square(size, views, segments, window, whole_clean, dropout):
-    rng, mask = np.random.default_rng(0), mask_of(size, views, segments, window, whole_clean)
+def test_matches_the_whole_square(size, views, segments, window, block_bidirectional_clean, dropout):
+    rng, mask = np.random.default_rng(0), mask_of(size, views, segments, window, block_bidirectional_clean)
     query, key, value, weights = (jnp.asarray(rng.normal(size=(2, TEXT * (views + 1), heads, 8)), jnp.float32)
                                   for heads in (4, 2, 2, 4))
 

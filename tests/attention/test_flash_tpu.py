@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dlm_jax.attention import AttentionMask, dense_attention
-from dlm_jax.attention.flash_tpu import flash_attention_tpu
-from dlm_jax.attention.rule import Rule, Span
+from dlm_jax.attention.mask import MaskSpec, Span
+from dlm_jax.attention.tpu import flash_attention_tpu
 from dlm_jax.errors import ConfigError
 
 LENGTH = 45  # three tiles of 16, the last one not full
@@ -61,7 +61,7 @@ MASKS = [
     pytest.param(AttentionMask.bidirectional().with_segments(SEGMENTS), id="segments"),
     pytest.param(AttentionMask.bidirectional().with_lengths(jnp.array([LENGTH, 19])), id="lengths"),
     pytest.param(AttentionMask.block_diffusion(6, 15, views=2), id="block_diffusion"),
-    pytest.param(AttentionMask.block_diffusion(6, 21, whole_clean=True), id="block_diffusion whole"),
+    pytest.param(AttentionMask.block_diffusion(6, 21, block_bidirectional_clean=True), id="block_diffusion whole"),
     pytest.param(AttentionMask.block_diffusion(4, 23).with_window(9).with_segments(SEGMENTS[:, :23]),
                  id="block_diffusion narrowed"),
     pytest.param(AttentionMask.annealed(0.5, 5, EXAMPLES).with_segments(SEGMENTS).with_window(30).with_lengths(
@@ -136,28 +136,28 @@ def test_a_query_that_sees_nothing_gives_nothing():
 
 
 @pytest.mark.parametrize("rule", [
-    Rule("causal"), Rule("bidirectional", lengths=True), Rule("annealed"), Rule("block_causal", block_size=6),
-    Rule("causal", window=20), Rule("bidirectional", segments=True),
-    Rule("block_diffusion", block_size=12, text_length=32, views=1), Rule(
-        "block_diffusion", block_size=9, window=28, text_length=28, views=1), Rule(
-        "block_diffusion", block_size=9, text_length=28, views=1, whole_clean=True)], ids=str)
-def test_the_extent_of_a_tile_bounds_what_it_allows(rule):
+    MaskSpec("causal"), MaskSpec("bidirectional", lengths=True), MaskSpec("annealed"), MaskSpec("block_causal", block_size=6),
+    MaskSpec("causal", window=20), MaskSpec("bidirectional", segments=True),
+    MaskSpec("block_diffusion", block_size=12, text_length=32, views=1), MaskSpec(
+        "block_diffusion", block_size=9, window=28, text_length=28, views=1), MaskSpec(
+        "block_diffusion", block_size=9, text_length=28, views=1, block_bidirectional_clean=True)], ids=str)
+def test_the_extent_of_a_tile_bounds_what_it_allows(spec):
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(0, 5, 64))
     seen = set()
     for ratio in (0.0, 0.3, 1.0):
-        numbers = AttentionMask.annealed(ratio, 1).numbers()._replace(length=jnp.array([40]))
+        params = AttentionMask.annealed(ratio, 1).params()._replace(length=jnp.array([40]))
         for q, k in rng.integers(0, 56, (40, 2)):
             queries, keys = np.arange(q, q + 8)[:, None], np.arange(k, k + 8)[None]
-            allowed = np.asarray(rule.allowed(queries, keys, numbers, segments[queries], segments[keys]))
-            some, every = rule.extent(*(Span(x.min(), x.max()) for x in (queries, keys)), numbers,
+            allowed = np.asarray(spec.allowed(queries, keys, params, segments[queries], segments[keys]))
+            some, every = spec.tile_coverage(*(Span(x.min(), x.max()) for x in (queries, keys)), params,
                                       *(Span(x.min(), x.max()) for x in (segments[queries], segments[keys])))
             assert some or not allowed.any()
             assert not every or allowed.all()
             seen.add((bool(some), bool(every)))
-            if rule.kind != "annealed" or ratio == 0:
-                if rule.kind == "block_diffusion" and (q // rule.text_length != (q + 7) // rule.text_length
-                                                       or k // rule.text_length != (k + 7) // rule.text_length):
+            if spec.kind != "annealed" or ratio == 0:
+                if spec.kind == "block_diffusion" and (q // spec.text_length != (q + 7) // spec.text_length
+                                                       or k // spec.text_length != (k + 7) // spec.text_length):
                     continue  # across copies a tile is taken to reach over whole texts
                 assert some == allowed.any() and every == allowed.all()
     assert seen == {(False, False), (True, False), (True, True)}

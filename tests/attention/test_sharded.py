@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dlm_jax.attention import AttentionMask, Partition, dense_attention
-from dlm_jax.attention.sharded import sharded_attention_tpu
+from dlm_jax.attention.tpu_ring import sharded_attention_tpu
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh
 
 LENGTH, HEADS, KV_HEADS = 32, 4, 2

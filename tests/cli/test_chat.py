@@ -13,6 +13,7 @@ import typing
 import numpy as np
 import pytest
 
+from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.cli import chat, chat_terminal
 from dlm_jax.cli.chat import FORMATS
 from dlm_jax.cli.conversation import Conversation
@@ -20,7 +21,6 @@ from dlm_jax.cli.live import MASK, LiveAnswer
 from dlm_jax.cli.main import main
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.hf import load_pretrained, save_pretrained
 from dlm_jax.pipeline import DiffusionLM
 from dlm_jax.sampling import SamplerConfig, Snapshot
 
@@ -72,7 +72,7 @@ def with_form(lm, **settings):
 
 
 def talk_of(lm, **settings):
-    return Conversation(lm, lm.example_form(), SamplerConfig(num_steps=3),
+    return Conversation(lm, lm.prompt_format(), SamplerConfig(num_steps=3),
                         **{"max_new_tokens": 5, "seed": 0} | settings)
 
 
@@ -97,7 +97,7 @@ def test_a_question_asked_again_has_another_answer_and_a_seed_its_own_session(lm
         talk = talk_of(single, seed=seed)
         sessions.append([talk.ask("Tom?").text for _ in range(3)])
     assert sessions[0] == sessions[1] != sessions[2] and len(set(sessions[0])) > 1
-    talk.begin_draws(0)
+    talk.reset_seed(0)
     assert talk.ask("Tom?").text == sessions[0][0]  # a single question stands on its own
 
 
@@ -108,7 +108,7 @@ def test_the_oldest_exchanges_are_forgotten_when_they_no_longer_fit(capsys, run,
         asked.append(questions[0]), respond(self, questions, *rest, **settings))[1])
     assert run("Tom?\nBen?\nSue?\nLily?\n", *FLAGS, "--system=Hm") == 0
     err = capsys.readouterr().err
-    form = lm.example_form()
+    form = lm.prompt_format()
     for number, question in enumerate(asked):
         assert question[0] == {"role": "system", "content": "Hm"}
         assert question[-1] == user(("Tom?", "Ben?", "Sue?", "Lily?")[number])

@@ -36,10 +36,10 @@ def run(objective, base, files, tmp_path_factory):
     config.data.train = ({str(files / "train.txt")!r},)
     config.data.validation = ({str(files / "test.txt")!r},)
     config.data.examples.format = "gsm8k_symbolic"
-    config.data.examples.padding = "trained"
+    config.data.examples.train_on_padding = True
     config.validation.every = 4
-    config.validation.answers = 8
-    config.validation.answer_steps = 3
+    config.validation.generation_eval = 8
+    config.validation.generation_steps = 3
     return config
 """)
     assert main(["train", f"--config={folder / 'recipe.py'}", f"--workdir={folder / 'run'}"]) == 0

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.cli.main import main
-from dlm_jax.hf import load_pretrained, save_pretrained
 from tests.cli.conftest import RECIPE
 from tests.cli.test_commands import run
 

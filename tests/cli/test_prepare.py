@@ -59,7 +59,7 @@ def test_prepared_rows_train_as_the_raw_text_does(capsys, recipe, text, tmp_path
 
 
 def test_a_mixture_with_segments_and_random_lengths_trains(capsys, recipe, text, tmp_path):
-    options = ("--config.data.pack=segments", "--config.data.random_length=0.3")
+    options = ("--config.data.packing=document_mask", "--config.data.random_length=0.3")
     for name in ("one", "two"):
         assert run("prepare", f"--config={recipe}", options[0], "--data", text, f"--output={tmp_path / name}") == 0
     assert run("train", f"--config={recipe}", f"--config.data.train={tmp_path / 'one'},{tmp_path / 'two'}", *options,
@@ -94,7 +94,7 @@ def test_a_dataset_of_tfds_trains(recipe, tfds_folder, tmp_path):
     (("--data", "{text}", "--tokenizer=nowhere/at all"), "there is no directory nowhere/at all"),
     (("--data", "{text}", "--workers=-1"), "--workers must not be negative"),
     (("--data", "{text}", "--config.data.length=1"), "data.length is 1"),
-    (("--data", "{text}", "--config.data.pak=x"), "did you mean config.data.pack"),
+    (("--data", "{text}", "--config.data.pak=x"), "did you mean config.data.packing"),
     (("--data", "{text}", "--config.data.text_key=body"), "no key 'body' (it has text)"),
     (("--data", "{text}", "--config.data.examples.format=messages"), "no chat template"),
 ])

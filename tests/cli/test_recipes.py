@@ -47,12 +47,12 @@ def test_the_recipe_with_lora_has_the_settings_of_the_paper():
 def test_the_recipes_of_fine_tuning_differ_where_they_say():
     ours, parents, talks = map(build, ("sft_gsm8k_gpt2", "sft_gsm8k_gpt2_ar", "sft_instruct"))
     assert ours.num_steps * ours.data.batch_size // 385_620 == 199  # epochs
-    assert (ours.data.examples.padding, ours.data.examples.split_digits) == ("trained", True)
+    assert (ours.data.examples.train_on_padding, ours.data.examples.split_digits) == (True, True)
     changed = {"model", "objective", "data", "validation"}
     assert {field.name for field in dataclasses.fields(ours)
             if getattr(ours, field.name) != getattr(parents, field.name)} == changed
     assert (parents.objective.name, parents.model.source) == ("autoregressive", "gpt2-medium")
-    assert (talks.objective.normaliser, talks.lora.rank, talks.data.examples.format) == ("examples", 16, "messages")
+    assert (talks.objective.loss_normalization, talks.lora.rank, talks.data.examples.format) == ("per_example", 16, "messages")
     assert all(config.objective.anneal_steps == 0 for config in (ours, parents, talks))
 
 

@@ -7,14 +7,14 @@ import re
 import numpy as np
 import pytest
 
+from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.cli import sample
 from dlm_jax.cli.live import MASK, Live, partial_text, wrap
 from dlm_jax.cli.main import Parser, main
 from dlm_jax.errors import ConfigError
-from dlm_jax.hf import load_pretrained, save_pretrained
 from dlm_jax.pipeline import DiffusionLM
 from dlm_jax.sampling import POLICIES, SamplerConfig, Snapshot
-from dlm_jax.sampling.config import CACHES, GRIDS
+from dlm_jax.sampling.config import CACHES, STEP_SCHEDULES
 
 PROMPTS = ["The cat", "", "A dog sat on", "The bird", "Tom and"]
 SHORT = ("--max_new_tokens=6", "--num_steps=3")
@@ -59,13 +59,13 @@ def test_every_setting_is_a_flag_with_its_default_and_in_a_group():
     for field in dataclasses.fields(SamplerConfig):
         assert parser.get_default(field.name) == (None if field.name == "policy" else field.default)
     words = set(re.findall(r"\w+", help_text))
-    assert {*POLICIES, *GRIDS, *CACHES} <= words
+    assert {*POLICIES, *STEP_SCHEDULES, *CACHES} <= words
 
 
 def test_settings_reach_the_sampler(capsys, model, lm):
     settings = dict(policy="threshold", threshold=0.4, block_length=4, remask=0.1, temperature=0.7, top_p=0.9, top_k=20,
-                    repetition_penalty=1.3, eos_penalty=5.0, guidance=0.5, cache="dual", refresh_every=2, num_steps=6,
-                    grid="cosine", seed=3)
+                    repetition_penalty=1.3, eos_penalty=5.0, cfg_scale=0.5, cache="dual", cache_refresh_interval=2, num_steps=6,
+                    step_schedule="cosine", seed=3)
     assert run(f"--model={model}", "--prompt", *PROMPTS, "--max_new_tokens=8", "--json=-",
                *(f"--{name}={value}" for name, value in settings.items())) == 0
     result = json.loads(capsys.readouterr().out)
@@ -232,11 +232,11 @@ def test_a_run_that_learnt_left_to_right_is_sampled_so(capsys, base, text, tmp_p
 
 def test_other_models_are_sampled_by_confidence_and_need_a_mask_token(lm):
     config = SamplerConfig()
-    assert sample.settle_policy(config, None, lm) == config
+    assert sample.resolve_policy(config, None, lm) == config
     bare = DiffusionLM(dataclasses.replace(lm.pretrained, mask_token_id=None))
     with pytest.raises(ConfigError, match="--policy=autoregressive"):
-        sample.settle_policy(config, None, bare)
-    assert sample.settle_policy(config, "confidence", bare) == config
+        sample.resolve_policy(config, None, bare)
+    assert sample.resolve_policy(config, "confidence", bare) == config
 
 
 def test_what_is_watched_is_what_is_written(capsys, model, tmp_path):

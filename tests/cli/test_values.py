@@ -38,7 +38,7 @@ def test_text_is_read_as_its_kind(kind, text, value):
 
 @pytest.mark.parametrize(("kind", "text"), REFUSED)
 def test_text_of_another_kind_is_refused(kind, text):
-    with pytest.raises(values.Unfit):
+    with pytest.raises(values.InvalidValue):
         values.read(text, kind)
 
 
@@ -46,7 +46,7 @@ def test_text_of_another_kind_is_refused(kind, text):
     (int, True), (int, 1.0), (int, "1"), (float, "1"), (float, True), (bool, 1), (str, 1), (str, None), (int, None),
     (Literal[1], True), (tuple[str, ...], "ab"), (tuple[int, int], (1, 2, 3))])
 def test_values_do_not_convert_silently(kind, value):
-    with pytest.raises(values.Unfit):
+    with pytest.raises(values.InvalidValue):
         values.fit(value, kind)
 
 

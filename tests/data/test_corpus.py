@@ -12,9 +12,8 @@ from transformers import AutoTokenizer
 from dlm_jax.data import corpus
 from dlm_jax.data.config import DataConfig, ExampleConfig
 from dlm_jax.data.corpus import load_rows, sources_of
-from dlm_jax.data.encode import is_held_out
-from dlm_jax.data.manifest import rows_config
-from dlm_jax.data.prepare import prepare
+from dlm_jax.data.prepare import prepare, rows_config
+from dlm_jax.data.records import is_held_out
 from dlm_jax.errors import DataError
 
 
@@ -50,7 +49,7 @@ def test_files_become_rows(tmp_path, tokenizer):
     stream = "".join(f"story number {i}.</s>" for i in range(200))
     ids = tokenizer.encode(stream)
     assert rows.tokens.ravel().tolist() == ids[: len(ids) // 16 * 16]
-    assert rows.planes == ()
+    assert rows.row_masks == ()
     assert tokenizer.decode(held_out.tokens[0]).startswith("other number 0.")
 
 
@@ -85,7 +84,7 @@ def test_rows_are_cached_until_something_that_matters_changes(tmp_path, tokenize
     assert not made()
     assert not made(batch_size=3)
     assert made(length=8)
-    assert made(pack="segments")
+    assert made(packing="document_mask")
     assert made(add_bos=True)
     assert made(bos_tokenizer)
     os.utime(train, ns=(1, 1))
@@ -95,7 +94,7 @@ def test_rows_are_cached_until_something_that_matters_changes(tmp_path, tokenize
 
 def test_segments_begin_with_bos(tmp_path, tokenizer):
     train = write_corpus(tmp_path / "train.jsonl")
-    config = DataConfig(train=(train,), pack="segments", validation_fraction=0.1, length=32)
+    config = DataConfig(train=(train,), packing="document_mask", validation_fraction=0.1, length=32)
     rows, _ = load_one(config, tokenizer, tmp_path)
     np.testing.assert_array_equal(rows.starts[:, 1:], rows.tokens[:, 1:] == tokenizer.bos_token_id)
 
@@ -167,8 +166,8 @@ def test_prepared_rows_that_do_not_fit_are_refused(tmp_path, tokenizer, bos_toke
         load(config, copy_with_another_eos(tokenizer), tmp_path)
     with pytest.raises(DataError, match=r"prepared with length=16, but data.length is 32.*--config.data.length=16"):
         load(dataclasses.replace(config, length=32), tokenizer, tmp_path)
-    with pytest.raises(DataError, match=r"prepared with pack=plain, but data.pack is segments"):
-        load(dataclasses.replace(config, pack="segments"), tokenizer, tmp_path)
+    with pytest.raises(DataError, match=r"prepared with packing=concat, but data.packing is document_mask"):
+        load(dataclasses.replace(config, packing="document_mask"), tokenizer, tmp_path)
     shard = next((tmp_path / "rows").glob("train*"))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"train-00000.array_record has [\d,]+ bytes, not"):
@@ -218,10 +217,10 @@ def test_lines_of_a_text_file_are_examples(tmp_path, tokenizer):
     path = tmp_path / "sums.txt"
     path.write_text("".join(f"{i}+{i}=||<<{i}+{i}={2 * i}>> #### {2 * i}\n" for i in range(30)))
     config = DataConfig(train=(str(path),), length=48, validation_fraction=0.0,
-                        examples=ExampleConfig(format="gsm8k_symbolic", padding="ignored"))
+                        examples=ExampleConfig(format="gsm8k_symbolic", train_on_padding=False))
     rows, _ = load_one(config, tokenizer, tmp_path)
     assert len(rows) == 30
-    assert tokenizer.decode(rows.tokens[3][rows.maskable[3]]) == "<<3+3=6>> #### 6</s>"
+    assert tokenizer.decode(rows.tokens[3][rows.noisable_mask[3]]) == "<<3+3=6>> #### 6</s>"
 
 
 def test_rows_on_an_object_store_are_copied_once(tmp_path, tokenizer, monkeypatch):

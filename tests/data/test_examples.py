@@ -9,9 +9,8 @@ import pytest
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from dlm_jax.data.config import ExampleConfig
-from dlm_jax.data.encode import Encoder
-from dlm_jax.data.examples import ExampleForm
-from dlm_jax.data.records import BadRecord, Chunk
+from dlm_jax.data.prompts import PromptFormat
+from dlm_jax.data.records import BadRecord, Chunk, Encoder
 from dlm_jax.errors import ConfigError, DataError
 
 BOS, EOS = 0, 1  # of the byte tokenizers
@@ -26,21 +25,21 @@ TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
         {"role": "assistant", "content": "no more"}]
 
 
-def form_of(tokenizer, format, length=64, padding="ignored", **settings):
-    return ExampleForm(tokenizer, ExampleConfig(format=format, padding=padding, **settings), length)
+def form_of(tokenizer, format, length=64, train_on_padding=False, **settings):
+    return PromptFormat(tokenizer, ExampleConfig(format=format, train_on_padding=train_on_padding, **settings), length)
 
 
 def rows_of(form, records):
     """(tokens, starts, maskable, counts), one row an example."""
     counts = Counter()
     piece = form.encode([form.read(record)[1] for record in records], counts)
-    assert (piece.tokens.dtype, piece.starts.dtype, piece.maskable.dtype) == (np.uint32, bool, bool)
-    tokens, starts, maskable = (part.reshape(-1, form.length) for part in
-                                (piece.tokens, piece.starts, piece.maskable))
-    assert starts[:, 0].all() and not maskable[:, 0].any() and len(tokens) == counts["examples"]
-    assert form.planes == (("maskable",) if form.config.padding == "trained" else ("starts", "maskable"))
-    assert "starts" in form.planes or not starts[:, 1:].any()  # what is not kept says nothing
-    return tokens, starts, maskable, counts
+    assert (piece.tokens.dtype, piece.starts.dtype, piece.noisable_mask.dtype) == (np.uint32, bool, bool)
+    tokens, starts, noisable_mask = (part.reshape(-1, form.length) for part in
+                                (piece.tokens, piece.starts, piece.noisable_mask))
+    assert starts[:, 0].all() and not noisable_mask[:, 0].any() and len(tokens) == counts["examples"]
+    assert form.row_masks == (("noisable_mask",) if form.config.train_on_padding else ("starts", "noisable_mask"))
+    assert "starts" in form.row_masks or not starts[:, 1:].any()  # what is not kept says nothing
+    return tokens, starts, noisable_mask, counts
 
 
 def random_text(source: random.Random, most: int) -> str:
@@ -66,32 +65,32 @@ def chat_tokenizer(tokenizer):
     return tokenizer
 
 
-@pytest.mark.parametrize("padding", ["ignored", "trained"])
+@pytest.mark.parametrize("train_on_padding", [False, True])
 @pytest.mark.parametrize("separator", ["\n", "", "\n\n### "])
-def test_a_row_is_bos_prompt_separator_response_eos_padding(bos_tokenizer, padding, separator):
+def test_a_row_is_bos_prompt_separator_response_eos_padding(bos_tokenizer, train_on_padding, separator):
     records = random_records()
-    form = form_of(bos_tokenizer, "prompt_response", 300, padding=padding, separator=separator)
-    for record, row, starts, maskable in zip(records, *rows_of(form, records)[:3], strict=True):
+    form = form_of(bos_tokenizer, "prompt_response", 300, train_on_padding=train_on_padding, separator=separator)
+    for record, row, starts, noisable_mask in zip(records, *rows_of(form, records)[:3], strict=True):
         prompt = [BOS, *bos_tokenizer.encode(record["prompt"] + separator, add_special_tokens=False)]
         response = [*bos_tokenizer.encode(record["response"], add_special_tokens=False), EOS]
         begin, end = len(prompt), len(prompt) + len(response)
         assert row.tolist() == prompt + response + [EOS] * (form.length - end)
-        assert not maskable[:begin].any() and maskable[begin:end].all()
+        assert not noisable_mask[:begin].any() and noisable_mask[begin:end].all()
         assert bos_tokenizer.decode(row[1:begin]) == record["prompt"] + separator
         assert bos_tokenizer.decode(row[begin : end - 1]) == record["response"]
-        if padding == "ignored":
-            assert maskable.sum() == len(response) and (row[maskable] == EOS).sum() == 1
+        if not train_on_padding:
+            assert noisable_mask.sum() == len(response) and (row[noisable_mask] == EOS).sum() == 1
             assert np.flatnonzero(starts).tolist() == [0, end]
         else:
-            assert maskable[end:].all() and np.flatnonzero(starts).tolist() == [0]
+            assert noisable_mask[end:].all() and np.flatnonzero(starts).tolist() == [0]
 
 
 def test_without_bos_a_row_begins_with_eos_as_generation_does(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.bos_token = None
-    tokens, _, maskable, _ = rows_of(form_of(bare, "prompt_response"), [{"prompt": "ab", "response": "c"}])
+    tokens, _, noisable_mask, _ = rows_of(form_of(bare, "prompt_response"), [{"prompt": "ab", "response": "c"}])
     assert bare.decode(tokens[0, :4]) == "</s>ab\n"
-    assert np.flatnonzero(maskable[0]).tolist() == [4, 5]
+    assert np.flatnonzero(noisable_mask[0]).tolist() == [4, 5]
 
 
 def test_padding_is_the_token_asked_for_else_the_tokenizers_own_else_eos(tokenizer):
@@ -108,26 +107,26 @@ def test_padding_is_the_token_asked_for_else_the_tokenizers_own_else_eos(tokeniz
     (0, 1, 0, 0), (-1, 1, 1, 0), (-3, 1, 1, 0), (-4, 0, 0, 1), (-9, 0, 0, 1)])
 def test_too_long_truncates_down_to_one_token_of_response(tokenizer, spare, examples, truncated, dropped):
     record = {"prompt": "abcdefgh", "response": "xyz"}  # 1 + 8 + 1 and 3 + 1 tokens
-    form = form_of(tokenizer, "prompt_response", 14 + spare, too_long="truncate")
-    tokens, starts, maskable, counts = rows_of(form, [record])
+    form = form_of(tokenizer, "prompt_response", 14 + spare, overlong="truncate")
+    tokens, starts, noisable_mask, counts = rows_of(form, [record])
     assert counts == Counter(examples=examples, truncated=truncated, dropped=dropped)
     if truncated:  # the row is full, and does not say that the response ends here
-        assert tokenizer.decode(tokens[0][maskable[0]]) == "xyz"[: 4 + spare]
-        assert maskable[0, -1] and starts.sum() == 1
+        assert tokenizer.decode(tokens[0][noisable_mask[0]]) == "xyz"[: 4 + spare]
+        assert noisable_mask[0, -1] and starts.sum() == 1
 
 
 def test_too_long_drops_or_refuses(tokenizer):
     records = [{"prompt": "a", "response": "b" * n} for n in (60, 61, 62)]  # + 4 tokens
-    tokens, _, _, counts = rows_of(form_of(tokenizer, "prompt_response", too_long="drop"), records)
+    tokens, _, _, counts = rows_of(form_of(tokenizer, "prompt_response", overlong="drop"), records)
     assert len(tokens) == 1 and counts == Counter(examples=1, dropped=2)
     encoder = Encoder(form_of(tokenizer, "prompt_response"))
     assert encoder(Chunk("some.jsonl", "line", 8, records[:1])).counts["examples"] == 1
-    with pytest.raises(DataError, match=r"line 9: an example of 65 tokens .* of 64; .*data.length.*too_long"):
+    with pytest.raises(DataError, match=r"line 9: an example of 65 tokens .* of 64; .*data.length.*overlong"):
         encoder(Chunk("some.jsonl", "line", 8, records))
 
 
 def test_all_examples_dropped_is_an_empty_piece(tokenizer):
-    form = form_of(tokenizer, "prompt_response", 3, too_long="drop")
+    form = form_of(tokenizer, "prompt_response", 3, overlong="drop")
     assert rows_of(form, [{"prompt": "a", "response": "b"}])[0].shape == (0, 3)
 
 
@@ -190,10 +189,10 @@ def test_each_turn_of_the_assistant_is_an_example(chat_tokenizer, tmp_path, temp
     file.write_text(template)
     talk = TALK[1:] if template == LLAMA2 else TALK
     form = form_of(chat_tokenizer, "messages", 200, chat_template=str(file))
-    tokens, starts, maskable, counts = rows_of(form, [{"messages": talk}])
+    tokens, starts, noisable_mask, counts = rows_of(form, [{"messages": talk}])
     assert counts["examples"] == 2
     for row, row_starts, row_maskable, response, turn in zip(
-            tokens, starts, maskable, learnt, (len(talk) - 3, len(talk) - 1), strict=True):
+            tokens, starts, noisable_mask, learnt, (len(talk) - 3, len(talk) - 1), strict=True):
         prompt = chat_tokenizer.apply_chat_template(
             talk[:turn], chat_template=template, add_generation_prompt=True, return_dict=False)
         begin, end = np.flatnonzero(row_maskable)[[0, -1]]
@@ -221,8 +220,8 @@ def test_what_is_asked_has_the_ids_that_a_row_has_before_its_response(chat_token
                                                                       bos):
     chat_tokenizer.bos_token, chat_tokenizer.chat_template = bos, template.replace("{{ bos_token }}", "")
     form = form_of(chat_tokenizer, format, 400)
-    tokens, _, maskable, _ = rows_of(form, [question | rest])
-    begin, end = np.flatnonzero(maskable[-1])[[0, -1]]
+    tokens, _, noisable_mask, _ = rows_of(form, [question | rest])
+    begin, end = np.flatnonzero(noisable_mask[-1])[[0, -1]]
     asked = form.prompt_ids(question)
     assert asked == tokens[-1, :begin].tolist()
     if bos or format != "messages":
@@ -308,17 +307,17 @@ def test_a_form_travels_to_workers(chat_tokenizer, tmp_path):
 
 def test_gsm8k_is_learnt_word_for_word(gpt2, test_data):
     records = [json.loads(line) for line in (test_data / "gsm8k/test.jsonl").open(encoding="utf-8")]
-    tokens, _, maskable, counts = rows_of(form_of(gpt2, "gsm8k", 640), records)
+    tokens, _, noisable_mask, counts = rows_of(form_of(gpt2, "gsm8k", 640), records)
     assert counts == Counter(examples=len(records)) and (tokens[:, 0] == gpt2.bos_token_id).all()
-    answers = gpt2.batch_decode([row[learnt] for row, learnt in zip(tokens, maskable, strict=True)])
+    answers = gpt2.batch_decode([row[learnt] for row, learnt in zip(tokens, noisable_mask, strict=True)])
     assert answers == [record["answer"] + "<|endoftext|>" for record in records]
 
 
 @pytest.mark.parametrize("as_record", [str, lambda line: {"text": line}])
 def test_symbolic_gsm8k_is_parted_at_its_bars(gpt2, test_data, as_record):
     lines = (test_data / "gsm8k_icot/test.txt").read_text(encoding="utf-8").splitlines()
-    tokens, _, maskable, _ = rows_of(form_of(gpt2, "gsm8k_symbolic", 512), map(as_record, lines))
-    for line, row, learnt in zip(lines, tokens, maskable, strict=True):
+    tokens, _, noisable_mask, _ = rows_of(form_of(gpt2, "gsm8k_symbolic", 512), map(as_record, lines))
+    for line, row, learnt in zip(lines, tokens, noisable_mask, strict=True):
         begin, end = np.flatnonzero(learnt)[[0, -1]]
         assert f"{gpt2.decode(row[1 : begin - 1])}||{gpt2.decode(row[begin:end])}" == line
         assert gpt2.decode(row[begin - 1]) == "\n"
@@ -326,16 +325,16 @@ def test_symbolic_gsm8k_is_parted_at_its_bars(gpt2, test_data, as_record):
 
 def test_alpaca_asks_with_and_without_input(gpt2, test_data):
     records = json.loads((test_data / "alpaca/alpaca_en_demo.json").read_text(encoding="utf-8"))[:300]
-    cut, left_out = (form_of(gpt2, "alpaca", 192, too_long=policy) for policy in ("truncate", "drop"))
-    tokens, _, maskable, counts = rows_of(cut, records)
+    cut, left_out = (form_of(gpt2, "alpaca", 192, overlong=policy) for policy in ("truncate", "drop"))
+    tokens, _, noisable_mask, counts = rows_of(cut, records)
     assert 0 < counts["truncated"] < counts["examples"] == len(records) - counts["dropped"]
     few, _, _, fewer = rows_of(left_out, records)
     assert fewer == Counter(examples=counts["examples"] - counts["truncated"],
                             dropped=counts["dropped"] + counts["truncated"])
-    whole = ~(maskable[:, -1] & (tokens[:, -1] != gpt2.eos_token_id))
+    whole = ~(noisable_mask[:, -1] & (tokens[:, -1] != gpt2.eos_token_id))
     np.testing.assert_array_equal(tokens[whole], few)
     fitting = (record for record in records if len(cut.read(record)[1][0].prompt) < 192)
-    for record, row, learnt in zip(fitting, tokens, maskable, strict=True):
+    for record, row, learnt in zip(fitting, tokens, noisable_mask, strict=True):
         begin = np.flatnonzero(learnt)[0]
         prompt = gpt2.decode(row[1:begin])
         assert prompt.startswith("Below is an instruction that describes a task")
@@ -348,12 +347,12 @@ def test_alpaca_asks_with_and_without_input(gpt2, test_data):
 def test_digits_are_tokens_of_their_own(gpt2):
     """As in DiffuGPT-M's fine-tuning: question and answer in runs without digits and single digits, each by itself."""
     form = form_of(gpt2, "gsm8k_symbolic", separator="======", split_digits=True)
-    tokens, _, maskable, _ = rows_of(form, ["It costs 1250, or 37%.||<<1250-37=1213>> #### 1213"])
+    tokens, _, noisable_mask, _ = rows_of(form, ["It costs 1250, or 37%.||<<1250-37=1213>> #### 1213"])
     parts = ["It costs ", *"1250", ", or ", *"37", "%.======", "<<", *"1250", "-", *"37", "=", *"1213", ">> #### ",
              *"1213"]
     expected = [gpt2.eos_token_id] + [token for part in parts for token in gpt2.encode(part)] + [gpt2.eos_token_id]
     np.testing.assert_array_equal(tokens[0, : len(expected)], expected)
-    assert maskable[0].argmax() == len(gpt2.encode("It costs ")) + len(gpt2.encode(", or ")) + 9
+    assert noisable_mask[0].argmax() == len(gpt2.encode("It costs ")) + len(gpt2.encode(", or ")) + 9
     with pytest.raises(ConfigError, match="split_digits is not for messages"):
         ExampleConfig("messages", split_digits=True)
 

@@ -18,7 +18,7 @@ def drawn(batch) -> list[int]:
     return batch.tokens[:, 0].tolist()
 
 
-FIELDS = ("tokens", "maskable", "example_index", "segment_ids", "positions")
+FIELDS = ("tokens", "noisable_mask", "example_index", "segment_ids", "positions")
 
 
 def mixed(seed: int = 1) -> Loader:
@@ -62,10 +62,10 @@ def test_parts_of_a_batch_make_the_batch():
 def test_what_a_batch_holds():
     batch = Loader([rows_of(9)], 4, seed=0).batch(6)
     assert batch.tokens.dtype == np.int32
-    assert batch.maskable.dtype == bool
+    assert batch.noisable_mask.dtype == bool
     assert batch.example_index.dtype == np.uint32
     assert batch.example_index.tolist() == [24, 25, 26, 27]
-    np.testing.assert_array_equal(batch.maskable, [[False, True, True, True]] * 4)
+    np.testing.assert_array_equal(batch.noisable_mask, [[False, True, True, True]] * 4)
     assert batch.segment_ids is None
     assert batch.positions is None
 
@@ -75,13 +75,13 @@ def test_each_segment_starts_with_context():
     batch = Loader([rows], 1).batch(0)
     assert batch.segment_ids.tolist() == [[1, 1, 2, 2, 2, 3]]
     assert batch.positions.tolist() == [[0, 1, 0, 1, 2, 0]]
-    assert batch.maskable.tolist() == [[False, True, False, True, True, False]]
+    assert batch.noisable_mask.tolist() == [[False, True, False, True, True, False]]
 
 
 def test_a_prompt_is_never_maskable():
-    maskable = np.asarray([[1, 0, 0, 1, 1, 0]], bool)
-    batch = Loader([Rows(np.zeros((1, 6), np.int32), maskable=maskable)], 1).batch(0)
-    assert batch.maskable.tolist() == [[False, False, False, True, True, False]]
+    noisable_mask = np.asarray([[1, 0, 0, 1, 1, 0]], bool)
+    batch = Loader([Rows(np.zeros((1, 6), np.int32), noisable_mask=noisable_mask)], 1).batch(0)
+    assert batch.noisable_mask.tolist() == [[False, False, False, True, True, False]]
 
 
 def test_rows_cut_to_a_random_length():
@@ -94,7 +94,7 @@ def test_rows_cut_to_a_random_length():
         counts += seen.sum(axis=1).tolist()
         # What is kept is one segment from the left; the rest is out of its sight and never scored.
         np.testing.assert_array_equal(seen, np.arange(16) < seen.sum(axis=1, keepdims=True))
-        np.testing.assert_array_equal(batch.maskable, seen & (np.arange(16) > 0))
+        np.testing.assert_array_equal(batch.noisable_mask, seen & (np.arange(16) > 0))
     cut = [count for count in counts if count < 16]
     assert min(counts) >= 2
     assert 0.18 < len(cut) / len(counts) < 0.3

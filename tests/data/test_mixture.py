@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dlm_jax.data.mixture import Mixture, period_of, schedule, shuffled
+from dlm_jax.data.loader import Mixture, period_of, schedule, shuffled
 from dlm_jax.data.rows import Rows
 from dlm_jax.errors import DataError
 

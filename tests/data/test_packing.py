@@ -5,24 +5,23 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention.mask import AttentionMask
-from dlm_jax.data.encode import Piece
-from dlm_jax.data.packing import Packer, positions_of, segments_of
-from dlm_jax.data.rows import Rows
+from dlm_jax.data.records import TokenSpan
+from dlm_jax.data.rows import Packer, Rows, positions_of, segments_of
 
 BOS, EOS = 1, 2
 
 
-def piece_of(documents: list[list[int]], head: list[int] = ()) -> Piece:
+def piece_of(documents: list[list[int]], head: list[int] = ()) -> TokenSpan:
     wrapped = [[*head, *document, EOS] for document in documents]
     starts = [at == 0 for document in wrapped for at in range(len(document))]
-    return Piece(np.concatenate(wrapped).astype(np.uint32), np.asarray(starts, bool))
+    return TokenSpan(np.concatenate(wrapped).astype(np.uint32), np.asarray(starts, bool))
 
 
-def packed(documents, length: int, pieces: int = 1, head: list[int] = ()) -> Rows:
+def packed(documents, length: int, spans: int = 1, head: list[int] = ()) -> Rows:
     """All documents through one packer, in so many pieces."""
     packer = Packer(length)
     made = [packer.add(piece_of([documents[i] for i in part], head))
-            for part in np.array_split(np.arange(len(documents)), pieces)]
+            for part in np.array_split(np.arange(len(documents)), spans)]
     return Rows(np.concatenate([rows.tokens for rows in made]), np.concatenate([rows.starts for rows in made]))
 
 
@@ -33,10 +32,10 @@ def some_documents(count: int = 40) -> list[list[int]]:
 
 @pytest.mark.parametrize("head", [[], [BOS]])
 @pytest.mark.parametrize("pieces", [1, 7, 40])
-def test_rows_are_the_stream_of_documents_cut_at_every_length(pieces, head):
+def test_rows_are_the_stream_of_documents_cut_at_every_length(spans, head):
     documents = some_documents()
     stream = [token for document in documents for token in [*head, *document, EOS]]
-    rows = packed(documents, 16, pieces, head)
+    rows = packed(documents, 16, spans, head)
     assert rows.tokens.shape == (len(stream) // 16, 16) == rows.starts.shape
     assert rows.tokens.ravel().tolist() == stream[: rows.tokens.size]
 

@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from dlm_jax.data import manifest as manifests
 from dlm_jax.data import prepare as preparing
 from dlm_jax.data.config import ExampleConfig, RowsConfig
-from dlm_jax.data.encode import is_held_out
-from dlm_jax.data.prepare import prepare
+from dlm_jax.data.prepare import MANIFEST_FILE, prepare, read_manifest
+from dlm_jax.data.records import is_held_out
 from dlm_jax.data.sources import open_sources
 from dlm_jax.errors import DataError
 
@@ -38,7 +37,7 @@ def contents(directory) -> dict[str, bytes]:
 
 
 def rows_of(directory, part="train"):
-    rows = manifests.read(str(directory)).rows(str(directory), part)
+    rows = read_manifest(str(directory)).rows(str(directory), part)
     return rows[np.arange(len(rows))]
 
 
@@ -47,14 +46,14 @@ def small_chunks(monkeypatch, max_bytes: int = 2000):
     monkeypatch.setattr(preparing, "chunks", lambda *given: whole(*given, max_bytes=max_bytes))
 
 
-@pytest.mark.parametrize("pack", ["plain", "segments"])
-def test_rows_are_the_documents_of_each_part_end_to_end(tmp_path, corpus, tokenizer, pack):
-    config = dataclasses.replace(CONFIG, pack=pack)
+@pytest.mark.parametrize("packing", ["concat", "document_mask"])
+def test_rows_are_the_documents_of_each_part_end_to_end(tmp_path, corpus, tokenizer, packing):
+    config = dataclasses.replace(CONFIG, packing=packing)
     manifest = prepare(sources_of(corpus), str(tmp_path / "rows"), tokenizer, config)
     documents = [json.loads(line)["text"] for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl")
                  for line in (gzip.open if name.endswith("gz") else open)(corpus / name, "rt")]
     streams = {part: tokenizer.decode(rows_of(tmp_path / "rows", part).tokens.ravel()) for part in manifest.parts}
-    bos = "<s>" if pack == "segments" else ""
+    bos = "<s>" if packing == "document_mask" else ""
     expected = {"train": "", "validation": ""}
     for document in documents:
         expected["validation" if is_held_out(document, 0.2) else "train"] += f"{bos}{document}</s>"
@@ -64,7 +63,7 @@ def test_rows_are_the_documents_of_each_part_end_to_end(tmp_path, corpus, tokeni
         assert manifest.parts[part].tokens == len(tokenizer.encode(expected[part]))
     assert sum(part.documents for part in manifest.parts.values()) == 900
     assert 0.1 < manifest.parts["validation"].documents / 900 < 0.3
-    assert (rows_of(tmp_path / "rows").starts is not None) == (pack == "segments")
+    assert (rows_of(tmp_path / "rows").starts is not None) == (packing == "document_mask")
 
 
 def test_neither_workers_nor_chunks_nor_files_change_the_rows(tmp_path, corpus, tokenizer, monkeypatch):
@@ -95,7 +94,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, corpus, tokenize
     monkeypatch.setattr(preparing.Progress, "absorb", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(sources_of(corpus), str(directory), tokenizer, CONFIG, shard_bytes=1000)
-    assert not (directory / manifests.FILE).exists()
+    assert not (directory / MANIFEST_FILE).exists()
     again = []
     monkeypatch.setattr(preparing.Progress, "absorb",
                         lambda self, encoded, reached: again.append(reached) or absorb(self, encoded, reached))
@@ -121,9 +120,9 @@ def test_bad_records_stop_or_are_reported_counted_and_left_out(tmp_path, tokeniz
     lines[7], lines[20], lines[33] = "{broken", json.dumps({"body": "x"}), json.dumps({"text": None})
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"bad.jsonl, line 8: not JSON .*data.bad_records to skip"):
+    with pytest.raises(DataError, match=r"bad.jsonl, line 8: not JSON .*data.on_bad_record to skip"):
         prepare(open_sources([str(path)]), str(tmp_path / "rows"), tokenizer, CONFIG)
-    skip = dataclasses.replace(CONFIG, bad_records="skip")  # what was begun goes on with the other policy
+    skip = dataclasses.replace(CONFIG, on_bad_record="skip")  # what was begun goes on with the other policy
     manifest = prepare(open_sources([str(path)]), str(tmp_path / "rows"), tokenizer, skip)
     assert manifest.counts["bad_records"] == 3
     assert [where.split(":")[0].rpartition("/")[2] for where in manifest.bad_records] == [
@@ -138,7 +137,7 @@ def test_a_broken_file_stops_or_its_rest_is_left_out(tmp_path, corpus, tokenizer
     with pytest.raises(DataError, match=r"b\.jsonl\.gz"):
         prepare(sources_of(corpus), str(tmp_path / "stopped"), tokenizer, CONFIG)
     manifest = prepare(sources_of(corpus), str(tmp_path / "rows"), tokenizer,
-                       dataclasses.replace(CONFIG, bad_records="skip"))
+                       dataclasses.replace(CONFIG, on_bad_record="skip"))
     assert manifest.counts["bad_records"] == 1
     assert "b.jsonl.gz" in manifest.bad_records[0]
     assert 600 <= sum(part.documents for part in manifest.parts.values()) < 900
@@ -151,7 +150,7 @@ def test_nothing_in_the_sources_is_an_error(tmp_path, tokenizer):
     (tmp_path / "wrong.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(DataError, match=r"no record of .* \(1 are bad\); the first: .*no key 'text'"):
         prepare(open_sources([str(tmp_path / "wrong.jsonl")]), str(tmp_path / "rows2"), tokenizer,
-                dataclasses.replace(CONFIG, bad_records="skip"))
+                dataclasses.replace(CONFIG, on_bad_record="skip"))
 
 
 def test_a_damaged_progress_file_is_named(tmp_path, corpus, tokenizer):
@@ -165,11 +164,11 @@ def test_examples_go_the_same_road(tmp_path, tokenizer):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "response": str(2 * i)}) + "\n" for i in range(40)))
     config = RowsConfig(length=16, validation_fraction=0.0,
-                        examples=ExampleConfig("prompt_response", padding="ignored"))
+                        examples=ExampleConfig("prompt_response", train_on_padding=False))
     manifest = prepare(open_sources([str(path)]), str(tmp_path / "rows"), tokenizer, config, workers=1)
     rows = rows_of(tmp_path / "rows")
     assert len(rows) == manifest.counts["examples"] == 40
-    learnt = [tokenizer.decode(row[where]) for row, where in zip(rows.tokens, rows.maskable, strict=True)]
+    learnt = [tokenizer.decode(row[where]) for row, where in zip(rows.tokens, rows.noisable_mask, strict=True)]
     assert learnt == [f"{2 * i}</s>" for i in range(40)]
 
 
@@ -179,5 +178,5 @@ def test_an_object_store_takes_the_rows(corpus, tokenizer):
     manifest = prepare(sources_of(corpus), "memory://bucket/rows", tokenizer, CONFIG, shard_bytes=1000)
     files = fsspec.filesystem("memory")
     assert {name.rpartition("/")[2] for name in files.ls("/bucket/rows", detail=False)} == {
-        manifests.FILE, *(shard.file for part in manifest.parts.values() for shard in part.shards)}
-    assert manifests.read("memory://bucket/rows") == manifest
+        MANIFEST_FILE, *(shard.file for part in manifest.parts.values() for shard in part.shards)}
+    assert read_manifest("memory://bucket/rows") == manifest

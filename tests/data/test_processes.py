@@ -11,8 +11,7 @@ import pytest
 
 from dlm_jax.data.config import RowsConfig
 from dlm_jax.data.loader import Loader
-from dlm_jax.data.manifest import read
-from dlm_jax.data.prepare import prepare
+from dlm_jax.data.prepare import prepare, read_manifest
 from dlm_jax.data.sources import open_sources
 
 STEPS, BATCH = (0, 1, 2, 57), 16
@@ -26,17 +25,17 @@ PROCESS = textwrap.dedent("""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 4, rank)
     from tests.data.test_processes import BATCH, STEPS, make_loader
-    from dlm_jax.parallel import MeshConfig, make_mesh, place_rows
+    from dlm_jax.parallel import MeshConfig, make_mesh, make_global_batch
 
     mesh, loader, read_rows = make_mesh(MeshConfig(data=4, fsdp=2)), make_loader(rows), set()
     whole_batch = loader.batch
     loader.batch = lambda step, part: read_rows.update(range(part.start, part.stop)) or whole_batch(step, part)
     found = {}
     for step in STEPS:
-        batches = loader.batches(step, lambda read: place_rows(read, BATCH, mesh))
+        batches = loader.batches(step, lambda read: make_global_batch(read, BATCH, mesh))
         batch = next(batches)
         batches.close()
-        for name in ("tokens", "maskable", "example_index", "segment_ids", "positions"):
+        for name in ("tokens", "noisable_mask", "example_index", "segment_ids", "positions"):
             for shard in getattr(batch, name).addressable_shards:
                 found[f"{step}/{name}/{shard.index[0].start or 0}"] = np.asarray(shard.data)
     np.savez(out, read_rows=sorted(read_rows), **found)
@@ -44,7 +43,7 @@ PROCESS = textwrap.dedent("""
 
 
 def make_loader(directory: str) -> Loader:
-    manifest = read(directory)
+    manifest = read_manifest(directory)
     sources = [manifest.rows(directory, part) for part in ("train", "validation")]
     return Loader(sources, BATCH, weights=(0.75, 0.25), seed=3, random_length=0.1)
 
@@ -53,7 +52,7 @@ def test_one_process_and_four_see_the_same_batches(tmp_path, tokenizer):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"story number {i} " * (1 + i % 5)}) + "\n" for i in range(400)))
     rows = str(tmp_path / "rows")
-    prepare(open_sources([str(text)]), rows, tokenizer, RowsConfig(length=32, pack="segments", validation_fraction=0.2))
+    prepare(open_sources([str(text)]), rows, tokenizer, RowsConfig(length=32, packing="document_mask", validation_fraction=0.2))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

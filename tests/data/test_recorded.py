@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from dlm_jax.data.config import DataConfig, ExampleConfig
-from dlm_jax.data.recorded import recorded_form
+from dlm_jax.data.prompts import prompt_format_from_run
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.training.config import TrainConfig, flat_dict
 
@@ -24,39 +24,39 @@ def chat_tokenizer(tokenizer):
 
 
 def test_a_run_s_record_gives_its_form(tokenizer):
-    settings = dict(format="prompt_response", prompt_key="ask", separator=" => ", padding="trained", pad_token="<s>")
-    form = recorded_form(tokenizer, record_of(**settings), 50)
+    settings = dict(format="prompt_response", prompt_key="ask", separator=" => ", train_on_padding=True, pad_token="<s>")
+    form = prompt_format_from_run(tokenizer, record_of(**settings), 50)
     assert (form.config, form.length) == (ExampleConfig(**settings), 50)
     assert tokenizer.decode(form.ask("a")) == "<s>a => "
 
 
 def test_a_template_s_file_may_be_gone_for_the_tokenizer_has_it(chat_tokenizer):
-    form = recorded_form(chat_tokenizer, record_of(format="messages", chat_template="long/gone.jinja"), 50)
+    form = prompt_format_from_run(chat_tokenizer, record_of(format="messages", chat_template="long/gone.jinja"), 50)
     assert chat_tokenizer.decode(form.ask("a")) == "<s>user: a\n"
 
 
 def test_what_is_given_counts_in_place_of_the_record(chat_tokenizer, tmp_path):
     record = record_of(format="gsm8k", separator="=")
-    assert chat_tokenizer.decode(recorded_form(chat_tokenizer, record, 50, separator="!").ask("a")) == "<s>a!"
-    assert recorded_form(chat_tokenizer, record, 50, format="messages").config.format == "messages"
+    assert chat_tokenizer.decode(prompt_format_from_run(chat_tokenizer, record, 50, separator="!").ask("a")) == "<s>a!"
+    assert prompt_format_from_run(chat_tokenizer, record, 50, format="messages").config.format == "messages"
     file = tmp_path / "other.jinja"
     file.write_text("@" + TEMPLATE)
     for given in ({"format": "messages"}, {}):
-        form = recorded_form(chat_tokenizer, {}, 50, chat_template=str(file), **given)
+        form = prompt_format_from_run(chat_tokenizer, {}, 50, chat_template=str(file), **given)
         assert chat_tokenizer.decode(form.ask("a")) == "<s>@user: a\n"
 
 
 @pytest.mark.parametrize("record", [{}, record_of()])
 def test_without_a_record_the_tokenizer_s_own_template_is_used_or_there_is_none(tokenizer, chat_tokenizer, record):
-    assert recorded_form(chat_tokenizer, record, 50).config == ExampleConfig(format="messages")
+    assert prompt_format_from_run(chat_tokenizer, record, 50).config == ExampleConfig(format="messages")
     with pytest.raises(ConfigError, match=r"no form of question and answer.*--format.*--chat_template"):
-        recorded_form(tokenizer, record, 50)
+        prompt_format_from_run(tokenizer, record, 50)
 
 
 def test_settings_that_contradict_each_other_are_refused(tokenizer, chat_tokenizer):
     with pytest.raises(ConfigError, match="messages have no separator"):
-        recorded_form(chat_tokenizer, {}, 50, separator="x")
+        prompt_format_from_run(chat_tokenizer, {}, 50, separator="x")
     with pytest.raises(ConfigError, match="a chat template is for messages, and the format is gsm8k"):
-        recorded_form(tokenizer, record_of(format="gsm8k"), 50, chat_template="some.jinja")
+        prompt_format_from_run(tokenizer, record_of(format="gsm8k"), 50, chat_template="some.jinja")
     with pytest.raises(DataError, match="has no chat template"):
-        recorded_form(tokenizer, record_of(format="messages"), 50)
+        prompt_format_from_run(tokenizer, record_of(format="messages"), 50)

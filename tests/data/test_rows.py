@@ -4,28 +4,28 @@ import pytest
 from dlm_jax.data.rows import Concatenated, Rows, gather
 
 
-def rows_of(first: int, count: int, planes: tuple[str, ...] = ()) -> Rows:
-    return Rows(np.arange(first, first + count)[:, None] + np.zeros(4, np.int32)).with_planes(planes)
+def rows_of(first: int, count: int, row_masks: tuple[str, ...] = ()) -> Rows:
+    return Rows(np.arange(first, first + count)[:, None] + np.zeros(4, np.int32)).with_row_masks(row_masks)
 
 
 def test_planes_that_are_added_say_one_document_all_maskable():
-    rows = rows_of(0, 2).with_planes(("starts", "maskable"))
-    assert rows.planes == ("starts", "maskable")
+    rows = rows_of(0, 2).with_row_masks(("starts", "noisable_mask"))
+    assert rows.row_masks == ("starts", "noisable_mask")
     assert rows.starts.tolist() == [[True, False, False, False]] * 2
-    assert rows.maskable.all()
-    kept = Rows(rows.tokens, maskable=np.zeros((2, 4), bool)).with_planes(("starts", "maskable"))
-    assert not kept.maskable.any()
+    assert rows.noisable_mask.all()
+    kept = Rows(rows.tokens, noisable_mask=np.zeros((2, 4), bool)).with_row_masks(("starts", "noisable_mask"))
+    assert not kept.noisable_mask.any()
 
 
-@pytest.mark.parametrize("planes", [(), ("starts",)])
-def test_concatenated_sources_are_one(planes):
-    parts = [rows_of(0, 3), rows_of(3, 5, planes), rows_of(8, 1)]
+@pytest.mark.parametrize("row_masks", [(), ("starts",)])
+def test_concatenated_sources_are_one(row_masks):
+    parts = [rows_of(0, 3), rows_of(3, 5, row_masks), rows_of(8, 1)]
     joined = Concatenated(parts)
-    assert (len(joined), joined.length, joined.planes) == (9, 4, planes)
+    assert (len(joined), joined.length, joined.row_masks) == (9, 4, row_masks)
     indices = np.asarray([8, 0, 4, 4, 3, 7, 2])
     drawn = joined[indices]
     assert drawn.tokens[:, 0].tolist() == indices.tolist()
-    assert drawn.planes == planes
+    assert drawn.row_masks == row_masks
     assert joined[:5].tokens[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 

@@ -8,26 +8,26 @@ from dlm_jax.data.shards import RowFiles, RowLayout, write_shard
 from dlm_jax.errors import DataError
 
 
-def some_rows(count: int, length: int, high: int, planes: tuple[str, ...]) -> Rows:
+def some_rows(count: int, length: int, high: int, row_masks: tuple[str, ...]) -> Rows:
     random = np.random.default_rng(count)
-    bits = {name: random.random((count, length)) < 0.3 for name in planes}
+    bits = {name: random.random((count, length)) < 0.3 for name in row_masks}
     return Rows(random.integers(0, high, (count, length)).astype(np.uint32), **bits)
 
 
 def same(a: Rows, b: Rows) -> None:
-    assert a.planes == b.planes
-    for name in ("tokens", *a.planes):
+    assert a.row_masks == b.row_masks
+    for name in ("tokens", *a.row_masks):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
-@pytest.mark.parametrize("planes", [(), ("starts",), ("starts", "maskable"), ("maskable",)])
+@pytest.mark.parametrize("row_masks", [(), ("starts",), ("starts", "noisable_mask"), ("noisable_mask",)])
 @pytest.mark.parametrize(("vocab_size", "length"), [(512, 16), (65_536, 13), (65_537, 16), (128_256, 3)])
-def test_rows_survive_their_bytes(planes, vocab_size, length):
-    layout = RowLayout.fitting(length, vocab_size, planes)
-    rows = some_rows(7, length, vocab_size, planes)
+def test_rows_survive_their_bytes(row_masks, vocab_size, length):
+    layout = RowLayout.fitting(length, vocab_size, row_masks)
+    rows = some_rows(7, length, vocab_size, row_masks)
     encoded = layout.encode(rows)
     assert encoded.shape == (7, layout.row_bytes)
-    assert layout.row_bytes == length * (2 if vocab_size <= 65_536 else 4) + len(planes) * -(-length // 8)
+    assert layout.row_bytes == length * (2 if vocab_size <= 65_536 else 4) + len(row_masks) * -(-length // 8)
     same(layout.decode([row.tobytes() for row in encoded]), rows)
 
 
@@ -44,7 +44,7 @@ def written(tmp_path):
 def test_files_give_any_rows_in_any_order(written):
     directory, shards, layout, rows = written
     files = pickle.loads(pickle.dumps(RowFiles(str(directory), shards, layout)))  # worker processes get a copy
-    assert (len(files), files.length, files.planes) == (30, 8, ("starts",))
+    assert (len(files), files.length, files.row_masks) == (30, 8, ("starts",))
     order = np.random.default_rng(0).integers(0, 30, 100)
     same(files[order], rows[order])
     same(files[slice(3, 14)], rows[3:14])

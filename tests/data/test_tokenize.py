@@ -7,18 +7,18 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
-from dlm_jax.data.tokenize import TextForm, boundary_tokens, encode, fingerprint
+from dlm_jax.data.records import TextEncoder, boundary_tokens, encode, tokenizer_fingerprint
 from dlm_jax.errors import DataError
 
 
 def test_text_becomes_its_tokens_between_boundaries(bos_tokenizer):
     texts = [f"text number {i} \u00e9" * (i % 5 + 1) for i in range(23)]
-    form = pickle.loads(pickle.dumps(TextForm(bos_tokenizer, "text", bos=0, eos=1)))
+    form = pickle.loads(pickle.dumps(TextEncoder(bos_tokenizer, "text", bos=0, eos=1)))
     piece = form.encode([form.read({"text": text})[1] for text in texts], Counter())
     single = [[*bos_tokenizer.encode(text), 1] for text in texts]  # this one adds BOS by itself
     assert piece.tokens.tolist() == [token for document in single for token in document]
     assert np.flatnonzero(piece.starts).tolist() == np.cumsum([0, *map(len, single[:-1])]).tolist()
-    assert piece.maskable is None
+    assert piece.noisable_mask is None
     assert form.read({"text": " \n"}) is None
 
 
@@ -55,25 +55,25 @@ def test_missing_boundaries_are_refused(tokenizer):
 
 
 def test_fingerprint_changes_with_what_text_becomes_only(tokenizer, bos_tokenizer):
-    before = fingerprint(tokenizer)
+    before = tokenizer_fingerprint(tokenizer)
     tokenizer("some text", truncation=True, max_length=3)
-    assert fingerprint(tokenizer) == before
+    assert tokenizer_fingerprint(tokenizer) == before
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens("Hello")
-    assert fingerprint(grown) != before
+    assert tokenizer_fingerprint(grown) != before
     other_eos = copy.deepcopy(tokenizer)
     other_eos.eos_token = "<s>"
-    assert fingerprint(other_eos) != before
+    assert tokenizer_fingerprint(other_eos) != before
     normalised = copy.deepcopy(tokenizer)
     normalised.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert fingerprint(normalised) != before  # the same vocabulary, used in another way
+    assert tokenizer_fingerprint(normalised) != before  # the same vocabulary, used in another way
 
 
 def test_a_new_mask_token_leaves_the_fingerprint_alone(tokenizer):
     adapted = copy.deepcopy(tokenizer)
     adapted.add_special_tokens({"mask_token": "<|mask|>"})
     assert len(adapted) == len(tokenizer) + 1
-    assert fingerprint(adapted) == fingerprint(tokenizer)
+    assert tokenizer_fingerprint(adapted) == tokenizer_fingerprint(tokenizer)
 
 
 def test_the_real_tokenizers_bring_their_own_habit(test_data):

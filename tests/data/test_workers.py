@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from dlm_jax.data.workers import ordered_map
+from dlm_jax.data.prepare import ordered_map
 from dlm_jax.errors import DataError
 
 

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlm_jax.attention import AttentionMask, Blocks
+from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import (
     HeadPlan,
-    beside_clean,
     block_times,
-    complement,
+    clean_batch,
+    complementary_mask,
+    concat_noisy_and_clean,
     corrupt,
     cross_entropy,
     example_keys,
     loss_sums,
-    uncorrupted,
 )
+from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.models import ModelConfig, Transformer
 
 ROWS, LENGTH, MASK = 3, 12, 28
@@ -47,7 +48,7 @@ def noised(times=TIMES):
 def copies(block_size, views=(), clean="causal", **options):
     views = views or [noised()]
     views = [jax.tree.map(lambda x: x, view) for view in views]
-    return beside_clean(list(views), block_size, **options), Blocks(block_size, clean).learning(LENGTH, len(views))
+    return concat_noisy_and_clean(list(views), block_size, **options), BlockSpec(block_size, clean).training_mask(LENGTH, len(views))
 
 
 def loss_and_gradients(name, batch, mask, **options):
@@ -64,30 +65,30 @@ def loss_and_gradients(name, batch, mask, **options):
         return sums.loss, sums
 
     (loss, sums), gradients = run(params)
-    return loss, gradients, sums.maskable
+    return loss, gradients, sums.num_noisable
 
 
 def assert_same(one, other):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), one, other)
 
 
-@pytest.mark.parametrize("name, clean", [("gpt2", "causal"), ("llama", "whole")])
+@pytest.mark.parametrize("name, clean", [("gpt2", "causal"), ("llama", "block_bidirectional")])
 def test_blocks_of_one_token_are_the_parents_loss(name, clean):
     """Whatever the noise: every token is read from the clean copy."""
-    expected = loss_and_gradients(name, uncorrupted(TOKENS, MASKABLE), AttentionMask.causal())
+    expected = loss_and_gradients(name, clean_batch(TOKENS, MASKABLE), AttentionMask.causal())
     assert_same(loss_and_gradients(name, *copies(1, clean=clean)), expected)
-    pair = [noised(), complement(noised(), MASK, (1 / (1 - TIMES))[:, None])]
+    pair = [noised(), complementary_mask(noised(), MASK, (1 / (1 - TIMES))[:, None])]
     assert_same(loss_and_gradients(name, *copies(1, pair)), expected)
 
 
 @pytest.mark.parametrize("shift", [True, False])
-@pytest.mark.parametrize("name, clean", [("gpt2", "whole"), ("llama", "causal")])
+@pytest.mark.parametrize("name, clean", [("gpt2", "block_bidirectional"), ("llama", "causal")])
 def test_one_block_is_full_diffusion(name, clean, shift):
     expected = loss_and_gradients(name, noised(), AttentionMask.bidirectional(), shift=shift)
     assert_same(loss_and_gradients(name, *copies(LENGTH, clean=clean, shift=shift), shift=shift), expected)
 
 
-@pytest.mark.parametrize("clean", ["causal", "whole"])
+@pytest.mark.parametrize("clean", ["causal", "block_bidirectional"])
 @pytest.mark.parametrize("shift", [True, False])
 def test_each_block_is_predicted_given_the_clean_ones_before_it(shift, clean):
     """Against a forward pass for every block by itself, with an explicit mask and logits in full."""
@@ -102,21 +103,21 @@ def test_each_block_is_predicted_given_the_clean_ones_before_it(shift, clean):
         for at in range(max(start, 1), stop):
             opens = shift and at == start
             nll = cross_entropy(logits[:, at - shift], TOKENS[:, at])
-            counts = jnp.where(opens, MASKABLE[:, at], view.scored[:, at] * view.weights[:, at])
+            counts = jnp.where(opens, MASKABLE[:, at], view.loss_mask[:, at] * view.weights[:, at])
             expected += float(jnp.sum(counts * nll))
-    found, _, maskable = loss_and_gradients("llama", *copies(size, [view], clean, shift=shift), shift=shift)
+    found, _, noisable_mask = loss_and_gradients("llama", *copies(size, [view], clean, shift=shift), shift=shift)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert maskable == MASKABLE.sum()
+    assert noisable_mask == MASKABLE.sum()
 
 
 def test_complementary_views_mask_each_token_once():
     first = noised()
-    batch, _ = copies(4, [first, complement(first, MASK, (1 / (1 - TIMES))[:, None])])
-    one, two, clean = jnp.split(batch.scored, 3, axis=1)
+    batch, _ = copies(4, [first, complementary_mask(first, MASK, (1 / (1 - TIMES))[:, None])])
+    one, two, clean = jnp.split(batch.loss_mask, 3, axis=1)
     opens = INDEX % 4 == 0
     np.testing.assert_array_equal(one ^ two, MASKABLE & ~opens)
     np.testing.assert_array_equal(clean, MASKABLE & opens)
-    np.testing.assert_array_equal(jnp.split(batch.tokens, 3, axis=1)[1] == MASK, MASKABLE & ~first.scored)
+    np.testing.assert_array_equal(jnp.split(batch.tokens, 3, axis=1)[1] == MASK, MASKABLE & ~first.loss_mask)
     weights = jnp.split(batch.weights, 3, axis=1)
     np.testing.assert_allclose(1 / weights[0] + 1 / weights[1], 2.0, rtol=1e-5)
 
@@ -139,8 +140,8 @@ def test_the_expectation_of_the_loss_is_the_bound_of_the_blocks():
         times = jax.random.uniform(jax.random.key(seed), (ROWS,), minval=1e-3)
         times = block_times(times, 4, LENGTH, low=1e-3, high=1.0)
         view = corrupt(TOKENS, MASKABLE, times, example_keys(seed, jnp.arange(ROWS)), mask_token_id=MASK)
-        batch = beside_clean([view], 4)
-        return jnp.where(batch.scored, batch.weights, 0).reshape(ROWS, 2, LENGTH).sum(axis=1)
+        batch = concat_noisy_and_clean([view], 4)
+        return jnp.where(batch.loss_mask, batch.weights, 0).reshape(ROWS, 2, LENGTH).sum(axis=1)
 
     found = jax.jit(jax.vmap(weights))(jnp.arange(20_000))
     error = found.std(axis=0) / np.sqrt(len(found))

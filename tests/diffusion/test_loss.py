@@ -9,13 +9,13 @@ from dlm_jax.diffusion import (
     HeadPlan,
     LossSums,
     NoiseSchedule,
+    clean_batch,
     corrupt,
     example_keys,
     loss_sums,
     token_nll,
-    uncorrupted,
 )
-from dlm_jax.diffusion.corruption import CorruptedBatch
+from dlm_jax.diffusion.corruption import NoisyBatch
 
 B, L, D, V, MASK = 3, 21, 8, 17, 16
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -59,30 +59,30 @@ def test_token_nll_only_where_wanted(shift, chunk_size):
 
 def test_sums_match_the_definition():
     batch = noised()
-    nll, scored = naive_nll(True), np.asarray(batch.scored)
+    nll, loss_mask = naive_nll(True), np.asarray(batch.loss_mask)
     sums = loss_sums(HIDDEN, KERNEL, HeadPlan(1, chunk_size=4), batch)
-    np.testing.assert_allclose(sums.nll, nll[scored].sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.nll, nll[loss_mask].sum(), rtol=1e-5)
     assert sums.loss == sums.weighted_nll
-    np.testing.assert_allclose(sums.weighted_nll, (nll * scored / np.array([[0.2], [0.5], [0.9]])).sum(), rtol=1e-5)
-    assert sums.scored == scored.sum() and sums.maskable == B * (L - 1)
+    np.testing.assert_allclose(sums.weighted_nll, (nll * loss_mask / np.array([[0.2], [0.5], [0.9]])).sum(), rtol=1e-5)
+    assert sums.num_scored == loss_mask.sum() and sums.num_noisable == B * (L - 1)
     best = np.asarray(unembed(HIDDEN).argmax(-1))[:, :-1]
-    assert sums.correct == ((best == TOKENS[:, 1:]) & scored[:, 1:]).sum()
+    assert sums.correct == ((best == TOKENS[:, 1:]) & loss_mask[:, 1:]).sum()
 
 
 def test_corruption_masks_only_what_it_may_and_at_its_rate():
     length = 4000
-    tokens, maskable = jnp.ones((2, length), int), jnp.ones((2, length), bool).at[:, :1000].set(False)
-    batch = corrupt(tokens, maskable, jnp.array([0.3, 0.3]), example_keys(1, jnp.arange(2)), mask_token_id=9)
+    tokens, noisable_mask = jnp.ones((2, length), int), jnp.ones((2, length), bool).at[:, :1000].set(False)
+    batch = corrupt(tokens, noisable_mask, jnp.array([0.3, 0.3]), example_keys(1, jnp.arange(2)), mask_token_id=9)
     masked = np.asarray(batch.tokens == 9)
     assert not masked[:, :1000].any() and abs(masked[:, 1000:].mean() - 0.3) < 0.02
-    np.testing.assert_array_equal(masked, batch.scored)
+    np.testing.assert_array_equal(masked, batch.loss_mask)
     assert (masked[0] != masked[1]).any()
 
 
 def test_a_genuine_mask_token_is_not_scored():
     assert (TOKENS == MASK).any()
     batch = noised((1e-6,) * 3)
-    assert (batch.tokens == MASK).any() and not batch.scored.any()
+    assert (batch.tokens == MASK).any() and not batch.loss_mask.any()
 
 
 def test_a_batch_without_masked_tokens_has_loss_zero_and_finite_gradients():
@@ -90,21 +90,21 @@ def test_a_batch_without_masked_tokens_has_loss_zero_and_finite_gradients():
 
     def loss(hidden):
         sums = loss_sums(hidden, KERNEL, PLAN, batch)
-        return sums.loss / sums.normaliser("masked")
+        return sums.loss / sums.normalizer("masked_tokens")
 
     value, grad = jax.value_and_grad(loss)(HIDDEN)
     assert value == 0 and (grad == 0).all()
 
 
 def test_position_zero_is_never_scored_under_the_shift():
-    batch = CorruptedBatch(TOKENS, TOKENS, jnp.ones((B, L), bool), MASKABLE, jnp.ones((B, L)))
-    assert loss_sums(HIDDEN, KERNEL, PLAN, batch).scored == B * (L - 1)
-    assert loss_sums(HIDDEN, KERNEL, PLAN, batch, shift=False).scored == B * L
+    batch = NoisyBatch(TOKENS, TOKENS, jnp.ones((B, L), bool), MASKABLE, jnp.ones((B, L)))
+    assert loss_sums(HIDDEN, KERNEL, PLAN, batch).num_scored == B * (L - 1)
+    assert loss_sums(HIDDEN, KERNEL, PLAN, batch, shift=False).num_scored == B * L
 
 
 def test_autoregression_is_the_same_loss_without_corruption():
-    sums = loss_sums(HIDDEN, KERNEL, PLAN, uncorrupted(TOKENS, MASKABLE))
-    loss = sums.loss / sums.normaliser("maskable")
+    sums = loss_sums(HIDDEN, KERNEL, PLAN, clean_batch(TOKENS, MASKABLE))
+    loss = sums.loss / sums.normalizer("all_tokens")
     np.testing.assert_allclose(loss, naive_nll(True)[:, 1:].mean(), rtol=1e-5)
 
 
@@ -127,8 +127,8 @@ def test_the_maskable_normaliser_is_unbiased_and_the_release_form_is_not(schedul
         t = jax.random.uniform(jax.random.key(seed), (1,), minval=1e-3)
         keys = example_keys(seed, jnp.arange(1))
         batch = corrupt(TOKENS[:1], MASKABLE[:1], t, keys, mask_token_id=MASK, schedule=schedule)
-        weighted = jnp.sum(jnp.where(batch.scored[0, 1:], batch.weights[0, 1:] * constants, 0.0))
-        return weighted / (L - 1), weighted / jnp.maximum(batch.scored.sum(), 1)
+        weighted = jnp.sum(jnp.where(batch.loss_mask[0, 1:], batch.weights[0, 1:] * constants, 0.0))
+        return weighted / (L - 1), weighted / jnp.maximum(batch.loss_mask.sum(), 1)
 
     ours, release = jax.vmap(estimates)(jnp.arange(20000))
     error = float(ours.std() / np.sqrt(len(ours)))

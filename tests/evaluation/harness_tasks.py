@@ -7,7 +7,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from dlm_jax.evaluation.candidate import Candidate
+from dlm_jax.evaluation.eval_model import EvalModel
 
 WORDS = ["<bos>"]
 CHOICES = [{"q": "Q: The boy", "options": ["ran.", "was red."], "gold": 0},
@@ -69,7 +69,7 @@ class Scripted:
     def __init__(self, answers=None, **settings):
         self.pairs, self.blanks, self.calls, self.looked = [], [], [], []
         self.answers = answers or {}
-        self.candidate = Candidate("scripted", encode, self.score, self.write, greedy=self.greedy, **settings)
+        self.eval_model = EvalModel("scripted", encode, self.score, self.write, greedy=self.greedy, **settings)
 
     def score(self, pairs):
         self.pairs.append(list(pairs))

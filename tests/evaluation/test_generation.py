@@ -6,7 +6,7 @@ import pytest
 
 from dlm_jax.data.records import BadRecord
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.candidate import Candidate
+from dlm_jax.evaluation.eval_model import EvalModel
 from dlm_jax.evaluation.generation import distinct, opening, varied
 from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.report import summarise, table
@@ -39,7 +39,7 @@ def writer(*texts):
         assert temperature == 1.0 and all(len(blank.lengths) == 1 for blank in blanks)
         return [next(given) for _ in blanks]
 
-    return Candidate("writer", encode, write=write)
+    return EvalModel("writer", encode, write=write)
 
 
 def test_perplexity_under_the_judge_by_hand():
@@ -74,8 +74,8 @@ def test_reconstruction_runs_as_a_task():
         return [masked.mean() for masked in asked]
 
     job = Job(TASKS["reconstruction"], [Item(options=(("", "one two three four five six seven eight nine ten"),))])
-    record, = run([job], [Candidate("guesser", encode, guess=guess)])
+    record, = run([job], [EvalModel("guesser", encode, guess=guess)])
     assert record["values"] == pytest.approx({"10% masked": 0.1, "30% masked": 0.3, "50% masked": 0.5,
                                               "70% masked": 0.7, "90% masked": 0.9})
     with pytest.raises(ConfigError, match="silent cannot guess"):
-        run([job], [Candidate("silent", encode)])
+        run([job], [EvalModel("silent", encode)])

@@ -11,12 +11,12 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from dlm_jax import DiffusionLM
-from dlm_jax.attention import Blocks
+from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.candidate import Candidate, Pair
+from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.harness import HarnessLM
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.ours import make_candidate
+from dlm_jax.evaluation.ours import make_eval_model
 from dlm_jax.evaluation.run import Job, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
 from tests.evaluation.harness_tasks import CHOICES, TEXTS, Scripted, by_hand, decode, encode, evaluate
@@ -32,7 +32,7 @@ def lm():
 
 def test_multiple_choice_by_hand(harness_folder):
     model = Scripted()
-    results = evaluate(HarnessLM(model.candidate), harness_folder, "choice")
+    results = evaluate(HarnessLM(model.eval_model), harness_folder, "choice")
     assert results["config"]["model"] == "scripted"
     assert results["results"]["choice"]["acc,none"] == pytest.approx(2 / 3)  # the shortest: 0, 0, 1; right: 0, 1, 1
     assert results["results"]["choice"]["acc_bytes,none"] == pytest.approx(1 / 3)  # sqrt(n) / n: the longest, 1, 1, 0
@@ -45,16 +45,16 @@ def test_multiple_choice_by_hand(harness_folder):
 
 
 @pytest.mark.parametrize("autoregressive, blocks", [
-    (True, None), (False, None), (False, Blocks(3)), (False, Blocks(4, "whole"))])
+    (True, None), (False, None), (False, BlockSpec(3)), (False, BlockSpec(4, "block_bidirectional"))])
 def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, autoregressive, blocks):
     pretrained = dataclasses.replace(lm.pretrained, blocks=blocks)
-    candidate = make_candidate(pretrained, "ours", autoregressive=autoregressive, num_samples=64)
-    samples = evaluate(HarnessLM(candidate), harness_folder, "choice")["samples"]["choice"]
+    eval_model = make_eval_model(pretrained, "ours", autoregressive=autoregressive, num_samples=64)
+    samples = evaluate(HarnessLM(eval_model), harness_folder, "choice")["samples"]["choice"]
     questions = [Item(tuple((row["q"], f" {option}") for option in row["options"]), gold=row["gold"])
                  for row in CHOICES]
     assert max(len(pair.continuation) for number, item in enumerate(questions)
-               for pair in pairs_of(candidate, TASKS["piqa"], item, number)) <= 6  # all masks are taken: no noise
-    records = run([Job(TASKS["piqa"], questions)], [candidate])
+               for pair in pairs_of(eval_model, TASKS["piqa"], item, number)) <= 6  # all masks are taken: no noise
+    records = run([Job(TASKS["piqa"], questions)], [eval_model])
     for sample, record in zip(samples, records, strict=True):
         assert [answer[0] for answer in sample["filtered_resps"]] == pytest.approx(
             [-score for score in record["scores"]], rel=1e-5)
@@ -67,8 +67,8 @@ def test_blocks_of_one_token_answer_as_the_parent(lm):
     requests = by_hand("loglikelihood", ("Once", " upon a time"), ("Tom", " ran home to his mum."))
     texts = by_hand("loglikelihood_rolling", ("Once upon a time there was a little girl. " * 40,), ("Sue sat.",))
     asked = by_hand("generate_until", ("Once upon", {"until": ["\n\n"], "max_gen_toks": 9}))
-    parent = HarnessLM(make_candidate(lm.pretrained, "parent", autoregressive=True))
-    blocks = HarnessLM(make_candidate(dataclasses.replace(lm.pretrained, blocks=Blocks(1)), "blocks", num_samples=2))
+    parent = HarnessLM(make_eval_model(lm.pretrained, "parent", autoregressive=True))
+    blocks = HarnessLM(make_eval_model(dataclasses.replace(lm.pretrained, blocks=BlockSpec(1)), "blocks", num_samples=2))
     expected, found = parent.loglikelihood(requests), blocks.loglikelihood(requests)
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -78,13 +78,13 @@ def test_blocks_of_one_token_answer_as_the_parent(lm):
 
 def test_options_meet_the_same_noise_and_nothing_else_does(harness_folder):
     model = Scripted()
-    evaluate(HarnessLM(model.candidate), harness_folder, "choice", "other_choice")
+    evaluate(HarnessLM(model.eval_model), harness_folder, "choice", "other_choice")
     both = [pair.item for pair in model.pairs.pop()]
     assert both[0::2] == both[1::2] and len(set(both)) == 6
     assert all(0 <= item < 2**32 for item in both)
-    evaluate(HarnessLM(model.candidate), harness_folder, "other_choice", limit=2)
+    evaluate(HarnessLM(model.eval_model), harness_folder, "other_choice", limit=2)
     assert [pair.item for pair in model.pairs.pop()] == both[6:10]
-    lm = HarnessLM(model.candidate)
+    lm = HarnessLM(model.eval_model)
     lm.loglikelihood(by_hand("loglikelihood", ("a", " b"), ("a", " c"), ("d", " b"), ("a", " b")))
     one, two, three, again = (pair.item for pair in model.pairs.pop())
     assert one == two and len({one, three, again}) == 3  # a repetition is another draw
@@ -94,18 +94,18 @@ def test_a_bound_depends_on_neither_batch_size_nor_company(harness_folder, lm):
     arguments = [("Once", " upon a time there was a little girl who was very happy."), ("Tom", " ran home to his mum."),
                  ("Sue sat on the big red mat and", " Tom did not like it one bit, so he ran off.")]
     requests = [Instance("loglikelihood", {}, one, 0, ("made", number, 1)) for number, one in enumerate(arguments)]
-    found = [HarnessLM(make_candidate(lm.pretrained, "ours", num_samples=5, batch_size=size), greedy=False)
+    found = [HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5, batch_size=size), greedy=False)
              .loglikelihood(requests) for size in (16, 3)]
-    alone = HarnessLM(make_candidate(lm.pretrained, "ours", num_samples=5), greedy=False).loglikelihood(requests[2:])
+    alone = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5), greedy=False).loglikelihood(requests[2:])
     np.testing.assert_allclose([score for score, _ in found[0]], [score for score, _ in found[1]], rtol=1e-5)
     np.testing.assert_allclose(found[0][2][0], alone[0][0], rtol=1e-5)
-    other = HarnessLM(make_candidate(lm.pretrained, "ours", num_samples=5, seed=1), greedy=False)
+    other = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5, seed=1), greedy=False)
     assert abs(other.loglikelihood(requests)[2][0] - alone[0][0]) > 1e-3
 
 
 def test_perplexities_by_hand(harness_folder):
     model = Scripted()
-    found = evaluate(HarnessLM(model.candidate), harness_folder, "text")["results"]["text"]
+    found = evaluate(HarnessLM(model.eval_model), harness_folder, "text")["results"]["text"]
     texts = [row["text"] for row in TEXTS]
     nats = sum(Scripted.cost(text) for text in texts)
     assert found["word_perplexity,none"] == pytest.approx(math.exp(nats / sum(len(text.split()) for text in texts)))
@@ -116,30 +116,30 @@ def test_perplexities_by_hand(harness_folder):
 
 def test_a_text_longer_than_a_row_is_scored_once_in_windows():
     model = Scripted(max_length=5)
-    lm = HarnessLM(model.candidate)
+    lm = HarnessLM(model.eval_model)
     text = "a b c d e f g h i"
     both = lm.loglikelihood_rolling(by_hand("loglikelihood_rolling", (text,), ("a b",)))
     windows = [(decode(pair.context), decode(pair.continuation)) for pair in model.pairs.pop()]
     assert windows == [("", "a b c d"), (" d", " e f g"), (" f g", " h i"), ("", "a b")]
     assert both == pytest.approx([-sum(Scripted.cost(text) for _, text in windows[:3]), -Scripted.cost("a b")])
     assert lm.loglikelihood_rolling(by_hand("loglikelihood_rolling", ("",))) == [0.0]
-    HarnessLM(Scripted(max_length=2).candidate).loglikelihood_rolling(by_hand("loglikelihood_rolling", ("a b",)))
+    HarnessLM(Scripted(max_length=2).eval_model).loglikelihood_rolling(by_hand("loglikelihood_rolling", ("a b",)))
 
 
 def test_the_rolling_likelihood_of_a_model_of_ours(harness_folder, lm):
-    candidate = make_candidate(lm.pretrained, "parent", autoregressive=True)
+    eval_model = make_eval_model(lm.pretrained, "parent", autoregressive=True)
     texts = [row["text"] for row in TEXTS]
-    nats = candidate.score([Pair((), tuple(lm.tokenizer.encode(text))) for text in texts])
-    found = evaluate(HarnessLM(candidate), harness_folder, "text")["results"]["text"]
+    nats = eval_model.score([Pair((), tuple(lm.tokenizer.encode(text))) for text in texts])
+    found = evaluate(HarnessLM(eval_model), harness_folder, "text")["results"]["text"]
     assert found["bits_per_byte,none"] == pytest.approx(
         sum(nats) / sum(len(text.encode()) for text in texts) / math.log(2), rel=1e-5)
-    bound = HarnessLM(make_candidate(lm.pretrained, "ours", num_samples=4))
+    bound = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=4))
     assert bound.loglikelihood_rolling(by_hand("loglikelihood_rolling", (texts[0],)))[0] < 0
 
 
 def test_a_context_that_is_too_long_loses_its_beginning():
     model = Scripted(max_length=5)
-    lm = HarnessLM(model.candidate, greedy=False)
+    lm = HarnessLM(model.eval_model, greedy=False)
     lm.loglikelihood(by_hand("loglikelihood", ("a b c d", " e f"), ("", "a b")))
     assert [(decode(pair.context), decode(pair.continuation)) for pair in model.pairs[0]] == [
         (" c d", " e f"), ("", "a b")]
@@ -153,20 +153,20 @@ def test_a_context_that_is_too_long_loses_its_beginning():
 
 def test_accuracy_of_a_completion_is_what_is_greedy(harness_folder):
     model = Scripted()
-    found = evaluate(HarnessLM(model.candidate), harness_folder, "last_word", "choice")["results"]
+    found = evaluate(HarnessLM(model.eval_model), harness_folder, "last_word", "choice")["results"]
     assert found["last_word"]["acc,none"] == 0.5
     assert found["last_word"]["perplexity,none"] == pytest.approx(
         math.exp((Scripted.cost(" boy.") + Scripted.cost(" be.")) / 2))
     assert [decode(pair.continuation) for pair in model.looked[0]] == [" boy.", " be."]  # and no option
-    asked = evaluate(HarnessLM(model.candidate, greedy=True), harness_folder, "last_word", "choice")
+    asked = evaluate(HarnessLM(model.eval_model, greedy=True), harness_folder, "last_word", "choice")
     assert len(model.looked[1]) == 8 and asked["results"]["last_word"]["acc,none"] == 0.5
-    never = evaluate(HarnessLM(model.candidate, greedy=False), harness_folder, "last_word")["results"]["last_word"]
+    never = evaluate(HarnessLM(model.eval_model, greedy=False), harness_folder, "last_word")["results"]["last_word"]
     assert len(model.looked) == 2 and never["acc,none"] == 0.0
 
 
 def test_a_model_of_ours_knows_what_is_greedy(lm):
-    candidate = make_candidate(lm.pretrained, "parent", autoregressive=True)
-    lm_of = HarnessLM(candidate)
+    eval_model = make_eval_model(lm.pretrained, "parent", autoregressive=True)
+    lm_of = HarnessLM(eval_model)
     prompt = "Once upon a"
     text, = lm_of.generate_until(by_hand("generate_until", (prompt, {"max_gen_toks": 3})))
     (_, likely), (_, other) = lm_of.loglikelihood(by_hand("loglikelihood", (prompt, text), (prompt + " big", " zebra")))
@@ -175,10 +175,10 @@ def test_a_model_of_ours_knows_what_is_greedy(lm):
 
 def test_a_candidate_that_cannot_do_what_a_task_asks_is_refused(harness_folder):
     with pytest.raises(ConfigError, match="mute cannot write, which the task sums asks for"):
-        evaluate(HarnessLM(Candidate("mute", encode, lambda pairs: [0.0] * len(pairs))), harness_folder, "sums")
+        evaluate(HarnessLM(EvalModel("mute", encode, lambda pairs: [0.0] * len(pairs))), harness_folder, "sums")
     with pytest.raises(ConfigError, match="blind cannot score, which the task text asks for"):
-        evaluate(HarnessLM(Candidate("blind", encode)), harness_folder, "text")
-    plain = Candidate("plain", encode, lambda pairs: [1.0] * len(pairs))
+        evaluate(HarnessLM(EvalModel("blind", encode)), harness_folder, "text")
+    plain = EvalModel("plain", encode, lambda pairs: [1.0] * len(pairs))
     with pytest.raises(ConfigError, match="plain does not say what is greedy, .* the task last_word"):
         evaluate(HarnessLM(plain), harness_folder, "last_word")
     found = evaluate(HarnessLM(plain, greedy=False), harness_folder, "last_word")["results"]["last_word"]

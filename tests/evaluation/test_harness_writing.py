@@ -8,7 +8,7 @@ from lm_eval.api.instance import Instance
 from dlm_jax import DiffusionLM
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.harness import HarnessLM
-from dlm_jax.evaluation.ours import make_candidate
+from dlm_jax.evaluation.ours import make_eval_model
 from tests.evaluation.harness_tasks import SUMS, Scripted, by_hand, evaluate
 
 SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
@@ -22,7 +22,7 @@ def lm():
 
 def test_answers_that_are_written(harness_folder):
     model = Scripted({"one and one": "It is #### 2\nAnd #### 3", "two and two": "#### 5 END#### 4"}, max_length=64)
-    lm = HarnessLM(model.candidate, num_steps=9)
+    lm = HarnessLM(model.eval_model, num_steps=9)
     results = evaluate(lm, harness_folder, "sums")
     assert results["results"]["sums"]["exact_match,number"] == 0.5
     assert [sample["resps"] for sample in results["samples"]["sums"]] == [[["It is #### 2"]], [["#### 5 "]]]
@@ -34,20 +34,20 @@ def test_answers_that_are_written(harness_folder):
 
 def test_repetitions_are_drawn_apart_and_long_texts_are_shortened(harness_folder):
     model = Scripted({row["q"]: "x" for row in SUMS}, max_length=64)
-    lm = HarnessLM(model.candidate)
+    lm = HarnessLM(model.eval_model)
     evaluate(lm, harness_folder, "drawn")
     blanks, = model.blanks
     assert len({blank.item for blank in blanks}) == len(blanks) == 6
     assert {blank.lengths for blank in blanks} == {range(32, 33)} and lm.shortened == {"drawn": (256, 32)}
     assert model.calls == [{"temperature": 0.7, "num_steps": None}]
-    evaluate(HarnessLM(model.candidate, max_gen_toks=5), harness_folder, "drawn")
+    evaluate(HarnessLM(model.eval_model, max_gen_toks=5), harness_folder, "drawn")
     assert {blank.lengths for blank in model.blanks[1]} == {range(5, 6)}
 
 
 def test_what_a_task_may_ask_of_writing():
     def ask(**settings):
         model = Scripted({"": "some words here"})
-        text, = HarnessLM(model.candidate).generate_until(by_hand("generate_until", ("", settings)))
+        text, = HarnessLM(model.eval_model).generate_until(by_hand("generate_until", ("", settings)))
         return text, model.blanks[0][0].lengths[-1], model.calls[0]["temperature"]
 
     assert ask() == ("some words here", 256, 0.0)
@@ -64,8 +64,8 @@ def test_what_a_task_may_ask_of_writing():
 
 @pytest.mark.parametrize("autoregressive", [True, False])
 def test_a_model_of_ours_writes(harness_folder, lm, autoregressive):
-    candidate = make_candidate(lm.pretrained, "ours", autoregressive=autoregressive)
-    harness = HarnessLM(candidate, num_steps=4)
+    eval_model = make_eval_model(lm.pretrained, "ours", autoregressive=autoregressive)
+    harness = HarnessLM(eval_model, num_steps=4)
     long = "Once upon a time there was a girl. " * 60  # more than a row, of which the end is what counts
     arguments = [(text, {"until": ["."], "max_gen_toks": 8}) for text in ("Tom and Sue", long, long[35:])]
     found = harness.generate_until(by_hand("generate_until", *arguments))
@@ -78,9 +78,9 @@ def test_answers_are_kept_in_the_harness_s_cache(harness_folder, tmp_path):
     model = Scripted({row["q"]: "#### 2" for row in SUMS})
     cache = str(tmp_path / "answers")
     tasks = ("choice", "text", "last_word", "sums")
-    first = evaluate(HarnessLM(model.candidate), harness_folder, *tasks, use_cache=cache)
+    first = evaluate(HarnessLM(model.eval_model), harness_folder, *tasks, use_cache=cache)
     asked = len(model.pairs), len(model.blanks)
-    again = evaluate(HarnessLM(model.candidate), harness_folder, *tasks, use_cache=cache)
+    again = evaluate(HarnessLM(model.eval_model), harness_folder, *tasks, use_cache=cache)
     assert (len(model.pairs), len(model.blanks)) == asked and again["results"] == first["results"]
 
 
@@ -89,11 +89,11 @@ def test_chat_templates(harness_folder, lm):
     tokenizer.chat_template = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
                                "{% if add_generation_prompt %}<bot>{% endif %}")
     model = Scripted({f"<user>{row['q']}<bot>": "#### 4" for row in SUMS})
-    with_template = HarnessLM(model.candidate, tokenizer=tokenizer)
+    with_template = HarnessLM(model.eval_model, tokenizer=tokenizer)
     found = evaluate(with_template, harness_folder, "sums", apply_chat_template=True)
     assert found["results"]["sums"]["exact_match,number"] == 0.5
     assert with_template.chat_template(True) == tokenizer.chat_template and with_template.chat_template() == ""
     assert "/" not in with_template.tokenizer_name
     for tokenizer in (None, lm.tokenizer):
         with pytest.raises(ConfigError, match="scripted has no chat template; give the HarnessLM a tokenizer"):
-            evaluate(HarnessLM(model.candidate, tokenizer=tokenizer), harness_folder, "sums", apply_chat_template=True)
+            evaluate(HarnessLM(model.eval_model, tokenizer=tokenizer), harness_folder, "sums", apply_chat_template=True)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dlm_jax.evaluation.candidate import Candidate
+from dlm_jax.evaluation.eval_model import EvalModel
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.judging import cut, judge_writing, judged_part
+from dlm_jax.evaluation.judging import cut, extract_answer, judge_writing
 from dlm_jax.evaluation.sandbox import Outcome
 from dlm_jax.evaluation.tasks import TASKS
 
@@ -22,9 +22,9 @@ def test_parts_of_texts(text, how, part):
 
 
 def test_under_the_release_all_of_a_text_counts():
-    model = Candidate("model", list)
-    assert judged_part(TASKS["lambada"], model, Item(), " a\nb", True) == " a\nb"
-    assert judged_part(TASKS["lambada"], model, Item(), " a\nb", False) == "a"
+    model = EvalModel("model", list)
+    assert extract_answer(TASKS["lambada"], model, Item(), " a\nb", True) == " a\nb"
+    assert extract_answer(TASKS["lambada"], model, Item(), " a\nb", False) == "a"
 
 
 def test_samples_vote_by_the_tasks_first_metric():

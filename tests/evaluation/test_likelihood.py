@@ -8,11 +8,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import beta
 
-from dlm_jax.attention import AttentionMask, Blocks
-from dlm_jax.data.batch import Batch
+from dlm_jax.attention import AttentionMask
+from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import autoregressive_nll, bound, make_bound_fn
-from dlm_jax.evaluation.candidate import Pair
+from dlm_jax.evaluation.eval_model import Pair
 from dlm_jax.evaluation.masks import bound_draw
 from dlm_jax.evaluation.scoring import diffusion_score
 from dlm_jax.models import ModelConfig, Transformer
@@ -71,7 +72,7 @@ def enumerated_block_bound(model, row, blocks, shift):
         inside = np.arange(max(start, 1), min(start + size, len(row)))
         n, end = len(inside), min(start + size, len(row))
         q, k = np.indices((end, end))
-        clean = k // size <= q // size if blocks.clean == "whole" else k <= q
+        clean = k // size <= q // size if blocks.clean_attention == "block_bidirectional" else k <= q
         attention = AttentionMask.matrix(clean | (q >= start))
         masks = np.array([mask for mask in itertools.product([False, True], repeat=n) if any(mask)])
         noised = np.tile(row[:end], (len(masks), 1))
@@ -82,12 +83,12 @@ def enumerated_block_bound(model, row, blocks, shift):
             total -= beta(k, n - k + 1) * sum(logp_row[at - shift, row[at]] for at in inside[mask]
                                               if not (shift and at == start))
         if shift and start:
-            total -= log_probabilities(model, row[None, :start], blocks.reading())[0, -1, row[start]]
+            total -= log_probabilities(model, row[None, :start], blocks.prefill_mask())[0, -1, row[start]]
     return total
 
 
 @pytest.mark.parametrize("blocks, shift", [
-    (Blocks(3), True), (Blocks(3), False), (Blocks(1), True), (Blocks(7), True), (Blocks(3, "whole"), True)])
+    (BlockSpec(3), True), (BlockSpec(3), False), (BlockSpec(1), True), (BlockSpec(7), True), (BlockSpec(3, "block_bidirectional"), True)])
 def test_the_bound_of_blocks_is_unbiased(model, blocks, shift):
     (row,), _ = rows_of(1, length=7)
     copies = 1000
@@ -102,7 +103,7 @@ def test_the_bound_of_blocks_is_unbiased(model, blocks, shift):
 
 
 @pytest.mark.parametrize("blocks, shift", [
-    (Blocks(3), True), (Blocks(3), False), (Blocks(1), True), (Blocks(3, "whole"), False)])
+    (BlockSpec(3), True), (BlockSpec(3), False), (BlockSpec(1), True), (BlockSpec(3, "block_bidirectional"), False)])
 def test_the_score_of_a_continuation_is_the_bound_of_its_blocks(model, blocks, shift):
     """Exact, as every mask of a short block is tried: from the beginning, and behind a context of whole blocks."""
     (row,), _ = rows_of(1, length=9)
@@ -115,9 +116,9 @@ def test_the_score_of_a_continuation_is_the_bound_of_its_blocks(model, blocks, s
 
 
 def test_the_bound_exceeds_zero_and_depends_on_the_seed_only(model):
-    tokens, maskable = rows_of(7, length=9)
+    tokens, noisable_mask = rows_of(7, length=9)
     first, again, batched, other = (
-        bound(model, tokens, maskable, mask_token_id=MASK, num_samples=4, seed=seed, batch_size=size)
+        bound(model, tokens, noisable_mask, mask_token_id=MASK, num_samples=4, seed=seed, batch_size=size)
         for seed, size in ((0, 5), (0, 5), (0, 28), (1, 5)))
     assert first == again
     assert first.num_tokens == 56
@@ -128,21 +129,21 @@ def test_the_bound_exceeds_zero_and_depends_on_the_seed_only(model):
 
 
 def test_padding_with_a_segment_of_its_own_changes_nothing(model):
-    tokens, maskable = rows_of(3, length=9)
+    tokens, noisable_mask = rows_of(3, length=9)
     wide = np.pad(tokens, ((0, 0), (0, 7)), constant_values=3)
     padding = np.tile(np.arange(16) >= 9, (3, 1))
     options = {"mask_token_id": MASK, "num_samples": 4}
-    plain = bound(model, tokens, maskable, **options)
+    plain = bound(model, tokens, noisable_mask, **options)
     padded = bound(model, wide, ~padding, segment_ids=padding, **options)
     np.testing.assert_allclose([r.nats for r in padded.rows], [r.nats for r in plain.rows], rtol=1e-5)
-    plain, padded = autoregressive_nll(model, tokens, maskable), autoregressive_nll(model, wide, ~padding)
+    plain, padded = autoregressive_nll(model, tokens, noisable_mask), autoregressive_nll(model, wide, ~padding)
     np.testing.assert_allclose([r.nats for r in padded.rows], [r.nats for r in plain.rows], rtol=1e-5)
 
 
 def test_only_maskable_tokens_are_noised_and_scored(model):
-    tokens, maskable = rows_of(2)
-    maskable[:, 1:4] = False
-    estimate = bound(model, tokens, maskable, mask_token_id=MASK, num_samples=2)
+    tokens, noisable_mask = rows_of(2)
+    noisable_mask[:, 1:4] = False
+    estimate = bound(model, tokens, noisable_mask, mask_token_id=MASK, num_samples=2)
     noised = tokens.copy()
     noised[:, 4] = MASK
     logp = log_probabilities(model, noised, AttentionMask.bidirectional())
@@ -152,8 +153,8 @@ def test_only_maskable_tokens_are_noised_and_scored(model):
 
 
 def test_one_device_and_eight_agree(model):
-    tokens, maskable = rows_of(8, length=9)
-    batch = Batch(jnp.asarray(tokens), jnp.asarray(maskable).at[:, 0].set(False), jnp.arange(8, dtype=jnp.uint32))
+    tokens, noisable_mask = rows_of(8, length=9)
+    batch = Batch(jnp.asarray(tokens), jnp.asarray(noisable_mask).at[:, 0].set(False), jnp.arange(8, dtype=jnp.uint32))
     graphdef, params = nnx.split(model)
     values_of = make_bound_fn(graphdef, mask_token_id=MASK, shift=True, num_samples=4, seed=0)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -164,18 +165,18 @@ def test_one_device_and_eight_agree(model):
 
 
 def test_the_autoregressive_value_is_the_definition(model):
-    tokens, maskable = rows_of(3, length=9)
+    tokens, noisable_mask = rows_of(3, length=9)
     logp = log_probabilities(model, tokens, AttentionMask.causal())
     expected = [-sum(logp[i, n - 1, tokens[i, n]] for n in range(1, 9)) for i in range(3)]
-    estimate = autoregressive_nll(model, tokens, maskable, batch_size=2)
+    estimate = autoregressive_nll(model, tokens, noisable_mask, batch_size=2)
     np.testing.assert_allclose([r.nats for r in estimate.rows], expected, rtol=1e-5)
     assert estimate.nats_per_token == pytest.approx(sum(expected) / 24, rel=1e-5)
     assert estimate.standard_error == 0
 
 
 def test_impossible_requests_are_refused(model):
-    tokens, maskable = rows_of(2)
+    tokens, noisable_mask = rows_of(2)
     with pytest.raises(ConfigError, match="num_samples must be at least 2"):
-        bound(model, tokens, maskable, mask_token_id=MASK, num_samples=1)
+        bound(model, tokens, noisable_mask, mask_token_id=MASK, num_samples=1)
     with pytest.raises(DataError, match="no token to score"):
         bound(model, tokens, np.zeros((2, 5), bool), mask_token_id=MASK)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import beta
 
-from dlm_jax.evaluation.masks import bound_draw, everything, release_draw, times_draw
+from dlm_jax.evaluation.masks import bound_draw, mask_all, release_draw, sample_time_masks
 
 
 def values_of(length, seed=0):
@@ -40,10 +40,10 @@ def test_more_tokens_give_it_without_bias(length, num_samples):
 @pytest.mark.parametrize(("length", "num_samples"), [(1, 4), (5, 3), (7, 16)])
 def test_times_give_it_without_bias(length, num_samples):
     values = values_of(length)
-    found = [score(times_draw(length, num_samples, 1, item), values) for item in range(6000)]
+    found = [score(sample_time_masks(length, num_samples, 1, item), values) for item in range(6000)]
     assert abs(np.mean(found) - enumerated(values, length)) < 4 * np.std(found) / len(found) ** 0.5
-    other = times_draw(length + 3, num_samples, 1, 7).masked
-    assert all(any((row == longer[:length]).all() for longer in other) for row in times_draw(
+    other = sample_time_masks(length + 3, num_samples, 1, 7).masked
+    assert all(any((row == longer[:length]).all() for longer in other) for row in sample_time_masks(
         length, num_samples, 1, 7).masked)  # common random numbers
 
 
@@ -79,7 +79,7 @@ def test_the_released_rule_step_by_step():
 
 
 def test_a_causal_model_needs_one_pass():
-    assert everything(3).masked.tolist() == [[True] * 3] and everything(3).weights.tolist() == [1]
+    assert mask_all(3).masked.tolist() == [[True] * 3] and mask_all(3).weights.tolist() == [1]
 
 
 def test_every_mask_is_a_uniform_subset():

@@ -9,8 +9,8 @@ from scipy.special import log_softmax
 
 from dlm_jax import AttentionMask, DiffusionLM
 from dlm_jax.errors import ConfigError
-from dlm_jax.evaluation.candidate import Blank
-from dlm_jax.evaluation.ours import make_candidate
+from dlm_jax.evaluation.eval_model import GenerationRequest
+from dlm_jax.evaluation.ours import make_eval_model
 from dlm_jax.evaluation.run import Job, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
 from dlm_jax.sampling import SamplerConfig
@@ -48,14 +48,14 @@ def released_score(lm, prompt, option, uniform):
 def test_the_release_token_by_token(lm, name):
     task, encode = TASKS[name], lm.tokenizer.encode
     item = task.read(ROWS[name], True)
-    candidate = make_candidate(lm.pretrained, "model", release=True, num_samples=STEPS, seed=SEED)
+    eval_model = make_eval_model(lm.pretrained, "model", release=True, num_samples=STEPS, seed=SEED)
     expected = []
-    for option, (pair, (prompt, text)) in enumerate(zip(pairs_of(candidate, task, item, 0, release=True), TEXTS[name],
+    for option, (pair, (prompt, text)) in enumerate(zip(pairs_of(eval_model, task, item, 0, release=True), TEXTS[name],
                                                         strict=True)):
         assert (list(pair.context), list(pair.continuation)) == (encode(prompt), encode(text))
         uniform = np.random.default_rng([SEED, 0, option]).random((STEPS, len(pair.continuation)))
         expected.append(released_score(lm, encode(prompt), encode(text), uniform))
-    record, = run([Job(task, [item])], [candidate], release=True)
+    record, = run([Job(task, [item])], [eval_model], release=True)
     np.testing.assert_allclose(record["scores"], expected, rtol=1e-4)
     assert record["picks"] == [int(np.argmin(expected))]
 
@@ -63,8 +63,8 @@ def test_the_release_token_by_token(lm, name):
 def test_the_parent_is_asked_the_same_and_scored_exactly(lm):
     task = TASKS["hellaswag"]
     item = task.read(ROWS["hellaswag"], False)
-    parent = make_candidate(lm.pretrained, "parent", autoregressive=True)
-    model = make_candidate(lm.pretrained, "model")
+    parent = make_eval_model(lm.pretrained, "parent", autoregressive=True)
+    model = make_eval_model(lm.pretrained, "model")
     assert pairs_of(parent, task, item, 0) == pairs_of(model, task, item, 0)
     record, = run([Job(task, [item])], [parent])
     for (context, continuation), found in zip(item.options, record["scores"], strict=True):
@@ -76,9 +76,9 @@ def test_the_parent_is_asked_the_same_and_scored_exactly(lm):
 
 
 def test_texts_are_written_as_the_sampler_says(lm):
-    blank, prompt = Blank("Tom saw a", "", range(8, 9), 0), "Tom saw a"
+    blank, prompt = GenerationRequest("Tom saw a", "", range(8, 9), 0), "Tom saw a"
     for sampler in (None, SamplerConfig("margin", block_length=2), SamplerConfig("threshold", threshold=0.3)):
-        found, = make_candidate(lm.pretrained, "model", sampler=sampler).write([blank], temperature=0.0, num_steps=None)
+        found, = make_eval_model(lm.pretrained, "model", sampler=sampler).write([blank], temperature=0.0, num_steps=None)
         how = {} if sampler is None else dataclasses.asdict(sampler)
         expected, = lm.generate([prompt], max_new_tokens=8, **how | {"temperature": 0.0})
         assert found == expected.removeprefix(prompt)
@@ -87,11 +87,11 @@ def test_texts_are_written_as_the_sampler_says(lm):
 def test_models_that_cannot_be_evaluated_are_refused(lm):
     without = dataclasses.replace(lm.pretrained, mask_token_id=None)
     with pytest.raises(ConfigError, match="records no mask token, which a diffusion model needs"):
-        make_candidate(without, "model")
-    make_candidate(without, "parent", autoregressive=True)
+        make_eval_model(without, "model")
+    make_eval_model(without, "parent", autoregressive=True)
     with pytest.raises(ConfigError, match="has no tokenizer"):
-        make_candidate(dataclasses.replace(lm.pretrained, tokenizer=None), "model")
+        make_eval_model(dataclasses.replace(lm.pretrained, tokenizer=None), "model")
     with pytest.raises(ConfigError, match="trained without the shift"):
-        make_candidate(dataclasses.replace(lm.pretrained, shift=False), "parent", autoregressive=True)
+        make_eval_model(dataclasses.replace(lm.pretrained, shift=False), "parent", autoregressive=True)
     with pytest.raises(ConfigError, match="num_samples must be at least 1"):
-        make_candidate(lm.pretrained, "model", num_samples=0)
+        make_eval_model(lm.pretrained, "model", num_samples=0)

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dlm_jax.evaluation.candidate import Candidate
+from dlm_jax.evaluation.eval_model import EvalModel
 from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.page import chance_of, margin, page
 from dlm_jax.evaluation.report import summarise
@@ -45,7 +45,7 @@ class Elements(HTMLParser):
 
 def evaluated(*names: str):
     models = [scripted("a<b", len), scripted("even", lambda text: len(text) ** 0.5)]
-    writer = [Candidate(model.name, encode, model.score, lambda blanks, **_: ["<script>1</script>"] * len(blanks))
+    writer = [EvalModel(model.name, encode, model.score, lambda blanks, **_: ["<script>1</script>"] * len(blanks))
               for model in models]
     jobs = [Job(TASKS["piqa"], ITEMS), Job(TASKS["lambada"], [Item(prompt="one", answers=("&amp;",))]),
             Job(TASKS["text"], [Item(options=(("", "some words"),))])]

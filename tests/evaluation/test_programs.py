@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.candidate import Candidate
+from dlm_jax.evaluation.eval_model import EvalModel
 from dlm_jax.evaluation.programs import completed, cut_code
 from dlm_jax.evaluation.run import Job, blank_of, run
 from dlm_jax.evaluation.sandbox import Sandbox
@@ -42,23 +42,23 @@ def test_what_is_asked_and_what_is_run(tmp_path):
     program = completed(item, "    y = 0\n")
     assert program.source == "def double(x):\n    y = 0\n    return y\n"
     assert program.tests == ROW["test"] + "\ncheck(double)\n"
-    model, parent = Candidate("model", words), Candidate("parent", words, autoregressive=True)
+    model, parent = EvalModel("model", words), EvalModel("parent", words, autoregressive=True)
     blank = blank_of(model, TASK, item, 3, sample=2)
     assert (blank.before, blank.after, blank.lengths) == (ROW["prompt"], ROW["suffix"], range(3, 41))
     assert (blank.item, blank.sample) == (3, 2)
     blank = blank_of(parent, TASK, item, 0)
     assert (blank.before, blank.after, blank.lengths) == (ROW["prompt"], "", range(40, 41))
-    small = Candidate("small", words, max_length=20)
+    small = EvalModel("small", words, max_length=20)
     assert blank_of(small, TASK, item, 0).lengths == range(3, 11)
 
 
 def test_longer_gaps_try_fewer_lengths(tmp_path):
     several, span = items_of(tmp_path, {**ROW, "task_id": "MultiLineInfilling/HumanEval/0/L0_L0"},
                              {**ROW, "task_id": "RandomSpanInfilling/HumanEval/0/1"})
-    model = Candidate("model", words)
+    model = EvalModel("model", words)
     assert blank_of(model, TASK, several, 0).lengths == range(16, 241, 16) and not several.one_line
     assert blank_of(model, TASK, span, 0).lengths == range(4, 97, 4)
-    assert blank_of(Candidate("small", words, max_length=40), TASK, several, 0).lengths == range(16, 21, 16)
+    assert blank_of(EvalModel("small", words, max_length=40), TASK, several, 0).lengths == range(16, 21, 16)
     with pytest.raises(DataError, match="rows.jsonl.gz, line 1: the task_id 'HumanEval/0' does not begin with"):
         items_of(tmp_path, {**ROW, "task_id": "HumanEval/0"})
 
@@ -81,13 +81,13 @@ def test_a_scripted_model_and_its_parent(tmp_path, sandbox):
         return ["    y = 2 * x\n    return 3\n" for _ in blanks]
 
     items = items_of(tmp_path, *[ROW] * 3)
-    candidates = [Candidate("model", words, write=write), Candidate("parent", words, write=go_on, autoregressive=True)]
-    records = run([Job(TASK, items, "An example.\n\n")], candidates, execute=sandbox)
+    eval_models = [EvalModel("model", words, write=write), EvalModel("parent", words, write=go_on, autoregressive=True)]
+    records = run([Job(TASK, items, "An example.\n\n")], eval_models, execute=sandbox)
     assert [record["values"]["pass_at_1"] for record in records] == [1, 0, 0, 1, 1, 1]
     assert [record["outcomes"] for record in records[:3]] == [["passed"], ["AssertionError"], ["SyntaxError"]]
     assert records[3]["prediction"] == "    y = 2 * x\n"
     with pytest.raises(ConfigError, match="humaneval_infilling runs programs that a model wrote"):
-        run([Job(TASK, items)], candidates)
+        run([Job(TASK, items)], eval_models)
 
 
 def test_samples_pass_on_average_and_together(tmp_path, sandbox):
@@ -96,7 +96,7 @@ def test_samples_pass_on_average_and_together(tmp_path, sandbox):
         right = {(0, 1), (0, 3)}
         return ["    y = 2 * x\n" if (blank.item, blank.sample) in right else "    y = 0\n" for blank in blanks]
 
-    records = run([Job(TASK, items_of(tmp_path, ROW, ROW))], [Candidate("model", words, write=write)], samples=4,
+    records = run([Job(TASK, items_of(tmp_path, ROW, ROW))], [EvalModel("model", words, write=write)], samples=4,
                   temperature=0.5, execute=sandbox)
     assert [record["values"] for record in records] == [{"pass_at_1": 0.5, "hit": 1}, {"pass_at_1": 0, "hit": 0}]
 
@@ -111,9 +111,9 @@ def test_the_release_knows_the_length_and_leaves_out_what_is_long(tmp_path, sand
     long = {**ROW, "prompt": "# " + "a " * 982 + "\n" + ROW["prompt"]}
     longer = {**ROW, "prompt": "# " + "a " * 983 + "\n" + ROW["prompt"]}
     items = items_of(tmp_path, longer, ROW, long, release=True)
-    candidates = [Candidate("model", words, write=write, release_temperature=0.9),
-                  Candidate("parent", words, write=write, autoregressive=True)]
-    records = run([Job(TASK, items)], candidates, release=True, execute=sandbox)
+    eval_models = [EvalModel("model", words, write=write, release_temperature=0.9),
+                  EvalModel("parent", words, write=write, autoregressive=True)]
+    records = run([Job(TASK, items)], eval_models, release=True, execute=sandbox)
     assert [(record["model"], record["item"]) for record in records] == [
         ("model", 1), ("model", 2), ("parent", 1), ("parent", 2)]
     assert [record["values"] for record in records] == [{"pass_at_1": 1.0}] * 4
@@ -123,7 +123,7 @@ def test_the_release_knows_the_length_and_leaves_out_what_is_long(tmp_path, sand
     assert parents.before == (f"The prefix is: {ROW['prompt']} and the suffix is: {ROW['suffix']}, please return the "
                               "middle code: ")
     with pytest.raises(DataError, match="all items of humaneval_infilling have more than 1000 tokens"):
-        run([Job(TASK, items[:1])], candidates, release=True, execute=sandbox)
+        run([Job(TASK, items[:1])], eval_models, release=True, execute=sandbox)
 
 
 def test_the_real_files(test_data, sandbox):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dlm_jax.errors import DataError
-from dlm_jax.evaluation.candidate import Candidate
+from dlm_jax.evaluation.eval_model import EvalModel
 from dlm_jax.evaluation.run import Job, run
 from dlm_jax.evaluation.tasks import find_task, load_items, shots_prefix
 
@@ -78,7 +78,7 @@ def scripted(*texts):
     def write(blanks, *, temperature, num_steps):
         return [texts[blank.item][blank.sample] for blank in blanks]
 
-    return Candidate("model", list, write=write)
+    return EvalModel("model", list, write=write)
 
 
 def test_numbers_by_hand(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.evaluation.candidate import Pair
+from dlm_jax.evaluation.eval_model import Pair
 from dlm_jax.evaluation.reconstruction import RATIOS, chosen, reconstructed
 from dlm_jax.evaluation.scoring import make_guess
 from tests.sampling.tools import MASK, tiny

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.candidate import Candidate, Pair
+from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.report import markdown_report, summarise, table
 from dlm_jax.evaluation.run import Job, blank_of, pairs_of, run
@@ -28,7 +28,7 @@ def scripted(name, cost, **settings):
     def score(pairs):
         return [cost("".join(WORDS[token] for token in pair.continuation)) for pair in pairs]
 
-    return Candidate(name, encode, score, **settings)
+    return EvalModel(name, encode, score, **settings)
 
 
 def choice(*options, gold=0):
@@ -83,7 +83,7 @@ def test_writing_by_hand():
         return [{"one": " signs, more\nsigns", "two": "\n\nsign"}[blank.before] for blank in blanks]
 
     items = [Item(prompt=prompt, answers=("signs",), solution=" signs") for prompt in ("one", "two")]
-    records = run([Job(TASKS["lambada"], items)], [Candidate("written", encode, write=write)], num_steps=5)
+    records = run([Job(TASKS["lambada"], items)], [EvalModel("written", encode, write=write)], num_steps=5)
     assert [record["values"]["first_word"] for record in records] == [1, 0]
     assert [record["prediction"] for record in records] == ["signs, more", "sign"]
 
@@ -96,12 +96,12 @@ def test_a_left_to_right_model_sees_nothing_behind_a_gap_and_its_first_sentence_
         return ['He ran. He sat. "']
 
     item = Item(prompt="One. ", suffix=" Four.", answers=("He ran!",), solution="He ran!")
-    parent = Candidate("parent", encode, write=write, autoregressive=True)
+    parent = EvalModel("parent", encode, write=write, autoregressive=True)
     record, = run([Job(TASKS["rocstories"], [item])], [parent])
     assert seen[0].after == "" and list(seen[0].lengths) == [20]
     assert record["prediction"] == "He ran." and record["values"] == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
-    assert blank_of(Candidate("model", encode), TASKS["rocstories"], item, 0).lengths == range(4, 21)
-    assert blank_of(Candidate("model", encode), TASKS["rocstories"], item, 0, release=True).lengths == range(2, 3)
+    assert blank_of(EvalModel("model", encode), TASKS["rocstories"], item, 0).lengths == range(4, 21)
+    assert blank_of(EvalModel("model", encode), TASKS["rocstories"], item, 0, release=True).lengths == range(2, 3)
     assert blank_of(parent, TASKS["rocstories"], item, 0, release=True).lengths == range(7, 8)
 
 
@@ -120,25 +120,25 @@ def test_context_and_continuation_are_parted_where_the_text_is():
     def merging(text):  # "b c" is one token, as a tokenizer may have it
         return encode(text.replace("b c", "b_c"))
 
-    plain = pairs_of(Candidate("model", encode), TASKS["piqa"], choice("c", "d"), 4, prefix="A b ")
+    plain = pairs_of(EvalModel("model", encode), TASKS["piqa"], choice("c", "d"), 4, prefix="A b ")
     assert [WORDS[token] for token in plain[0].context] == ["A", " b", " Q:"]
     assert plain[1] == Pair(plain[0].context, tuple(encode(" d")), 4, 1)
     item = Item((("a b", " c d"),))
-    pair, = pairs_of(Candidate("model", merging), TASKS["piqa"], item, 0)
+    pair, = pairs_of(EvalModel("model", merging), TASKS["piqa"], item, 0)
     assert [WORDS[token] for token in pair.continuation] == [" b_c", " d"]
-    pair, = pairs_of(Candidate("model", merging), TASKS["piqa"], item, 0, release=True)
+    pair, = pairs_of(EvalModel("model", merging), TASKS["piqa"], item, 0, release=True)
     assert [WORDS[token] for token in pair.continuation] == [" c", " d"]
 
 
 def test_bos_before_an_option_is_the_releases_for_two_tasks():
-    model = Candidate("model", encode, encode_special=lambda text: [0, *encode(text)])
+    model = EvalModel("model", encode, encode_special=lambda text: [0, *encode(text)])
     for name, expected in (("hellaswag", (0, *encode(" v"))), ("siqa", tuple(encode(" v")))):
         pair, = pairs_of(model, TASKS[name], Item((("Q:", " v"),)), 0, release=True)
         assert pair.continuation == expected and pair.context[0] == 0
 
 
 def test_a_context_that_is_too_long_loses_its_beginning():
-    model = Candidate("model", encode, max_length=5)
+    model = EvalModel("model", encode, max_length=5)
     pair, = pairs_of(model, TASKS["piqa"], Item((("a b c d", " e f"),)), 0)
     assert pair.context == tuple(encode(" c d"))
     with pytest.raises(DataError, match="piqa, item 3, option 0 has 5 tokens to score, and model takes at most 5"):
@@ -170,7 +170,7 @@ def test_samples_are_asked_for_one_by_one_and_a_stopped_run_goes_on():
         return [f"{blank.item + blank.sample}" for blank in blanks]
 
     items = [Item(prompt="a", answers=("1",)) for _ in range(3)]
-    model, task = Candidate("model", encode, write=write), TASKS["mawps"]
+    model, task = EvalModel("model", encode, write=write), TASKS["mawps"]
     whole = run([Job(task, items)], [model], samples=2, temperature=1.0)
     assert asked == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [record["values"]["last_number"] for record in whole] == [0.5, 0.5, 0]

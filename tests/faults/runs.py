@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from dlm_jax.training.checkpoint import saved_steps
+from dlm_jax.checkpoints.orbax import saved_steps
 from dlm_jax.training.metrics import read_records
 
 TIMING = ("tokens_per_second", "seconds_per_step", "slowest_step_seconds", "data_wait", "peak_memory_gib")

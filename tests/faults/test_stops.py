@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from dlm_jax.training.checkpoint import saved_steps
+from dlm_jax.checkpoints.orbax import saved_steps
 from tests.faults.runs import arrays, ended, last_step, records, wait_for
 
 

@@ -25,7 +25,7 @@ def cluster(cloud):
 
 def test_a_pod_installs_this_commit_and_trains(cluster):
     cluster.run("gke_xpk.sh", *WHERE, "--type=v6e-256", "--slices=2", "--spot", "--zone=z", *TRAINING, ODD)
-    assert cluster.arguments() == ["--coordinator=auto", *TRAINING[1:], ODD, "--config.mesh.slices=2"]
+    assert cluster.arguments() == ["--coordinator=auto", *TRAINING[1:], ODD, "--config.mesh.dcn_data=2"]
     assert (cluster.standin / "pip").read_text() == "install --quiet --editable .[tpu,gcs]\n"
     assert "launch" in (cluster.standin / "xpk-files").read_text().split()
     wanted = {"--tpu-type=v6e-256", "--num-slices=2", "--spot", "--restart-on-exit-codes=75,76", "--max-restarts=10",

@@ -91,7 +91,7 @@ def test_slices_train_as_one(cloud):
     (create,) = here.calls("queued-resources", "create")
     assert {"--node-count=2", "--node-prefix=my-tpu"} <= set(create)
     for worker in ("0/0", "0/1", "1/0", "1/1"):
-        assert here.arguments(worker)[-1] == "--config.mesh.slices=2"
+        assert here.arguments(worker)[-1] == "--config.mesh.dcn_data=2"
     here.plan("1/1", "", "exit 137 2")
     killed = here.tpu("--type=v5p-16", "--slices=2", "--max_restarts=0", *TRAINING, *LONG, code=137)
     assert "worker 1/1 ended with 137 (killed by SIGKILL)" in killed.stderr

@@ -83,9 +83,9 @@ def test_positions_seen_again_in_any_order_give_the_same_states_and_cache(kind):
     states, whole = some_hidden(network, TOKENS, mask, every, empty(kind))
     np.testing.assert_allclose(states, expected, atol=2e-5)
     positions = np.stack([np.random.default_rng(row).permutation(LENGTH)[:WIDTH] for row in range(3)])
-    states, again = some_hidden(network, TOKENS, mask, positions, whole)
+    states, remat = some_hidden(network, TOKENS, mask, positions, whole)
     np.testing.assert_allclose(states, np.take_along_axis(np.asarray(expected), positions[..., None], 1), atol=2e-5)
-    for new, old in zip(again, whole, strict=True):
+    for new, old in zip(remat, whole, strict=True):
         np.testing.assert_allclose(new, old, atol=2e-5)
 
 

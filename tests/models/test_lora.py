@@ -14,22 +14,22 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import (
     Compute,
-    LoraConfig,
-    LoraFactor,
-    LoraParam,
+    LoRAConfig,
+    LoRAFactor,
+    LoRAParam,
     Transformer,
     abstract_model,
     add_lora,
     merge_lora,
     new_factors,
-    split_factors,
+    split_lora,
     split_trained,
 )
 from tests.models.test_transformer import GPT2, QWEN3
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 20)))
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-LORA = LoraConfig(rank=4, alpha=6.0, frozen_dtype="float32")
+LORA = LoRAConfig(rank=4, alpha=6.0, frozen_dtype="float32")
 CASES = {"gpt2": (GPT2, ("q", "k", "v", "out", "up", "down")), "qwen3": (QWEN3, LORA.targets)}
 
 
@@ -43,7 +43,7 @@ def build(case, seed=0, base=None, **changes):
 
 def learned(model, seed=1):
     """The model with factors b that are not zero."""
-    graphdef, factors, rest = nnx.split(model, LoraFactor, ...)
+    graphdef, factors, rest = nnx.split(model, LoRAFactor, ...)
     keys = iter(jax.random.split(jax.random.key(seed), 99))
     factors = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), factors)
     return nnx.merge(graphdef, factors, rest)
@@ -78,7 +78,7 @@ def test_new_factors_change_no_bit_and_learned_ones_are_what_merging_adds(case):
 @pytest.mark.parametrize("targets", [("q",), ("out",), ("down", "k")])
 def test_only_targets_have_factors_and_all_of_them_matter(targets):
     base, model = build("qwen3", targets=targets)
-    _, _, factors = split_factors(model)
+    _, _, factors = split_lora(model)
     assert {path[-3] for path, _ in nnx.to_flat_state(factors)} == set(targets)
     for path, _ in nnx.to_flat_state(factors):
         if path[-1] == "b":
@@ -91,10 +91,10 @@ def test_only_targets_have_factors_and_all_of_them_matter(targets):
 def test_new_factors_are_kaiming_uniform_and_depend_on_the_seed_alone():
     config = dataclasses.replace(GPT2, hidden_size=64, mlp_size=256, num_layers=6)
     lora = dataclasses.replace(LORA, rank=8, targets=CASES["gpt2"][1])
-    factors, again, other = (dict(nnx.to_flat_state(new_factors(config, lora, seed, "float32", ONE_DEVICE)))
+    factors, remat, other = (dict(nnx.to_flat_state(new_factors(config, lora, seed, "float32", ONE_DEVICE)))
                              for seed in (0, 0, 1))
     for path, value in factors.items():
-        assert np.array_equal(value[...], again[path][...])
+        assert np.array_equal(value[...], remat[path][...])
         if path[-1] == "b":
             assert not value[...].any()
             continue
@@ -121,7 +121,7 @@ def test_what_is_trained_is_told_by_type_and_what_is_not_is_stored_small():
     for path, leaf in nnx.to_flat_state(frozen):
         assert leaf.dtype == (jnp.float32 if path[-1] == "scale" else jnp.bfloat16), path
     _, trained, _ = split_trained(abstract_model(config, lora=dataclasses.replace(lora, embedding=False, head=True)))
-    assert isinstance(trained["head"]["kernel"], LoraParam) and "embed" not in trained
+    assert isinstance(trained["head"]["kernel"], LoRAParam) and "embed" not in trained
     _, params, rest = split_trained(abstract_model(config))
     assert len(jax.tree.leaves(params)) == len(jax.tree.leaves(nnx.state(abstract_model(config))))
     assert not jax.tree.leaves(rest)
@@ -201,7 +201,7 @@ def test_doras_gradient_takes_the_norms_it_divides_by_as_constants():
 
     def projected(values):
         factors = nnx.merge(graphdef, values)
-        return factors.rescale(x @ kernel + factors(x, None), kernel)
+        return factors.apply_dora_scale(x @ kernel + factors(x, None), kernel)
 
     norms = jnp.linalg.norm(kernel + 1.5 * factors.a[...] @ factors.b[...], axis=0)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from dlm_jax.attention import AttentionMask
 from dlm_jax.models import Compute, Transformer, abstract_model, add_lora, fingerprint, merge_lora, split_trained
 from dlm_jax.models.adapt import base_shapes, freeze
-from dlm_jax.models.quantised import dequantise, quantised
+from dlm_jax.models.lora import dequantise, quantised
 from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings
 from tests.models.test_lora import CASES, LORA, ONE_DEVICE, TOKENS, learned, logits
 from tests.models.test_transformer import QWEN3

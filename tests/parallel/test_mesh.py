@@ -10,7 +10,7 @@ from dlm_jax.parallel.mesh import split_slices
 
 def test_one_axis_takes_what_the_others_leave():
     assert dict(make_mesh(MeshConfig(data=2, tensor=2)).shape) == {
-        "slices": 1, "data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+        "dcn_data": 1, "data": 2, "fsdp": 2, "tensor": 2, "context": 1}
     assert dict(make_mesh(MeshConfig(fsdp=1, tensor=-1)).shape)["tensor"] == 8
     assert make_mesh(devices=jax.devices()[:3]).size == 3
 
@@ -46,12 +46,12 @@ def test_slices_of_the_hardware_stay_whole():
     assert [chip.slice_index for chip in first + second] == [0] * 4 + [1] * 4
     assert [[chip.id for chip in part] for part in split_slices(chips, 4)] == [[0, 1], [4, 5], [2, 3], [6, 7]]
     for count in (1, 3):
-        with pytest.raises(ConfigError, match=f"slices={count} would cut across; set mesh.slices to 2"):
+        with pytest.raises(ConfigError, match=f"slices={count} would cut across; set mesh.dcn_data to 2"):
             split_slices(chips, count)
 
 
 def test_devices_that_know_of_no_slices_are_cut_up_in_their_order():
-    mesh = make_mesh(MeshConfig(slices=2, data=2))
-    assert dict(mesh.shape) == {"slices": 2, "data": 2, "fsdp": 2, "tensor": 1, "context": 1}
+    mesh = make_mesh(MeshConfig(dcn_data=2, data=2))
+    assert dict(mesh.shape) == {"dcn_data": 2, "data": 2, "fsdp": 2, "tensor": 1, "context": 1}
     assert [device.id for device in mesh.devices.flat] == [device.id for device in jax.devices()]
     assert describe_mesh(mesh) == "8 x cpu: slices=2 data=2 fsdp=2"

@@ -15,10 +15,10 @@ def _quick(program, level):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(request):
+def quick_compilation(inputs):
     """A module with OPTIMIZATION_LEVEL = 1 is one of large batches."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_sample", "_begin", "_step"):
-            level = getattr(request.module, "OPTIMIZATION_LEVEL", 0)
+            level = getattr(inputs.module, "OPTIMIZATION_LEVEL", 0)
             patch.setattr(loop, name, _quick(getattr(loop, name), level))
         yield

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.attention import Blocks
+from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import ConfigError
-from dlm_jax.sampling import SamplerConfig, Task, loop
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, loop
 from tests.sampling.tools import EOS, MASK, keys_of, tiny
 
 SIZE, WIDTH = 4, 24
@@ -19,21 +19,21 @@ GIVEN, LENGTHS = np.array([1, 4, 7, 12]), np.array([24, 18, 23, 13])
 FIXED = np.arange(WIDTH) < GIVEN[:, None]
 
 
-def task_of(shift=True, eos=(), blocks=Blocks(SIZE), **settings):
+def task_of(shift=True, eos=(), blocks=BlockSpec(SIZE), **settings):
     settings = {"policy": "confidence", "temperature": 0.8} | settings
-    return Task(SamplerConfig(**settings), MASK, shift, eos, bool(eos), blocks=blocks)
+    return SamplingSpec(SamplerConfig(**settings), MASK, shift, eos, bool(eos), blocks=blocks)
 
 
-def states_of(task, kind="llama", rows=slice(None)):
+def states_of(spec, kind="llama", rows=slice(None)):
     arrays = TOKENS[rows], FIXED[rows], LENGTHS[rows], keys_of(4)[rows]
-    return list(loop.stream(tiny(kind), *arrays, task))
+    return list(loop.stream(tiny(kind), *arrays, spec))
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "shift", "blocks"))
 def uncached(tokens, kind, shift, blocks):
     """Log-probabilities [batch, length, vocab] for every position, from one pass over noised copies and clean ones."""
     padding = jnp.arange(WIDTH) >= LENGTHS[:, None]
-    mask = blocks.learning(WIDTH).with_segments(padding)
+    mask = blocks.training_mask(WIDTH).with_segments(padding)
     hidden = tiny(kind).hidden(jnp.tile(tokens, 2), mask, positions=jnp.arange(2 * WIDTH) % WIDTH)
     noised, clean = jnp.split(hidden, 2, axis=1)
     if shift:
@@ -44,10 +44,10 @@ def uncached(tokens, kind, shift, blocks):
 
 @pytest.mark.parametrize("kind, shift, clean", [
     ("llama", True, "causal"), ("gpt2", True, "causal"), ("window", True, "causal"), ("llama", False, "causal"),
-    ("llama", True, "whole"), ("gpt2", False, "whole"), ("window", True, "whole")])
+    ("llama", True, "block_bidirectional"), ("gpt2", False, "block_bidirectional"), ("window", True, "block_bidirectional")])
 def test_what_is_remembered_is_what_would_be_computed(kind, shift, clean):
     """At every step of every row, what is revealed and how likely it is are those of the whole row computed anew."""
-    blocks = Blocks(SIZE, clean)
+    blocks = BlockSpec(SIZE, clean)
     for before, after in itertools.pairwise(states_of(task_of(shift, blocks=blocks, temperature=0.0, num_steps=20),
                                                       kind)):
         expected, revealed = uncached(before.tokens, kind, shift, blocks), np.asarray(before.masked & ~after.masked)
@@ -57,12 +57,12 @@ def test_what_is_remembered_is_what_would_be_computed(kind, shift, clean):
 
 
 def test_rows_do_not_wait_for_each_other_nor_know_of_each_other():
-    task = task_of(num_steps=12)
-    together = states_of(task)[-1]
-    blocks = np.array([state.block for state in states_of(task)])
+    spec = task_of(num_steps=12)
+    together = states_of(spec)[-1]
+    blocks = np.array([state.block for state in states_of(spec)])
     assert (np.ptp(blocks[:3], axis=1) > 0).all()
     for row in range(4):
-        alone = states_of(task, rows=slice(row, row + 1))[-1]
+        alone = states_of(spec, rows=slice(row, row + 1))[-1]
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
         assert together.steps[row] == alone.steps[0]
 
@@ -90,7 +90,7 @@ def test_a_threshold_of_nothing_takes_one_step_a_block():
 
 
 def test_blocks_of_one_token_are_the_parents_decoding():
-    ours = states_of(task_of(blocks=Blocks(1), temperature=0.0))[-1]
+    ours = states_of(task_of(blocks=BlockSpec(1), temperature=0.0))[-1]
     parents = states_of(task_of(blocks=None, policy="autoregressive", temperature=0.0))[-1]
     np.testing.assert_array_equal(ours.tokens, parents.tokens)
     np.testing.assert_allclose(ours.confidence, parents.confidence, atol=2e-4)
@@ -107,7 +107,7 @@ def test_a_row_ends_with_its_text():
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"block_length": 8}, "leave block_length out"), ({"guidance": 1.0}, "leave guidance out"),
+    ({"block_length": 8}, "leave block_length out"), ({"cfg_scale": 1.0}, "leave cfg_scale out"),
     ({"block_length": 8, "cache": "dual"}, "leave block_length out")])
 def test_settings_of_other_models_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):

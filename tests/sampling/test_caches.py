@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.sampling import SamplerConfig, Task, loop
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, loop
 from tests.sampling.tools import MASK, is_gap, keys_of, problem, run, tiny
 
 SETTINGS = dict(policy="confidence", num_steps=20, block_length=8, temperature=0.8)
@@ -18,17 +18,17 @@ def tokens_of(kind, layers, **settings):
 
 @pytest.mark.parametrize(("kind", "cache"), [("llama", "prefix"), ("gpt2", "dual")])
 def test_a_cache_refreshed_at_every_step_changes_nothing_and_a_stale_one_does(kind, cache):
-    fresh = tokens_of(kind, 2, cache=cache, refresh_every=1)
+    fresh = tokens_of(kind, 2, cache=cache, cache_refresh_interval=1)
     np.testing.assert_array_equal(fresh, tokens_of(kind, 2))
     assert (tokens_of(kind, 2, cache=cache) != fresh).any()
 
 
 @pytest.mark.parametrize(("kind", "cache"), [("gpt2", "prefix"), ("window", "dual")])
-@pytest.mark.parametrize(("guidance", "shift"), [(0.0, True), (0.5, False)], ids=["plain", "guidance and no shift"])
-def test_with_one_layer_nothing_outside_the_block_grows_stale(kind, cache, guidance, shift):
+@pytest.mark.parametrize(("cfg_scale", "shift"), [(0.0, True), (0.5, False)], ids=["plain", "guidance and no shift"])
+def test_with_one_layer_nothing_outside_the_block_grows_stale(kind, cache, cfg_scale, shift):
     """Keys and values of the first layer depend on the tokens where they are, and those change in the block alone."""
-    np.testing.assert_array_equal(tokens_of(kind, 1, cache=cache, guidance=guidance, shift=shift),
-                                  tokens_of(kind, 1, guidance=guidance, shift=shift))
+    np.testing.assert_array_equal(tokens_of(kind, 1, cache=cache, cfg_scale=cfg_scale, shift=shift),
+                                  tokens_of(kind, 1, cfg_scale=cfg_scale, shift=shift))
 
 
 @pytest.mark.parametrize(("kind", "cache"), [("llama", "prefix"), ("gpt2", "dual")])
@@ -49,10 +49,10 @@ def test_what_is_kept_lies_outside_the_block(cache, outside):
     """From a block's second step on, keys are those of the row as it is in the block, and of its start elsewhere."""
     model, (tokens, fixed, lengths) = tiny("llama"), problem()
     states = list(loop.stream(model, tokens, fixed, lengths, keys_of(4),
-                              Task(SamplerConfig(**SETTINGS, cache=cache), MASK, True)))
+                              SamplingSpec(SamplerConfig(**SETTINGS, cache=cache), MASK, True)))
     gaps = is_gap(fixed, lengths)
-    first = next(i for i, state in enumerate(states) if state.age == 0 and i > 0)
-    begin, end = first, next(i for i, state in enumerate(states) if state.age == 0 and i > first)
+    first = next(i for i, state in enumerate(states) if state.steps_in_block == 0 and i > 0)
+    begin, end = first, next(i for i, state in enumerate(states) if state.steps_in_block == 0 and i > first)
     assert end - begin > 2
     now, last = states[end - 1], states[end - 2]  # `now` was computed from the tokens of `last`
     kept = np.asarray(states[begin + 1].cache.value)  # everything, as it was at the block's first step

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.sampling import SamplerConfig
-from dlm_jax.sampling.choice import categorical, choose, invert, keep_largest
+from dlm_jax.sampling.tokens import categorical, choose, invert, keep_largest
 from tests.sampling.toys import truncated
 
 
@@ -37,8 +37,8 @@ def test_equals_of_the_crossing_token_are_kept():
 def test_inverting_gives_each_token_its_share():
     weights = np.random.default_rng(0).dirichlet(np.full(50, 0.2)).astype(np.float32)
     weights[[0, 7, 49]] = 0
-    grid = jnp.arange(1 << 18) / (1 << 18)
-    share = np.bincount(jax.vmap(invert, (None, 0))(weights, grid), minlength=50) / (1 << 18)
+    step_schedule = jnp.arange(1 << 18) / (1 << 18)
+    share = np.bincount(jax.vmap(invert, (None, 0))(weights, step_schedule), minlength=50) / (1 << 18)
     np.testing.assert_allclose(share, weights / weights.sum(), atol=2 / (1 << 18))
     assert (share[[0, 7, 49]] == 0).all()
 

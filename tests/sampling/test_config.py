@@ -8,12 +8,12 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.mark.parametrize(("settings", "words"), [
     (dict(policy="best"), "unknown reveal policy 'best'; choose one of random, .*confidence"),
-    (dict(grid="square"), "unknown time grid 'square'; choose one of linear, cosine"),
+    (dict(step_schedule="square"), "unknown step schedule 'square'; choose one of linear, cosine"),
     (dict(cache="triple"), "unknown cache 'triple'; choose one of none, prefix, dual"),
     (dict(num_steps=0), "num_steps must be at least 1, got 0"),
     (dict(block_length=-3), "block_length must be at least 1, got -3"),
     (dict(top_k=0), "top_k must be at least 1"),
-    (dict(block_length=8, cache="dual", refresh_every=0), "refresh_every must be at least 1"),
+    (dict(block_length=8, cache="dual", cache_refresh_interval=0), "cache_refresh_interval must be at least 1"),
     (dict(temperature=-0.1), "temperature must be 0 .* or positive, got -0.1"),
     (dict(temperature=NAN), "temperature"),
     (dict(temperature=INF), "temperature"),
@@ -27,17 +27,17 @@ NAN, INF = float("nan"), float("inf")
     (dict(repetition_penalty=NAN), "repetition_penalty must be positive"),
     (dict(eos_penalty=-1.0), "eos_penalty must be 0 or positive"),
     (dict(eos_penalty=NAN), "eos_penalty must be 0 or positive"),
-    (dict(guidance=-0.5), "guidance must be 0 or positive"),
-    (dict(guidance=INF), "guidance must be 0 or positive"),
+    (dict(cfg_scale=-0.5), "cfg_scale must be 0 or positive"),
+    (dict(cfg_scale=INF), "cfg_scale must be 0 or positive"),
     (dict(policy="confidence", threshold=0.9), "threshold belongs to the policy threshold, .* is confidence"),
     (dict(policy="random", remask=0.1), "remask needs a policy that keeps to counts, such as random_exact"),
-    (dict(policy="first_hitting", grid="cosine"), "the cosine grid needs num_steps, and first_hitting"),
-    (dict(policy="threshold", grid="cosine"), "the cosine grid needs num_steps, and threshold"),
+    (dict(policy="first_hitting", step_schedule="cosine"), "the cosine step_schedule needs num_steps, and first_hitting"),
+    (dict(policy="threshold", step_schedule="cosine"), "the cosine step_schedule needs num_steps, and threshold"),
     (dict(cache="prefix"), "the prefix cache keeps what lies outside a block; set block_length"),
-    (dict(block_length=8, refresh_every=2), "refresh_every belongs to a cache; set cache to prefix or dual"),
+    (dict(block_length=8, cache_refresh_interval=2), "cache_refresh_interval belongs to a cache; set cache to prefix or dual"),
     *[(dict(policy="autoregressive") | {name: value}, f"autoregressive decoding has no {name}; leave it out")
-      for name, value in dict(num_steps=8, grid="cosine", block_length=4, threshold=0.5, remask=0.1, guidance=1.0,
-                              cache="dual", refresh_every=2).items()],
+      for name, value in dict(num_steps=8, step_schedule="cosine", block_length=4, threshold=0.5, remask=0.1, cfg_scale=1.0,
+                              cache="dual", cache_refresh_interval=2).items()],
 ], ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "")
 def test_impossible_settings_are_refused_in_one_sentence(settings, words):
     with pytest.raises(ConfigError, match=words) as refusal:
@@ -57,9 +57,9 @@ def test_settings_in_force():
                                                                                "autoregressive"}
     assert set(steps.values()) == {None, 64}
     assert SamplerConfig("threshold", num_steps=5).steps == SamplerConfig("random", num_steps=5).steps == 5
-    assert SamplerConfig("threshold").certain == 0.9
-    assert SamplerConfig("threshold", threshold=0.4).certain == 0.4
-    assert SamplerConfig("confidence").certain is None
+    assert SamplerConfig("threshold").reveal_threshold == 0.9
+    assert SamplerConfig("threshold", threshold=0.4).reveal_threshold == 0.4
+    assert SamplerConfig("confidence").reveal_threshold is None
 
 
 def test_the_widest_settings_are_accepted():

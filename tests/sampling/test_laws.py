@@ -16,7 +16,7 @@ def everywhere(joint, *numbers):
     return [(range(joint.length), numbers)]
 
 
-def draw(joint, given=None, context=0, rows=ROWS, **settings):
+def draw_tokens(joint, given=None, context=0, rows=ROWS, **settings):
     """What is drawn for `rows` alike, the context token left out."""
     given = given or (None,) * joint.length
     row = [context, *(0 if token is None else token for token in given)]
@@ -31,15 +31,15 @@ CASES = {
     "random, truncated": (THREE, "random", everywhere(THREE, 1 / 3, 1 / 2, 1), dict(
         policy="random", num_steps=3, temperature=0.7, top_p=0.8, shift=False)),
     "random, cosine": (THREE, "random", everywhere(THREE, *(1 - LEFT[1:] / LEFT[:-1]), 1), dict(
-        policy="random", num_steps=3, grid="cosine")),
+        policy="random", num_steps=3, step_schedule="cosine")),
     "exact": (THREE, "exact", everywhere(THREE, 1, 3), dict(policy="random_exact", num_steps=2, top_k=2)),
     "exact in blocks": (THREE, "exact", [((0, 1), (2,)), ((2,), (1,))], dict(
         policy="random_exact", num_steps=2, block_length=2, shift=False)),
     "exact, cosine, remasking in blocks": (FOUR, "exact", [((0, 1, 2), (1, 2, 3)), ((3,), (1,))], dict(
-        policy="random_exact", num_steps=9, grid="cosine", remask=0.5, block_length=3)),
+        policy="random_exact", num_steps=9, step_schedule="cosine", remask=0.5, block_length=3)),
     "confidence": (THREE, "confidence", everywhere(THREE, 1, 3), dict(policy="confidence", num_steps=2, shift=False)),
     "confidence, cosine, truncated": (FOUR, "confidence", everywhere(FOUR, 1, 2, 4), dict(
-        policy="confidence", num_steps=3, grid="cosine", top_p=0.9)),
+        policy="confidence", num_steps=3, step_schedule="cosine", top_p=0.9)),
     "confidence in blocks": (FOUR, "confidence", [((0, 1), (2,)), ((2, 3), (1, 2))], dict(
         policy="confidence", num_steps=3, block_length=2, temperature=0.8)),
     "confidence, remasking": (THREE, "confidence", everywhere(THREE, 1, 2, 3), dict(
@@ -58,9 +58,9 @@ CASES = {
     "threshold in blocks": (FOUR, "confidence", [((0, 1), (1, 2)), ((2, 3), (1, 2))], dict(
         policy="threshold", threshold=0.6, block_length=2)),
     "guidance": (FOUR, "confidence", [((0, 2, 3), (1, 3))], dict(
-        policy="confidence", num_steps=2, guidance=0.8, given=(None, 1, None, None))),
+        policy="confidence", num_steps=2, cfg_scale=0.8, given=(None, 1, None, None))),
     "guidance by chance": (THREE, "exact", [((0, 2), (1, 2))], dict(
-        policy="random_exact", guidance=1.5, given=(None, 2, None), temperature=1.4, shift=False)),
+        policy="random_exact", cfg_scale=1.5, given=(None, 2, None), temperature=1.4, shift=False)),
     "repetition": (THREE, "confidence", everywhere(THREE, 1, 2, 3), dict(
         policy="confidence", context=1, repetition_penalty=1.7)),
     "repetition and end of text": (THREE, "exact", [((0, 2), (1, 2))], dict(
@@ -68,7 +68,7 @@ CASES = {
     "no end of text": (THREE, "confidence", everywhere(THREE, 1, 3), dict(
         policy="confidence", num_steps=2, eos=0, eos_penalty=np.inf)),
 }
-NOT_IN_THE_LAW = ("policy", "num_steps", "grid", "block_length", "shift", "repetition_penalty")
+NOT_IN_THE_LAW = ("policy", "num_steps", "step_schedule", "block_length", "shift", "repetition_penalty")
 
 
 @pytest.mark.parametrize("case", CASES.items(), ids=lambda case: case[0])
@@ -76,7 +76,7 @@ def test_samples_follow_the_enumerated_law(case):
     joint, policy, blocks, settings = case[1]
     told = {name: value for name, value in settings.items() if name not in NOT_IN_THE_LAW}
     law = Reference(joint, policy, blocks, penalty=settings.get("repetition_penalty", 1.0), **told).law()
-    assert_follows(law, draw(joint, **settings))
+    assert_follows(law, draw_tokens(joint, **settings))
 
 
 @pytest.mark.parametrize(("settings", "given"), [
@@ -85,7 +85,7 @@ def test_samples_follow_the_enumerated_law(case):
     (dict(policy="first_hitting", block_length=2), (None, 1, None)),
 ], ids=["random", "random_exact", "first_hitting in blocks"])
 def test_one_token_at_a_time_by_chance_gives_the_joint_law(settings, given):
-    assert_follows(THREE.law(given or ()), draw(THREE, given, **settings))
+    assert_follows(THREE.law(given or ()), draw_tokens(THREE, given, **settings))
 
 
 @pytest.mark.parametrize("settings", [
@@ -99,7 +99,7 @@ def test_what_precedes_an_end_of_text_has_the_law_it_has_without_stopping(settin
     law = dict.fromkeys(THREE.law(), 0.0)
     for row, p in THREE.law().items():
         law[ended(row)] += p
-    found = draw(THREE, eos=0, stop=True, **settings)
+    found = draw_tokens(THREE, eos=0, stop=True, **settings)
     assert_follows(law, [ended(row) for row in found.tolist()])
 
 

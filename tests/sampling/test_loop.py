@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dlm_jax.checkpoints.hf_import import aligned_empty
 from dlm_jax.errors import ConfigError
-from dlm_jax.hf.stream import aligned_empty
-from dlm_jax.sampling import SamplerConfig, Task, sample, stream
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample, stream
 from tests.sampling.tools import MASK, keys_of, problem, run, tiny
 from tests.sampling.toys import Toy
 
@@ -55,7 +55,7 @@ def counting(number=20, **config):
     (dict(policy="first_hitting"), [1] * 20),
     (dict(policy="threshold", threshold=0.99999), [1] * 20),  # the toy is sure, but not as sure
     (dict(policy="threshold", threshold=0.9), [20]),
-    (dict(policy="confidence", num_steps=4, grid="cosine"), [2, 4, 7, 7]),
+    (dict(policy="confidence", num_steps=4, step_schedule="cosine"), [2, 4, 7, 7]),
     (dict(policy="random_exact", num_steps=5, block_length=8), [4] * 5),
     (dict(policy="threshold", block_length=8), [8, 8, 4]),
 ], ids=str)
@@ -71,8 +71,8 @@ def test_a_canvas_may_be_changed_after_it_was_given():
     def start():
         tokens, fixed = aligned_empty((4, 64), np.int32), aligned_empty((4, 64), np.bool_)
         tokens[:], fixed[:] = 7, np.arange(64) < 20
-        task = Task(SamplerConfig("confidence", num_steps=2, temperature=0.0), MASK, True)
-        return tokens, fixed, sample(tiny("llama"), tokens, fixed, np.full(4, 64), keys_of(4), task)
+        spec = SamplingSpec(SamplerConfig("confidence", num_steps=2, temperature=0.0), MASK, True)
+        return tokens, fixed, sample(tiny("llama"), tokens, fixed, np.full(4, 64), keys_of(4), spec)
 
     expected = np.asarray(start()[-1].tokens)
     for _ in range(20):
@@ -103,9 +103,9 @@ def test_a_token_masked_again_is_as_likely_to_be_filled_in_the_same_step_as_one_
     """Told by the token itself, which is another one of 999 when it is drawn anew."""
     rows, vocab = 300, 1000
     toy = Toy(lambda tokens: jnp.zeros((*tokens.shape, vocab)))
-    task = Task(SamplerConfig("random_exact", num_steps=8, remask=0.4), vocab - 1, True)
+    spec = SamplingSpec(SamplerConfig("random_exact", num_steps=8, remask=0.4), vocab - 1, True)
     fixed = np.tile(np.arange(LENGTH) < 1, (rows, 1))
-    states = list(stream(toy, np.zeros((rows, LENGTH), int), fixed, np.full(rows, LENGTH), keys_of(rows), task))
+    states = list(stream(toy, np.zeros((rows, LENGTH), int), fixed, np.full(rows, LENGTH), keys_of(rows), spec))
     for before, after in itertools.pairwise(states[1:-1]):  # a first step has nothing to forget, a last one does not
         old, now = np.asarray(before.masked), np.asarray(after.masked)
         changed = ~old & ~now & np.asarray(before.tokens != after.tokens)
@@ -169,10 +169,10 @@ def test_what_cannot_be_filled_is_refused_before_the_first_step(policy, settings
     fixed[:, 9:18] = True
     fixed[0] = True
     mask = settings.pop("mask", MASK)
-    task = Task(SamplerConfig(policy, **settings), mask, True)
+    spec = SamplingSpec(SamplerConfig(policy, **settings), mask, True)
     for start in (sample, lambda *arguments: next(stream(*arguments))):
         with pytest.raises(ConfigError, match=words) as refusal:
-            start(tiny("llama"), tokens, fixed, np.array([30, 30]), keys_of(2), task)
+            start(tiny("llama"), tokens, fixed, np.array([30, 30]), keys_of(2), spec)
         assert "\n" not in str(refusal.value)
 
 

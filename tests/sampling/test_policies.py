@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dlm_jax.sampling import POLICIES, SamplerConfig
-from dlm_jax.sampling.draw import slice_size
-from dlm_jax.sampling.policies import margin, negative_entropy, probability
+from dlm_jax.sampling.config import margin, negative_entropy, probability
+from dlm_jax.sampling.tokens import slice_size
 
 
 def test_scores_are_what_they_are_called():

@@ -3,17 +3,17 @@ import numpy as np
 import pytest
 
 from dlm_jax.sampling import SamplerConfig
-from dlm_jax.sampling.schedule import block_ids, block_steps, planned_step, target
+from dlm_jax.sampling.spec import block_ids, block_steps, planned_step, target
 
-GRIDS = ("linear", "cosine")
-every_grid = pytest.mark.parametrize("grid", GRIDS)
+STEP_SCHEDULES = ("linear", "cosine")
+every_grid = pytest.mark.parametrize("step_schedule", STEP_SCHEDULES)
 
 
 @every_grid
 @pytest.mark.parametrize("steps", [1, 2, 7, 16, 64, 1000])
-def test_targets_rise_by_at_least_one_a_step_until_all_is_filled(grid, steps):
+def test_targets_rise_by_at_least_one_a_step_until_all_is_filled(step_schedule, steps):
     number, step = np.arange(1, 80)[:, None], np.arange(steps + 3)
-    filled = np.asarray(target(SamplerConfig(grid=grid), step, number, steps))
+    filled = np.asarray(target(SamplerConfig(step_schedule=step_schedule), step, number, steps))
     taken = np.minimum(number, steps)  # a row with fewer gaps than steps is done early
     assert (filled[:, 0] == 0).all()
     for row, n, last in zip(filled, number[:, 0], taken[:, 0], strict=True):
@@ -26,7 +26,7 @@ def test_linear_steps_are_even_and_cosine_ones_near_the_cosine():
     number, steps = np.arange(1, 200)[:, None], np.array([1, 3, 10])
     for taken in steps:
         step = np.arange(taken + 1)
-        linear, cosine = (np.asarray(target(SamplerConfig(grid=grid), step, number, taken)) for grid in GRIDS)
+        linear, cosine = (np.asarray(target(SamplerConfig(step_schedule=step_schedule), step, number, taken)) for step_schedule in STEP_SCHEDULES)
         many = number[:, 0] >= taken
         assert (np.ptp(np.diff(linear[many]), axis=1) <= 1).all()
         plenty = number[:, 0] >= 8 * taken**2  # where one a step is no constraint
@@ -36,13 +36,13 @@ def test_linear_steps_are_even_and_cosine_ones_near_the_cosine():
 
 
 @every_grid
-def test_a_planned_step_lands_in_its_share_of_the_grid(grid):
+def test_a_planned_step_lands_in_its_share_of_the_grid(step_schedule):
     """The linear one is the release's loop, drawn at once."""
     steps, uniform = 7, (np.arange(70_000) + 0.5) / 70_000
-    plan = np.asarray(planned_step(SamplerConfig(grid=grid), jnp.asarray(uniform), jnp.int32(steps)))
+    plan = np.asarray(planned_step(SamplerConfig(step_schedule=step_schedule), jnp.asarray(uniform), jnp.int32(steps)))
     assert (np.diff(plan) >= 0).all() and plan.min() == 0 and plan.max() == steps - 1
     share = np.bincount(plan) / len(plan)
-    if grid == "cosine":
+    if step_schedule == "cosine":
         np.testing.assert_allclose(share, -np.diff(np.cos(np.pi / 2 * np.arange(steps + 1) / steps)), atol=1e-3)
         return
     still, law = 1.0, []
@@ -53,10 +53,10 @@ def test_a_planned_step_lands_in_its_share_of_the_grid(grid):
 
 
 @every_grid
-def test_no_uniform_number_falls_off_the_plan(grid):
+def test_no_uniform_number_falls_off_the_plan(step_schedule):
     for steps in (1, 2, 3, 64, 10_000):
         edge = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))], jnp.float32)
-        first, last = planned_step(SamplerConfig(grid=grid), edge, jnp.int32(steps))
+        first, last = planned_step(SamplerConfig(step_schedule=step_schedule), edge, jnp.int32(steps))
         assert first == 0 and last == steps - 1
 
 

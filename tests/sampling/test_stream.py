@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.sampling import SamplerConfig, Task, stream
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, stream
 from tests.sampling.tools import EOS, MASK, SETTINGS, is_gap, keys_of, problem, run, tiny
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # mostly compiles
@@ -25,22 +25,22 @@ def watch(kind, settings):
     tokens, fixed, lengths = problem(settings["policy"])
     settings = dict(settings)
     ends = (settings.pop("eos"),) if "eos" in settings else ()
-    task = Task(eos_token_ids=ends, stop_at_eos=settings.pop("stop", False), mask_token_id=MASK, shift=True,
+    spec = SamplingSpec(eos_token_ids=ends, stop_at_eos=settings.pop("stop", False), mask_token_id=MASK, shift=True,
                 config=SamplerConfig(**settings))
-    states = stream(tiny(kind), tokens, fixed, lengths, keys_of(4), task)
+    states = stream(tiny(kind), tokens, fixed, lengths, keys_of(4), spec)
     return [jax.tree.map(np.asarray, state._replace(cache=None)) for state in states]
 
 
-def predicted(kind, state, gaps, lengths, policy="confidence", guidance=0.0, repetition_penalty=1.0, eos=None,
+def predicted(kind, state, gaps, lengths, policy="confidence", cfg_scale=0.0, repetition_penalty=1.0, eos=None,
               eos_penalty=0.0, **_):
     """Log-probabilities [batch, length, vocab] that a step goes by, aligned with the positions they are of."""
     attention = (AttentionMask.causal() if policy == "autoregressive" else
                  AttentionMask.bidirectional().with_lengths(jnp.asarray(lengths, jnp.int32)))
     logits = np.array(logits_of(tiny(kind), state.tokens, attention))
-    if guidance:
+    if cfg_scale:
         hidden = np.where(gaps | (np.arange(40) == 0), state.tokens, MASK)
         blind = np.array(logits_of(tiny(kind), hidden, attention))
-        logits = blind + (1 + guidance) * (logits - blind)
+        logits = blind + (1 + cfg_scale) * (logits - blind)
     for row in range(len(logits)):
         seen = np.unique(state.tokens[row][~state.masked[row] & (np.arange(40) < lengths[row])])
         column = logits[row][:, seen]
@@ -88,9 +88,9 @@ def test_remasking_masks_some_again_and_keeps_to_the_counts():
     settings = {**settings, "num_steps": 7, "block_length": None}
     states = watch(kind, settings)
     gaps = states[0].masked.sum(axis=1)
-    for age, state in enumerate(states):
+    for steps_in_block, state in enumerate(states):
         steps = np.clip(gaps, 1, 7)
-        np.testing.assert_array_equal(state.masked.sum(axis=1), gaps - np.minimum(age, steps) * gaps // steps)
+        np.testing.assert_array_equal(state.masked.sum(axis=1), gaps - np.minimum(steps_in_block, steps) * gaps // steps)
     again = [(after.masked & ~before.masked).any() for before, after in itertools.pairwise(states)]
     assert any(again) and not again[-1]
     changed = [(~after.masked & ~before.masked & (after.tokens != before.tokens)).any()

@@ -2,8 +2,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
+from dlm_jax.checkpoints.tokenizer import load_tokenizer
 from dlm_jax.errors import DataError
-from dlm_jax.hf.tokenizer import load_tokenizer
 from dlm_jax.sampling import GAP
 from dlm_jax.sampling.text import decode, encode, split_gaps
 

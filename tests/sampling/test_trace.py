@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.sampling import Snapshot
-from dlm_jax.sampling.trace import MASKED, Trace
-from dlm_jax.sampling.trace_page import describe, joined, token_texts
-from dlm_jax.sampling.trace_picture import COLUMNS, LINES, lay_out
+from dlm_jax.sampling.trace import COLUMNS, LINES, MASKED, Trace, describe, joined, lay_out, token_texts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 WORDS = [" the", " cat", "</script>", "<b>", " &amp;", " $x_1$", ".", "\n", '"', "\u2028"]

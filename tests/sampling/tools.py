@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.models import ModelConfig, abstract_model
-from dlm_jax.sampling import SamplerConfig, Task, sample
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
 MASK, EOS = 60, 59
 _SIZES = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, head_dim=8, mlp_size=48)
@@ -47,8 +47,8 @@ def run(network, tokens, fixed, lengths=None, *, keys=None, mask=MASK, shift=Tru
     tokens = np.asarray(tokens)
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
     keys = keys_of(len(tokens)) if keys is None else keys
-    task = Task(SamplerConfig(**config), mask, shift, () if eos is None else tuple(np.atleast_1d(eos).tolist()), stop)
-    return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, task))
+    spec = SamplingSpec(SamplerConfig(**config), mask, shift, () if eos is None else tuple(np.atleast_1d(eos).tolist()), stop)
+    return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, spec))
 
 
 def problem(policy="confidence", seed=0):
@@ -68,20 +68,20 @@ def is_gap(fixed, lengths):
 
 # Every policy, and every setting with at least one of them: a name, a kind of network, and settings.
 SETTINGS = [
-    ("random", "gpt2", dict(policy="random", num_steps=6, grid="cosine", top_p=0.9)),
+    ("random", "gpt2", dict(policy="random", num_steps=6, step_schedule="cosine", top_p=0.9)),
     ("random in blocks", "llama", dict(policy="random", num_steps=12, block_length=10, temperature=0.8)),
     ("random_exact, remasking", "llama", dict(policy="random_exact", num_steps=7, remask=0.3, block_length=16)),
     ("first_hitting", "gpt2", dict(policy="first_hitting", temperature=0.8)),
     ("confidence", "llama", dict(policy="confidence", num_steps=6, temperature=0.8, top_p=0.9)),
     ("confidence, dual cache", "gpt2", dict(policy="confidence", num_steps=18, block_length=8, cache="dual")),
-    ("margin, guidance", "llama", dict(policy="margin", num_steps=5, guidance=0.7, top_k=20)),
-    ("margin, guidance, dual cache", "window", dict(policy="margin", num_steps=16, guidance=0.5, block_length=12,
-                                                    cache="dual", refresh_every=3)),
+    ("margin, guidance", "llama", dict(policy="margin", num_steps=5, cfg_scale=0.7, top_k=20)),
+    ("margin, guidance, dual cache", "window", dict(policy="margin", num_steps=16, cfg_scale=0.5, block_length=12,
+                                                    cache="dual", cache_refresh_interval=3)),
     ("entropy, prefix cache", "window", dict(policy="entropy", num_steps=20, block_length=8, cache="prefix",
-                                             refresh_every=2, repetition_penalty=1.3)),
+                                             cache_refresh_interval=2, repetition_penalty=1.3)),
     ("threshold, prefix cache", "llama", dict(policy="threshold", threshold=0.3, block_length=12, cache="prefix",
                                               temperature=0.5)),
-    ("threshold, end of text", "gpt2", dict(policy="threshold", threshold=0.2, num_steps=9, grid="cosine",
+    ("threshold, end of text", "gpt2", dict(policy="threshold", threshold=0.2, num_steps=9, step_schedule="cosine",
                                             eos=EOS, stop=True, temperature=0.7)),
     ("autoregressive", "gpt2", dict(policy="autoregressive", repetition_penalty=1.2, top_k=30)),
     ("autoregressive, end of text", "llama", dict(policy="autoregressive", eos=EOS, stop=True, eos_penalty=0.5)),

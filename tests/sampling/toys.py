@@ -98,11 +98,11 @@ class Reference:
       penalty: of repetition; `context` is the token at position 0.
     """
 
-    def __init__(self, joint, policy, blocks, *, given=None, remask=0.0, threshold=np.inf, guidance=0.0, penalty=1.0,
+    def __init__(self, joint, policy, blocks, *, given=None, remask=0.0, threshold=np.inf, cfg_scale=0.0, penalty=1.0,
                  context=None, eos=None, eos_penalty=0.0, **choice):
         self.joint, self.policy, self.blocks, self.remask, self.threshold = joint, policy, blocks, remask, threshold
         self.given = given or (None,) * joint.length
-        self.guidance, self.penalty, self.context = guidance, penalty, context
+        self.cfg_scale, self.penalty, self.context = cfg_scale, penalty, context
         self.eos, self.eos_penalty, self.choice = eos, eos_penalty, choice
         self.follow, self.predict = functools.cache(self._follow), functools.cache(self._predict)
 
@@ -110,7 +110,7 @@ class Reference:
         """The probability of every outcome."""
         return dict.fromkeys(map(tuple, self.joint.outcomes.tolist()), 0.0) | self.follow(self.given, 0, 0)
 
-    def _follow(self, state, block, age):
+    def _follow(self, state, block, steps_in_block):
         """The law of what becomes of a state."""
         if block == len(self.blocks):
             return {state: 1.0}
@@ -118,11 +118,11 @@ class Reference:
         if all(state[n] is not None for n in here):
             return self.follow(state, block + 1, 0)
         law = collections.Counter()
-        for weight, left in self._forget(state, here, age + 1 == len(numbers)):
+        for weight, left in self._forget(state, here, steps_in_block + 1 == len(numbers)):
             masked = [n for n in here if left[n] is None]
-            for chance, tokens in self._reveal(left, masked, numbers[age], len(here) - len(masked)):
+            for chance, tokens in self._reveal(left, masked, numbers[steps_in_block], len(here) - len(masked)):
                 then = tuple(tokens.get(n, token) for n, token in enumerate(left))
-                for outcome, p in self.follow(then, block, age + 1).items():
+                for outcome, p in self.follow(then, block, steps_in_block + 1).items():
                     law[outcome] += weight * chance * p
         return law
 
@@ -160,10 +160,10 @@ class Reference:
         """What candidates are judged by and what they are drawn from, each {masked position: [vocab]}."""
         masked = [n for n, token in enumerate(state) if token is None]
         logits = np.log(self.joint.marginals(state)[masked]) + _OFFSET
-        if self.guidance:
+        if self.cfg_scale:
             hidden = tuple(token if given is None else None for token, given in zip(state, self.given, strict=True))
             blind = np.log(self.joint.marginals(hidden)[masked]) + _OFFSET
-            logits = blind + (1 + self.guidance) * (logits - blind)
+            logits = blind + (1 + self.cfg_scale) * (logits - blind)
         for token in {self.context, *state} - {None, self.joint.mask} if self.penalty != 1 else ():
             column = logits[:, token]
             logits[:, token] = np.where(column > 0, column / self.penalty, column * self.penalty)

@@ -4,15 +4,13 @@ import dataclasses
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.data.config import DataConfig
-from dlm_jax.hf import load_pretrained, save_pretrained
 from dlm_jax.parallel import MeshConfig
 from dlm_jax.training.config import (
     CheckpointConfig,
@@ -25,21 +23,6 @@ from dlm_jax.training.config import (
 )
 
 LETTERS = "abcdefgh "
-
-
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """Compiling is most of the time here: what is compiled once is read back."""
-    defaults = {"jax_compilation_cache_dir": None,
-                "jax_persistent_cache_min_compile_time_secs": 1.0, "jax_persistent_cache_min_entry_size_bytes": 0}
-    quick = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-             "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
-    for settings in (quick, defaults):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        reset_cache()
-        if settings is quick:
-            yield
 
 
 @pytest.fixture(scope="session")

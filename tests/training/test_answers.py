@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from dlm_jax import DiffusionLM
 from dlm_jax.data.config import ExampleConfig
-from dlm_jax.data.examples import ExampleForm
+from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.answers import Question, judge
 from dlm_jax.parallel import MeshConfig
@@ -34,8 +34,8 @@ def examples(tmp_path_factory):
 def tuning(config, examples):
     data = dataclasses.replace(
         config.data, train=(str(examples),), document_separator="", validation_fraction=0.3,
-        examples=ExampleConfig("prompt_response", separator="h", padding="trained"))
-    validation = dataclasses.replace(config.validation, every=10, answers=12, answer_steps=3)
+        examples=ExampleConfig("prompt_response", separator="h", train_on_padding=True))
+    validation = dataclasses.replace(config.validation, every=10, generation_eval=12, generation_steps=3)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=3e-2, ema_decay=0.0)
     objective = dataclasses.replace(config.objective, anneal_steps=0)
     checkpoint = dataclasses.replace(config.checkpoint, every=20)
@@ -74,11 +74,11 @@ def test_a_run_taken_up_again_keeps_its_answers_in_the_summary(tuning, tmp_path)
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("data.examples.format", "none", "validation.answers needs examples with prompts"),
-    ("validation.every", 0, "validation.answers needs examples with prompts"),
-    ("validation.answers", -1, "must not be negative"),
-    ("validation.answer_steps", 0, "validation.answer_steps at least 1"),
-    ("data.validation_fraction", 0.0, "validation.answers needs held-out examples"),
+    ("data.examples.format", "none", "validation.generation_eval needs examples with prompts"),
+    ("validation.every", 0, "validation.generation_eval needs examples with prompts"),
+    ("validation.generation_eval", -1, "must not be negative"),
+    ("validation.generation_steps", 0, "validation.generation_steps at least 1"),
+    ("data.validation_fraction", 0.0, "validation.generation_eval needs held-out examples"),
 ])
 def test_what_cannot_be_answered_is_refused(tuning, tmp_path, key, value, message):
     with pytest.raises(ConfigError, match=message):
@@ -87,11 +87,11 @@ def test_what_cannot_be_answered_is_refused(tuning, tmp_path, key, value, messag
 
 def test_how_answers_are_judged(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    form = ExampleForm(tokenizer, ExampleConfig("gsm8k_symbolic"), 16)
+    form = PromptFormat(tokenizer, ExampleConfig("gsm8k_symbolic"), 16)
     texts = ["<<1+1=2>> #### 2", "#### 2", "<<1+1=3>> #### 3", "<<1+1=2>> #### 2 #", "two"]
     values = judge(texts, [Question((0,), texts[0])] * 5, form)
     assert np.array([list(value.values()) for value in values]).tolist() == [
         [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert list(values[0]) == ["exact_match", "marked_number", "in_form"]
-    near, = judge(["a b c"], [Question((0,), "a b d")], ExampleForm(tokenizer, ExampleConfig("prompt_response"), 16))
+    near, = judge(["a b c"], [Question((0,), "a b d")], PromptFormat(tokenizer, ExampleConfig("prompt_response"), 16))
     assert near == {"exact_match": 0.0, "rougeL": pytest.approx(2 / 3)}

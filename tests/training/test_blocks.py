@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from dlm_jax import DiffusionLM
-from dlm_jax.attention import Blocks
+from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import MeshConfig
-from dlm_jax.training.adapter import LoraSettings
-from dlm_jax.training.config import ModelSource
+from dlm_jax.training.config import LoRASettings, ModelSource
 from dlm_jax.training.loop import train
 from dlm_jax.training.metrics import read_records
-from dlm_jax.training.objective import ObjectiveConfig
 from tests.training.conftest import changed
 
 STAGES = ((0, 1), (6, 4))
@@ -21,7 +20,7 @@ STAGES = ((0, 1), (6, 4))
 
 def growing(config):
     """Twelve steps through two sizes of blocks."""
-    objective = ObjectiveConfig(name="block_diffusion", block_size=4, block_stages=STAGES)
+    objective = ObjectiveConfig(name="block_diffusion", block_size=4, block_size_schedule=STAGES)
     return dataclasses.replace(config, num_steps=12, objective=objective)
 
 
@@ -56,14 +55,14 @@ def test_a_run_of_blocks_is_the_same_on_every_mesh(blocks, whole, tmp_path):
 
 def test_the_model_of_a_run_knows_its_blocks(whole, tmp_path):
     lm = DiffusionLM.from_pretrained(whole)
-    assert lm.pretrained.blocks == Blocks(4)
+    assert lm.pretrained.blocks == BlockSpec(4)
     text, = lm.generate("abc", max_new_tokens=12, num_steps=6)
     assert text.startswith("abc")
     score, = lm.score("abcdefgh", num_samples=8)
     assert 1 < score.nats_per_token < 4
     lm.save_pretrained(tmp_path / "export")
     again = DiffusionLM.from_pretrained(tmp_path / "export")
-    assert again.pretrained.blocks == Blocks(4) and again.generate("abc", max_new_tokens=12, num_steps=6) == [text]
+    assert again.pretrained.blocks == BlockSpec(4) and again.generate("abc", max_new_tokens=12, num_steps=6) == [text]
     assert not (tmp_path / "export" / "sample_torch.py").exists()
     with pytest.raises(CheckpointError, match="writes in blocks"):
         lm.save_pretrained(tmp_path / "release", layout="diffugpt")
@@ -73,7 +72,7 @@ def test_the_model_of_a_run_knows_its_blocks(whole, tmp_path):
 
 def with_lora(config, pretrained):
     return dataclasses.replace(config, model=ModelSource(source=str(pretrained), mask_token=10),
-                               lora=LoraSettings(rank=2, alpha=4.0))
+                               lora=LoRASettings(rank=2, alpha=4.0))
 
 
 @pytest.mark.parametrize("size, objective", [(1, "autoregressive"), (16, "diffusion")])
@@ -83,7 +82,7 @@ def test_blocks_of_one_are_the_parents_training_and_one_block_is_full_diffusion(
     if kind == "LoRA":
         blocks = with_lora(blocks, pretrained)
     elif kind == "documents apart":
-        blocks = changed(blocks, "data.pack", "segments")
+        blocks = changed(blocks, "data.packing", "document_mask")
 
     def trained(folder, **settings):
         run = dataclasses.replace(blocks, num_steps=4, objective=ObjectiveConfig(**settings))
@@ -94,7 +93,7 @@ def test_blocks_of_one_are_the_parents_training_and_one_block_is_full_diffusion(
 
 
 def test_factors_learn_blocks_and_how_clean_ones_are_read_goes_with_them(blocks, pretrained, tmp_path):
-    objective = ObjectiveConfig(name="block_diffusion", block_size=4, clean_blocks="whole")
+    objective = ObjectiveConfig(name="block_diffusion", block_size=4, clean_attention="block_bidirectional")
     run = changed(with_lora(blocks, pretrained), "optimizer.learning_rate", 0.03)
     train(dataclasses.replace(run, objective=objective), tmp_path / "run")
     first, *_, last = [record["bound"] for record in read_records(tmp_path / "run", "validation")]
@@ -106,7 +105,7 @@ def test_factors_learn_blocks_and_how_clean_ones_are_read_goes_with_them(blocks,
     expected = pytest.approx([x.nats for x in beside.score(text, num_samples=4)], rel=1e-4)
     for folder in ("run", "merged", "adapter"):
         lm = DiffusionLM.from_pretrained(tmp_path / folder)
-        assert lm.pretrained.blocks == Blocks(4, "whole")
+        assert lm.pretrained.blocks == BlockSpec(4, "block_bidirectional")
         assert [x.nats for x in lm.score(text, num_samples=4)] == expected
 
 
@@ -114,25 +113,25 @@ def test_complementary_views_train(blocks, tmp_path):
     objective = ObjectiveConfig(name="block_diffusion", block_size=4, complementary=True, weight="uniform")
     train(dataclasses.replace(blocks, num_steps=4, objective=objective), tmp_path)
     record, = read_records(tmp_path, "train")
-    maskable = 16 * 15
-    assert record["masked_tokens"] == maskable  # each token once, whatever the times
+    noisable_mask = 16 * 15
+    assert record["masked_tokens"] == noisable_mask  # each token once, whatever the times
 
 
 def test_a_step_knows_its_blocks():
-    objective = ObjectiveConfig(name="block_diffusion", block_size=4, block_stages=((0, 1), (4, 2), (8, 4)))
+    objective = ObjectiveConfig(name="block_diffusion", block_size=4, block_size_schedule=((0, 1), (4, 2), (8, 4)))
     assert [objective.at(step).block_size for step in (0, 3, 4, 7, 8, 100)] == [1, 1, 2, 2, 4, 4]
-    assert objective.at(0).settled(16).name == "autoregressive" and objective.at(4).settled(16) == objective.at(4)
-    assert objective.at(8).settled(4) == ObjectiveConfig(block_size=1)
+    assert objective.at(0).canonicalize(16).name == "autoregressive" and objective.at(4).canonicalize(16) == objective.at(4)
+    assert objective.at(8).canonicalize(4) == ObjectiveConfig(block_size=1)
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"block_size": 0}, "at least 1 token"), ({"anneal_steps": 5}, "grows by objective.block_stages"),
-    ({"block_stages": ((1, 1), (4, 32))}, "must start at step 0"),
-    ({"block_stages": ((0, 1), (4, 8))}, "end with block_size 32"),
+    ({"block_size": 0}, "at least 1 token"), ({"anneal_steps": 5}, "grows by objective.block_size_schedule"),
+    ({"block_size_schedule": ((1, 1), (4, 32))}, "must start at step 0"),
+    ({"block_size_schedule": ((0, 1), (4, 8))}, "end with block_size 32"),
     ({"complementary": True, "schedule": "cosine"}, "needs the linear schedule"),
     ({"name": "diffusion", "complementary": True}, "belong to the objective block_diffusion"),
-    ({"name": "diffusion", "clean_blocks": "whole"}, "belong to the objective block_diffusion"),
-    ({"name": "diffusion", "block_stages": ((0, 32),)}, "belong to the objective block_diffusion")])
+    ({"name": "diffusion", "clean_attention": "block_bidirectional"}, "belong to the objective block_diffusion"),
+    ({"name": "diffusion", "block_size_schedule": ((0, 32),)}, "belong to the objective block_diffusion")])
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         ObjectiveConfig(**{"name": "block_diffusion"} | settings)

@@ -1,7 +1,7 @@
 import pytest
 
-from dlm_jax.training import clock as module
-from dlm_jax.training.clock import Clock
+from dlm_jax.training import metrics as module
+from dlm_jax.training.metrics import Clock
 
 
 @pytest.fixture

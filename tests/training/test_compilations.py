@@ -41,13 +41,13 @@ def events(config, tmp_path_factory):
 
         return watched
 
-    absorb = loop._Run.absorb
+    log_metrics = loop._Run.log_metrics
     run = changed(changed(config, "num_steps", 6), "log.every", 2)
     run = changed(changed(run, "validation.every", 3), "checkpoint.every", 3)
     with pytest.MonkeyPatch.context() as patch, compilations(found):
         patch.setattr(loop, "make_train_step", make_watched)
         patch.setattr(loop._Run, "absorb", lambda self, step, metrics: (
-            found.append(("fetch", step)), absorb(self, step, metrics)))
+            found.append(("fetch", step)), log_metrics(self, step, metrics)))
         train(run, tmp_path_factory.mktemp("runs") / "watched")
     return found
 

@@ -3,7 +3,7 @@ import pytest
 
 from dlm_jax.data.config import DataConfig
 from dlm_jax.models import ModelConfig
-from dlm_jax.training.flops import count_params, peak_flops, step_seconds, train_flops
+from dlm_jax.training.metrics import count_params, peak_flops, step_seconds, train_flops
 
 GPT2 = ModelConfig("gpt2", 50257, 768, 12, 12, 12, 64, 3072, 1024, norm="layer", positions="learned", gated_mlp=False,
                    qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True)

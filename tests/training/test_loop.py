@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from dlm_jax.checkpoints import load_pretrained, save_pretrained
+from dlm_jax.checkpoints.orbax import named, restore_state, saved_steps
 from dlm_jax.errors import ConfigError, DataError, TrainingError
-from dlm_jax.hf import load_pretrained, save_pretrained
 from dlm_jax.training import load_workdir, loop, read_records, train
-from dlm_jax.training.checkpoint import named, restore_state, saved_steps
 from dlm_jax.training.config import LogConfig, ModelSource, TrainConfig
 from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed
@@ -200,7 +200,7 @@ def test_what_cannot_work_is_refused_at_start(config, tmp_path, key, value, mess
 def test_a_state_is_restored_on_any_number_of_devices(whole, config, devices):
     from dlm_jax.parallel import make_mesh
     from dlm_jax.training.optimizer import make_optimizer
-    from dlm_jax.training.state import state_layout
+    from dlm_jax.training.step import state_layout
 
     mesh = make_mesh(devices=jax.devices()[:devices])
     model = load_workdir(whole[0]).model

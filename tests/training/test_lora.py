@@ -8,27 +8,26 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlm_jax.data.batch import Batch
+from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion.objective import ObjectiveConfig
 from dlm_jax.models import (
     Compute,
-    LoraConfig,
+    LoRAConfig,
     ModelConfig,
     Transformer,
     abstract_model,
     add_lora,
     split_trained,
 )
-from dlm_jax.parallel import MeshConfig, make_mesh, place_rows
-from dlm_jax.training.flops import count_params, train_flops
-from dlm_jax.training.objective import ObjectiveConfig
+from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh
+from dlm_jax.training.metrics import count_params, train_flops
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.state import TrainState, create_state
-from dlm_jax.training.step import make_train_step
+from dlm_jax.training.step import TrainState, create_state, make_train_step
 from tests.models.test_quantised import STORED
 
 MODEL = ModelConfig("llama", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
                     mlp_size=32, max_length=16, tie_embeddings=False, residual_dropout=0.1)
-LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.1, embedding=True)
+LORA = LoRAConfig(rank=3, alpha=6.0, dropout=0.1, embedding=True)
 ROWS, LENGTH, MASK = 16, 16, 23
 
 
@@ -38,7 +37,7 @@ def batch_of(step, mesh):
         may = np.full((ROWS, LENGTH), True) & (np.arange(LENGTH) > 0)
         return Batch(tokens[part], may[part], (np.arange(ROWS, dtype=np.uint32) + ROWS * step)[part])
 
-    return place_rows(read, ROWS, mesh)
+    return make_global_batch(read, ROWS, mesh)
 
 
 def run(mesh, steps, compute=Compute(), lora=LORA, **settings):
@@ -93,7 +92,7 @@ def test_the_loss_curve_does_not_depend_on_mesh_or_accumulation(reference, mesh,
 
 
 @pytest.mark.parametrize("settings", [{"offload": True}, {"remat": "full"}, {"remat": "offload"},
-                                      {"nonfinite": "skip", "ema_decay": 0.9}])
+                                      {"on_nonfinite": "skip", "ema_decay": 0.9}])
 def test_what_saves_memory_changes_nothing(reference, settings):
     remat = settings.pop("remat", "none")
     metrics, _ = run(make_mesh(MeshConfig(fsdp=4, data=2)), 3, compute=Compute(remat=remat), **settings)
@@ -139,7 +138,7 @@ def test_the_optimizer_holds_two_moments_of_each_trained_parameter():
     """At the shape of Llama-2-7B, rank 16 beside every projection of the blocks: without allocating anything."""
     llama = ModelConfig("llama", vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32,
                         head_dim=128, mlp_size=11008, max_length=4096, tie_embeddings=False)
-    lora = LoraConfig(rank=16, alpha=32.0)
+    lora = LoRAConfig(rank=16, alpha=32.0)
     rule = make_optimizer(OptimizerConfig(), 10)
 
     def size(model):

@@ -5,32 +5,32 @@ import pytest
 
 from dlm_jax.errors import TrainingError
 from dlm_jax.training.config import LogConfig
-from dlm_jax.training.metrics import MetricsLog, Window, read_records, truncate_records
+from dlm_jax.training.metrics import MetricAccumulator, MetricsLog, read_records, truncate_records
 
 STEP = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1}
 
 
 def test_a_window_means_what_varies_and_keeps_what_is_scheduled():
-    window = Window()
-    window.add(1, STEP)
-    window.add(2, {"loss": 4.0, "grad_norm": 1.0, "learning_rate": 0.2})
-    assert window.means() == {"loss": 3.0, "grad_norm": 1.0, "learning_rate": 0.2}
+    accumulator = MetricAccumulator()
+    accumulator.add(1, STEP)
+    accumulator.add(2, {"loss": 4.0, "grad_norm": 1.0, "learning_rate": 0.2})
+    assert accumulator.means() == {"loss": 3.0, "grad_norm": 1.0, "learning_rate": 0.2}
 
 
 def test_a_window_goes_on_from_its_saved_state():
-    whole, first = Window(), Window()
-    for window in (whole, first):
-        window.add(1, {**STEP, "loss": 0.1})
-    second = Window(**json.loads(json.dumps(first.state())))
-    for window in (whole, second):
-        window.add(2, {**STEP, "loss": 0.7})
+    whole, first = MetricAccumulator(), MetricAccumulator()
+    for accumulator in (whole, first):
+        accumulator.add(1, {**STEP, "loss": 0.1})
+    second = MetricAccumulator(**json.loads(json.dumps(first.state())))
+    for accumulator in (whole, second):
+        accumulator.add(2, {**STEP, "loss": 0.7})
     assert second.means() == whole.means()
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_what_is_not_finite_is_an_error_that_names_the_step(name):
     with pytest.raises(TrainingError, match=f"{name} is nan at step 7"):
-        Window().add(7, {**STEP, name: float("nan")})
+        MetricAccumulator().add(7, {**STEP, name: float("nan")})
 
 
 def test_records_past_the_checkpoint_and_cut_lines_go(tmp_path):
@@ -54,32 +54,32 @@ def test_every_record_reaches_file_and_board(tmp_path):
 
 def test_skipped_steps_are_counted_and_leave_the_means_alone():
     good = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1}
-    window = Window(skip=True)
-    window.add(1, good)
-    window.add(2, good | {"loss": math.nan})
-    window.add(3, good | {"grad_norm": math.inf})
-    assert window.means() == good | {"skipped": 2}
-    window = Window(skip=True, **json.loads(json.dumps(window.state())))
-    window.add(4, good | {"loss": 4.0})
-    assert window.means() == good | {"loss": 3.0, "skipped": 2}
-    window.clear()
-    assert window.means() == {}
+    accumulator = MetricAccumulator(skip=True)
+    accumulator.add(1, good)
+    accumulator.add(2, good | {"loss": math.nan})
+    accumulator.add(3, good | {"grad_norm": math.inf})
+    assert accumulator.means() == good | {"skipped": 2}
+    accumulator = MetricAccumulator(skip=True, **json.loads(json.dumps(accumulator.state())))
+    accumulator.add(4, good | {"loss": 4.0})
+    assert accumulator.means() == good | {"loss": 3.0, "skipped": 2}
+    accumulator.clear()
+    assert accumulator.means() == {}
 
 
 def test_many_bad_steps_in_a_row_are_no_accident():
-    window = Window(skip=True)
+    accumulator = MetricAccumulator(skip=True)
     for step in range(19):
-        window.add(step, {"loss": math.nan, "grad_norm": 1.0})
-    window.add(19, {"loss": 1.0, "grad_norm": 1.0})
+        accumulator.add(step, {"loss": math.nan, "grad_norm": 1.0})
+    accumulator.add(19, {"loss": 1.0, "grad_norm": 1.0})
     for step in range(20, 39):
-        window.add(step, {"loss": math.nan, "grad_norm": 1.0})
+        accumulator.add(step, {"loss": math.nan, "grad_norm": 1.0})
     with pytest.raises(TrainingError, match="loss is nan at step 39 and has not been finite for 20 steps"):
-        window.add(39, {"loss": math.nan, "grad_norm": 1.0})
+        accumulator.add(39, {"loss": math.nan, "grad_norm": 1.0})
 
 
 def test_a_windows_state_does_not_change_while_it_is_written():
-    window = Window()
-    window.add(0, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1})
-    state = window.state()
-    window.add(1, {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.2})
+    accumulator = MetricAccumulator()
+    accumulator.add(0, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1})
+    state = accumulator.state()
+    accumulator.add(1, {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.2})
     assert state["sums"]["loss"] == 1.0 and state["scheduled"] == {"learning_rate": 0.1} and state["steps"] == 1

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dlm_jax.checkpoints.orbax import named
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig, abstract_model
-from dlm_jax.training.checkpoint import named
 from dlm_jax.training.optimizer import OptimizerConfig, decays, learning_rate, make_optimizer, map_params, takes_muon
 
 SHAPES = {  # name -> axes, shape; large enough for Adafactor to factor the matrices

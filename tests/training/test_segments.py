@@ -9,10 +9,10 @@ from flax import nnx
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import Rows
 from dlm_jax.diffusion import loss_sums, token_nll
+from dlm_jax.diffusion.objective import ObjectiveConfig, prepare
 from dlm_jax.models import ModelConfig, Transformer
 from dlm_jax.parallel import make_mesh
-from dlm_jax.training.objective import ObjectiveConfig, prepare
-from dlm_jax.training.step import head_of
+from dlm_jax.training.step import lm_head
 
 GPT2 = ModelConfig("gpt2", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
                    mlp_size=64, max_length=24, norm="layer", positions="learned", gated_mlp=False,
@@ -36,7 +36,7 @@ def tokens_of(seed: int = 0) -> np.ndarray:
 def sums_of(model, objective, batch):
     noised, mask = prepare(objective, batch, jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)
     hidden = model.hidden(noised.tokens, mask, positions=batch.positions)
-    return loss_sums(hidden, *head_of(model, MESH), noised), token_nll(hidden, model.unembed, noised.targets), noised
+    return loss_sums(hidden, *lm_head(model, MESH), noised), token_nll(hidden, model.unembed, noised.targets), noised
 
 
 @CONFIGS
@@ -46,7 +46,7 @@ def test_the_autoregressive_loss_is_that_of_the_documents_apart(config):
     packed = sums_of(model, objective, loaded(tokens, (FIRST,)))[0]
     apart = [sums_of(model, objective, loaded(part))[0] for part in (tokens[:, :FIRST], tokens[:, FIRST:])]
     np.testing.assert_allclose(packed.nll, apart[0].nll + apart[1].nll, rtol=1e-5)
-    assert packed.scored == apart[0].scored + apart[1].scored == 4 * (FIRST + SECOND - 2)
+    assert packed.num_scored == apart[0].num_scored + apart[1].num_scored == 4 * (FIRST + SECOND - 2)
 
 
 @CONFIGS
@@ -60,7 +60,7 @@ def test_no_document_hears_of_its_neighbour(config, anneal_steps):
         first, second = (sums_of(model, objective, loaded(each, (FIRST,))) for each in (tokens, mixed))
         np.testing.assert_array_equal(first[1][:, kept], second[1][:, kept])
         assert not np.array_equal(first[1], second[1])
-        assert not first[2].scored[:, [0, FIRST]].any()  # the first token of each is its context
+        assert not first[2].loss_mask[:, [0, FIRST]].any()  # the first token of each is its context
 
 
 def test_bidirectional_bound_terms_are_those_of_the_document_alone():

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlm_jax.data.batch import Batch
 from dlm_jax.diffusion import LossSums
+from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion.objective import ObjectiveConfig
 from dlm_jax.models import Compute, ModelConfig, Transformer
-from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings, place_rows
+from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh, param_shardings
 from dlm_jax.training import step as step_module
-from dlm_jax.training.objective import ObjectiveConfig
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.state import create_state
-from dlm_jax.training.step import make_eval_step, make_train_step, micro_batches
+from dlm_jax.training.step import create_state, make_eval_step, make_train_step, micro_batches
 
 MODEL = ModelConfig("gpt2", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
                     mlp_size=32, max_length=16, norm="layer", positions="learned", gated_mlp=False, tie_embeddings=True,
@@ -23,13 +22,13 @@ MODEL = ModelConfig("gpt2", vocab_size=24, hidden_size=16, num_layers=2, num_hea
 ROWS, LENGTH, MASK, STEPS = 16, 16, 23, 20
 
 
-def batch_of(step, mesh, maskable=True):
+def batch_of(step, mesh, noisable_mask=True):
     def read(part):
         tokens = np.random.default_rng(step).integers(0, 23, (ROWS, LENGTH)).astype(np.int32)
-        may = np.full((ROWS, LENGTH), maskable) & (np.arange(LENGTH) > 0)
+        may = np.full((ROWS, LENGTH), noisable_mask) & (np.arange(LENGTH) > 0)
         return Batch(tokens[part], may[part], (np.arange(ROWS, dtype=np.uint32) + ROWS * step)[part])
 
-    return place_rows(read, ROWS, mesh)
+    return make_global_batch(read, ROWS, mesh)
 
 
 @functools.cache
@@ -47,12 +46,12 @@ def initial_params():
     return nnx.state(Transformer(MODEL, rngs=nnx.Rngs(0)))
 
 
-def train(mesh, steps=5, maskable=True, compute=Compute(), objective=ObjectiveConfig(anneal_steps=8), **settings):
+def train(mesh, steps=5, noisable_mask=True, compute=Compute(), objective=ObjectiveConfig(anneal_steps=8), **settings):
     """Metrics of each step, and the last state."""
     start, step = machine(mesh, compute, objective, tuple(settings.items()))
     state, metrics = start(), []
     for i in range(steps):
-        state, last = step(state, batch_of(i, mesh, maskable))
+        state, last = step(state, batch_of(i, mesh, noisable_mask))
         metrics.append(jax.device_get(last))
     return metrics, state
 
@@ -68,8 +67,8 @@ def reference():
 
 @pytest.mark.parametrize("mesh, accumulate", [
     (None, 4), (MeshConfig(fsdp=8), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 2), (MeshConfig(fsdp=1, tensor=8), 1),
-    (MeshConfig(fsdp=2, tensor=2, context=2), 1), (MeshConfig(slices=2, data=2, fsdp=2), 1),
-    (MeshConfig(slices=2, fsdp=1, context=4), 2)])
+    (MeshConfig(fsdp=2, tensor=2, context=2), 1), (MeshConfig(dcn_data=2, data=2, fsdp=2), 1),
+    (MeshConfig(dcn_data=2, fsdp=1, context=4), 2)])
 def test_the_loss_curve_does_not_depend_on_mesh_or_accumulation(reference, mesh, accumulate, capfd):
     mesh = make_mesh(mesh) if mesh else one_device()
     metrics, state = train(mesh, STEPS, accumulate_steps=accumulate)
@@ -107,7 +106,7 @@ def test_a_step_that_is_not_finite_changes_nothing_where_it_is_skipped(monkeypat
     states = []
     for steps in (2, 3, 5):
         machine.cache_clear()
-        metrics, state = train(mesh, steps, nonfinite="skip", ema_decay=0.5)
+        metrics, state = train(mesh, steps, on_nonfinite="skip", ema_decay=0.5)
         states.append(state)
     machine.cache_clear()
     assert not np.isfinite(metrics[2][quantity]) and all(np.isfinite(m["loss"]) for m in metrics[:2] + metrics[3:])
@@ -119,7 +118,7 @@ def test_a_step_that_is_not_finite_changes_nothing_where_it_is_skipped(monkeypat
 
 
 def test_nothing_to_mask_gives_no_loss_and_no_gradient(reference):
-    metrics, state = train(one_device(), steps=2, maskable=False)
+    metrics, state = train(one_device(), steps=2, noisable_mask=False)
     assert all(m["loss"] == 0 and m["grad_norm"] == 0 and m["masked_tokens"] == 0 for m in metrics)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
@@ -134,26 +133,26 @@ def test_bfloat16_computes_but_does_not_store_and_the_average_trails(reference):
 
 
 def test_normaliser_and_weight_by_name(reference):
-    """The release's normaliser with uniform weights is the plain mean over masked tokens; the bound stays the bound."""
-    objective = ObjectiveConfig(anneal_steps=8, normaliser="masked", weight="uniform")
+    """The release's normalizer with uniform weights is the plain mean over masked tokens; the bound stays the bound."""
+    objective = ObjectiveConfig(anneal_steps=8, loss_normalization="masked_tokens", weight="uniform")
     (found,), _ = train(one_device(), 1, objective=objective)
     expected = reference[0][0]
     assert expected["loss"] == expected["bound"] != expected["masked_nll"]
     np.testing.assert_allclose(found["loss"], expected["masked_nll"], rtol=1e-6)
     np.testing.assert_allclose(found["bound"], expected["bound"], rtol=1e-6)
-    sums = dataclasses.replace(LossSums.zero(), scored=jnp.float32(2), maskable=jnp.float32(3))
-    assert (sums.normaliser("maskable"), sums.normaliser("masked")) == (3, 2)
+    sums = dataclasses.replace(LossSums.zero(), scored=jnp.float32(2), noisable_mask=jnp.float32(3))
+    assert (sums.normalizer("all_tokens"), sums.normalizer("masked_tokens")) == (3, 2)
 
 
 def test_examples_count_alike_whatever_the_length_of_their_answers(reference):
-    """Under the normaliser `examples` the loss is the mean over rows of each row's own bound, however they are cut."""
-    maskable = np.arange(LENGTH) < np.arange(2, ROWS + 2)[:, None]  # answers of 1, 2, 3, ... tokens
-    maskable[-1] = False  # one without an answer does not count
-    expected = np.mean([train(one_device(), 1, maskable=maskable & (np.arange(ROWS) == row)[:, None])[0][0]["bound"]
+    """Under the normalizer `examples` the loss is the mean over rows of each row's own bound, however they are cut."""
+    noisable_mask = np.arange(LENGTH) < np.arange(2, ROWS + 2)[:, None]  # answers of 1, 2, 3, ... tokens
+    noisable_mask[-1] = False  # one without an answer does not count
+    expected = np.mean([train(one_device(), 1, noisable_mask=noisable_mask & (np.arange(ROWS) == row)[:, None])[0][0]["bound"]
                         for row in range(ROWS - 1)])
     for accumulate in (1, 2):
-        (found,), _ = train(one_device(), 1, maskable=maskable, accumulate_steps=accumulate,
-                            objective=ObjectiveConfig(anneal_steps=8, normaliser="examples"))
+        (found,), _ = train(one_device(), 1, noisable_mask=noisable_mask, accumulate_steps=accumulate,
+                            objective=ObjectiveConfig(anneal_steps=8, loss_normalization="per_example"))
         np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
     assert abs(found["bound"] / expected - 1) > 0.01
 
@@ -172,19 +171,19 @@ def test_validation_is_fixed_and_bidirectional():
     mesh, graphdef = one_device(), nnx.graphdef(Transformer(MODEL, rngs=nnx.Rngs(0)))
     params = initial_params()
     values = []
-    for objective in (ObjectiveConfig(), ObjectiveConfig(anneal_steps=100, stages=((0, 0.0, 0.5),), weight="uniform")):
+    for objective in (ObjectiveConfig(), ObjectiveConfig(anneal_steps=100, time_curriculum=((0, 0.0, 0.5),), weight="uniform")):
         evaluate = make_eval_step(graphdef, mesh, objective=objective, seed=0, num_rows=ROWS, num_samples=2,
                                   mask_token_id=MASK)
         values.append([evaluate(params, batch_of(0, mesh), jnp.int32(draw)) for draw in range(2)])
     assert jax.tree.all(jax.tree.map(np.array_equal, *values))
     first, second = values[0]
-    assert abs(float(first.scored + second.scored) / (ROWS * (LENGTH - 1)) - 1) < 0.1  # the two draws of a row balance
+    assert abs(float(first.num_scored + second.num_scored) / (ROWS * (LENGTH - 1)) - 1) < 0.1  # the two draws of a row balance
     evaluate = make_eval_step(graphdef, mesh, objective=ObjectiveConfig(), seed=0, num_rows=ROWS, num_samples=8,
                               mask_token_id=MASK)
-    row = batch_of(0, mesh, maskable=np.arange(ROWS)[:, None] == 3)
-    shares = np.sort([evaluate(params, row, jnp.int32(draw)).scored for draw in range(8)]) / (LENGTH - 1)
+    row = batch_of(0, mesh, noisable_mask=np.arange(ROWS)[:, None] == 3)
+    shares = np.sort([evaluate(params, row, jnp.int32(draw)).num_scored for draw in range(8)]) / (LENGTH - 1)
     assert shares[1] < 0.4 < 0.6 < shares[-2] and abs(shares.mean() - 0.5) < 0.15  # each row sees all times
     causal = dataclasses.replace(ObjectiveConfig(), name="autoregressive")
     evaluate = make_eval_step(graphdef, mesh, objective=causal, seed=0, num_rows=ROWS, num_samples=1,
                               mask_token_id=None)
-    assert evaluate(params, batch_of(0, mesh), jnp.int32(0)).scored == ROWS * (LENGTH - 1)
+    assert evaluate(params, batch_of(0, mesh), jnp.int32(0)).num_scored == ROWS * (LENGTH - 1)

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from dlm_jax.data.remote import filesystem
 from dlm_jax.data.sources.reading import Reader, one_line
 from dlm_jax.errors import DataError
-from dlm_jax.storage import is_remote
+from dlm_jax.storage import filesystem, is_remote
 
 COMPRESSED = (".gz", ".zst")
 _BLOCK = 1 << 20

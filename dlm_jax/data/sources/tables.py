@@ -24,10 +24,10 @@ class _TableSource(FileSource):
 
     def _read(self, start: int, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
         self._reached = 0
-        for number, batch, reached in self._batches(start, columns):
+        for number, batch, ensure_accessible in self._batches(start, columns):
             for first in range(max(start - number, 0), batch.num_rows, _ROWS):
                 yield from batch.slice(first, _ROWS).to_pylist()
-            self._reached = reached
+            self._reached = ensure_accessible
         self._reached = self.size or self._reached
 
     def _batches(self, start: int, columns: Sequence[str] | None) -> "Iterator[tuple[int, pyarrow.RecordBatch, int]]":
@@ -71,8 +71,8 @@ class ArrowSource(_TableSource):
             file.seek(0)
             table = open_(file, options=pyarrow.ipc.IpcReadOptions(included_fields=only))
             number = 0
-            for batch, reached in self._of_file(table) if is_file else ((batch, file.tell()) for batch in table):
-                yield number, batch, reached
+            for batch, ensure_accessible in self._of_file(table) if is_file else ((batch, file.tell()) for batch in table):
+                yield number, batch, ensure_accessible
                 number += batch.num_rows
 
     def _of_file(self, table: "pyarrow.RecordBatchFileReader") -> "Iterator[tuple[pyarrow.RecordBatch, int]]":

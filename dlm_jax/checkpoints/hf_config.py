@@ -1,0 +1,287 @@
+"""config.json: what a checkpoint says about its architecture, to and from ModelConfig.
+
+Whatever changes the computation is either expressed in ModelConfig or refused; the rest is kept for export.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.errors import CheckpointError
+from dlm_jax.models import ModelConfig, RopeScaling
+
+# Settings that HF's code obeys and this library does not, with the values under which they change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "partial_rotary_factor": (None, 1),
+    "quantization_config": (None,),
+}
+
+_ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu": "gelu", "silu": "silu", "swish": "silu", "relu": "relu",
+}  # fmt: skip
+_HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu": "relu"}
+
+
+class Relative(NamedTuple):
+    """A block diffusion model of another project: an architecture of HF's, read and written in its own way.
+
+    Attributes:
+      size_key: what its config.json calls the tokens in a block, and `size` how many its code takes where it does not.
+      mask_token_id: what its code takes where config.json names none.
+    """
+
+    family: str
+    shift: bool
+    size_key: str
+    size: int
+    mask_token_id: int | None = None
+
+
+# Both read clean blocks whole: SDAR (arXiv 2510.06303) and Fast-dLLM v2 (arXiv 2509.26328), from their released code.
+EXTERNAL_ARCHS = {
+    "sdar": Relative("qwen3", shift=False, size_key="block_size", size=4),
+    "Fast_dLLM_Qwen": Relative("qwen2", shift=True, size_key="bd_size", size=32, mask_token_id=151665),
+}
+
+# What an export states anew, in one spelling, instead of keeping what its source said.
+_RESTATED = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "dtype", "torch_dtype", "auto_map",
+             "_name_or_path", "transformers_version", "mask_token_id", "dlm_jax")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The contents of a checkpoint directory's config.json; of another project's block diffusion, as an export of ours
+    would say it."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return _to_model_config(config)
+
+
+def recorded_mask_token_id(hf: Mapping[str, Any]) -> int | None:
+    """The mask token a diffusion model's config records, if it does."""
+    return (hf.get("dlm_jax") or {}).get("mask_token_id", hf.get("mask_token_id"))
+
+
+def recorded_shift(hf: Mapping[str, Any]) -> bool:
+    """Whether logits at n predict n + 1: what the config records, by default true, as every AR model's do."""
+    return (hf.get("dlm_jax") or {}).get("shift", True)
+
+
+def recorded_blocks(hf: Mapping[str, Any]) -> BlockSpec | None:
+    """The blocks that the model writes one after another; None where it sees whole rows."""
+    return blocks_of(hf.get("dlm_jax") or {})
+
+
+def blocks_of(record: Mapping[str, Any]) -> BlockSpec | None:
+    """What `record_of` made a record of."""
+    size = record.get("block_size")
+    return None if size is None else BlockSpec(size, record.get("clean_attention", "causal"))
+
+
+def record_of(blocks: BlockSpec) -> dict[str, Any]:
+    """Blocks as entries of a JSON object."""
+    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention}
+
+
+def _to_model_config(hf: dict[str, Any]) -> dict[str, Any]:
+    relative = EXTERNAL_ARCHS.get(hf.get("model_type"))
+    if relative is None:
+        return hf
+    about = {"mask_token_id": hf.get("mask_token_id", relative.mask_token_id), "shift": relative.shift,
+             **record_of(BlockSpec(hf.get(relative.size_key, relative.size), "block_bidirectional"))}
+    kept = {name: value for name, value in hf.items() if name not in (relative.size_key, "attn_implementation")}
+    return kept | {"model_type": relative.family, "dlm_jax": about}
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a config.json describes, with HF's defaults for what it leaves out.
+
+    Raises:
+      CheckpointError: a family or setting that this library does not compute, or a size that is missing.
+    """
+    family = hf.get("model_type")
+    if family not in _ARCHITECTURES:
+        raise CheckpointError(f"config.json has model_type {family!r}; supported are "
+                              f"{', '.join([*_ARCHITECTURES, *EXTERNAL_ARCHS])}")
+    for name, allowed in _NEUTRAL.items():
+        if name in hf and hf[name] not in allowed:
+            raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not compute")
+    return _from_gpt2(hf) if family == "gpt2" else _from_llama(hf, family)
+
+
+def config_to_hf(config: ModelConfig, base: Mapping[str, Any], *, mask_token_id: int | None, shift: bool,
+                 dtype: str, blocks: BlockSpec | None = None) -> dict[str, Any]:
+    """A config.json for this architecture, keeping what `base`, the config it came from, says beyond that.
+
+    Raises:
+      CheckpointError: the family's HF class cannot express this architecture.
+    """
+    kept = {name: value for name, value in base.items() if name not in _RESTATED}
+    hf = kept | (_to_gpt2(config) if config.family == "gpt2" else _to_llama(config)) | {
+        "model_type": config.family,
+        "architectures": [_ARCHITECTURES[config.family]],
+        "vocab_size": config.vocab_size,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": dtype,
+    }
+    if mask_token_id is not None:
+        written = {} if blocks is None else record_of(blocks)
+        hf |= {"mask_token_id": mask_token_id, "dlm_jax": {"mask_token_id": mask_token_id, "shift": shift} | written}
+    read_back, wanted = dataclasses.asdict(config_from_hf(hf)), dataclasses.asdict(config)
+    lost = [name for name in wanted if read_back[name] != wanted[name] and not name.endswith("_dropout")]
+    if lost:
+        raise CheckpointError(f"the Hugging Face class of {config.family} cannot express this model's "
+                              f"{', '.join(lost)}")
+    return hf
+
+
+def _from_gpt2(hf: Mapping[str, Any]) -> ModelConfig:
+    hidden, heads = _size(hf, "n_embd"), _size(hf, "n_head")
+    return ModelConfig(
+        family="gpt2", vocab_size=_size(hf, "vocab_size"), hidden_size=hidden, num_layers=_size(hf, "n_layer"),
+        num_heads=heads, num_kv_heads=heads, head_dim=_head_dim(hf, hidden, heads),
+        mlp_size=hf.get("n_inner") or 4 * hidden, max_length=_size(hf, "n_positions"),
+        norm="layer", norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        activation=_activation(hf.get("activation_function", "gelu_new")), gated_mlp=False, positions="learned",
+        qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=hf.get("tie_word_embeddings", True),
+        embed_dropout=hf.get("embd_pdrop", 0.1), attention_dropout=hf.get("attn_pdrop", 0.1),
+        residual_dropout=hf.get("resid_pdrop", 0.1), initializer_range=hf.get("initializer_range", 0.02),
+    )  # fmt: skip
+
+
+def _to_gpt2(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_embd": config.hidden_size, "n_layer": config.num_layers, "n_head": config.num_heads,
+        "n_inner": config.mlp_size, "n_positions": config.max_length, "n_ctx": config.max_length,
+        "layer_norm_epsilon": config.norm_eps, "activation_function": _HF_ACTIVATIONS[config.activation],
+        "embd_pdrop": config.embed_dropout, "attn_pdrop": config.attention_dropout,
+        "resid_pdrop": config.residual_dropout,
+    }  # fmt: skip
+
+
+def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
+    hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
+    kv_heads = hf.get("num_key_value_heads") or (heads if family == "llama" else _size(hf, "num_key_value_heads"))
+    attention_bias = family in ("llama", "qwen3") and hf.get("attention_bias", False)
+    theta, scaling = _rope(hf)
+    return ModelConfig(
+        family=family, vocab_size=_size(hf, "vocab_size"), hidden_size=hidden,
+        num_layers=_size(hf, "num_hidden_layers"), num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=hf.get("head_dim", 128 if family == "qwen3" else None) or _head_dim(hf, hidden, heads),
+        mlp_size=_size(hf, "intermediate_size"), max_length=_size(hf, "max_position_embeddings"),
+        norm="rms", norm_eps=hf.get("rms_norm_eps", 1e-6), activation=_activation(hf.get("hidden_act", "silu")),
+        gated_mlp=True, positions="rope", rope_theta=theta, rope_scaling=scaling,
+        qkv_bias=family == "qwen2" or attention_bias, out_bias=attention_bias,
+        mlp_bias=family == "llama" and hf.get("mlp_bias", False), qk_norm=family == "qwen3",
+        tie_embeddings=hf.get("tie_word_embeddings", False), sliding_window=_sliding_window(hf, family),
+        attention_dropout=hf.get("attention_dropout", 0.0), initializer_range=hf.get("initializer_range", 0.02),
+    )  # fmt: skip
+
+
+def _to_llama(config: ModelConfig) -> dict[str, Any]:
+    window = config.sliding_window
+    hf = {
+        "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "intermediate_size": config.mlp_size,
+        "max_position_embeddings": config.max_length, "rms_norm_eps": config.norm_eps,
+        "hidden_act": _HF_ACTIVATIONS[config.activation], "attention_dropout": config.attention_dropout,
+        "rope_theta": config.rope_theta, "rope_scaling": _rope_to_hf(config.rope_scaling),
+    }  # fmt: skip
+    if config.family in ("llama", "qwen3"):
+        hf["attention_bias"] = config.out_bias
+    if config.family == "llama":
+        hf["mlp_bias"] = config.mlp_bias
+    if config.family == "mistral":
+        hf["sliding_window"] = window
+    if config.family in ("qwen2", "qwen3"):
+        hf |= {"use_sliding_window": window is not None, "sliding_window": window,
+               "max_window_layers": 0 if window else config.num_layers}
+    return hf
+
+
+def _size(hf: Mapping[str, Any], name: str) -> int:
+    value = hf.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json must give {name} as a positive whole number, not {value!r}")
+    return value
+
+
+def _head_dim(hf: Mapping[str, Any], hidden: int, heads: int) -> int:
+    if hidden % heads:
+        raise CheckpointError(f"config.json has a hidden size of {hidden}, not a multiple of its {heads} heads")
+    return hidden // heads
+
+
+def _activation(name: str) -> str:
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(f"config.json names the activation {name!r}; known are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary frequencies, in the spelling of transformers 4 or of transformers 5."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise CheckpointError("config.json rotates only a part of each head (partial_rotary_factor), which this "
+                              "library does not compute")
+    try:
+        match kind:
+            case "default":
+                return theta, None
+            case "linear":
+                return theta, RopeScaling("linear", rope["factor"])
+            case "llama3":
+                original = rope.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
+                return theta, RopeScaling("llama3", rope["factor"], rope["low_freq_factor"],
+                                          rope["high_freq_factor"], original)
+    except KeyError as error:
+        raise CheckpointError(f"config.json asks for {kind} RoPE scaling without its {error}") from error
+    raise CheckpointError(f"config.json asks for RoPE scaling of type {kind!r}; supported are linear and llama3")
+
+
+def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_length}
+
+
+def _sliding_window(hf: Mapping[str, Any], family: str) -> int | None:
+    """The window that all layers share, or None; a stack that mixes both kinds is refused."""
+    if family == "llama":
+        return None
+    window, layers = hf.get("sliding_window", 4096), hf["num_hidden_layers"]
+    if family != "mistral":
+        if window is None or not hf.get("use_sliding_window", False):
+            return None
+        full = min(hf.get("max_window_layers", 28), layers)
+        kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+        if len(set(kinds)) > 1:
+            raise CheckpointError("config.json gives a sliding window to some layers and not to others "
+                                  "(max_window_layers, layer_types), which this library does not compute")
+        window = window if kinds[0] == "sliding_attention" else None
+    return window

@@ -1,0 +1,120 @@
+import dataclasses
+
+import pytest
+
+from dlm_jax.checkpoints import config_from_hf, config_to_hf
+from dlm_jax.checkpoints.hf_config import read_config, recorded_mask_token_id, recorded_shift
+from dlm_jax.errors import CheckpointError
+from dlm_jax.models import RopeScaling
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024}
+LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "intermediate_size": 11008, "max_position_embeddings": 4096}
+QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4}
+
+
+def to_hf(config, base=None):
+    return config_to_hf(config, base or {}, mask_token_id=7, shift=True, dtype="float32")
+
+
+def test_gpt2_defaults_are_those_of_the_hub_checkpoint():
+    config = config_from_hf(GPT2)
+    assert (config.mlp_size, config.head_dim, config.activation) == (3072, 64, "gelu_tanh")
+    assert config.tie_embeddings and config.positions == "learned" and config.attention_dropout == 0.1
+
+
+def test_llama_without_kv_heads_has_one_for_each_head():
+    config = config_from_hf(LLAMA)
+    assert (config.num_kv_heads, config.head_dim, config.tie_embeddings) == (32, 128, False)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(("rope", "scaling"), [
+    (LLAMA3, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+    ({"rope_type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
+    ({"rope_type": "default"}, None),
+])
+def test_rope_in_the_spellings_of_transformers_4_and_5(rope, scaling):
+    old = config_from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": rope})
+    new = config_from_hf(LLAMA | {"rope_parameters": rope | {"rope_theta": 5e5}})
+    assert old == new
+    assert (old.rope_theta, old.rope_scaling) == (5e5, scaling)
+
+
+def test_rope_type_in_its_oldest_spelling():
+    assert config_from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 4}}).rope_scaling.factor == 4
+
+
+@pytest.mark.parametrize(("settings", "window"), [
+    ({"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 4096}, 4096),
+    ({"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": None}, None),
+    ({"sliding_window": 32768, "max_window_layers": 28}, None),
+    ({"sliding_window": 1024, "use_sliding_window": True, "max_window_layers": 32}, None),
+    ({"sliding_window": 1024, "use_sliding_window": True, "max_window_layers": 0}, 1024),
+    ({"sliding_window": 1024, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 32}, 1024),
+])
+def test_sliding_window(settings, window):
+    assert config_from_hf(QWEN2 | settings).sliding_window == window
+
+
+@pytest.mark.parametrize(("config", "named"), [
+    ({}, "model_type"),
+    ({"model_type": "bert"}, "bert"),
+    (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights"),
+    (GPT2 | {"add_cross_attention": True}, "add_cross_attention"),
+    (GPT2 | {"n_head": 7}, "7 heads"),
+    (GPT2 | {"activation_function": "quick_gelu"}, "quick_gelu"),
+    (GPT2 | {"n_layer": None}, "n_layer"),
+    (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
+    (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    (LLAMA | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    (LLAMA | {"model_type": "mistral"}, "num_key_value_heads"),
+    (QWEN2 | {"use_sliding_window": True, "max_window_layers": 16}, "max_window_layers"),
+    ({name: value for name, value in LLAMA.items() if name != "hidden_size"}, "hidden_size"),
+])
+def test_what_is_not_computed_is_refused_by_name(config, named):
+    with pytest.raises(CheckpointError, match=named):
+        config_from_hf(config)
+
+
+def test_export_keeps_what_the_base_says_beyond_the_architecture():
+    base = GPT2 | {"task_specific_params": {"a": 1}, "torch_dtype": "bfloat16", "_name_or_path": "/somewhere"}
+    hf = to_hf(config_from_hf(base), base)
+    assert hf["task_specific_params"] == {"a": 1}
+    assert hf["torch_dtype"] == "float32" and "_name_or_path" not in hf
+    assert recorded_mask_token_id(hf) == hf["mask_token_id"] == 7
+
+
+def test_an_autoregressive_model_records_no_mask_token_and_reads_with_the_shift():
+    hf = config_to_hf(config_from_hf(GPT2), GPT2, mask_token_id=None, shift=True, dtype="float32")
+    assert recorded_mask_token_id(hf) is None and recorded_shift(hf) is True
+
+
+def test_shift_is_recorded():
+    hf = config_to_hf(config_from_hf(GPT2), GPT2, mask_token_id=3, shift=False, dtype="float32")
+    assert recorded_shift(hf) is False
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN2])
+def test_a_config_made_here_needs_no_base(config):
+    assert config_from_hf(to_hf(config_from_hf(config))) == config_from_hf(config)
+
+
+def test_an_architecture_the_family_cannot_express_is_refused():
+    config = dataclasses.replace(config_from_hf(LLAMA), qkv_bias=True)
+    with pytest.raises(CheckpointError, match="qkv_bias"):
+        to_hf(config)
+
+
+def test_config_json_missing_or_broken(tmp_path):
+    with pytest.raises(CheckpointError, match="no config.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_config(tmp_path)

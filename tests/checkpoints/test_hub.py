@@ -1,0 +1,43 @@
+import huggingface_hub
+import pytest
+
+from dlm_jax.checkpoints.hub import locate
+from dlm_jax.errors import CheckpointError
+
+
+def test_a_directory_is_itself(tmp_path):
+    assert locate(tmp_path) == tmp_path == locate(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/no/such/directory", "./nothing", "a/b/c", "with space"])
+def test_a_path_that_does_not_exist(name):
+    with pytest.raises(CheckpointError, match="there is no directory"):
+        locate(name)
+
+
+def test_a_file(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        locate(tmp_path / "model.safetensors")
+
+
+def test_a_hub_id_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="nobody/nothing is not a directory here, and .* cannot be reached"):
+        locate("nobody/nothing")
+
+
+def test_weights_are_fetched_once_and_only_when_wanted(monkeypatch, tmp_path):
+    wanted = []
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        wanted.append([pattern for pattern in allow_patterns if "safetensors" in pattern or "bin" in pattern])
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    locate("gpt2", weights=False)
+    locate("gpt2")
+    (tmp_path / "model.safetensors").touch()
+    locate("gpt2")
+    assert wanted == [[], ["*.safetensors"], ["*.bin"], ["*.safetensors"]]

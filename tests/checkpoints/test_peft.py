@@ -1,0 +1,234 @@
+"""Adapters in PEFT's format against `peft` itself: theirs read by us, ours by them, and what is refused."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import huggingface_hub
+import jax
+import numpy as np
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from flax import nnx
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.checkpoints import load_pretrained, save_pretrained
+from dlm_jax.checkpoints.peft import adapter_config
+from dlm_jax.errors import CheckpointError, ConfigError, DLMError
+from dlm_jax.models import LoRAConfig, LoRAParam
+from tests.checkpoints import families
+
+# What transformers and peft say of each other's ways.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
+    "`is_gradient_checkpointing` is deprecated", "fan_in_fan_out is set to False",
+    "Model has `tie_word_embeddings=True`")]
+TOKENS = families.tokens()
+LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SETTINGS = {
+    "gpt2": dict(r=5, lora_alpha=7, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True),
+    "gpt2-whole": dict(r=2, lora_alpha=8, target_modules=["attn.c_proj"], modules_to_save=["wte"]),
+    "gpt2-untied-relu": dict(r=2, target_modules=["c_fc"], modules_to_save=["wte", "lm_head"]),
+    "llama1": dict(r=4, lora_alpha=16, target_modules="all-linear", lora_dropout=0.3),
+    "llama2-grouped-tied": dict(r=3, use_rslora=True, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
+    "llama-biases": dict(r=4, target_modules=LLAMA_TARGETS, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+                         alpha_pattern={"layers.0.self_attn.q_proj": 20}, modules_to_save=["embed_tokens"]),
+    "gpt2-dora": dict(r=3, lora_alpha=5, target_modules=["c_attn", "c_proj"], use_dora=True),
+    "llama-biases-dora": dict(r=4, use_rslora=True, target_modules="all-linear", rank_pattern={"q_proj": 2},
+                              use_dora=True),
+    "llama2-grouped-tied-dora": dict(r=3, target_modules=["q_proj", "down_proj"], layers_to_transform=[1],
+                                     use_dora=True, lora_dropout=0.2),
+    "qwen3": dict(r=2, target_modules=r".*\.(k_proj|down_proj)", exclude_modules=None),
+}
+
+
+def logits(pretrained):
+    return np.asarray(pretrained.model(TOKENS, AttentionMask.causal()))
+
+
+def theirs(case, directory, **settings):
+    """A base and an adapter with random factors, saved by `peft`, and the logits it gives."""
+    model = families.save(re.sub("-(whole|dora)$", "", case), directory / "base")
+    model.name_or_path = str(directory / "base")
+    adapted = peft.get_peft_model(model, peft.LoRAConfig(task_type="CAUSAL_LM", **settings)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.normal_(0.0, 0.2)
+    adapted.save_pretrained(directory / "adapter")
+    return families.torch_logits(adapted, TOKENS)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_an_adapter_that_peft_wrote_gives_pefts_logits(case, tmp_path):
+    expected = theirs(case, tmp_path, **SETTINGS[case])
+    found = load_pretrained(tmp_path / "adapter")
+    assert np.abs(expected - logits(load_pretrained(tmp_path / "base"))).max() > 0.05
+    np.testing.assert_allclose(logits(found), expected, atol=1e-4)
+    assert found.model.lora is None and found.source == str(tmp_path / "adapter")
+    assert found.model.config.tie_embeddings == (case.removesuffix("-dora") in (
+        "gpt2", "llama2-grouped-tied", "qwen3"))
+
+
+def ours(case, directory, **settings):
+    """A base by transformers, and ours with learned LoRA beside it."""
+    reference = families.save(case, directory / "base")
+    lora = LoRAConfig(**{"rank": 3, "alpha": 5.0, "frozen_dtype": "float32"} | settings)
+    pretrained = load_pretrained(directory / "base", lora=lambda *_: lora)
+    graphdef, trained, rest = nnx.split(pretrained.model, LoRAParam, ...)
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    trained = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), trained)
+    return reference, dataclasses.replace(pretrained, model=nnx.merge(graphdef, trained, rest),
+                                          base=str(directory / "base"))
+
+
+GPT2_TARGETS = ("q", "k", "v", "out", "up", "down")
+
+
+@pytest.mark.parametrize("case, settings", [
+    ("gpt2", dict(targets=GPT2_TARGETS)), ("gpt2", dict(targets=("q", "v"), rslora=True)),
+    ("gpt2", dict(targets=("k", "up"), embedding=True)),
+    ("gpt2-untied-relu", dict(targets=("out",), embedding=True, head=True)),
+    ("llama2-grouped-tied", dict(rslora=True)), ("llama-biases", dict(targets=("q", "down"), embedding=True)),
+    ("gpt2", dict(targets=GPT2_TARGETS, dora=True)), ("gpt2", dict(targets=("v", "up"), dora=True, rslora=True)),
+    ("llama-biases", dict(dora=True)), ("mistral-window", {}), ("qwen2", dict(targets=("gate",), head=True))])
+def test_an_adapter_that_we_wrote_gives_our_logits_in_peft(case, settings, tmp_path):
+    reference, pretrained = ours(case, tmp_path, **settings)
+    assert np.abs(logits(pretrained) - families.torch_logits(reference, TOKENS)).max() > 0.05
+    save_pretrained(tmp_path / "adapter", pretrained, layout="peft")
+    adapted = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+    np.testing.assert_allclose(families.torch_logits(adapted, TOKENS), logits(pretrained), atol=1e-4)
+    again = load_pretrained(tmp_path / "adapter")
+    np.testing.assert_allclose(logits(again), logits(pretrained), atol=1e-4)
+    assert again.model.config == pretrained.model.config
+    save_pretrained(tmp_path / "merged", pretrained)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(families.torch_logits(merged, TOKENS), logits(pretrained), atol=1e-4)
+
+
+def test_the_released_adapters_layout(tmp_path):
+    """As diffusionfamily/diffullama-gsm stores its tensors: the trunk as `denoise_model`, the embedding beside it."""
+    expected = theirs("llama1", tmp_path, r=4, lora_alpha=8, target_modules=LLAMA_TARGETS,
+                      modules_to_save=["embed_tokens"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    released = {name.replace("base_model.model.model.embed_tokens", "base_model.model.embed_tokens").replace(
+        "base_model.model.model.", "base_model.model.denoise_model."): tensor for name, tensor in tensors.items()}
+    assert {"base_model.model.embed_tokens.weight",
+            "base_model.model.denoise_model.layers.1.mlp.gate_proj.lora_B.weight"} < set(released)
+    safetensors.torch.save_file(released, path)
+    np.testing.assert_allclose(logits(load_pretrained(tmp_path / "adapter")), expected, atol=1e-4)
+
+
+def test_a_base_is_found_beside_the_adapter_or_named(tmp_path, monkeypatch):
+    expected = theirs("llama1", tmp_path / "a", **SETTINGS["llama1"])
+    adapter = tmp_path / "a" / "adapter"
+
+    def rename(base):
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+
+    rename("base")
+    np.testing.assert_allclose(logits(load_pretrained(adapter)), expected, atol=1e-4)
+    shutil.move(tmp_path / "a" / "base", tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"the base 'base' of the adapter .*adapter cannot be loaded"):
+        load_pretrained(adapter)
+    np.testing.assert_allclose(logits(load_pretrained(adapter, base=str(tmp_path / "other"))), expected, atol=1e-4)
+    monkeypatch.chdir(tmp_path)
+    rename("other")
+    np.testing.assert_allclose(logits(load_pretrained(adapter)), expected, atol=1e-4)
+    rename("someone/other")
+    hub = {"someone/other": tmp_path / "other", "someone/adapter": adapter}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hub[name])
+    np.testing.assert_allclose(logits(load_pretrained("someone/adapter")), expected, atol=1e-4)
+    with pytest.raises(ConfigError, match="is no adapter"):
+        load_pretrained(tmp_path / "other", base="x")
+
+
+def test_an_adapter_stacks_on_an_adapter(tmp_path):
+    theirs("gpt2", tmp_path, **SETTINGS["gpt2"])
+    below = load_pretrained(tmp_path / "adapter")
+    lora = LoRAConfig(rank=2, alpha=4.0, targets=("q", "down"), frozen_dtype="float32")
+    above = load_pretrained(tmp_path / "adapter", lora=lambda *_: lora)
+    np.testing.assert_allclose(logits(above), logits(below), atol=1e-6)
+    again = load_pretrained(tmp_path / "adapter", lora=lambda *_: lora)
+    assert len(above.merged) == 2 and above.merged == again.merged
+    q = above.model.blocks.attention.q.factors.b
+    q[...] = q[...] + 0.1
+    save_pretrained(tmp_path / "second", dataclasses.replace(above, base=str(tmp_path / "adapter")), layout="peft")
+    second = load_pretrained(tmp_path / "second")
+    np.testing.assert_allclose(logits(second), logits(above), atol=1e-4)
+    assert np.abs(logits(second) - logits(below)).max() > 0.05
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapters")
+    theirs("llama1", directory, r=4, target_modules=["q_proj", "up_proj"])
+    return directory / "adapter"
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"use_dora": True}, "q_proj has no lora_magnitude_vector"), ({"bias": "all"}, "bias to 'all'"),
+    ({"peft_type": "IA3"}, "'IA3'"),
+    ({"init_lora_weights": "pissa"}, "'pissa'"), ({"r": 8}, "rank 8"), ({"lora_bias": True}, "lora_bias"),
+    ({"target_modules": ["q_proj", "v_proj"]}, "targets model.layers.0.self_attn.v_proj and has no factors")])
+def test_what_is_not_computed_is_refused_by_name(adapter, settings, message, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_pretrained(tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(32)}), "holds .*norm.weight, which cannot"),
+    (lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(32)}),
+     "lora_magnitude_vector, which cannot be merged"),
+    (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}), "lm_head"),
+    (lambda t: t.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"), "no lora_B"),
+    (lambda t: t.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 32)}), "layers.7"),
+    (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(5, 32)}), "another base.*lm_head.weight")])
+def test_tensors_that_do_not_belong_are_refused_by_name(adapter, change, message, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_pretrained(tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_for_another_base_is_refused(adapter, tmp_path):
+    for case in ("gpt2", "llama-biases", "llama2-grouped-tied"):
+        families.save(case, tmp_path / case)
+    wide = transformers.LlamaConfig(**families.CASES["llama1"][1] | dict(hidden_size=40, head_dim=8))
+    transformers.AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")
+    for case, message in (("gpt2", "another base"), ("llama-biases", r"q_proj.lora_B has the shape \[32, 4\]"),
+                          ("wide", r"another base than .*wide: .*lora_A has the shape \[4, 32\]")):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_pretrained(adapter, base=str(tmp_path / case))
+        assert "\n" not in str(caught.value)
+
+
+def test_what_has_no_adapter_is_not_saved_as_one(adapter, tmp_path):
+    with pytest.raises(DLMError, match="has no adapter beside a base"):
+        save_pretrained(tmp_path / "out", load_pretrained(adapter), layout="peft")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_is_replaced_and_what_else_is_in_the_way(tmp_path):
+    _, pretrained = ours("llama1", tmp_path)
+    for _ in range(2):
+        save_pretrained(tmp_path / "adapter", pretrained, layout="peft", dtype="bfloat16")
+    tensors = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16} and len(tensors) == 2 * 2 * 7
+    with pytest.raises(CheckpointError, match="something other than an earlier export"):
+        save_pretrained(tmp_path / "base", pretrained, layout="peft")
+    assert adapter_config(pretrained.model, "x")["rank_pattern"] == {}

@@ -1,0 +1,72 @@
+"""The PyTorch sampler that goes with an export, against this library's own."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.checkpoints import load_pretrained, sample_torch, save_pretrained
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
+from tests.checkpoints import families
+
+MASK = 5
+
+
+@pytest.fixture(params=["gpt2", "mistral-window", "qwen3"])
+def exported(inputs, tmp_path):
+    families.save(inputs.param, tmp_path / "base")
+    pretrained = load_pretrained(tmp_path / "base", mask_token=MASK)
+    save_pretrained(tmp_path / "out", pretrained)
+    return pretrained, sample_torch.load_model(tmp_path / "out")
+
+
+def test_logits_and_likeliest_tokens_agree(exported):
+    pretrained, model = exported
+    tokens = families.tokens(length=20)
+    expected = pretrained.model(tokens, AttentionMask.bidirectional())
+    with torch.no_grad():
+        logits = sample_torch.bidirectional_logits(model, torch.from_numpy(tokens).long())
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+    fixed = np.zeros(tokens.shape, bool)
+    fixed[:, :3] = fixed[:, 17:] = True
+    fixed[1, 8:12] = True
+    found = sample_torch.sample(model, torch.from_numpy(tokens).long(), torch.from_numpy(fixed), num_steps=6,
+                                temperature=0)
+    spec = SamplingSpec(SamplerConfig("confidence", num_steps=6, temperature=0.0), MASK, shift=True)
+    expected = sample(pretrained.model, tokens, fixed, jnp.array([20, 20]), jax.random.split(jax.random.key(0), 2),
+                      spec).tokens
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_random_policy_fills_every_gap_and_follows_the_seed(tmp_path):
+    families.save("gpt2", tmp_path / "base")
+    save_pretrained(tmp_path / "out", load_pretrained(tmp_path / "base", mask_token=MASK))
+    model = sample_torch.load_model(tmp_path / "out")
+    tokens = torch.from_numpy(families.tokens(length=40)).long()
+    fixed = torch.zeros(tokens.shape, dtype=torch.bool)
+    fixed[:, :10] = True
+    a, b, c = (sample_torch.sample(model, tokens, fixed, policy="random", num_steps=8, top_p=0.9, seed=seed)
+               for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(a[:, :10], tokens[:, :10]) and not (a[:, 10:] == MASK).any()
+
+
+def test_top_p_keeps_the_token_that_crosses_it():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(4000, 4)
+    drawn = sample_torch.choose(logits, 1.0, 0.6, torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn, minlength=4) / 4000
+    np.testing.assert_allclose(share, [0.625, 0.375, 0, 0], atol=0.03)
+
+
+def test_the_exported_file_runs_by_itself(tmp_path, test_data):
+    save_pretrained(tmp_path / "out", load_pretrained(test_data / "stories260K_hf", mask_token="<|mask|>"))
+    command = [sys.executable, "-P", tmp_path / "out" / "sample_torch.py", "--prompt", "Once upon a time", "--suffix",
+               "the end.", "--length", "12", "--num_steps", "4", "--num_samples", "2"]
+    lines = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) >= 2 and lines[0].startswith("Once upon a time")
