@@ -17,7 +17,7 @@ import pathlib
 
 from dlm_jax.cli.config import build_config
 from dlm_jax.cli.main import main as command_line
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 from dlm_jax.storage import write_json
 from dlm_jax.training import TrainConfig, read_records, train
 

@@ -24,15 +24,15 @@ TPU = [
     ("diffugpt_m", "v5p:2x2x2", (f"{ACCUMULATE}=4",)), ("diffugpt_m", "v6e:4x4", (f"{ACCUMULATE}=5",)),
     ("diffullama_7b", "v5e:16x16", ()), ("diffullama_7b", "v5p:4x4x4", ()),
     ("diffullama_7b", "v4:4x4x4", (f"{ACCUMULATE}=8",)), ("diffullama_7b", "v6e:8x8", (f"{ACCUMULATE}=8",)),
-    ("diffullama_7b", "v5e:2x4", ("--advise",)), ("diffullama_7b", "v4:2x2x1", ("--advise",)),
-    ("diffugpt_s", "v5e:1x1", ("--advise",)), ("diffugpt_m", "v5e:2x2", ("--advise",)),
-    ("diffullama_7b", "v5e:4x8", ("--advise",)), ("diffullama_7b", "v6e:4x4", ("--advise",)),
+    ("diffullama_7b", "v5e:2x4", ("--suggest",)), ("diffullama_7b", "v4:2x2x1", ("--suggest",)),
+    ("diffugpt_s", "v5e:1x1", ("--suggest",)), ("diffugpt_m", "v5e:2x2", ("--suggest",)),
+    ("diffullama_7b", "v5e:4x8", ("--suggest",)), ("diffullama_7b", "v6e:4x4", ("--suggest",)),
     ("sft_gsm8k_llama_lora", "v5e:2x4", ()), ("block_llama_7b", "v5e:16x16", ()),
 ]
 GPU = [
     ("diffugpt_s", "a100-80:8", ()), ("diffugpt_s", "h100:8", ()),
-    ("diffugpt_m", "a100-80:8", ("--advise",)), ("diffugpt_m", "h100:8", ("--advise",)),
-    ("diffullama_7b", "h100:8", ("--advise",)), ("diffullama_7b", "a100-80:8", ("--advise",)),
+    ("diffugpt_m", "a100-80:8", ("--suggest",)), ("diffugpt_m", "h100:8", ("--suggest",)),
+    ("diffullama_7b", "h100:8", ("--suggest",)), ("diffullama_7b", "a100-80:8", ("--suggest",)),
     ("diffullama_7b", "a100-80:64", ()), ("diffullama_7b", "gh200:64", ()),
 ]
 

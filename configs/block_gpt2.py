@@ -6,7 +6,7 @@ The data and the budget of gpt2_one_gpu. The first hundred steps are the parent'
 then blocks grow by doubling, which did better than the last size at once in NBDiff (arXiv 2512.06776).
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

@@ -9,7 +9,7 @@ token is predicted: from the clean text before it, in training as in writing (se
 theirs trains it from noise.
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

@@ -8,7 +8,7 @@ fine-tuning. The budget here is 1B tokens, a choice. Theirs predicts a token fro
 parent's shift.
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

@@ -5,7 +5,7 @@
 As diffugpt_s, deviations included, with longer rows, larger batches, fewer steps, and a new token as the mask.
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

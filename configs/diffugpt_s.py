@@ -9,7 +9,7 @@ The paper takes 30B unique tokens of FineWeb sample-100BT. It departs from the a
 and draws times stratified over the batch, which theirs does not.
 """
 
-from dlm_jax.cli.recipes import train_defaults
+from dlm_jax.cli.config import train_defaults
 
 
 def get_config():

@@ -12,7 +12,7 @@ code, not from their paper, in
 and draws times stratified over the batch, which theirs does not.
 """
 
-from dlm_jax.cli.recipes import train_defaults
+from dlm_jax.cli.config import train_defaults
 
 
 def get_config():

@@ -3,7 +3,7 @@
     dlm train --config=diffullama_7b_annealed --workdir=DIR --config.data.train=SLIMPAJAMA
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

@@ -6,7 +6,7 @@ The settings of diffugpt_s, annealed over a tenth of the run, while the learning
 budget is a choice, not a finding: nobody has measured what the other 128B tokens are worth.
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

@@ -6,7 +6,7 @@ The settings of diffullama_7b at a 65th of its tokens, annealed over a tenth of 
 smaller model. The mask is one of the tokens that Llama 3 reserves, so that the vocabulary stays as it is.
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

@@ -7,7 +7,7 @@ It learns from stories that the base model itself wrote, so that neither network
 
 import pathlib
 
-from dlm_jax.cli.recipes import train_defaults
+from dlm_jax.cli.config import train_defaults
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
 

@@ -5,7 +5,7 @@
 The settings of llama3_1b. The mask is a new token, for which Qwen's embedding has a row to spare.
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

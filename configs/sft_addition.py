@@ -6,7 +6,7 @@ makes the data, trains by this recipe and asks 500 sums that training has not se
 into diffusion and to the task at once: its attention is bidirectional from the start, as in any fine-tuning.
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

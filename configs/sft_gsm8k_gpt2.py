@@ -11,7 +11,7 @@ set --config.model.source=diffusionfamily/diffugpt-s. sft_gsm8k_gpt2_ar is the p
 and draws times stratified over the batch, which theirs does not.
 """
 
-from dlm_jax.cli.recipes import train_defaults
+from dlm_jax.cli.config import train_defaults
 
 
 def get_config():

@@ -10,7 +10,7 @@ LLaMA's parent, with the learning rate and the 40 epochs of the release:
         --config.data.examples.train_on_padding=false --config.optimizer.learning_rate=3e-4 --config.num_steps=120000
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

@@ -10,7 +10,7 @@ rows a GPU, of which it does not say how many; 64,000 steps are those of the che
 and draws times stratified over the batch, which theirs does not.
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

@@ -11,7 +11,7 @@ each answer counts by its own length, three epochs, here of Alpaca's 52,002 reco
 a file with one in data.examples.chat_template, or take Alpaca's format.
 """
 
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import load_recipe
 
 
 def get_config():

@@ -5,7 +5,7 @@
     dlm train --config=stories_ar --workdir=build/stories/run
 """
 
-from dlm_jax.cli.recipes import train_defaults
+from dlm_jax.cli.config import train_defaults
 
 
 def get_config():

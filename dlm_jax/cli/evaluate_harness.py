@@ -19,8 +19,7 @@ from dlm_jax.cli import evaluate_writing
 from dlm_jax.cli.evaluate_tasks import PACKAGES, load_candidates
 from dlm_jax.cli.partial import check_output
 from dlm_jax.cli.shared import write_result
-from dlm_jax.cli.values import hint
-from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.errors import ConfigError, DataError, did_you_mean
 
 _BOOTSTRAPS = 1000  # for the errors of perplexities and the like; the harness's 100000 take minutes
 _SETTINGS = ("model", "parent", "objective", "mask_token", "dtype", "harness", "harness_dir", "limit", "shots",
@@ -97,7 +96,7 @@ def _load_tasks(names: Sequence[str], folder: str | None) -> dict[str, Any]:
     for name in names:
         if name not in manager.all_tasks:
             where = "" if folder is None else f", nor is there a sound YAML file of it in {folder}"
-            raise ConfigError(f"the harness has no task {name!r}{hint(name, manager.all_tasks)}{where}; `lm_eval ls "
+            raise ConfigError(f"the harness has no task {name!r}{did_you_mean(name, manager.all_tasks)}{where}; `lm_eval ls "
                               "tasks` lists them, and --harness_dir names a folder with your own")
     try:
         loaded = manager.load(list(names))

@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
     parser.add_argument("--layout", choices=("hf", "diffugpt", "peft"), default="hf",
-                        help="for transformers, for the DiffuGPT release's code, or for peft, of a run with LoRA, the "
-                        "adapter alone (default %(default)s)")
+                        help="hf: for transformers; diffugpt: for the DiffuLLaMA reference implementation; peft: the "
+                        "adapter of a run with LoRA alone (default %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,64 +2,49 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import NoReturn
 
-from dlm_jax.cli.exit_codes import DONE, EXIT_USAGE, INTERRUPTED, REFUSED
-from dlm_jax.cli.processes import exit_now
-from dlm_jax.cli.quiet import keep_libraries_quiet
-from dlm_jax.cli.values import hint
-from dlm_jax.errors import DLMError
+from dlm_jax.cli.shared import exit_now
+from dlm_jax.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, DLMError, did_you_mean
 
 # Each is a module of this package with `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = {
     "quickstart": "the main job in a few minutes: adapt a model, measure it, sample it, export it",
     "prepare": "turn a corpus into rows of tokens, once, for training at speed",
     "train": "adapt a pretrained model to diffusion, or train an autoregressive one",
-    "sample": "write text: from nothing, from a prompt, or into gaps",
-    "chat": "talk with a fine-tuned model, its answers forming before your eyes if you like",
-    "evaluate": "how good a model is: on tasks, beside its parent, and on held-out text",
+    "sample": "generate text: from nothing, from a prompt, or into gaps",
+    "chat": "talk with a fine-tuned model",
+    "evaluate": "measure a model: on tasks, against its parent, and on held-out text",
     "export": "write a model in Hugging Face format",
     "plan": "does a recipe fit on TPUs or GPUs that are not here, and how long does it take",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The arguments of a command, with `overrides` if it takes a recipe. A misspelt name is what is told first."""
-        takes_overrides = self.get_default("overrides") is not None
-        overrides, others = split_overrides(argv) if takes_overrides else ([], argv)
-        known = [option for action in self._actions for option in action.option_strings]
-        for argument in others:
-            flag = argument.partition("=")[0]
-            if flag.startswith("--") and flag not in ("--", *known):
-                self.error(f"there is no argument {flag}{hint(flag, known)}")
-        arguments = self.parse_args(others)
-        if takes_overrides:
-            arguments.overrides = overrides
-        return arguments
+# Flags of the version before: refused, with the new name.
+OLD_FLAGS = {"--grid": "--step_schedule", "--guidance": "--cfg_scale", "--refresh_every": "--cache_refresh_interval",
+             "--advise": "--suggest", "--harness": "--lm_eval", "--harness_dir": "--lm_eval_dir",
+             "--estimator": "--mc_estimator"}
+_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+          "TOKENIZERS_PARALLELISM": "true"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; see `exit_codes`."""
+    """Runs a command and returns its exit status, one of `EXIT_...` in `dlm_jax.errors`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
-        return DONE
+        return EXIT_OK
     name, *rest = argv
     if name not in COMMANDS:
-        print(f"dlm: there is no command {name!r}{hint(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}",
-              file=sys.stderr)
+        print(f"dlm: there is no command {name!r}{did_you_mean(name, COMMANDS)}; the commands are "
+              f"{', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
-    keep_libraries_quiet()
+    _silence_libraries()
     command = importlib.import_module(f"dlm_jax.cli.{name}")
     parser = Parser(prog=f"dlm {name}", description=command.__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,47 +56,89 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(name: str, command: ModuleType, arguments: argparse.Namespace) -> int:
-    """The exit status of a command; errors become sentences."""
-    try:
-        code = command.run(arguments) or DONE
-        sys.stdout.flush()
-        return code
-    except DLMError as error:
-        print(f"dlm {name}: {error}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        print(f"dlm {name}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
-        return DONE
-    except OSError as error:
-        print(f"dlm {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return REFUSED
+class Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong with the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Returns a command's arguments, with `overrides` if it takes a recipe; reports misspelt names first."""
+        takes_overrides = self.get_default("overrides") is not None
+        overrides, others = split_overrides(argv) if takes_overrides else ([], argv)
+        known = [option for action in self._actions for option in action.option_strings]
+        for argument in others:
+            flag = argument.partition("=")[0]
+            if OLD_FLAGS.get(flag) in known:
+                self.error(f"{flag} is now {OLD_FLAGS[flag]}; write that instead")
+            if flag.startswith("--") and flag not in ("--", *known):
+                self.error(f"there is no argument {flag}{did_you_mean(flag, known)}")
+        arguments = self.parse_args(others)
+        if takes_overrides:
+            arguments.overrides = overrides
+        return arguments
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """(key, text) of every `--config.key=text`, `--config.key text` or bare `--config.switch`, and what is left."""
-    overrides, others, waiting = [], [], list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
+    """Returns (key, text) of every `--config.key=text`, `--config.key text` or bare `--config.key`, and the rest."""
+    overrides, others, remaining = [], [], list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
         if not argument.startswith("--config."):
             others.append(argument)
             continue
         key, equals, text = argument.removeprefix("--config.").partition("=")
         if not equals:
-            text = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
+            text = remaining.pop(0) if remaining and not remaining[0].startswith("--") else "true"
         overrides.append((key, text))
     return overrides, others
 
 
+def _run(name: str, command: ModuleType, arguments: argparse.Namespace) -> int:
+    """Returns the exit status of a command; errors become sentences."""
+    try:
+        code = command.run(arguments) or EXIT_OK
+        sys.stdout.flush()
+        return code
+    except DLMError as error:
+        print(f"dlm {name}: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        print(f"dlm {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, such as `head`, has closed the pipe
+        return EXIT_OK
+    except OSError as error:
+        print(f"dlm {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_FAILURE
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {meaning}" for name, meaning in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {help_text}" for name, help_text in COMMANDS.items()]
     return "\n".join(["usage: dlm COMMAND [--argument=value ...]", "",
                       "Turns autoregressive language models into diffusion language models, and uses them.", "",
                       "commands:", *lines, "", "dlm COMMAND --help lists the arguments of a command."])
+
+
+def _silence_libraries() -> None:
+    """Turns off what libraries log about themselves. Call it before they are imported."""
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+    # A failed checkpoint write fails in many threads at once, each with a trace; `CheckpointWriter` reports it once.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.excepthook, threading.excepthook = _print_trace, lambda failed: _print_trace(*failed[:3])
+
+
+def _print_trace(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """Prints the usual trace, except for errors of Orbax's threads that write in the background."""
+    files = {frame.filename for frame in traceback.extract_tb(trace)}
+    writing = any("orbax" in file for file in files) and threading.current_thread() is not threading.main_thread()
+    if not writing and str(error) != "Event loop is closed":  # tensorstore's callbacks after the end raise this
+        sys.__excepthook__(kind, error, trace)
 
 
 if __name__ == "__main__":

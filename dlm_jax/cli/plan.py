@@ -16,11 +16,9 @@ import os
 import sys
 import time
 
-from dlm_jax.cli.config import build_config
-from dlm_jax.cli.exit_codes import DOES_NOT_FIT, DONE
-from dlm_jax.cli.recipes import load_recipe, recipe_names
+from dlm_jax.cli.config import build_config, load_recipe, recipe_names
 from dlm_jax.cli.shared import add_json_argument, write_result
-from dlm_jax.errors import ConfigError
+from dlm_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="GPUs by description: h100:8,a100-80:64")
     parser.add_argument("--largest_batch", action="store_true",
                         help="also find the largest data.batch_size that fits, in a few more compilations")
-    parser.add_argument("--advise", action="store_true",
+    parser.add_argument("--suggest", action="store_true",
                         help="where the recipe does not fit, also try what would, in a few more compilations")
     parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
                         help="sets one key of the recipe, as for `dlm train`; any number of these, in any order")
@@ -68,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.largest_batch:
             result["largest_batch"] = planning.largest_batch(config, base, target, plan, note)
             lines += report.largest_lines(result["largest_batch"])
-        if arguments.advise and not plan.memory.fits:
+        if arguments.suggest and not plan.memory.fits:
             result["advice"] = planning.advise(config, base, target, plan, note)
             lines += report.advice_lines(result["advice"])
         note("done")
@@ -79,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
                "plans": [{name: _plain(value) for name, value in result.items()} for result in plans],
                "formula": FORMULA.splitlines()}
     write_result(arguments.json, content, "\n".join(lines))
-    return DONE if fits else DOES_NOT_FIT
+    return EXIT_OK if fits else EXIT_DOES_NOT_FIT
 
 
 class _Notes:

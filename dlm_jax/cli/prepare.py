@@ -32,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from dlm_jax.cli.config import build_config
-    from dlm_jax.cli.recipes import load_recipe, train_defaults
+    from dlm_jax.cli.config import build_config, load_recipe, train_defaults
     from dlm_jax.training.config import TrainConfig
 
     recipe = load_recipe(arguments.config) if arguments.config else train_defaults()

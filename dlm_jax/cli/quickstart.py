@@ -13,8 +13,7 @@ import pathlib
 import time
 from typing import TYPE_CHECKING
 
-from dlm_jax.cli.config import build_config
-from dlm_jax.cli.recipes import load_recipe
+from dlm_jax.cli.config import build_config, load_recipe
 from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,27 +1,41 @@
-"""Writes text: from nothing, after a prompt, into gaps, or for every line of a file.
+"""Generates text: from nothing, after a prompt, into gaps, or for every line of a file.
 
   dlm sample --model=runs/first --num_samples=4
   dlm sample --model=runs/first --prompt="Once upon a time" --temperature=0.8 --stream
   dlm sample --model=runs/first --infill="Tom had a <mask:6> and was very happy." --trace=infill.html
   dlm sample --model=runs/first --prompts=prompts.jsonl --out=texts.jsonl
 
-In a file each line is a JSON object with a "prompt" or an "infill", and the output is that object with a "text"; or
-the file is .txt, a prompt a line. Stopped, the same command goes on.
+A file of prompts is .jsonl, with a JSON object per line that has a "prompt" or an "infill", and the output is that
+object with a "text" added; or .txt, with a prompt per line. If it is stopped, the same command resumes.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import pathlib
+import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
-from dlm_jax.cli.shared import add_json_argument, add_model_arguments, load_model, write_result
+from dlm_jax.cli.shared import (
+    add_json_argument,
+    add_model_arguments,
+    check_at_least_one,
+    check_seed,
+    load_model,
+    write_result,
+)
 from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
     from dlm_jax.pipeline import DiffusionLM
-    from dlm_jax.sampling import SamplerConfig
+    from dlm_jax.sampling import SamplerConfig, Snapshot
+
+MASK = "\N{LIGHT SHADE}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,53 +43,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     texts.add_argument("--infill", nargs="+", action="extend", metavar="TEXT",
-                       help="texts with gaps: <mask:12> stands for 12 tokens, <mask> for --gap_length")
+                       help="texts with gaps: <mask:12> is a gap of 12 tokens, <mask> one of --gap_length")
     texts.add_argument("--prompts", metavar="FILE", help="a .jsonl or .txt file of either; needs --out")
     parser.add_argument("--out", metavar="FILE", help="where the texts of --prompts go, as JSON lines")
-    parser.add_argument("--num_samples", type=int, default=1, help="how many for each text (default %(default)s)")
+    parser.add_argument("--num_samples", type=int, default=1, help="samples per text (default %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=128,
                         help="tokens after a prompt (default %(default)s)")
     parser.add_argument("--gap_length", type=int, default=16, help="tokens in a plain <mask> (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same text (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="texts at a time (default %(default)s)")
     add_sampler_arguments(parser)
-    shown = parser.add_argument_group("showing how")
-    shown.add_argument("--stream", action="store_true", help="show the text as it forms, in a terminal")
-    shown.add_argument("--trace", metavar="FILE",
-                       help="save how it formed: a page that plays it (.html), or a picture of the first text (.png)")
+    display = parser.add_argument_group("display")
+    display.add_argument("--stream", action="store_true", help="show each denoising step in place, in a terminal")
+    display.add_argument("--trace", metavar="FILE",
+                         help="save all steps: a page that plays them (.html), or a picture of the first text (.png)")
     add_json_argument(parser)
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting of `SamplerConfig`, whose module need not be imported for `--help`."""
+    """Adds a flag per setting of `SamplerConfig`, whose module `--help` need not import."""
     steps = parser.add_argument_group("steps")
     steps.add_argument("--policy", help="which positions are revealed first: random, random_exact, first_hitting, "
                        "confidence, margin, entropy, threshold; or autoregressive, from left to right (default: "
-                       "confidence, or autoregressive for a model that was trained so)")
-    steps.add_argument("--num_steps", type=int, help="denoising steps (default: 64; for first_hitting one a token, "
+                       "confidence, or autoregressive for a model that was trained autoregressively)")
+    steps.add_argument("--num_steps", type=int, help="denoising steps (default: 64; for first_hitting one per token, "
                        "for threshold as many as it takes)")
-    steps.add_argument("--step_schedule", default="linear", help="linear: as many tokens each step; cosine: few at first "
-                       "(default %(default)s)")
+    steps.add_argument("--step_schedule", default="linear", help="linear: equally many tokens at each step; cosine: few "
+                       "at first (default %(default)s)")
     steps.add_argument("--block_length", type=int, help="fill blocks of this many positions from left to right")
-    steps.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals "
+    steps.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals a token "
                        "(default: 0.9)")
-    steps.add_argument("--remask", type=float, default=0.0, help="the chance that a revealed token is masked again at "
-                       "a step (default %(default)s)")
+    steps.add_argument("--remask", type=float, default=0.0, help="the probability that a revealed token is masked again "
+                       "at a step (default %(default)s)")
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--temperature", type=float, default=1.0,
-                        help="0 takes the likeliest token (default %(default)s)")
-    tokens.add_argument("--top_p", type=float, help="draw from the likeliest tokens that reach this probability")
-    tokens.add_argument("--top_k", type=int, help="draw from this many likeliest tokens")
-    tokens.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens that are there "
-                        "already less likely (default %(default)s)")
-    tokens.add_argument("--eos_penalty", type=float, default=0.0, help="nats off the end of text; inf: never end "
-                        "(default %(default)s)")
-    tokens.add_argument("--cfg_scale", type=float, default=0.0, help="how far to lean towards the given text, at twice "
-                        "the work (default %(default)s)")
+                        help="0 takes the most likely token (default %(default)s)")
+    tokens.add_argument("--top_p", type=float, help="sample from the most likely tokens that reach this probability")
+    tokens.add_argument("--top_k", type=int, help="sample from this many most likely tokens")
+    tokens.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens that the text "
+                        "already has less likely (default %(default)s)")
+    tokens.add_argument("--eos_penalty", type=float, default=0.0, help="nats subtracted from the logit of the end of "
+                        "text; inf: never end (default %(default)s)")
+    tokens.add_argument("--cfg_scale", type=float, default=0.0, help="weight of classifier-free guidance by the given "
+                        "text, at twice the cost (default %(default)s)")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--cache", default="none", help="keys and values kept while a block is filled: none, prefix "
-                       "(before it) or dual (behind it too); faster, not exact (default %(default)s)")
-    cache.add_argument("--cache_refresh_interval", type=int, help="steps until they are computed anew (default: once a block)")
+                       "(those before it) or dual (also those after it); faster, not exact (default %(default)s)")
+    cache.add_argument("--cache_refresh_interval", type=int,
+                       help="steps until they are computed again (default: once per block)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -87,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
-    """Continues or fills the texts of the command line, and prints them."""
+    """Samples the texts of the command line and prints them."""
     lm = load_model(arguments)
     config = resolve_policy(config, arguments.policy, lm)
     given = [text for text in arguments.infill or arguments.prompt or [""] for _ in range(arguments.num_samples)]
@@ -103,21 +118,22 @@ def write_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
 
 
 def write_file(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
-    """Continues or fills the texts of a file, into another."""
-    from dlm_jax.cli.partial import check_output
-    from dlm_jax.cli.sample_file import sample_file, table
-    from dlm_jax.cli.sample_inputs import read_inputs
+    """Samples the texts of a file into another file."""
+    from dlm_jax.cli.sample_file import check_output, read_prompts, sample_file
 
     check_output(arguments.out)
-    inputs = read_inputs(arguments.prompts, max_new_tokens=arguments.max_new_tokens, gap_length=arguments.gap_length,
-                         taken=("text",) if arguments.num_samples == 1 else ("text", "sample"))
+    prompts = read_prompts(arguments.prompts, max_new_tokens=arguments.max_new_tokens, gap_length=arguments.gap_length,
+                           reserved=("text",) if arguments.num_samples == 1 else ("text", "sample"))
     lm = load_model(arguments)
-    result = sample_file(inputs, arguments, lm, resolve_policy(config, arguments.policy, lm))
-    write_result(arguments.json, result, table(result))
+    result = sample_file(prompts, arguments, lm, resolve_policy(config, arguments.policy, lm))
+    write_result(arguments.json, result,
+                 f"{result['texts']} texts in {result['out']}; {result['texts_now']} of them now, "
+                 f"{result['tokens_now']:,} tokens in {result['seconds']:.0f} s "
+                 f"({result['tokens_now'] / result['seconds']:,.0f} per second)")
 
 
 def check(arguments: argparse.Namespace) -> "SamplerConfig":
-    """The sampler's settings, after everything that can be refused before a model is loaded."""
+    """Returns the sampler's settings; refuses whatever it can before a model is loaded."""
     from dlm_jax.sampling.text import split_gaps
     from dlm_jax.sampling.trace import check_path
 
@@ -126,7 +142,7 @@ def check(arguments: argparse.Namespace) -> "SamplerConfig":
     if (arguments.prompts is None) != (arguments.out is None):
         raise ConfigError("--prompts and --out go together: a file of texts, and where the results go")
     if arguments.prompts is not None and (arguments.stream or arguments.trace):
-        raise ConfigError("--stream and --trace show a few texts; give those with --prompt or --infill instead of "
+        raise ConfigError("--stream and --trace show a few texts; give them with --prompt or --infill instead of "
                           "--prompts")
     if arguments.trace is not None:
         check_path(arguments.trace)
@@ -135,19 +151,8 @@ def check(arguments: argparse.Namespace) -> "SamplerConfig":
     return sampler_settings(arguments)
 
 
-def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-
-
-def check_seed(name: str, seed: int) -> None:
-    if not 0 <= seed < 1 << 32:
-        raise ConfigError(f"{name} must lie between 0 and {(1 << 32) - 1}, got {seed}")
-
-
 def sampler_settings(arguments: argparse.Namespace) -> "SamplerConfig":
-    """What the flags of `add_sampler_arguments` say."""
+    """Returns the settings given by the flags of `add_sampler_arguments`."""
     from dlm_jax.sampling import SamplerConfig
 
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplerConfig)}
@@ -155,27 +160,29 @@ def sampler_settings(arguments: argparse.Namespace) -> "SamplerConfig":
 
 
 def resolve_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM") -> "SamplerConfig":
-    """What a model that was trained autoregressively, or that has no mask token, makes of a policy not given."""
+    """Fills in a policy that was not given: autoregressive for a model that was trained so."""
     if policy is not None:
         return config
     if lm.pretrained.is_autoregressive:
         return dataclasses.replace(config, policy="autoregressive")
     if lm.pretrained.mask_token_id is None:
-        raise ConfigError(f"{lm.pretrained.source} records no mask token; name one with --mask_token, or write from "
-                          "left to right with --policy=autoregressive")
+        raise ConfigError(f"{lm.pretrained.source} records no mask token; name one with --mask_token, or "
+                          "sample from left to right with --policy=autoregressive")
     return config
 
 
-def sample_with_trace(lm: "DiffusionLM", given: list[str], config: "SamplerConfig", arguments: argparse.Namespace) -> list[str]:
-    """The texts; how they form is shown or saved where that is asked for."""
-    from dlm_jax.cli.live import Live
+def sample_with_trace(lm: "DiffusionLM", given: list[str], config: "SamplerConfig",
+                      arguments: argparse.Namespace) -> list[str]:
+    """Returns the texts; shows and saves the steps as the flags say."""
     from dlm_jax.sampling.trace import Trace
 
     trace = Trace() if arguments.trace else None
-    with Live(lm.tokenizer) if arguments.stream else contextlib.nullcontext() as live:
-        watchers = [watcher for watcher in (trace, live) if watcher is not None]
-        settings = {**dataclasses.asdict(config), "seed": arguments.seed, "batch_size": arguments.batch_size,
-                    "on_step": (lambda snapshot: [watch(snapshot) for watch in watchers]) if watchers else None}
+    streaming = arguments.stream and sys.stdout.isatty()
+    with LiveText(lm.tokenizer) if streaming else contextlib.nullcontext() as live:
+        observers = [observer for observer in (trace, live) if observer is not None]
+        settings: dict[str, Any] = {
+            **dataclasses.asdict(config), "seed": arguments.seed, "batch_size": arguments.batch_size,
+            "on_step": (lambda snapshot: [observe(snapshot) for observe in observers]) if observers else None}
         if arguments.infill:
             texts = lm.infill(given, gap_length=arguments.gap_length, **settings)
         else:
@@ -185,3 +192,47 @@ def sample_with_trace(lm: "DiffusionLM", given: list[str], config: "SamplerConfi
         name = pathlib.PurePath(lm.pretrained.source).name
         trace.save(arguments.trace, lm.tokenizer, f"{name}, {config.policy}{steps}")
     return texts
+
+
+class LiveText:
+    """An `on_step` that shows each step in a terminal, in place of the one before, and nothing once it is closed."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        from rich.live import Live
+
+        self._tokenizer, self._live = tokenizer, Live(auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def __call__(self, snapshot: "Snapshot") -> None:
+        self.show(snapshot.step, [
+            partial_text(self._tokenizer, snapshot.tokens[i], snapshot.masked[i], snapshot.lengths[i])
+            for i in snapshot.rows.argsort()])
+
+    def show(self, step: int, texts: list[str]) -> None:
+        from rich.text import Text
+
+        # A generated control character would act on the terminal.
+        printable = ["".join(c if c.isprintable() or c == "\n" else " " for c in text) for text in texts]
+        self._live.update(Text("\n".join([f"step {step}", "\n\n".join(printable)]).rstrip("\n")), refresh=True)
+
+
+def partial_text(tokenizer: "PreTrainedTokenizerBase", tokens: "np.ndarray", masked: "np.ndarray", length: int) -> str:
+    """Returns the text of a row, arrays [length], with a `MASK` per masked token."""
+    from dlm_jax.sampling.text import decode
+
+    segments, gaps, known = [""], [], []  # to `decode`, what is masked is text and the tokens between are filled gaps
+    for is_masked, run in itertools.groupby(range(length), key=lambda i: bool(masked[i])):
+        run = list(run)
+        if is_masked:
+            segments[-1] = MASK * len(run)
+        else:
+            gaps.append(range(len(known), len(known) + len(run)))
+            known += tokens[run].tolist()
+            segments += [len(run), ""]
+    return decode(tokenizer, segments, gaps, known)

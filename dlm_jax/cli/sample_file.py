@@ -1,82 +1,240 @@
-"""Texts for every line of a file."""
+"""`dlm sample --prompts`: a text for every line of a file, in a job that can be stopped and resumed.
+
+    out.jsonl.partial         the lines that are done
+    out.jsonl.partial.json    the settings that they were made with
+    out.jsonl                 all lines, once they are done
+"""
 
 import argparse
 import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
-from dlm_jax.cli.partial import ResumeState
-from dlm_jax.cli.sample_inputs import Inputs
-from dlm_jax.errors import DataError
-from dlm_jax.sampling.text import encode
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.sampling.text import Segment, encode, split_gaps
+from dlm_jax.storage import write_json
 
 if TYPE_CHECKING:
     from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.sampling import SamplerConfig
 
+KINDS = ("prompt", "infill")
 
-def sample_file(inputs: Inputs, arguments: argparse.Namespace, lm: "DiffusionLM",
-                config: "SamplerConfig") -> dict[str, Any]:
-    """Writes the texts that are not written yet, and says what was done.
 
-    A text's random numbers are a function of its number, and a batch begins at a multiple of its size whether or not
-    the lines before it are done, so that stopping changes nothing. The last batch begins early, to be as large as
-    the others and need no program of its own.
+@dataclasses.dataclass(frozen=True)
+class PromptFile:
+    """Attributes:
+    kind: "prompt" or "infill": the key of each record that holds its text.
+    records: the objects of the file, in order.
+    lines: the line number of each record.
+    digest: hash of the file's content.
+    room: {"max_new_tokens" or "gap_length": tokens}, as the method for this kind takes it.
+    """
+
+    path: str
+    kind: str
+    records: list[dict[str, Any]]
+    lines: list[int]
+    digest: str
+    room: dict[str, int]
+
+    def text(self, number: int) -> str:
+        return self.records[number][self.kind]
+
+    def segments(self, number: int) -> list[Segment]:
+        """Returns the text of a record and its gaps, as `sampling.text.encode` takes them."""
+        text = self.text(number)
+        return split_gaps(text, **self.room) if self.kind == "infill" else [text, self.room["max_new_tokens"]]
+
+
+def read_prompts(path: str, *, max_new_tokens: int, gap_length: int, reserved: Collection[str]) -> PromptFile:
+    """Reads a .jsonl file of objects or texts, or a .txt file of prompts; skips empty lines.
+
+    Args:
+      max_new_tokens, gap_length: tokens after a prompt, and in a gap without a length.
+      reserved: keys that the output adds.
 
     Raises:
-      ConfigError: the texts that are written were made with other settings.
+      DataError: there is no such file, it is empty, or a line is malformed.
+    """
+    file = pathlib.Path(path)
+    suffix = file.suffix.lower()
+    if suffix not in (".jsonl", ".txt"):
+        raise DataError(f"{path} is neither .jsonl, with an object with a prompt or an infill per line, nor .txt, with a "
+                        "prompt per line; give one of these")
+    if not file.is_file():
+        raise DataError(f"there is no file {path}")
+    content = file.read_bytes()
+    records, lines, kinds = [], [], []
+    for line, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            record = {"prompt": raw.decode().removesuffix("\r")} if suffix == ".txt" else _parse_record(raw.decode())
+            kinds.append(_check_record(record, reserved))
+            if kinds[-1] != kinds[0]:
+                raise ValueError(f"a file has either prompts or infills, and line {lines[0]} has the key {kinds[0]!r}; "
+                                 "split the file in two")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}, line {line}: it is not UTF-8; convert the file") from error
+        except (ValueError, DataError) as error:
+            raise DataError(f"{path}, line {line}: {error}") from error
+        records.append(record)
+        lines.append(line)
+    if not records:
+        raise DataError(f"{path} is empty; write a text on each line")
+    room = {"gap_length": gap_length} if kinds[0] == "infill" else {"max_new_tokens": max_new_tokens}
+    return PromptFile(path, kinds[0], records, lines, hashlib.sha256(content).hexdigest(), room)
+
+
+def _parse_record(text: str) -> dict[str, Any]:
+    example = 'write an object such as {"prompt": "Once"}'
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg} at character {error.colno}); {example}") from error
+    record = {"prompt": record} if isinstance(record, str) else record
+    if not isinstance(record, dict):
+        raise ValueError(f"it is neither an object nor a text; {example}")
+    return record
+
+
+def _check_record(record: dict[str, Any], reserved: Collection[str]) -> str:
+    """Returns the kind of a record; a ValueError or DataError says what is wrong with it."""
+    kinds = [kind for kind in KINDS if kind in record]
+    if len(kinds) != 1:
+        raise ValueError(f"it has {'both' if kinds else 'neither'} a prompt {'and' if kinds else 'nor'} an infill; "
+                         "give it one of the two")
+    kind, = kinds
+    if not isinstance(record[kind], str):
+        raise ValueError(f"its {kind} is not a text; put it in quotes")
+    for key in reserved:
+        if key in record:
+            raise ValueError(f"the output adds the key {key!r}; rename it")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it has half a character (a lone surrogate); remove it") from error
+    if kind == "infill":
+        split_gaps(record[kind], 1)
+    return kind
+
+
+def check_output(path: str) -> None:
+    """Raises ConfigError if the output exists already or its folder does not."""
+    out = pathlib.Path(path)
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name another file, or remove it")
+    if not out.parent.is_dir():
+        raise ConfigError(f"there is no folder {out.parent} for {out.name}; make it, or name another")
+
+
+class ResumeState:
+    """The output lines that are `done`; an incomplete last line is removed.
+
+    Raises:
+      ConfigError: the lines were made with other or unknown settings.
+    """
+
+    def __init__(self, out: str, settings: dict[str, Any]):
+        self._out, self._settings = out, settings
+        self._path, self._settings_path = pathlib.Path(f"{out}.partial"), pathlib.Path(f"{out}.partial.json")
+        content = self._path.read_bytes() if self._path.exists() else b""
+        complete = content[: content.rfind(b"\n") + 1]
+        if complete:
+            self._check_settings()
+        else:
+            write_json(self._settings_path, settings)
+        self._file = self._path.open("ab")
+        self._file.truncate(len(complete))
+        self.done = complete.count(b"\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        if isinstance(error, KeyboardInterrupt):
+            print(f"{self.done} lines are in {self._path}; the same command resumes", file=sys.stderr)
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        self._file.flush()
+        self.done += len(lines)
+
+    def finish(self) -> None:
+        """Makes the lines the output."""
+        self._file.close()
+        os.replace(self._path, self._out)
+        self._settings_path.unlink(missing_ok=True)
+
+    def _check_settings(self) -> None:
+        try:
+            saved = json.loads(self._settings_path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self._settings_path}, which says how {self._path.name} was made, cannot be read; remove "
+                              f"{self._path.name} to start over") from error
+        changed = [f"{key}: {saved.get(key)!r} -> {self._settings.get(key)!r}" for key in {**saved, **self._settings}
+                   if saved.get(key) != self._settings.get(key)]
+        if changed:
+            raise ConfigError(f"{self._path} was made with other settings ({'; '.join(changed)}); run the command as it "
+                              "was, name another output, or remove this file to start over")
+
+
+def sample_file(prompts: PromptFile, arguments: argparse.Namespace, lm: "DiffusionLM",
+                config: "SamplerConfig") -> dict[str, Any]:
+    """Writes the texts that are not written yet, and returns settings and counts.
+
+    A text's randomness is a function of its number, and batches start at multiples of their size whether or not the
+    lines before are done, so that stopping changes nothing. The last batch starts early, to be as large as the others
+    and to need no program of its own.
+
+    Raises:
+      ConfigError: existing lines were made with other settings.
       DataError: a line is too long for the model.
     """
-    _check_lengths(inputs, lm)
-    each = arguments.num_samples
+    for line, number in zip(prompts.lines, range(len(prompts.records)), strict=True):
+        row, _ = encode(lm.tokenizer, prompts.segments(number), bos_token_id=0)
+        if len(row) > lm.config.max_length:
+            raise DataError(f"{prompts.path}, line {line}: {len(row)} tokens with its new ones, and the model takes at "
+                            f"most {lm.config.max_length}; shorten it, or ask for fewer new tokens")
+    each, total = arguments.num_samples, len(prompts.records) * arguments.num_samples
     settings = {"model": lm.pretrained.source, "mask_token_id": lm.pretrained.mask_token_id, "dtype": arguments.dtype,
-                **dataclasses.asdict(config), **inputs.room, "seed": arguments.seed, "num_samples": each}
-    total = len(inputs.records) * each
+                **dataclasses.asdict(config), **prompts.room, "seed": arguments.seed, "num_samples": each}
     size = min(arguments.batch_size, total)
-    call = lm.infill if inputs.kind == "infill" else lm.generate
+    call = lm.infill if prompts.kind == "infill" else lm.generate
     start, tokens = time.perf_counter(), 0
-    with (ResumeState(arguments.out, {**settings, "input_sha256": inputs.digest[:16]}) as partial,
-          tqdm(total=total, initial=partial.done, desc="texts", unit="text", disable=None) as bar):
-        before = partial.done
-        while partial.done < total:
-            first = min(partial.done // size * size, total - size)
+    with (ResumeState(arguments.out, {**settings, "input_sha256": prompts.digest[:16]}) as state,
+          tqdm(total=total, initial=state.done, desc="texts", unit="text", disable=None) as bar):
+        before = state.done
+        while state.done < total:
+            first = min(state.done // size * size, total - size)
             numbers = range(first, first + size)
-            texts = call([inputs.text(number // each) for number in numbers], example_index=numbers, batch_size=size,
-                         seed=arguments.seed, **inputs.room, **dataclasses.asdict(config))
-            new = list(zip(numbers, texts, strict=True))[partial.done - first :]
-            partial.add([{**inputs.records[number // each], **({} if each == 1 else {"sample": number % each}),
-                          "text": text} for number, text in new])
-            tokens += sum(_generated(inputs, number // each, text, lm) for number, text in new)
+            texts = call([prompts.text(number // each) for number in numbers], example_index=numbers, batch_size=size,
+                         seed=arguments.seed, **prompts.room, **dataclasses.asdict(config))
+            new = list(zip(numbers, texts, strict=True))[state.done - first :]
+            state.add([{**prompts.records[number // each], **({} if each == 1 else {"sample": number % each}),
+                        "text": text} for number, text in new])
+            tokens += sum(_count_generated(prompts, number // each, text, lm) for number, text in new)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
             bar.update(len(new))
-        partial.finish()
+        state.finish()
     return {**settings, "out": arguments.out, "texts": total, "texts_now": total - before, "tokens_now": tokens,
             "seconds": time.perf_counter() - start}
 
 
-def table(result: dict[str, Any]) -> str:
-    rate = result["tokens_now"] / result["seconds"]
-    return (f"{result['texts']} texts in {result['out']}; of these {result['texts_now']} now, {result['tokens_now']:,} "
-            f"tokens in {result['seconds']:.0f} s ({rate:,.0f} a second)")
-
-
-def _check_lengths(inputs: Inputs, lm: "DiffusionLM") -> None:
-    """Before hours of work, that the last line fits as well."""
-    for number, line in enumerate(inputs.lines):
-        row, _ = encode(lm.tokenizer, inputs.pieces(number), bos_token_id=0)
-        if len(row) > lm.config.max_length:
-            raise DataError(f"{inputs.path}, line {line}: {len(row)} tokens, those to be found included, and the model "
-                            f"takes at most {lm.config.max_length}; shorten it, or ask for fewer new tokens")
-
-
-def _generated(inputs: Inputs, number: int, text: str, lm: "DiffusionLM") -> int:
-    """How many tokens were generated for `text`: those up to an end of text, as the tokenizer would cut them.
-
-    A gap of a length that was not given counts at its longest.
-    """
-    if inputs.kind == "infill":
-        return sum(gap[-1] if isinstance(gap, range) else gap for gap in inputs.pieces(number)[1::2])
-    added = lm.tokenizer(text[len(inputs.text(number)) :], add_special_tokens=False)["input_ids"]
-    return min(len(added), inputs.room["max_new_tokens"])
+def _count_generated(prompts: PromptFile, number: int, text: str, lm: "DiffusionLM") -> int:
+    """Returns how many tokens of `text` are new, up to an end of text; a gap of unknown length counts at its longest."""
+    if prompts.kind == "infill":
+        return sum(gap[-1] if isinstance(gap, range) else gap for gap in prompts.segments(number)[1::2])
+    added = lm.tokenizer(text[len(prompts.text(number)) :], add_special_tokens=False)["input_ids"]
+    return min(len(added), prompts.room["max_new_tokens"])

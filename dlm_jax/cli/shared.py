@@ -1,12 +1,21 @@
-"""What the commands that use a model have in common."""
+"""What commands share: the model, JSON output, checks of numbers, and runs of several processes.
+
+When one process of a run dies, JAX's runtime aborts the others natively and none of their Python runs any more.
+Therefore each process does its job in a child, whose parent says in a sentence why the child died.
+"""
 
 import argparse
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dlm_jax.cli.values import read
-from dlm_jax.errors import ConfigError
+from dlm_jax.errors import EXIT_FAILURE, EXIT_PEER_LOST, EXIT_SIGNAL, ConfigError
 
 if TYPE_CHECKING:
     from dlm_jax.parallel import MeshConfig
@@ -15,41 +24,44 @@ if TYPE_CHECKING:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a directory, a hub id, or a workdir[@step]")
-    parser.add_argument("--base", metavar="MODEL", help="of an adapter in PEFT's format, in place of the base it names")
+    parser.add_argument("--base", metavar="MODEL",
+                        help="the base of an adapter in PEFT's format, instead of the one that the adapter names")
     parser.add_argument("--mask_token", metavar="TOKEN",
-                        help="an id or a token, if the model records none or another one is wanted")
+                        help="an id or a token, if the model records none or to replace the one it records")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="of parameters and activations (default %(default)s)")
+                        help="type of parameters and activations (default %(default)s)")
     parser.add_argument("--mesh", metavar="AXIS=SIZE,...", help="split the model and the texts over all devices, as "
-                        "fsdp=-1 or data=2,tensor=4; -1 takes the devices that are left (default: the first alone)")
+                        "fsdp=-1 or data=2,tensor=4; -1 takes the remaining devices (default: the first device alone)")
 
 
 def load_model(arguments: argparse.Namespace, merge: bool = True) -> "DiffusionLM":
-    """What `--model`, `--base`, `--mask_token`, `--dtype` and `--mesh` name; `merge` as in `from_pretrained`."""
+    """Opens what `--model`, `--base`, `--mask_token`, `--dtype` and `--mesh` name; `merge` as in `from_pretrained`."""
+    from dlm_jax.cli.config import parse_value
     from dlm_jax.pipeline import DiffusionLM
 
-    mask_token = None if arguments.mask_token is None else read(arguments.mask_token, int | str)
+    mask_token = None if arguments.mask_token is None else parse_value(arguments.mask_token, int | str)
     return DiffusionLM.from_pretrained(arguments.model, mask_token=mask_token, dtype=arguments.dtype,
                                        mesh=None if arguments.mesh is None else read_mesh(arguments.mesh),
                                        merge=merge, base=arguments.base)
 
 
 def read_mesh(text: str) -> "MeshConfig":
-    """`data=2,tensor=4` as a mesh; an axis that is not named has size 1."""
+    """Reads `data=2,tensor=4` as a mesh; an axis that is not named has size 1."""
     from dlm_jax.parallel import AXES, MeshConfig
 
     sizes = dict.fromkeys(AXES, 1)
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
+    for item in text.split(","):
+        axis, _, size = item.partition("=")
         if axis not in sizes or not size.removeprefix("-").isdecimal():
-            raise ConfigError(f"--mesh={text}: {part!r} is no axis with its size; write for example fsdp=-1 or "
+            raise ConfigError(f"--mesh={text}: {item!r} is not an axis with its size; write for example fsdp=-1 or "
                               f"data=2,tensor=4, with axes of {', '.join(AXES)}")
         sizes[axis] = int(size)
     return MeshConfig(**sizes)
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="also write the result there; - for standard output, alone")
+    parser.add_argument("--json", metavar="FILE",
+                        help="also write the result to this file; -: print it instead of the table")
 
 
 def write_result(destination: str | None, result: object, table: str) -> None:
@@ -60,3 +72,94 @@ def write_result(destination: str | None, result: object, table: str) -> None:
     from dlm_jax.storage import write_json
 
     write_json(pathlib.Path(destination), result)
+
+
+def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    if not 0 <= seed < 1 << 32:
+        raise ConfigError(f"{name} must be between 0 and {(1 << 32) - 1}, got {seed}")
+
+
+# ---- Several processes.
+
+_PARENT_PIPE = "DLM_JAX_PARENT_PIPE"  # set in the child: a pipe that closes when its parent dies
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes, one or more per host, each started with the same command")
+    group.add_argument("--coordinator", metavar="auto|HOST:PORT",
+                       help="auto: detected on Cloud TPU, GKE, Slurm and Open MPI; else where process 0 listens")
+    group.add_argument("--num_processes", type=int, metavar="N", help="with HOST:PORT: how many processes there are")
+    group.add_argument("--process_id", type=int, metavar="I", help="with HOST:PORT: which of them this is, from 0")
+    group.add_argument("--heartbeat_seconds", type=int, metavar="S",
+                       help="how long a process may be silent before all others give up (default: 100)")
+
+
+def is_supervisor(arguments: argparse.Namespace) -> bool:
+    """Returns whether this process supervises the one that trains."""
+    return arguments.coordinator is not None and _PARENT_PIPE not in os.environ
+
+
+def supervise(argv: Sequence[str]) -> int:
+    """Runs `dlm` with `argv` in a child, forwards signals, and returns its exit status.
+
+    Ctrl-C reaches the child as SIGTERM, which its runtime reports to all processes, so that they stop at one step.
+    """
+    read_end, write_end = os.pipe()
+    child = subprocess.Popen([sys.executable, "-m", "dlm_jax.cli.main", *argv], pass_fds=[read_end],
+                             env=os.environ | {_PARENT_PIPE: str(read_end)}, start_new_session=True)
+    os.close(read_end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
+    code = child.wait()
+    os.close(write_end)
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    if -code == signal.SIGABRT:
+        print(f"dlm {argv[0]}: the runtime aborted this process, as it does when another process of the run has died "
+              "or cannot be reached; start all processes again to resume from the last checkpoint", file=sys.stderr)
+        return EXIT_PEER_LOST
+    reason = ", perhaps because memory ran out" if name == "SIGKILL" else ""
+    print(f"dlm {argv[0]}: {name} killed the process{reason}", file=sys.stderr)
+    return EXIT_SIGNAL - code
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Makes this process one of several if the arguments say so. Call it before any device is touched."""
+    if arguments.coordinator is None:
+        return
+    from dlm_jax.parallel import initialize_distributed
+
+    sys.excepthook = _exit_after(sys.excepthook)
+    threading.Thread(target=_die_with_parent, args=[int(os.environ[_PARENT_PIPE])], daemon=True).start()
+    initialize_distributed(arguments.coordinator, arguments.num_processes, arguments.process_id,
+                           arguments.heartbeat_seconds)
+
+
+def exit_now(code: int) -> None:
+    """Ends a child that has failed without waiting for the other processes, which may be waiting for it."""
+    if _PARENT_PIPE in os.environ and code in (EXIT_FAILURE, EXIT_PEER_LOST):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _die_with_parent(read_end: int) -> None:
+    os.read(read_end, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _exit_after(report: Callable) -> Callable:
+    """Returns an excepthook that reports an unexpected error of the main thread and then ends the process."""
+    def hook(*error: object) -> None:
+        report(*error)
+        if threading.current_thread() is threading.main_thread():
+            exit_now(EXIT_FAILURE)
+
+    return hook

@@ -10,11 +10,9 @@ died, 130 stopped by Ctrl-C and saved; after 75, 76 and 130 the same command goe
 import argparse
 import sys
 
-from dlm_jax.cli import processes
-from dlm_jax.cli.config import build_config, describe_config
-from dlm_jax.cli.exit_codes import DONE, PEER_LOST, STOPPED
-from dlm_jax.cli.recipes import load_recipe, recipe_names
-from dlm_jax.errors import ConfigError
+from dlm_jax.cli.config import build_config, describe_config, load_recipe, recipe_names
+from dlm_jax.cli.shared import add_process_arguments, is_supervisor, join_processes, supervise
+from dlm_jax.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_STOPPED, ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="show every key with its value and meaning, and stop")
     parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
                         help="sets one key of the recipe; any number of these, in any order")
-    processes.add_arguments(parser)
+    add_process_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,15 +33,15 @@ def run(arguments: argparse.Namespace) -> int:
     config = build_config(TrainConfig, recipe, arguments.overrides)
     if arguments.print_config:
         print("\n".join(describe_config(config)))
-        return DONE
+        return EXIT_OK
     if arguments.workdir is None:
         raise ConfigError("--workdir is missing: name a directory for checkpoints, metrics and logs")
     if not config.data.train:
         raise ConfigError(f"the recipe {arguments.config} names no text: give files, globs or a directory made by "
                           "`dlm prepare` with --config.data.train=FILES")
-    if processes.supervises(arguments):
-        return processes.supervise(arguments.argv)
-    processes.join(arguments)
+    if is_supervisor(arguments):
+        return supervise(arguments.argv)
+    join_processes(arguments)
     import jax
 
     from dlm_jax.training.loop import train
@@ -55,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         print(f"dlm train: the other processes of the run cannot be reached ({str(error).splitlines()[0]}); start all "
               "processes again, and the run goes on from its last checkpoint", file=sys.stderr)
-        return PEER_LOST
+        return EXIT_PEER_LOST
     if interrupted == "SIGINT":
         raise KeyboardInterrupt
-    return STOPPED if interrupted else DONE
+    return EXIT_STOPPED if interrupted else EXIT_OK

@@ -13,7 +13,7 @@ TEXT = [f"The {animal} sat on {place} and saw {name}, who was happy that the sun
                                                      ("Tom", "Lily", "Ben", "Sue"))]
 
 # A recipe for the tiny base; tests add lines and `    return config`.
-RECIPE = """from dlm_jax.cli.recipes import train_defaults
+RECIPE = """from dlm_jax.cli.config import train_defaults
 def get_config():
     config = train_defaults()
     config.model.init = 'random'

@@ -31,7 +31,7 @@ def test_gpus_are_planned_for_by_description(capsys, tmp_path, tiny):
 
 
 def test_json_alone_and_status_3_where_it_does_not_fit(capsys, tiny):
-    status, out, _ = run(capsys, *tiny, "--gpu=l4:1", "--config.data.batch_size=100000000", "--advise", "--json=-")
+    status, out, _ = run(capsys, *tiny, "--gpu=l4:1", "--config.data.batch_size=100000000", "--suggest", "--json=-")
     result = json.loads(out)
     assert status == 3 and not result["fits"] and result["plans"][0]["plan"]["time"] is None
     assert [trial["memory"]["fits"] for trial in result["plans"][0]["advice"]][:-1].count(True) == 0

@@ -17,7 +17,7 @@ from dlm_jax.training import read_records
 def recipe(base, tmp_path):
     path = tmp_path / "recipe.py"
     path.write_text(
-        "from dlm_jax.cli.recipes import train_defaults\n"
+        "from dlm_jax.cli.config import train_defaults\n"
         "def get_config():\n"
         "    config = train_defaults()\n"
         f"    config.model.source = '{base}'\n"

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dlm_jax.cli.config import build_config, describe_config
-from dlm_jax.cli.recipes import load_recipe, recipe_folder, recipe_names, train_defaults
+from dlm_jax.cli.config import load_recipe, recipe_folder, recipe_names, train_defaults
 from dlm_jax.errors import ConfigError
 from dlm_jax.training.config import TrainConfig
 

@@ -32,7 +32,7 @@ class Runs:
         settings = _SETTINGS | {"model.source": str(base), "data.train": (str(corpus),),
                                 "data.cache_dir": str(folder / "rows")}
         lines = [f"    config.{key} = {value!r}" for key, value in settings.items()]
-        self.recipe.write_text("from dlm_jax.cli.recipes import train_defaults\n\n\ndef get_config():\n"
+        self.recipe.write_text("from dlm_jax.cli.config import train_defaults\n\n\ndef get_config():\n"
                                "    config = train_defaults()\n" + "\n".join(lines) + "\n    return config\n")
 
     def start(self, workdir: pathlib.Path, *arguments: str, devices: int = 1, environment: dict[str, str] | None = None,
