@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlm_jax.cli import evaluate_writing
 from dlm_jax.cli.evaluate_data import make_job, read_prompt_file
-from dlm_jax.cli.partial import ResumeState, check_output
-from dlm_jax.cli.shared import load_model, read_mesh, write_result
+from dlm_jax.cli.shared import ResumeState, check_output, load_model, read_mesh, write_result
 from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:

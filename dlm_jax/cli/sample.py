@@ -22,6 +22,7 @@ from dlm_jax.cli.shared import (
     add_json_argument,
     add_model_arguments,
     check_at_least_one,
+    check_output,
     check_seed,
     load_model,
     write_result,
@@ -119,7 +120,7 @@ def write_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
 
 def write_file(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
     """Samples the texts of a file into another file."""
-    from dlm_jax.cli.sample_file import check_output, read_prompts, sample_file
+    from dlm_jax.cli.sample_file import read_prompts, sample_file
 
     check_output(arguments.out)
     prompts = read_prompts(arguments.prompts, max_new_tokens=arguments.max_new_tokens, gap_length=arguments.gap_length,

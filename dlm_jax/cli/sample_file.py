@@ -1,27 +1,19 @@
-"""`dlm sample --prompts`: a text for every line of a file, in a job that can be stopped and resumed.
-
-    out.jsonl.partial         the lines that are done
-    out.jsonl.partial.json    the settings that they were made with
-    out.jsonl                 all lines, once they are done
-"""
+"""`dlm sample --prompts`: a text for every line of a file, in a job that can be stopped and resumed."""
 
 import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import sys
 import time
-from collections.abc import Collection, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.cli.shared import ResumeState
+from dlm_jax.errors import DataError
 from dlm_jax.sampling.text import Segment, encode, split_gaps
-from dlm_jax.storage import write_json
 
 if TYPE_CHECKING:
     from dlm_jax.pipeline import DiffusionLM
@@ -127,67 +119,6 @@ def _check_record(record: dict[str, Any], reserved: Collection[str]) -> str:
     if kind == "infill":
         split_gaps(record[kind], 1)
     return kind
-
-
-def check_output(path: str) -> None:
-    """Raises ConfigError if the output exists already or its folder does not."""
-    out = pathlib.Path(path)
-    if out.exists():
-        raise ConfigError(f"{out} exists already; name another file, or remove it")
-    if not out.parent.is_dir():
-        raise ConfigError(f"there is no folder {out.parent} for {out.name}; make it, or name another")
-
-
-class ResumeState:
-    """The output lines that are `done`; an incomplete last line is removed.
-
-    Raises:
-      ConfigError: the lines were made with other or unknown settings.
-    """
-
-    def __init__(self, out: str, settings: dict[str, Any]):
-        self._out, self._settings = out, settings
-        self._path, self._settings_path = pathlib.Path(f"{out}.partial"), pathlib.Path(f"{out}.partial.json")
-        content = self._path.read_bytes() if self._path.exists() else b""
-        complete = content[: content.rfind(b"\n") + 1]
-        if complete:
-            self._check_settings()
-        else:
-            write_json(self._settings_path, settings)
-        self._file = self._path.open("ab")
-        self._file.truncate(len(complete))
-        self.done = complete.count(b"\n")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        if isinstance(error, KeyboardInterrupt):
-            print(f"{self.done} lines are in {self._path}; the same command resumes", file=sys.stderr)
-
-    def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-        self._file.flush()
-        self.done += len(lines)
-
-    def finish(self) -> None:
-        """Makes the lines the output."""
-        self._file.close()
-        os.replace(self._path, self._out)
-        self._settings_path.unlink(missing_ok=True)
-
-    def _check_settings(self) -> None:
-        try:
-            saved = json.loads(self._settings_path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self._settings_path}, which says how {self._path.name} was made, cannot be read; remove "
-                              f"{self._path.name} to start over") from error
-        changed = [f"{key}: {saved.get(key)!r} -> {self._settings.get(key)!r}" for key in {**saved, **self._settings}
-                   if saved.get(key) != self._settings.get(key)]
-        if changed:
-            raise ConfigError(f"{self._path} was made with other settings ({'; '.join(changed)}); run the command as it "
-                              "was, name another output, or remove this file to start over")
 
 
 def sample_file(prompts: PromptFile, arguments: argparse.Namespace, lm: "DiffusionLM",

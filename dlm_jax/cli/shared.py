@@ -1,4 +1,4 @@
-"""What commands share: the model, JSON output, checks of numbers, and runs of several processes.
+"""What commands share: the model, results, checks of numbers, output that can be resumed, and several processes.
 
 When one process of a run dies, JAX's runtime aborts the others natively and none of their Python runs any more.
 Therefore each process does its job in a child, whose parent says in a sentence why the child died.
@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from dlm_jax.errors import EXIT_FAILURE, EXIT_PEER_LOST, EXIT_SIGNAL, ConfigError
 
@@ -83,6 +84,73 @@ def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
 def check_seed(name: str, seed: int) -> None:
     if not 0 <= seed < 1 << 32:
         raise ConfigError(f"{name} must be between 0 and {(1 << 32) - 1}, got {seed}")
+
+
+def check_output(path: str) -> None:
+    """Raises ConfigError if the output exists already or its folder does not."""
+    out = pathlib.Path(path)
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name another file, or remove it")
+    if not out.parent.is_dir():
+        raise ConfigError(f"there is no folder {out.parent} for {out.name}; make it, or name another")
+
+
+class ResumeState:
+    """The lines of an output file that are `done`, so that the same command resumes; removes an incomplete last line.
+
+      out.jsonl.partial         the lines that are done
+      out.jsonl.partial.json    the settings that they were made with
+      out.jsonl                 all lines, once they are done
+
+    Raises:
+      ConfigError: the lines were made with other or unknown settings.
+    """
+
+    def __init__(self, out: str, settings: dict[str, Any]):
+        self._out, self._settings = out, settings
+        self._path, self._settings_path = pathlib.Path(f"{out}.partial"), pathlib.Path(f"{out}.partial.json")
+        content = self._path.read_bytes() if self._path.exists() else b""
+        complete = content[: content.rfind(b"\n") + 1]
+        if complete:
+            self._check_settings()
+        else:
+            from dlm_jax.storage import write_json
+
+            write_json(self._settings_path, settings)
+        self._file = self._path.open("ab")
+        self._file.truncate(len(complete))
+        self.done = complete.count(b"\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        if isinstance(error, KeyboardInterrupt):
+            print(f"{self.done} lines are in {self._path}; the same command resumes", file=sys.stderr)
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        self._file.flush()
+        self.done += len(lines)
+
+    def finish(self) -> None:
+        """Makes the lines the output."""
+        self._file.close()
+        os.replace(self._path, self._out)
+        self._settings_path.unlink(missing_ok=True)
+
+    def _check_settings(self) -> None:
+        try:
+            saved = json.loads(self._settings_path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self._settings_path}, which says how {self._path.name} was made, cannot be read; remove "
+                              f"{self._path.name} to start over") from error
+        changed = [f"{key}: {saved.get(key)!r} -> {self._settings.get(key)!r}" for key in {**saved, **self._settings}
+                   if saved.get(key) != self._settings.get(key)]
+        if changed:
+            raise ConfigError(f"{self._path} was made with other settings ({'; '.join(changed)}); run the command as it "
+                              "was, name another output, or remove this file to start over")
 
 
 # ---- Several processes.

@@ -178,3 +178,21 @@ def config_changes(saved: dict[str, object], config: TrainConfig) -> list[str]:
 def _plain(value: object) -> object:
     """As JSON would give it back."""
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+# Keys of the version before: refused, with the new name.
+OLD_KEYS = {
+    "data.bad_records": "data.on_bad_record",
+    "data.examples.padding": "data.examples.train_on_padding",
+    "data.examples.too_long": "data.examples.overlong",
+    "data.pack": "data.packing",
+    "mesh.slices": "mesh.dcn_data",
+    "objective.anneal_shared": "objective.share_annealed_mask",
+    "objective.block_stages": "objective.block_size_schedule",
+    "objective.clean_blocks": "objective.clean_attention",
+    "objective.normaliser": "objective.loss_normalization",
+    "objective.stages": "objective.time_curriculum",
+    "optimizer.nonfinite": "optimizer.on_nonfinite",
+    "validation.answer_steps": "validation.generation_steps",
+    "validation.answers": "validation.generation_eval",
+}
