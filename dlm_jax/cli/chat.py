@@ -78,7 +78,7 @@ class Reply(NamedTuple):
 
 
 class Conversation:
-    """Alternating questions and answers. A model trained on messages sees all of them; any other, one question at a time.
+    """Questions and answers in turn. A model trained on messages sees all of them; any other, one question at a time.
 
     The n-th answer is a function of the seed, n and the conversation before it.
     """

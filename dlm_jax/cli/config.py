@@ -78,8 +78,8 @@ def _find_recipe(name_or_file: str) -> pathlib.Path:
     if path.suffix or len(path.parts) > 1:
         siblings = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
         raise ConfigError(f"there is no recipe file {name_or_file}{did_you_mean(name_or_file, siblings)}")
-    raise ConfigError(f"there is no recipe {name_or_file!r}{did_you_mean(name_or_file, names)}: give the path of a file "
-                      f"or one of {', '.join(names)}")
+    raise ConfigError(f"there is no recipe {name_or_file!r}{did_you_mean(name_or_file, names)}: give the path of a "
+                      f"file or one of {', '.join(names)}")
 
 
 # ---- Between ConfigDicts and dataclasses.

@@ -17,8 +17,7 @@ from typing import Any
 
 from dlm_jax.cli import evaluate_writing
 from dlm_jax.cli.evaluate_tasks import PACKAGES, load_candidates
-from dlm_jax.cli.partial import check_output
-from dlm_jax.cli.shared import write_result
+from dlm_jax.cli.shared import check_output, write_result
 from dlm_jax.errors import ConfigError, DataError, did_you_mean
 
 _BOOTSTRAPS = 1000  # for the errors of perplexities and the like; the harness's 100000 take minutes

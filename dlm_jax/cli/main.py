@@ -107,7 +107,7 @@ def _run(name: str, command: ModuleType, arguments: argparse.Namespace) -> int:
         print(f"dlm {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, such as `head`, has closed it
         return EXIT_OK
     except OSError as error:
         print(f"dlm {name}: {' '.join(str(error).split())}", file=sys.stderr)

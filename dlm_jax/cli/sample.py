@@ -69,13 +69,13 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
                        "confidence, or autoregressive for a model that was trained autoregressively)")
     steps.add_argument("--num_steps", type=int, help="denoising steps (default: 64; for first_hitting one per token, "
                        "for threshold as many as it takes)")
-    steps.add_argument("--step_schedule", default="linear", help="linear: equally many tokens at each step; cosine: few "
-                       "at first (default %(default)s)")
+    steps.add_argument("--step_schedule", default="linear", help="linear: equally many tokens at each step; cosine: "
+                       "few at first (default %(default)s)")
     steps.add_argument("--block_length", type=int, help="fill blocks of this many positions from left to right")
     steps.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals a token "
                        "(default: 0.9)")
-    steps.add_argument("--remask", type=float, default=0.0, help="the probability that a revealed token is masked again "
-                       "at a step (default %(default)s)")
+    steps.add_argument("--remask", type=float, default=0.0, help="the probability that a revealed token is masked "
+                       "again at a step (default %(default)s)")
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--temperature", type=float, default=1.0,
                         help="0 takes the most likely token (default %(default)s)")

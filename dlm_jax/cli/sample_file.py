@@ -61,8 +61,8 @@ def read_prompts(path: str, *, max_new_tokens: int, gap_length: int, reserved: C
     file = pathlib.Path(path)
     suffix = file.suffix.lower()
     if suffix not in (".jsonl", ".txt"):
-        raise DataError(f"{path} is neither .jsonl, with an object with a prompt or an infill per line, nor .txt, with a "
-                        "prompt per line; give one of these")
+        raise DataError(f"{path} is neither .jsonl, with an object with a prompt or an infill per line, nor .txt, with "
+                        "a prompt per line; give one of these")
     if not file.is_file():
         raise DataError(f"there is no file {path}")
     content = file.read_bytes()
@@ -164,7 +164,7 @@ def sample_file(prompts: PromptFile, arguments: argparse.Namespace, lm: "Diffusi
 
 
 def _count_generated(prompts: PromptFile, number: int, text: str, lm: "DiffusionLM") -> int:
-    """Returns how many tokens of `text` are new, up to an end of text; a gap of unknown length counts at its longest."""
+    """Returns how many new tokens `text` has, up to an end of text; a gap of unknown length counts at its longest."""
     if prompts.kind == "infill":
         return sum(gap[-1] if isinstance(gap, range) else gap for gap in prompts.segments(number)[1::2])
     added = lm.tokenizer(text[len(prompts.text(number)) :], add_special_tokens=False)["input_ids"]

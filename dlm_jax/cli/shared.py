@@ -144,13 +144,13 @@ class ResumeState:
         try:
             saved = json.loads(self._settings_path.read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self._settings_path}, which says how {self._path.name} was made, cannot be read; remove "
-                              f"{self._path.name} to start over") from error
+            raise ConfigError(f"{self._settings_path}, which says how {self._path.name} was made, cannot be read; "
+                              f"remove {self._path.name} to start over") from error
         changed = [f"{key}: {saved.get(key)!r} -> {self._settings.get(key)!r}" for key in {**saved, **self._settings}
                    if saved.get(key) != self._settings.get(key)]
         if changed:
-            raise ConfigError(f"{self._path} was made with other settings ({'; '.join(changed)}); run the command as it "
-                              "was, name another output, or remove this file to start over")
+            raise ConfigError(f"{self._path} was made with other settings ({'; '.join(changed)}); run the command as "
+                              "it was, name another output, or remove this file to start over")
 
 
 # ---- Several processes.
