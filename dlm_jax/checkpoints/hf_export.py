@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,13 @@ from tqdm import tqdm
 
 from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.hf_config import config_to_hf
-from dlm_jax.checkpoints.hf_import import Pretrained
 from dlm_jax.checkpoints.hf_tensors import write_tensors
 from dlm_jax.checkpoints.peft import save_adapter
+from dlm_jax.checkpoints.pretrained import Pretrained
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import Transformer, merge_lora
 from dlm_jax.parallel import to_host
 from dlm_jax.storage import METADATA_FILE, atomic_directory, write_json
-
-if TYPE_CHECKING:
-    from dlm_jax.checkpoints.hf_import import Pretrained
-
 
 _USE = {
     "hf": """\
@@ -54,7 +50,7 @@ block takes dlm_jax.
 """
 
 
-def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
+def model_card(pretrained: Pretrained, layout: str, dtype: str) -> str:
     """README.md of an export: what the model is, how to use it, and the recipe it was made by."""
     config = pretrained.model.config
     is_diffusion = pretrained.mask_token_id is not None

@@ -25,8 +25,9 @@ from dlm_jax.checkpoints.hf_config import (
 from dlm_jax.checkpoints.hf_tensors import read_tensors
 from dlm_jax.checkpoints.hub import find_base, locate
 from dlm_jax.checkpoints.peft import Adapter, is_adapter, merge_adapter, read_adapter
+from dlm_jax.checkpoints.pretrained import Pretrained
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion.spec import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import (
     Compute,
@@ -159,60 +160,6 @@ _RELEASE_MASK_IDS = {50257: 10541, 50258: 50257}
 LoraFactory = Callable[[ModelConfig, bool], LoRAConfig | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """A model with what is needed to use it and to hand it back.
-
-    Attributes:
-      mask_token_id: None for an AR model that has not been given one.
-      shift: whether logits at position n predict token n + 1.
-      hf_config: the config.json it came from.
-      source: the directory, workdir or hub id it came from.
-      recipe: the settings of the run that made it, by dotted keys; None where unknown.
-      base: where the base is of a model with LoRA beside it; None for a model as it is.
-      merged: fingerprints of a base and of the adapters that were merged into it, in order, for who puts LoRA beside
-        them, or of a base before it was quantised; none for a model that was read as it is.
-      blocks: of a model that writes one block of tokens after another; None: it sees whole rows.
-    """
-
-    model: Transformer
-    tokenizer: "PreTrainedTokenizerBase | None"
-    mask_token_id: int | None
-    shift: bool
-    hf_config: dict[str, Any]
-    source: str
-    recipe: dict[str, Any] | None = None
-    base: str | None = None
-    merged_adapters: tuple[str, ...] = ()
-    blocks: BlockSpec | None = None
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token that generation starts from."""
-        return self._special("bos_token_id")
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a document."""
-        return self._special("eos_token_id")
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The padding token; the end of a document where there is none."""
-        pad = self._special("pad_token_id")
-        return self.eos_token_id if pad is None else pad
-
-    @property
-    def is_autoregressive(self) -> bool:
-        """Whether the run that made it, where it is on record, was autoregressive."""
-        return (self.recipe or {}).get("objective.name") == "autoregressive"
-
-    def _special(self, name: str) -> int | None:
-        value = getattr(self.tokenizer, name, None)
-        value = self.hf_config.get(name) if value is None else value
-        return value[0] if isinstance(value, list) else value  # LLaMA 3 lists several ends
-
-
 def load_pretrained(path_or_hub_id: str | Path, *, mask_token: str | int | None = None, compute: Compute = Compute(),
                     param_dtype: str = "float32", shardings: Callable[[ModelConfig], Any] | None = None,
                     init: str = "pretrained", seed: int = 0, lora: LoraFactory | None = None, base: str | None = None,
@@ -278,9 +225,9 @@ def load_pretrained(path_or_hub_id: str | Path, *, mask_token: str | int | None 
         params = jax.tree.unflatten(jax.tree.structure(shapes), initialise(seed, config, compute, param_dtype))
         merged_adapters = ()
     factors = nnx.State({}) if beside is None else new_factors(config, beside, seed, param_dtype, whole(places[0]))
-    return Pretrained(add_dora_magnitudes(nnx.merge(graphdef, params, factors)), tokenizer, mask_token_id,
-                      recorded_shift(hf_config), hf_config, str(path_or_hub_id), read_metadata(directory).get("recipe"),
-                      merged_adapters=merged_adapters, blocks=recorded_blocks(hf_config))
+    diffusion = DiffusionSpec(mask_token_id, recorded_shift(hf_config), recorded_blocks(hf_config))
+    return Pretrained(add_dora_magnitudes(nnx.merge(graphdef, params, factors)), tokenizer, diffusion, hf_config,
+                      str(path_or_hub_id), read_metadata(directory).get("recipe"), merged_adapters=merged_adapters)
 
 
 def whole(place: Sharding) -> Sharding:
@@ -305,8 +252,10 @@ def _load_adapted(adapter: Adapter, mask_token: str | int | None, base: str | No
     dtype = settings["param_dtype"]
     model = merge_adapter(adapter, loaded, dtype)
     tokenizer = load_tokenizer(adapter.directory) or loaded.tokenizer
-    model = dataclasses.replace(model, tokenizer=tokenizer, shift=adapter.notes.get("shift", loaded.shift),
-                                blocks=blocks_of(adapter.notes) if "block_size" in adapter.notes else loaded.blocks,
+    diffusion = dataclasses.replace(
+        loaded.diffusion, shift=adapter.notes.get("shift", loaded.shift),
+        blocks=blocks_of(adapter.notes) if "block_size" in adapter.notes else loaded.blocks)
+    model = dataclasses.replace(model, tokenizer=tokenizer, diffusion=diffusion,
                                 recipe=adapter.notes.get("recipe", loaded.recipe))
     if lora is None:
         return model

@@ -30,7 +30,7 @@ from dlm_jax.parallel import to_host
 from dlm_jax.storage import METADATA_FILE, atomic_directory, read_json, read_metadata, write_json
 
 if TYPE_CHECKING:
-    from dlm_jax.checkpoints.hf_import import Pretrained
+    from dlm_jax.checkpoints.pretrained import Pretrained
 
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model"

@@ -17,7 +17,6 @@ import jax
 from etils import epath
 from flax import nnx
 
-from dlm_jax.checkpoints import Pretrained, load_pretrained
 from dlm_jax.checkpoints.hf_config import (
     config_from_hf,
     config_to_hf,
@@ -26,10 +25,12 @@ from dlm_jax.checkpoints.hf_config import (
     recorded_mask_token_id,
     recorded_shift,
 )
-from dlm_jax.checkpoints.hf_import import LoraFactory, whole
+from dlm_jax.checkpoints.hf_import import LoraFactory, load_pretrained, whole
 from dlm_jax.checkpoints.hub import find_base
 from dlm_jax.checkpoints.orbax import best_step, restore_params, saved_steps
+from dlm_jax.checkpoints.pretrained import Pretrained
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
+from dlm_jax.diffusion.spec import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import (
     Compute,
@@ -145,7 +146,7 @@ def load_source(source: epath.PathLike, *, mask_token: int | str | None = None, 
     if is_new:
         raise ConfigError(f"model.mask_token {mask_token!r} is new to {source}, and a workdir's vocabulary is fixed; "
                           "export it first, and start from the export")
-    return dataclasses.replace(found, mask_token_id=mask_token_id)
+    return dataclasses.replace(found, diffusion=dataclasses.replace(found.diffusion, mask_token_id=mask_token_id))
 
 
 def load_workdir(path: epath.PathLike, *, step: int | str | None = None, compute: Compute = Compute(),
@@ -247,9 +248,9 @@ def abstract_pretrained(directory: epath.Path, compute: Compute, param_dtype: st
     recipe = read_run_config(directory)
     return Pretrained(
         model=abstract_model(config_from_hf(hf_config), compute, param_dtype or recipe["model.param_dtype"]),
-        tokenizer=load_tokenizer(model), mask_token_id=recorded_mask_token_id(hf_config),
-        shift=recorded_shift(hf_config), hf_config=hf_config, source=str(directory), recipe=recipe,
-        blocks=recorded_blocks(hf_config))
+        tokenizer=load_tokenizer(model), diffusion=DiffusionSpec(
+            recorded_mask_token_id(hf_config), recorded_shift(hf_config), recorded_blocks(hf_config)),
+        hf_config=hf_config, source=str(directory), recipe=recipe)
 
 
 def write_run_metadata(directory: epath.Path, settings: dict[str, object], base: Pretrained, adapter: Adapter | None) -> None:

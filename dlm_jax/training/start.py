@@ -25,6 +25,7 @@ from dlm_jax.checkpoints.workdir import (
 from dlm_jax.data.prompts import Chat
 from dlm_jax.data.rows import RowSource
 from dlm_jax.diffusion.objective import check_mask_token
+from dlm_jax.diffusion.spec import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trained
 from dlm_jax.parallel import ATTENTION_PARTITION, batch_parts, describe_mesh, param_shardings
@@ -74,8 +75,8 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     check_fit(config, architecture, base.mask_token_id, mesh)
     compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend)
     graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
-    return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), shift=config.objective.shift,
-                               blocks=config.objective.blocks)
+    return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=DiffusionSpec(
+        base.mask_token_id, config.objective.shift, config.objective.blocks))
 
 
 def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:

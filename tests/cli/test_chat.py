@@ -146,7 +146,7 @@ def test_flags_say_how_to_ask_where_the_record_does_not(capsys, run, lm, tmp_pat
 
 def test_a_run_that_learnt_left_to_right_is_asked_so(capsys, run, lm):
     recipe = lm.pretrained.recipe | {"objective.name": "autoregressive"}
-    parent = DiffusionLM(dataclasses.replace(lm.pretrained, recipe=recipe, mask_token_id=None))
+    parent = DiffusionLM(dataclasses.replace(lm.pretrained, recipe=recipe, diffusion=dataclasses.replace(lm.pretrained.diffusion, mask_token_id=None)))
     assert run("Tom?\n", "--max_new_tokens=5", lm=parent) == 0
     assert capsys.readouterr().out == parent.respond("Tom?", max_new_tokens=5, policy="autoregressive")[0] + "\n"
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_asked_is_one_sentence(capsys, run, given, arguments, say
 
 
 def test_without_a_mask_token_nothing_is_denoised(capsys, run, lm):
-    bare = DiffusionLM(dataclasses.replace(lm.pretrained, mask_token_id=None))
+    bare = DiffusionLM(dataclasses.replace(lm.pretrained, diffusion=dataclasses.replace(lm.pretrained.diffusion, mask_token_id=None)))
     assert run("Tom", lm=bare) == 1
     assert "records no mask token; name one with --mask_token" in capsys.readouterr().err
 

@@ -233,7 +233,7 @@ def test_a_run_that_learnt_left_to_right_is_sampled_so(capsys, base, text, tmp_p
 def test_other_models_are_sampled_by_confidence_and_need_a_mask_token(lm):
     config = SamplerConfig()
     assert sample.resolve_policy(config, None, lm) == config
-    bare = DiffusionLM(dataclasses.replace(lm.pretrained, mask_token_id=None))
+    bare = DiffusionLM(dataclasses.replace(lm.pretrained, diffusion=dataclasses.replace(lm.pretrained.diffusion, mask_token_id=None)))
     with pytest.raises(ConfigError, match="--policy=autoregressive"):
         sample.resolve_policy(config, None, bare)
     assert sample.resolve_policy(config, "confidence", bare) == config

@@ -47,7 +47,7 @@ def test_multiple_choice_by_hand(harness_folder):
 @pytest.mark.parametrize("autoregressive, blocks", [
     (True, None), (False, None), (False, BlockSpec(3)), (False, BlockSpec(4, "block_bidirectional"))])
 def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, autoregressive, blocks):
-    pretrained = dataclasses.replace(lm.pretrained, blocks=blocks)
+    pretrained = dataclasses.replace(lm.pretrained, diffusion=dataclasses.replace(lm.pretrained.diffusion, blocks=blocks))
     eval_model = make_eval_model(pretrained, "ours", autoregressive=autoregressive, num_samples=64)
     samples = evaluate(HarnessLM(eval_model), harness_folder, "choice")["samples"]["choice"]
     questions = [Item(tuple((row["q"], f" {option}") for option in row["options"]), gold=row["gold"])
@@ -68,7 +68,7 @@ def test_blocks_of_one_token_answer_as_the_parent(lm):
     texts = by_hand("loglikelihood_rolling", ("Once upon a time there was a little girl. " * 40,), ("Sue sat.",))
     asked = by_hand("generate_until", ("Once upon", {"until": ["\n\n"], "max_gen_toks": 9}))
     parent = HarnessLM(make_eval_model(lm.pretrained, "parent", autoregressive=True))
-    blocks = HarnessLM(make_eval_model(dataclasses.replace(lm.pretrained, blocks=BlockSpec(1)), "blocks", num_samples=2))
+    blocks = HarnessLM(make_eval_model(dataclasses.replace(lm.pretrained, diffusion=dataclasses.replace(lm.pretrained.diffusion, blocks=BlockSpec(1))), "blocks", num_samples=2))
     expected, found = parent.loglikelihood(requests), blocks.loglikelihood(requests)
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]

@@ -85,13 +85,13 @@ def test_texts_are_written_as_the_sampler_says(lm):
 
 
 def test_models_that_cannot_be_evaluated_are_refused(lm):
-    without = dataclasses.replace(lm.pretrained, mask_token_id=None)
+    without = dataclasses.replace(lm.pretrained, diffusion=dataclasses.replace(lm.pretrained.diffusion, mask_token_id=None))
     with pytest.raises(ConfigError, match="records no mask token, which a diffusion model needs"):
         make_eval_model(without, "model")
     make_eval_model(without, "parent", autoregressive=True)
     with pytest.raises(ConfigError, match="has no tokenizer"):
         make_eval_model(dataclasses.replace(lm.pretrained, tokenizer=None), "model")
     with pytest.raises(ConfigError, match="trained without the shift"):
-        make_eval_model(dataclasses.replace(lm.pretrained, shift=False), "parent", autoregressive=True)
+        make_eval_model(dataclasses.replace(lm.pretrained, diffusion=dataclasses.replace(lm.pretrained.diffusion, shift=False)), "parent", autoregressive=True)
     with pytest.raises(ConfigError, match="num_samples must be at least 1"):
         make_eval_model(lm.pretrained, "model", num_samples=0)

@@ -179,7 +179,7 @@ def test_autoregressive_training_on_the_same_machine(config, tmp_path):
 
 def test_what_has_been_learnt_without_the_shift_goes_on_without_it(config, pretrained, tmp_path):
     theirs = load_pretrained(pretrained, mask_token=10)
-    save_pretrained(tmp_path / "base", dataclasses.replace(theirs, shift=False))
+    save_pretrained(tmp_path / "base", dataclasses.replace(theirs, diffusion=dataclasses.replace(theirs.diffusion, shift=False)))
     run = dataclasses.replace(config, num_steps=1, model=ModelSource(source=str(tmp_path / "base")))
     with pytest.raises(ConfigError, match="objective.shift is true; set it to false to go on"):
         train(run, tmp_path / "run")
