@@ -1,12 +1,12 @@
-"""Llama-2-7B, adapted to write blocks of 32 tokens one after another, with the settings of Fast-dLLM v2's 7B.
+"""Llama-2-7B, adapted to generate one block of 32 tokens after another, with the settings of Fast-dLLM v2's 7B.
 
     dlm train --config=block_llama_7b --workdir=DIR --config.data.train=SLIMPAJAMA
 
-From arXiv 2509.26328: 2,500 steps of 256 rows of 2,048 tokens (1.3B), blocks of 32, two complementary views without
-the bound's weights, clean blocks read whole, AdamW, a learning rate of 1e-5 after 500 steps of warm-up. Theirs begins
-from Qwen2.5-7B-Instruct and is fine-tuning on its prompts' answers. It departs from theirs in how a block's first
-token is predicted: from the clean text before it, in training as in writing (see dlm_jax/diffusion/blocks.py), where
-theirs trains it from noise.
+From arXiv 2509.26328: 2,500 steps of 256 rows of 2,048 tokens (1.3B), blocks of 32, two complementary masks without
+the bound's weights, bidirectional attention inside clean blocks, AdamW, a learning rate of 1e-5 after 500 steps of
+warm-up. Fast-dLLM v2 starts from Qwen2.5-7B-Instruct and fine-tunes on the answers to its prompts. It trains the first
+token of a block from noise; here the clean text before the block predicts it, in training as in sampling (see
+dlm_jax/diffusion/corruption.py).
 """
 
 from dlm_jax.cli.config import load_recipe

@@ -1,11 +1,11 @@
-"""Qwen3-0.6B, adapted to write blocks of 4 tokens one after another, in the manner of SDAR (arXiv 2510.06303).
+"""Qwen3-0.6B, adapted to generate one block of 4 tokens after another, as in SDAR (arXiv 2510.06303).
 
     dlm train --config=block_qwen3_0_6b --workdir=DIR --config.data.train=TEXT
 
-SDAR adapts Qwen3 from 1.7B on in blocks of 4, clean ones read whole, weighted by 1/t, and enlarges blocks while
-fine-tuning; of its learning rate for 50B tokens nothing was found, and the constant 1e-5 is that of its released
-fine-tuning. The budget here is 1B tokens, a choice. Theirs predicts a token from its own position; ours keeps the
-parent's shift.
+SDAR adapts Qwen3 from 1.7B on, in blocks of 4 with bidirectional attention inside clean blocks, weighted by 1/t, and
+enlarges the blocks during fine-tuning. Its learning rate for 50B tokens is not published; the constant 1e-5 is that of
+its published fine-tuning. The budget of 1B tokens is a choice. SDAR predicts a token from its own position; here the
+parent's shift stays.
 """
 
 from dlm_jax.cli.config import load_recipe

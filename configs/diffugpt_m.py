@@ -2,7 +2,8 @@
 
     dlm train --config=diffugpt_m --workdir=DIR --config.data.train=FINEWEB
 
-As diffugpt_s, deviations included, with longer rows, larger batches, fewer steps, and a new token as the mask.
+As diffugpt_s, with the same differences from the reference, but longer rows, larger batches, fewer steps, and a new
+token as the mask.
 """
 
 from dlm_jax.cli.config import load_recipe

@@ -2,11 +2,12 @@
 
     dlm train --config=diffugpt_s --workdir=DIR --config.data.train=FINEWEB
 
-The paper takes 30B unique tokens of FineWeb sample-100BT. It departs from the authors' code, not from their paper, in
-    objective.loss_normalization      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
-    objective.share_annealed_mask   one attention pattern an example; theirs shares one in a batch
-    validation                always bidirectional; theirs sees the attention of the moment
-and draws times stratified over the batch, which theirs does not.
+The paper uses 30B unique tokens of FineWeb sample-100BT. This recipe follows the paper. It differs from the DiffuLLaMA
+reference implementation in
+    objective.loss_normalization   all noisable tokens, as in the bound; the reference divides by the masked tokens
+    objective.share_annealed_mask  one attention mask per example; the reference shares one per batch
+    validation                     always bidirectional; the reference uses the present annealed mask
+and in times that are stratified over the batch.
 """
 
 from dlm_jax.cli.config import train_defaults

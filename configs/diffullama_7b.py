@@ -4,12 +4,12 @@ r"""DiffuLLaMA: Llama-2-7B, adapted on 65B tokens of SlimPajama and StarCoder (a
         --config.data.weights=0.693584,0.306416
 
 with directories made by `dlm prepare` (docs/data.md has the commands), in the paper's proportion. Attention is
-bidirectional from the start, as in the paper; diffullama_7b_annealed opens it gradually. It departs from the authors'
-code, not from their paper, in
-    objective.loss_normalization      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
-    data.length               2048 tokens; theirs reads rows of 2049
-    model.param_dtype         float32 master parameters, computing in bfloat16; theirs loads bfloat16
-and draws times stratified over the batch, which theirs does not.
+bidirectional from the start, as in the paper; diffullama_7b_annealed anneals it. This recipe follows the paper. It
+differs from the DiffuLLaMA reference implementation in
+    objective.loss_normalization   all noisable tokens, as in the bound; the reference divides by the masked tokens
+    data.length                    2048 tokens; the reference has rows of 2049
+    model.param_dtype              float32 master parameters, computing in bfloat16; the reference loads bfloat16
+and in times that are stratified over the batch.
 """
 
 from dlm_jax.cli.config import train_defaults

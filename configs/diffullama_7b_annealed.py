@@ -1,4 +1,4 @@
-"""DiffuLLaMA with annealed attention: not the paper's, whose attention kernel could not; its authors expect it to help.
+"""DiffuLLaMA with annealed attention. The paper's attention kernel could not anneal; its authors expect it to help.
 
     dlm train --config=diffullama_7b_annealed --workdir=DIR --config.data.train=SLIMPAJAMA
 """
@@ -8,5 +8,5 @@ from dlm_jax.cli.config import load_recipe
 
 def get_config():
     config = load_recipe("diffullama_7b")
-    config.objective.anneal_steps = 100  # 3B tokens; DiffuGPT-S opens over 1.3B, -M over 13B
+    config.objective.anneal_steps = 100  # 3B tokens; DiffuGPT-S anneals over 1.3B, DiffuGPT-M over 13B
     return config

@@ -1,9 +1,9 @@
-"""GPT-2 small in a day on one accelerator: 2.6B tokens instead of the paper's 131B. Not the paper's.
+"""GPT-2 small in a day on one accelerator: 2.6B tokens instead of the paper's 131B. Not from the paper.
 
     dlm train --config=gpt2_one_gpu --workdir=DIR --config.data.train=FINEWEB
 
-The settings of diffugpt_s, annealed over a tenth of the run, while the learning rate falls to nothing at its end. The
-budget is a choice, not a finding: nobody has measured what the other 128B tokens are worth.
+The settings of diffugpt_s, annealed over a tenth of the run, with a learning rate that decays to 0. The budget is a
+choice; what the other 128B tokens would add was not measured.
 """
 
 from dlm_jax.cli.config import load_recipe

@@ -1,9 +1,9 @@
-"""Llama-3.2-1B on one accelerator: 1B tokens with annealed attention. Not the paper's, whose LLaMA is the 7B.
+"""Llama-3.2-1B on one accelerator: 1B tokens with annealed attention. Not from the paper, whose LLaMA has 7B.
 
     dlm train --config=llama3_1b --workdir=DIR --config.data.train=SLIMPAJAMA
 
-The settings of diffullama_7b at a 65th of its tokens, annealed over a tenth of the run, with a learning rate for a
-smaller model. The mask is one of the tokens that Llama 3 reserves, so that the vocabulary stays as it is.
+The settings of diffullama_7b with 1/65 of its tokens, annealed over a tenth of the run, with a learning rate for a
+smaller model. The mask is one of Llama 3's reserved tokens, so that the vocabulary does not grow.
 """
 
 from dlm_jax.cli.config import load_recipe

@@ -2,7 +2,7 @@
 
     dlm train --config=quickstart --workdir=DIR
 
-It learns from stories that the base model itself wrote, so that neither network nor other data is needed.
+It trains on stories that the base model itself generated, so that it needs neither a network nor other data.
 """
 
 import pathlib

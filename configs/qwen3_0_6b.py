@@ -1,8 +1,8 @@
-"""Qwen3-0.6B on one accelerator: 1B tokens with annealed attention. Not the paper's.
+"""Qwen3-0.6B on one accelerator: 1B tokens with annealed attention. Not from the paper.
 
     dlm train --config=qwen3_0_6b --workdir=DIR --config.data.train=FINEWEB
 
-The settings of llama3_1b. The mask is a new token, for which Qwen's embedding has a row to spare.
+The settings of llama3_1b. The mask is a new token, for which Qwen's embedding has a free row.
 """
 
 from dlm_jax.cli.config import load_recipe

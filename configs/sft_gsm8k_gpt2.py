@@ -1,14 +1,15 @@
-"""DiffuGPT-M fine-tuned on GSM8K, all parameters, as the paper does (arXiv 2410.17891).
+"""DiffuGPT-M fine-tuned on GSM8K, all parameters, as in the paper (arXiv 2410.17891).
 
     dlm train --config=sft_gsm8k_gpt2 --workdir=DIR --config.data.train=TRAIN.txt
 
-with lines `question||<<a*b=c>> <<...>> #### answer`, the augmented symbolic form of GSM8K, of which there are 385,620.
-From the release's code: 128 rows a GPU, 200 epochs, the separator 50155, the padding 101, which is noised and learned,
-and digits that are tokens of their own. Of how many GPUs it does not say: 8 here, as in its adaptation. For DiffuGPT-S
-set --config.model.source=diffusionfamily/diffugpt-s. sft_gsm8k_gpt2_ar is the parent on the same data. It departs in
-    objective.loss_normalization      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
-    data.examples.overlong    left out; theirs are cut, a question at its beginning
-and draws times stratified over the batch, which theirs does not.
+with lines `question||<<a*b=c>> <<...>> #### answer`, the augmented symbolic form of GSM8K, 385,620 of them. From the
+DiffuLLaMA reference implementation: 128 rows per GPU, 200 epochs, the separator 50155, the padding 101, which is noised
+and scored, and one token per digit. It does not say how many GPUs: 8 here, as in its adaptation. For DiffuGPT-S set
+--config.model.source=diffusionfamily/diffugpt-s. sft_gsm8k_gpt2_ar trains the parent on the same data. This recipe
+differs from the reference in
+    objective.loss_normalization   all noisable tokens, as in the bound; the reference divides by the masked tokens
+    data.examples.overlong         dropped; the reference truncates them, a question at its start
+and in times that are stratified over the batch.
 """
 
 from dlm_jax.cli.config import train_defaults

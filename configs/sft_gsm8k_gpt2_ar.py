@@ -1,9 +1,9 @@
-r"""GPT-2 medium fine-tuned on GSM8K from left to right: what the paper compares DiffuGPT-M with.
+r"""GPT-2 medium fine-tuned on GSM8K autoregressively: the paper's baseline for DiffuGPT-M.
 
     dlm train --config=sft_gsm8k_gpt2_ar --workdir=DIR --config.data.train=TRAIN.txt
 
-The data, the rows and the budget of sft_gsm8k_gpt2; padding, which is nothing to learn from left to right, is ignored.
-LLaMA's parent, with the learning rate and the 40 epochs of the release:
+Data, rows and budget are those of sft_gsm8k_gpt2, without a loss on padding. LLaMA's parent, with the learning rate and
+the 40 epochs of the DiffuLLaMA reference implementation:
 
     dlm train --config=sft_gsm8k_llama_lora --workdir=DIR --config.data.train=TRAIN.txt \
         --config.objective.name=autoregressive --config.model.source=meta-llama/Llama-2-7b-hf \

@@ -1,13 +1,14 @@
-"""DiffuLLaMA fine-tuned on GSM8K by LoRA, as the paper does (arXiv 2410.17891) and its adapter diffullama-gsm was.
+"""DiffuLLaMA fine-tuned on GSM8K by LoRA, as in the paper (arXiv 2410.17891) and its adapter diffullama-gsm.
 
     dlm train --config=sft_gsm8k_llama_lora --workdir=DIR --config.data.train=TRAIN.txt
 
-with lines `question||<<a*b=c>> <<...>> #### answer`, the augmented symbolic form of GSM8K. LoRA beside every projection
-but the head, and the whole embedding. From the release's code: rank 16 (the paper says 8: --config.lora.rank=8), alpha
-twice the rank, the mask 811, the separator 4936 and the padding 30399, which is noised and learned. Its batch is 128
-rows a GPU, of which it does not say how many; 64,000 steps are those of the checkpoint it evaluates. Departs from it in
-    objective.loss_normalization      maskable tokens: the bound itself; theirs divides by the masked ones ("masked")
-and draws times stratified over the batch, which theirs does not.
+with lines `question||<<a*b=c>> <<...>> #### answer`, the augmented symbolic form of GSM8K. LoRA on every projection
+but the head, and the full embedding. From the DiffuLLaMA reference implementation: rank 16 (the paper says 8:
+--config.lora.rank=8), alpha twice the rank, the mask 811, the separator 4936 and the padding 30399, which is noised and
+scored. Its batch is 128 rows per GPU, for an unstated number of GPUs; 64,000 steps are those of the checkpoint that it
+evaluates. This recipe differs from the reference in
+    objective.loss_normalization   all noisable tokens, as in the bound; the reference divides by the masked tokens
+and in times that are stratified over the batch.
 """
 
 from dlm_jax.cli.config import load_recipe
@@ -27,7 +28,7 @@ def get_config():
     config.data.batch_size = 128
     config.data.examples.separator = "========"  # token 4936
     config.data.examples.pad_token = "¨"  # token 30399
-    config.data.examples.split_digits = False  # LLaMA's tokenizer does so by itself
+    config.data.examples.split_digits = False  # LLaMA's tokenizer splits digits itself
 
     config.optimizer.learning_rate = 1e-4
 

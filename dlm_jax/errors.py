@@ -35,7 +35,7 @@ EXIT_SIGNAL = 128  # plus the number of the signal that killed the process
 EXIT_INTERRUPTED = 130  # by Ctrl-C
 
 
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Returns ` (did you mean X?)` with the candidate closest to `word`, or an empty string."""
+def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """Returns ` (did you mean X?)`, X `prefix` with the candidate closest to `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(candidates), n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
+    return f" (did you mean {prefix}{match[0]}?)" if match else ""

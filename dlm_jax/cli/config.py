@@ -178,11 +178,10 @@ def _unknown_key(cls: type, key: str) -> ConfigError:
     if key in OLD_KEYS:
         return ConfigError(f"config.{key} is now config.{OLD_KEYS[key]}; write that instead")
     keys = [leaf for leaf, *_ in _leaves(cls())]
-    groups = {leaf.rpartition(".")[0] for leaf in keys}
+    groups = {leaf.rpartition(".")[0] for leaf in keys} - {""}
     # The most common slip is a key without its group, or in another group.
     same_name = [leaf for leaf in keys if leaf.split(".")[-1] == key.split(".")[-1]]
-    hint = (f" (did you mean config.{same_name[0]}?)" if same_name else
-            did_you_mean(f"config.{key}", [f"config.{each}" for each in (*keys, *groups)]))
+    hint = did_you_mean(same_name[0] if same_name else key, [*keys, *groups], prefix="config.")
     return ConfigError(f"there is no key config.{key}{hint or ' (--print_config lists all keys)'}")
 
 

@@ -1,5 +1,6 @@
-"""A base model of a few kilobytes (architecture and tokenizer, no weights) and a text to train on."""
+"""A base model of a few kilobytes (architecture and tokenizer, no weights), a text to train on, and a recipe."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -7,6 +8,8 @@ import pathlib
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from dlm_jax.pipeline import DiffusionLM
 
 TEXT = [f"The {animal} sat on {place} and saw {name}, who was happy that the sun was warm."
         for animal, place, name in itertools.product(("cat", "dog", "bird"), ("the mat", "a tree", "the grass"),
@@ -22,6 +25,11 @@ def get_config():
     config.data.batch_size = 8
     config.log.tensorboard = False
 """
+
+
+def without_mask_token(lm: DiffusionLM, **changes) -> DiffusionLM:
+    diffusion = dataclasses.replace(lm.pretrained.diffusion, mask_token_id=None)
+    return DiffusionLM(dataclasses.replace(lm.pretrained, diffusion=diffusion, **changes))
 
 
 @pytest.fixture(scope="session")
