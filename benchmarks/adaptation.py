@@ -24,7 +24,7 @@ import numpy as np
 from dlm_jax.checkpoints import load_pretrained
 from dlm_jax.data.config import DataConfig
 from dlm_jax.data.corpus import load_rows
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.evaluation import autoregressive_nll
 from dlm_jax.training import TrainConfig, read_records, train
 from dlm_jax.training.config import CheckpointConfig, LogConfig, ModelSource, ValidationConfig

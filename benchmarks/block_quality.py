@@ -24,9 +24,9 @@ import numpy as np
 
 from dlm_jax import DiffusionLM
 from dlm_jax.data.config import DataConfig
-from dlm_jax.diffusion import example_keys
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.evaluation import autoregressive_nll
+from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 from dlm_jax.storage import write_json
 from dlm_jax.training import TrainConfig, read_records, train

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import Batch, ObjectiveConfig
 from dlm_jax.models import Compute, ModelConfig, Transformer
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer

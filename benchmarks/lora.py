@@ -24,8 +24,7 @@ from flax import nnx
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import Batch, ObjectiveConfig
 from dlm_jax.models import (
     Compute,
     LoRAConfig,

@@ -23,9 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from dlm_jax.checkpoints import config_from_hf
-from dlm_jax.diffusion import HeadPlan, LossSums, NoisyBatch, loss_sums
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import Batch, HeadPlan, LossSums, NoisyBatch, ObjectiveConfig, loss_sums
 from dlm_jax.models import Compute, ModelConfig, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, array_sharding, make_mesh
 from dlm_jax.training import step as step_module

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from dlm_jax import DiffusionLM
-from dlm_jax.diffusion import example_keys
 from dlm_jax.evaluation import autoregressive_nll
+from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
 HERE = pathlib.Path(__file__).parent

@@ -58,8 +58,7 @@ def ours(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
     from flax import nnx
 
     from dlm_jax.checkpoints import config_from_hf
-    from dlm_jax.diffusion.corruption import Batch
-    from dlm_jax.diffusion.objective import ObjectiveConfig
+    from dlm_jax.diffusion import Batch, ObjectiveConfig
     from dlm_jax.models import Compute, Transformer
     from dlm_jax.parallel import MeshConfig, make_mesh
     from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer

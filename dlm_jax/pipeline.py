@@ -18,11 +18,11 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import Pretrained, save_pretrained
 from dlm_jax.checkpoints.workdir import is_workdir, load_source, load_workdir
 from dlm_jax.data.prompts import PromptFormat, Question, prompt_format_from_run
-from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
+from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, Snapshot, pad_rows, sample_rows, sampler_config
 from dlm_jax.sampling.gap_length import infer_gap_lengths
 from dlm_jax.sampling.text import Segment, before_end, decode, encode, split_gaps

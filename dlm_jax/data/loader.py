@@ -10,8 +10,9 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from dlm_jax.data.rows import Rows, RowSource, gather, positions_of, segments_of, union_of_row_masks
-from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion import Batch
 from dlm_jax.errors import DataError
+from dlm_jax.random import uniform_by_index
 
 _LONGEST_PERIOD = 1 << 20
 
@@ -194,14 +195,5 @@ def cut(rows: Rows, lengths: np.ndarray) -> Rows:
 
 def random_lengths(examples: np.ndarray, share: float, length: int, seed: int) -> np.ndarray:
     """For a `share` of the examples a length drawn from 2..length, for the others `length`; int [examples]."""
-    chosen, drawn = (_uniform(examples, seed, draw) for draw in range(2))
+    chosen, drawn = (uniform_by_index(examples, seed, stream) for stream in range(2))
     return np.where(chosen < share, 2 + (drawn * (length - 1)).astype(np.int64), length)
-
-
-def _uniform(examples: np.ndarray, seed: int, draw: int) -> np.ndarray:
-    """Numbers in [0, 1) that depend on (seed, draw, example) alone: splitmix64 (Steele, Lea and Flood, 2014)."""
-    with np.errstate(over="ignore"):
-        x = examples.astype(np.uint64) + np.uint64((seed * 2 + draw + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

@@ -1,4 +1,11 @@
-"""What a training step receives."""
+"""The forward process: tokens are replaced by the mask token, and the batch records which.
+
+Block diffusion (BD3-LM, arXiv 2503.09573) predicts the masked tokens of a block given all earlier blocks clean. Under
+the shift the state at n - 1 predicts token n. For the first token of a block that state belongs to an earlier block,
+so it is read from the clean copy; where clean attention is causal, this prediction is the AR parent's own. It does
+not depend on the noise of its block, so its weight is replaced by the weight's expectation, 1, and it is always
+scored. Blocks of one token then have the AR loss, and one block as long as the text has the loss of full diffusion.
+"""
 
 import dataclasses
 
@@ -15,7 +22,7 @@ class Batch:
 
     Attributes:
       tokens: int32 [batch, length].
-      maskable: bool [batch, length]; True where a token may be noised and scored. Position 0 is never True.
+      noisable_mask: bool [batch, length]; True where a token may be noised and scored. Position 0 is never True.
       example_index: uint32 [batch], `step * batch_size + row` over the global batch; all noise derives from it.
       segment_ids: int32 [batch, length] or None; tokens attend only within their segment.
       positions: int32 [batch, length] or None for 0, 1, 2, ...; they restart with each segment.
@@ -28,21 +35,18 @@ class Batch:
     positions: jax.Array | None = None
 
 
-# ---- The forward process: tokens are replaced by the mask token, and the batch remembers which.
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoisyBatch:
     """A noised batch with all that the loss needs, so that nothing is inferred from a token's value.
 
     Attributes:
-      tokens: int32 [batch, length], what the network reads.
+      tokens: int32 [batch, length], the network's input.
       targets: int32 [batch, length], the clean tokens.
-      scored: bool [batch, length], the positions whose cross-entropy counts.
-      maskable: bool [batch, length], the positions that could have been noised; their number normalises the bound.
-      weights: float32 [batch, length], weight of each position's cross-entropy.
-      positions: int32 [batch or 1, length], where in its text each token stands; None: counted from 0.
+      loss_mask: bool [batch, length], the positions whose cross-entropy counts.
+      noisable_mask: bool [batch, length], the positions that could have been noised; their number normalizes the bound.
+      weights: float32 [batch, length], weight of each position's cross-entropy in the bound.
+      positions: int32 [batch or 1, length], each token's position in its text; None: counted from 0.
     """
 
     tokens: jax.Array
@@ -55,16 +59,16 @@ class NoisyBatch:
 
 def corrupt(tokens: jax.Array, noisable_mask: jax.Array, times: jax.Array, keys: jax.Array, *, mask_token_id: int,
             schedule: NoiseSchedule = NoiseSchedule()) -> NoisyBatch:
-    """Masks each maskable token independently with the schedule's probability at its row's time.
+    """Masks each noisable token independently with the schedule's probability at its row's time.
 
     Args:
       tokens: int32 [batch, length].
-      maskable: bool [batch, length]; position 0 should be False, as context is never noised.
+      noisable_mask: bool [batch, length]; position 0 should be False, as context is never noised.
       times: float32 [batch] or [batch, length], in (0, 1].
       keys: random keys [batch], one per example.
 
     Returns:
-      A batch weighted by the bound's weight at each time (arXiv 2410.17891, eq. 4 for the linear schedule).
+      A batch with the bound's weight at each time (arXiv 2410.17891, eq. 4 for the linear schedule).
     """
     length = tokens.shape[1]
     noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
@@ -72,49 +76,36 @@ def corrupt(tokens: jax.Array, noisable_mask: jax.Array, times: jax.Array, keys:
     masked = noisable_mask & (noise < schedule.mask_probability(times))
     weights = jnp.broadcast_to(schedule.weight(times), tokens.shape).astype(jnp.float32)
     return NoisyBatch(tokens=jnp.where(masked, mask_token_id, tokens), targets=tokens, loss_mask=masked,
-                          noisable_mask=noisable_mask, weights=weights)
+                      noisable_mask=noisable_mask, weights=weights)
 
 
 def clean_batch(tokens: jax.Array, noisable_mask: jax.Array) -> NoisyBatch:
-    """The autoregressive case of the same batch: nothing noised, every maskable token scored with weight 1."""
+    """Returns the batch of the autoregressive objective: nothing noised, every noisable token scored with weight 1."""
     return NoisyBatch(tokens=tokens, targets=tokens, loss_mask=noisable_mask, noisable_mask=noisable_mask,
-                          weights=jnp.ones(tokens.shape, jnp.float32))
-
-
-# ---- Block diffusion: noised copies of a text and a clean one, and from which copy each token is predicted.
-#
-# A block's tokens are masked and predicted given all earlier blocks clean (BD3-LM, arXiv 2503.09573). Under the shift the
-# state at n - 1 predicts token n, and for the first token of a block that state lies in an earlier block: it is read from
-# the clean copy, and where that is causal this prediction is the AR parent's own. It does not depend on the noise of its
-# block, so the expectation of its weight, 1, takes the weight's place, and it is always scored. Blocks of one token
-# are then the AR loss, and one block as long as the text is the loss of full diffusion.
-
-
-def opens_block(length: int, block_size: int) -> jax.Array:
-    """Where a block begins, bool [length]."""
-    return jnp.arange(length) % block_size == 0
-
-
-def concat_noisy_and_clean(views: list[NoisyBatch], block_size: int, *, shift: bool = True) -> NoisyBatch:
-    """Noised views of one text [batch, length] and the text itself: [batch, (views + 1) x length].
-
-    Every position keeps its loss in the copy from whose state it is predicted. Several views count as their mean. All
-    copies stand at the positions of the text.
-    """
-    first, number = views[0], len(views)
-    at = jnp.arange(first.tokens.shape[1]) if first.positions is None else first.positions
-    at = jnp.broadcast_to(at, first.tokens.shape)
-    begins = opens_block(first.tokens.shape[1], block_size) & shift
-    none = jnp.zeros_like(first.noisable_mask)
-    clean = dataclasses.replace(first, tokens=first.targets, loss_mask=first.noisable_mask & begins, noisable_mask=none,
-                                weights=jnp.ones_like(first.weights), positions=at)
-    copies = [dataclasses.replace(view, loss_mask=view.loss_mask & ~begins, weights=view.weights / number, positions=at,
-                                  noisable_mask=none if index else view.noisable_mask) for index, view in enumerate(views)]
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *copies, clean)
+                      weights=jnp.ones(tokens.shape, jnp.float32))
 
 
 def complementary_mask(view: NoisyBatch, mask_token_id: int, weights: jax.Array) -> NoisyBatch:
-    """The view in which just the other maskable tokens are masked, with weights [batch or 1, length] of its own."""
+    """Returns the view that masks exactly the other noisable tokens, with its own weights [batch or 1, length]."""
     masked = view.noisable_mask & ~view.loss_mask
     return dataclasses.replace(view, tokens=jnp.where(masked, mask_token_id, view.targets), loss_mask=masked,
                                weights=jnp.broadcast_to(weights, view.weights.shape))
+
+
+def concat_noisy_and_clean(views: list[NoisyBatch], block_size: int, *, shift: bool = True) -> NoisyBatch:
+    """Concatenates noisy views of one text and its clean copy: [batch, length] to [batch, (views + 1) x length].
+
+    Every position keeps its loss in the copy whose state predicts it. Several views count as their mean. All copies
+    have the positions of the text.
+    """
+    first = views[0]
+    length = first.tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(length) if first.positions is None else first.positions, first.tokens.shape)
+    from_clean = (jnp.arange(length) % block_size == 0) & shift  # first tokens of blocks
+    none = jnp.zeros_like(first.noisable_mask)
+    copies = [dataclasses.replace(view, loss_mask=view.loss_mask & ~from_clean, weights=view.weights / len(views),
+                                  noisable_mask=none if i else view.noisable_mask, positions=positions)
+              for i, view in enumerate(views)]
+    clean = NoisyBatch(tokens=first.targets, targets=first.targets, loss_mask=first.noisable_mask & from_clean,
+                       noisable_mask=none, weights=jnp.ones_like(first.weights), positions=positions)
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *copies, clean)

@@ -1,6 +1,6 @@
 """From hidden states to the bound: cross-entropy where a token was masked, never a [batch, length, vocab] array.
 
-Sums come out unnormalised and additive, so that micro-batches and devices add them and one division ends the step.
+Sums are unnormalized and additive: micro-batches and devices add them, and the step ends with one division.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ class LossSums:
     """Float32 scalars summed over positions; adds up over micro-batches. Only `loss` has a gradient.
 
     Attributes:
-      loss: what is minimised: the objective's weights x cross-entropy over the scored positions, nats.
+      loss: what is minimized: the objective's weights x cross-entropy over the scored positions, nats.
       weighted_nll: the bound's weights x cross-entropy over the scored positions, nats.
       nll: cross-entropy over the scored positions, nats.
-      correct: how many scored positions have the target as their likeliest token.
+      correct: number of scored positions whose target is the most likely token.
       num_scored: number of scored positions.
       num_noisable: number of positions that could have been noised.
       num_examples: number of rows with such a position.
@@ -49,24 +49,25 @@ class LossSums:
         return jax.tree.map(jnp.add, self, other)
 
     def normalizer(self, name: str) -> jax.Array:
-        """What the loss is divided by, at least 1.
+        """Returns what the loss is divided by, at least 1, float32.
 
-        "maskable" makes the loss an unbiased estimate of the bound in nats per token, whatever the batch size.
-        "masked" is the release's form, for comparison; its value depends on how a batch is cut up. "examples" goes
-        with weights that are divided by each row's maskable tokens.
+        Args:
+          name: "all_tokens" makes the loss an unbiased estimate of the bound in nats per token, whatever the batch
+            size. "masked_tokens" is what the DiffuLLaMA reference implementation divides by; it is biased.
+            "per_example" is for weights that are divided by each row's noisable tokens.
         """
-        count = {"all_tokens": self.num_noisable, "masked_tokens": self.num_scored, "per_example": self.num_examples}[name]
-        return jnp.maximum(count, 1.0)
+        counts = {"all_tokens": self.num_noisable, "masked_tokens": self.num_scored, "per_example": self.num_examples}
+        return jnp.maximum(counts[name], 1.0)
 
 
 def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: NoisyBatch, *,
               weights: jax.Array | None = None, shift: bool = True) -> LossSums:
-    """Scores `hidden` [batch, length, embed] against the batch's targets, where it says.
+    """Scores `hidden` [batch, length, embed] against the batch's targets, where its loss mask is set.
 
     Args:
-      kernel: of the head, [vocab, embed] or [embed, vocab] as `plan` says.
-      weights: float32 [batch, length], of each position's cross-entropy in what is minimised; None: the bound's.
-      shift: logits at n - 1 predict token n (the AR alignment, kept); position 0 is then never scored.
+      kernel: of the head, [vocab, embed] or [embed, vocab], see `plan`.
+      weights: float32 [batch, length], of each position's cross-entropy in what is minimized; None: the bound's.
+      shift: logits at n - 1 predict token n, the AR alignment; position 0 is then never scored.
     """
     targets, loss_mask, bound_weights = batch.targets, batch.loss_mask, batch.weights
     weights = bound_weights if weights is None else weights
@@ -81,49 +82,49 @@ def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: Noisy
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p of each target in nats: [..., vocab] and int [...] to float32 [...]."""
+    """Returns -log p of each target in nats: [..., vocab] and int [...] to float32 [...]."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def top1_correct(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """1 where the target is the likeliest token, else 0: [..., vocab] and int [...] to float32 [...]."""
+    """Returns 1 where the target is the most likely token, else 0: [..., vocab] and int [...] to float32 [...]."""
     return (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
 
-def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, wanted: jax.Array | None = None, *,
+def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, mask: jax.Array | None = None, *,
               shift: bool = True, chunk_size: int = 128, measure: Measure = cross_entropy) -> jax.Array:
-    """Cross-entropy of int `targets`, float32 [batch, length] in nats each; not differentiable.
+    """Returns the cross-entropy of int `targets`, float32 [batch, length] in nats each; not differentiable.
 
     Args:
-      measure: what is made of logits and targets in its place.
-      wanted: bool [batch, length], where it is computed; 0 comes out elsewhere, and at position 0 under `shift`. Each
-        row's wanted positions are put first, and a loop visits as many chunks of columns as the fullest row needs:
-        rows stay on their devices, however they are spread.
+      mask: bool [batch, length], where it is computed; elsewhere, and at position 0 under `shift`, the result is 0.
+        Each row's masked positions are sorted to the front, and a loop visits as many chunks of columns as the fullest
+        row needs: rows stay on their devices, however they are spread.
       chunk_size: positions of each row whose logits exist at one time.
+      measure: computes what is returned from logits and targets.
     """
-    wanted = jnp.ones(targets.shape, bool) if wanted is None else wanted
+    mask = jnp.ones(targets.shape, bool) if mask is None else mask
     if shift:
-        wanted, targets = _shift(wanted, targets)
+        mask, targets = _shift(mask, targets)
     size = min(chunk_size, targets.shape[1])
-    order = jnp.argsort(~wanted, axis=1, stable=True)
+    order = jnp.argsort(~mask, axis=1, stable=True)
 
     def visit(index: jax.Array, nll: jax.Array) -> jax.Array:
-        at = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)  # the last may repeat what was before
-        logits = unembed(jnp.take_along_axis(hidden, at[..., None], axis=1))  # [batch, size, vocab]
-        found = measure(logits, jnp.take_along_axis(targets, at, axis=1))
-        return jax.lax.dynamic_update_slice_in_dim(nll, found, index * size, axis=1)
+        chunk = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)  # the last may overlap the one before
+        logits = unembed(jnp.take_along_axis(hidden, chunk[..., None], axis=1))  # [batch, size, vocab]
+        values = measure(logits, jnp.take_along_axis(targets, chunk, axis=1))
+        return jax.lax.dynamic_update_slice_in_dim(nll, values, index * size, axis=1)
 
-    num_chunks = -(-jnp.max(jnp.sum(wanted, axis=1)) // size)
+    num_chunks = -(-jnp.max(jnp.sum(mask, axis=1)) // size)
     nll = jax.lax.fori_loop(0, num_chunks, visit, jnp.zeros(targets.shape, jnp.float32))
-    nll = jnp.where(wanted, jnp.take_along_axis(nll, jnp.argsort(order, axis=1), axis=1), 0.0)
+    nll = jnp.where(mask, jnp.take_along_axis(nll, jnp.argsort(order, axis=1), axis=1), 0.0)
     return jnp.roll(nll, 1, axis=1) if shift else nll
 
 
-def _shift(loss_mask: jax.Array, *others: jax.Array) -> list[jax.Array]:
-    """Each [batch, length], moved to the position whose state predicts it; nothing predicts position 0.
+def _shift(mask: jax.Array, *others: jax.Array) -> list[jax.Array]:
+    """Moves arrays [batch, length] to the positions whose states predict them; nothing predicts position 0.
 
-    The one place of the loss where the AR alignment is undone, on small arrays: the states stay where they are.
+    This is the one place of the loss where the AR alignment is undone, on small arrays; the states stay where they are.
     """
-    loss_mask = loss_mask & (jnp.arange(loss_mask.shape[1]) > 0)
-    return [jnp.roll(x, -1, axis=1) for x in (loss_mask, *others)]
+    mask = mask & (jnp.arange(mask.shape[1]) > 0)
+    return [jnp.roll(x, -1, axis=1) for x in (mask, *others)]

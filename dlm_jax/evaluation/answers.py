@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 
 from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.data.rows import Rows
-from dlm_jax.diffusion import example_keys
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.metrics import METRICS
 from dlm_jax.models import Transformer
+from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, sample_rows
 from dlm_jax.sampling.text import before_end
 

@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.data.rows import positions_of
-from dlm_jax.diffusion import NoisyBatch, concat_noisy_and_clean, example_keys, token_nll
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion import Batch, BlockSpec, NoisyBatch, concat_noisy_and_clean, token_nll
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.models import Transformer
+from dlm_jax.random import example_keys
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import NoisyBatch, concat_noisy_and_clean, cross_entropy, token_nll, top1_correct
+from dlm_jax.diffusion import BlockSpec, NoisyBatch, concat_noisy_and_clean, cross_entropy, token_nll, top1_correct
 from dlm_jax.diffusion.loss import Measure
-from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import MaskedPrediction, Pair, Score
 from dlm_jax.evaluation.masks import Draw, in_blocks, mask_all

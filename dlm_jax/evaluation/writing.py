@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dlm_jax.diffusion import example_keys
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import GenerationRequest, Write
 from dlm_jax.models import Transformer
+from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample_rows
 from dlm_jax.sampling.gap_length import infer_gap_lengths
 from dlm_jax.sampling.text import Segment, decode, encode

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dlm_jax.diffusion.corruption import Batch
+from dlm_jax.diffusion import Batch
 from dlm_jax.models import Compute, Transformer, abstract_model, split_trained
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.plan.base import Base

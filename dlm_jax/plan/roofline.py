@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from dlm_jax.diffusion.objective import ObjectiveConfig, forward_multiplier
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel.chips import Chip
 from dlm_jax.training.config import TrainConfig, lora_of
@@ -81,7 +81,7 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
     length = config.data.length
     tokens = config.data.batch_size * length
     lora, scored = lora_of(config.lora, architecture, new_mask_token), tokens * scored_share(config.objective)
-    tokens *= forward_multiplier(config.objective, length)
+    tokens *= config.objective.forward_multiplier(length)
     model = train_flops(architecture, tokens, scored, length, lora)
     forward = 2 * count_params(architecture, "blocks") * tokens
     product = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim * length * tokens

@@ -17,9 +17,10 @@ from flax import nnx
 from tqdm import tqdm
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import example_keys, token_nll
+from dlm_jax.diffusion import token_nll
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.models import Transformer
+from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, pad_rows, sample
 from dlm_jax.sampling.text import Segment
 

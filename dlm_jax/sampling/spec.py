@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion import BlockSpec
 from dlm_jax.models import Cache, ModelConfig
 from dlm_jax.sampling.config import SamplerConfig
 

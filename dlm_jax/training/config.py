@@ -5,7 +5,7 @@ from typing import Literal
 
 from dlm_jax.checkpoints.hf_names import read_targets
 from dlm_jax.data.config import DataConfig
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import LoRAConfig, ModelConfig
 from dlm_jax.parallel import MeshConfig

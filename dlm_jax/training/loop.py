@@ -14,7 +14,6 @@ from dlm_jax.checkpoints.orbax import CheckpointWriter, best_step, restore_lates
 from dlm_jax.checkpoints.workdir import read_run_config, write_run_metadata
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
-from dlm_jax.diffusion.objective import forward_multiplier
 from dlm_jax.models import split_trained
 from dlm_jax.parallel import make_global_batch, make_mesh
 from dlm_jax.storage import ensure_accessible, write_json
@@ -141,7 +140,7 @@ class _Run:
                 batch = next(self.batches)
             self.profile.before(step + 1)
             # One program, but for objectives that change their shape on the way: blocks that grow.
-            self.state, metrics = self.train_step_of(objective=config.objective.at(step))(self.state, batch)
+            self.state, metrics = self.train_step_of(objective=config.objective.at_step(step))(self.state, batch)
             if pending:
                 self.log_metrics(*pending)  # the step before: the device has its next work while this waits
             step += 1
@@ -199,7 +198,7 @@ class _Run:
                      "slowest_step_seconds": lap["slowest"], "data_wait": lap["waiting"] / lap["seconds"]}
             if peak := peak_flops(self.mesh.devices.flat[0]):
                 model, length = self.base.model, self.config.data.length
-                read = tokens * forward_multiplier(self.config.objective.at(step - 1), length)
+                read = tokens * self.config.objective.at_step(step - 1).forward_multiplier(length)
                 flops = train_flops(model.config, read, lap["scored"], length, model.lora)
                 rates["mfu"] = flops / lap["seconds"] / (peak * self.mesh.size)
         memory = peak_memory_gib()

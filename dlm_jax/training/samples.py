@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dlm_jax.checkpoints import Pretrained
-from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError
+from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
 

@@ -11,11 +11,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from dlm_jax.diffusion import HeadPlan, LossSums, dropout_seeds, loss_sums
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.objective import ObjectiveConfig, loss_weights, prepare, ratio_of
+from dlm_jax.diffusion import Batch, HeadPlan, LossSums, loss_sums
+from dlm_jax.diffusion.objective import ObjectiveConfig, loss_weights, noise_batch
 from dlm_jax.models import LoRAParam, Transformer
 from dlm_jax.parallel import array_sharding, batch_parts, is_param, param_shardings, spec_of, state_shardings
+from dlm_jax.random import dropout_seeds
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
 
 DEVICE, HOST = "device", "pinned_host"  # JAX's names for kinds of memory
@@ -115,7 +115,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     def loss(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
              batch_size: int) -> tuple[jax.Array, LossSums]:
         model = nnx.merge(graphdef, all_gather_embeddings(params, mesh), all_gather_embeddings(frozen, mesh))
-        noised, mask = prepare(objective, batch, step, seed=seed, batch_size=batch_size, mask_token_id=mask_token_id)
+        noised, mask = noise_batch(objective, batch, step, seed=seed, batch_size=batch_size, mask_token_id=mask_token_id)
         hidden = model.hidden(noised.tokens, mask, positions=noised.positions,
                               dropout_seeds=dropout_seeds(seed, batch.example_index))
         sums = loss_sums(hidden, *lm_head(nnx.merge(graphdef, params, frozen), mesh), noised,
@@ -145,7 +145,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             "loss": sums.loss / count,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(step),
-            "anneal_ratio": ratio_of(objective, step),
+            "anneal_ratio": objective.anneal_ratio(step),
         }
 
     def update(state: TrainState, grads: nnx.State, metrics: Metrics) -> TrainState:
@@ -210,7 +210,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
     def eval_step(params: nnx.State, batch: Batch, draw: jax.Array) -> LossSums:
         model = nnx.merge(graphdef, all_gather_embeddings(params, mesh))
         batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + draw.astype(jnp.uint32))
-        noised, mask = prepare(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
+        noised, mask = noise_batch(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
                                mask_token_id=mask_token_id)
         hidden = model.hidden(noised.tokens, mask, positions=noised.positions)
         return loss_sums(hidden, *lm_head(nnx.merge(graphdef, params), mesh), noised, shift=objective.shift)

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import RowSource
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import Batch, ObjectiveConfig
 from dlm_jax.parallel import make_global_batch
 from dlm_jax.training.step import make_eval_step, metrics_from_sums
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import annealing_seed, dropout_seeds
 from dlm_jax.errors import ConfigError
-from dlm_jax.random import counter_hash, dropout
+from dlm_jax.random import annealing_seed, counter_hash, dropout, dropout_seeds
 
 N = 256
 SEED, STEPS, EXAMPLES = 17, 4, 4  # of the statistics: consecutive ones, as a run has them

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from dlm_jax import DiffusionLM
 from dlm_jax.checkpoints import load_pretrained
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 from tests.checkpoints import families

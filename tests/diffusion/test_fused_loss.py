@@ -1,4 +1,4 @@
-"""The fused loss against the plain one with all logits: values, gradients, meshes, and what it never makes."""
+"""The fused loss against the plain one with all logits: values, gradients, meshes, and the arrays that never exist."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ HIDDEN = jax.random.normal(KEYS[0], (B, L, D))
 TABLE = jax.random.normal(KEYS[1], (40, D))
 TOKENS = jax.random.randint(KEYS[2], (B, L), 0, V)
 WEIGHTS = jax.random.uniform(KEYS[3], (B, L), minval=0.5, maxval=5)
-SCORED = {
+MASKS = {
     "none": jnp.zeros((B, L), bool), "all": jnp.ones((B, L), bool), "one": jnp.zeros((B, L), bool).at[3, 5].set(True),
     "half": jax.random.bernoulli(KEYS[0], 0.5, (B, L)),
     "uneven": jnp.zeros((B, L), bool).at[2].set(True).at[3, 4:].set(True).at[7, 11].set(True),
@@ -25,7 +25,7 @@ SCORED = {
 
 
 def batch_of(loss_mask):
-    return NoisyBatch(TOKENS, TOKENS, SCORED[loss_mask], jnp.ones((B, L), bool), WEIGHTS)
+    return NoisyBatch(TOKENS, TOKENS, MASKS[loss_mask], jnp.ones((B, L), bool), WEIGHTS)
 
 
 def plain(hidden, kernel, batch, vocab_axis, shift):
@@ -44,14 +44,14 @@ def programs(plan, shift):
     """Jitted: the fused sums with gradients, the same without, and the plain ones."""
     def fused(hidden, kernel, batch):
         sums = loss_sums(hidden, kernel, plan, batch, shift=shift)
-        return 2 * sums.loss, sums  # what comes after the loss counts in its gradient
+        return 2 * sums.loss, sums  # the incoming gradient is not 1
 
     differentiated = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     reference = functools.partial(plain, vocab_axis=plan.vocab_axis, shift=shift)
     return jax.jit(differentiated(fused)), jax.jit(fused), jax.jit(differentiated(reference))
 
 
-def test_the_gradient_of_a_head_that_is_not_trained_is_not_computed():
+def test_frozen_head_has_no_gradient():
     plan = HeadPlan(1, chunk_size=16)
     frozen = dataclasses.replace(plan, kernel_gradient=False)
     inputs = HIDDEN, TABLE[:V].T, batch_of("half")
@@ -59,9 +59,9 @@ def test_the_gradient_of_a_head_that_is_not_trained_is_not_computed():
     (dhidden, dkernel), (same, none) = gradient(plan)(*inputs), gradient(frozen)(*inputs)
     np.testing.assert_array_equal(dhidden, same)
     assert jnp.abs(dkernel).max() > 0 and not none.any()
-    by_hidden_alone = lambda plan: jax.make_jaxpr(jax.grad(lambda *x: loss_sums(*x[:2], plan, x[2]).loss))  # noqa: E731
-    products = [str(by_hidden_alone(p)(*inputs)).count("dot_general") for p in (plan, frozen)]
-    assert products[0] * 2 == products[1] * 3  # logits and their gradient by hidden states are left
+    by_hidden = lambda plan: jax.make_jaxpr(jax.grad(lambda *x: loss_sums(*x[:2], plan, x[2]).loss))  # noqa: E731
+    products = [str(by_hidden(p)(*inputs)).count("dot_general") for p in (plan, frozen)]
+    assert products[0] * 2 == products[1] * 3  # the logits and their gradient by the hidden states
 
 
 def check(plan, loss_mask, shift=True, vocab=V):
@@ -71,16 +71,16 @@ def check(plan, loss_mask, shift=True, vocab=V):
     (_, sums), grads = fused(*inputs)
     (loss, (nll, correct)), expected = reference(*inputs)
     np.testing.assert_allclose((sums.loss, sums.weighted_nll, sums.nll), (loss, loss, nll), rtol=1e-5)
-    assert (sums.correct, sums.num_scored) == (correct, SCORED[loss_mask][:, int(shift):].sum())
-    for found, wanted in zip(grads, expected, strict=True):
-        np.testing.assert_allclose(found, 2 * wanted, rtol=1e-4, atol=1e-4)
+    assert (sums.correct, sums.num_scored) == (correct, MASKS[loss_mask][:, int(shift):].sum())
+    for found, reference in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(found, 2 * reference, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(jax.tree.leaves(without(*inputs)[1]), jax.tree.leaves(sums), rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 10, 500])
-@pytest.mark.parametrize("scored", SCORED)
+@pytest.mark.parametrize("loss_mask", MASKS)
 @pytest.mark.parametrize("vocab_axis", [0, 1], ids=["tied", "untied"])
-def test_equals_the_plain_loss(vocab_axis, loss_mask, chunk_size):
+def test_one_device(vocab_axis, loss_mask, chunk_size):
     check(HeadPlan(vocab_axis, chunk_size=chunk_size), loss_mask)
 
 
@@ -91,41 +91,41 @@ def test_without_the_shift():
 def mesh_plan(sizes, vocab_axis, vocab, **kwargs):
     """Under the library's rules: rows over data and fsdp, length over context, embed over fsdp, vocab over tensor."""
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor", "context"), axis_types=(AxisType.Auto,) * 4)
-    parts = ("tensor" if vocab % sizes[2] == 0 else None, "fsdp")
-    kernel = PartitionSpec(*(parts if vocab_axis == 0 else parts[::-1]))
+    axes = ("tensor" if vocab % sizes[2] == 0 else None, "fsdp")
+    kernel = PartitionSpec(*(axes if vocab_axis == 0 else axes[::-1]))
     return HeadPlan(vocab_axis, mesh, PartitionSpec(("data", "fsdp"), "context"), kernel, chunk_size=8, **kwargs)
 
 
-@pytest.mark.parametrize("scored", ["uneven", "none", "half"])
+@pytest.mark.parametrize("loss_mask", ["uneven", "none", "half"])
 @pytest.mark.parametrize("sizes, vocab_axis, vocab", [
     ((8, 1, 1, 1), 0, V), ((1, 8, 1, 1), 1, V), ((1, 2, 4, 1), 0, 40), ((2, 2, 2, 1), 1, 40), ((2, 1, 2, 2), 0, V),
     ((1, 2, 2, 2), 0, 40)], ids=str)
-def test_any_mesh_and_any_counts(sizes, vocab_axis, vocab, loss_mask):
+def test_meshes(sizes, vocab_axis, vocab, loss_mask):
     """Under "uneven" one device of eight scores all its positions and six score none."""
     check(mesh_plan(sizes, vocab_axis, vocab), loss_mask, vocab=vocab)
 
 
 @pytest.mark.parametrize("block_bytes", [4 * D * 7, 4 * D * 20])
 @pytest.mark.parametrize("sizes, vocab_axis, vocab", [((2, 4, 1, 1), 0, V), ((1, 2, 2, 2), 1, 40)], ids=str)
-def test_blocks_of_the_vocabulary_change_nothing(sizes, vocab_axis, vocab, block_bytes):
+def test_gradient_by_vocabulary_blocks(sizes, vocab_axis, vocab, block_bytes):
     plan = mesh_plan(sizes, vocab_axis, vocab, max_gradient_bytes=block_bytes)
     for loss_mask in ("uneven", "half"):
         check(plan, loss_mask, vocab=vocab)
 
 
-def test_bfloat16_states_give_float32_sums_and_gradients_of_their_own_type():
+def test_bfloat16():
     hidden, plan, batch = HIDDEN.astype(jnp.bfloat16), HeadPlan(0), batch_of("half")
     (value, grads) = jax.value_and_grad(lambda h, k: loss_sums(h, k, plan, batch).loss, (0, 1))(hidden, TABLE)
     exact, expected = jax.value_and_grad(lambda h, k: plain(h, k, batch, 0, True)[0], (0, 1))(
         hidden.astype(jnp.float32), TABLE.astype(jnp.bfloat16).astype(jnp.float32))
     assert value.dtype == jnp.float32 and [g.dtype.name for g in grads] == ["bfloat16", "float32"]
     np.testing.assert_allclose(value, exact, rtol=1e-5)
-    for found, wanted in zip(grads, expected, strict=True):
-        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=0.02, atol=0.05)
+    for found, reference in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(found.astype(jnp.float32), reference, rtol=0.02, atol=0.05)
 
 
 def arrays(jaxpr, on_device):
-    """(type, shape) of all that a program makes, in its loops too, or on one device of a mesh inside `shard_map`."""
+    """Yields (type, shape) of every array of a program, or only of those inside `shard_map`: on one device."""
     for equation in jaxpr.eqns:
         if not on_device:
             yield from ((var.aval.dtype.name, var.aval.shape) for var in equation.outvars)
@@ -135,21 +135,21 @@ def arrays(jaxpr, on_device):
                 yield from arrays(inner, on_device and equation.primitive.name != "shard_map")
 
 
-def made_by(plan, hidden):
+def arrays_of(plan, hidden):
     gradient = jax.value_and_grad(lambda h, k: loss_sums(h, k, plan, batch_of("half")).loss, (0, 1))
     return set(arrays(jax.make_jaxpr(gradient)(hidden, TABLE[:V]).jaxpr, on_device=plan.mesh is not None))
 
 
-def test_no_array_of_all_logits_is_made():
-    made = made_by(HeadPlan(0, chunk_size=16), HIDDEN)
-    assert ("float32", (16, V)) in made
-    assert max(np.prod(shape) for _, shape in made) == B * L * D < B * L * V
+def test_all_logits_never_exist():
+    shapes = arrays_of(HeadPlan(0, chunk_size=16), HIDDEN)
+    assert ("float32", (16, V)) in shapes
+    assert max(np.prod(shape) for _, shape in shapes) == B * L * D < B * L * V
 
 
-def test_blocks_keep_the_gradient_of_the_head_from_being_whole():
+def test_vocabulary_blocks_bound_the_gradient():
     """Each device of four gathers the head in bfloat16, and makes a float32 gradient of it or of a block of it."""
     for block_bytes, block in ((2**20, V), (4 * D * 10, 10)):
         plan = mesh_plan((2, 4, 1, 1), 0, V, max_gradient_bytes=block_bytes)
-        made = made_by(plan, HIDDEN.astype(jnp.bfloat16))
-        assert ("bfloat16", (V, D)) in made and ("float32", (V, D // 4)) in made
-        assert [size for size in (V, 10) if ("float32", (size, D)) in made] == [block]
+        shapes = arrays_of(plan, HIDDEN.astype(jnp.bfloat16))
+        assert ("bfloat16", (V, D)) in shapes and ("float32", (V, D // 4)) in shapes
+        assert [size for size in (V, 10) if ("float32", (size, D)) in shapes] == [block]

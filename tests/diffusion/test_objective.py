@@ -1,11 +1,13 @@
+"""Noise, attention and weights by objective, and which settings are refused."""
+
 import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.objective import ObjectiveConfig, check_mask_token, loss_weights, prepare, ratio_of, time_range
+from dlm_jax.diffusion import Batch
+from dlm_jax.diffusion.objective import ObjectiveConfig, check_mask_token, loss_weights, noise_batch
 from dlm_jax.errors import ConfigError
 
 POSITIONS = jnp.arange(8)
@@ -16,82 +18,114 @@ def batch(rows=16, first=0):
     return Batch(jnp.full((rows, 8), 5), noisable_mask, jnp.arange(first, first + rows, dtype=jnp.uint32))
 
 
-def prepared(config, step=0, rows=batch()):
-    return prepare(config, rows, jnp.int32(step), seed=0, batch_size=16, mask_token_id=9)
+def noisy_of(config, step=0, rows=batch()):
+    return noise_batch(config, rows, jnp.int32(step), seed=0, batch_size=16, mask_token_id=9)
 
 
-def test_diffusion_masks_what_it_scores_and_never_position_0():
-    noised, mask = prepared(ObjectiveConfig())
-    np.testing.assert_array_equal(noised.tokens == 9, noised.loss_mask)
-    assert not noised.loss_mask[:, 0].any() and 0.3 < noised.loss_mask[:, 1:].mean() < 0.7
+def test_diffusion():
+    noisy, mask = noisy_of(ObjectiveConfig())
+    np.testing.assert_array_equal(noisy.tokens == 9, noisy.loss_mask)
+    assert not noisy.loss_mask[:, 0].any() and 0.3 < noisy.loss_mask[:, 1:].mean() < 0.7
     assert mask.allowed(POSITIONS, POSITIONS).all()
-    times = 1 / np.asarray(noised.weights[:, 0])  # the weights 1/t are those of pairs that balance, spread evenly
+    times = 1 / np.asarray(noisy.weights[:, 0])  # the weights 1/t are those of pairs that balance, spread evenly
     np.testing.assert_allclose(times[::2] + times[1::2], 1 + 1e-3, rtol=1e-5)
     np.testing.assert_allclose(np.diff(np.sort(times[::2])), 1 / 8, rtol=0.01)
 
 
-def test_the_loss_weighs_by_the_bound_or_evenly():
-    noised, _ = prepared(ObjectiveConfig())
-    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(), noised), noised.weights)
-    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(weight="uniform"), noised), np.ones((16, 8)))
+def test_loss_weights():
+    noisy, _ = noisy_of(ObjectiveConfig())
+    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(), noisy), noisy.weights)
+    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(weight="uniform"), noisy), np.ones((16, 8)))
 
 
-def test_any_part_of_a_batch_is_noised_as_in_the_whole():
-    whole, mask = prepared(ObjectiveConfig(anneal_steps=4))
-    part, part_mask = prepared(ObjectiveConfig(anneal_steps=4), rows=batch(4, first=4))
-    np.testing.assert_array_equal(part.tokens, whole.tokens[4:8])
-    np.testing.assert_array_equal(part.weights, whole.weights[4:8])
+def test_a_slice_is_noised_as_in_the_full_batch():
+    full, mask = noisy_of(ObjectiveConfig(anneal_steps=4))
+    part, part_mask = noisy_of(ObjectiveConfig(anneal_steps=4), rows=batch(4, first=4))
+    np.testing.assert_array_equal(part.tokens, full.tokens[4:8])
+    np.testing.assert_array_equal(part.weights, full.weights[4:8])
     np.testing.assert_array_equal(part_mask.allowed(POSITIONS, POSITIONS), mask.allowed(POSITIONS, POSITIONS)[4:8])
 
 
-def test_annealing_opens_attention_step_by_step():
+def test_annealing():
     config = ObjectiveConfig(anneal_steps=4)
     later = ~np.tril(np.ones((8, 8), bool))
-    shares = [prepared(config, step)[1].allowed(POSITIONS, POSITIONS)[:, later].mean() for step in range(5)]
+    shares = [noisy_of(config, step)[1].allowed(POSITIONS, POSITIONS)[:, later].mean() for step in range(5)]
     np.testing.assert_allclose(shares, [0.25, 0.5, 0.75, 1, 1], atol=0.06)
-    np.testing.assert_allclose([ratio_of(config, step) for step in range(5)], [0.25, 0.5, 0.75, 1, 1])
-    patterns = prepared(config, 1)[1].allowed(POSITIONS, POSITIONS)
+    np.testing.assert_allclose([config.anneal_ratio(step) for step in range(5)], [0.25, 0.5, 0.75, 1, 1])
+    patterns = noisy_of(config, 1)[1].allowed(POSITIONS, POSITIONS)
     assert len(np.unique(patterns, axis=0)) == 16
-    shared = prepared(ObjectiveConfig(anneal_steps=4, share_annealed_mask=True), 1)[1].allowed(POSITIONS, POSITIONS)
+    shared = noisy_of(ObjectiveConfig(anneal_steps=4, share_annealed_mask=True), 1)[1].allowed(POSITIONS, POSITIONS)
     assert shared.shape[0] == 1
 
 
-def test_autoregressive_is_causal_and_scores_everything_clean():
-    noised, mask = prepared(ObjectiveConfig(name="autoregressive"))
-    assert (noised.tokens == 5).all() and (noised.weights == 1).all()
-    np.testing.assert_array_equal(noised.loss_mask, batch().noisable_mask)
+def test_autoregressive():
+    noisy, mask = noisy_of(ObjectiveConfig(name="autoregressive"))
+    assert (noisy.tokens == 5).all() and (noisy.weights == 1).all()
+    np.testing.assert_array_equal(noisy.loss_mask, batch().noisable_mask)
     np.testing.assert_array_equal(mask.allowed(POSITIONS, POSITIONS)[0], np.tril(np.ones((8, 8), bool)))
-    assert ratio_of(ObjectiveConfig(name="autoregressive"), 0) == 0
+    assert ObjectiveConfig(name="autoregressive").anneal_ratio(0) == 0
 
 
-def test_segments_are_kept_apart():
+def test_segments():
     rows = dataclasses.replace(batch(), segment_ids=jnp.broadcast_to(jnp.arange(8) // 4, (16, 8)))
-    allowed = prepared(ObjectiveConfig(), rows=rows)[1].allowed(POSITIONS, POSITIONS)
+    allowed = noisy_of(ObjectiveConfig(), rows=rows)[1].allowed(POSITIONS, POSITIONS)
     assert allowed[0, 0, 3] and not allowed[0, 0, 4]
-    both = jnp.arange(16)  # a noised copy and a clean one: each block of 3 sees what is its own document's
-    allowed = prepared(ObjectiveConfig(name="block_diffusion", block_size=3), rows=rows)[1].allowed(both, both)[0]
+    both = jnp.arange(16)  # a noisy copy and a clean one; blocks of 3 tokens
+    allowed = noisy_of(ObjectiveConfig(name="block_diffusion", block_size=3), rows=rows)[1].allowed(both, both)[0]
     assert [list(np.flatnonzero(row)) for row in np.asarray(allowed)[[3, 4, 6, 8 + 3, 8 + 4]]] == [
         [3, 8, 9, 10], [4, 5], [6, 7, 8 + 4, 8 + 5], [8, 9, 10, 11], [8 + 4]]
 
 
-def test_stages_narrow_the_times():
+def test_time_curriculum():
     config = ObjectiveConfig(time_curriculum=((0, 0.0, 0.5), (10, 0.25, 1.0)))
-    assert [tuple(map(float, time_range(config, jnp.int32(step)))) for step in (0, 9, 10)] == [
+    assert [tuple(map(float, config.time_range(jnp.int32(step)))) for step in (0, 9, 10)] == [
         (np.float32(1e-3), 0.5), (np.float32(1e-3), 0.5), (0.25, 1.0)]
-    times = 1 / prepared(config, 10)[0].weights[:, 0]
+    times = 1 / noisy_of(config, 10)[0].weights[:, 0]
     assert times.min() >= 0.25 and 0.9 < times.max() <= 1
 
 
-@pytest.mark.parametrize("mask_token_id, message", [(None, "no mask token"), (10, "outside the vocabulary of 10")])
-def test_diffusion_needs_a_mask_token_of_the_vocabulary(mask_token_id, message):
+@pytest.mark.parametrize("mask_token_id, message", [(None, "model.mask_token"), (10, "vocabulary")])
+def test_mask_token_is_checked(mask_token_id, message):
     with pytest.raises(ConfigError, match=message):
         check_mask_token(ObjectiveConfig(), mask_token_id, 10)
     check_mask_token(ObjectiveConfig(name="autoregressive"), mask_token_id, 10)
 
 
-@pytest.mark.parametrize("settings", [
-    {"min_time": 0.0}, {"anneal_steps": -1}, {"name": "autoregressive", "shift": False},
-    {"stages": ((5, 0.0, 1.0),)}, {"stages": ((0, 0.5, 0.5),)}, {"stages": ((0, 0.0, 1.0), (0, 0.0, 0.5))}])
-def test_impossible_settings_are_refused(settings):
-    with pytest.raises(ConfigError, match="objective"):
+def test_block_size_schedule_and_canonical_names():
+    objective = ObjectiveConfig(name="block_diffusion", block_size=4, block_size_schedule=((0, 1), (4, 2), (8, 4)))
+    assert [objective.at_step(step).block_size for step in (0, 3, 4, 7, 8, 100)] == [1, 1, 2, 2, 4, 4]
+    assert objective.at_step(0).canonicalize(16).name == "autoregressive"
+    assert objective.at_step(4).canonicalize(16) == objective.at_step(4)
+    assert objective.at_step(8).canonicalize(4) == ObjectiveConfig(block_size=1)
+    assert [objective.at_step(step).forward_multiplier(16) for step in (0, 4)] == [1, 2]
+    assert dataclasses.replace(objective, complementary=True).forward_multiplier(4) == 3
+
+
+def test_validation_resets_only_what_shapes_training():
+    trained = ObjectiveConfig(
+        name="block_diffusion", shift=False, min_time=0.1, loss_normalization="masked_tokens", weight="uniform",
+        time_curriculum=((0, 0.0, 0.5),), block_size=4, block_size_schedule=((0, 2), (5, 4)),
+        clean_attention="block_bidirectional", complementary=True)
+    validated = trained.for_validation()
+    changed = {field.name for field in dataclasses.fields(trained)
+               if getattr(trained, field.name) != getattr(validated, field.name)}
+    assert changed == {"time_curriculum", "block_size_schedule", "complementary"}
+    assert ObjectiveConfig(anneal_steps=9, share_annealed_mask=True).for_validation() == ObjectiveConfig()
+
+
+@pytest.mark.parametrize("settings, key", [
+    ({"name": "masked"}, "name"), ({"min_time": 0.0}, "min_time"), ({"anneal_steps": -1}, "anneal_steps"),
+    ({"name": "autoregressive", "shift": False}, "shift"),
+    ({"time_curriculum": ((5, 0.0, 1.0),)}, "time_curriculum"),
+    ({"time_curriculum": ((0, 0.5, 0.5),)}, "time_curriculum"),
+    ({"time_curriculum": ((0, 0.0, 1.0), (0, 0.0, 0.5))}, "time_curriculum"),
+    ({"name": "block_diffusion", "block_size": 0}, "block_size"),
+    ({"name": "block_diffusion", "anneal_steps": 5}, "anneal_steps"),
+    ({"name": "block_diffusion", "block_size_schedule": ((1, 1), (4, 32))}, "block_size_schedule"),
+    ({"name": "block_diffusion", "block_size_schedule": ((0, 1), (4, 8))}, "block_size_schedule"),
+    ({"name": "block_diffusion", "complementary": True, "schedule": "cosine"}, "complementary"),
+    ({"complementary": True}, "complementary"), ({"clean_attention": "block_bidirectional"}, "clean_attention"),
+    ({"block_size_schedule": ((0, 32),)}, "block_size_schedule")])
+def test_invalid_settings_are_refused(settings, key):
+    with pytest.raises(ConfigError, match=f"objective.{key}"):
         ObjectiveConfig(**settings)

@@ -11,7 +11,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from dlm_jax import DiffusionLM
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.harness import HarnessLM

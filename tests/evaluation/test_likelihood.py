@@ -9,8 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import beta
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion import Batch, BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import autoregressive_nll, bound, make_bound_fn
 from dlm_jax.evaluation.eval_model import Pair

@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dlm_jax.diffusion import example_keys
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import GenerationRequest
 from dlm_jax.evaluation.writing import make_write
+from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig
 from tests.sampling.tools import EOS, MASK, run, tiny
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, loop
 from tests.sampling.tools import EOS, MASK, keys_of, tiny

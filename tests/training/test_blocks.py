@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dlm_jax import DiffusionLM
-from dlm_jax.diffusion.objective import ObjectiveConfig
-from dlm_jax.diffusion.spec import BlockSpec
+from dlm_jax.diffusion import BlockSpec, ObjectiveConfig
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import MeshConfig
 from dlm_jax.training.config import LoRASettings, ModelSource
@@ -119,9 +118,9 @@ def test_complementary_views_train(blocks, tmp_path):
 
 def test_a_step_knows_its_blocks():
     objective = ObjectiveConfig(name="block_diffusion", block_size=4, block_size_schedule=((0, 1), (4, 2), (8, 4)))
-    assert [objective.at(step).block_size for step in (0, 3, 4, 7, 8, 100)] == [1, 1, 2, 2, 4, 4]
-    assert objective.at(0).canonicalize(16).name == "autoregressive" and objective.at(4).canonicalize(16) == objective.at(4)
-    assert objective.at(8).canonicalize(4) == ObjectiveConfig(block_size=1)
+    assert [objective.at_step(step).block_size for step in (0, 3, 4, 7, 8, 100)] == [1, 1, 2, 2, 4, 4]
+    assert objective.at_step(0).canonicalize(16).name == "autoregressive" and objective.at_step(4).canonicalize(16) == objective.at_step(4)
+    assert objective.at_step(8).canonicalize(4) == ObjectiveConfig(block_size=1)
 
 
 @pytest.mark.parametrize("settings, message", [

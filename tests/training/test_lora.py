@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import Batch, ObjectiveConfig
 from dlm_jax.models import (
     Compute,
     LoRAConfig,

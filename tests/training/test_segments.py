@@ -9,7 +9,7 @@ from flax import nnx
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import Rows
 from dlm_jax.diffusion import loss_sums, token_nll
-from dlm_jax.diffusion.objective import ObjectiveConfig, prepare
+from dlm_jax.diffusion.objective import ObjectiveConfig, noise_batch
 from dlm_jax.models import ModelConfig, Transformer
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training.step import lm_head
@@ -34,7 +34,7 @@ def tokens_of(seed: int = 0) -> np.ndarray:
 
 
 def sums_of(model, objective, batch):
-    noised, mask = prepare(objective, batch, jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)
+    noised, mask = noise_batch(objective, batch, jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)
     hidden = model.hidden(noised.tokens, mask, positions=batch.positions)
     return loss_sums(hidden, *lm_head(model, MESH), noised), token_nll(hidden, model.unembed, noised.targets), noised
 
@@ -66,7 +66,7 @@ def test_no_document_hears_of_its_neighbour(config, anneal_steps):
 def test_bidirectional_bound_terms_are_those_of_the_document_alone():
     model, tokens = Transformer(GPT2, rngs=nnx.Rngs(0)), tokens_of()
     _, nll, noised = sums_of(model, ObjectiveConfig(), loaded(tokens, (FIRST,)))
-    alone = model.hidden(noised.tokens[:, FIRST:], prepare(
+    alone = model.hidden(noised.tokens[:, FIRST:], noise_batch(
         ObjectiveConfig(), loaded(tokens[:, FIRST:]), jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)[1])
     np.testing.assert_allclose(nll[:, FIRST + 1:],
                                token_nll(alone, model.unembed, jnp.asarray(tokens[:, FIRST:]))[:, 1:], rtol=2e-5)

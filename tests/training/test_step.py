@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlm_jax.diffusion import LossSums
-from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import Batch, LossSums, ObjectiveConfig
 from dlm_jax.models import Compute, ModelConfig, Transformer
 from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh, param_shardings
 from dlm_jax.training import step as step_module
@@ -94,14 +92,14 @@ def test_what_lies_in_the_hosts_memory_between_steps_changes_nothing(reference, 
 @pytest.mark.parametrize("quantity", ["loss", "grad_norm"])
 def test_a_step_that_is_not_finite_changes_nothing_where_it_is_skipped(monkeypatch, quantity):
     """Poisoned at step 2: its weights, and so loss and gradient; or the gradient of a loss that is fine."""
-    original = step_module.prepare
+    original = step_module.noise_batch
 
     def poisoned(objective, batch, step, **rest):
         noised, mask = original(objective, batch, step, **rest)
         factor = jnp.where(step == 2, {"loss": jnp.nan, "grad_norm": 3e37}[quantity], 1.0)
         return dataclasses.replace(noised, weights=factor * noised.weights), mask
 
-    monkeypatch.setattr(step_module, "prepare", poisoned)
+    monkeypatch.setattr(step_module, "noise_batch", poisoned)
     mesh = one_device()
     states = []
     for steps in (2, 3, 5):

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from dlm_jax.data.rows import Rows
-from dlm_jax.diffusion.objective import ObjectiveConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import ModelConfig, Transformer
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training.step import make_eval_step, metrics_from_sums
