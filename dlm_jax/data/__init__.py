@@ -1,6 +1,7 @@
 """From a corpus to batches.
 
-`sources` reads records, `encode` makes them tokens (`tokenize` running text, `examples` prompts and responses),
-`packing` makes rows, and `shards` keeps them; `prepare` does it all. `corpus.load_rows` opens what is prepared and
-prepares what is not; `mixture` says which row comes n-th, and `loader.Loader` gives the batch of any step.
+`source_files` and `sources` read raw records, `records` tokenizes running text and `prompts` tokenizes prompts with
+responses, `rows` packs tokens into rows, and `shards` stores rows; `prepare` runs all of this in parallel and writes a
+`manifest`. `corpus.load_rows` opens prepared rows and prepares raw text first; `loader` mixes sources of rows and gives
+the batch of any step.
 """

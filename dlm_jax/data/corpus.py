@@ -1,4 +1,4 @@
-"""From a DataConfig to row sources: prepared directories are opened, raw text is prepared into a cache first."""
+"""From a DataConfig to row sources: prepared directories are opened; raw text is first prepared into a cache."""
 
 import os
 import tempfile
@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlm_jax.data.config import DataConfig, RowsConfig
-from dlm_jax.data.prepare import (
+from dlm_jax.data.manifest import (
     MANIFEST_FILE,
-    PROGRESS_FILE,
     Manifest,
-    check_examples,
-    check_fit,
-    identity_of,
-    make_form,
-    prepare,
+    check_compatible,
+    check_prompt_format,
     read_manifest,
-    rows_config,
+    rows_identity,
 )
-from dlm_jax.data.rows import Concatenated, RowSource
-from dlm_jax.data.sources import Source, open_sources
+from dlm_jax.data.prepare import PROGRESS_FILE, make_encoder, prepare
+from dlm_jax.data.rows import ConcatenatedRows, RowSource
+from dlm_jax.data.source_files import Source
+from dlm_jax.data.sources import open_sources
 from dlm_jax.errors import DataError
 from dlm_jax.storage import is_remote, read_file
 
@@ -30,16 +28,16 @@ if TYPE_CHECKING:
 
 def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab_size: int,
               cache_dir: str | Path) -> tuple[list[RowSource], RowSource | None]:
-    """The training rows and the validation rows (None where nothing is held out) of a corpus.
+    """Opens the training rows and the validation rows (None where nothing is held out) of a corpus.
 
-    Raw text is tokenised into `config.cache_dir`, else `cache_dir`, once: a second run finds the rows there. Prepared
+    Raw text is tokenized into `config.cache_dir`, else `cache_dir`, once: a second run finds the rows there. Prepared
     rows on an object store are copied to it.
 
     Returns:
-      One training source for each weight, or a single one where no weights are given; the validation rows.
+      One training source per weight, or a single one where no weights are given; the validation rows.
 
     Raises:
-      DataError: nothing matches, a file is damaged, the corpus is too small for one row or for a held-out part, or
+      DataError: nothing matches, a file is damaged, the corpus is too small for one row or for a validation split, or
         the tokenizer or prepared rows do not fit the model.
     """
     if len(tokenizer) > vocab_size:
@@ -48,69 +46,70 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
     if not config.train:
         raise DataError("data.train names no text; give files or globs, or a directory made by `dlm prepare`")
     cache = Path(config.cache_dir or cache_dir)
-    corpora = _Corpora(config, tokenizer, cache)
-    if config.validation and (shared := corpora.raw_files(config.train) & corpora.raw_files(config.validation)):
+    opener = _Opener(config, tokenizer, cache)
+    if config.validation and (shared := opener.raw_files(config.train) & opener.raw_files(config.validation)):
         raise DataError(f"{min(shared)} is both training and validation text")
-    held_out = 0.0 if config.validation else config.validation_fraction
     entries = [(entry,) for entry in config.train] if config.weights else [config.train]
-    opened = [corpora.open(entry, held_out) for entry in entries]
-    if all(_prepared(entry) for entry in config.train):  # else it tells how raw text is read
-        check_examples([pair for pairs in opened for pair in pairs], config)
-    train = [_joined([manifest.rows(directory, "train", cache) for directory, manifest in found]) for found in opened]
+    opened = [opener.open(entry, config.rows_config()) for entry in entries]
+    everything = [pair for pairs in opened for pair in pairs]
+    if all(_prepared_manifest(entry) for entry in config.train):  # else the format says how raw text is read
+        check_prompt_format(everything, config)
+    train = [_concatenate([manifest.rows(directory, "train", cache) for directory, manifest in pairs])
+             for pairs in opened]
     for entry, rows in zip(entries, train, strict=True):
         if not len(rows):
             raise DataError(_too_short(", ".join(entry), config.length))
     if config.validation:
-        found = corpora.open(config.validation, 0.0)
+        pairs = opener.open(config.validation, config.rows_config(0.0))
     else:
-        found = [pair for pairs in opened for pair in pairs if "validation" in pair[1].parts]
-        if not found:
+        pairs = [(directory, manifest) for directory, manifest in everything if "validation" in manifest.splits]
+        if not pairs:
             return train, None
-    held = _joined([manifest.rows(directory, "validation" if "validation" in manifest.parts else "train", cache)
-                    for directory, manifest in found])
-    if not len(held):
+    held_out = _concatenate([manifest.rows(directory, "validation" if "validation" in manifest.splits else "train",
+                                           cache) for directory, manifest in pairs])
+    if not len(held_out):
         raise DataError(_too_short("the held-out text", config.length,
                                    ", validation files or a larger data.validation_fraction"))
-    return train, held
+    return train, held_out
 
 
-def sources_of(config: RowsConfig, specs: Sequence[str]) -> list[Source]:
-    """The sources of raw text that files, globs and names of datasets mean."""
-    lines = "\n" if config.examples.format != "none" else ""  # examples in a text file stand one in a line
+def open_raw_sources(config: RowsConfig, specs: Sequence[str]) -> list[Source]:
+    """Returns the sources of raw text that files, globs and names of datasets mean."""
+    lines = "\n" if config.examples.format != "none" else ""  # a text file holds one example per line
     return open_sources(specs, separator=config.document_separator or lines)
 
 
-class _Corpora:
+class _Opener:
     """Opens entries of `data.train` and `data.validation` for one configuration and tokenizer."""
 
     def __init__(self, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", cache: Path):
         self._config, self._tokenizer, self._cache = config, tokenizer, cache
 
-    def open(self, entries: Sequence[str], validation_fraction: float) -> list[tuple[str, Manifest]]:
-        """Prepared rows with their directories: those that entries name, and those made from all raw entries."""
+    def open(self, entries: Sequence[str], config: RowsConfig) -> list[tuple[str, Manifest]]:
+        """Returns the directories and manifests of prepared entries, and of the rows made from all raw ones."""
         found, raw = [], []
         for entry in entries:
-            if manifest := _prepared(entry):
-                check_fit(manifest, entry, self._config, self._tokenizer)
+            if manifest := _prepared_manifest(entry):
+                check_compatible(manifest, entry, config, self._tokenizer)
                 found.append((entry, manifest))
             else:
                 raw.append(entry)
-        return found + ([self._cached(sources_of(self._config, raw), validation_fraction)] if raw else [])
+        return found + ([self._prepare_cached(open_raw_sources(config, raw), config)] if raw else [])
 
     def raw_files(self, entries: Sequence[str]) -> set[str]:
-        raw = [entry for entry in entries if not _prepared(entry)]
-        return {source.identity()[0] for source in sources_of(self._config, raw)} if raw else set()
+        """Returns the keys of the raw files among the entries."""
+        raw = [entry for entry in entries if not _prepared_manifest(entry)]
+        return {source.identity()[0] for source in open_raw_sources(self._config, raw)}
 
-    def _cached(self, sources: Sequence[Source], validation_fraction: float) -> tuple[str, Manifest]:
-        config = rows_config(self._config, validation_fraction)
-        identity = identity_of(sources, self._tokenizer, config, make_form(self._tokenizer, config))
+    def _prepare_cached(self, sources: Sequence[Source], config: RowsConfig) -> tuple[str, Manifest]:
+        identity = rows_identity(sources, self._tokenizer, config, make_encoder(self._tokenizer, config))
         directory = self._cache / identity
         if not directory.exists():
-            # Processes that share the folder do the same work beside each other, and the first to finish wins.
+            # Processes that share the folder do the same computation at the same time; the first to finish wins.
             try:
                 self._cache.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(prefix=identity + ".", dir=self._cache) as beside:
-                    rows = os.path.join(beside, "rows")
+                with tempfile.TemporaryDirectory(prefix=identity + ".", dir=self._cache) as folder:
+                    rows = os.path.join(folder, "rows")
                     prepare(sources, rows, self._tokenizer, config)
                     os.rename(rows, directory)
             except OSError as error:
@@ -122,22 +121,25 @@ class _Corpora:
         return str(directory), manifest
 
 
-def _prepared(entry: str) -> Manifest | None:
-    """The manifest of an entry that is a prepared directory, finished or not."""
+def _prepared_manifest(entry: str) -> Manifest | None:
+    """Returns the manifest of an entry that is a prepared directory.
+
+    Raises:
+      DataError: the directory is not complete.
+    """
     if entry.startswith(("tfds:", "hf:")) or not (is_remote(entry) or Path(entry).is_dir()):
         return None
     directory = entry.rstrip("/")
     manifest = read_manifest(directory)
     if manifest is None and read_file(f"{directory}/{PROGRESS_FILE}") is not None:
-        raise DataError(f"the rows in {directory} are not finished; run its `dlm prepare` command again, and it "
-                        "goes on")
+        raise DataError(f"the rows in {directory} are not finished; run its `dlm prepare` command again to resume")
     return manifest
 
 
-def _joined(sources: list[RowSource]) -> RowSource:
-    return sources[0] if len(sources) == 1 else Concatenated(sources)
+def _concatenate(sources: list[RowSource]) -> RowSource:
+    return sources[0] if len(sources) == 1 else ConcatenatedRows(sources)
 
 
-def _too_short(what: str, length: int, remedy: str = "") -> str:
-    return (f"{what} is too short for one row of {length} tokens; give more text{remedy} or a smaller data.length. "
+def _too_short(text: str, length: int, remedy: str = "") -> str:
+    return (f"{text} is too short for one row of {length} tokens; give more text{remedy} or a smaller data.length. "
             "(Without data.document_separator a .txt file is one document.)")

@@ -1,4 +1,4 @@
-"""Raw records on their way from a source to a tokenizer, and what can be wrong with one."""
+"""Raw records, and how workers turn chunks of them into spans of tokens with the model's own tokenizer."""
 
 import array
 import dataclasses
@@ -15,8 +15,7 @@ from dlm_jax.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-Payload = bytes | str | dict[str, Any]  # a line of JSON not yet parsed, a text, or a record
+RawRecord = bytes | str | dict[str, Any]  # a line of JSON not yet parsed, a text, or a record
 
 
 class BadRecord(ValueError):
@@ -28,45 +27,46 @@ class BrokenSource(DataError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Consecutive records of one source, as it gave them.
+class RecordChunk:
+    """Consecutive raw records of one source.
 
     Attributes:
       source: the file or dataset, as messages show it.
-      unit: what the source counts its records in: "line", "item", "row", "document".
+      unit: what the source calls its records: "line", "item", "row", "document", "example".
       first: the number of the first record, from 1.
-      payloads: the records.
-      broken: says that the source cannot be read from here on.
+      records: the raw records.
+      error: why the source cannot be read after these records; None if it can.
     """
 
     source: str
     unit: str
     first: int
-    payloads: list[Payload]
-    broken: str | None = None
+    records: list[RawRecord]
+    error: str | None = None
 
-    def where(self, number: int) -> str:
+    def location(self, number: int) -> str:
+        """Returns the place of a record, as messages show it."""
         return f"{self.source}, {self.unit} {number}"
 
 
-def record_of(payload: Payload) -> str | dict[str, Any]:
-    """The record of a payload: bytes are parsed as JSON, a blank line is an empty text.
+def parse_record(record: RawRecord) -> str | dict[str, Any]:
+    """Returns a text or a dict: bytes are parsed as JSON, a blank line is an empty text.
 
     Raises:
-      BadRecord: not JSON, or neither a text nor a record.
+      BadRecord: not JSON, or neither a text nor a dict.
     """
-    if isinstance(payload, bytes):
+    if isinstance(record, bytes):
         try:
-            payload = json.loads(payload) if payload.strip() else ""
+            record = json.loads(record) if record.strip() else ""
         except ValueError as error:  # also not UTF-8
             raise BadRecord(f"not JSON ({error})") from error
-    if not isinstance(payload, str | dict):
-        raise BadRecord(f"{type(payload).__name__} where a text or a record was expected")
-    return payload
+    if not isinstance(record, str | dict):
+        raise BadRecord(f"{type(record).__name__} where a text or a record was expected")
+    return record
 
 
-def text_of(record: str | dict[str, Any], key: str) -> str:
-    """A record's text: the record itself, or what it has under `key`.
+def get_text(record: str | dict[str, Any], key: str) -> str:
+    """Returns a record's text: the record itself, or its value under `key`.
 
     Raises:
       BadRecord: there is none, or it is not valid Unicode.
@@ -84,17 +84,14 @@ def text_of(record: str | dict[str, Any], key: str) -> str:
     return record
 
 
-# ---- From chunks of raw records to pieces of tokens: what worker processes of `prepare` do.
-
-
 @dataclasses.dataclass(frozen=True)
 class TokenSpan:
-    """Documents or examples laid end to end.
+    """Concatenated documents or examples.
 
     Attributes:
       tokens: uint32 [tokens].
-      starts: bool [tokens]; True where a document begins.
-      maskable: bool [tokens], where a token may be noised and scored; None: everywhere.
+      starts: bool [tokens]; True where a document starts.
+      noisable_mask: bool [tokens], where a token may be noised and scored; None: everywhere.
     """
 
     tokens: np.ndarray
@@ -103,80 +100,79 @@ class TokenSpan:
 
 
 class RecordEncoder(Protocol):
-    """What records hold, and how they become tokens. Picklable: workers get a copy."""
+    """Turns records into tokens. Picklable: each worker gets a copy."""
 
     columns: tuple[str, ...] | None  # the keys of a record that are read; None: all
-    row_masks: tuple[str, ...]  # what its rows carry beside tokens, of `rows.ROW_MASKS`
-    facts: list[Any]  # what else decides the tokens, beside settings and tokenizer; JSON can hold it
+    row_masks: tuple[str, ...]  # the masks of its rows beside the tokens, of `rows.ROW_MASKS`
+    facts: list[Any]  # what else decides the tokens, beside settings and tokenizer; serializable as JSON
 
-    def read(self, record: str | dict[str, Any]) -> tuple[str, Any] | None:
-        """(the text whose hash decides whether it is held out, an item for `encode`); None for a blank record.
+    def parse(self, record: str | dict[str, Any]) -> tuple[str, Any] | None:
+        """Returns (the text whose hash decides whether it is held out, an item for `encode`); None if it is blank.
 
         Raises:
           BadRecord: the record cannot be used.
-          DataError: it must not be left out silently, whatever the policy for bad records.
+          DataError: it must not be skipped silently, whatever the policy for bad records.
         """
 
     def encode(self, items: list[Any], counts: Counter) -> TokenSpan:
-        """The tokens of some items; what is worth counting is added to `counts`."""
+        """Returns the tokens of some items and adds statistics to `counts`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
-    """Attributes:
-    parts: the piece of each part ("train", "validation") that got any document.
-    counts: documents and tokens of each part, as "train.documents", and what the form counts.
-    bad: of each record that cannot be used, where it is and why.
+class EncodedChunk:
+    """The tokens of a chunk of records.
+
+    Attributes:
+      spans: the tokens of each split ("train", "validation") that got any document.
+      counts: documents and tokens of each split, as "train.documents", and the encoder's own statistics.
+      bad: where each bad record is, and why it cannot be used.
     """
 
-    parts: dict[str, TokenSpan]
+    spans: dict[str, TokenSpan]
     counts: Counter
     bad: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
-    """Reads the records of a chunk, parts off what is held out, and tokenises; a pure function of the chunk."""
+class ChunkEncoder:
+    """Parses the records of a chunk, assigns them to splits, and tokenizes them; a pure function of the chunk."""
 
-    form: RecordEncoder
+    encoder: RecordEncoder
     validation_fraction: float = 0.0
 
-    def __call__(self, chunk: Chunk) -> Encoded:
+    def __call__(self, chunk: RecordChunk) -> EncodedChunk:
         items: dict[str, list] = {"train": [], "validation": []}
-        bad = [chunk.broken] if chunk.broken else []
-        for number, payload in enumerate(chunk.payloads, chunk.first):
+        bad = [chunk.error] if chunk.error else []
+        for number, raw in enumerate(chunk.records, chunk.first):
             try:
-                found = self.form.read(record_of(payload))
+                parsed = self.encoder.parse(parse_record(raw))
             except BadRecord as error:
-                bad.append(f"{chunk.where(number)}: {error}")
+                bad.append(f"{chunk.location(number)}: {error}")
                 continue
             except DataError as error:
-                raise DataError(f"{chunk.where(number)}: {error}") from error
-            if found is not None:
-                key, item = found
+                raise DataError(f"{chunk.location(number)}: {error}") from error
+            if parsed is not None:
+                key, item = parsed
                 items["validation" if is_held_out(key, self.validation_fraction) else "train"].append(item)
         counts: Counter = Counter()
-        parts = {part: self.form.encode(held, counts) for part, held in items.items() if held}
-        for part, piece in parts.items():
-            counts[f"{part}.documents"] += len(items[part])
-            counts[f"{part}.tokens"] += len(piece.tokens)
-        return Encoded(parts, counts, bad)
+        spans = {split: self.encoder.encode(found, counts) for split, found in items.items() if found}
+        for split, span in spans.items():
+            counts[f"{split}.documents"] += len(items[split])
+            counts[f"{split}.tokens"] += len(span.tokens)
+        return EncodedChunk(spans, counts, bad)
 
 
 def is_held_out(document: str, fraction: float) -> bool:
-    """Whether a document is in the held-out part: by a hash of its text, whatever its neighbours."""
+    """Returns whether a document belongs to the validation split, decided by a hash of its text alone."""
     if not fraction:
         return False
     digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-# ---- Text as token ids, with the model's own tokenizer.
-
-
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """Records of running text: each becomes its tokens, with EOS after and perhaps BOS before them."""
+    """A `RecordEncoder` of running text: the tokens of each document, EOS, and perhaps BOS before them."""
 
     tokenizer: "PreTrainedTokenizerBase"
     text_key: str
@@ -192,24 +188,24 @@ class TextEncoder:
     def facts(self) -> list[int | None]:
         return [self.bos, self.eos]
 
-    def read(self, record: str | dict[str, Any]) -> tuple[str, str] | None:
-        text = text_of(record, self.text_key)
+    def parse(self, record: str | dict[str, Any]) -> tuple[str, str] | None:
+        text = get_text(record, self.text_key)
         return (text, text) if text.strip() else None
 
     def encode(self, items: list[str], counts: Counter) -> TokenSpan:
-        flat, begins = array.array("I"), []
-        head = [] if self.bos is None else [self.bos]
-        for ids in encode(self.tokenizer, items):
-            begins.append(len(flat))
-            flat.fromlist([*head, *ids, self.eos])
-        starts = np.zeros(len(flat), bool)
-        starts[begins] = True
-        return TokenSpan(np.frombuffer(flat, np.uint32), starts)
+        tokens, first = array.array("I"), []
+        prefix = [] if self.bos is None else [self.bos]
+        for ids in tokenize(self.tokenizer, items):
+            first.append(len(tokens))
+            tokens.fromlist([*prefix, *ids, self.eos])
+        starts = np.zeros(len(tokens), bool)
+        starts[first] = True
+        return TokenSpan(np.frombuffer(tokens, np.uint32), starts)
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    """The token ids of each text, without special tokens around it, however long it is."""
-    if tokenizer.is_fast:  # straight to the tokenizer's own code, which transformers wraps rather slowly
+def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    """Returns the token ids of each text, without special tokens around it and without truncation."""
+    if tokenizer.is_fast:  # the backend itself is faster than its wrapper in transformers
         backend = _backend(tokenizer, len(tokenizer))
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
@@ -218,7 +214,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[
 
 @functools.lru_cache(maxsize=4)
 def _backend(tokenizer: "PreTrainedTokenizerBase", vocab_size: int):
-    """A copy that neither truncates nor pads, whatever the tokenizer was last asked to do; made anew when it grows."""
+    """Returns a copy of the backend that neither truncates nor pads; the size in the key renews it when it grows."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -228,11 +224,11 @@ def _backend(tokenizer: "PreTrainedTokenizerBase", vocab_size: int):
 
 
 def boundary_tokens(tokenizer: "PreTrainedTokenizerBase", *, add_bos: bool | None,
-                    segments: bool) -> tuple[int | None, int]:
-    """The (BOS or None, EOS) token ids that packing puts around a document.
+                    document_mask: bool) -> tuple[int | None, int]:
+    """Returns the (BOS or None, EOS) token ids around each document.
 
-    With `add_bos` None, BOS is added where the tokenizer adds it by itself (LLaMA does, GPT-2 does not) and,
-    wherever there is one, to segments: a segment's first position is context, and generation starts from BOS.
+    With `add_bos` None, BOS is added where the tokenizer adds it by itself (LLaMA does, GPT-2 does not) and, if there
+    is one, with `document_mask`: the first position of a document is context, and generation starts from BOS.
 
     Raises:
       DataError: the tokenizer lacks the token.
@@ -241,13 +237,13 @@ def boundary_tokens(tokenizer: "PreTrainedTokenizerBase", *, add_bos: bool | Non
     if eos is None:
         raise DataError(f"the tokenizer {name!r} has no EOS token to put between documents")
     if add_bos is None:
-        add_bos = bos is not None and (segments or tokenizer("a")["input_ids"][0] == bos)
+        add_bos = bos is not None and (document_mask or tokenizer("a")["input_ids"][0] == bos)
     if add_bos and bos is None:
         raise DataError(f"data.add_bos is set, but the tokenizer {name!r} has no BOS token")
     return (bos if add_bos else None), eos
 
 
-# Scripts, spaces, digits, code and special tokens: what tokenizers with one vocabulary still treat differently.
+# Scripts, spaces, digits, code and special tokens: text that tokenizers with the same vocabulary can treat differently.
 _PROBE = (
     "Hello  world\n\n\tdef f(x): return 3.14e-10 * x**2  # naïve  café", " a", "a", "12345678 ½ ²",
     "ÀÉ \ufb01 \uff21\uff11 A\u0300", "Привет, мир!", "你好\uff0c こんにちは", "مرحبا हिन्दी 🙂👩\u200d👧",
@@ -256,13 +252,13 @@ _PROBE = (
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A short hash of which ids a text becomes: the vocabulary, and what it makes of some difficult text.
+    """Returns a short hash of how text becomes ids: the vocabulary, and the ids of some difficult text.
 
-    A mask token that was added at the end does not count, as it stands in no text: rows prepared for a base model
+    A mask token that was added at the end does not count, since no text contains it: rows prepared for a base model
     serve the model adapted from it.
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if vocabulary[-1][0] == tokenizer.mask_token:
         vocabulary.pop()
-    facts = [vocabulary, encode(tokenizer, list(_PROBE)), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    facts = [vocabulary, tokenize(tokenizer, list(_PROBE)), tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Rows of tokens with random access, in memory or wherever they are kept."""
+"""Rows of tokens of one length: in memory, concatenated, gathered, and packed from spans of any length."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ class Rows:
 
     Attributes:
       tokens: unsigned or int32 [rows, length].
-      starts: bool [rows, length], where a document begins (the first position of a row always does); None
-        where documents run on without a boundary.
-      maskable: bool [rows, length], where a token may be noised and scored; None: everywhere.
+      starts: bool [rows, length], where a document starts (the first position of a row always does); None
+        where documents are concatenated without a boundary.
+      noisable_mask: bool [rows, length], where a token may be noised and scored; None: everywhere.
     """
 
     tokens: np.ndarray
@@ -35,16 +35,16 @@ class Rows:
 
     @property
     def row_masks(self) -> tuple[str, ...]:
-        """The names of the bits that are there."""
+        """The names of the masks that are present."""
         return tuple(name for name in ROW_MASKS if getattr(self, name) is not None)
 
     def __getitem__(self, indices: np.ndarray | Sequence[int] | slice) -> Self:
-        """The rows at `indices`, whatever NumPy indexes an axis by."""
-        return type(self)(self.tokens[indices], *(plane if plane is None else plane[indices]
-                                                  for plane in (self.starts, self.noisable_mask)))
+        """Returns the rows at `indices`, which are whatever NumPy indexes an axis by."""
+        return type(self)(self.tokens[indices], *(mask if mask is None else mask[indices]
+                                                  for mask in (self.starts, self.noisable_mask)))
 
     def with_row_masks(self, row_masks: Sequence[str]) -> Self:
-        """The same rows with all of `row_masks` there: one document, and maskable everywhere, unless said otherwise."""
+        """Returns the same rows with all of `row_masks`; a missing one means one document, or noisable everywhere."""
         added = {}
         if "starts" in row_masks and self.starts is None:
             added["starts"] = np.zeros(self.tokens.shape, bool)
@@ -55,7 +55,7 @@ class Rows:
 
 
 class RowSource(Protocol):
-    """What rows are drawn from."""
+    """Rows with random access."""
 
     length: int
     row_masks: tuple[str, ...]
@@ -65,7 +65,7 @@ class RowSource(Protocol):
     def __getitem__(self, indices: np.ndarray) -> Rows: ...
 
 
-class Concatenated:
+class ConcatenatedRows:
     """Several row sources, one after the other."""
 
     def __init__(self, sources: Sequence[RowSource]):
@@ -80,57 +80,59 @@ class Concatenated:
     def __getitem__(self, indices: np.ndarray) -> Rows:
         indices = np.arange(len(self))[indices]
         which = np.searchsorted(self._ends, indices, side="right")
-        starts = self._ends - [len(source) for source in self._sources]
-        return gather(self._sources, which, indices - starts[which], self.row_masks)
+        first = self._ends - [len(source) for source in self._sources]
+        return gather_rows(self._sources, which, indices - first[which], self.row_masks)
 
 
 def union_of_row_masks(sources: Sequence[RowSource]) -> tuple[str, ...]:
+    """Returns the names of the masks that any of the sources has."""
     return tuple(name for name in ROW_MASKS if any(name in source.row_masks for source in sources))
 
 
-def gather(sources: Sequence[RowSource], which: np.ndarray, indices: np.ndarray, row_masks: Sequence[str]) -> Rows:
-    """Row k is row `indices[k]` of `sources[which[k]]`; each source is asked once."""
+def gather_rows(sources: Sequence[RowSource], which: np.ndarray, indices: np.ndarray,
+                row_masks: Sequence[str]) -> Rows:
+    """Returns row `indices[k]` of `sources[which[k]]` for each k; each source is asked once."""
     if len(sources) == 1:
         return sources[0][indices].with_row_masks(row_masks)
-    order = np.argsort(which, kind="stable")
-    found = [source[indices[which == i]].with_row_masks(row_masks) for i, source in enumerate(sources) if (which == i).any()]
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+    found = [source[indices[which == i]].with_row_masks(row_masks)
+             for i, source in enumerate(sources) if (which == i).any()]
+    order = np.argsort(np.argsort(which, kind="stable"))
     return Rows(*(None if name in ROW_MASKS and name not in row_masks
-                  else np.concatenate([getattr(rows, name) for rows in found])[place]
+                  else np.concatenate([getattr(rows, name) for rows in found])[order]
                   for name in ("tokens", *ROW_MASKS)))
 
 
-# ---- Documents of any length as rows of one length.
+class RowPacker:
+    """Concatenates spans and cuts the stream every `length` tokens.
 
+    Attributes:
+      remainder: the tokens of the next row, fewer than `length`.
+    """
 
-class Packer:
-    """Lays pieces end to end and cuts the stream every `length` tokens; what is left over begins the next row."""
-
-    def __init__(self, length: int, rest: TokenSpan | None = None):
+    def __init__(self, length: int, remainder: TokenSpan | None = None):
         self.length = length
-        self.rest = rest or TokenSpan(np.zeros(0, np.uint32), np.zeros(0, bool))
+        self.remainder = remainder or TokenSpan(np.zeros(0, np.uint32), np.zeros(0, bool))
 
-    def add(self, piece: TokenSpan) -> Rows:
-        """The rows that `piece` completes, perhaps none."""
-        tokens = np.concatenate([self.rest.tokens, piece.tokens])
-        starts = np.concatenate([self.rest.starts, piece.starts])
-        # Only examples carry `noisable_mask`, and those fill whole rows, so that nothing of them is ever left over.
-        noisable_mask = piece.noisable_mask
-        whole = len(tokens) // self.length * self.length
-        self.rest = TokenSpan(tokens[whole:], starts[whole:])
-        rows = starts[:whole].reshape(-1, self.length)
-        rows[:, 0] = True
-        return Rows(tokens[:whole].reshape(-1, self.length), rows,
+    def add(self, span: TokenSpan) -> Rows:
+        """Returns the rows that `span` completes, perhaps none."""
+        tokens = np.concatenate([self.remainder.tokens, span.tokens])
+        starts = np.concatenate([self.remainder.starts, span.starts])
+        end = len(tokens) // self.length * self.length
+        self.remainder = TokenSpan(tokens[end:], starts[end:])
+        starts = starts[:end].reshape(-1, self.length)
+        starts[:, 0] = True
+        # Only examples carry a `noisable_mask`, and they fill their rows, so that it never has a remainder.
+        noisable_mask = span.noisable_mask
+        return Rows(tokens[:end].reshape(-1, self.length), starts,
                     None if noisable_mask is None else noisable_mask.reshape(-1, self.length))
 
 
-def segments_of(starts: np.ndarray) -> np.ndarray:
-    """Segments counted from 1 in each row; int32 [batch, length] from bool [batch, length]."""
+def segment_ids_from_starts(starts: np.ndarray) -> np.ndarray:
+    """Returns segment ids that count from 1 in each row; int32 [batch, length] from bool [batch, length]."""
     return np.cumsum(starts, axis=1, dtype=np.int32)
 
 
-def positions_of(starts: np.ndarray) -> np.ndarray:
-    """Positions that restart at 0 with each segment; int32 [batch, length] from bool [batch, length]."""
+def positions_from_starts(starts: np.ndarray) -> np.ndarray:
+    """Returns positions that restart at 0 in each segment; int32 [batch, length] from bool [batch, length]."""
     index = np.arange(starts.shape[1], dtype=np.int32)
     return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)

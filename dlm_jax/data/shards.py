@@ -1,4 +1,4 @@
-"""Rows in ArrayRecord files: how a row becomes a record, and how files become rows again."""
+"""Rows in ArrayRecord files: how rows become records, and how files become rows again."""
 
 import dataclasses
 import os
@@ -12,16 +12,16 @@ from dlm_jax.data.rows import Rows
 from dlm_jax.errors import DataError
 from dlm_jax.storage import is_remote, put_file
 
-# One record a chunk, so that a row is read alone; token ids compress too little to pay for it.
+# One record per group, so that a row is read alone; token ids compress too little to be worth the time.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """The bytes of a row: its tokens, little-endian, then one bit a token for each plane.
+    """The bytes of a row: its tokens, little-endian, then one bit per token for each mask.
 
     Attributes:
-      length: tokens a row.
+      length: tokens per row.
       dtype: "uint16" or "uint32".
       row_masks: of `rows.ROW_MASKS`.
     """
@@ -31,7 +31,7 @@ class RowLayout:
     row_masks: tuple[str, ...]
 
     @classmethod
-    def fitting(cls, length: int, vocab_size: int, row_masks: Sequence[str]) -> "RowLayout":
+    def for_vocab(cls, length: int, vocab_size: int, row_masks: Sequence[str]) -> "RowLayout":
         return cls(length, "uint16" if vocab_size <= 1 << 16 else "uint32", tuple(row_masks))
 
     @property
@@ -39,34 +39,35 @@ class RowLayout:
         return self.length * np.dtype(self.dtype).itemsize
 
     @property
-    def _plane_bytes(self) -> int:
+    def _mask_bytes(self) -> int:
         return -(-self.length // 8)
 
     @property
     def row_bytes(self) -> int:
-        return self._token_bytes + len(self.row_masks) * self._plane_bytes
+        return self._token_bytes + len(self.row_masks) * self._mask_bytes
 
     def encode(self, rows: Rows) -> np.ndarray:
-        """uint8 [rows, row_bytes]."""
+        """Returns the bytes of rows, uint8 [rows, row_bytes]."""
         rows = rows.with_row_masks(self.row_masks)
         tokens = rows.tokens.astype(np.dtype(self.dtype).newbyteorder("<"))
-        parts = [tokens.view(np.uint8), *(np.packbits(getattr(rows, name), axis=1) for name in self.row_masks)]
-        return np.concatenate(parts, axis=1) if self.row_masks else parts[0]
+        masks = [np.packbits(getattr(rows, name), axis=1) for name in self.row_masks]
+        return np.concatenate([tokens.view(np.uint8), *masks], axis=1)
 
     def decode(self, records: Sequence[bytes]) -> Rows:
+        """Returns the rows whose bytes are given."""
         data = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.row_bytes)
         tokens = np.ascontiguousarray(data[:, :self._token_bytes]).view(np.dtype(self.dtype).newbyteorder("<"))
         row_masks = {}
         for k, name in enumerate(self.row_masks):
-            start = self._token_bytes + k * self._plane_bytes
-            bits = np.unpackbits(data[:, start : start + self._plane_bytes], axis=1, count=self.length)
+            start = self._token_bytes + k * self._mask_bytes
+            bits = np.unpackbits(data[:, start : start + self._mask_bytes], axis=1, count=self.length)
             row_masks[name] = bits.view(bool)
         return Rows(tokens, **row_masks)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file, as the manifest lists it."""
+    """One file of rows, as the manifest lists it."""
 
     file: str
     rows: int
@@ -74,7 +75,7 @@ class Shard:
 
 
 def write_shard(directory: str, file: str, blocks: Iterable[np.ndarray]) -> Shard:
-    """Writes encoded rows (uint8 [n, row_bytes]) as one file, which appears whole or not at all.
+    """Writes encoded rows (uint8 [n, row_bytes]) as one file, atomically.
 
     Raises:
       DataError: it cannot be written.
@@ -83,8 +84,8 @@ def write_shard(directory: str, file: str, blocks: Iterable[np.ndarray]) -> Shar
 
     remote, count = is_remote(directory), 0
     try:
-        with tempfile.TemporaryDirectory(dir=None if remote else directory, prefix=".writing-") as beside:
-            local = os.path.join(beside, file)
+        with tempfile.TemporaryDirectory(dir=None if remote else directory, prefix=".writing-") as folder:
+            local = os.path.join(folder, file)
             writer = ArrayRecordWriter(local, _WRITER_OPTIONS)
             for block in blocks:
                 for row in block:
@@ -98,11 +99,14 @@ def write_shard(directory: str, file: str, blocks: Iterable[np.ndarray]) -> Shar
     return Shard(file, count, size)
 
 
-class RowFiles:
-    """The rows of a list of shards; a `RowSource` that opens files as they are needed and can be pickled."""
+class ShardedRows:
+    """The rows of a list of shards: a `RowSource` that opens files when they are needed and can be pickled.
+
+    Raises:
+      DataError: a file is missing, or its size is not the one it was written with.
+    """
 
     def __init__(self, directory: str, shards: Sequence[Shard], layout: RowLayout):
-        """Raises DataError: a file is missing, or has another size than it was written with."""
         from grain.sources import ArrayRecordDataSource
 
         self.length, self.row_masks, self._layout = layout.length, layout.row_masks, layout
@@ -110,7 +114,7 @@ class RowFiles:
         for shard in shards:
             path = Path(directory, shard.file)
             if not path.is_file():
-                raise DataError(f"{path} is missing; the manifest beside it lists it. Prepare the corpus again")
+                raise DataError(f"{path} is missing, but the manifest lists it; prepare the corpus again")
             if path.stat().st_size != shard.bytes:
                 raise DataError(f"{path} has {path.stat().st_size:,} bytes, not the {shard.bytes:,} it was written "
                                 "with; copy it again, or prepare the corpus again")

@@ -1,0 +1,419 @@
+"""Raw records from files: text, JSON, Parquet and Arrow, on a disk or an object store, plain or compressed."""
+
+import abc
+import codecs
+import dataclasses
+import glob
+import io
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from dlm_jax.data.records import BrokenSource, RawRecord
+from dlm_jax.errors import DataError, DLMError
+from dlm_jax.storage import filesystem, is_remote
+
+if TYPE_CHECKING:
+    import pyarrow
+
+COMPRESSED = (".gz", ".zst")
+_BLOCK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_TABLE_ROWS = 1024  # rows of a table that become Python objects at a time
+_VERSIONS = ("etag", "ETag", "blob_id", "mtime", "last_modified", "LastModified", "created")  # as stores call it
+
+
+class Source(abc.ABC):
+    """An ordered collection of raw records.
+
+    Attributes:
+      name: a file's path or a dataset's specification, as messages show it.
+      unit: what its records are called in messages: "line", "item", "row", "document", "example".
+      size: bytes of a file as stored, or records of a dataset; None where unknown.
+    """
+
+    name: str
+    unit: str
+    size: int | None
+    _consumed = 0
+
+    @abc.abstractmethod
+    def identity(self) -> list:
+        """Returns facts, serializable as JSON, that change when the content does."""
+
+    def consumed(self) -> int:
+        """Returns how much of `size` the last iterator has read."""
+        return self._consumed
+
+    def records(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[RawRecord]:
+        """Yields the records from number `start` (from 0) on, reading lazily.
+
+        Args:
+          columns: the keys that are needed; others may be missing. None: all.
+
+        Raises:
+          BrokenSource: the source is damaged from some record on.
+          DataError: it cannot be read, for instance because a store does not answer, or it has none of the columns.
+        """
+        number = start
+        try:
+            for record in self._read(start, columns):
+                yield record
+                number += 1
+        except DLMError:
+            raise
+        except Exception as error:  # each format and each store has errors of its own
+            if _is_damage(error):
+                raise BrokenSource(f"{self.name}: damaged after {self.unit} {number} ({one_line(error)})") from error
+            raise DataError(f"{self.name}: cannot be read after {self.unit} {number} ({one_line(error)})") from error
+
+    @abc.abstractmethod
+    def _read(self, start: int, columns: Sequence[str] | None) -> Iterator[RawRecord]: ...
+
+
+def select_columns(name: str, available: Sequence[str], columns: Sequence[str] | None) -> list[str] | None:
+    """Returns the needed columns that the source `name` has, in its own order; None: all.
+
+    Raises:
+      DataError: it has none of them. (Where only some are missing, records can do without or report what they miss.)
+    """
+    if columns is None:
+        return None
+    found = [column for column in available if column in columns]
+    if columns and not found:
+        missing = " or ".join(map(repr, columns))
+        raise DataError(f"{name}: no column {missing} (it has {', '.join(available)}); set data.text_key, or the keys "
+                        "of data.examples")
+    return found
+
+
+def one_line(error: Exception) -> str:
+    """Returns an error's message, or its class where it has none, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_damage(error: Exception) -> bool:
+    """Returns whether the content is wrong, rather than the disk or the network."""
+    # UnicodeDecodeError, JSONDecodeError and ArrowInvalid are ValueErrors; Arrow also raises OSErrors without an errno.
+    if isinstance(error, OSError):
+        return error.errno is None and not isinstance(error, ConnectionError | TimeoutError)
+    return isinstance(error, EOFError | ValueError | zlib.error) or type(error).__name__ == "ZstdError"
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file on a disk or an object store.
+
+    Attributes:
+      name: its path, as messages show it.
+      key: the same for all paths to one file.
+      size: bytes as stored; None where a store does not report it.
+      version: changes when the content does.
+    """
+
+    name: str
+    key: str
+    size: int | None
+    version: int | str
+
+    @property
+    def suffix(self) -> str:
+        """The suffix without that of a compression, in lower case."""
+        return PurePosixPath(self.name.lower().removesuffix(self.compression)).suffix
+
+    @property
+    def compression(self) -> str:
+        """The suffix of a compression, or an empty string."""
+        last = PurePosixPath(self.name).suffix.lower()
+        return last if last in COMPRESSED else ""
+
+    def open(self) -> BinaryIO:
+        """Opens the bytes as stored."""
+        try:
+            if not is_remote(self.name):
+                return open(self.name, "rb", buffering=_BLOCK)
+            files, path = filesystem(self.name)
+            return io.BufferedReader(_RemoteFile(files.open(path, "rb"), self.name), _BLOCK)
+        except DataError:
+            raise
+        except Exception as error:  # each store has errors of its own
+            raise DataError(f"{self.name}: cannot be read ({one_line(error)})") from error
+
+    def decompress(self, stored: BinaryIO) -> BinaryIO:
+        """Returns a reader of the content of the opened file."""
+        if not self.compression:
+            return stored
+        return io.BufferedReader(_Decompressed(stored, _DECOMPRESSORS[self.compression]), _BLOCK)
+
+
+def find_files(pattern: str) -> list[File]:
+    """Returns the files that a path or a glob (`**` included) names, sorted.
+
+    Raises:
+      DataError: there are none, a store cannot be reached, or it is a folder.
+    """
+    files, folders = (_find_remote if is_remote(pattern) else _find_local)(pattern)
+    if not files:
+        hint = f"; it is a folder, name the files in it, as in {pattern.rstrip('/')}/**/*.jsonl" if folders else ""
+        raise DataError(f"no file matches {pattern!r}{hint}")
+    return sorted(files, key=lambda file: file.name)
+
+
+def _find_local(pattern: str) -> tuple[list[File], bool]:
+    path = os.path.expanduser(pattern)
+    found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)  # a name may look like a glob
+    stats = [(name, os.stat(name)) for name in found if os.path.isfile(name)]
+    return [File(name, os.path.realpath(name), stat.st_size, stat.st_mtime_ns) for name, stat in stats], bool(found)
+
+
+def _find_remote(pattern: str) -> tuple[list[File], bool]:
+    files, path = filesystem(pattern)
+    try:
+        found = files.glob(path, detail=True) if glob.has_magic(path) else {path: files.info(path)}
+    except FileNotFoundError:
+        return [], False
+    except Exception as error:  # each store has errors of its own
+        raise DataError(f"{pattern} cannot be reached ({one_line(error)})") from error
+    protocol = pattern.partition("://")[0]
+    named = [(inner if "://" in inner else f"{protocol}://{inner.lstrip('/')}", info)
+             for inner, info in found.items() if info["type"] == "file"]
+    return [File(name, name, info.get("size"), next((str(info[key]) for key in _VERSIONS if info.get(key)), ""))
+            for name, info in named], bool(found)
+
+
+class FileSource(Source):
+    """The records of one file."""
+
+    def __init__(self, file: File):
+        self.file, self.name, self.size = file, file.name, file.size
+
+    def identity(self) -> list:
+        return [self.file.key, self.file.size, self.file.version]
+
+
+class _StreamSource(FileSource):
+    """A file, perhaps compressed, that is read from its start."""
+
+    _stored: BinaryIO | None = None
+
+    def consumed(self) -> int:
+        if self._stored and not self._stored.closed:
+            self._consumed = self._stored.tell()
+        return self._consumed
+
+    def _read(self, start: int, columns: Sequence[str] | None) -> Iterator[RawRecord]:
+        with self.file.open() as self._stored:
+            yield from itertools.islice(self._parse(self.file.decompress(self._stored)), start, None)
+        self._consumed = self.size or self._consumed
+
+    @abc.abstractmethod
+    def _parse(self, stream: BinaryIO) -> Iterator[RawRecord]: ...
+
+
+class TextSource(_StreamSource):
+    """Plain text, split into documents at `separator`; empty: the file is one document."""
+
+    unit = "document"
+
+    def __init__(self, file: File, separator: str = ""):
+        super().__init__(file)
+        self._separator = separator
+
+    def _parse(self, stream: BinaryIO) -> Iterator[str]:
+        blocks = _decode_text(stream)
+        if self._separator:
+            yield from split_text(blocks, self._separator)
+        elif text := "".join(blocks):
+            yield text
+
+
+class LineSource(_StreamSource):
+    """JSON lines, unparsed and blank ones included, so that workers can parse them in parallel."""
+
+    unit = "line"
+
+    def _parse(self, stream: BinaryIO) -> Iterator[bytes]:
+        return iter(stream)
+
+
+class JsonSource(_StreamSource):
+    """A .json file: a list of values, or one value per line."""
+
+    unit = "line"  # until the first character shows a list
+
+    def _parse(self, stream: BinaryIO) -> Iterator[RawRecord]:
+        head = b""
+        while byte := stream.read(1):
+            head += byte
+            if not (byte.isspace() or byte in _BOM):
+                break
+        if head.endswith(b"["):
+            self.unit = "item"
+            yield from json.loads(head + stream.read())
+        else:
+            yield from itertools.chain(io.BytesIO(head + stream.readline()), stream)
+
+
+class _TableSource(FileSource):
+    """A file that is read in batches of rows."""
+
+    unit = "row"
+
+    def _read(self, start: int, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        self._consumed = 0
+        for first_row, batch, consumed in self._batches(start, columns):
+            for first in range(max(start - first_row, 0), batch.num_rows, _TABLE_ROWS):
+                yield from batch.slice(first, _TABLE_ROWS).to_pylist()
+            self._consumed = consumed
+        self._consumed = self.size or self._consumed
+
+    @abc.abstractmethod
+    def _batches(self, start: int, columns: Sequence[str] | None) -> "Iterator[tuple[int, pyarrow.RecordBatch, int]]":
+        """Yields (number of the first row, rows, bytes of the file read by then), from row `start` or before it."""
+
+
+class ParquetSource(_TableSource):
+    """Parquet: row groups before the first row that is asked for are not read."""
+
+    def _batches(self, start: int, columns: Sequence[str] | None) -> "Iterator[tuple[int, pyarrow.RecordBatch, int]]":
+        import pyarrow.parquet
+
+        remote = is_remote(self.name)
+        with self.file.open() as stored, pyarrow.parquet.ParquetFile(
+                stored if remote else self.name, pre_buffer=remote) as table:
+            selected = select_columns(self.name, table.schema_arrow.names, columns)
+            group = number = 0
+            while group < table.num_row_groups and number + table.metadata.row_group(group).num_rows <= start:
+                number += table.metadata.row_group(group).num_rows
+                group += 1
+            for batch in table.iter_batches(_TABLE_ROWS, row_groups=range(group, table.num_row_groups),
+                                            columns=selected):
+                yield number, batch, (self.size or 0) * (number + batch.num_rows) // table.metadata.num_rows
+                number += batch.num_rows
+
+
+class ArrowSource(_TableSource):
+    """Arrow's IPC formats: the file, and the stream that `datasets` keeps in its cache."""
+
+    def _batches(self, start: int, columns: Sequence[str] | None) -> "Iterator[tuple[int, pyarrow.RecordBatch, int]]":
+        import pyarrow.ipc
+
+        with self.file.open() as stored, (
+                pyarrow.PythonFile(stored, "r") if is_remote(self.name) else pyarrow.memory_map(self.name)) as file:
+            is_file = file.read(6) == b"ARROW1"
+            open_table = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+            file.seek(0)
+            names = open_table(file).schema.names
+            selected = select_columns(self.name, names, columns)
+            fields = None if selected is None else sorted(map(names.index, selected))
+            file.seek(0)
+            table = open_table(file, options=pyarrow.ipc.IpcReadOptions(included_fields=fields))
+            count, number = table.num_record_batches if is_file else None, 0
+            for index, batch in enumerate(map(table.get_batch, range(count)) if is_file else table, 1):
+                yield number, batch, (self.size or 0) * index // count if is_file else file.tell()
+                number += batch.num_rows
+
+
+def _decode_text(stream: BinaryIO) -> Iterator[str]:
+    """Decodes UTF-8 block by block, so that text before damage is not lost; line ends become "\\n"."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    while block := stream.read1(_BLOCK):
+        yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
+
+
+def split_text(blocks: Iterable[str], separator: str) -> Iterator[str]:
+    """Splits a text that comes in blocks as `str.split` does, except that an empty last document is not yielded."""
+    held: list[str] = []  # the start of a document; its end, which may be the start of a separator, is the tail
+    tail = ""
+    for block in blocks:
+        document, *others = (tail + block).split(separator)
+        if others:
+            yield "".join(held) + document
+            yield from others[:-1]
+            held, document = [], others[-1]
+        end = max(len(document) - len(separator) + 1, 0)
+        held.append(document[:end])
+        tail = document[end:]
+    if last := "".join(held) + tail:
+        yield last
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of an object store whose failures are not mistaken for damage to the file."""
+
+    def __init__(self, file: BinaryIO, name: str):
+        self._file, self._name = file, name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer) -> int:
+        try:
+            data = self._file.read(len(buffer))
+        except Exception as error:  # each store has errors of its own
+            raise DataError(f"{self._name}: the store stopped answering ({one_line(error)}); run the same command "
+                            "again to resume") from error
+        buffer[:len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Decompressed(io.RawIOBase):
+    """All frames of a .gz or .zst file, up to where it is truncated.
+
+    (Python's `gzip` loses the last bytes before a truncation, and zstandard's own reader does not notice it.)
+    """
+
+    def __init__(self, stored: BinaryIO, make_decompressor: Callable[[], Any]):
+        self._stored, self._make_decompressor, self._frame = stored, make_decompressor, None
+        self._unused, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            block = self._unused or self._stored.read(_BLOCK // 8)
+            if not block:
+                if self._frame:
+                    raise EOFError("it is truncated")
+                return 0
+            self._unused = b""
+            if not self._frame and not (block := block.lstrip(b"\0")):  # some tools pad with zeros after a frame
+                continue
+            self._frame = self._frame or self._make_decompressor()
+            self._ready = memoryview(self._frame.decompress(block))
+            if self._frame.eof:
+                self._unused, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+
+def _zstandard_decompressor() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError("a .zst file needs zstandard: pip install zstandard") from error
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # as `zstd --long=31` may need
+
+
+_DECOMPRESSORS = {".gz": lambda: zlib.decompressobj(wbits=31),  # 16: with a gzip header
+                  ".zst": _zstandard_decompressor}
