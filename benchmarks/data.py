@@ -52,7 +52,7 @@ def prepared(files: list[str], tokenizer, workers: int) -> dict[str, float]:
         cpu, began = cpu_seconds(), time.perf_counter()
         manifest = prepare(open_sources(files), f"{folder}/rows", tokenizer, RowsConfig(validation_fraction=0.0),
                            workers=workers)
-        return {"workers": workers, "tokens": manifest.parts["train"].tokens, "cpu_seconds": cpu_seconds() - cpu,
+        return {"workers": workers, "tokens": manifest.splits["train"].tokens, "cpu_seconds": cpu_seconds() - cpu,
                 "seconds": time.perf_counter() - began}
 
 
@@ -62,18 +62,18 @@ def loader_speed(length: int, pack: str, folder: str, seconds: float, mixture: b
 
     from dlm_jax.data.loader import Loader
     from dlm_jax.data.rows import Rows
-    from dlm_jax.data.shards import RowFiles, RowLayout, write_shard
+    from dlm_jax.data.shards import ShardedRows, RowLayout, write_shard
 
     random, count = np.random.default_rng(0), (32 << 20) // length
     row_masks = ("starts",) if pack == "document_mask" else ()
-    layout = RowLayout.fitting(length, 50_257, row_masks)
+    layout = RowLayout.for_vocab(length, 50_257, row_masks)
     shards = []
     for number in range(4):
         rows = Rows(random.integers(0, 50_257, (count // 4, length)).astype(np.uint32),
                     random.random((count // 4, length)) < 0.002 if row_masks else None)
         shards.append(write_shard(folder, f"{length}-{pack}-{number}.array_record", [layout.encode(rows)]))
-    sources = [RowFiles(folder, shards[:2], layout), RowFiles(folder, shards[2:], layout)] if mixture else \
-        [RowFiles(folder, shards, layout)]
+    sources = [ShardedRows(folder, shards[:2], layout), ShardedRows(folder, shards[2:], layout)] if mixture else \
+        [ShardedRows(folder, shards, layout)]
     batch_size = (1 << 17) // length
     loader = Loader(sources, batch_size, weights=(0.693584, 0.306416) if mixture else ())
     loader.batch(0)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import Pretrained, save_pretrained
 from dlm_jax.checkpoints.workdir import is_workdir, load_source, load_workdir
-from dlm_jax.data.prompts import PromptFormat, Question, prompt_format_from_run
+from dlm_jax.data.prompts import Prompt, PromptFormat, prompt_format_from_run
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
@@ -146,27 +146,29 @@ class DiffusionLM:
                                         shift=self.pretrained.shift, batch_size=batch_size)
         return self._fill(segments, config, seed, batch_size, example_index, on_step, stop_at_eos=False)
 
-    def respond(self, questions: str | Sequence[Question], max_new_tokens: int = 128, num_steps: int | None = None,
+    def respond(self, questions: str | Sequence[Prompt], max_new_tokens: int = 128, num_steps: int | None = None,
                 policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
                 batch_size: int = 16, example_index: Sequence[int] | None = None,
-                on_step: Callable[[Snapshot], None] | None = None, form: PromptFormat | None = None,
+                on_step: Callable[[Snapshot], None] | None = None, prompt_format: PromptFormat | None = None,
                 **settings) -> list[str]:
         """Answers each question as a fine-tuned model learnt to: the response alone, up to the end of it.
 
         Args:
           questions: a text, a conversation (a list of messages {role, content}), or a list of either.
           max_new_tokens: the most tokens of a response.
-          form: how a question is written; by default `prompt_format()`. Other arguments as in `generate`.
+          prompt_format: how a question is written; by default `prompt_format()`. Other arguments as in `generate`.
         """
         _check_some(max_new_tokens)
         config = sampler_config(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, **settings)
-        form = self.prompt_format() if form is None else form
+        prompt_format = self.prompt_format() if prompt_format is None else prompt_format
         alone = not isinstance(questions, str) and questions and isinstance(questions[0], dict)
-        prompts = [form.ask(question) for question in ([questions] if alone else _texts(questions, "questions"))]
+        prompts = [prompt_format.encode_prompt(question)
+                   for question in ([questions] if alone else _texts(questions, "questions"))]
         # Conversations grow from call to call: coarse lengths, so that not every turn needs a program of its own.
         filled = self._sample([prompt + [GAP] * max_new_tokens for prompt in prompts], config, seed, batch_size,
-                              example_index, on_step, form.end_token_ids, stop_at_eos=True, coarse=True)
-        return [form.response_text(before_end(row[len(prompt) : len(prompt) + max_new_tokens], form.end_token_ids))
+                              example_index, on_step, prompt_format.end_token_ids, stop_at_eos=True, coarse=True)
+        ends = prompt_format.end_token_ids
+        return [prompt_format.decode_response(before_end(row[len(prompt) : len(prompt) + max_new_tokens], ends))
                 for prompt, row in zip(prompts, filled, strict=True)]
 
     def prompt_format(self, **settings) -> PromptFormat:

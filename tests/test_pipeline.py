@@ -120,26 +120,26 @@ def test_an_answer_is_what_follows_the_question_as_it_was_learnt(lm):
     assert tuned.respond(questions, **options) == written and all(written)
     assert tuned.respond(questions[1], example_index=[1], **options) == written[1:]
     given = tuned.prompt_format(separator="?")
-    assert tuned.respond("Why", form=given, **options) == [
+    assert tuned.respond("Why", prompt_format=given, **options) == [
         lm.generate("Why?", **options)[0].removeprefix("Why?").strip()]
 
 
 def test_a_conversation_is_asked_whole_and_an_answer_ends_at_any_of_its_ends(lm, tmp_path):
     file = tmp_path / "chat.jinja"
     file.write_text("{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}")
-    form = lm.prompt_format(chat_template=str(file))
+    prompt_format = lm.prompt_format(chat_template=str(file))
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "?"}]
-    options = {"max_new_tokens": 24, "policy": "autoregressive", "form": form}
+    options = {"max_new_tokens": 24, "policy": "autoregressive", "prompt_format": prompt_format}
     answer = lm.respond(talk, **options)
     assert answer == lm.respond([talk], **options) == [
         lm.generate("uHi;aHo;u?;", max_new_tokens=24, policy="autoregressive")[0].removeprefix("uHi;aHo;u?;").strip()]
-    (prompt, length), seen = (form.ask(talk), 24), []
+    (prompt, length), seen = (prompt_format.encode_prompt(talk), 24), []
     lm.respond(talk, on_step=seen.append, **options)
     tokens = seen[-1].tokens[0, len(prompt) : len(prompt) + length].tolist()
     end = tokens[10]
-    stub = types.SimpleNamespace(ask=form.ask, end_token_ids=(end, 256), response_text=list)
-    assert lm.respond(talk, **options | {"form": stub}) == [tokens[: tokens.index(end)]]
-    with pytest.raises(DLMError, match="no form of question and answer"):
+    stub = types.SimpleNamespace(encode_prompt=prompt_format.encode_prompt, end_token_ids=(end, 256), decode_response=list)
+    assert lm.respond(talk, **options | {"prompt_format": stub}) == [tokens[: tokens.index(end)]]
+    with pytest.raises(DLMError, match="prompt format"):
         lm.respond("Hi")
 
 

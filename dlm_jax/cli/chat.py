@@ -22,7 +22,7 @@ from dlm_jax.errors import ConfigError, DataError, DLMError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dlm_jax.data.prompts import Message, PromptFormat, Question
+    from dlm_jax.data.prompts import Message, Prompt, PromptFormat
     from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.sampling import SamplerConfig, Snapshot
 
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = sampler_settings(arguments)
     lm = load_model(arguments)
     given = {name: getattr(arguments, name) for name in ("format", "separator", "chat_template")}
-    form = lm.prompt_format(**{name: value for name, value in given.items() if value is not None})
-    conversation = Conversation(lm, form, resolve_policy(config, arguments.policy, lm), system=arguments.system,
+    prompt_format = lm.prompt_format(**{name: value for name, value in given.items() if value is not None})
+    conversation = Conversation(lm, prompt_format, resolve_policy(config, arguments.policy, lm), system=arguments.system,
                                 max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
     if sys.stdin.isatty() and sys.stdout.isatty():
         chat_in_terminal(conversation, stream=arguments.stream)
@@ -83,16 +83,16 @@ class Conversation:
     The n-th answer is a function of the seed, n and the conversation before it.
     """
 
-    def __init__(self, lm: "DiffusionLM", form: "PromptFormat", config: "SamplerConfig", *, max_new_tokens: int,
+    def __init__(self, lm: "DiffusionLM", prompt_format: "PromptFormat", config: "SamplerConfig", *, max_new_tokens: int,
                  seed: int, system: str | None = None):
-        self.lm, self.form, self.config, self.max_new_tokens = lm, form, config, max_new_tokens
+        self.lm, self.prompt_format, self.config, self.max_new_tokens = lm, prompt_format, config, max_new_tokens
         self._exchanges: list[tuple[Message, Message]] = []
         self.set_system_prompt(system)
         self.reset_seed(seed)
 
     @property
     def has_memory(self) -> bool:
-        return self.form.config.format == "messages"
+        return self.prompt_format.config.format == "messages"
 
     def set_system_prompt(self, system: str | None) -> None:
         """Sets or, with None, removes the system prompt.
@@ -101,7 +101,8 @@ class Conversation:
           ConfigError: the model's format has no messages.
         """
         if system is not None and not self.has_memory:
-            raise ConfigError(f"a system prompt is for messages, and this model's format is {self.form.config.format}; "
+            raise ConfigError(f"a system prompt is for messages, and this model's format is "
+                              f"{self.prompt_format.config.format}; "
                               "leave it out")
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
@@ -122,20 +123,20 @@ class Conversation:
         question, forgotten = self._fit(text)
         turn, self._turn = self._turn, self._turn + 1
         answer, = self.lm.respond([question], self.max_new_tokens, seed=self._seed, example_index=[turn],
-                                  form=self.form, on_step=on_step, **dataclasses.asdict(self.config))
+                                  prompt_format=self.prompt_format, on_step=on_step, **dataclasses.asdict(self.config))
         if self.has_memory:
             exchange = {"role": "user", "content": text}, {"role": "assistant", "content": answer}
             self._exchanges = [*self._exchanges[forgotten:], exchange]
         return Reply(answer, forgotten)
 
-    def _fit(self, text: str) -> "tuple[Question, int]":
+    def _fit(self, text: str) -> "tuple[Prompt, int]":
         """Returns the question to ask, and how many of the oldest exchanges it omits to fit the model."""
         for forgotten in range(len(self._exchanges) + 1):
-            question: Question = text
+            question: Prompt = text
             if self.has_memory:
                 history = [message for exchange in self._exchanges[forgotten:] for message in exchange]
                 question = [*self._system, *history, {"role": "user", "content": text}]
-            needed = len(self.form.ask(question)) + self.max_new_tokens
+            needed = len(self.prompt_format.encode_prompt(question)) + self.max_new_tokens
             if needed <= self.lm.config.max_length:
                 return question, forgotten
         raise DataError(f"the question and {self.max_new_tokens} new tokens for its answer come to {needed} tokens, "
@@ -145,7 +146,7 @@ class Conversation:
 
 def answer(line: str, conversation: Conversation, *, stream: bool) -> None:
     """Prints the answer to `line`. In a terminal it shows the steps meanwhile, and can be interrupted between two."""
-    with LiveAnswer(conversation.lm.tokenizer, conversation.form.end_token_ids, show_text=stream) as live:
+    with LiveAnswer(conversation.lm.tokenizer, conversation.prompt_format.end_token_ids, show_text=stream) as live:
         reply = conversation.ask(line, live if sys.stdout.isatty() else None)
     warn_truncated_history(reply.forgotten)
     print(reply.text, flush=True)
@@ -178,7 +179,7 @@ def chat_in_terminal(conversation: Conversation, *, stream: bool) -> None:
     """Reads lines and commands and answers them until the user ends the conversation."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (`input` edits lines with it)
-    print(f"{pathlib.PurePath(conversation.lm.pretrained.source).name}, format {conversation.form.config.format}; "
+    print(f"{pathlib.PurePath(conversation.lm.pretrained.source).name}, format {conversation.prompt_format.config.format}; "
           "/help for help")
     while True:
         try:

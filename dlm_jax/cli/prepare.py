@@ -48,28 +48,28 @@ def run(arguments: argparse.Namespace) -> None:
 
     from dlm_jax.checkpoints.hub import locate
     from dlm_jax.checkpoints.tokenizer import load_tokenizer
-    from dlm_jax.data.corpus import sources_of
-    from dlm_jax.data.prepare import prepare, rows_config
+    from dlm_jax.data.corpus import open_raw_sources
+    from dlm_jax.data.prepare import prepare
 
     tokenizer = load_tokenizer(locate(model, weights=False))
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer files")
     began = time.monotonic()
-    manifest = prepare(sources_of(config.data, specs), arguments.output.rstrip("/"), tokenizer,
-                       rows_config(config.data, 0.0 if config.data.validation else config.data.validation_fraction),
-                       workers=workers, shard_bytes=arguments.shard_size << 20, note=arguments.note)
+    manifest = prepare(open_raw_sources(config.data, specs), arguments.output.rstrip("/"), tokenizer,
+                       config.data.rows_config(), workers=workers, shard_bytes=arguments.shard_size << 20,
+                       note=arguments.note)
     seconds = time.monotonic() - began
-    parts = {name: {"rows": part.rows, "documents": part.documents, "tokens": part.tokens, "files": len(part.shards)}
-             for name, part in manifest.parts.items()}
-    result = {"output": arguments.output, "length": manifest.layout.length, "parts": parts, "counts": manifest.counts,
+    splits = {name: {"rows": split.rows, "documents": split.documents, "tokens": split.tokens,
+                     "files": len(split.shards)} for name, split in manifest.splits.items()}
+    result = {"output": arguments.output, "length": manifest.layout.length, "splits": splits, "counts": manifest.counts,
               "bad_records": list(manifest.bad_records), "seconds": round(seconds, 2)}
     write_result(arguments.json, result, _table(result))
 
 
 def _table(result: dict) -> str:
-    lines = [f"{name:<14}{part['rows']:,} rows of {result['length']}: {part['tokens']:,} tokens of "
-             f"{part['documents']:,} documents, in {part['files']} files" for name, part in result["parts"].items()]
+    lines = [f"{name:<14}{split['rows']:,} rows of {result['length']}: {split['tokens']:,} tokens of "
+             f"{split['documents']:,} documents, in {split['files']} files" for name, split in result["splits"].items()]
     lines += [f"{name:<14}{count:,}" for name, count in result["counts"].items()]
-    total = sum(part["tokens"] for part in result["parts"].values())
+    total = sum(split["tokens"] for split in result["splits"].values())
     rate = f" ({total / result['seconds']:,.0f} tokens a second)" if result["seconds"] > 1 else ""
     return "\n".join([*lines, f"{'output':<14}{result['output']}, after {result['seconds']:.0f} s{rate}"])

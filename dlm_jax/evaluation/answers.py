@@ -33,7 +33,7 @@ class Question(NamedTuple):
     answer: str
 
 
-def questions_of(rows: Rows, form: PromptFormat) -> list[Question]:
+def questions_of(rows: Rows, prompt_format: PromptFormat) -> list[Question]:
     """The examples that fill `rows`, one each: what may be masked is the answer, with its end and perhaps padding.
 
     Raises:
@@ -45,35 +45,36 @@ def questions_of(rows: Rows, form: PromptFormat) -> list[Question]:
     for tokens, noisable_mask in zip(rows.tokens.tolist(), rows.noisable_mask, strict=True):
         begin = int(np.argmax(noisable_mask))
         answer = tokens[begin : begin + int(noisable_mask.sum())]
-        found.append(Question(tuple(tokens[:begin]), form.response_text(before_end(answer, form.end_token_ids))))
+        text = prompt_format.decode_response(before_end(answer, prompt_format.end_token_ids))
+        found.append(Question(tuple(tokens[:begin]), text))
     return found
 
 
-def answer(model: Transformer, questions: Sequence[Question], form: PromptFormat, config: SamplerConfig, *,
+def answer(model: Transformer, questions: Sequence[Question], prompt_format: PromptFormat, config: SamplerConfig, *,
            mask_token_id: int | None, shift: bool = True, blocks: BlockSpec | None = None, seed: int = 0,
            batch_size: int = 16, mesh: Mesh | None = None, progress: bool = False) -> list[str]:
-    """What the model writes behind each prompt, in rows as long as the form's.
+    """What the model writes behind each prompt, in rows as long as the prompt format's.
 
     An answer depends on the seed and its question's place in the list, never on the batch size.
 
     Raises:
       ConfigError: the sampler cannot do it; see `sampling.sample`.
     """
-    spec = SamplingSpec(config, mask_token_id, shift, form.end_token_ids, stop_at_eos=True, blocks=blocks)
-    rows = [[*question.prompt, *[GAP] * (form.length - len(question.prompt))] for question in questions]
+    spec = SamplingSpec(config, mask_token_id, shift, prompt_format.end_token_ids, stop_at_eos=True, blocks=blocks)
+    rows = [[*question.prompt, *[GAP] * (prompt_format.length - len(question.prompt))] for question in questions]
     keys = example_keys(seed, jnp.arange(len(rows), dtype=jnp.uint32))
     filled = sample_rows(model, rows, keys, spec, batch_size=batch_size, mesh=mesh, progress=progress)
-    return [form.response_text(before_end(row[len(question.prompt) :], form.end_token_ids))
+    return [prompt_format.decode_response(before_end(row[len(question.prompt) :], prompt_format.end_token_ids))
             for row, question in zip(filled, questions, strict=True)]
 
 
-def judge(texts: Sequence[str], questions: Sequence[Question], form: PromptFormat) -> list[dict[str, float]]:
+def judge(texts: Sequence[str], questions: Sequence[Question], prompt_format: PromptFormat) -> list[dict[str, float]]:
     """Each text against the answer to its question, values between 0 and 1.
 
     `exact_match` is the same text. For GSM8K's formats `marked_number` is the same number after `####`, and `in_form`
     whether there is a number after `####` at the end; for others `rougeL` says how near the text comes.
     """
-    about = _about_numbers if form.config.format.startswith("gsm8k") else _about_words
+    about = _about_numbers if prompt_format.config.format.startswith("gsm8k") else _about_words
     return [{"exact_match": float(text == question.answer), **about(text, question.answer)}
             for text, question in zip(texts, questions, strict=True)]
 

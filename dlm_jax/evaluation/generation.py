@@ -5,7 +5,7 @@ Neither says much alone: repetition is likely, and noise is varied.
 
 from collections.abc import Iterable, Sequence
 
-from dlm_jax.data.records import BadRecord, text_of
+from dlm_jax.data.records import BadRecord, get_text
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.items import Fields, Item
 from dlm_jax.evaluation.text_parts import cut
@@ -20,7 +20,7 @@ def opening(fields: Fields, release: bool) -> Item:
         if not isinstance(fields["prompt"], str):
             raise BadRecord("no text under 'prompt'")
         return Item(prompt=fields["prompt"])
-    return Item(prompt=cut(text_of(fields, "text"), "sentence"))
+    return Item(prompt=cut(get_text(fields, "text"), "sentence"))
 
 
 def distinct(texts: Iterable[str], n: int) -> float:

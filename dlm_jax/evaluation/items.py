@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dlm_jax.data.records import BadRecord, text_of
+from dlm_jax.data.records import BadRecord, get_text
 
 Fields = Mapping[str, Any]
 
@@ -52,9 +52,9 @@ class Item:
 def hellaswag(fields: Fields, release: bool) -> Item:
     """{activity_label, ctx_a, ctx_b, endings, label}, or {query, choices, gold} with the clean-up done."""
     if "query" in fields:
-        return _choice(fields, text_of(fields, "query"), texts_of(fields, "choices"), "gold", 0, release)
-    context = f"{text_of(fields, 'ctx_a')} {text_of(fields, 'ctx_b').capitalize()}"
-    prompt = wikihow(f"{text_of(fields, 'activity_label')}: {context}")
+        return _choice(fields, get_text(fields, "query"), texts_of(fields, "choices"), "gold", 0, release)
+    context = f"{get_text(fields, 'ctx_a')} {get_text(fields, 'ctx_b').capitalize()}"
+    prompt = wikihow(f"{get_text(fields, 'activity_label')}: {context}")
     return _choice(fields, prompt, [wikihow(ending) for ending in texts_of(fields, "endings")], "label", 0, release)
 
 
@@ -65,13 +65,13 @@ def winogrande(fields: Fields, release: bool) -> Item:
     Le, arXiv 1806.02847). The release scores the option and the rest, joined without the space between them.
     """
     if "context_options" in fields and not release:
-        rest = " " + text_of(fields, "continuation").strip()
+        rest = " " + get_text(fields, "continuation").strip()
         contexts = texts_of(fields, "context_options")
         return Item(tuple((context, rest) for context in contexts), gold=_index(fields, "gold", len(contexts)))
-    before, gap, rest = text_of(fields, "sentence").partition("_")
+    before, gap, rest = get_text(fields, "sentence").partition("_")
     if not gap:
         raise BadRecord("no _ in the sentence")
-    names = [text_of(fields, "option1"), text_of(fields, "option2")]
+    names = [get_text(fields, "option1"), get_text(fields, "option2")]
     gold = _index(fields, "answer", 2, first=1)
     if release:
         return Item(tuple((before, name + rest.strip()) for name in names),
@@ -81,8 +81,8 @@ def winogrande(fields: Fields, release: bool) -> Item:
 
 def piqa(fields: Fields, release: bool) -> Item:
     """{goal, sol1, sol2, label}; the release puts two spaces before an option."""
-    prompt = f"Question: {text_of(fields, 'goal')}\nAnswer:"
-    options = [text_of(fields, "sol1"), text_of(fields, "sol2")]
+    prompt = f"Question: {get_text(fields, 'goal')}\nAnswer:"
+    options = [get_text(fields, "sol1"), get_text(fields, "sol2")]
     if release:
         prompt, options = prompt + " ", [f" {option}" for option in options]
     return _choice(fields, prompt, options, "label", 0, release)
@@ -90,14 +90,14 @@ def piqa(fields: Fields, release: bool) -> Item:
 
 def siqa(fields: Fields, release: bool) -> Item:
     """{context, question, answerA, answerB, answerC, label}."""
-    prompt = f"Question: {text_of(fields, 'context')} {text_of(fields, 'question')}\nAnswer:" + " " * release
-    return _choice(fields, prompt, [text_of(fields, f"answer{letter}") for letter in "ABC"], "label", 1, release)
+    prompt = f"Question: {get_text(fields, 'context')} {get_text(fields, 'question')}\nAnswer:" + " " * release
+    return _choice(fields, prompt, [get_text(fields, f"answer{letter}") for letter in "ABC"], "label", 1, release)
 
 
 def lambada(fields: Fields, release: bool) -> Item:
     """{text}, whose last word is to be found."""
     del release
-    before, _, word = text_of(fields, "text").strip().rpartition(" ")
+    before, _, word = get_text(fields, "text").strip().rpartition(" ")
     if not before:
         raise BadRecord("not two words, of which the last would be asked for")
     return Item(prompt=before, answers=(word,), solution=" " + word)
@@ -107,20 +107,20 @@ def triviaqa(fields: Fields, release: bool) -> Item:
     """{question, answer: {value, aliases}}, or {context: the prompt, answer, aliases}."""
     answer = fields.get("answer")
     holder = answer if isinstance(answer, dict) else fields
-    value = text_of(holder, "value" if isinstance(answer, dict) else "answer")
+    value = get_text(holder, "value" if isinstance(answer, dict) else "answer")
     answers = tuple(dict.fromkeys([value, *(texts_of(holder, "aliases") if "aliases" in holder else [])]))
-    prompt = (text_of(fields, "context") if "question" not in fields
-              else f"Question: {text_of(fields, 'question').rstrip('?')}?\nAnswer:")
+    prompt = (get_text(fields, "context") if "question" not in fields
+              else f"Question: {get_text(fields, 'question').rstrip('?')}?\nAnswer:")
     return _answered(prompt, answers, release)
 
 
 def squad(fields: Fields, release: bool) -> Item:
     """{context, question, answers: {text}} or answers as a list of {text}; the release writes "Quesion"."""
     answers = fields.get("answers")
-    texts = texts_of(answers, "text") if isinstance(answers, dict) else [text_of(a, "text") for a in answers or []]
+    texts = texts_of(answers, "text") if isinstance(answers, dict) else [get_text(a, "text") for a in answers or []]
     if not texts:
         raise BadRecord("no answer under 'answers'")
-    context, question = text_of(fields, "context"), text_of(fields, "question")
+    context, question = get_text(fields, "context"), get_text(fields, "question")
     prompt = (f"{context}\nQuesion{question}?\nAnswer:" if release else f"{context}\nQuestion: {question}\nAnswer:")
     return _answered(prompt, tuple(dict.fromkeys(texts)), release)
 
@@ -128,8 +128,8 @@ def squad(fields: Fields, release: bool) -> Item:
 def rocstories(fields: Fields, release: bool) -> Item:
     """The cloze test's columns: the third sentence is missing, the fifth is the right ending."""
     del release
-    one, two, three, four = (text_of(fields, f"InputSentence{n}").strip() for n in range(1, 5))
-    endings = [text_of(fields, f"RandomFifthSentenceQuiz{n}").strip() for n in (1, 2)]
+    one, two, three, four = (get_text(fields, f"InputSentence{n}").strip() for n in range(1, 5))
+    endings = [get_text(fields, f"RandomFifthSentenceQuiz{n}").strip() for n in (1, 2)]
     five = endings[_index(fields, "AnswerRightEnding", 2, first=1)]
     return Item(prompt=f"{one} {two} ", suffix=f" {four} {five}", answers=(three,), solution=three)
 
@@ -137,7 +137,7 @@ def rocstories(fields: Fields, release: bool) -> Item:
 def text(fields: Fields, release: bool) -> Item:
     """{text}, all of it scored."""
     del release
-    return Item(options=(("", text_of(fields, "text")),))
+    return Item(options=(("", get_text(fields, "text")),))
 
 
 def squad_questions(fields: Fields) -> Iterator[Fields]:

@@ -18,7 +18,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.data.rows import positions_of
+from dlm_jax.data.rows import positions_from_starts
 from dlm_jax.diffusion import Batch, BlockSpec, NoisyBatch, concat_noisy_and_clean, token_nll
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.models import Transformer
@@ -198,7 +198,7 @@ def _in_batches(values_of: Callable[[Batch, np.ndarray], jax.Array], tokens: np.
     batch_size = min(batch_size, len(row))
     positions = None
     if segment_ids is not None:
-        positions = positions_of(np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0)
+        positions = positions_from_starts(np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0)
     values = []
     for start in tqdm(range(0, len(row), batch_size), desc=name, leave=False, disable=None):
         at = np.arange(start, start + batch_size) % len(row)

@@ -1,6 +1,6 @@
 """Programs with a gap: HumanEval's in-filling tasks (Bavarian et al., arXiv 2207.14255)."""
 
-from dlm_jax.data.records import BadRecord, text_of
+from dlm_jax.data.records import BadRecord, get_text
 from dlm_jax.evaluation.items import Fields, Item
 from dlm_jax.evaluation.sandbox import Program
 
@@ -13,13 +13,13 @@ def humaneval_infilling(fields: Fields, release: bool) -> Item:
 
     The released script of the parents asks for "the middle code" with prefix and suffix in the prompt.
     """
-    kind = text_of(fields, "task_id").partition("Infilling")[0]
+    kind = get_text(fields, "task_id").partition("Infilling")[0]
     if kind not in _LENGTHS:
         raise BadRecord(f"the task_id {fields['task_id']!r} does not begin with {', '.join(_LENGTHS)}")
-    prompt, suffix = text_of(fields, "prompt"), text_of(fields, "suffix")
+    prompt, suffix = get_text(fields, "prompt"), get_text(fields, "suffix")
     asked = f"The prefix is: {prompt} and the suffix is: {suffix}, please return the middle code: " if release else ""
-    return Item(prompt=prompt, suffix=suffix, parent_prompt=asked, solution=text_of(fields, "canonical_solution"),
-                tests=f"{text_of(fields, 'test')}\ncheck({text_of(fields, 'entry_point')})\n",
+    return Item(prompt=prompt, suffix=suffix, parent_prompt=asked, solution=get_text(fields, "canonical_solution"),
+                tests=f"{get_text(fields, 'test')}\ncheck({get_text(fields, 'entry_point')})\n",
                 one_line=kind == "SingleLine", lengths=_LENGTHS[kind])
 
 

@@ -8,7 +8,7 @@ import re
 import string
 from typing import Any
 
-from dlm_jax.data.records import BadRecord, text_of
+from dlm_jax.data.records import BadRecord, get_text
 from dlm_jax.evaluation.in_context import answer_after
 from dlm_jax.evaluation.items import Fields, Item, texts_of
 
@@ -20,7 +20,7 @@ _HUB_QUERY = re.compile(r"(?:Q:\s*)?(.*?)\s*Answer Choices:.*", re.DOTALL)
 
 def gsm8k(fields: Fields, release: bool) -> Item:
     """{question, answer}, reasoning with `#### number` at its end."""
-    question, solution = text_of(fields, "question"), text_of(fields, "answer")
+    question, solution = get_text(fields, "question"), get_text(fields, "answer")
     prompt = question if release else f"Question: {question}\nAnswer:"
     return _marked(prompt, solution if release else " " + solution)
 
@@ -35,7 +35,7 @@ def gsm8k_cot(fields: Fields, release: bool) -> Item:
 def gsm8k_symbolic(fields: Fields, release: bool) -> Item:
     """{text: "question||<<a*b=c>> #### answer"}; the prompt is that of fine-tuning, a line break after the question."""
     del release
-    question, bar, solution = text_of(fields, "text").partition("||")
+    question, bar, solution = get_text(fields, "text").partition("||")
     if not bar:
         raise BadRecord("no || between question and answer")
     return _marked(question.strip() + "\n", solution.strip())
@@ -45,10 +45,10 @@ def mawps(fields: Fields, release: bool) -> Item:
     """{question, result} as on the hub (Calc-MAWPS), or {sQuestion, lSolutions} as MAWPS and MultiArith came out."""
     del release
     if "sQuestion" in fields:
-        question, values = text_of(fields, "sQuestion"), fields.get("lSolutions")
+        question, values = get_text(fields, "sQuestion"), fields.get("lSolutions")
         answer = _number(values[0] if isinstance(values, list) and len(values) == 1 else values, "lSolutions")
     else:
-        question = text_of(fields, "question")
+        question = get_text(fields, "question")
         key = "result_float" if fields.get("result_float") is not None else "result"
         answer = _number(fields.get(key), key)
     return Item(prompt=f"Question: {question.strip()}\nAnswer:", answers=(answer,), solution=f" {answer}")
@@ -67,14 +67,14 @@ def satmath(fields: Fields, release: bool) -> Item:
     """
     del release
     if "query" in fields:
-        found = _HUB_QUERY.fullmatch(text_of(fields, "query"))
+        found = _HUB_QUERY.fullmatch(get_text(fields, "query"))
         if found is None:
             raise BadRecord("no 'Answer Choices:' in the query")
         question, options, gold = found[1], texts_of(fields, "choices"), fields.get("gold")
         gold = gold[0] if isinstance(gold, list) and len(gold) == 1 else gold
     else:
         passage = fields.get("passage") or ""
-        question = "\n".join(filter(None, (str(passage).strip(), text_of(fields, "question").strip())))
+        question = "\n".join(filter(None, (str(passage).strip(), get_text(fields, "question").strip())))
         options, gold = texts_of(fields, "options"), fields.get("label")
     letters = string.ascii_uppercase[: len(options)]
     if isinstance(gold, str):

@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from dlm_jax.data.records import BadRecord, BrokenSource, record_of
-from dlm_jax.data.sources import chunks, open_sources
+from dlm_jax.data.records import BadRecord, BrokenSource, parse_record
+from dlm_jax.data.sources import open_sources, read_chunks
 from dlm_jax.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt")
@@ -79,11 +79,11 @@ def read_rows(path: str) -> list[Row]:
 def _record_rows(path: str | pathlib.Path) -> Iterator[Row]:
     source, = open_sources([str(path)])
     try:
-        for chunk in chunks(source):
-            for number, payload in enumerate(chunk.payloads, chunk.first):
-                where = chunk.where(number)
+        for chunk in read_chunks(source):
+            for number, raw in enumerate(chunk.records, chunk.first):
+                where = chunk.location(number)
                 try:
-                    record = record_of(payload)
+                    record = parse_record(raw)
                 except BadRecord as error:
                     raise DataError(f"{where}: {error}") from error
                 if record == "":

@@ -29,16 +29,17 @@ class GenerationEval:
             raise ConfigError("validation.generation_eval needs held-out examples; name some in data.validation, or raise "
                               "data.validation_fraction")
         self._base, self._mesh = base, mesh
-        self._form = PromptFormat(base.tokenizer, config.data.examples, config.data.length)
-        self._questions = questions_of(rows[np.arange(min(config.validation.generation_eval, len(rows)))], self._form)
+        self._prompt_format = PromptFormat(base.tokenizer, config.data.examples, config.data.length)
+        count = min(config.validation.generation_eval, len(rows))
+        self._questions = questions_of(rows[np.arange(count)], self._prompt_format)
         self._sampler = (SamplerConfig("autoregressive", temperature=0.0) if config.objective.name == "autoregressive"
                          else SamplerConfig("confidence", config.validation.generation_steps, temperature=0.0))
 
     def __call__(self, params: nnx.State) -> tuple[dict[str, float], str]:
         """What the answers are worth on average, by name, and the first of them."""
         model = nnx.merge(nnx.graphdef(self._base.model), params)
-        texts = answer(model, self._questions, self._form, self._sampler, mask_token_id=self._base.mask_token_id,
+        texts = answer(model, self._questions, self._prompt_format, self._sampler, mask_token_id=self._base.mask_token_id,
                        shift=self._base.shift, blocks=self._base.blocks, mesh=self._mesh,
                        batch_size=max(min(len(self._questions), _BATCH), batch_parts(self._mesh)))
-        values = judge(texts, self._questions, self._form)
+        values = judge(texts, self._questions, self._prompt_format)
         return {name: float(np.mean([value[name] for value in values])) for name in values[0]}, texts[0]

@@ -22,7 +22,7 @@ from dlm_jax.checkpoints.workdir import (
     load_source,
     read_adapter,
 )
-from dlm_jax.data.prompts import Chat
+from dlm_jax.data.prompts import ChatTemplate
 from dlm_jax.data.rows import RowSource
 from dlm_jax.diffusion.objective import check_mask_token
 from dlm_jax.diffusion.spec import DiffusionSpec
@@ -70,7 +70,7 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     examples = config.data.examples
     if not resumed and examples.format == "messages" and examples.chat_template is not None:
         # The model is asked as it learnt, long after the file is gone: its tokenizer keeps what the file says.
-        base.tokenizer.chat_template = Chat(base.tokenizer, examples.chat_template).template
+        base.tokenizer.chat_template = ChatTemplate(base.tokenizer, examples.chat_template).template
     architecture = with_dropout(base.model.config, model.dropout)
     check_fit(config, architecture, base.mask_token_id, mesh)
     compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend)

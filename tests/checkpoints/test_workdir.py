@@ -66,6 +66,6 @@ def test_a_run_on_conversations_keeps_its_chat_template(config, tmp_path):
     said = template.read_text()
     template.unlink()
     learnt = load_workdir(tmp_path / "run")
-    form = prompt_format_from_run(learnt.tokenizer, learnt.recipe, 32)
-    assert form.config == dataclasses.replace(examples, chat_template=None) and learnt.tokenizer.chat_template == said
-    assert learnt.tokenizer.decode(form.ask("cab")) == "<eos>cab "
+    prompt_format = prompt_format_from_run(learnt.tokenizer, learnt.recipe, 32)
+    assert prompt_format.config == dataclasses.replace(examples, chat_template=None) and learnt.tokenizer.chat_template == said
+    assert learnt.tokenizer.decode(prompt_format.encode_prompt("cab")) == "<eos>cab "

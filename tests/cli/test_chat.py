@@ -108,11 +108,11 @@ def test_the_oldest_exchanges_are_forgotten_when_they_no_longer_fit(capsys, run,
         asked.append(questions[0]), respond(self, questions, *rest, **settings))[1])
     assert run("Tom?\nBen?\nSue?\nLily?\n", *FLAGS, "--system=Hm") == 0
     err = capsys.readouterr().err
-    form = lm.prompt_format()
+    prompt_format = lm.prompt_format()
     for number, question in enumerate(asked):
         assert question[0] == {"role": "system", "content": "Hm"}
         assert question[-1] == user(("Tom?", "Ben?", "Sue?", "Lily?")[number])
-        assert len(form.ask(question)) + SHORT["max_new_tokens"] <= 32
+        assert len(prompt_format.encode_prompt(question)) + SHORT["max_new_tokens"] <= 32
     assert [message["role"] for message in asked[1]] == ["system", "user", "assistant", "user"]
     assert asked[1][1] == user("Tom?") and asked[-1][1] != user("Tom?")
     told = re.findall(r"the oldest (exchange was|\d+ exchanges were) forgotten", err)

@@ -42,10 +42,10 @@ def test_prepared_rows_train_as_the_raw_text_does(capsys, recipe, text, tmp_path
     command = ("prepare", f"--config={recipe}", "--data", text, f"--output={rows}/", "--note=ours", "--json=-")
     assert run(*command) == 0
     first = json.loads(capsys.readouterr().out)
-    assert first["parts"]["train"]["rows"] > 8 and first["parts"]["validation"]["rows"] > 0
+    assert first["splits"]["train"]["rows"] > 8 and first["splits"]["validation"]["rows"] > 0
     assert json.loads((rows / "manifest.json").read_text())["note"] == "ours"
     assert run(*command) == 0  # finished: nothing to do
-    assert json.loads(capsys.readouterr().out)["parts"] == first["parts"]
+    assert json.loads(capsys.readouterr().out)["splits"] == first["splits"]
     losses = []
     for name, source in (("raw", text), ("prepared", rows)):
         assert run("train", f"--config={recipe}", f"--config.data.train={source}", f"--workdir={tmp_path / name}") == 0
@@ -55,7 +55,7 @@ def test_prepared_rows_train_as_the_raw_text_does(capsys, recipe, text, tmp_path
     capsys.readouterr()
     evaluate = ("evaluate", f"--model={tmp_path / 'raw'}", "--length=16", "--num_samples=2", "--json=-", "--data")
     assert run(*evaluate, rows) == 0
-    assert json.loads(capsys.readouterr().out)["num_rows"] == first["parts"]["validation"]["rows"]
+    assert json.loads(capsys.readouterr().out)["num_rows"] == first["splits"]["validation"]["rows"]
 
 
 def test_a_mixture_with_segments_and_random_lengths_trains(capsys, recipe, text, tmp_path):

@@ -87,9 +87,9 @@ def test_what_cannot_be_answered_is_refused(tuning, tmp_path, key, value, messag
 
 def test_how_answers_are_judged(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    form = PromptFormat(tokenizer, ExampleConfig("gsm8k_symbolic"), 16)
+    prompt_format = PromptFormat(tokenizer, ExampleConfig("gsm8k_symbolic"), 16)
     texts = ["<<1+1=2>> #### 2", "#### 2", "<<1+1=3>> #### 3", "<<1+1=2>> #### 2 #", "two"]
-    values = judge(texts, [Question((0,), texts[0])] * 5, form)
+    values = judge(texts, [Question((0,), texts[0])] * 5, prompt_format)
     assert np.array([list(value.values()) for value in values]).tolist() == [
         [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert list(values[0]) == ["exact_match", "marked_number", "in_form"]
