@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 def byte_tokenizer(*, add_bos: bool) -> PreTrainedTokenizerFast:
     specials = ["<s>", "</s>"]
     spans = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(spans)}, merges=[]))
+    backend = Tokenizer(models.BPE(vocab={span: i for i, span in enumerate(spans)}, merges=[]))
     backend.add_special_tokens(specials)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from dlm_jax.data import corpus
 from dlm_jax.data.config import DataConfig, ExampleConfig
-from dlm_jax.data.corpus import load_rows, sources_of
-from dlm_jax.data.prepare import prepare, rows_config
+from dlm_jax.data.corpus import load_rows, open_raw_sources
+from dlm_jax.data.prepare import prepare
 from dlm_jax.data.records import is_held_out
 from dlm_jax.errors import DataError
 
@@ -33,7 +33,7 @@ def load_one(config, tokenizer, tmp_path, vocab_size: int = 300):
 
 
 def prepared(directory, path: str, tokenizer, config: DataConfig) -> str:
-    prepare(sources_of(config, [path]), str(directory), tokenizer, rows_config(config, config.validation_fraction))
+    prepare(open_raw_sources(config, [path]), str(directory), tokenizer, config.rows_config())
     return str(directory)
 
 

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dlm_jax.data.loader import Mixture, period_of, schedule, shuffled
+from dlm_jax.data.loader import Mixture, period_counts, interleaving, shuffled_index
 from dlm_jax.data.rows import Rows
 from dlm_jax.errors import DataError
 
@@ -18,12 +18,12 @@ def drawn(mixture: Mixture, examples) -> list[int]:
 
 @pytest.mark.parametrize("count", [1, 2, 5, 64, 1000])
 def test_every_epoch_is_a_permutation(count):
-    epochs = [[shuffled(e * count + i, count, seed=7) for i in range(count)] for e in range(3)]
+    epochs = [[shuffled_index(e * count + i, count, seed=7) for i in range(count)] for e in range(3)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     if count >= 64:
         assert epochs[0] != epochs[1] != epochs[2]
-        assert epochs[1] != [shuffled(i, count, seed=8) for i in range(count)]  # seeds are no shifted epochs
-        assert epochs[0] != [shuffled(i, count, seed=7, source=1) for i in range(count)]
+        assert epochs[1] != [shuffled_index(i, count, seed=8) for i in range(count)]  # seeds are no shifted epochs
+        assert epochs[0] != [shuffled_index(i, count, seed=7, source=1) for i in range(count)]
 
 
 RANDOM = np.random.default_rng(3)
@@ -46,15 +46,15 @@ def test_every_prefix_holds_each_source_to_within_one_row_of_its_share(weights):
 
 
 def test_periods_are_the_smallest_exact_ones():
-    assert period_of((0.69, 0.31)).tolist() == [69, 31]
-    assert period_of((2.0, 4.0, 6.0)).tolist() == [1, 2, 3]
-    assert period_of((0.693584, 0.306416)).tolist() == [43349, 19151]
-    assert period_of((7.0,)).tolist() == [1]
+    assert period_counts((0.69, 0.31)).tolist() == [69, 31]
+    assert period_counts((2.0, 4.0, 6.0)).tolist() == [1, 2, 3]
+    assert period_counts((0.693584, 0.306416)).tolist() == [43349, 19151]
+    assert period_counts((7.0,)).tolist() == [1]
 
 
 def test_tijdeman_keeps_his_bound():
     for k in (2, 3, 5):
-        which, _, counts = schedule(tuple(float(x) for x in RANDOM.integers(1, 60, k)))
+        which, _, counts = interleaving(tuple(float(x) for x in RANDOM.integers(1, 60, k)))
         share = np.cumsum(which[:, None] == np.arange(k), axis=0) - np.arange(1, len(which) + 1)[:, None] * (
             counts / counts.sum())
         assert np.abs(share).max() <= 1 - 1 / (2 * k - 2) + 1e-9

@@ -7,7 +7,8 @@ import pytest
 
 from dlm_jax.data import prepare as preparing
 from dlm_jax.data.config import ExampleConfig, RowsConfig
-from dlm_jax.data.prepare import MANIFEST_FILE, prepare, read_manifest
+from dlm_jax.data.manifest import MANIFEST_FILE, read_manifest
+from dlm_jax.data.prepare import prepare
 from dlm_jax.data.records import is_held_out
 from dlm_jax.data.sources import open_sources
 from dlm_jax.errors import DataError
@@ -42,8 +43,8 @@ def rows_of(directory, part="train"):
 
 
 def small_chunks(monkeypatch, max_bytes: int = 2000):
-    whole = preparing.chunks
-    monkeypatch.setattr(preparing, "chunks", lambda *given: whole(*given, max_bytes=max_bytes))
+    read_chunks = preparing.read_chunks
+    monkeypatch.setattr(preparing, "read_chunks", lambda *given: read_chunks(*given, max_bytes=max_bytes))
 
 
 @pytest.mark.parametrize("packing", ["concat", "document_mask"])
@@ -52,7 +53,7 @@ def test_rows_are_the_documents_of_each_part_end_to_end(tmp_path, corpus, tokeni
     manifest = prepare(sources_of(corpus), str(tmp_path / "rows"), tokenizer, config)
     documents = [json.loads(line)["text"] for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl")
                  for line in (gzip.open if name.endswith("gz") else open)(corpus / name, "rt")]
-    streams = {part: tokenizer.decode(rows_of(tmp_path / "rows", part).tokens.ravel()) for part in manifest.parts}
+    streams = {part: tokenizer.decode(rows_of(tmp_path / "rows", part).tokens.ravel()) for part in manifest.splits}
     bos = "<s>" if packing == "document_mask" else ""
     expected = {"train": "", "validation": ""}
     for document in documents:
@@ -60,9 +61,9 @@ def test_rows_are_the_documents_of_each_part_end_to_end(tmp_path, corpus, tokeni
     for part, stream in streams.items():
         assert expected[part].startswith(stream)
         assert len(tokenizer.encode(expected[part][len(stream):])) < 16
-        assert manifest.parts[part].tokens == len(tokenizer.encode(expected[part]))
-    assert sum(part.documents for part in manifest.parts.values()) == 900
-    assert 0.1 < manifest.parts["validation"].documents / 900 < 0.3
+        assert manifest.splits[part].tokens == len(tokenizer.encode(expected[part]))
+    assert sum(part.documents for part in manifest.splits.values()) == 900
+    assert 0.1 < manifest.splits["validation"].documents / 900 < 0.3
     assert (rows_of(tmp_path / "rows").starts is not None) == (packing == "document_mask")
 
 
@@ -83,25 +84,25 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, corpus, tokenize
     small_chunks(monkeypatch)
     whole, directory = tmp_path / "whole", tmp_path / "interrupted"
     prepare(sources_of(corpus), str(whole), tokenizer, CONFIG, shard_bytes=1000)
-    absorb, absorbed = preparing.Progress.absorb, []
+    add, added = preparing.Progress.add, []
 
     def interrupted(self, encoded, reached):
-        if len(absorbed) == after:
+        if len(added) == after:
             raise KeyboardInterrupt
-        absorbed.append(reached)
-        absorb(self, encoded, reached)
+        added.append(reached)
+        add(self, encoded, reached)
 
-    monkeypatch.setattr(preparing.Progress, "absorb", interrupted)
+    monkeypatch.setattr(preparing.Progress, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(sources_of(corpus), str(directory), tokenizer, CONFIG, shard_bytes=1000)
     assert not (directory / MANIFEST_FILE).exists()
     again = []
-    monkeypatch.setattr(preparing.Progress, "absorb",
-                        lambda self, encoded, reached: again.append(reached) or absorb(self, encoded, reached))
+    monkeypatch.setattr(preparing.Progress, "add",
+                        lambda self, encoded, reached: again.append(reached) or add(self, encoded, reached))
     prepare(sources_of(corpus), str(directory), tokenizer, CONFIG, shard_bytes=1000)
     assert contents(directory) == contents(whole)
     if after > 1:  # by then a file was written, and what it holds is not read again
-        assert again[0] != absorbed[0]
+        assert again[0] != added[0]
 
 
 def test_a_finished_directory_is_left_alone_and_another_corpus_refused(tmp_path, corpus, tokenizer, bos_tokenizer):
@@ -127,7 +128,7 @@ def test_bad_records_stop_or_are_reported_counted_and_left_out(tmp_path, tokeniz
     assert manifest.counts["bad_records"] == 3
     assert [where.split(":")[0].rpartition("/")[2] for where in manifest.bad_records] == [
         "bad.jsonl, line 8", "bad.jsonl, line 21", "bad.jsonl, line 34"]
-    assert sum(part.documents for part in manifest.parts.values()) == 47
+    assert sum(part.documents for part in manifest.splits.values()) == 47
     assert "line 21: no key 'text' (it has body)" in caplog.text
 
 
@@ -140,7 +141,7 @@ def test_a_broken_file_stops_or_its_rest_is_left_out(tmp_path, corpus, tokenizer
                        dataclasses.replace(CONFIG, on_bad_record="skip"))
     assert manifest.counts["bad_records"] == 1
     assert "b.jsonl.gz" in manifest.bad_records[0]
-    assert 600 <= sum(part.documents for part in manifest.parts.values()) < 900
+    assert 600 <= sum(part.documents for part in manifest.splits.values()) < 900
 
 
 def test_nothing_in_the_sources_is_an_error(tmp_path, tokenizer):
@@ -178,5 +179,5 @@ def test_an_object_store_takes_the_rows(corpus, tokenizer):
     manifest = prepare(sources_of(corpus), "memory://bucket/rows", tokenizer, CONFIG, shard_bytes=1000)
     files = fsspec.filesystem("memory")
     assert {name.rpartition("/")[2] for name in files.ls("/bucket/rows", detail=False)} == {
-        MANIFEST_FILE, *(shard.file for part in manifest.parts.values() for shard in part.shards)}
+        MANIFEST_FILE, *(shard.file for part in manifest.splits.values() for shard in part.shards)}
     assert read_manifest("memory://bucket/rows") == manifest

@@ -11,7 +11,8 @@ import pytest
 
 from dlm_jax.data.config import RowsConfig
 from dlm_jax.data.loader import Loader
-from dlm_jax.data.prepare import prepare, read_manifest
+from dlm_jax.data.manifest import read_manifest
+from dlm_jax.data.prepare import prepare
 from dlm_jax.data.sources import open_sources
 
 STEPS, BATCH = (0, 1, 2, 57), 16

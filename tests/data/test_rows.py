@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dlm_jax.data.rows import Concatenated, Rows, gather
+from dlm_jax.data.rows import ConcatenatedRows, Rows, gather_rows
 
 
 def rows_of(first: int, count: int, row_masks: tuple[str, ...] = ()) -> Rows:
@@ -20,7 +20,7 @@ def test_planes_that_are_added_say_one_document_all_maskable():
 @pytest.mark.parametrize("row_masks", [(), ("starts",)])
 def test_concatenated_sources_are_one(row_masks):
     parts = [rows_of(0, 3), rows_of(3, 5, row_masks), rows_of(8, 1)]
-    joined = Concatenated(parts)
+    joined = ConcatenatedRows(parts)
     assert (len(joined), joined.length, joined.row_masks) == (9, 4, row_masks)
     indices = np.asarray([8, 0, 4, 4, 3, 7, 2])
     drawn = joined[indices]
@@ -38,6 +38,6 @@ def test_gathering_asks_each_source_once():
             return Rows(self.tokens[indices])
 
     sources = [Source(rows_of(0, 9).tokens), Source(rows_of(100, 9).tokens), Source(rows_of(200, 9).tokens)]
-    rows = gather(sources, np.asarray([2, 0, 2, 0]), np.asarray([1, 2, 3, 4]), ())
+    rows = gather_rows(sources, np.asarray([2, 0, 2, 0]), np.asarray([1, 2, 3, 4]), ())
     assert rows.tokens[:, 0].tolist() == [201, 2, 203, 4]
     assert sorted(asked) == [[1, 3], [2, 4]]

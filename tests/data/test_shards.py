@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.data.rows import Rows
-from dlm_jax.data.shards import RowFiles, RowLayout, write_shard
+from dlm_jax.data.shards import ShardedRows, RowLayout, write_shard
 from dlm_jax.errors import DataError
 
 
@@ -23,7 +23,7 @@ def same(a: Rows, b: Rows) -> None:
 @pytest.mark.parametrize("row_masks", [(), ("starts",), ("starts", "noisable_mask"), ("noisable_mask",)])
 @pytest.mark.parametrize(("vocab_size", "length"), [(512, 16), (65_536, 13), (65_537, 16), (128_256, 3)])
 def test_rows_survive_their_bytes(row_masks, vocab_size, length):
-    layout = RowLayout.fitting(length, vocab_size, row_masks)
+    layout = RowLayout.for_vocab(length, vocab_size, row_masks)
     rows = some_rows(7, length, vocab_size, row_masks)
     encoded = layout.encode(rows)
     assert encoded.shape == (7, layout.row_bytes)
@@ -33,7 +33,7 @@ def test_rows_survive_their_bytes(row_masks, vocab_size, length):
 
 @pytest.fixture
 def written(tmp_path):
-    layout = RowLayout.fitting(8, 300, ("starts",))
+    layout = RowLayout.for_vocab(8, 300, ("starts",))
     rows = some_rows(30, 8, 300, ("starts",))
     encoded = layout.encode(rows)
     shards = [write_shard(str(tmp_path), "a.array_record", [encoded[:4], encoded[4:11]]),
@@ -43,7 +43,7 @@ def written(tmp_path):
 
 def test_files_give_any_rows_in_any_order(written):
     directory, shards, layout, rows = written
-    files = pickle.loads(pickle.dumps(RowFiles(str(directory), shards, layout)))  # worker processes get a copy
+    files = pickle.loads(pickle.dumps(ShardedRows(str(directory), shards, layout)))  # worker processes get a copy
     assert (len(files), files.length, files.row_masks) == (30, 8, ("starts",))
     order = np.random.default_rng(0).integers(0, 30, 100)
     same(files[order], rows[order])
@@ -58,10 +58,10 @@ def test_a_damaged_or_missing_file_is_named_before_a_row_is_read(written):
     content = path.read_bytes()
     path.write_bytes(content[:-100])
     with pytest.raises(DataError, match=r"b.array_record has [\d,]+ bytes, not the [\d,]+"):
-        RowFiles(str(directory), shards, layout)
+        ShardedRows(str(directory), shards, layout)
     path.unlink()
     with pytest.raises(DataError, match=r"b.array_record is missing"):
-        RowFiles(str(directory), shards, layout)
+        ShardedRows(str(directory), shards, layout)
 
 
 def test_a_flipped_bit_is_noticed_when_its_row_is_read(written):
@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_noticed_when_its_row_is_read(written):
     at = bytes(content).index(layout.encode(rows[[5]]).tobytes())
     content[at + 3] ^= 4
     path.write_bytes(content)
-    files = RowFiles(str(directory), shards, layout)
+    files = ShardedRows(str(directory), shards, layout)
     same(files[np.asarray([4, 6])], rows[[4, 6]])
     with pytest.raises(DataError, match="damaged"):
         files[np.asarray([5])]

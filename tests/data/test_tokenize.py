@@ -13,13 +13,13 @@ from dlm_jax.errors import DataError
 
 def test_text_becomes_its_tokens_between_boundaries(bos_tokenizer):
     texts = [f"text number {i} \u00e9" * (i % 5 + 1) for i in range(23)]
-    form = pickle.loads(pickle.dumps(TextEncoder(bos_tokenizer, "text", bos=0, eos=1)))
-    piece = form.encode([form.read({"text": text})[1] for text in texts], Counter())
+    prompt_format = pickle.loads(pickle.dumps(TextEncoder(bos_tokenizer, "text", bos=0, eos=1)))
+    span = prompt_format.encode([prompt_format.parse({"text": text})[1] for text in texts], Counter())
     single = [[*bos_tokenizer.encode(text), 1] for text in texts]  # this one adds BOS by itself
-    assert piece.tokens.tolist() == [token for document in single for token in document]
-    assert np.flatnonzero(piece.starts).tolist() == np.cumsum([0, *map(len, single[:-1])]).tolist()
-    assert piece.noisable_mask is None
-    assert form.read({"text": " \n"}) is None
+    assert span.tokens.tolist() == [token for document in single for token in document]
+    assert np.flatnonzero(span.starts).tolist() == np.cumsum([0, *map(len, single[:-1])]).tolist()
+    assert span.noisable_mask is None
+    assert prompt_format.parse({"text": " \n"}) is None
 
 
 def test_a_long_text_is_neither_cut_nor_padded(tokenizer):
@@ -36,22 +36,22 @@ def test_fast_and_slow_tokenizers_go_the_same_road(test_data):
 
 
 def test_boundaries_follow_the_tokenizer_unless_told(tokenizer, bos_tokenizer):
-    assert boundary_tokens(tokenizer, add_bos=None, segments=False) == (None, 1)
-    assert boundary_tokens(tokenizer, add_bos=None, segments=True) == (0, 1)
-    assert boundary_tokens(bos_tokenizer, add_bos=None, segments=False) == (0, 1)
-    assert boundary_tokens(bos_tokenizer, add_bos=False, segments=True) == (None, 1)
-    assert boundary_tokens(tokenizer, add_bos=True, segments=False) == (0, 1)
+    assert boundary_tokens(tokenizer, add_bos=None, document_mask=False) == (None, 1)
+    assert boundary_tokens(tokenizer, add_bos=None, document_mask=True) == (0, 1)
+    assert boundary_tokens(bos_tokenizer, add_bos=None, document_mask=False) == (0, 1)
+    assert boundary_tokens(bos_tokenizer, add_bos=False, document_mask=True) == (None, 1)
+    assert boundary_tokens(tokenizer, add_bos=True, document_mask=False) == (0, 1)
 
 
 def test_missing_boundaries_are_refused(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.bos_token = None
-    assert boundary_tokens(bare, add_bos=None, segments=True) == (None, 1)
+    assert boundary_tokens(bare, add_bos=None, document_mask=True) == (None, 1)
     with pytest.raises(DataError, match="no BOS"):
-        boundary_tokens(bare, add_bos=True, segments=False)
+        boundary_tokens(bare, add_bos=True, document_mask=False)
     bare.eos_token = None
     with pytest.raises(DataError, match="no EOS"):
-        boundary_tokens(bare, add_bos=None, segments=False)
+        boundary_tokens(bare, add_bos=None, document_mask=False)
 
 
 def test_fingerprint_changes_with_what_text_becomes_only(tokenizer, bos_tokenizer):
@@ -80,5 +80,5 @@ def test_the_real_tokenizers_bring_their_own_habit(test_data):
     bpe = test_data / "gpt2_bpe"
     gpt2 = GPT2TokenizerFast(vocab=str(bpe / "encoder.json"), merges=str(bpe / "vocab.bpe"))
     llama = AutoTokenizer.from_pretrained(test_data / "stories260K_hf")
-    assert boundary_tokens(gpt2, add_bos=None, segments=False) == (None, 50256)
-    assert boundary_tokens(llama, add_bos=None, segments=False) == (1, 2)
+    assert boundary_tokens(gpt2, add_bos=None, document_mask=False) == (None, 50256)
+    assert boundary_tokens(llama, add_bos=None, document_mask=False) == (1, 2)

@@ -13,8 +13,8 @@ import pytest
 import zstandard
 from fsspec.registry import _registry
 
-from dlm_jax.data.records import BrokenSource, record_of
-from dlm_jax.data.sources import chunks, open_sources
+from dlm_jax.data.records import BrokenSource, parse_record
+from dlm_jax.data.sources import open_sources, read_chunks
 from dlm_jax.errors import DataError
 
 SEPARATOR = "\n<|end|>\n"
@@ -63,7 +63,7 @@ def put(path: str, content: bytes):
 
 
 def texts_of(payloads) -> list[str]:
-    records = map(record_of, payloads)
+    records = map(parse_record, payloads)
     return [record if isinstance(record, str) else record["text"] for record in records]
 
 
@@ -73,11 +73,11 @@ def test_every_kind_of_file_gives_the_same_documents_from_any_start_on(folder, k
     put(f"{folder}/{kind}", contents(texts)[kind])
     (source,) = open_sources([f"{folder}/*"], separator=SEPARATOR)
     assert source.name == f"{folder}/{kind}"
-    assert source.done() == 0
+    assert source.consumed() == 0
     for start in (0, 1, 5, 6, 7, 20, 39, 40, 50):
         assert texts_of(source.records(start)) == texts[start:], start
         assert texts_of(source.records(start, ["text"])) == texts[start:], start
-        assert source.done() == source.size
+        assert source.consumed() == source.size
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,14 +88,14 @@ def test_chunks_hold_all_records_under_their_numbers(tmp_path, kind, max_bytes, 
     put(f"{tmp_path}/{kind}", contents(texts)[kind])
     (source,) = open_sources([f"{tmp_path}/{kind}"], separator=SEPARATOR)
     behind, number = 0, 4
-    for chunk in chunks(source, 3, ["text"], max_bytes):
+    for chunk in read_chunks(source, 3, ["text"], max_bytes):
         assert (chunk.source, chunk.unit, chunk.first) == (source.name, source.unit, number)
-        assert texts_of(chunk.payloads) == texts[number - 1:number - 1 + len(chunk.payloads)]
-        assert len(chunk.payloads) <= (1 if max_bytes == 1 else 9)
-        assert behind <= source.done() <= source.size
-        behind, number = source.done(), number + len(chunk.payloads)
+        assert texts_of(chunk.records) == texts[number - 1:number - 1 + len(chunk.records)]
+        assert len(chunk.records) <= (1 if max_bytes == 1 else 9)
+        assert behind <= source.consumed() <= source.size
+        behind, number = source.consumed(), number + len(chunk.records)
     assert number == 31
-    assert source.done() == source.size
+    assert source.consumed() == source.size
 
 
 def test_only_needed_columns_of_tables_are_read(tmp_path):
@@ -153,7 +153,7 @@ def test_a_store_that_cannot_be_reached_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("kind", ["b.jsonl.gz", "b.jsonl.zst", "a.txt.gz", "rows.parquet", "stream.arrow",
                                   "file.arrow"])
 def test_a_damaged_file_gives_what_comes_before_and_says_how_far(folder, kind, monkeypatch):
-    monkeypatch.setattr("dlm_jax.data.sources.tables._ROWS", 7)
+    monkeypatch.setattr("dlm_jax.data.source_files._TABLE_ROWS", 7)
     texts = documents(400)
     content = contents(texts)[kind]
     third = len(content) // 3
@@ -162,7 +162,7 @@ def test_a_damaged_file_gives_what_comes_before_and_says_how_far(folder, kind, m
     (source,) = open_sources([f"{folder}/{kind}"], separator=SEPARATOR)
     found = []
     with pytest.raises(BrokenSource) as caught:
-        found.extend(payload for chunk in chunks(source, 0, ["text"], 100) for payload in chunk.payloads)
+        found.extend(payload for chunk in read_chunks(source, 0, ["text"], 100) for payload in chunk.records)
     assert str(caught.value).startswith(f"{folder}/{kind}: damaged after {source.unit} {len(found)} (")
     assert texts_of(found) == texts[:len(found)]
     assert found or kind == "file.arrow"  # its index is at its end
@@ -199,6 +199,6 @@ def test_heavy_packages_are_imported_only_when_used(tmp_path):
 
 def test_chunks_are_what_workers_can_be_sent(tmp_path):
     put(f"{tmp_path}/a.jsonl", b'\n"a"\n')
-    (chunk,) = chunks(open_sources([f"{tmp_path}/a.jsonl"])[0])
+    (chunk,) = read_chunks(open_sources([f"{tmp_path}/a.jsonl"])[0])
     assert dataclasses.asdict(chunk)["payloads"] == [b"\n", b'"a"\n']  # a blank line keeps its number
     assert chunk.where(2).endswith("a.jsonl, line 2")

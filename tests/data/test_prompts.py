@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.prompts import PromptFormat
-from dlm_jax.data.records import BadRecord, Chunk, Encoder
+from dlm_jax.data.records import BadRecord, ChunkEncoder, RecordChunk
 from dlm_jax.errors import ConfigError, DataError
 
 BOS, EOS = 0, 1  # of the byte tokenizers
@@ -25,20 +25,20 @@ TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
         {"role": "assistant", "content": "no more"}]
 
 
-def form_of(tokenizer, format, length=64, train_on_padding=False, **settings):
+def make_format(tokenizer, format, length=64, train_on_padding=False, **settings):
     return PromptFormat(tokenizer, ExampleConfig(format=format, train_on_padding=train_on_padding, **settings), length)
 
 
-def rows_of(form, records):
+def rows_of(prompt_format, records):
     """(tokens, starts, maskable, counts), one row an example."""
     counts = Counter()
-    piece = form.encode([form.read(record)[1] for record in records], counts)
-    assert (piece.tokens.dtype, piece.starts.dtype, piece.noisable_mask.dtype) == (np.uint32, bool, bool)
-    tokens, starts, noisable_mask = (part.reshape(-1, form.length) for part in
-                                (piece.tokens, piece.starts, piece.noisable_mask))
+    span = prompt_format.encode([prompt_format.parse(record)[1] for record in records], counts)
+    assert (span.tokens.dtype, span.starts.dtype, span.noisable_mask.dtype) == (np.uint32, bool, bool)
+    tokens, starts, noisable_mask = (part.reshape(-1, prompt_format.length) for part in
+                                (span.tokens, span.starts, span.noisable_mask))
     assert starts[:, 0].all() and not noisable_mask[:, 0].any() and len(tokens) == counts["examples"]
-    assert form.row_masks == (("noisable_mask",) if form.config.train_on_padding else ("starts", "noisable_mask"))
-    assert "starts" in form.row_masks or not starts[:, 1:].any()  # what is not kept says nothing
+    assert prompt_format.row_masks == (("noisable_mask",) if prompt_format.config.train_on_padding else ("starts", "noisable_mask"))
+    assert "starts" in prompt_format.row_masks or not starts[:, 1:].any()  # what is not kept says nothing
     return tokens, starts, noisable_mask, counts
 
 
@@ -69,12 +69,12 @@ def chat_tokenizer(tokenizer):
 @pytest.mark.parametrize("separator", ["\n", "", "\n\n### "])
 def test_a_row_is_bos_prompt_separator_response_eos_padding(bos_tokenizer, train_on_padding, separator):
     records = random_records()
-    form = form_of(bos_tokenizer, "prompt_response", 300, train_on_padding=train_on_padding, separator=separator)
-    for record, row, starts, noisable_mask in zip(records, *rows_of(form, records)[:3], strict=True):
+    prompt_format = make_format(bos_tokenizer, "prompt_response", 300, train_on_padding=train_on_padding, separator=separator)
+    for record, row, starts, noisable_mask in zip(records, *rows_of(prompt_format, records)[:3], strict=True):
         prompt = [BOS, *bos_tokenizer.encode(record["prompt"] + separator, add_special_tokens=False)]
         response = [*bos_tokenizer.encode(record["response"], add_special_tokens=False), EOS]
         begin, end = len(prompt), len(prompt) + len(response)
-        assert row.tolist() == prompt + response + [EOS] * (form.length - end)
+        assert row.tolist() == prompt + response + [EOS] * (prompt_format.length - end)
         assert not noisable_mask[:begin].any() and noisable_mask[begin:end].all()
         assert bos_tokenizer.decode(row[1:begin]) == record["prompt"] + separator
         assert bos_tokenizer.decode(row[begin : end - 1]) == record["response"]
@@ -88,15 +88,15 @@ def test_a_row_is_bos_prompt_separator_response_eos_padding(bos_tokenizer, train
 def test_without_bos_a_row_begins_with_eos_as_generation_does(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.bos_token = None
-    tokens, _, noisable_mask, _ = rows_of(form_of(bare, "prompt_response"), [{"prompt": "ab", "response": "c"}])
+    tokens, _, noisable_mask, _ = rows_of(make_format(bare, "prompt_response"), [{"prompt": "ab", "response": "c"}])
     assert bare.decode(tokens[0, :4]) == "</s>ab\n"
     assert np.flatnonzero(noisable_mask[0]).tolist() == [4, 5]
 
 
 def test_padding_is_the_token_asked_for_else_the_tokenizers_own_else_eos(tokenizer):
     def last(tokenizer, **settings):
-        form = form_of(tokenizer, "prompt_response", **settings)
-        return tokenizer.decode(rows_of(form, [{"prompt": "a", "response": "b"}])[0][0, -1])
+        prompt_format = make_format(tokenizer, "prompt_response", **settings)
+        return tokenizer.decode(rows_of(prompt_format, [{"prompt": "a", "response": "b"}])[0][0, -1])
 
     padded = copy.deepcopy(tokenizer)
     padded.add_special_tokens({"pad_token": "<pad>"})
@@ -107,8 +107,8 @@ def test_padding_is_the_token_asked_for_else_the_tokenizers_own_else_eos(tokeniz
     (0, 1, 0, 0), (-1, 1, 1, 0), (-3, 1, 1, 0), (-4, 0, 0, 1), (-9, 0, 0, 1)])
 def test_too_long_truncates_down_to_one_token_of_response(tokenizer, spare, examples, truncated, dropped):
     record = {"prompt": "abcdefgh", "response": "xyz"}  # 1 + 8 + 1 and 3 + 1 tokens
-    form = form_of(tokenizer, "prompt_response", 14 + spare, overlong="truncate")
-    tokens, starts, noisable_mask, counts = rows_of(form, [record])
+    prompt_format = make_format(tokenizer, "prompt_response", 14 + spare, overlong="truncate")
+    tokens, starts, noisable_mask, counts = rows_of(prompt_format, [record])
     assert counts == Counter(examples=examples, truncated=truncated, dropped=dropped)
     if truncated:  # the row is full, and does not say that the response ends here
         assert tokenizer.decode(tokens[0][noisable_mask[0]]) == "xyz"[: 4 + spare]
@@ -117,17 +117,17 @@ def test_too_long_truncates_down_to_one_token_of_response(tokenizer, spare, exam
 
 def test_too_long_drops_or_refuses(tokenizer):
     records = [{"prompt": "a", "response": "b" * n} for n in (60, 61, 62)]  # + 4 tokens
-    tokens, _, _, counts = rows_of(form_of(tokenizer, "prompt_response", overlong="drop"), records)
+    tokens, _, _, counts = rows_of(make_format(tokenizer, "prompt_response", overlong="drop"), records)
     assert len(tokens) == 1 and counts == Counter(examples=1, dropped=2)
-    encoder = Encoder(form_of(tokenizer, "prompt_response"))
-    assert encoder(Chunk("some.jsonl", "line", 8, records[:1])).counts["examples"] == 1
+    encoder = ChunkEncoder(make_format(tokenizer, "prompt_response"))
+    assert encoder(RecordChunk("some.jsonl", "line", 8, records[:1])).counts["examples"] == 1
     with pytest.raises(DataError, match=r"line 9: an example of 65 tokens .* of 64; .*data.length.*overlong"):
-        encoder(Chunk("some.jsonl", "line", 8, records))
+        encoder(RecordChunk("some.jsonl", "line", 8, records))
 
 
 def test_all_examples_dropped_is_an_empty_piece(tokenizer):
-    form = form_of(tokenizer, "prompt_response", 3, overlong="drop")
-    assert rows_of(form, [{"prompt": "a", "response": "b"}])[0].shape == (0, 3)
+    prompt_format = make_format(tokenizer, "prompt_response", 3, overlong="drop")
+    assert rows_of(prompt_format, [{"prompt": "a", "response": "b"}])[0].shape == (0, 3)
 
 
 @pytest.mark.parametrize(("format", "record", "reason"), [
@@ -152,11 +152,11 @@ def test_all_examples_dropped_is_an_empty_piece(tokenizer):
 ])
 def test_bad_records_say_why(chat_tokenizer, format, record, reason):
     with pytest.raises(BadRecord, match=reason):
-        form_of(chat_tokenizer, format).read(record)
+        make_format(chat_tokenizer, format).read(record)
 
 
 def test_blank_lines_are_no_records(tokenizer):
-    assert form_of(tokenizer, "gsm8k_symbolic").read(" \n") is None
+    assert make_format(tokenizer, "gsm8k_symbolic").read(" \n") is None
 
 
 def test_settings_are_checked_before_the_first_record(tokenizer, tmp_path):
@@ -172,11 +172,11 @@ def test_settings_are_checked_before_the_first_record(tokenizer, tmp_path):
         (DataError, "silent.jinja.*leaves out the answer", {"format": "messages", "chat_template": str(silent)}),
     ]:
         with pytest.raises(error, match=match):
-            form_of(tokenizer, **settings)
+            make_format(tokenizer, **settings)
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
     with pytest.raises(DataError, match="no EOS"):
-        form_of(endless, "gsm8k")
+        make_format(endless, "gsm8k")
 
 
 @pytest.mark.parametrize(("template", "learnt", "bos"), [
@@ -188,8 +188,8 @@ def test_each_turn_of_the_assistant_is_an_example(chat_tokenizer, tmp_path, temp
     file = tmp_path / "chat.jinja"
     file.write_text(template)
     talk = TALK[1:] if template == LLAMA2 else TALK
-    form = form_of(chat_tokenizer, "messages", 200, chat_template=str(file))
-    tokens, starts, noisable_mask, counts = rows_of(form, [{"messages": talk}])
+    prompt_format = make_format(chat_tokenizer, "messages", 200, chat_template=str(file))
+    tokens, starts, noisable_mask, counts = rows_of(prompt_format, [{"messages": talk}])
     assert counts["examples"] == 2
     for row, row_starts, row_maskable, response, turn in zip(
             tokens, starts, noisable_mask, learnt, (len(talk) - 3, len(talk) - 1), strict=True):
@@ -219,43 +219,43 @@ ASKED = [
 def test_what_is_asked_has_the_ids_that_a_row_has_before_its_response(chat_tokenizer, format, question, rest, template,
                                                                       bos):
     chat_tokenizer.bos_token, chat_tokenizer.chat_template = bos, template.replace("{{ bos_token }}", "")
-    form = form_of(chat_tokenizer, format, 400)
-    tokens, _, noisable_mask, _ = rows_of(form, [question | rest])
+    prompt_format = make_format(chat_tokenizer, format, 400)
+    tokens, _, noisable_mask, _ = rows_of(prompt_format, [question | rest])
     begin, end = np.flatnonzero(noisable_mask[-1])[[0, -1]]
-    asked = form.prompt_ids(question)
+    asked = prompt_format.encode_record_prompt(question)
     assert asked == tokens[-1, :begin].tolist()
     if bos or format != "messages":
         assert asked[0] == (BOS if bos else EOS)
     if len(question) == 1:  # as somebody would ask it
-        assert form.ask(next(iter(question.values()))) == asked
+        assert prompt_format.encode_prompt(next(iter(question.values()))) == asked
     response = tokens[-1, begin : end + 1].tolist()
-    assert response[-1] == form.end_token_ids[0] and not set(response[:-1]) & set(form.end_token_ids)
+    assert response[-1] == prompt_format.end_token_ids[0] and not set(response[:-1]) & set(prompt_format.end_token_ids)
     said = rest["messages"][-1]["content"] if format == "messages" else next(iter(rest.values()))
-    assert form.response_text(response[:-1]) == said
+    assert prompt_format.decode_response(response[:-1]) == said
 
 
 def test_symbolic_gsm8k_is_asked_as_it_was_learnt(tokenizer):
-    form = form_of(tokenizer, "gsm8k_symbolic")
-    example, = form.read("1 + 1?||<<1+1=2>> #### 2")[1]
-    assert form.ask("1 + 1?") == form.prompt_ids("1 + 1?||<<1+1=2>> #### 2") == example.prompt
+    prompt_format = make_format(tokenizer, "gsm8k_symbolic")
+    example, = prompt_format.parse("1 + 1?||<<1+1=2>> #### 2")[1]
+    assert prompt_format.encode_prompt("1 + 1?") == prompt_format.encode_record_prompt("1 + 1?||<<1+1=2>> #### 2") == example.prompt
 
 
 @pytest.mark.parametrize(("template", "ends"), [
     (CHATML, ["<|im_end|>", "</s>"]), (LLAMA2, ["</s>"]), (PLAIN, ["</s>"])])
 def test_a_response_ends_with_the_template_s_mark_or_eos(chat_tokenizer, template, ends):
     chat_tokenizer.chat_template = template
-    form = form_of(chat_tokenizer, "messages", 200)
-    assert chat_tokenizer.convert_ids_to_tokens(form.end_token_ids) == ends
-    for example in form.read({"messages": TALK[1:]})[1]:
-        assert example.response[-1] in form.end_token_ids
+    prompt_format = make_format(chat_tokenizer, "messages", 200)
+    assert chat_tokenizer.convert_ids_to_tokens(prompt_format.end_token_ids) == ends
+    for example in prompt_format.parse({"messages": TALK[1:]})[1]:
+        assert example.response[-1] in prompt_format.end_token_ids
 
 
 def test_an_end_written_in_plain_text_is_no_part_of_what_is_said(chat_tokenizer):
     chat_tokenizer.chat_template = PLAIN.replace("\n\n{% endfor", "\n### End\n{% endfor")
-    form = form_of(chat_tokenizer, "messages", 200)
-    *response, end = form.read({"messages": TALK[:3]})[1][0].response
+    prompt_format = make_format(chat_tokenizer, "messages", 200)
+    *response, end = prompt_format.parse({"messages": TALK[:3]})[1][0].response
     assert chat_tokenizer.decode(response) == " im_end\n### End" and end == EOS
-    assert form.response_text(response) == "im_end"
+    assert prompt_format.decode_response(response) == "im_end"
 
 
 @pytest.mark.parametrize(("format", "question", "reason"), [
@@ -264,22 +264,22 @@ def test_an_end_written_in_plain_text_is_no_part_of_what_is_said(chat_tokenizer)
     ("messages", "\ud800", "not valid Unicode")])
 def test_what_cannot_be_asked_says_why(chat_tokenizer, format, question, reason):
     with pytest.raises(DataError, match=reason):
-        form_of(chat_tokenizer, format).ask(question)
+        make_format(chat_tokenizer, format).encode_prompt(question)
 
 
 def test_a_conversation_is_held_out_as_one_by_its_first_prompt(chat_tokenizer):
-    form = form_of(chat_tokenizer, "messages", 200)
-    assert form.read({"messages": TALK})[0] == form.read({"messages": TALK[:3]})[0]
-    pairs = form_of(chat_tokenizer, "prompt_response")
+    prompt_format = make_format(chat_tokenizer, "messages", 200)
+    assert prompt_format.parse({"messages": TALK})[0] == prompt_format.parse({"messages": TALK[:3]})[0]
+    pairs = make_format(chat_tokenizer, "prompt_response")
     assert pairs.read({"prompt": "a", "response": "b"})[0] == pairs.read({"prompt": "a", "response": "c"})[0]
 
 
 def test_sharegpt_is_read_as_messages(chat_tokenizer):
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     shared = [{"from": names[message["role"]], "value": message["content"]} for message in TALK]
-    form = form_of(chat_tokenizer, "messages", 200, messages_key="conversations")
-    assert form.columns == ("conversations",)
-    assert form.read({"conversations": shared}) == form.read({"conversations": TALK})
+    prompt_format = make_format(chat_tokenizer, "messages", 200, messages_key="conversations")
+    assert prompt_format.columns == ("conversations",)
+    assert prompt_format.parse({"conversations": shared}) == prompt_format.parse({"conversations": TALK})
 
 
 @pytest.mark.parametrize(("template", "reason"), [
@@ -291,23 +291,23 @@ def test_sharegpt_is_read_as_messages(chat_tokenizer):
 def test_what_a_template_cannot_write_is_a_bad_record(chat_tokenizer, template, reason):
     chat_tokenizer.chat_template = template
     with pytest.raises(BadRecord, match=reason):
-        form_of(chat_tokenizer, "messages").read({"messages": TALK[:3]})
+        make_format(chat_tokenizer, "messages").read({"messages": TALK[:3]})
 
 
 def test_a_form_travels_to_workers(chat_tokenizer, tmp_path):
     file = tmp_path / "chat.jinja"
     file.write_text(CHATML)
-    form = form_of(chat_tokenizer, "messages", 200, chat_template=str(file))
-    travelled = pickle.dumps(form)
+    prompt_format = make_format(chat_tokenizer, "messages", 200, chat_template=str(file))
+    travelled = pickle.dumps(prompt_format)
     file.unlink()  # the template travels with it
-    for here, there in zip(rows_of(form, [{"messages": TALK}]), rows_of(pickle.loads(travelled), [{"messages": TALK}]),
+    for here, there in zip(rows_of(prompt_format, [{"messages": TALK}]), rows_of(pickle.loads(travelled), [{"messages": TALK}]),
                            strict=True):
         np.testing.assert_equal(here, there)
 
 
 def test_gsm8k_is_learnt_word_for_word(gpt2, test_data):
     records = [json.loads(line) for line in (test_data / "gsm8k/test.jsonl").open(encoding="utf-8")]
-    tokens, _, noisable_mask, counts = rows_of(form_of(gpt2, "gsm8k", 640), records)
+    tokens, _, noisable_mask, counts = rows_of(make_format(gpt2, "gsm8k", 640), records)
     assert counts == Counter(examples=len(records)) and (tokens[:, 0] == gpt2.bos_token_id).all()
     answers = gpt2.batch_decode([row[learnt] for row, learnt in zip(tokens, noisable_mask, strict=True)])
     assert answers == [record["answer"] + "<|endoftext|>" for record in records]
@@ -316,7 +316,7 @@ def test_gsm8k_is_learnt_word_for_word(gpt2, test_data):
 @pytest.mark.parametrize("as_record", [str, lambda line: {"text": line}])
 def test_symbolic_gsm8k_is_parted_at_its_bars(gpt2, test_data, as_record):
     lines = (test_data / "gsm8k_icot/test.txt").read_text(encoding="utf-8").splitlines()
-    tokens, _, noisable_mask, _ = rows_of(form_of(gpt2, "gsm8k_symbolic", 512), map(as_record, lines))
+    tokens, _, noisable_mask, _ = rows_of(make_format(gpt2, "gsm8k_symbolic", 512), map(as_record, lines))
     for line, row, learnt in zip(lines, tokens, noisable_mask, strict=True):
         begin, end = np.flatnonzero(learnt)[[0, -1]]
         assert f"{gpt2.decode(row[1 : begin - 1])}||{gpt2.decode(row[begin:end])}" == line
@@ -325,7 +325,7 @@ def test_symbolic_gsm8k_is_parted_at_its_bars(gpt2, test_data, as_record):
 
 def test_alpaca_asks_with_and_without_input(gpt2, test_data):
     records = json.loads((test_data / "alpaca/alpaca_en_demo.json").read_text(encoding="utf-8"))[:300]
-    cut, left_out = (form_of(gpt2, "alpaca", 192, overlong=policy) for policy in ("truncate", "drop"))
+    cut, left_out = (make_format(gpt2, "alpaca", 192, overlong=policy) for policy in ("truncate", "drop"))
     tokens, _, noisable_mask, counts = rows_of(cut, records)
     assert 0 < counts["truncated"] < counts["examples"] == len(records) - counts["dropped"]
     few, _, _, fewer = rows_of(left_out, records)
@@ -346,8 +346,8 @@ def test_alpaca_asks_with_and_without_input(gpt2, test_data):
 
 def test_digits_are_tokens_of_their_own(gpt2):
     """As in DiffuGPT-M's fine-tuning: question and answer in runs without digits and single digits, each by itself."""
-    form = form_of(gpt2, "gsm8k_symbolic", separator="======", split_digits=True)
-    tokens, _, noisable_mask, _ = rows_of(form, ["It costs 1250, or 37%.||<<1250-37=1213>> #### 1213"])
+    prompt_format = make_format(gpt2, "gsm8k_symbolic", separator="======", split_digits=True)
+    tokens, _, noisable_mask, _ = rows_of(prompt_format, ["It costs 1250, or 37%.||<<1250-37=1213>> #### 1213"])
     parts = ["It costs ", *"1250", ", or ", *"37", "%.======", "<<", *"1250", "-", *"37", "=", *"1213", ">> #### ",
              *"1213"]
     expected = [gpt2.eos_token_id] + [token for part in parts for token in gpt2.encode(part)] + [gpt2.eos_token_id]
@@ -360,4 +360,4 @@ def test_digits_are_tokens_of_their_own(gpt2):
 def test_digits_are_not_split_where_a_tokenizer_puts_spaces_between(test_data):
     tokenizer = AutoTokenizer.from_pretrained(test_data / "stories260K_hf")
     with pytest.raises(ConfigError, match="split_digits does not go with the tokenizer"):
-        form_of(tokenizer, "gsm8k_symbolic", split_digits=True)
+        make_format(tokenizer, "gsm8k_symbolic", split_digits=True)

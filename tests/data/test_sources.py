@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dlm_jax.data.records import BadRecord, BrokenSource, text_of
-from dlm_jax.data.sources import chunks, open_sources
-from dlm_jax.data.sources.named import parse_spec
+from dlm_jax.data.records import BadRecord, BrokenSource, get_text
+from dlm_jax.data.sources import open_sources, read_chunks
+from dlm_jax.data.sources import parse_spec
 from dlm_jax.errors import DataError
 from tests.named_datasets import RECORDS
 
@@ -46,11 +46,11 @@ def test_records_are_plain_python_from_any_start_on(spec):
 def test_chunks_of_named_datasets_count_examples(spec):
     (source,) = open_sources([spec])
     number = 300
-    for chunk in chunks(source, 299, ["number"], max_bytes=500):
+    for chunk in read_chunks(source, 299, ["number"], max_bytes=500):
         assert (chunk.source, chunk.unit, chunk.first) == (spec, "example", number)
-        number += len(chunk.payloads)
-        assert source.done() == number - 1 == chunk.payloads[-1]["number"] + 1
-    assert source.done() == COUNT
+        number += len(chunk.records)
+        assert source.consumed() == number - 1 == chunk.records[-1]["number"] + 1
+    assert source.consumed() == COUNT
 
 
 def test_another_split(spec):
@@ -104,7 +104,7 @@ def test_hugging_face_folders(tmp_path):
     a, nothing, c = source.records()
     assert (a, c) == ({"text": "a"}, {"text": "c"})
     with pytest.raises(BadRecord, match="NoneType under 'text'"):
-        text_of(nothing, "text")
+        get_text(nothing, "text")
     with pytest.raises(DataError, match="no column 'body'"):
         list(source.records(columns=["body"]))
     os.utime(lines, (0, 0))
