@@ -219,8 +219,9 @@ def test_fine_tuning_recipes_differ_where_they_say():
     ours, parents, instruct = map(build, ("sft_gsm8k_gpt2", "sft_gsm8k_gpt2_ar", "sft_instruct"))
     assert ours.num_steps * ours.data.batch_size // 385_620 == 199  # epochs
     assert (ours.data.examples.train_on_padding, ours.data.examples.split_digits) == (True, True)
-    assert {field.name for field in dataclasses.fields(ours)
-            if getattr(ours, field.name) != getattr(parents, field.name)} == {"model", "objective", "data", "validation"}
+    changed = {field.name for field in dataclasses.fields(ours)
+               if getattr(ours, field.name) != getattr(parents, field.name)}
+    assert changed == {"model", "objective", "data", "validation"}
     assert (parents.objective.name, parents.model.source) == ("autoregressive", "gpt2-medium")
     assert (instruct.objective.loss_normalization, instruct.lora.rank, instruct.data.examples.format) == (
         "per_example", 16, "messages")

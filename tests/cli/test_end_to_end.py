@@ -30,7 +30,8 @@ def refused(capsys, *argv: object) -> str:
 
 
 def nats(capsys, model: object, text: pathlib.Path, *arguments: object) -> float:
-    return json.loads(run(capsys, "evaluate", f"--model={model}", "--data", text, *SCORED, *arguments))["nats_per_token"]
+    result = json.loads(run(capsys, "evaluate", f"--model={model}", "--data", text, *SCORED, *arguments))
+    return result["nats_per_token"]
 
 
 @pytest.fixture(scope="module")

@@ -260,7 +260,7 @@ def test_live_text_shows_each_step_in_place(monkeypatch, lm):
     with LiveText(lm.tokenizer) as live:
         lm.generate(["The cat", "Tom"], max_new_tokens=8, num_steps=4, on_step=live)
         live.show(5, ["a\x1b[2Jb"])
-    frames = re.split(r"(?=step \d)", screen.getvalue())[1:]
+    frames = re.split(r"(?=step \d)", screen.getvalue())[1:7]
     assert [frame[:6] for frame in frames] == [f"step {step}" for step in range(6)]
     assert "The cat" + MASK * 8 in frames[0] and "Tom" + MASK * 8 in frames[0]
     assert "The cat" in frames[4] and MASK not in frames[4]
