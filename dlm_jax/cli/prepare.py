@@ -3,8 +3,8 @@
   dlm prepare --config=diffugpt_s --data 'fineweb/*.parquet' --output=fineweb-rows
   dlm train --config=diffugpt_s --config.data.train=fineweb-rows --workdir=runs/gpt2
 
-The recipe says which tokenizer, length and packing training will ask for. Stopped, the same command goes on. Text comes
-from files (.txt .jsonl .json .parquet .arrow, also .gz and .zst), from tfds:NAME and from hf:NAME?name=CONFIG.
+The recipe names the tokenizer, length and packing that training needs. If it is stopped, the same command resumes.
+Text comes from files (.txt .jsonl .json .parquet .arrow, also .gz and .zst), from tfds:NAME and from hf:NAME?name=CONFIG.
 """
 
 import argparse
@@ -21,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="files, globs, tfds:NAME or hf:NAME (default: the recipe's data.train)")
     parser.add_argument("--tokenizer", metavar="MODEL",
                         help="a directory or hub id (default: the recipe's model.source)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the rows go; may be gs://...")
-    parser.add_argument("--workers", type=int, help="tokenising processes (default: as many as there are cores)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the rows go, local or gs://...")
+    parser.add_argument("--workers", type=int, help="processes that tokenize (default: one per core)")
     parser.add_argument("--shard_size", type=int, default=64, metavar="MIB",
-                        help="about how large a file becomes, in MiB (default %(default)s)")
-    parser.add_argument("--note", default="", help="kept in the manifest: the licence, for instance")
+                        help="approximate size of a file, in MiB (default %(default)s)")
+    parser.add_argument("--note", default="", help="text kept in the manifest, the license for example")
     parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
-                        help="sets one key of the recipe, such as --config.data.length=1024; any number of these")
+                        help="sets a key of the recipe, such as --config.data.length=1024; may be repeated")
     add_json_argument(parser)
 
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--tokenizer is missing: name the model whose tokenizer to use, a directory or hub id")
     workers = os.cpu_count() if arguments.workers is None else arguments.workers
     if workers < 0 or arguments.shard_size < 1:
-        raise ConfigError("--workers must not be negative, and --shard_size at least 1")
+        raise ConfigError("--workers must be at least 0, and --shard_size at least 1")
 
     from dlm_jax.checkpoints.hub import locate
     from dlm_jax.checkpoints.tokenizer import load_tokenizer
@@ -54,11 +54,11 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(locate(model, weights=False))
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer files")
-    began = time.monotonic()
+    start = time.monotonic()
     manifest = prepare(open_raw_sources(config.data, specs), arguments.output.rstrip("/"), tokenizer,
                        config.data.rows_config(), workers=workers, shard_bytes=arguments.shard_size << 20,
                        note=arguments.note)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     splits = {name: {"rows": split.rows, "documents": split.documents, "tokens": split.tokens,
                      "files": len(split.shards)} for name, split in manifest.splits.items()}
     result = {"output": arguments.output, "length": manifest.layout.length, "splits": splits, "counts": manifest.counts,
@@ -71,5 +71,5 @@ def _table(result: dict) -> str:
              f"{split['documents']:,} documents, in {split['files']} files" for name, split in result["splits"].items()]
     lines += [f"{name:<14}{count:,}" for name, count in result["counts"].items()]
     total = sum(split["tokens"] for split in result["splits"].values())
-    rate = f" ({total / result['seconds']:,.0f} tokens a second)" if result["seconds"] > 1 else ""
+    rate = f" ({total / result['seconds']:,.0f} tokens per second)" if result["seconds"] > 1 else ""
     return "\n".join([*lines, f"{'output':<14}{result['output']}, after {result['seconds']:.0f} s{rate}"])

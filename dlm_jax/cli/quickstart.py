@@ -1,8 +1,8 @@
-"""The main job from end to end: an autoregressive model becomes a diffusion model, is measured, sampled and exported.
+"""The main job from end to end: adapts an autoregressive model to diffusion, measures it, samples it, exports it.
 
   dlm quickstart --base=assets/stories-gpt2 --data='assets/stories/train.jsonl' --workdir=quickstart
 
-It adapts the base with annealed attention, trains the same network from random weights at the same budget for
+It adapts the base with annealed attention, trains the same network from random weights with the same budget for
 comparison, and writes a figure and a Hugging Face export. Run it again to resume, or to see the results again.
 """
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="the autoregressive model: a directory or a hub id")
     parser.add_argument("--data", required=True, nargs="+", help="paths or globs of training text")
     parser.add_argument("--validation", nargs="+", default=[],
-                        help="paths or globs of held-out text (default: a part of the training text)")
+                        help="paths or globs of held-out text (default: a share of the training text)")
     parser.add_argument("--workdir", default="quickstart", help="where everything goes (default %(default)s)")
     parser.add_argument("--minutes", type=float,
                         help="budget of each of the two runs (default: as many steps as the recipe says)")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--infill", default="Tom was sad. He <mask:8> Then his mom helped him and he was happy.",
                         help="a text with a gap to fill (default %(default)r)")
     parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
-                        help="sets one key of the recipe quickstart; any number of these")
+                        help="sets a key of the recipe quickstart; may be repeated")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,42 +45,33 @@ def run(arguments: argparse.Namespace) -> None:
 
     started, workdir = time.time(), pathlib.Path(arguments.workdir)
     config = plan(arguments)
-    runs = {"adapted": config, "random weights": dataclasses.replace(
-        config, model=dataclasses.replace(config.model, init="random"))}
-    for name, run_config in runs.items():
-        heading(f"training: {name}")
-        if train(run_config, workdir / folder(name))["interrupted"]:
+    runs = {"adapted": (config, workdir / "adapted"), "random weights": (dataclasses.replace(
+        config, model=dataclasses.replace(config.model, init="random")), workdir / "random_weights")}
+    for name, (run_config, folder) in runs.items():
+        print(f"\n== training: {name}", flush=True)
+        if train(run_config, folder)["interrupted"]:
             raise KeyboardInterrupt
 
-    heading("held-out text")
-    results = measure(arguments.base, config, {name: workdir / folder(name) for name in runs})
+    folders = {name: folder for name, (_, folder) in runs.items()}
+    results = measure(arguments.base, config, folders)
     report(results)
-    figure = workdir / "quickstart.png"
-    draw({name: workdir / folder(name) for name in runs}, config, results, figure)
+    plot(folders, config, results, workdir / "quickstart.png")
 
-    adapted = DiffusionLM.from_pretrained(workdir / folder("adapted"))
-    texts = write(adapted, arguments.prompt, arguments.infill)
+    adapted = DiffusionLM.from_pretrained(folders["adapted"])
+    texts = sample(adapted, arguments.prompt, arguments.infill)
     (workdir / "samples.txt").write_text(texts)
-    heading("what it writes")
-    print(texts)
     adapted.save_pretrained(workdir / "export")
-    heading(f"done in {(time.time() - started) / 60:.1f} minutes")
-    for what, path in {"adapted model": workdir / folder("adapted"), "figure": figure,
-                       "samples": workdir / "samples.txt", "Hugging Face export": workdir / "export"}.items():
-        print(f"  {what:<20} {path}")
-    print(f'  sample more          dlm sample --model={workdir / folder("adapted")} --prompt="{arguments.prompt}"')
-
-
-def folder(name: str) -> str:
-    return name.replace(" ", "_")
-
-
-def heading(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+    print(f"\n== samples\n{texts}\n"
+          f"== done in {(time.time() - started) / 60:.1f} minutes\n"
+          f"  adapted model        {folders['adapted']}\n"
+          f"  figure               {workdir / 'quickstart.png'}\n"
+          f"  samples              {workdir / 'samples.txt'}\n"
+          f"  Hugging Face export  {workdir / 'export'}\n"
+          f'  sample more          dlm sample --model={folders["adapted"]} --prompt="{arguments.prompt}"')
 
 
 def plan(arguments: argparse.Namespace) -> "TrainConfig":
-    """The run for this base and corpus, with a budget in proportion, announced before it begins."""
+    """Returns the config for this base and corpus, and prints its budget."""
     from dlm_jax.checkpoints.hf_config import config_from_hf, read_config
     from dlm_jax.checkpoints.hub import locate
     from dlm_jax.training import TrainConfig, count_params, step_seconds
@@ -102,13 +93,13 @@ def plan(arguments: argparse.Namespace) -> "TrainConfig":
             validation=dataclasses.replace(config.validation, every=max(1, steps // 5)))
     print(f"base {arguments.base}: {model.family}, {count_params(model) / 1e6:.1f} million parameters\n"
           f"budget: 2 runs x {config.num_steps} steps x {tokens:,} tokens, about "
-          f"{2 * config.num_steps * seconds / 60:.1f} minutes here ({seconds:.1f} s a step); change it with --minutes\n"
+          f"{2 * config.num_steps * seconds / 60:.1f} minutes here ({seconds:.1f} s per step); change it with --minutes\n"
           f"(the paper adapts GPT-2 with 131 billion tokens; a small budget shows the effect, not the full quality)")
     return config
 
 
 def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> dict[str, float]:
-    """Nats per token on the held-out rows: the parent's exact loss, and bounds before and after."""
+    """Returns nats per token on the held-out rows: the parent's exact loss, and bounds before and after."""
     import numpy as np
 
     from dlm_jax.data.corpus import load_rows
@@ -131,7 +122,8 @@ def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> 
 
 
 def report(results: dict[str, float]) -> None:
-    """The table, and by how much adaptation wins."""
+    """Prints the table, and by how much adaptation wins."""
+    print("\n== held-out text", flush=True)
     print("  nats per token (bound for diffusion models; lower is better)   perplexity")
     for name, nats in results.items():
         print(f"  {name:<24} {nats:8.3f} {' ' * 30} {math.exp(nats):10.1f}")
@@ -140,9 +132,9 @@ def report(results: dict[str, float]) -> None:
           f"  the adapted model does NOT beat random weights at this budget (by {margin:.3f} nats per token)")
 
 
-def draw(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str, float],
+def plot(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str, float],
          path: pathlib.Path) -> None:
-    """Training loss and held-out bound of both runs against tokens seen."""
+    """Plots training loss and held-out bound of both runs over the tokens seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,12 +143,12 @@ def draw(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str
     from dlm_jax.training import read_records
 
     per_step = config.data.batch_size * config.data.length / 1e6
-    colours = dict(zip(runs, ("#1b6ca8", "#8d96a3"), strict=True))
+    colors = dict(zip(runs, ("#1b6ca8", "#8d96a3"), strict=True))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True, sharey=True)
     for name, workdir in runs.items():
         for axes, kind in ((left, "train"), (right, "validation")):
             records = read_records(workdir, kind)
-            axes.plot([r["step"] * per_step for r in records], [r["bound"] for r in records], color=colours[name],
+            axes.plot([r["step"] * per_step for r in records], [r["bound"] for r in records], color=colors[name],
                       label=name, marker="o" if kind == "validation" else None, markersize=4)
     right.axhline(results["the AR parent, exact"], color="black", linestyle="--", linewidth=1, label="AR parent, exact")
     left.set(title="training loss", xlabel="tokens seen (millions)", ylabel="bound, nats per token")
@@ -168,13 +160,13 @@ def draw(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str
     plt.close(figure)
 
 
-def write(lm: "DiffusionLM", prompt: str, gap: str) -> str:
-    """Samples without a prompt, from a prefix and into a gap."""
+def sample(lm: "DiffusionLM", prompt: str, infill: str) -> str:
+    """Samples without a prompt, after a prefix and into a gap."""
     settings = {"num_steps": 96, "policy": "confidence", "temperature": 1.0}
     length = min(96, lm.config.max_length - 32)
     sections = {
         "unconditional": lm.generate("", max_new_tokens=length, **settings)[0],
-        f"from the prefix {prompt!r}": lm.generate(prompt, max_new_tokens=length, **settings)[0],
-        f"into the gap of {gap!r}": lm.infill(gap, **settings)[0],
+        f"after the prefix {prompt!r}": lm.generate(prompt, max_new_tokens=length, **settings)[0],
+        f"into the gap of {infill!r}": lm.infill(infill, **settings)[0],
     }
     return "\n\n".join(f"[{title}]\n{text.strip()}" for title, text in sections.items()) + "\n"
