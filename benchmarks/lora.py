@@ -1,5 +1,5 @@
 """A training step with LoRA, beside bases in several types, and the full step of the same model, in turns; what each
-holds, and what quantising the base does to the loss.
+holds, and what quantizing the base does to the loss.
 
     python benchmarks/lora.py                                                       a small LLaMA, float32: a CPU
     python benchmarks/lora.py --hidden=2048 --layers=16 --batch_size=8 --length=1024 --dtype=bfloat16       a GPU
@@ -32,11 +32,11 @@ from dlm_jax.models import (
     Transformer,
     add_dora_magnitudes,
     base_shapes,
-    freeze,
-    new_factors,
-    split_trained,
+    freeze_base,
+    init_lora_factors,
+    split_trainable,
 )
-from dlm_jax.models.lora import QUANTISED
+from dlm_jax.models.lora import QUANTIZED
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import create_state, make_train_step
@@ -53,12 +53,12 @@ def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[Callable
     compute, mesh = Compute(args.dtype, args.remat), make_mesh(MeshConfig(), jax.devices()[:1])
     graphdef, shapes = base_shapes(config, compute, "float32", lora)
     base = nnx.state(nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))())
-    states = [freeze(((path, shape.replace(x[...].astype(shape.dtype))) for (path, x), (_, shape) in
+    states = [freeze_base(((path, shape.replace(x[...].astype(shape.dtype))) for (path, x), (_, shape) in
                       zip(nnx.to_flat_state(base), nnx.to_flat_state(shapes), strict=True)), lora)[0]]
     if lora is not None:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        states.append(new_factors(config, lora, 0, "float32", place))
-    graphdef, params, frozen = split_trained(add_dora_magnitudes(nnx.merge(graphdef, *states)))
+        states.append(init_lora_factors(config, lora, 0, "float32", place))
+    graphdef, params, frozen = split_trainable(add_dora_magnitudes(nnx.merge(graphdef, *states)))
     settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     rule = make_optimizer(settings, 10**6)
     state = create_state(params, rule, False, mesh, frozen=frozen)
@@ -110,7 +110,7 @@ def main() -> None:
     lora = LoRAConfig(rank=args.rank, alpha=2.0 * args.rank)
     variants = {"full": None, "lora": lora, "lora, whole embedding": dataclasses.replace(lora, embedding=True),
                 "lora, dora": dataclasses.replace(lora, dora=True),
-                **{f"lora, {kind}": dataclasses.replace(lora, frozen_dtype=kind) for kind in QUANTISED}}
+                **{f"lora, {kind}": dataclasses.replace(lora, frozen_dtype=kind) for kind in QUANTIZED}}
     steps = {name: step_of(args, one) for name, one in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(args.steps + 1):
@@ -129,7 +129,7 @@ def main() -> None:
               + "  ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in held.items()))
     six = dataclasses.replace(lora, rank=1, targets=("q", "k", "v", "out", "up", "down"))  # new: it changes nothing
     losses = {kind: held_out_loss(dataclasses.replace(six, frozen_dtype=kind))
-              for kind in ("float32", "bfloat16", *QUANTISED)}
+              for kind in ("float32", "bfloat16", *QUANTIZED)}
     print("held-out loss  " + "  ".join(f"{kind} {loss:.5f}" for kind, loss in losses.items()))
     device = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = RESULTS / f"lora-{device}.json"

@@ -91,7 +91,7 @@ def main() -> None:
         for dtype in ("float32", "bfloat16"):
             for name, loss in (("full logits", full_loss_sums), ("fused", loss_sums)):
                 lowered = (lower_loss(config, mesh, dtype, loss) if program == "loss" else
-                           lower_step(config, mesh, dtype, loss, "flash_tpu" if tpu else "dense"))
+                           lower_step(config, mesh, dtype, loss, "tpu" if tpu else "xla"))
                 try:
                     memory = lowered.compile().memory_analysis()
                 except jax.errors.JaxRuntimeError as error:  # it does not fit, and XLA says by how much

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 PARTS = {"layers.py": "blocks", "transformer.py": "the scan's slices and stacks, embedding",
-         "dense.py": "attention", "hashing.py": "dropout", "fused.py": "loss and head", "head_loss.py": "loss and head",
+         "xla.py": "attention", "hashing.py": "dropout", "fused.py": "loss and head", "head_loss.py": "loss and head",
          "loss.py": "loss and head", "step.py": "AdamW"}
 SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--context", type=int, default=1)
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
-    parser.add_argument("--attention", default="flash_tpu", choices=("flash_tpu", "dense"))
+    parser.add_argument("--attention", default="tpu", choices=("tpu", "xla"))
     parser.add_argument("--anneal", type=int, default=1, help="1: attention is being annealed; 0: bidirectional")
     args = parser.parse_args()
     found = plan(args)

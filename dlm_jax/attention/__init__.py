@@ -6,8 +6,8 @@ from dlm_jax.attention.backend import BACKENDS, AttentionSpec, Choice, choose_ba
 from dlm_jax.attention.cudnn import cudnn_attention, cudnn_block_attention
 from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.attention.partition import Partition
-from dlm_jax.attention.tpu_ring import sharded_attention_tpu
-from dlm_jax.attention.xla import dense_attention, dense_block_attention
+from dlm_jax.attention.tpu_ring import tpu_ring_attention
+from dlm_jax.attention.xla import xla_attention, xla_block_attention
 
 __all__ = ["BACKENDS", "AttentionMask", "Blocks", "Choice", "Partition", "AttentionSpec", "attend", "choose_backend"]
 
@@ -15,7 +15,7 @@ __all__ = ["BACKENDS", "AttentionMask", "Blocks", "Choice", "Partition", "Attent
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, backend: str = "auto",
            partition: Partition | None = None, dropout_rate: float = 0.0,
            dropout_seeds: jax.Array | None = None) -> jax.Array:
-    """Attention by a backend; shapes as in `dense_attention`.
+    """Attention by a backend; shapes as in `xla_attention`.
 
     Args:
       backend: "auto" chooses by the platform, and among what can do this work: see `choose_backend`.
@@ -30,8 +30,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
     blocks = mask.kind == "block_diffusion"
     if backend == "cudnn":
         return (cudnn_block_attention if blocks else cudnn_attention)(query, key, value, mask, partition=partition)
-    if backend == "flash_tpu":
-        return sharded_attention_tpu(query, key, value, mask, partition=partition, dropout_rate=dropout_rate,
+    if backend == "tpu":
+        return tpu_ring_attention(query, key, value, mask, partition=partition, dropout_rate=dropout_rate,
                                      dropout_seeds=dropout_seeds)
-    dense = dense_block_attention if blocks else dense_attention
+    dense = xla_block_attention if blocks else xla_attention
     return dense(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds)

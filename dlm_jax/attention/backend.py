@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from dlm_jax.errors import ConfigError
 
-BACKENDS = ("dense", "flash_tpu", "cudnn")
-_FASTEST = {"tpu": "flash_tpu", "gpu": "cudnn"}
+BACKENDS = ("xla", "tpu", "cudnn")
+_RENAMED = {"dense": "xla", "flash_tpu": "tpu"}
+_FASTEST = {"tpu": "tpu", "gpu": "cudnn"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +49,21 @@ def choose_backend(name: str, work: AttentionSpec, platform: str | None = None,
     """
     if name == "auto":
         platform = platform or jax.default_backend()
-        name = _FASTEST.get(platform, "dense")
+        name = _FASTEST.get(platform, "xla")
         obstacle = _obstacle(name, work, platform, capability)
-        return Choice("dense", f"{name} {obstacle.what}") if obstacle else Choice(name)
+        return Choice("xla", f"{name} {obstacle.what}") if obstacle else Choice(name)
+    if name in _RENAMED:
+        raise ConfigError(f"the attention backend {name!r} is now called {_RENAMED[name]!r}")
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(BACKENDS)}")
     if obstacle := _obstacle(name, work, platform, capability):
         remedy = f", or {obstacle.remedy}" if obstacle.remedy else ""
-        raise ConfigError(f"the attention backend {name} {obstacle.what}; set model.attention=dense{remedy}")
+        raise ConfigError(f"the attention backend {name} {obstacle.what}; set model.attention=xla{remedy}")
     return Choice(name)
 
 
 def _obstacle(name: str, work: AttentionSpec, platform: str | None, capability: tuple[int, ...] | None) -> _Unsupported | None:
-    if name == "flash_tpu":
+    if name == "tpu":
         if platform not in (None, "tpu"):
             return _Unsupported(f"needs a TPU, and these devices are {platform}")
         return _Unsupported("evaluates masks by rule, and this one is an explicit matrix") if work.matrix else None

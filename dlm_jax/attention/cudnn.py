@@ -48,7 +48,7 @@ def cudnn_arguments(mask: AttentionMask, batch: int, q_len: int, k_len: int, *, 
 
 def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
                     partition: Partition | None = None, implementation: str = "cudnn") -> jax.Array:
-    """`dense_attention` without dropout, but for a query that sees nothing, which gives anything finite here.
+    """`xla_attention` without dropout, but for a query that sees nothing, which gives anything finite here.
 
     Lengths are at least 1. Queries at or past them see what precedes them, as everywhere, and mean nothing.
 
@@ -152,7 +152,7 @@ def pieces(mask: AttentionMask) -> Iterator[KeyRange]:
     text, size = mask.text_length, mask.block_size
     length = -(-max(text // _PIECES, _SHORTEST) // size) * size
     noised = mask.views * text
-    for first in range(0, noised + mask.block_bidirectional_clean * text, text):
+    for first in range(0, noised + mask.bidirectional_clean * text, text):
         for start in range(0, text, length):
             stop = min(start + length, text)
             own, before = slice(first + start, first + stop), slice(noised, noised + (stop - 1) // size * size)
@@ -173,7 +173,7 @@ def cudnn_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, ma
         seen = mask.allowed(at[own], _parts(at, keys, axis=0))
         outputs.append(attend_by(Arguments(mask=seen[:, None]), query[:, own], _parts(key, keys, axis=1),
                                  _parts(value, keys, axis=1), **how))
-    if not mask.block_bidirectional_clean:
+    if not mask.bidirectional_clean:
         text = slice(mask.views * mask.text_length, None)
         causal = AttentionMask.causal().with_window(mask.window)
         if mask.segment_ids is not None:

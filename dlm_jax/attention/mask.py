@@ -31,7 +31,7 @@ class MaskSpec:
     """The part of an `AttentionMask` that is known when a program is compiled.
 
     Of the kind `block_diffusion`, which is of several copies of a text one after another, `text_length` is that of one
-    copy and `views` how many are noised; a clean one follows them, causal or with `block_bidirectional_clean` in whole blocks.
+    copy and `views` how many are noised; a clean one follows them, causal or with `bidirectional_clean` in whole blocks.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class MaskSpec:
     lengths: bool = False
     text_length: int = 0
     views: int = 0
-    block_bidirectional_clean: bool = False
+    bidirectional_clean: bool = False
 
     def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of indices of several copies: which copy each lies in, and where in its text."""
@@ -70,7 +70,7 @@ class MaskSpec:
                 # the TPU's compiler refuses that of whole tiles.)
                 count = -(-self.text_length // self.block_size)
                 allowed = (q_copy * count + q_block == k_copy * count + k_block) & ~k_clean
-                before = k_block <= q_block if self.block_bidirectional_clean else k <= q
+                before = k_block <= q_block if self.bidirectional_clean else k <= q
                 allowed |= k_clean & ((~q_clean & (k_block < q_block)) | (q_clean & before))
             case _:
                 raise ValueError(f"unknown attention mask kind {self.kind!r}")
@@ -134,11 +134,11 @@ class MaskSpec:
         q_noised, k_clean = q_first < self.views, k_last == self.views
         meet = (k_block.low <= q_block.high) & (q_block.low <= k_block.high)
         some = (same & q_noised & (k_first < self.views) & meet) | (q_noised & k_clean & (k_block.low < q_block.high))
-        before = k_block.low <= q_block.high if self.block_bidirectional_clean else k.low <= q.high
+        before = k_block.low <= q_block.high if self.bidirectional_clean else k.low <= q.high
         some |= (q_last == self.views) & k_clean & before
         one = q_whole & k_whole
         block = (q_block.low == q_block.high) & (k_block.low == k_block.high) & (q_block.low == k_block.low)
-        before = k_block.high <= q_block.low if self.block_bidirectional_clean else k.high <= q.low
+        before = k_block.high <= q_block.low if self.bidirectional_clean else k.high <= q.low
         every = one & jnp.where(k_clean, jnp.where(q_noised, k_block.high < q_block.low, before),
                                 (q_first == k_first) & block)
         return (some, every), q, k
@@ -161,7 +161,7 @@ class AttentionMask:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     text_length: int = dataclasses.field(default=0, metadata={"static": True})
     views: int = dataclasses.field(default=0, metadata={"static": True})
-    block_bidirectional_clean: bool = dataclasses.field(default=False, metadata={"static": True})
+    bidirectional_clean: bool = dataclasses.field(default=False, metadata={"static": True})
     ratio: jax.Array | None = None
     seed: jax.Array | None = None
     example_index: jax.Array | None = None  # uint32 [batch]
@@ -206,18 +206,18 @@ class AttentionMask:
                    causal_before=None if causal_before is None else jnp.asarray(causal_before, jnp.int32))
 
     @classmethod
-    def block_diffusion(cls, block_size: int, text_length: int, views: int = 1, *, block_bidirectional_clean: bool = False) -> Self:
+    def block_diffusion(cls, block_size: int, text_length: int, views: int = 1, *, bidirectional_clean: bool = False) -> Self:
         """Of `views` noised copies of a text and a clean one behind them, each of `text_length` positions.
 
         A noised block of `block_size` positions sees itself whole and the clean copy of every earlier block (block
         diffusion, arXiv 2503.09573). The clean copy sees itself as the AR parent would, causally (NBDiff's, arXiv
-        2512.06776), or with `block_bidirectional_clean` also each block whole (block diffusion's own). Blocks are counted from the
+        2512.06776), or with `bidirectional_clean` also each block whole (block diffusion's own). Blocks are counted from the
         beginning of the text; the last may be shorter.
         """
         if block_size < 1:
             raise ConfigError(f"block_size must be at least 1, got {block_size}")
         return cls(kind="block_diffusion", block_size=block_size, text_length=text_length, views=views,
-                   block_bidirectional_clean=block_bidirectional_clean)
+                   bidirectional_clean=bidirectional_clean)
 
     @classmethod
     def matrix(cls, allowed: jax.Array) -> Self:
@@ -247,7 +247,7 @@ class AttentionMask:
     def spec(self) -> MaskSpec:
         """What of this mask is known when a program is compiled."""
         return MaskSpec(self.kind, self.block_size, self.window, self.segment_ids is not None, self.lengths is not None,
-                    self.text_length, self.views, self.block_bidirectional_clean)
+                    self.text_length, self.views, self.bidirectional_clean)
 
     def params(self) -> MaskParams:
         """What the rule needs to know of each example, each int32 or uint32 [batch or 1]."""

@@ -110,7 +110,7 @@ class Tile:
         return jnp.where(allowed, scores, _FORBIDDEN)
 
     def dropout(self, x: jax.Array) -> jax.Array:
-        """Zeroes what the dense backend's dropout zeroes of `x` [block_k, block_q], and makes up for it in the rest."""
+        """Zeroes what the xla backend's dropout zeroes of `x` [block_k, block_q], and makes up for it in the rest."""
         rate = self.plan.dropout_rate
         if rate == 0.0:
             return x
@@ -253,12 +253,12 @@ def _key_value_kernel(plan: Plan, scalars: Scalars, tensors: Tensors, gradient: 
 _LANES = 128
 
 
-def flash_attention_tpu(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
+def tpu_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
                         dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None,
                         query_offset: jax.Array | int = 0, key_offset: jax.Array | int = 0,
                         kv_head_offset: jax.Array | int = 0, return_residuals: bool = False, block_q: int = 512,
                         block_k: int = 512, interpret: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """`dense_attention`, but for a query that sees nothing, which gives 0 here and the mean of the values there.
+    """`xla_attention`, but for a query that sees nothing, which gives 0 here and the mean of the values there.
 
     The arrays may be a shard of the sequence or of the heads: the offsets say where it starts. The mask, its segments
     and its lengths are those of the whole sequence. Parts over several shards of keys merge by their logsumexps.
@@ -281,7 +281,7 @@ def flash_attention_tpu(query: jax.Array, key: jax.Array, value: jax.Array, mask
     return (out, logsumexp[:, :, 0, :query.shape[1]]) if return_residuals else out
 
 
-def flash_attention_tpu_gradients(
+def tpu_attention_gradients(
         query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, out: jax.Array, logsumexp: jax.Array,
         d_out: jax.Array, *, dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None,
         query_offset: jax.Array | int = 0, key_offset: jax.Array | int = 0, kv_head_offset: jax.Array | int = 0,
@@ -290,7 +290,7 @@ def flash_attention_tpu_gradients(
 
     Args:
       out: [batch, Q, heads, head_dim] and logsumexp float32 [batch, heads, Q], over all shards of the keys.
-      d_out: the gradient of `out`. The other arguments are those of `flash_attention_tpu`.
+      d_out: the gradient of `out`. The other arguments are those of `tpu_attention`.
     """
     plan, scalars, tensors = _prepare(query, key, value, mask, dropout_rate, dropout_seeds, query_offset, key_offset,
                                       kv_head_offset, block_q, block_k, interpret)
@@ -306,9 +306,9 @@ def _prepare(query: jax.Array, key: jax.Array, value: jax.Array, mask: Attention
              dropout_seeds: jax.Array | None, query_offset: jax.Array | int, key_offset: jax.Array | int,
              kv_head_offset: jax.Array | int, block_q: int, block_k: int,
              interpret: bool) -> tuple[Plan, Scalars, Tensors]:
-    """From the arguments of `flash_attention_tpu` to what the kernels take."""
+    """From the arguments of `tpu_attention` to what the kernels take."""
     if mask.kind == "matrix":
-        raise ConfigError("the TPU flash kernel evaluates masks by rule: use the dense backend for an explicit matrix")
+        raise ConfigError("the TPU flash kernel evaluates masks by rule: use the xla backend for an explicit matrix")
     if not interpret and (block_q % _LANES or block_k % _LANES):
         raise ConfigError(f"tiles on a TPU are multiples of {_LANES}, got block_q={block_q} and block_k={block_k}")
     batch, q_len, heads, head_dim = query.shape

@@ -9,21 +9,21 @@ from jax.sharding import PartitionSpec
 
 from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.attention.partition import Partition, is_split, over_shards
-from dlm_jax.attention.tpu import flash_attention_tpu, flash_attention_tpu_gradients
+from dlm_jax.attention.tpu import tpu_attention, tpu_attention_gradients
 
 
-def sharded_attention_tpu(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
+def tpu_ring_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
                           partition: Partition | None = None, dropout_rate: float = 0.0,
                           dropout_seeds: jax.Array | None = None, **tuning) -> jax.Array:
-    """`flash_attention_tpu` on arrays that are split over the mesh in use (`jax.set_mesh`).
+    """`tpu_attention` on arrays that are split over the mesh in use (`jax.set_mesh`).
 
     Args:
       query, key, value: global arrays [batch, length, heads or kv_heads, head_dim].
       partition: how they are split; None: they are not.
-      tuning: block sizes and `interpret`, as for `flash_attention_tpu`.
+      tuning: block sizes and `interpret`, as for `tpu_attention`.
     """
     if not is_split(partition):
-        return flash_attention_tpu(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds,
+        return tpu_attention(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds,
                                    **tuning)
     rows = PartitionSpec(partition.batch)
     # Whatever a mask or dropout knows of each example is split as the batch is; a row of segments stays whole.
@@ -77,7 +77,7 @@ def _forward(ring: Ring, query: jax.Array, key: jax.Array, value: jax.Array, mas
     key_here, value_here = key, value
     for hop in range(ring.size):
         options = ring.options(dropout_seeds, kv_head_offset, query, key, hop)
-        part, part_logsumexp = flash_attention_tpu(query, key_here, value_here, mask, return_residuals=True, **options)
+        part, part_logsumexp = tpu_attention(query, key_here, value_here, mask, return_residuals=True, **options)
         out, logsumexp = (part, part_logsumexp) if hop == 0 else _merge(out, logsumexp, part, part_logsumexp)
         if hop + 1 < ring.size:
             key_here, value_here = ring.travel(key_here, value_here)
@@ -98,7 +98,7 @@ def _backward(ring: Ring, saved, d_out: jax.Array):
     def visit(carry: tuple, hop: jax.Array) -> tuple[tuple, None]:
         key, value, sums = carry
         options = ring.options(dropout_seeds, kv_head_offset, query, key, hop)
-        parts = flash_attention_tpu_gradients(query, key, value, mask, out, logsumexp, d_out, **options)
+        parts = tpu_attention_gradients(query, key, value, mask, out, logsumexp, d_out, **options)
         sums = tuple(total + part.astype(jnp.float32) for total, part in zip(sums, parts, strict=True))
         if ring.size > 1:  # the gradients travel with their keys, and after the last hop are home
             key, value, by_key, by_value = ring.travel(key, value, *sums[1:])

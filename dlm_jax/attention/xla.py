@@ -9,7 +9,7 @@ from dlm_jax.random import dropout
 FORBIDDEN = -1e30  # finite, so that a query that may see nothing gives a mean of values and not NaN
 
 
-def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
+def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
                     dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None,
                     query_positions: jax.Array | None = None) -> jax.Array:
     """Softmax attention with grouped queries; softmax in float32.
@@ -56,9 +56,9 @@ def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: At
 # is two squares and a diagonal of blocks, whose scores share one softmax.
 
 
-def dense_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
+def xla_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
                           dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None) -> jax.Array:
-    """`dense_attention` of a mask made by `AttentionMask.block_diffusion`; arguments as there.
+    """`xla_attention` of a mask made by `AttentionMask.block_diffusion`; arguments as there.
 
     Args:
       query, key, value: [batch, copies x text, heads or kv_heads, head_dim].

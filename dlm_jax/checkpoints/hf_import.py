@@ -39,8 +39,8 @@ from dlm_jax.models import (
     add_lora,
     base_shapes,
     fingerprint,
-    freeze,
-    new_factors,
+    freeze_base,
+    init_lora_factors,
 )
 from dlm_jax.storage import read_metadata
 
@@ -219,12 +219,12 @@ def load_pretrained(path_or_hub_id: str | Path, *, mask_token: str | int | None 
     places = jax.tree.leaves(shardings(config)) if shardings else [SingleDeviceSharding(jax.local_devices()[0])] * count
     if init == "pretrained":
         read = stream_parameters(tensors, config, shapes, places, mask_token_id if is_new else None)
-        params, merged_adapters = freeze(read, beside)
+        params, merged_adapters = freeze_base(read, beside)
     else:
         initialise = jax.jit(_initialise, static_argnums=(1, 2, 3), out_shardings=places)
         params = jax.tree.unflatten(jax.tree.structure(shapes), initialise(seed, config, compute, param_dtype))
         merged_adapters = ()
-    factors = nnx.State({}) if beside is None else new_factors(config, beside, seed, param_dtype, whole(places[0]))
+    factors = nnx.State({}) if beside is None else init_lora_factors(config, beside, seed, param_dtype, whole(places[0]))
     diffusion = DiffusionSpec(mask_token_id, recorded_shift(hf_config), recorded_blocks(hf_config))
     return Pretrained(add_dora_magnitudes(nnx.merge(graphdef, params, factors)), tokenizer, diffusion, hf_config,
                       str(path_or_hub_id), read_metadata(directory).get("recipe"), merged_adapters=merged_adapters)

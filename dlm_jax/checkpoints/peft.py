@@ -24,8 +24,8 @@ from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.hf_config import record_of
 from dlm_jax.checkpoints.hf_tensors import read_tensors, write_safetensors
 from dlm_jax.errors import CheckpointError
-from dlm_jax.models import ModelConfig, Transformer, abstract_model, add_product, kernel_norms
-from dlm_jax.models.lora import dequantize
+from dlm_jax.models import ModelConfig, Transformer, abstract_model, merge_kernel, kernel_norms
+from dlm_jax.models.lora import full_kernel
 from dlm_jax.parallel import to_host
 from dlm_jax.storage import METADATA_FILE, atomic_directory, read_json, read_metadata, write_json
 
@@ -170,7 +170,7 @@ def _with_products(adapter: Adapter, source: str, model: Transformer, factors: d
                 for layer, pair in enumerate(pairs):
                     if pair:
                         magnitude = magnitude.at[layer].set(pair[2].reshape(outputs))
-            flat[path] = flat[path].replace(add_product(kernel, a, b, 1.0, param_dtype, magnitude))
+            flat[path] = flat[path].replace(merge_kernel(kernel, a, b, 1.0, param_dtype, magnitude))
     if unused:
         raise _for_another(adapter, source, f"it has factors for {min(unused)}, which this base does not have")
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
@@ -346,7 +346,7 @@ def _magnitudes(model: Transformer, flat: Mapping[tuple, nnx.Variable],
             linear = next(path for path in flat if path[-2:] == (name, "kernel"))[:-1]
             found = flat.get((*linear, "factors", "magnitude"))
             if found is None:
-                kernel = dequantize(flat[*linear, "kernel"], flat.get((*linear, "kernel_scale")))
+                kernel = full_kernel(flat[*linear, "kernel"], flat.get((*linear, "kernel_scale")))
                 norms = kernel_norms(kernel, kernel.ndim - 1)
             value = to_host(norms if found is None else found[...]).astype(np.float32)
             parts.setdefault(key.name, []).append(value.reshape(len(value), -1))

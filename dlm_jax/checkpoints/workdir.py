@@ -41,12 +41,12 @@ from dlm_jax.models import (
     add_dora_magnitudes,
     add_lora,
     base_shapes,
-    combined,
+    combine_fingerprints,
     fingerprint,
-    freeze,
+    freeze_base,
     merge_lora,
-    new_factors,
-    split_trained,
+    init_lora_factors,
+    split_trainable,
 )
 from dlm_jax.storage import ensure_accessible, is_remote, local_copy, upload, write_json
 
@@ -92,13 +92,13 @@ class Adapter:
 
 
 def base_fingerprint(frozen: nnx.State, merged_adapters: tuple[str, ...]) -> str:
-    """Of what is not trained; where adapters were merged into that, or it was quantised, of what it was made from, as
+    """Of what is not trained; where adapters were merged into that, or it was quantized, of what it was made from, as
     that rounds.
 
     Args:
       merged: see `Pretrained`.
     """
-    return combined(*merged_adapters) if merged_adapters else fingerprint(frozen)
+    return combine_fingerprints(*merged_adapters) if merged_adapters else fingerprint(frozen)
 
 
 def write_adapter(workdir: epath.Path, adapter: Adapter | None) -> None:
@@ -181,7 +181,7 @@ def load_workdir(path: epath.PathLike, *, step: int | str | None = None, compute
     beside = None if lora is None else lora(config, False)
     if adapter := read_adapter(directory):
         adapted = load_adapted(directory, adapter, compute, shardings)
-        graphdef, trained, frozen = split_trained(adapted.model)
+        graphdef, trained, frozen = split_trainable(adapted.model)
         adapter.check(frozen, adapted.merged_adapters, directory)
         learned = restore_params(directory, int(at), jax.tree.map(_described, trained))
         model = nnx.merge(graphdef, learned, frozen)
@@ -200,7 +200,7 @@ def load_workdir(path: epath.PathLike, *, step: int | str | None = None, compute
 def _restored(directory: epath.Path, step: int, config: ModelConfig, compute: Compute, dtype: str,
               shardings: Shardings | None, lora: LoRAConfig | None,
               seed: int) -> tuple[Transformer, tuple[str, ...]]:
-    """The parameters of a checkpoint that holds all of them, and new factors beside them if wanted; what `freeze` says
+    """The parameters of a checkpoint that holds all of them, and new factors beside them if wanted; what `freeze_base` says
     of where they come from."""
     graphdef, params = base_shapes(config, compute, dtype, lora)
     if shardings is None:
@@ -209,8 +209,8 @@ def _restored(directory: epath.Path, step: int, config: ModelConfig, compute: Co
         places = jax.tree.leaves(shardings(config))
     layout = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                           params, jax.tree.unflatten(jax.tree.structure(params), places))
-    factors = nnx.State({}) if lora is None else new_factors(config, lora, seed, dtype, whole(places[0]))
-    frozen, merged_adapters = freeze(nnx.to_flat_state(restore_params(directory, step, layout)), lora)
+    factors = nnx.State({}) if lora is None else init_lora_factors(config, lora, seed, dtype, whole(places[0]))
+    frozen, merged_adapters = freeze_base(nnx.to_flat_state(restore_params(directory, step, layout)), lora)
     return add_dora_magnitudes(nnx.merge(graphdef, frozen, factors)), merged_adapters
 
 

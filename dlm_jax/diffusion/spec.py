@@ -40,7 +40,7 @@ class BlockSpec:
     def training_mask(self, text_length: int, views: int = 1) -> AttentionMask:
         """Returns the mask for `views` noisy copies of a text followed by a clean one, `text_length` positions each."""
         return AttentionMask.block_diffusion(self.size, text_length, views,
-                                             block_bidirectional_clean=self._bidirectional)
+                                             bidirectional_clean=self._bidirectional)
 
     def prefill_mask(self) -> AttentionMask:
         """Returns the mask for clean text, up to the end of its last full block."""

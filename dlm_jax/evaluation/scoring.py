@@ -18,7 +18,7 @@ from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import MaskedPrediction, Pair, Score
 from dlm_jax.evaluation.masks import Draw, in_blocks, mask_all
 from dlm_jax.models import Transformer
-from dlm_jax.parallel import array_sharding, batch_parts
+from dlm_jax.parallel import array_sharding, num_batch_shards
 from dlm_jax.sampling import bucket
 
 DrawRule = Callable[[Pair], Draw]
@@ -100,7 +100,7 @@ def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, 
     # Batch mates are alike in their width, one compiled shape, and in how many tokens the head works on.
     passes.sort(key=lambda one: (width[one.pair], one.masked.sum()), reverse=True)
     graphdef, params = nnx.split(model)
-    parts = 1 if mesh is None else batch_parts(mesh)
+    parts = 1 if mesh is None else num_batch_shards(mesh)
     batch_size = -(-batch_size // parts) * parts
     scores = np.zeros(len(pairs))
     waiting: list[tuple[list[_Pass], jax.Array]] = []

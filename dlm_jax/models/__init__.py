@@ -3,16 +3,16 @@
 from dlm_jax.models.adapt import (
     add_dora_magnitudes,
     add_lora,
-    add_product,
+    merge_kernel,
     base_shapes,
-    combined,
+    combine_fingerprints,
     fingerprint,
-    freeze,
+    freeze_base,
     kernel_norms,
     merge_lora,
-    new_factors,
+    init_lora_factors,
     split_lora,
-    split_trained,
+    split_trainable,
 )
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
 from dlm_jax.models.layers import Cache
@@ -20,5 +20,5 @@ from dlm_jax.models.lora import LoRAConfig, LoRAFactor, LoRAParam
 from dlm_jax.models.transformer import Transformer, abstract_model
 
 __all__ = ["Cache", "Compute", "LoRAConfig", "LoRAFactor", "LoRAParam", "ModelConfig", "RopeScaling", "Transformer",
-           "abstract_model", "add_lora", "add_product", "base_shapes", "combined", "fingerprint", "freeze",
-           "kernel_norms", "merge_lora", "new_factors", "split_lora", "split_trained", "add_dora_magnitudes"]
+           "abstract_model", "add_lora", "merge_kernel", "base_shapes", "combine_fingerprints", "fingerprint", "freeze_base",
+           "kernel_norms", "merge_lora", "init_lora_factors", "split_lora", "split_trainable", "add_dora_magnitudes"]

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.lora import LoRAConfig, LoRAFactor, LoRAParam, dequantize, output_norms, quantised
+from dlm_jax.models.lora import LoRAConfig, LoRAFactor, LoRAParam, full_kernel, output_norms, quantize_kernel
 from dlm_jax.models.transformer import Transformer, abstract_model
 from dlm_jax.random import counter_hash
 
@@ -23,7 +23,7 @@ def split_lora(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return graphdef, stored, factors
 
 
-def split_trained(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """The graph, what training changes, and what it does not: without LoRA everything and nothing."""
     if model.lora is None:
         graphdef, params = nnx.split(model)
@@ -33,33 +33,33 @@ def split_trained(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.Stat
 
 def base_shapes(config: ModelConfig, compute: Compute, param_dtype: str,
                 lora: LoRAConfig | None) -> tuple[nnx.GraphDef, nnx.State]:
-    """The graph of a model, and the parameters of its base: in the base's order, in the types that `freeze` takes."""
+    """The graph of a model, and the parameters of its base: in the base's order, in the types that `freeze_base` takes."""
     graphdef = nnx.graphdef(abstract_model(config, compute, param_dtype, lora))
     if lora is not None:
         lora = dataclasses.replace(lora, frozen_dtype=lora.read_dtype)
     return graphdef, split_lora(abstract_model(config, compute, param_dtype, lora))[1]
 
 
-def freeze(params: Iterable[tuple[tuple, nnx.Param]],
+def freeze_base(params: Iterable[tuple[tuple, nnx.Param]],
            lora: LoRAConfig | None) -> tuple[nnx.State, tuple[str, ...]]:
     """A base's parameters, which may come one by one from a disk, as the model stores them.
 
     Returns:
-      the parameters, and where they were quantised the fingerprint of what came: how codes round depends on the device.
+      the parameters, and where they were quantized the fingerprint of what came: how codes round depends on the device.
     """
-    if lora is None or not lora.quantised:
+    if lora is None or not lora.quantized:
         return nnx.from_flat_state(list(params)), ()
     stored, checksums = [], {}
     for path, param in params:
         checksums[path] = checksum(param[...])
         if path[0] == "blocks" and path[-1] == "kernel":
-            param, scale = quantised(param, lora.frozen_dtype)
+            param, scale = quantize_kernel(param, lora.frozen_dtype)
             stored.append(((*path[:-1], "kernel_scale"), scale))
         stored.append((path, param))
     return nnx.from_flat_state(stored), (of_checksums(checksums),)
 
 
-def new_factors(config: ModelConfig, lora: LoRAConfig, seed: int, param_dtype: str, sharding: Sharding) -> nnx.State:
+def init_lora_factors(config: ModelConfig, lora: LoRAConfig, seed: int, param_dtype: str, sharding: Sharding) -> nnx.State:
     """The factors before the first step, from `seed` alone; of the rest nothing is computed."""
     lora = dataclasses.replace(lora, frozen_dtype="float32")  # nothing to be traced, and one program for all types
     shapes = split_lora(abstract_model(config, Compute(), param_dtype, lora))[2]
@@ -87,8 +87,8 @@ def add_lora(model: Transformer, lora: LoRAConfig, seed: int, param_dtype: str, 
     graphdef, shapes = base_shapes(model.config, model.compute, param_dtype, lora)
     params = ((path, shape.replace(value[...].astype(shape.dtype))) for (path, shape), (_, value) in
               zip(nnx.to_flat_state(shapes), nnx.to_flat_state(nnx.state(model)), strict=True))
-    return add_dora_magnitudes(nnx.merge(graphdef, freeze(params, lora)[0],
-                                     new_factors(model.config, lora, seed, param_dtype, sharding)))
+    return add_dora_magnitudes(nnx.merge(graphdef, freeze_base(params, lora)[0],
+                                     init_lora_factors(model.config, lora, seed, param_dtype, sharding)))
 
 
 def add_dora_magnitudes(model: Transformer) -> Transformer:
@@ -97,7 +97,7 @@ def add_dora_magnitudes(model: Transformer) -> Transformer:
     flat = dict(nnx.to_flat_state(state))
     for path, param in flat.items():
         if path[-1] == "magnitude":
-            kernel = dequantize(flat[*path[:-2], "kernel"], flat.get((*path[:-2], "kernel_scale")))
+            kernel = full_kernel(flat[*path[:-2], "kernel"], flat.get((*path[:-2], "kernel_scale")))
             norms = kernel_norms(kernel, param.ndim).astype(param.dtype)
             flat[path] = param.replace(jax.device_put(norms, param[...].sharding))
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
@@ -117,17 +117,17 @@ def merge_lora(model: Transformer, param_dtype: str) -> Transformer:
     for path, shape in nnx.to_flat_state(shapes):
         value = flat[path][...]
         if path[0] == "blocks" and path[-1] == "kernel":
-            value = dequantize(flat[path], flat.get((*path[:-1], "kernel_scale")))
+            value = full_kernel(flat[path], flat.get((*path[:-1], "kernel_scale")))
             a, b, magnitude = (flat.get((*path[:-1], "factors", name)) for name in ("a", "b", "magnitude"))
             if a is not None:
-                value = add_product(value, a[...], b[...], model.lora.scale, param_dtype,
+                value = merge_kernel(value, a[...], b[...], model.lora.scale, param_dtype,
                                     None if magnitude is None else magnitude[...])
         merged.append((path, shape.replace(value.astype(param_dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(merged))
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "dtype"))
-def add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: str,
+def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: str,
                 magnitude: jax.Array | None = None) -> jax.Array:
     """kernel + scale x a b, summed a layer at a time in float32, in `dtype`.
 
@@ -157,10 +157,10 @@ def fingerprint(params: nnx.State) -> str:
 def of_checksums(checksums: Mapping[tuple, jax.Array]) -> str:
     """The fingerprint of parameters by the `checksum` of each."""
     sums = {".".join(map(str, path)): int(checksum) for path, checksum in checksums.items()}
-    return combined(json.dumps(sums, sort_keys=True))
+    return combine_fingerprints(json.dumps(sums, sort_keys=True))
 
 
-def combined(*parts: str) -> str:
+def combine_fingerprints(*parts: str) -> str:
     """16 hexadecimal digits that depend on all parts."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask, attend
-from dlm_jax.attention.xla import dense_attention
+from dlm_jax.attention.xla import xla_attention
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
 from dlm_jax.models.lora import (
     LoRAConfig,
@@ -18,8 +18,8 @@ from dlm_jax.models.lora import (
     LoRAParams,
     dense,
     dense_quantized,
-    dequantize,
-    quantised,
+    full_kernel,
+    quantize_kernel,
 )
 from dlm_jax.random import dropout
 
@@ -154,7 +154,7 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """Contracts the last `num_inputs` dimensions of the input with a kernel [layers, *inputs, *outputs].
 
-    Where LoRA targets the projection by its `name`, factors stand beside the kernel. A kernel that is quantised is
+    Where LoRA targets the projection by its `name`, factors stand beside the kernel. A kernel that is quantized is
     codes, with scales beside it.
     """
 
@@ -163,8 +163,8 @@ class Linear(nnx.Module):
         self.num_inputs, self.remat = len(inputs), init.remat
         shape, lora = (num_layers, *inputs, *outputs), init.lora
         kernel = init.normal(shape, ("layers", *axes), stddev)
-        codes = lora is not None and lora.quantised
-        self.kernel, self.kernel_scale = quantised(kernel, lora.frozen_dtype) if codes else (kernel, None)
+        codes = lora is not None and lora.quantized
+        self.kernel, self.kernel_scale = quantize_kernel(kernel, lora.frozen_dtype) if codes else (kernel, None)
         targeted = lora is not None and name in lora.targets
         self.factors = LoRAParams(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
         # A bias along the residual stream stays whole on every device: it is added where the stream is.
@@ -180,7 +180,7 @@ class Linear(nnx.Module):
         if self.factors is not None:
             y += self.factors(x, seeds)
             if self.factors.magnitude is not None:
-                y = self.factors.apply_dora_scale(y, dequantize(self.kernel, self.kernel_scale))
+                y = self.factors.apply_dora_scale(y, full_kernel(self.kernel, self.kernel_scale))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -210,7 +210,7 @@ class Attention(nnx.Module):
             query, key = rotate(query, cos_sin), rotate(key, cos_sin)
         if memory is not None:
             cache = memory.cache.write(memory.layer, memory.positions, key, value)
-            seen = dense_attention(query, *cache.read(memory.layer), mask, query_positions=memory.positions)
+            seen = xla_attention(query, *cache.read(memory.layer), mask, query_positions=memory.positions)
             return self.out(seen, factor_seeds), cache
         seen = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
                       dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dlm_jax.models.layers import Initializer
 
 
-QUANTISED = ("int8", "nf4")
+QUANTIZED = ("int8", "nf4")
 TARGETS = ("q", "k", "v", "out", "gate", "up", "down")  # the projections of a block
 
 
@@ -43,7 +43,7 @@ class LoRAConfig:
       targets: projections that get factors, of TARGETS.
       dora: whether the norm of each output's column is learned too.
       embedding, head: whether the whole table is trained; a tied head is the embedding.
-      frozen_dtype: type in which matrices that are not trained are stored; QUANTISED are those of the blocks alone,
+      frozen_dtype: type in which matrices that are not trained are stored; QUANTIZED are those of the blocks alone,
         beside tables in bfloat16.
     """
 
@@ -66,9 +66,9 @@ class LoRAConfig:
         if unknown or not self.targets:
             raise ConfigError(f"lora.targets {','.join(unknown) or '(none)'} are not projections of this model; choose "
                               f"of {', '.join(TARGETS)}")
-        if self.frozen_dtype not in ("float32", "bfloat16", *QUANTISED):
+        if self.frozen_dtype not in ("float32", "bfloat16", *QUANTIZED):
             raise ConfigError(f"lora.frozen_dtype {self.frozen_dtype!r} is unknown; choose float32, bfloat16, "
-                              f"{' or '.join(QUANTISED)}")
+                              f"{' or '.join(QUANTIZED)}")
 
     @property
     def scale(self) -> float:
@@ -76,14 +76,14 @@ class LoRAConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether kernels that are not trained are stored as codes and scales."""
-        return self.frozen_dtype in QUANTISED
+        return self.frozen_dtype in QUANTIZED
 
     @property
     def read_dtype(self) -> str:
-        """Type of matrices that are not trained before any is quantised; the tables stay in it."""
-        return "bfloat16" if self.quantised else self.frozen_dtype
+        """Type of matrices that are not trained before any is quantized; the tables stay in it."""
+        return "bfloat16" if self.quantized else self.frozen_dtype
 
 
 class LoRAParams(nnx.Module):
@@ -144,22 +144,22 @@ def dense(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
 
 _BLOCK = 64  # of QLoRA's weights
 
-# qwix is imported by whoever quantises, and by nobody else: it is young, and may lag behind a new JAX.
+# qwix is imported by whoever quantizes, and by nobody else: it is young, and may lag behind a new JAX.
 
 
-def quantised(kernel: nnx.Param, kind: str) -> tuple[nnx.Param, nnx.Param]:
+def quantize_kernel(kernel: nnx.Param, kind: str) -> tuple[nnx.Param, nnx.Param]:
     """Codes with the axes of a stacked kernel, uint4 or int8, and its scales, whose axis `embed` counts blocks.
 
     Args:
       kind: `int8` or `nf4`.
     """
-    codes, scales = _quantise(kernel[...], kernel.axes.index("embed"), kind)
+    codes, scales = _quantize(kernel[...], kernel.axes.index("embed"), kind)
     axes = tuple("embed_blocks" if axis == "embed" else axis for axis in kernel.axes)
     return nnx.Param(codes, axes=kernel.axes), nnx.Param(scales, axes=axes)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantise(kernel: jax.Array, axis: int, kind: str) -> tuple[jax.Array, jax.Array]:
+def _quantize(kernel: jax.Array, axis: int, kind: str) -> tuple[jax.Array, jax.Array]:
     import qwix
 
     size = kernel.shape[axis]
@@ -178,21 +178,21 @@ def _quantise(kernel: jax.Array, axis: int, kind: str) -> tuple[jax.Array, jax.A
 
 
 @jax.jit
-def dequantise(codes: jax.Array, scales: jax.Array) -> jax.Array:
+def dequantize(codes: jax.Array, scales: jax.Array) -> jax.Array:
     """The float32 kernel of codes and scales, of one layer or of all."""
     import qwix
 
     kind = {jnp.dtype(jnp.uint4): "nf4", jnp.dtype(jnp.int8): "int8"}[codes.dtype]
     axis = next((d for d in range(codes.ndim) if codes.shape[d] != scales.shape[d]), 0)  # blocks of 1: any will do
     # Vector by vector: qwix flattens what it looks up, which gathers an array that is split, and changes no vector.
-    vector = jnp.vectorize(lambda codes, scales: qwix.dequantize(qwix.QArray(codes, scales, None, kind)),
+    vector = jnp.vectorize(lambda codes, scales: qwix.full_kernel(qwix.QArray(codes, scales, None, kind)),
                            signature="(n),(b)->(n)")
     return jnp.moveaxis(vector(jnp.moveaxis(codes, axis, -1), jnp.moveaxis(scales, axis, -1)), -1, axis)
 
 
-def dequantize(kernel: nnx.Variable, scale: nnx.Variable | None) -> jax.Array:
-    """The kernel as it is, or dequantised where it is codes."""
-    return kernel[...] if scale is None else dequantise(kernel[...], scale[...])
+def full_kernel(kernel: nnx.Variable, scale: nnx.Variable | None) -> jax.Array:
+    """The kernel as it is, or dequantized where it is codes."""
+    return kernel[...] if scale is None else dequantize(kernel[...], scale[...])
 
 
 def dense_quantized(x: jax.Array, codes: jax.Array, scales: jax.Array, num_inputs: int, remat: bool) -> jax.Array:
@@ -204,6 +204,6 @@ def dense_quantized(x: jax.Array, codes: jax.Array, scales: jax.Array, num_input
     """
 
     def product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-        return dense(x, dequantise(codes, scales).astype(x.dtype), num_inputs)
+        return dense(x, dequantize(codes, scales).astype(x.dtype), num_inputs)
 
     return (jax.checkpoint(product, prevent_cse=False) if remat else product)(x, codes, scales)

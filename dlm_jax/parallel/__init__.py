@@ -6,16 +6,16 @@ from dlm_jax.parallel.sharding import (
     ATTENTION_PARTITION,
     RULES,
     array_sharding,
-    batch_parts,
+    num_batch_shards,
     is_param,
     make_global_batch,
     param_shardings,
     shard_batch,
-    spec_of,
+    partition_spec,
     state_shardings,
     to_host,
 )
 
-__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "batch_parts",
+__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "num_batch_shards",
            "describe_mesh", "is_param", "initialize_distributed", "make_mesh", "mesh_sizes", "param_shardings", "make_global_batch",
-           "spec_of", "shard_batch", "state_shardings", "preemption_requested", "to_host", "broadcast_from_process_zero"]
+           "partition_spec", "shard_batch", "state_shardings", "preemption_requested", "to_host", "broadcast_from_process_zero"]

@@ -41,7 +41,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
     """
     devices = devices or jax.devices()
     slices, *sizes = mesh_sizes(config, len(devices))
-    arranged = [_arranged(sizes, part) for part in split_slices(devices, slices)]
+    arranged = [_arranged(sizes, part) for part in group_by_slice(devices, slices)]
     return Mesh(np.stack(arranged), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -72,7 +72,7 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> list[int]:
     return sizes
 
 
-def split_slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
+def group_by_slice(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
     """The devices of each of `count` slices.
 
     Slices of the hardware are taken as they are, or cut up further; devices that know of none (GPUs, CPUs) are cut up

@@ -23,7 +23,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "length": "context",
     "vocab": "tensor",
     "embed": ("fsdp", "context"),  # the parts of a sequence share the storage of parameters too
-    "embed_blocks": ("fsdp", "context"),  # of the scales of a kernel that is quantised
+    "embed_blocks": ("fsdp", "context"),  # of the scales of a kernel that is quantized
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -46,7 +46,7 @@ def is_param(node: object) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def spec_of(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, name: str = "an array") -> PartitionSpec:
+def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, name: str = "an array") -> PartitionSpec:
     """The partition of an array with these logical axes.
 
     Raises:
@@ -76,7 +76,7 @@ def param_shardings(params: nnx.State | nnx.Module, mesh: Mesh) -> nnx.State:
 
     def place(path: tuple, param: nnx.Variable) -> nnx.Variable:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        spec = spec_of(param.axes, param.get_value().shape, mesh, name)
+        spec = partition_spec(param.axes, param.get_value().shape, mesh, name)
         return param.replace(NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, params, is_leaf=is_param)
@@ -97,7 +97,7 @@ def state_shardings(state: object, mesh: Mesh) -> object:
         counts = [_count(RULES[axis], mesh) for axis in node.axes]
         if len(shape) != len(counts) or any(size < count for size, count in zip(shape, counts, strict=True)):
             return node.replace(whole)
-        return node.replace(NamedSharding(mesh, spec_of(node.axes, shape, mesh)))
+        return node.replace(NamedSharding(mesh, partition_spec(node.axes, shape, mesh)))
 
     return jax.tree.map(place, state, is_leaf=is_param)
 
@@ -107,7 +107,7 @@ def array_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(RULES[axis] for axis in axes)))
 
 
-def batch_parts(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """Over how many parts of the mesh a batch is split."""
     return _count(BATCH_AXES, mesh)
 
@@ -131,7 +131,7 @@ def make_global_batch(read: Callable[[slice], object], num_rows: int, mesh: Mesh
         asked only for slices that devices of this process hold.
       num_rows: rows of the global batch.
     """
-    parts = batch_parts(mesh)
+    parts = num_batch_shards(mesh)
     if num_rows % parts:
         raise ConfigError(f"a batch of {num_rows} rows does not divide over the {parts} parts of the mesh axes "
                           f"{' and '.join(BATCH_AXES)}; change the batch size or the mesh")

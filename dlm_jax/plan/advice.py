@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from dlm_jax.parallel import batch_parts
+from dlm_jax.parallel import num_batch_shards
 from dlm_jax.plan.base import Base
 from dlm_jax.plan.compiled import Memory
 from dlm_jax.plan.measure import Plan, make_plan
@@ -44,7 +44,7 @@ def largest_batch(config: TrainConfig, base: Base, target: Target, plan: Plan, n
     Args:
       plan: of the recipe as it is, which is the first trial.
     """
-    unit = batch_parts(target.mesh) * config.optimizer.accumulate_steps
+    unit = num_batch_shards(target.mesh) * config.optimizer.accumulate_steps
     known = {plan.rows: plan.memory}
 
     def needs(rows: int) -> tuple[bool, float]:
@@ -81,7 +81,7 @@ def changes(config: TrainConfig, target: Target) -> Iterator[dict[str, object]]:
     """Settings that need less memory, those first that cost the least time: more micro-batches, rematerialisation of
     whole layers, both; the optimizer's state in the host's memory; at last parameters and moments in bfloat16, which
     changes what is computed."""
-    counts = micro_batch_counts(config, batch_parts(target.mesh))
+    counts = micro_batch_counts(config, num_batch_shards(target.mesh))
     more = [{"optimizer.accumulate_steps": count} for count in counts]
     remat = {"model.remat": "full"} if config.model.remat in ("none", "dots") else {}
     yield from more[:-1] if remat else more

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from dlm_jax.parallel import batch_parts
+from dlm_jax.parallel import num_batch_shards
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.plan.base import Base
 from dlm_jax.plan.collectives import by_kind, collectives
@@ -86,7 +86,7 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
         target=target.name, chip=target.chip.name, num_chips=target.mesh.size, mesh=dict(shape),
         attention=target.attention, attention_reason=target.reason, batch_size=config.data.batch_size,
         length=config.data.length, micro_batches=config.optimizer.accumulate_steps,
-        rows=config.data.batch_size // (batch_parts(target.mesh) * config.optimizer.accumulate_steps),
+        rows=config.data.batch_size // (num_batch_shards(target.mesh) * config.optimizer.accumulate_steps),
         is_compiled=target.is_compiled_for, memory=memory, parts=parts, state=placed_bytes(layout) / GIB,
         least_chips=math.ceil(held * shape["fsdp"] * shape["context"] * shape["tensor"] / GIB / target.chip.memory),
         sent=sent, unbounded=unbounded, flops=flops, compile_seconds=seconds,

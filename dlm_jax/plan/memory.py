@@ -11,7 +11,7 @@ from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.diffusion import HeadPlan
-from dlm_jax.parallel import MeshConfig, batch_parts, make_mesh
+from dlm_jax.parallel import MeshConfig, num_batch_shards, make_mesh
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.plan.base import Base
 from dlm_jax.plan.program import planned_state, trace_step
@@ -59,7 +59,7 @@ def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention
     if config.optimizer.accumulate_steps > 1:
         gradients += params
 
-    rows = config.data.batch_size / config.optimizer.accumulate_steps / batch_parts(mesh)
+    rows = config.data.batch_size / config.optimizer.accumulate_steps / num_batch_shards(mesh)
     kept, everything = (rows * kept_bytes(config, base, attention, remat) for remat in (config.model.remat, "none"))
     width, gathers = jnp.dtype(config.model.dtype).itemsize, mesh.shape["fsdp"] > 1
     lora = lora_of(config.lora, architecture, base.new_mask_token)
@@ -69,11 +69,11 @@ def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention
     working += min(4 * table, HeadPlan.max_gradient_bytes) if gathers else 4 * table
     if gathers:
         working += width * (layer + table * (1 if architecture.tie_embeddings else 2))
-    elif lora is not None and (lora.quantised or lora.dora):
+    elif lora is not None and (lora.quantized or lora.dora):
         working += width * layer
     if config.model.remat != "none":
         working += everything / architecture.num_layers
-    if attention == "dense":  # the scores and their gradient, float32
+    if attention == "xla":  # the scores and their gradient, float32
         working += 8 * rows * architecture.num_heads * config.data.length**2
     return StepMemory(*(size / GIB for size in (placed_bytes(state), gradients, kept, working)))
 
@@ -91,7 +91,7 @@ def kept_bytes(config: TrainConfig, base: Base, attention: str, remat: str) -> f
     activations, which it stacks too, are not. Where cuDNN attends, what the TPU's kernel keeps is what it keeps too:
     query, key, value, result and logsumexp.
     """
-    attention = "flash_tpu" if attention == "cudnn" else attention
+    attention = "tpu" if attention == "cudnn" else attention
     return _kept_bytes(dataclasses.replace(
         config, model=dataclasses.replace(config.model, remat=remat),
         data=dataclasses.replace(config.data, batch_size=_TRACED_ROWS),

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.diffusion import Batch
-from dlm_jax.models import Compute, Transformer, abstract_model, split_trained
+from dlm_jax.models import Compute, Transformer, abstract_model, split_trainable
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.plan.base import Base
 from dlm_jax.training.config import TrainConfig, lora_of
@@ -46,7 +46,7 @@ def planned_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) ->
     Raises:
       ConfigError: the mesh does not divide a parameter.
     """
-    _, params, frozen = split_trained(planned_model(config, base, "dense"))
+    _, params, frozen = split_trainable(planned_model(config, base, "xla"))
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     return state_layout(params, optimizer, config.optimizer.ema_decay > 0, mesh, config.optimizer.offload, frozen)
 

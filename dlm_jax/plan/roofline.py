@@ -26,8 +26,8 @@ at worst     all of them, one after another, / {EFFICIENCY}
 utilisation  FLOPs of the model, nothing counted twice, / (about x peak)"""
 
 # Matrix products of [length, head_dim] with [head_dim, length] that attention's backward pass does: four, and in
-# kernels that store no square also the scores again, once (cuDNN) or in two kernels with their gradients (flash_tpu).
-_BACKWARD_PRODUCTS = {"dense": 4, "cudnn": 5, "flash_tpu": 7}
+# kernels that store no square also the scores again, once (cuDNN) or in two kernels with their gradients (tpu).
+_BACKWARD_PRODUCTS = {"xla": 4, "cudnn": 5, "tpu": 7}
 
 
 @dataclasses.dataclass(frozen=True)

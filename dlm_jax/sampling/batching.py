@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dlm_jax.parallel import batch_parts, shard_batch, to_host
+from dlm_jax.parallel import num_batch_shards, shard_batch, to_host
 from dlm_jax.sampling.loop import sample, stream
 from dlm_jax.sampling.spec import Network, SamplingSpec
 from dlm_jax.sampling.text import GAP, bucket, pad_rows
@@ -45,7 +45,7 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
     # Batch mates are alike in width, which is a program's shape, and in gaps, which is how many steps they take.
     order = sorted(range(len(rows)), key=lambda i: (bucket(len(rows[i]), model.config.max_length, coarse=coarse),
                                                     sum(token == GAP for token in rows[i])))
-    parts = 1 if mesh is None else batch_parts(mesh)
+    parts = 1 if mesh is None else num_batch_shards(mesh)
     size = -(-batch_size // parts) * parts
     filled: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
     quiet = None if progress and len(rows) > size else True  # None: where there is a terminal

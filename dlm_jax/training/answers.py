@@ -9,7 +9,7 @@ from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.data.rows import RowSource
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.answers import answer, judge, questions_of
-from dlm_jax.parallel import batch_parts
+from dlm_jax.parallel import num_batch_shards
 from dlm_jax.sampling import SamplerConfig
 from dlm_jax.training.config import TrainConfig
 
@@ -40,6 +40,6 @@ class GenerationEval:
         model = nnx.merge(nnx.graphdef(self._base.model), params)
         texts = answer(model, self._questions, self._prompt_format, self._sampler, mask_token_id=self._base.mask_token_id,
                        shift=self._base.shift, blocks=self._base.blocks, mesh=self._mesh,
-                       batch_size=max(min(len(self._questions), _BATCH), batch_parts(self._mesh)))
+                       batch_size=max(min(len(self._questions), _BATCH), num_batch_shards(self._mesh)))
         values = judge(texts, self._questions, self._prompt_format)
         return {name: float(np.mean([value[name] for value in values])) for name in values[0]}, texts[0]

@@ -30,7 +30,7 @@ class ModelSource:
         "those in the host's memory")
     dropout: float | None = _field(None, "share of embeddings, attention and branches that training drops; None: as "
                                          "the base's config.json says")
-    attention: str = _field("auto", "attention backend: dense, flash_tpu, cudnn (NVIDIA), or auto: what fits")
+    attention: str = _field("auto", "attention backend: xla, tpu, cudnn (NVIDIA), or auto: what fits")
 
 
     def __post_init__(self) -> None:

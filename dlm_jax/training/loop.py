@@ -14,7 +14,7 @@ from dlm_jax.checkpoints.orbax import CheckpointWriter, best_step, restore_lates
 from dlm_jax.checkpoints.workdir import read_run_config, write_run_metadata
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
-from dlm_jax.models import split_trained
+from dlm_jax.models import split_trainable
 from dlm_jax.parallel import make_global_batch, make_mesh
 from dlm_jax.storage import ensure_accessible, write_json
 from dlm_jax.training.answers import GenerationEval
@@ -78,7 +78,7 @@ class _Run:
         self.first, damaged = restore_latest(workdir)
         self.changes = config_changes(read_run_config(workdir), config) if self.first else []
         base = load_base(config, workdir, self.mesh, resumed=bool(self.first))
-        graphdef, params, frozen = split_trained(base.model)
+        graphdef, params, frozen = split_trainable(base.model)
         # From here on the parameters live in the state; of the model only the shape is kept.
         self.base = dataclasses.replace(base, model=nnx.eval_shape(lambda: base.model))
 

@@ -27,8 +27,8 @@ from dlm_jax.data.rows import RowSource
 from dlm_jax.diffusion.objective import check_mask_token
 from dlm_jax.diffusion.spec import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trained
-from dlm_jax.parallel import ATTENTION_PARTITION, batch_parts, describe_mesh, param_shardings
+from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trainable
+from dlm_jax.parallel import ATTENTION_PARTITION, num_batch_shards, describe_mesh, param_shardings
 from dlm_jax.storage import cache_folder, is_remote
 from dlm_jax.training.config import TrainConfig, lora_of
 from dlm_jax.training.metrics import count_params
@@ -118,7 +118,7 @@ def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int
     """Raises ConfigError where config, base model and mesh contradict each other."""
     data = config.data
     check_mask_token(config.objective, mask_token_id, architecture.vocab_size)
-    parts, micro_batches = batch_parts(mesh), config.optimizer.accumulate_steps
+    parts, micro_batches = num_batch_shards(mesh), config.optimizer.accumulate_steps
     if data.batch_size % (parts * micro_batches):
         raise ConfigError(f"data.batch_size {data.batch_size} does not divide into {micro_batches} micro-batches over "
                           f"the {parts} parts of the mesh axes dcn_data, data and fsdp")
@@ -185,7 +185,7 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first: int,
         f"{attention.backend} attention" + (f" ({attention.reason})" if attention.reason else ""),
     ]
     if lora := base.model.lora:
-        trained = sum(leaf.size for leaf in jax.tree.leaves(split_trained(base.model)[1]))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(split_trainable(base.model)[1]))
         tables = "".join(f", the whole {name}" for name in ("embedding", "head") if getattr(lora, name))
         lines.insert(1, f"lora       rank {lora.rank} beside {', '.join(lora.targets)}{tables}: {trained / 1e6:,.2f}M "
                         f"parameters are trained, the other matrices stored in {lora.frozen_dtype}")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from dlm_jax.diffusion import Batch, HeadPlan, LossSums, loss_sums
 from dlm_jax.diffusion.objective import ObjectiveConfig, loss_weights, noise_batch
 from dlm_jax.models import LoRAParam, Transformer
-from dlm_jax.parallel import array_sharding, batch_parts, is_param, param_shardings, spec_of, state_shardings
+from dlm_jax.parallel import array_sharding, num_batch_shards, is_param, param_shardings, partition_spec, state_shardings
 from dlm_jax.random import dropout_seeds
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
 
@@ -28,7 +28,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, steps taken.
-      params: the model's parameters that are trained, as `split_trained` gives them.
+      params: the model's parameters that are trained, as `split_trainable` gives them.
       opt_state: optax's state; its moments carry the logical axes of their parameters.
       ema: moving average of `params` in float32, or None.
       frozen: parameters that no step changes and no checkpoint holds: with LoRA those of the base, else none.
@@ -110,7 +110,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     what the state holds as `params`; of what it holds as `frozen` none is computed.
     """
     rate = learning_rate(config, num_steps)
-    parts = batch_parts(mesh)
+    parts = num_batch_shards(mesh)
 
     def loss(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
              batch_size: int) -> tuple[jax.Array, LossSums]:
@@ -252,7 +252,7 @@ def all_gather_embeddings(params: nnx.State, mesh: Mesh) -> nnx.State:
         axes = tuple(None if axis == "embed" else axis for axis in param.axes)
         value = param.get_value()
         return param.replace(jax.lax.with_sharding_constraint(
-            value, NamedSharding(mesh, spec_of(axes, value.shape, mesh))))
+            value, NamedSharding(mesh, partition_spec(axes, value.shape, mesh))))
 
     return jax.tree.map(gather, params, is_leaf=is_param)
 
@@ -263,4 +263,4 @@ def lm_head(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
     param = model.head_kernel
     kernel, trained = param.get_value(), model.lora is None or isinstance(param, LoRAParam)
     return kernel, HeadPlan(param.axes.index("vocab"), mesh, array_sharding(mesh, "batch", "length").spec,
-                            spec_of(param.axes, kernel.shape, mesh), kernel_gradient=trained)
+                            partition_spec(param.axes, kernel.shape, mesh), kernel_gradient=trained)

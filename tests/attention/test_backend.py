@@ -20,8 +20,8 @@ def gpu(monkeypatch):
 
 
 def test_auto_follows_the_platform(gpu):
-    assert choose_backend("auto", FITS) == choose_backend("auto", FITS, "cpu") == Choice("dense")
-    assert choose_backend("auto", FITS, "tpu") == Choice("flash_tpu")
+    assert choose_backend("auto", FITS) == choose_backend("auto", FITS, "cpu") == Choice("xla")
+    assert choose_backend("auto", FITS, "tpu") == Choice("tpu")
     gpu(8, 0)
     assert choose_backend("auto", FITS) == choose_backend("auto", FITS, "gpu") == Choice("cudnn")
 
@@ -37,10 +37,10 @@ def test_auto_follows_the_platform(gpu):
 ])
 def test_what_cudnn_cannot_do_falls_to_dense_or_is_refused_by_name(gpu, capability, work, why, remedy):
     gpu(*capability)
-    assert choose_backend("auto", work) == Choice("dense", f"cudnn {why}")
+    assert choose_backend("auto", work) == Choice("xla", f"cudnn {why}")
     with pytest.raises(ConfigError) as error:
         choose_backend("cudnn", work, "gpu")
-    assert str(error.value) == f"the attention backend cudnn {why}; set model.attention=dense{remedy}"
+    assert str(error.value) == f"the attention backend cudnn {why}; set model.attention=xla{remedy}"
 
 
 def test_head_dims_of_later_gpus(gpu):
@@ -49,22 +49,22 @@ def test_head_dims_of_later_gpus(gpu):
 
 
 def test_a_gpu_without_cudnn():
-    assert choose_backend("auto", FITS, "gpu") == Choice("dense", "cudnn needs cuDNN, which JAX does not find")
+    assert choose_backend("auto", FITS, "gpu") == Choice("xla", "cudnn needs cuDNN, which JAX does not find")
 
 
 def test_a_backend_is_refused_where_it_cannot_run():
-    with pytest.raises(ConfigError, match="flash_tpu needs a TPU, and these devices are cpu; set model.attention"):
-        choose_backend("flash_tpu", FITS, "cpu")
+    with pytest.raises(ConfigError, match="tpu needs a TPU, and these devices are cpu; set model.attention"):
+        choose_backend("tpu", FITS, "cpu")
     with pytest.raises(ConfigError, match="cudnn needs an NVIDIA GPU, and these devices are tpu"):
         choose_backend("cudnn", FITS, "tpu")
-    with pytest.raises(ConfigError, match="flash_tpu evaluates masks by rule, and this one is an explicit matrix"):
-        choose_backend("flash_tpu", AttentionSpec("bfloat16", 64, matrix=True))
+    with pytest.raises(ConfigError, match="tpu evaluates masks by rule, and this one is an explicit matrix"):
+        choose_backend("tpu", AttentionSpec("bfloat16", 64, matrix=True))
     with pytest.raises(ConfigError, match="unknown attention backend 'flash'"):
         choose_backend("flash", FITS)
 
 
 def test_auto_looks_at_the_arrays(gpu):
-    """In float32 on a GPU, or with dropout, `attend` is the dense backend, without a word."""
+    """In float32 on a GPU, or with dropout, `attend` is the xla backend, without a word."""
     gpu(9, 0)
     tensors = [jnp.ones((1, 4, 2, 8))] * 3
     assert attend(*tensors, AttentionMask.causal()).dtype == jnp.float32
@@ -74,5 +74,5 @@ def test_auto_looks_at_the_arrays(gpu):
 
 def test_auto_takes_the_dense_one_for_a_matrix_on_a_tpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert choose_backend("auto", AttentionSpec("bfloat16", 64, matrix=True)).backend == "dense"
+    assert choose_backend("auto", AttentionSpec("bfloat16", 64, matrix=True)).backend == "xla"
     attend(*[jnp.ones((1, 4, 2, 8))] * 3, AttentionMask.matrix(jnp.ones((4, 4), bool)))

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dlm_jax.attention import AttentionMask, attend
 from dlm_jax.attention.cudnn import cudnn_arguments, cudnn_attention
-from dlm_jax.attention.xla import dense_attention
+from dlm_jax.attention.xla import xla_attention
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import Compute, ModelConfig, Transformer
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh
@@ -63,7 +63,7 @@ def inputs(dtype=jnp.float32, length=LENGTH, kv_heads=2):
 def test_matches_dense(name, length, kv_heads, implementation, dtype):
     tensors, mask = inputs(dtype, length, kv_heads), MASKS[name]
     exact = tuple(x.astype(jnp.float32) for x in tensors)
-    expected = value_and_gradients(dense_attention, exact, mask)
+    expected = value_and_gradients(xla_attention, exact, mask)
     attention = functools.partial(cudnn_attention, implementation=implementation)
     run = jax.jit if implementation == "cudnn" else lambda function: function
     found = run(functools.partial(value_and_gradients, attention))(tensors, mask)
@@ -93,7 +93,7 @@ def test_a_square_is_made_only_where_cudnn_does_not_know_the_mask(name):
                                   "annealed, everything"])
 def test_a_mesh_computes_what_one_device_does(mesh, name):
     tensors, mask = inputs(), MASKS[name]
-    expected = jit(functools.partial(value_and_gradients, dense_attention))(tensors, mask)
+    expected = jit(functools.partial(value_and_gradients, xla_attention))(tensors, mask)
     mesh = make_mesh(mesh)
     split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context", "tensor"))
     attention = functools.partial(cudnn_attention, partition=ATTENTION_PARTITION, implementation="xla")
@@ -136,14 +136,14 @@ def test_a_network_on_a_mesh_keeps_one_square_for_all_layers(remat):
 
 
 def test_what_cannot_run_is_refused():
-    with pytest.raises(ConfigError, match="cudnn needs cuDNN, which JAX does not find; set model.attention=dense"):
+    with pytest.raises(ConfigError, match="cudnn needs cuDNN, which JAX does not find; set model.attention=xla"):
         attend(*inputs(jnp.bfloat16)[:3], CAUSAL, backend="cudnn")
 
 
 @pytest.mark.usefixtures("pretend_cudnn")
 def test_dropout_is_refused_only_where_something_is_dropped():
     tensors, seeds = inputs(jnp.bfloat16)[:3], EXAMPLES
-    with pytest.raises(ConfigError, match="has no attention dropout .* set model.attention=dense, or model.dropout=0"):
+    with pytest.raises(ConfigError, match="has no attention dropout .* set model.attention=xla, or model.dropout=0"):
         attend(*tensors, CAUSAL, backend="cudnn", dropout_rate=0.1, dropout_seeds=seeds)
     for quiet in ({"dropout_rate": 0.1}, {"dropout_rate": 0.0, "dropout_seeds": seeds}):
         assert lowered_calls(functools.partial(attend, mask=CAUSAL, backend="cudnn", **quiet), *tensors)

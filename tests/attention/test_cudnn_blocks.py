@@ -32,14 +32,14 @@ def inputs(mask, batch=2, dtype=jnp.float32):
     ("xla", jnp.float32, 2e-6),
     pytest.param("cudnn", jnp.bfloat16, 0.02, marks=pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")),
 ])
-@pytest.mark.parametrize("size, views, segments, window, block_bidirectional_clean", [
+@pytest.mark.parametrize("size, views, segments, window, bidirectional_clean", [
     (1, 1, False, None, False), (3, 1, False, None, True), (5, 2, True, None, False), (4, 1, True, 3, True),
     (TEXT, 1, False, None, False), (64, 2, False, 6, False)])
-def test_matches_the_whole_square(size, views, segments, window, block_bidirectional_clean, implementation, dtype, tolerance):
-    mask = mask_of(size, views, segments, window, block_bidirectional_clean)
+def test_matches_the_whole_square(size, views, segments, window, bidirectional_clean, implementation, dtype, tolerance):
+    mask = mask_of(size, views, segments, window, bidirectional_clean)
     tensors = inputs(mask, dtype=dtype)
     exact = tuple(x.astype(jnp.float32) for x in tensors)
-    square = functools.partial(attend, backend="dense")
+    square = functools.partial(attend, backend="xla")
     expected = jit(functools.partial(value_and_gradients, square))(exact, mask)
     attention = functools.partial(cudnn_block_attention, implementation=implementation)
     found = jax.jit(functools.partial(value_and_gradients, attention))(tensors, mask)
@@ -52,7 +52,7 @@ def test_matches_the_whole_square(size, views, segments, window, block_bidirecti
 def test_a_mesh_computes_what_one_device_does(mesh):
     mask = AttentionMask.block_diffusion(3, TEXT).with_segments(np.tile(SEGMENTS, (2, 1)))
     tensors = inputs(mask, batch=4)
-    expected = jit(functools.partial(value_and_gradients, functools.partial(attend, backend="dense")))(tensors, mask)
+    expected = jit(functools.partial(value_and_gradients, functools.partial(attend, backend="xla")))(tensors, mask)
     mesh = make_mesh(mesh)
     split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context", "tensor"))
     attention = functools.partial(cudnn_block_attention, partition=ATTENTION_PARTITION, implementation="xla")
@@ -63,10 +63,10 @@ def test_a_mesh_computes_what_one_device_does(mesh):
 
 
 @pytest.mark.parametrize("text, size, views", [(2048, 32, 1), (2048, 4, 2), (4096, 100, 1), (512, 4, 1), (64, 4, 1)])
-@pytest.mark.parametrize("block_bidirectional_clean", [False, True])
-def test_pieces_fill_the_copies_and_compute_little(text, size, views, block_bidirectional_clean):
-    found = list(pieces(AttentionMask.block_diffusion(size, text, views, block_bidirectional_clean=block_bidirectional_clean)))
-    copies, at = views + block_bidirectional_clean, np.arange((views + 1) * text)
+@pytest.mark.parametrize("bidirectional_clean", [False, True])
+def test_pieces_fill_the_copies_and_compute_little(text, size, views, bidirectional_clean):
+    found = list(pieces(AttentionMask.block_diffusion(size, text, views, bidirectional_clean=bidirectional_clean)))
+    copies, at = views + bidirectional_clean, np.arange((views + 1) * text)
     np.testing.assert_array_equal(np.concatenate([at[own] for own, _ in found]), at[: copies * text])
     area = sum(len(at[own]) * sum(len(at[part]) for part in keys) for own, keys in found)
     assert all((own.start % text) % size == 0 for own, _ in found)

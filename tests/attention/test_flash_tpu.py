@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from dlm_jax.attention import AttentionMask, dense_attention
+from dlm_jax.attention import AttentionMask, xla_attention
 from dlm_jax.attention.mask import MaskSpec, Span
-from dlm_jax.attention.tpu import flash_attention_tpu
+from dlm_jax.attention.tpu import tpu_attention
 from dlm_jax.errors import ConfigError
 
 LENGTH = 45  # three tiles of 16, the last one not full
-SMALL = functools.partial(flash_attention_tpu, block_q=16, block_k=16, interpret=True)
+SMALL = functools.partial(tpu_attention, block_q=16, block_k=16, interpret=True)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # mostly compiles
 SEGMENTS = jnp.repeat(jnp.array([[0, 1, 2]] * 2), jnp.array([7, 18, 20]), axis=1)
 EXAMPLES = jnp.array([7, 4_000_000_000], jnp.uint32)
@@ -45,7 +45,7 @@ def value_and_gradients(attention, tensors, mask, **options):
 
 def assert_parity(tensors, mask, tolerance=1e-5, **options):
     flash = value_and_gradients(SMALL, tensors, mask, **options)
-    dense = value_and_gradients(dense_attention, tensors, mask, **options)
+    dense = value_and_gradients(xla_attention, tensors, mask, **options)
     for name, x, y in zip(("out", "dq", "dk", "dv"), flash, dense, strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_allclose(x.astype(np.float32), y.astype(np.float32), atol=tolerance, rtol=tolerance,
@@ -61,7 +61,7 @@ MASKS = [
     pytest.param(AttentionMask.bidirectional().with_segments(SEGMENTS), id="segments"),
     pytest.param(AttentionMask.bidirectional().with_lengths(jnp.array([LENGTH, 19])), id="lengths"),
     pytest.param(AttentionMask.block_diffusion(6, 15, views=2), id="block_diffusion"),
-    pytest.param(AttentionMask.block_diffusion(6, 21, block_bidirectional_clean=True), id="block_diffusion whole"),
+    pytest.param(AttentionMask.block_diffusion(6, 21, bidirectional_clean=True), id="block_diffusion whole"),
     pytest.param(AttentionMask.block_diffusion(4, 23).with_window(9).with_segments(SEGMENTS[:, :23]),
                  id="block_diffusion narrowed"),
     pytest.param(AttentionMask.annealed(0.5, 5, EXAMPLES).with_segments(SEGMENTS).with_window(30).with_lengths(
@@ -105,7 +105,7 @@ def test_shards_of_the_keys_merge_and_shards_of_the_queries_know_their_place():
         return jnp.einsum("sbqhd,sbhq->bqhd", out, jax.nn.softmax(logsumexp, axis=0))
 
     def whole(query, key, value):
-        return dense_attention(query, key, value, mask, **options)[:, first:]
+        return xla_attention(query, key, value, mask, **options)[:, first:]
 
     def values(attention):
         return jit(jax.value_and_grad(lambda *x: jnp.sum(attention(*x) * weights[:, first:]), (0, 1, 2)))(
@@ -140,7 +140,7 @@ def test_a_query_that_sees_nothing_gives_nothing():
     MaskSpec("causal", window=20), MaskSpec("bidirectional", segments=True),
     MaskSpec("block_diffusion", block_size=12, text_length=32, views=1), MaskSpec(
         "block_diffusion", block_size=9, window=28, text_length=28, views=1), MaskSpec(
-        "block_diffusion", block_size=9, text_length=28, views=1, block_bidirectional_clean=True)], ids=str)
+        "block_diffusion", block_size=9, text_length=28, views=1, bidirectional_clean=True)], ids=str)
 def test_the_extent_of_a_tile_bounds_what_it_allows(spec):
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(0, 5, 64))
@@ -165,17 +165,17 @@ def test_the_extent_of_a_tile_bounds_what_it_allows(spec):
 
 def test_what_it_cannot_do_is_refused():
     tensors = inputs()[:3]
-    with pytest.raises(ConfigError, match="use the dense backend for an explicit matrix"):
+    with pytest.raises(ConfigError, match="use the xla backend for an explicit matrix"):
         SMALL(*tensors, AttentionMask.matrix(jnp.ones((LENGTH, LENGTH), bool)))
     with pytest.raises(ConfigError, match="multiples of 128, got block_q=16"):
-        flash_attention_tpu(*tensors, AttentionMask.causal(), block_q=16)
+        tpu_attention(*tensors, AttentionMask.causal(), block_q=16)
 
 
 def tpu_gradients(head_dim: int, length: int):
     """A jitted gradient of everything the kernels can do, and what it takes."""
     def loss(query, key, value, ratio, segments, lengths):
         mask = AttentionMask.annealed(ratio, 5, EXAMPLES).with_segments(segments).with_lengths(lengths).with_window(900)
-        out = flash_attention_tpu(query, key, value, mask, dropout_rate=0.1, dropout_seeds=SEEDS)
+        out = tpu_attention(query, key, value, mask, dropout_rate=0.1, dropout_seeds=SEEDS)
         return jnp.sum(out.astype(jnp.float32))
 
     shapes = [((2, length, h, head_dim), jnp.bfloat16) for h in (4, 2, 2)]
@@ -217,7 +217,7 @@ def test_compiles_for_a_tpu_without_a_square(tpu_mesh):
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask_compiles_for_a_tpu(tpu_mesh, mask):
     def loss(query, key, value):
-        return jnp.sum(flash_attention_tpu(query, key, value, mask).astype(jnp.float32))
+        return jnp.sum(tpu_attention(query, key, value, mask).astype(jnp.float32))
 
     shapes = [((2, LENGTH, 2, 64), jnp.bfloat16)] * 3
     assert compiled_for(tpu_mesh, jax.jit(jax.grad(loss, (0, 1, 2))), shapes)

@@ -130,15 +130,15 @@ def test_ratio_and_seed_may_be_traced():
     np.testing.assert_array_equal(allowed(0.3, 5), square(AttentionMask.annealed(0.3, 5)))
 
 
-@pytest.mark.parametrize("block_bidirectional_clean", [False, True])
+@pytest.mark.parametrize("bidirectional_clean", [False, True])
 @pytest.mark.parametrize("size, views", [(1, 1), (3, 1), (4, 2), (9, 1), (20, 2)])
-def test_a_noised_block_sees_itself_and_what_is_clean_before_it(size, views, block_bidirectional_clean):
+def test_a_noised_block_sees_itself_and_what_is_clean_before_it(size, views, bidirectional_clean):
     n = 9
-    found = square(AttentionMask.block_diffusion(size, n, views, block_bidirectional_clean=block_bidirectional_clean), n * (views + 1))[0]
+    found = square(AttentionMask.block_diffusion(size, n, views, bidirectional_clean=bidirectional_clean), n * (views + 1))[0]
     for q, k in np.ndindex(found.shape):
         (q_copy, q_at), (k_copy, k_at) = divmod(q, n), divmod(k, n)
         if q_copy == views:
-            expected = k_copy == views and (k_at // size <= q_at // size if block_bidirectional_clean else k_at <= q_at)
+            expected = k_copy == views and (k_at // size <= q_at // size if bidirectional_clean else k_at <= q_at)
         elif k_copy == views:
             expected = k_at // size < q_at // size
         else:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dlm_jax.attention import AttentionMask, Partition, dense_attention
-from dlm_jax.attention.tpu_ring import sharded_attention_tpu
+from dlm_jax.attention import AttentionMask, Partition, xla_attention
+from dlm_jax.attention.tpu_ring import tpu_ring_attention
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh
 
 LENGTH, HEADS, KV_HEADS = 32, 4, 2
@@ -44,10 +44,10 @@ def value_and_gradients(attention, tensors, mask, seeds):
 def test_a_mesh_computes_what_one_device_does(mesh, mask, seeds):
     tensors = inputs()
     with jax.default_matmul_precision("highest"):
-        expected = jit(functools.partial(value_and_gradients, dense_attention))(tensors, mask, seeds)
+        expected = jit(functools.partial(value_and_gradients, xla_attention))(tensors, mask, seeds)
         mesh = make_mesh(mesh)
         split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context", "tensor"))
-        attention = functools.partial(sharded_attention_tpu, partition=ATTENTION_PARTITION, **SMALL)
+        attention = functools.partial(tpu_ring_attention, partition=ATTENTION_PARTITION, **SMALL)
         with jax.set_mesh(mesh):
             found = jit(functools.partial(value_and_gradients, attention))(
                 tuple(jax.device_put(tensor, split) for tensor in tensors), mask, seeds)
@@ -58,5 +58,5 @@ def test_a_mesh_computes_what_one_device_does(mesh, mask, seeds):
 def test_without_a_mesh_nothing_is_split():
     query, key, value, _ = inputs()
     mask = AttentionMask.bidirectional()
-    out = sharded_attention_tpu(query, key, value, mask, partition=Partition(("data",), "tensor", "context"), **SMALL)
-    np.testing.assert_allclose(out, dense_attention(query, key, value, mask), atol=2e-5)
+    out = tpu_ring_attention(query, key, value, mask, partition=Partition(("data",), "tensor", "context"), **SMALL)
+    np.testing.assert_allclose(out, xla_attention(query, key, value, mask), atol=2e-5)

@@ -20,7 +20,7 @@ from dlm_jax.models import (
     Transformer,
     fingerprint,
 )
-from dlm_jax.models.lora import dequantise, quantised
+from dlm_jax.models.lora import dequantize, quantize_kernel
 from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings
 from dlm_jax.pipeline import DiffusionLM
 from dlm_jax.training import load_workdir, read_records, train
@@ -69,8 +69,8 @@ def test_checkpoints_hold_what_is_trained_and_a_resumed_run_is_the_uninterrupted
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_run_beside_a_quantised_base(kind, lora_config, pretrained, tmp_path):
-    """It resumes bit for bit, gives its model merged or not, and knows its base as it was before it was quantised."""
+def test_a_run_beside_a_quantized_base(kind, lora_config, pretrained, tmp_path):
+    """It resumes bit for bit, gives its model merged or not, and knows its base as it was before it was quantized."""
     run = changed(lora_config, "lora.frozen_dtype", kind)
     train(run, tmp_path / "whole")
     train(changed(run, "num_steps", 5), tmp_path / "parts")
@@ -84,7 +84,7 @@ def test_a_run_beside_a_quantised_base(kind, lora_config, pretrained, tmp_path):
     np.testing.assert_allclose(logits(lm.model), logits(merged.model), atol=1e-5)
     base = load_pretrained(pretrained, mask_token=10)
     kernel = base.model.blocks.mlp.up.kernel[...].astype(jnp.bfloat16)
-    exact = dequantise(*(part[...] for part in quantised(nnx.Param(kernel, axes=("layers", "embed", "mlp")), kind)))
+    exact = dequantize(*(part[...] for part in quantize_kernel(nnx.Param(kernel, axes=("layers", "embed", "mlp")), kind)))
     factors = beside.model.blocks.mlp.up.factors
     product = 2.0 * np.stack([x @ y for x, y in zip(factors.a[...], factors.b[...], strict=True)])
     np.testing.assert_allclose(merged.model.blocks.mlp.up.kernel[...], exact + product, atol=1e-6)
@@ -111,7 +111,7 @@ def test_a_run_with_dora_gives_its_model_merged_or_not(lora_config, pretrained, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_run_beside_a_quantised_base_as_the_base_of_another(kind, lora_config, tmp_path):
+def test_a_run_beside_a_quantized_base_as_the_base_of_another(kind, lora_config, tmp_path):
     run = changed(changed(lora_config, "lora.frozen_dtype", kind), "num_steps", 2)
     train(run, tmp_path / "run")
     child = dataclasses.replace(run, num_steps=1, model=ModelSource(source=str(tmp_path / "run")))
@@ -121,7 +121,7 @@ def test_a_run_beside_a_quantised_base_as_the_base_of_another(kind, lora_config,
 
 
 @pytest.mark.slow
-def test_a_full_run_as_a_base_that_is_quantised(config, lora_config, tmp_path):
+def test_a_full_run_as_a_base_that_is_quantized(config, lora_config, tmp_path):
     train(dataclasses.replace(config, num_steps=1), tmp_path / "base")
     child = dataclasses.replace(changed(lora_config, "lora.frozen_dtype", "nf4"), num_steps=1,
                                 model=ModelSource(source=str(tmp_path / "base")))

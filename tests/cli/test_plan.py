@@ -61,7 +61,7 @@ def test_without_libtpu_it_says_what_to_install(capsys, monkeypatch, tiny):
 @with_libtpu
 def test_a_slice_is_compiled_for(capsys, tmp_path, tiny):
     status, out, err = run(capsys, *tiny, "--topology=v5litepod-4", f"--json={tmp_path / 'p.json'}")
-    assert status == 0 and "v5e:2x2: 4 chips, fsdp=4, flash_tpu attention" in out and "of 15.75: fits" in out
+    assert status == 0 and "v5e:2x2: 4 chips, fsdp=4, tpu attention" in out and "of 15.75: fits" in out
     assert "v5e:2x2: compiling data.batch_size=64" in err
     plan = json.loads((tmp_path / "p.json").read_text())["plans"][0]["plan"]
     assert plan["is_compiled"] and plan["sent"]["all-reduce"]["bytes"] > 0 and plan["memory"]["limit"] == 15.75

@@ -21,9 +21,9 @@ from dlm_jax.models import (
     abstract_model,
     add_lora,
     merge_lora,
-    new_factors,
+    init_lora_factors,
     split_lora,
-    split_trained,
+    split_trainable,
 )
 from tests.models.test_transformer import GPT2, QWEN3
 
@@ -91,7 +91,7 @@ def test_only_targets_have_factors_and_all_of_them_matter(targets):
 def test_new_factors_are_kaiming_uniform_and_depend_on_the_seed_alone():
     config = dataclasses.replace(GPT2, hidden_size=64, mlp_size=256, num_layers=6)
     lora = dataclasses.replace(LORA, rank=8, targets=CASES["gpt2"][1])
-    factors, remat, other = (dict(nnx.to_flat_state(new_factors(config, lora, seed, "float32", ONE_DEVICE)))
+    factors, remat, other = (dict(nnx.to_flat_state(init_lora_factors(config, lora, seed, "float32", ONE_DEVICE)))
                              for seed in (0, 0, 1))
     for path, value in factors.items():
         assert np.array_equal(value[...], remat[path][...])
@@ -114,15 +114,15 @@ def test_scale_by_rank_and_by_its_root():
 def test_what_is_trained_is_told_by_type_and_what_is_not_is_stored_small():
     config = dataclasses.replace(QWEN3, tie_embeddings=False)
     lora = dataclasses.replace(LORA, embedding=True, frozen_dtype="bfloat16")
-    _, trained, frozen = split_trained(abstract_model(config, Compute(), "float32", lora))
+    _, trained, frozen = split_trainable(abstract_model(config, Compute(), "float32", lora))
     names = {".".join(path) for path, _ in nnx.to_flat_state(trained)}
     assert "embed.embedding" in names and "head.kernel" not in names and len(names) == 1 + 2 * 7
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained))
     for path, leaf in nnx.to_flat_state(frozen):
         assert leaf.dtype == (jnp.float32 if path[-1] == "scale" else jnp.bfloat16), path
-    _, trained, _ = split_trained(abstract_model(config, lora=dataclasses.replace(lora, embedding=False, head=True)))
+    _, trained, _ = split_trainable(abstract_model(config, lora=dataclasses.replace(lora, embedding=False, head=True)))
     assert isinstance(trained["head"]["kernel"], LoRAParam) and "embed" not in trained
-    _, params, rest = split_trained(abstract_model(config))
+    _, params, rest = split_trainable(abstract_model(config))
     assert len(jax.tree.leaves(params)) == len(jax.tree.leaves(nnx.state(abstract_model(config))))
     assert not jax.tree.leaves(rest)
 
@@ -130,7 +130,7 @@ def test_what_is_trained_is_told_by_type_and_what_is_not_is_stored_small():
 def test_gradients_by_factors_alone_make_no_gradient_of_a_kernel():
     """No product in the backward pass has a kernel's shape, where the gradient by everything has one of each."""
     _, model = build("gpt2")
-    graphdef, trained, frozen = split_trained(learned(model))
+    graphdef, trained, frozen = split_trainable(learned(model))
     shapes = {leaf.shape[1:] for path, leaf in nnx.to_flat_state(frozen) if path[-1] == "kernel"}
 
     def products(by_all):

@@ -5,7 +5,7 @@ import pytest
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.parallel import MeshConfig, describe_mesh, make_mesh
-from dlm_jax.parallel.mesh import split_slices
+from dlm_jax.parallel.mesh import group_by_slice
 
 
 def test_one_axis_takes_what_the_others_leave():
@@ -42,12 +42,12 @@ class Chip:
 
 def test_slices_of_the_hardware_stay_whole():
     chips = [Chip(n, (n // 2) % 2) for n in range(8)]  # in turns, as no order is promised
-    first, second = split_slices(chips, 2)
+    first, second = group_by_slice(chips, 2)
     assert [chip.slice_index for chip in first + second] == [0] * 4 + [1] * 4
-    assert [[chip.id for chip in part] for part in split_slices(chips, 4)] == [[0, 1], [4, 5], [2, 3], [6, 7]]
+    assert [[chip.id for chip in part] for part in group_by_slice(chips, 4)] == [[0, 1], [4, 5], [2, 3], [6, 7]]
     for count in (1, 3):
         with pytest.raises(ConfigError, match=f"slices={count} would cut across; set mesh.dcn_data to 2"):
-            split_slices(chips, count)
+            group_by_slice(chips, count)
 
 
 def test_devices_that_know_of_no_slices_are_cut_up_in_their_order():

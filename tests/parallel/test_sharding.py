@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig, abstract_model
-from dlm_jax.parallel import MeshConfig, array_sharding, make_mesh, param_shardings, spec_of, state_shardings
+from dlm_jax.parallel import MeshConfig, array_sharding, make_mesh, param_shardings, partition_spec, state_shardings
 
 STORED = ("fsdp", "context")  # the parts of a batch and of its sequences share the storage of parameters
 
@@ -46,9 +46,9 @@ def test_an_axis_that_does_not_divide_is_named_with_its_mesh_axis():
 
 def test_unknown_axis_and_wrong_rank_are_refused(mesh):
     with pytest.raises(ConfigError, match="'channels'"):
-        spec_of(("channels",), (4,), mesh)
+        partition_spec(("channels",), (4,), mesh)
     with pytest.raises(ConfigError, match="2 logical axes"):
-        spec_of(("embed", "mlp"), (4,), mesh)
+        partition_spec(("embed", "mlp"), (4,), mesh)
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam(1.0), optax.adafactor(1.0, min_dim_size_to_factor=4)])

@@ -70,7 +70,7 @@ def test_what_lies_in_host_memory_takes_none_of_the_chips(config, base):
 def test_a_tpu_slice_is_compiled_for(config, base):
     target = tpu_target(config, base.config, "v5e:2x2")
     plan = make_plan(config, base, target)
-    assert plan.is_compiled and plan.memory.fits and plan.attention == "flash_tpu" and plan.compile_seconds > 0
+    assert plan.is_compiled and plan.memory.fits and plan.attention == "tpu" and plan.compile_seconds > 0
     assert plan.mesh["fsdp"] == plan.num_chips == 4 and plan.rows == 4
     assert plan.state < plan.memory.arguments < 2 * plan.state  # TPUs pad what is narrower than 128
     assert plan.sent["all-gather"]["count"] >= 2 and plan.time.floor == max(plan.time.limits.values())

@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from dlm_jax.models import Compute, Transformer, base_shapes, split_trained
+from dlm_jax.models import Compute, Transformer, base_shapes, split_trainable
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.plan.collectives import collectives
 from dlm_jax.plan.memory import add_up, kept_bytes, placed_bytes
@@ -37,7 +37,7 @@ def test_with_lora_the_state_has_moments_and_gradients_of_what_is_trained(config
     small = changed(config, lora={"rank": 4, "embedding": False})
     lora = lora_of(small.lora, base.config, base.new_mask_token)
     model = Transformer(base.config, rngs=nnx.Rngs(0), lora=lora)
-    _, params, frozen = split_trained(model)
+    _, params, frozen = split_trainable(model)
     trained = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     state = create_state(params, make_optimizer(small.optimizer, 100), False, make_mesh(MESH), frozen=frozen)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
@@ -50,7 +50,7 @@ def test_with_lora_the_state_has_moments_and_gradients_of_what_is_trained(config
 
 
 @pytest.mark.parametrize("kind, bits", [("int8", 8.5), ("nf4", 4.5)])
-def test_a_quantised_base_takes_its_codes_and_a_scale_for_each_64(config, base, kind, bits):
+def test_a_quantized_base_takes_its_codes_and_a_scale_for_each_64(config, base, kind, bits):
     def state(frozen_dtype, mesh):
         small = changed(config, lora={"rank": 4, "frozen_dtype": frozen_dtype})
         return placed_bytes(planned_state(small, base, described_mesh(mesh, 8)))
@@ -67,11 +67,11 @@ def test_a_quantised_base_takes_its_codes_and_a_scale_for_each_64(config, base, 
     assert kept_bytes(small, base, "cudnn", "none") == kept_bytes(plain, base, "cudnn", "none")
 
 
-def test_a_quantised_base_is_gathered_no_more_often_than_another(config, base):
+def test_a_quantized_base_is_gathered_no_more_often_than_another(config, base):
     def sent(frozen_dtype):
         one = changed(config, lora={"rank": 4, "frozen_dtype": frozen_dtype}, model={"remat": "full"},
                       optimizer={"accumulate_steps": 1}, data={"batch_size": 8, "length": 256})
-        program, = trace_step(one, base, make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), "dense")
+        program, = trace_step(one, base, make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), "xla")
         return sum(c.sent for c in collectives(program.lower().compile().as_text(), 2) if c.kind == "all-gather")
 
     assert 0 < sent("nf4") <= sent("bfloat16")
@@ -83,7 +83,7 @@ def test_activations_are_those_of_the_rematerialisation(config, base):
     inputs = 3 * 128 * 128 * 2  # of each layer, [length, embed] in bfloat16
     assert inputs <= kept["full"] < 1.01 * inputs  # and the seeds of dropout
     squares = 3 * 4 * 128 * 128 * 4  # of each layer, [heads, length, length] in float32
-    assert kept_bytes(config, base, "dense", "none") >= kept["none"] + squares / 2
+    assert kept_bytes(config, base, "xla", "none") >= kept["none"] + squares / 2
 
 
 def test_parts_grow_and_shrink_with_what_they_depend_on(config, base):

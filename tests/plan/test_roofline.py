@@ -27,11 +27,11 @@ def with_model(**changes) -> TrainConfig:
 
 def test_flops_of_a_step():
     model = 6 * BLOCKS * TOKENS + 6 * PRODUCT + 6 * 8 * 100 * TOKENS
-    assert step_flops(CONFIG, MODEL, "dense") == Flops(model, model)
+    assert step_flops(CONFIG, MODEL, "xla") == Flops(model, model)
     assert step_flops(CONFIG, MODEL, "cudnn") == Flops(model, model + PRODUCT)
-    assert step_flops(CONFIG, MODEL, "flash_tpu") == Flops(model, model + 3 * PRODUCT)
-    assert step_flops(with_model(remat="dots"), MODEL, "dense") == Flops(model, model + 2 * PRODUCT)
-    assert step_flops(with_model(remat="full"), MODEL, "dense") == Flops(model, model + 2 * PRODUCT
+    assert step_flops(CONFIG, MODEL, "tpu") == Flops(model, model + 3 * PRODUCT)
+    assert step_flops(with_model(remat="dots"), MODEL, "xla") == Flops(model, model + 2 * PRODUCT)
+    assert step_flops(with_model(remat="full"), MODEL, "xla") == Flops(model, model + 2 * PRODUCT
                                                                        + 2 * BLOCKS * TOKENS)
 
 

@@ -30,12 +30,12 @@ def test_what_describes_no_gpus(config, base, text):
 def test_attention_is_what_gpus_can_do(config, base):
     assert gpu_target(config, base.config, "H100:8").attention == "cudnn"
     old = gpu_target(config, base.config, "v100:8")
-    assert (old.attention, old.reason) == ("dense", "cudnn needs compute capability 8.0, and this GPU has 7.0")
+    assert (old.attention, old.reason) == ("xla", "cudnn needs compute capability 8.0, and this GPU has 7.0")
     with pytest.raises(ConfigError, match=r"^the attention backend cudnn needs compute capability 8.0"):
         gpu_target(changed(config, model={"attention": "cudnn"}), base.config, "t4:1")
     target = gpu_target(changed(config, model={"dtype": "float32"}), base.config, "h100:8")
-    assert target.attention == "dense" and "bfloat16" in target.reason
-    assert gpu_target(changed(config, model={"attention": "dense"}), base.config, "h100:8").attention == "dense"
+    assert target.attention == "xla" and "bfloat16" in target.reason
+    assert gpu_target(changed(config, model={"attention": "xla"}), base.config, "h100:8").attention == "xla"
 
 
 def test_meshes_that_cannot_be_added_up_are_refused(config, base):

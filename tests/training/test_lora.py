@@ -16,13 +16,13 @@ from dlm_jax.models import (
     Transformer,
     abstract_model,
     add_lora,
-    split_trained,
+    split_trainable,
 )
 from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh
 from dlm_jax.training.metrics import count_params, train_flops
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import TrainState, create_state, make_train_step
-from tests.models.test_quantised import STORED
+from tests.models.test_quantized import STORED
 
 MODEL = ModelConfig("llama", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
                     mlp_size=32, max_length=16, tie_embeddings=False, residual_dropout=0.1)
@@ -45,7 +45,7 @@ def run(mesh, steps, compute=Compute(), lora=LORA, **settings):
     rule = make_optimizer(config, 10)
     base = Transformer(MODEL, rngs=nnx.Rngs(0), compute=compute)
     model = add_lora(base, lora, 0, "float32", jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    graphdef, params, frozen = split_trained(model)
+    graphdef, params, frozen = split_trainable(model)
     before = jax.device_get(frozen)
     state = create_state(params, rule, config.ema_decay > 0, mesh, config.offload, frozen)
     step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig(anneal_steps=8), config=config,
@@ -75,7 +75,7 @@ def test_the_loss_moves_and_every_trained_parameter_with_it(reference):
     assert metrics[0]["loss"] == still[0]["loss"] and metrics[0]["grad_norm"] > 0
     new = add_lora(Transformer(MODEL, rngs=nnx.Rngs(0)), LORA, 0, "float32",
                    jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    _, params, _ = split_trained(new)
+    _, params, _ = split_trainable(new)
     for (path, before), (_, after) in zip(nnx.to_flat_state(params), nnx.to_flat_state(state.params), strict=True):
         assert not np.array_equal(before[...], after[...]), path
 
@@ -101,7 +101,7 @@ def test_what_saves_memory_changes_nothing(reference, settings):
 
 @pytest.mark.parametrize("kind, mesh", [
     ("nf4", MeshConfig(fsdp=8)), ("int8", MeshConfig(data=2, fsdp=2, tensor=2))])  # blocks of one value, and of eight
-def test_a_quantised_base_gives_the_same_loss_curve_on_every_mesh(reference, kind, mesh, capfd):
+def test_a_quantized_base_gives_the_same_loss_curve_on_every_mesh(reference, kind, mesh, capfd):
     lora = dataclasses.replace(LORA, frozen_dtype=kind)
     expected, _ = run(one_device(), 3, lora=lora)
     metrics, state = run(make_mesh(mesh), 3, lora=lora, compute=Compute(remat="full"))
@@ -141,7 +141,7 @@ def test_the_optimizer_holds_two_moments_of_each_trained_parameter():
     rule = make_optimizer(OptimizerConfig(), 10)
 
     def size(model):
-        _, params, frozen = split_trained(model)
+        _, params, frozen = split_trainable(model)
         state = jax.eval_shape(lambda p, f: TrainState.create(p, rule, False, f), params, frozen)
         return (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)),
                 sum(leaf.size for leaf in jax.tree.leaves(state.params)))
