@@ -2,15 +2,28 @@ import dataclasses
 
 import pytest
 
-from dlm_jax.data.config import DataConfig
+from dlm_jax.data.config import DataConfig, ExampleConfig, RowsConfig
 from dlm_jax.errors import ConfigError
 
 
-@pytest.mark.parametrize("wrong", [{"pack": "padded"}, {"length": 1}, {"batch_size": 0}, {"validation_fraction": 1.0}])
-def test_an_impossible_setting_is_refused_by_name(wrong):
-    with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
+@pytest.mark.parametrize("wrong", [
+    {"packing": "padded"}, {"length": 1}, {"batch_size": 0}, {"validation_fraction": 1.0}, {"random_length": 1.1},
+    {"weights": (1.0,)}, {"train": ("a",), "weights": (0.0,)}])
+def test_invalid_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"data.{list(wrong)[-1]}"):
         DataConfig(**wrong)
+    with pytest.raises(ConfigError, match=r"data.examples.overlong"):
+        ExampleConfig(overlong="keep")
+    with pytest.raises(ConfigError, match=r"data.examples.split_digits"):
+        ExampleConfig("messages", split_digits=True)
 
 
-def test_every_field_says_what_it_means():
-    assert all(field.metadata.get("help") for field in dataclasses.fields(DataConfig))
+def test_every_field_has_help():
+    for config in (DataConfig, ExampleConfig):
+        assert all(field.metadata.get("help") for field in dataclasses.fields(config))
+
+
+def test_rows_config_holds_nothing_out_beside_validation_text():
+    assert DataConfig(length=8).rows_config() == RowsConfig(length=8)
+    assert DataConfig(validation=("a.txt",)).rows_config().validation_fraction == 0.0
+    assert DataConfig().rows_config(0.5).validation_fraction == 0.5

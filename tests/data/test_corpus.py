@@ -27,7 +27,7 @@ def load(config, tokenizer, tmp_path, vocab_size: int = 300):
 
 
 def load_one(config, tokenizer, tmp_path, vocab_size: int = 300):
-    """All rows of the only training source and of the held-out part, in memory."""
+    """Returns all rows of the only training source and of the validation split, in memory."""
     (train,), held_out = load(config, tokenizer, tmp_path, vocab_size)
     return train[slice(None)], None if held_out is None else held_out[slice(None)]
 
@@ -53,31 +53,28 @@ def test_files_become_rows(tmp_path, tokenizer):
     assert tokenizer.decode(held_out.tokens[0]).startswith("other number 0.")
 
 
-def test_held_out_documents_are_a_stable_disjoint_part(tmp_path, tokenizer):
+def test_held_out_documents_are_disjoint(tmp_path, tokenizer):
     train = write_corpus(tmp_path / "train.jsonl", 400)
     config = DataConfig(train=(train,), validation_fraction=0.25, length=4)
-    parts = [texts_of(rows, tokenizer) for rows in load_one(config, tokenizer, tmp_path)]
-    whole = [{text for text in part if text.endswith(".")} for part in parts]
-    assert not whole[0] & whole[1]
-    assert 0.15 < len(whole[1]) / 400 < 0.35
-    assert all(is_held_out(text, 0.25) for text in whole[1])
+    documents = [{text for text in texts_of(rows, tokenizer) if text.endswith(".")}
+                 for rows in load_one(config, tokenizer, tmp_path)]
+    assert not documents[0] & documents[1]
+    assert 0.15 < len(documents[1]) / 400 < 0.35
+    assert all(is_held_out(text, 0.25) for text in documents[1])
     rows, nothing = load_one(DataConfig(train=(train,), validation_fraction=0.0, length=4), tokenizer, tmp_path)
     assert nothing is None
     assert len(texts_of(rows, tokenizer)) >= 400
 
 
-def test_rows_are_cached_until_something_that_matters_changes(tmp_path, tokenizer, bos_tokenizer, monkeypatch):
+def test_rows_are_cached_until_their_inputs_change(tmp_path, tokenizer, bos_tokenizer, monkeypatch):
     train = write_corpus(tmp_path / "train.jsonl")
     calls = []
     monkeypatch.setattr(corpus, "prepare", lambda *given: calls.append(1) or prepare(*given))
 
     def made(tokenizer=tokenizer, **changes) -> bool:
         calls.clear()
-        load(
-            DataConfig(**{"train": (train,), "validation_fraction": 0.0, "length": 16} | changes),
-            tokenizer,
-            tmp_path,
-        )
+        config = DataConfig(**{"train": (train,), "validation_fraction": 0.0, "length": 16} | changes)
+        load(config, tokenizer, tmp_path)
         return bool(calls)
 
     assert made()
@@ -92,32 +89,32 @@ def test_rows_are_cached_until_something_that_matters_changes(tmp_path, tokenize
     assert not made()
 
 
-def test_segments_begin_with_bos(tmp_path, tokenizer):
+def test_documents_start_with_bos_under_document_mask(tmp_path, tokenizer):
     train = write_corpus(tmp_path / "train.jsonl")
     config = DataConfig(train=(train,), packing="document_mask", validation_fraction=0.1, length=32)
     rows, _ = load_one(config, tokenizer, tmp_path)
     np.testing.assert_array_equal(rows.starts[:, 1:], rows.tokens[:, 1:] == tokenizer.bos_token_id)
 
 
-def test_errors_say_what_to_do(tmp_path, tokenizer):
+def test_unusable_corpora_are_refused(tmp_path, tokenizer):
     train = write_corpus(tmp_path / "train.jsonl", 5)
-    with pytest.raises(DataError, match="names no text"):
+    with pytest.raises(DataError, match=r"data\.train"):
         load(DataConfig(), tokenizer, tmp_path)
-    with pytest.raises(DataError, match="vocabulary only 100"):
+    with pytest.raises(DataError, match="100"):
         load(DataConfig(train=(train,)), tokenizer, tmp_path, vocab_size=100)
-    with pytest.raises(DataError, match=r"train\.jsonl is both training and validation"):
+    with pytest.raises(DataError, match=r"train\.jsonl"):
         load(DataConfig(train=(train,), validation=(train,)), tokenizer, tmp_path)
-    with pytest.raises(DataError, match=r"train.jsonl is too short for one row of 512"):
+    with pytest.raises(DataError, match=r"train\.jsonl.* 512"):
         load(DataConfig(train=(train,)), tokenizer, tmp_path)
-    with pytest.raises(DataError, match=r"held-out text is too short .* data.validation_fraction"):
+    with pytest.raises(DataError, match=r"data\.validation_fraction"):
         load(DataConfig(train=(train,), length=8, validation_fraction=0.001), tokenizer, tmp_path)
     bare = copy.deepcopy(tokenizer)
     bare.eos_token = None
-    with pytest.raises(DataError, match="no EOS"):
+    with pytest.raises(DataError, match="EOS"):
         load(DataConfig(train=(train,), length=8), bare, tmp_path)
 
 
-def test_real_text_survives_the_road(tmp_path, test_data):
+def test_real_stories(tmp_path, test_data):
     tokenizer = AutoTokenizer.from_pretrained(test_data / "stories260K_hf")
     config = DataConfig(train=(str(test_data / "tinystories/*.json"),), length=128, validation_fraction=0.05)
     rows, held_out = load_one(config, tokenizer, tmp_path, vocab_size=512)
@@ -129,58 +126,60 @@ def test_real_text_survives_the_road(tmp_path, test_data):
     assert 20 < len(held_out) < 200
 
 
-def test_prepared_rows_are_the_rows_made_on_the_fly(tmp_path, tokenizer):
+def test_prepared_rows_equal_rows_made_on_the_fly(tmp_path, tokenizer):
     path = write_corpus(tmp_path / "train.jsonl")
     config = DataConfig(train=(path,), length=16, validation_fraction=0.2)
     directory = prepared(tmp_path / "rows", path, tokenizer, config)
     raw = load_one(config, tokenizer, tmp_path)
     for given in (directory, directory + "/"):
         made = load_one(dataclasses.replace(config, train=(given,)), tokenizer, tmp_path)
-        for part in range(2):
-            np.testing.assert_array_equal(made[part].tokens, raw[part].tokens)
-    # As validation text, its held-out part counts, or all of it where it has none.
+        for found, expected in zip(made, raw, strict=True):
+            np.testing.assert_array_equal(found.tokens, expected.tokens)
+    # As validation text, its validation split is used, or all of it where it has none.
     _, held_out = load_one(dataclasses.replace(config, validation=(directory,)), tokenizer, tmp_path)
     np.testing.assert_array_equal(held_out.tokens, raw[1].tokens)
 
 
-def test_entries_join_or_with_weights_stay_apart(tmp_path, tokenizer):
+def test_entries_are_concatenated_unless_weighted(tmp_path, tokenizer):
     paths = [write_corpus(tmp_path / f"{name}.jsonl", name=name) for name in ("ant", "bee", "cat")]
     config = DataConfig(train=tuple(paths), length=16, validation_fraction=0.0)
     directory = prepared(tmp_path / "rows", paths[0], tokenizer, config)
     config = dataclasses.replace(config, train=(directory, *paths[1:]))
-    joined, _ = load(config, tokenizer, tmp_path)
-    apart, _ = load(dataclasses.replace(config, weights=(2.0, 1.0, 1.0)), tokenizer, tmp_path)
-    assert len(joined) == 1
-    assert len(apart) == 3
-    for name, source in zip(("ant", "bee", "cat"), apart, strict=True):
+    one, _ = load(config, tokenizer, tmp_path)
+    weighted, _ = load(dataclasses.replace(config, weights=(2.0, 1.0, 1.0)), tokenizer, tmp_path)
+    assert len(one) == 1
+    assert len(weighted) == 3
+    for name, source in zip(("ant", "bee", "cat"), weighted, strict=True):
         assert all(name in text for text in texts_of(source[slice(None)], tokenizer) if text.endswith("."))
-    # Raw entries together are one stream, so that only its end is lost.
-    assert len(joined[0]) - sum(map(len, apart)) in (0, 1)
+    # Raw entries together are one stream, of which only one remainder is lost.
+    assert len(one[0]) - sum(map(len, weighted)) in (0, 1)
 
 
-def test_prepared_rows_that_do_not_fit_are_refused(tmp_path, tokenizer, bos_tokenizer):
+def test_incompatible_prepared_rows_are_refused(tmp_path, tokenizer):
     path = write_corpus(tmp_path / "train.jsonl")
     config = DataConfig(train=(path,), length=16)
     config = dataclasses.replace(config, train=(prepared(tmp_path / "rows", path, tokenizer, config),))
-    with pytest.raises(DataError, match=r"rows were made with another tokenizer|made with another tokenizer"):
-        load(config, copy_with_another_eos(tokenizer), tmp_path)
-    with pytest.raises(DataError, match=r"prepared with length=16, but data.length is 32.*--config.data.length=16"):
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<s>"
+    with pytest.raises(DataError, match="tokenizer"):
+        load(config, other, tmp_path)
+    with pytest.raises(DataError, match=r"data\.length is 32.*--config\.data\.length=16"):
         load(dataclasses.replace(config, length=32), tokenizer, tmp_path)
-    with pytest.raises(DataError, match=r"prepared with packing=concat, but data.packing is document_mask"):
+    with pytest.raises(DataError, match=r"data\.packing is document_mask"):
         load(dataclasses.replace(config, packing="document_mask"), tokenizer, tmp_path)
     shard = next((tmp_path / "rows").glob("train*"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"train-00000.array_record has [\d,]+ bytes, not"):
+    with pytest.raises(DataError, match=r"train-00000\.array_record"):
         load(config, tokenizer, tmp_path)
     (tmp_path / "rows" / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match=r"manifest.json is not a manifest"):
+    with pytest.raises(DataError, match=r"manifest\.json"):
         load(config, tokenizer, tmp_path)
     (tmp_path / "rows" / "manifest.json").rename(tmp_path / "rows" / "progress.npz")
-    with pytest.raises(DataError, match=r"not finished; run its `dlm prepare` command again"):
+    with pytest.raises(DataError, match="dlm prepare"):
         load(config, tokenizer, tmp_path)
 
 
-def test_prepared_examples_are_what_the_run_will_have_on_record(tmp_path, tokenizer):
+def test_prepared_examples_have_the_prompt_format_of_the_run(tmp_path, tokenizer):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 3)
     config = DataConfig(length=16, validation_fraction=0.0, examples=ExampleConfig(format="prompt_response"))
     rows = prepared(tmp_path / "rows", str(tmp_path / "pairs.jsonl"), tokenizer, config)
@@ -192,22 +191,15 @@ def test_prepared_examples_are_what_the_run_will_have_on_record(tmp_path, tokeni
         return sum(map(len, load(dataclasses.replace(config, train=train), tokenizer, tmp_path)[0]))
 
     plain = dataclasses.replace(config, examples=ExampleConfig())
-    with pytest.raises(DataError, match=r"prepared with examples.format='prompt_response', but data.examples.format is "
-                                        r"'none'; set it as it was"):
+    with pytest.raises(DataError, match=r"data\.examples\.format"):
         total(plain, rows)
-    with pytest.raises(DataError, match=r"examples.separator='\\n', but data.examples.separator is '='"):
+    with pytest.raises(DataError, match=r"data\.examples\.separator"):
         total(other, rows)
-    assert total(config, rows) == 3 and total(other, rows, others) == 6  # one of several is what is asked later
-    assert total(plain, rows, text) > 100  # here the setting is how the raw text is read
+    assert total(config, rows) == 3 and total(other, rows, others) == 6  # one of several has the run's format
+    assert total(plain, rows, text) > 100  # the format says how raw text is read
 
 
-def copy_with_another_eos(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    other.eos_token = "<s>"
-    return other
-
-
-def test_a_folder_of_text_is_not_taken_for_prepared_rows(tmp_path, tokenizer):
+def test_folder_of_text_is_not_prepared_rows(tmp_path, tokenizer):
     write_corpus(tmp_path / "train.jsonl")
     with pytest.raises(DataError, match="folder"):
         load(DataConfig(train=(str(tmp_path),)), tokenizer, tmp_path)
@@ -239,7 +231,7 @@ def test_rows_on_an_object_store_are_copied_once(tmp_path, tokenizer, monkeypatc
             np.testing.assert_array_equal(found.tokens, rows.tokens)
 
     check()
-    assert len(fetched) == 2  # of the training and of the held-out rows
+    assert len(fetched) == 2  # the shards of both splits
     check()
     assert len(fetched) == 2
     copy, = (tmp_path / "cache").glob("*-copy")
@@ -249,10 +241,10 @@ def test_rows_on_an_object_store_are_copied_once(tmp_path, tokenizer, monkeypatc
     assert len(fetched) == 3 and fetched[2].endswith(victim.name)
     victim.unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=10))
-    with pytest.raises(DataError, match=r"memory://rows/ has .* GiB to copy, .* data.cache_dir, or mount the bucket"):
+    with pytest.raises(DataError, match=r"memory://rows/.*data\.cache_dir"):
         load(remote, tokenizer, tmp_path)
     monkeypatch.undo()
     fsspec.filesystem("memory").rm("/rows/" + victim.name)
-    with pytest.raises(DataError, match=r"memory://rows/ cannot be copied to .*-copy"):
+    with pytest.raises(DataError, match="memory://rows/"):
         load(remote, tokenizer, tmp_path)
     assert not list(copy.glob(".*"))
