@@ -67,7 +67,7 @@ def main() -> None:
         "minutes_of_processor_time": time.process_time() / 60, "unseen_sums": answers["num_examples"],
         **answers["values"], "nats_per_token": answers["nats_per_token"],
         "while_training": [{name: value for name, value in record.items() if name != "text"}
-                           for record in read_records(run, "answers")],
+                           for record in read_records(run, "generation")],
         "wrong": [record["text"] for record in answers["records"] if not record["values"]["marked_number"]][:10],
         "cores": os.cpu_count(), "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")}}
     write_json(RESULTS, result)

@@ -62,7 +62,7 @@ def loader_speed(length: int, pack: str, folder: str, seconds: float, mixture: b
 
     from dlm_jax.data.loader import Loader
     from dlm_jax.data.rows import Rows
-    from dlm_jax.data.shards import ShardedRows, RowLayout, write_shard
+    from dlm_jax.data.shards import RowLayout, ShardedRows, write_shard
 
     random, count = np.random.default_rng(0), (32 << 20) // length
     row_masks = ("starts",) if pack == "document_mask" else ()

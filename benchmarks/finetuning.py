@@ -15,9 +15,9 @@ import importlib.metadata
 import json
 import pathlib
 
-from dlm_jax.cli.config import build_config
+from dlm_jax.cli.config import build_config, load_recipe
 from dlm_jax.cli.main import main as command_line
-from dlm_jax.cli.config import load_recipe
+from dlm_jax.cli.train import make_hooks
 from dlm_jax.storage import write_json
 from dlm_jax.training import TrainConfig, read_records, train
 
@@ -65,7 +65,7 @@ def draw(curves: dict[str, dict[str, list[dict]]], path: pathlib.Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     for variant, curve in curves.items():
-        for axes, kind, name in ((left, "validation", "bound"), (right, "answers", "in_form")):
+        for axes, kind, name in ((left, "validation", "bound"), (right, "generation", "in_form")):
             axes.plot([record["step"] for record in curve[kind]], [record[name] for record in curve[kind]], "o-",
                       color=VARIANTS[variant], label=variant, linewidth=2, markersize=4)
     left.set(xlabel="steps", ylabel="held-out answers, nats per token", yscale="log")
@@ -104,9 +104,9 @@ def main() -> None:
     curves, found = {}, {}
     for variant in args.variants:
         workdir = args.work / variant.replace(", ", "-").replace(" ", "_")
-        if train(configure(args, variant), workdir)["interrupted"]:
+        if train(config := configure(args, variant), workdir, make_hooks(config))["interrupted"]:
             raise SystemExit("stopped; the same command goes on from there")
-        curves[variant] = {kind: read_records(workdir, kind) for kind in ("validation", "answers")}
+        curves[variant] = {kind: read_records(workdir, kind) for kind in ("validation", "generation")}
         found[variant] = asked(args, workdir)
     write_json(RESULTS, {
         "settings": {key: value for key, value in vars(args).items() if isinstance(value, int | float)},

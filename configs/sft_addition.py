@@ -24,6 +24,6 @@ def get_config():
     config.objective.anneal_steps = 0
 
     config.validation.every = 750
-    config.validation.generation_eval = 32
+    config.validation.num_generations = 32
     config.checkpoint.every = 750
     return config

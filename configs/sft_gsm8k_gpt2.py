@@ -39,6 +39,6 @@ def get_config():
     config.optimizer.clip_norm = 1.0
 
     config.validation.every = 1_000
-    config.validation.generation_eval = 64
+    config.validation.num_generations = 64
     config.checkpoint.every = 1_000
     return config

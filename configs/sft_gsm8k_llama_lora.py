@@ -32,7 +32,7 @@ def get_config():
 
     config.optimizer.learning_rate = 1e-4
 
-    config.validation.generation_eval = 0
+    config.validation.num_generations = 0
     config.checkpoint.every = 2_000
     config.checkpoint.keep = 4
     return config

@@ -26,6 +26,6 @@ def get_config():
 
     config.optimizer.warmup_steps = 50
     config.validation.every = 100
-    config.validation.generation_eval = 16
+    config.validation.num_generations = 16
     config.checkpoint.every = 200
     return config

@@ -24,7 +24,7 @@ from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.hf_config import record_of
 from dlm_jax.checkpoints.hf_tensors import read_tensors, write_safetensors
 from dlm_jax.errors import CheckpointError
-from dlm_jax.models import ModelConfig, Transformer, abstract_model, merge_kernel, kernel_norms
+from dlm_jax.models import ModelConfig, Transformer, abstract_model, kernel_norms, merge_kernel
 from dlm_jax.models.lora import full_kernel
 from dlm_jax.parallel import to_host
 from dlm_jax.storage import METADATA_FILE, atomic_directory, read_json, read_metadata, write_json

@@ -44,8 +44,8 @@ from dlm_jax.models import (
     combine_fingerprints,
     fingerprint,
     freeze_base,
-    merge_lora,
     init_lora_factors,
+    merge_lora,
     split_trainable,
 )
 from dlm_jax.storage import ensure_accessible, is_remote, local_copy, upload, write_json

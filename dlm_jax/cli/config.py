@@ -189,9 +189,12 @@ def _checked(convert: Callable[[Any, Any], Any], value: Any, kind: Any, key: str
     try:
         return convert(value, kind)
     except InvalidValue as error:
+        from dlm_jax.training.config import OLD_VALUES
+
         choices = map(str, typing.get_args(kind)) if typing.get_origin(kind) is Literal else ()
-        raise ConfigError(f"config.{key} takes {type_name(kind)}, not {value!r}"
-                          f"{did_you_mean(str(value), choices)}") from error
+        new = OLD_VALUES.get(key, {}).get(str(value))
+        hint = f"; {value} is now {new}" if new else did_you_mean(str(value), choices)
+        raise ConfigError(f"config.{key} takes {type_name(kind)}, not {value!r}{hint}") from error
 
 
 # ---- Values against the annotations of dataclass fields.

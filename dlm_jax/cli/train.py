@@ -9,10 +9,16 @@ died, 130 stopped by Ctrl-C and saved; after 75, 76 and 130 the same command goe
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from dlm_jax.cli.config import build_config, describe_config, load_recipe, recipe_names
 from dlm_jax.cli.shared import add_process_arguments, is_supervisor, join_processes, supervise
 from dlm_jax.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_STOPPED, ConfigError
+
+if TYPE_CHECKING:
+    from dlm_jax.training.config import TrainConfig
+    from dlm_jax.training.hooks import Hook, HookFactory
+    from dlm_jax.training.setup import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dlm_jax.training.loop import train
 
     try:
-        interrupted = train(config, arguments.workdir)["interrupted"]
+        interrupted = train(config, arguments.workdir, make_hooks(config))["interrupted"]
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -57,3 +63,21 @@ def run(arguments: argparse.Namespace) -> int:
     if interrupted == "SIGINT":
         raise KeyboardInterrupt
     return EXIT_STOPPED if interrupted else EXIT_OK
+
+
+def make_hooks(config: "TrainConfig") -> "list[HookFactory]":
+    """Returns the hooks of a run that the training room does not have: generated answers to held-out examples."""
+    if not config.validation.num_generations:
+        return []
+    from dlm_jax.evaluation.generation_eval import GenerationEval
+    from dlm_jax.sampling import SamplerConfig
+    from dlm_jax.training.hooks import PeriodicEval
+
+    def generation_hook(run: "Run") -> "Hook":
+        sampler = (SamplerConfig("autoregressive", temperature=0.0) if config.objective.name == "autoregressive"
+                   else SamplerConfig("confidence", config.validation.generation_steps, temperature=0.0))
+        evaluate = GenerationEval(run.base, run.held_out, run.mesh, config.data, sampler=sampler,
+                                  num_examples=config.validation.num_generations)
+        return PeriodicEval("generation", "sampling", evaluate, (config.validation.every,))
+
+    return [generation_hook]

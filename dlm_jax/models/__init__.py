@@ -3,14 +3,14 @@
 from dlm_jax.models.adapt import (
     add_dora_magnitudes,
     add_lora,
-    merge_kernel,
     base_shapes,
     combine_fingerprints,
     fingerprint,
     freeze_base,
-    kernel_norms,
-    merge_lora,
     init_lora_factors,
+    kernel_norms,
+    merge_kernel,
+    merge_lora,
     split_lora,
     split_trainable,
 )

@@ -12,7 +12,7 @@ from dlm_jax.checkpoints.workdir import is_workdir, split_step
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
 from dlm_jax.training.config import ModelSource
-from dlm_jax.training.start import with_dropout
+from dlm_jax.training.setup import with_dropout
 
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}

@@ -11,11 +11,11 @@ from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.diffusion import HeadPlan
-from dlm_jax.parallel import MeshConfig, num_batch_shards, make_mesh
+from dlm_jax.parallel import MeshConfig, make_mesh, num_batch_shards
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.plan.base import Base
 from dlm_jax.plan.program import planned_state, trace_step
-from dlm_jax.training.config import TrainConfig, lora_of
+from dlm_jax.training.config import TrainConfig, resolve_lora
 from dlm_jax.training.metrics import count_params
 from dlm_jax.training.step import HOST
 
@@ -62,7 +62,7 @@ def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention
     rows = config.data.batch_size / config.optimizer.accumulate_steps / num_batch_shards(mesh)
     kept, everything = (rows * kept_bytes(config, base, attention, remat) for remat in (config.model.remat, "none"))
     width, gathers = jnp.dtype(config.model.dtype).itemsize, mesh.shape["fsdp"] > 1
-    lora = lora_of(config.lora, architecture, base.new_mask_token)
+    lora = resolve_lora(config.lora, architecture, base.new_mask_token)
     layer = count_params(architecture, "blocks") / architecture.num_layers
     table = architecture.vocab_size * architecture.hidden_size
     working = 8 * HeadPlan.chunk_size * architecture.vocab_size

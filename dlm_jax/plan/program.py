@@ -10,9 +10,9 @@ from dlm_jax.diffusion import Batch
 from dlm_jax.models import Compute, Transformer, abstract_model, split_trainable
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.plan.base import Base
-from dlm_jax.training.config import TrainConfig, lora_of
+from dlm_jax.training.config import TrainConfig, resolve_lora
 from dlm_jax.training.optimizer import make_optimizer
-from dlm_jax.training.start import check_fit
+from dlm_jax.training.setup import check_fit
 from dlm_jax.training.step import TrainState, make_train_step, state_layout
 
 
@@ -36,7 +36,7 @@ def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> l
 def planned_model(config: TrainConfig, base: Base, attention: str) -> Transformer:
     """The model with shapes in place of arrays."""
     compute = Compute(config.model.dtype, config.model.remat, attention, ATTENTION_PARTITION)
-    lora = lora_of(config.lora, base.config, base.new_mask_token)
+    lora = resolve_lora(config.lora, base.config, base.new_mask_token)
     return abstract_model(base.config, compute, config.model.param_dtype, lora)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel.chips import Chip
-from dlm_jax.training.config import TrainConfig, lora_of
+from dlm_jax.training.config import TrainConfig, resolve_lora
 from dlm_jax.training.metrics import count_params, train_flops
 
 # The share of the chips' peaks that matrix products and memory reach in a training step. At 0.6, Llama-2-7B with full
@@ -80,7 +80,7 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
     attention under any, and attention's backward pass as its backend does it."""
     length = config.data.length
     tokens = config.data.batch_size * length
-    lora, scored = lora_of(config.lora, architecture, new_mask_token), tokens * scored_share(config.objective)
+    lora, scored = resolve_lora(config.lora, architecture, new_mask_token), tokens * scored_share(config.objective)
     tokens *= config.objective.forward_multiplier(length)
     model = train_flops(architecture, tokens, scored, length, lora)
     forward = 2 * count_params(architecture, "blocks") * tokens

@@ -13,7 +13,7 @@ from dlm_jax.parallel.chips import CHIPS, Chip
 from dlm_jax.plan.memory import has_analytic_estimate
 from dlm_jax.plan.topology import read_topology, tpu_devices
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.start import attention_spec, choose_attention
+from dlm_jax.training.setup import attention_spec, choose_attention
 
 GPUS = tuple(chip.name for chip in CHIPS if not any(kind.startswith("TPU") for kind in chip.kinds))
 

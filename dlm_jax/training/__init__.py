@@ -1,4 +1,8 @@
-"""From a base model and a corpus to a trained model: state, step, loop, optimizer, checkpoints, metrics."""
+"""From a base model and a corpus to a trained model.
+
+`setup` opens a run, `loop` takes its steps (`step`, `optimizer`), `hooks` do everything else (validation, samples,
+checkpoints, a profile), and `metrics` measures and reports.
+"""
 
 from dlm_jax.checkpoints.workdir import is_workdir, load_workdir
 from dlm_jax.training.config import TrainConfig

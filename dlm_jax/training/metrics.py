@@ -1,4 +1,4 @@
-"""Floating-point operations a step must do, and what the device could do: their ratio is the utilisation (MFU)."""
+"""What a run measures and reports: FLOPs, goodput, the metrics of its steps, the log and the console."""
 
 import contextlib
 import json
@@ -24,149 +24,156 @@ from dlm_jax.parallel.chips import find_chip
 from dlm_jax.storage import is_remote, upload
 from dlm_jax.training.config import LogConfig
 
+METRICS_FILE = "metrics.jsonl"
+# What the time of a run goes into. `lost_steps`: steps after the last checkpoint, which a resumed run repeats.
+CATEGORIES = ("startup", "compilation", "steps", "data_stall", "validation", "checkpointing", "sampling", "lost_steps")
+
+_USUAL_MFU = 0.3  # share of the peak, or of a large matrix product's speed, that a training step reaches
+_COPY_SECONDS = 30
+_SCHEDULED = ("learning_rate", "anneal_ratio")
+_MAX_SKIPPED = 20  # consecutive steps
+
+
+# ---- FLOPs.
+
 
 def peak_flops(device: jax.Device) -> float | None:
-    """The device's dense bfloat16 peak, FLOP/s, or None where it is not known (CPUs among them)."""
+    """Returns the device's dense bfloat16 peak, FLOP/s; None where it is unknown, as for CPUs."""
     chip = find_chip(device)
     return chip and chip.flops
 
 
-def count_params(config: ModelConfig, part: str | None = None) -> int:
-    """Parameters of the model, or of one of its parts, such as "blocks"."""
+def count_params(config: ModelConfig, submodule: str | None = None) -> int:
+    """Returns the number of parameters of the model, or of a submodule such as "blocks"."""
     model = abstract_model(config)
-    leaves = jax.tree.leaves(nnx.state(model if part is None else getattr(model, part)))
-    return sum(math.prod(leaf.shape) for leaf in leaves)
+    return _count(nnx.state(model if submodule is None else getattr(model, submodule)))
 
 
-def count_factors(config: ModelConfig, lora: LoRAConfig) -> int:
-    """Parameters of LoRA's factors."""
-    factors = nnx.state(abstract_model(config, lora=lora), LoRAFactor)
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(factors))
+def _count(state: nnx.State) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
 
 def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
                 lora: LoRAConfig | None = None) -> float:
-    """FLOPs of a forward and a backward pass over `tokens` tokens in rows of `length`, `scored` of them scored.
+    """Returns the FLOPs of a forward and a backward pass over `tokens` tokens in rows of `length`.
 
     6 x (parameters of the blocks) x tokens, for their matrix products;
-    + 12 x layers x heads x head_dim x length x tokens, for attention over the whole square (no causal half);
-    + 6 x hidden x vocabulary x scored, for the head, needed only where a token is scored.
-    What is computed again (remat, chunked loss) does not count. With LoRA, matrices that are not trained have 4 in
-    place of 6, as they have no gradient of their own, and the factors are added.
+    + 12 x layers x heads x head_dim x length x tokens, for attention over the full square (no causal half);
+    + 6 x hidden x vocabulary x `scored`, for the head, needed only where a token is scored.
+    Recomputation (remat, chunked loss) does not count. With LoRA, frozen matrices count 4 instead of 6, as they have no
+    gradient of their own, and the factors are added.
     """
     frozen, head = (6, 6) if lora is None else (4, 6 if lora.head or (lora.embedding and config.tie_embeddings) else 4)
     blocks = frozen * count_params(config, "blocks") * tokens
     if lora is not None:
-        blocks += 6 * count_factors(config, lora) * tokens
+        blocks += 6 * _count(nnx.state(abstract_model(config, lora=lora), LoRAFactor)) * tokens
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
     return blocks + attention + head * config.hidden_size * config.vocab_size * scored
 
 
-_USUAL_SHARE = 0.3  # of the peak, or of a large matrix product's speed, that a training step reaches
-
-
 def step_seconds(config: ModelConfig, data: DataConfig) -> float:
-    """A rough forecast of the seconds a step takes on the devices at hand, before anything is compiled."""
+    """Returns a rough estimate of the seconds per step on the available devices, before anything is compiled."""
     tokens = data.batch_size * data.length
     peak = peak_flops(jax.devices()[0])
     speed = peak * jax.device_count() if peak else measured_flops()
-    return train_flops(config, tokens, tokens / 2, data.length) / (_USUAL_SHARE * speed)
+    return train_flops(config, tokens, tokens / 2, data.length) / (_USUAL_MFU * speed)
 
 
 def measured_flops(size: int = 1024, repeats: int = 4) -> float:
-    """FLOP/s of a float32 matrix product of this size on the default device."""
+    """Measures the FLOP/s of a float32 matrix product of this size on the default device."""
     product, matrix = jax.jit(jnp.matmul), jnp.ones((size, size), jnp.float32)
     product(matrix, matrix).block_until_ready()
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(repeats):
         product(matrix, matrix).block_until_ready()
-    return repeats * 2 * size**3 / (time.perf_counter() - began)
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
 
 
-# ---- Where the time of a run goes, over all its starts.
+def peak_memory_gib() -> float | None:
+    """Returns the peak memory of any device of this process so far, in GiB; None where no device reports it (CPUs)."""
+    peaks = [stats["peak_bytes_in_use"] for device in jax.local_devices()
+             if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats]
+    return max(peaks) / (1 << 30) if peaks else None
 
 
-# What a run can be doing. Only "steps" is what it is there for; "lost" was spent on steps after the last checkpoint.
-KINDS = ("start", "compiling", "steps", "data", "validation", "saving", "sampling", "lost")
-_TRAINING = ("steps", "data")
+# ---- Goodput: what the time of a run goes into, over all its starts.
 
 
-class Clock:
-    """Adds up seconds by kind, and counts steps and scored tokens between records."""
+class GoodputClock:
+    """Adds up seconds by category, and measures the steps between records."""
 
     def __init__(self) -> None:
-        self.spent = dict.fromkeys(KINDS, 0.0)
-        self._kind, self._since = "start", time.monotonic()
-        self._begin_lap()
+        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self._category, self._since = "startup", time.monotonic()
+        self._start_interval()
 
-    def add(self, spent: Mapping[str, float]) -> None:
-        """Counts in what starts before have spent, as `state` gave it."""
-        for kind, seconds in spent.items():
-            self.spent[kind] += seconds
-        self._begin_lap()
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Adds the seconds by category of earlier starts."""
+        for category, value in seconds.items():
+            self._seconds[category] += value
+        self._start_interval()
 
     @contextlib.contextmanager
-    def doing(self, kind: str) -> Iterator[None]:
-        """Time inside counts as `kind`."""
-        before = self._kind
-        self.switch(kind)
+    def measure(self, category: str) -> Iterator[None]:
+        """Counts the time inside the context as `category`."""
+        before = self._category
+        self.switch(category)
         yield
         self.switch(before)
 
-    def switch(self, kind: str) -> None:
-        """From now on time counts as `kind`."""
+    def switch(self, category: str) -> None:
+        """Counts time as `category` from now on."""
         now = time.monotonic()
-        self.spent[self._kind] += now - self._since
-        self._kind, self._since = kind, now
+        self._seconds[self._category] += now - self._since
+        self._category, self._since = category, now
 
-    def count(self, scored: float) -> None:
-        """A step's results are here."""
-        self.switch(self._kind)
-        now = self._training()
+    def count_step(self, scored: float) -> None:
+        """Counts a step whose results have arrived, with its number of scored tokens."""
+        self.switch(self._category)
+        now = self._training_seconds()
         self._steps, self._scored = self._steps + 1, self._scored + scored
-        self._slowest, self._last = max(self._slowest, now - self._last), now
+        self._slowest, self._last_step = max(self._slowest, now - self._last_step), now
 
-    def lap(self) -> dict[str, float]:
-        """Since the last lap: `steps`, `scored` tokens, `seconds` of training, of which `waiting` for data, and those
-        of the `slowest` step."""
-        self.switch(self._kind)
-        lap = {"steps": self._steps, "scored": self._scored, "seconds": max(self._training() - self._began, 1e-9),
-               "waiting": self.spent["data"] - self._waited, "slowest": self._slowest}
-        self._begin_lap()
-        return lap
+    def end_interval(self) -> dict[str, float]:
+        """Returns the measures since the last call, and starts a new interval.
 
-    def state(self) -> dict[str, float]:
-        self.switch(self._kind)
-        return dict(self.spent)
+        `steps`, `scored` tokens, `seconds` of training, of which `data_stall` waiting for data, and of the `slowest`
+        step.
+        """
+        self.switch(self._category)
+        seconds = self._training_seconds() - self._interval_start
+        interval = {"steps": self._steps, "scored": self._scored, "seconds": max(seconds, 1e-9),
+                    "data_stall": self._seconds["data_stall"] - self._stall_start, "slowest": self._slowest}
+        self._start_interval()
+        return interval
+
+    def seconds(self) -> dict[str, float]:
+        """Returns the seconds by category until now."""
+        self.switch(self._category)
+        return dict(self._seconds)
 
     def goodput(self) -> float:
-        """The share of all time that went into steps that count."""
-        spent = self.state()
-        return spent["steps"] / max(sum(spent.values()), 1e-9)
+        """Returns the share of all time that went into steps that count."""
+        seconds = self.seconds()
+        return seconds["steps"] / max(sum(seconds.values()), 1e-9)
 
     def line(self) -> str:
-        """For people: the shares of all kinds that took at least a thousandth."""
-        spent = self.state()
-        total = max(sum(spent.values()), 1e-9)
-        shares = sorted(((seconds / total, kind) for kind, seconds in spent.items()), reverse=True)
-        return ", ".join(f"{kind} {share:.1%}" for share, kind in shares if share >= 1e-3)
+        """Returns the shares of all categories that took at least a thousandth, for people."""
+        seconds = self.seconds()
+        total = max(sum(seconds.values()), 1e-9)
+        shares = sorted(((value / total, category) for category, value in seconds.items()), reverse=True)
+        return ", ".join(f"{category} {share:.1%}" for share, category in shares if share >= 1e-3)
 
-    def _training(self) -> float:
-        return sum(self.spent[kind] for kind in _TRAINING)
+    def _training_seconds(self) -> float:
+        return self._seconds["steps"] + self._seconds["data_stall"]
 
-    def _begin_lap(self) -> None:
+    def _start_interval(self) -> None:
         self._steps, self._scored, self._slowest = 0, 0.0, 0.0
-        self._began = self._last = self._training()
-        self._waited = self.spent["data"]
+        self._interval_start = self._last_step = self._training_seconds()
+        self._stall_start = self._seconds["data_stall"]
 
 
-# ---- What a run reports: one JSON line a record, TensorBoard and Weights & Biases beside it, a line on the console.
-
-
-METRICS = "metrics.jsonl"
-_COPY_SECONDS = 30
-_SCHEDULED = ("learning_rate", "anneal_ratio")
-_MOST_SKIPPED = 20  # steps in a row: then it is no accident
+# ---- The metrics of steps.
 
 
 class MetricAccumulator:
@@ -177,20 +184,20 @@ class MetricAccumulator:
     """
 
     def __init__(self, skip: bool = False, sums: Mapping[str, float] | None = None,
-                 scheduled: Mapping[str, float] | None = None, steps: int = 0, skipped: int = 0, in_a_row: int = 0):
+                 scheduled: Mapping[str, float] | None = None, steps: int = 0, skipped: int = 0, consecutive: int = 0):
         self.skip, self.sums, self.scheduled = skip, dict(sums or {}), dict(scheduled or {})
-        self.steps, self.skipped, self.in_a_row = steps, skipped, in_a_row
+        self.steps, self.skipped, self.consecutive = steps, skipped, consecutive
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes in one step's metrics.
+        """Adds one step's metrics.
 
         Raises:
           TrainingError: the loss or the gradient is not finite, or has not been for many steps where they are skipped.
         """
         bad = next((name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])), None)
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if bad and not (self.skip and self.in_a_row < _MOST_SKIPPED):
-            times = f" and has not been finite for {self.in_a_row} steps" if self.in_a_row > 1 else ""
+        self.consecutive = self.consecutive + 1 if bad else 0
+        if bad and not (self.skip and self.consecutive < _MAX_SKIPPED):
+            times = f" and has not been finite for {self.consecutive} steps" if self.consecutive > 1 else ""
             raise TrainingError(
                 f"the {bad} is {metrics[bad]} at step {step}{times}; checkpoints of earlier steps are kept: resume "
                 "from one with a lower learning rate, or look at the data of this step")
@@ -205,7 +212,7 @@ class MetricAccumulator:
         self.steps += 1
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric; of those that follow a schedule the latest value; how many steps were skipped."""
+        """Returns the mean of each metric, the latest value of scheduled ones, and the number of skipped steps."""
         means = {name: total / self.steps for name, total in self.sums.items()} | self.scheduled
         return means | ({"skipped": self.skipped} if self.skipped else {})
 
@@ -213,43 +220,46 @@ class MetricAccumulator:
         self.sums, self.scheduled, self.steps, self.skipped = {}, {}, 0, 0
 
     def state(self) -> dict[str, object]:
-        """A copy: it is written in the background, while the next steps are added."""
+        """Returns a copy of the state: it is written in the background, while the next steps are added."""
         return {"sums": dict(self.sums), "scheduled": dict(self.scheduled), "steps": self.steps,
-                "skipped": self.skipped, "in_a_row": self.in_a_row}
+                "skipped": self.skipped, "consecutive": self.consecutive}
+
+
+# ---- Records: JSON lines, TensorBoard, Weights & Biases; lines on the console.
 
 
 class MetricsLog:
-    """Writes records to every place asked for; only the first process does.
+    """Writes records to JSON lines, TensorBoard and Weights & Biases; only the first process does.
 
-    Where the workdir is on an object store, whose files cannot be appended to, they are kept in a local folder and
-    copied there every so often.
+    If the workdir is on an object store, whose files cannot be appended to, they are kept in a local folder and copied
+    there from time to time.
 
     Args:
-      first_step: records of later steps, left by a run that went further than its last checkpoint, are dropped.
+      first_step: the step that the run starts from; records of later steps, which the resumed run repeats, are dropped.
     """
 
     def __init__(self, workdir: epath.Path, log: LogConfig, config: Mapping[str, object], first_step: int):
-        self._file = self._board = self._wandb = self._remote = None
+        self._file = self._tensorboard = self._wandb = self._remote = None
         if jax.process_index() != 0:
             return
         self._folder = workdir
         if is_remote(workdir):
             self._remote, self._copied = workdir, time.monotonic()
             self._folder = epath.Path(tempfile.mkdtemp(prefix="dlm_jax-logs-"))
-            if (workdir / METRICS).exists():
-                (self._folder / METRICS).write_text((workdir / METRICS).read_text())
-        # A run that died before its first checkpoint begins anew, with its validation at step 0.
-        truncate_records(self._folder / METRICS, first_step or -1)
-        self._file = open(self._folder / METRICS, "a", buffering=1)  # noqa: SIM115
+            if (workdir / METRICS_FILE).exists():
+                (self._folder / METRICS_FILE).write_text((workdir / METRICS_FILE).read_text())
+        # A run that died before its first checkpoint starts over, with its validation at step 0.
+        truncate_records(self._folder / METRICS_FILE, first_step or -1)
+        self._file = open(self._folder / METRICS_FILE, "a", buffering=1)  # noqa: SIM115
         if log.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step + 1)
+            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step + 1)
         if log.wandb:
             self._wandb = _wandb_run(log.wandb, self._folder, workdir.name, config)
 
     def write(self, step: int, kind: str, values: Mapping[str, float | str]) -> None:
-        """One record: `kind` is "train", "validation", "answers" or "sample".
+        """Writes one record; `kind` is "train", or a hook's.
 
         Raises:
           TrainingError: it cannot be written.
@@ -259,11 +269,11 @@ class MetricsLog:
         try:
             self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         except OSError as error:
-            raise TrainingError(f"{self._folder / METRICS} cannot be written ({error.strerror}); make room there, and "
-                                "the same command goes on from the last checkpoint") from error
-        if self._board is not None:
+            raise TrainingError(f"{self._folder / METRICS_FILE} cannot be written ({error.strerror}); free some space, "
+                                "and the same command resumes from the last checkpoint") from error
+        if self._tensorboard is not None:
             for name, value in values.items():
-                add = self._board.add_text if isinstance(value, str) else self._board.add_scalar
+                add = self._tensorboard.add_text if isinstance(value, str) else self._tensorboard.add_scalar
                 add(f"{kind}/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
@@ -272,10 +282,10 @@ class MetricsLog:
 
     def close(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what could not be written has been told
+            with contextlib.suppress(OSError):  # `write` has reported it
                 self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._remote is not None:
@@ -291,23 +301,23 @@ def truncate_records(path: epath.Path, last_step: int) -> None:
     """Drops the records past `last_step`, and a line cut short by a crash."""
     if not path.exists():
         return
-    kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= last_step]
-    beside = path.with_suffix(".jsonl.new")
-    beside.write_text("".join(kept))
-    os.replace(beside, path)
+    kept = [json.dumps(record) + "\n" for record in _parse_records(path) if record["step"] <= last_step]
+    temporary = path.with_suffix(".jsonl.new")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
 
 
 def read_records(workdir: epath.Path, kind: str | None = None) -> list[dict]:
-    """The records of a run, in order; of one kind without naming it."""
-    path = workdir / METRICS
-    records = _records(path) if path.exists() else []
+    """Returns the records of a run, in order; those of one kind without the key `kind`."""
+    path = workdir / METRICS_FILE
+    records = _parse_records(path) if path.exists() else []
     if kind is None:
         return records
     return [record for record in records if record.pop("kind") == kind]
 
 
-def _records(path: epath.Path) -> list[dict]:
-    """All but a last one that is only half there: it is being written, or was when the run died."""
+def _parse_records(path: epath.Path) -> list[dict]:
+    """Returns all records but an incomplete last one: it is being written, or was when the run died."""
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
@@ -316,18 +326,16 @@ def _wandb_run(project: str, folder: epath.Path, name: str, config: Mapping[str,
     try:
         import wandb
     except ImportError:
-        raise ConfigError("log.wandb is set, but the package wandb is not installed; install it, or leave "
-                          "log.wandb empty") from None
+        raise ConfigError("log.wandb needs the package wandb; install it, or leave log.wandb empty") from None
     return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(folder), config=dict(config))
 
 
 class Console:
-    """Lines for people, and below them a bar on a terminal; without a terminal only the lines."""
+    """Lines for people, above a progress bar on a terminal."""
 
     def __init__(self, total: int, done: int):
-        show = jax.process_index() == 0
-        self._show = show
-        self._bar = tqdm(total=total, initial=done, unit="step", disable=not (show and sys.stderr.isatty()),
+        self._show = jax.process_index() == 0
+        self._bar = tqdm(total=total, initial=done, unit="step", disable=not (self._show and sys.stderr.isatty()),
                          dynamic_ncols=True, smoothing=0.1)
 
     def step(self, loss: float) -> None:

@@ -1,7 +1,7 @@
-"""Optimizers from optax by name, with the decisions that depend on which parameter it is.
+"""Optimizers from optax by name, with the decisions that depend on the parameter.
 
-Those follow from a parameter's logical axes, never from its rank: layers are stacked, so that a bias of
-a block has two dimensions and a matrix three or four. Every rule here treats a stack as its layers one by one.
+Those follow from a parameter's logical axes, never from its rank: layers are stacked, so that a bias of a block has two
+dimensions and a matrix three or four. Every rule here treats a stack as its layers one by one.
 """
 
 import dataclasses
@@ -13,70 +13,71 @@ import jax
 import optax
 from flax import nnx
 
+from dlm_jax.config_fields import check_at_least, check_choices, check_range, field
 from dlm_jax.errors import ConfigError
 from dlm_jax.parallel import is_param
 
 
-def _field(default: object, meaning: str) -> object:
-    return dataclasses.field(default=default, metadata={"help": meaning})
-
-
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "lion", "adafactor", "muon"] = _field("adamw", "the optimizer")
-    learning_rate: float = _field(3e-4, "peak learning rate")
-    b1: float = _field(0.9, "decay of the first moment (Muon: of the momentum, 0.95 is usual)")
-    b2: float = _field(0.999, "decay of the second moment (Lion: of the momentum)")
-    eps: float = _field(1e-8, "added to the root of the second moment (AdamW, Muon's Adam part)")
-    weight_decay: float = _field(0.0, "decay of matrices, times the learning rate; norms and biases never decay")
-    clip_norm: float = _field(1.0, "largest global norm of the gradient; 0: no clipping")
-    schedule: Literal["constant", "cosine", "wsd"] = _field(
+    """How the loss is minimized."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = field("adamw", "the optimizer")
+    learning_rate: float = field(3e-4, "peak learning rate")
+    b1: float = field(0.9, "decay of the first moment (Muon: of the momentum, 0.95 is usual)")
+    b2: float = field(0.999, "decay of the second moment (Lion: of the momentum)")
+    eps: float = field(1e-8, "added to the root of the second moment (AdamW, and Adam beside Muon)")
+    weight_decay: float = field(0.0, "decay of matrices, times the learning rate; norms and biases do not decay")
+    clip_norm: float = field(1.0, "largest global norm of the gradient; 0: no clipping")
+    schedule: Literal["constant", "cosine", "wsd"] = field(
         "cosine", "learning rate after the warm-up; wsd: constant, then linear decay")
-    warmup_steps: int = _field(0, "steps of linear warm-up from 0")
-    decay_steps: int = _field(0, "wsd: steps of the final decay, at the end of the run")
-    final_fraction: float = _field(0.0, "what is left of the learning rate at the end, as a share of the peak")
-    accumulate_steps: int = _field(1, "micro-batches that one step's batch is cut into")
-    on_nonfinite: Literal["raise", "skip"] = _field(
-        "raise", "where loss or gradient are not finite: stop the run, or skip the step and count it")
-    offload: bool = _field(False, "keep the optimizer's state in the host's memory between steps")
-    ema_decay: float = _field(0.0, "decay of the moving average of the parameters, which is then what is "
-                                   "validated and exported; 0: none")
+    warmup_steps: int = field(0, "steps of linear warm-up from 0")
+    decay_steps: int = field(0, "wsd: steps of the final decay, at the end of the run")
+    final_fraction: float = field(0.0, "learning rate at the end, as a share of the peak")
+    accumulate_steps: int = field(1, "micro-batches per step")
+    on_nonfinite: Literal["raise", "skip"] = field(
+        "raise", "if the loss or the gradient is not finite: raise an error, or skip the step and count it")
+    offload: bool = field(False, "keep the optimizer state in host memory between steps")
+    ema_decay: float = field(
+        0.0, "decay of the moving average of the parameters, which is then validated and exported; 0: none")
 
     def __post_init__(self) -> None:
-        if self.accumulate_steps < 1:
-            raise ConfigError(f"optimizer.accumulate_steps must be at least 1, got {self.accumulate_steps}")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"optimizer.ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if min(self.learning_rate, self.weight_decay, self.clip_norm, self.warmup_steps, self.decay_steps) < 0:
-            raise ConfigError("optimizer.learning_rate, weight_decay, clip_norm, warmup_steps and decay_steps must "
-                              "not be negative")
+        check_choices(self, "optimizer")
+        check_at_least(self.accumulate_steps, 1, "optimizer.accumulate_steps")
+        check_range(self.ema_decay, 0, 1, "optimizer.ema_decay", open_high=True)
+        for name in ("learning_rate", "weight_decay", "clip_norm", "warmup_steps", "decay_steps"):
+            check_at_least(getattr(self, name), 0, f"optimizer.{name}")
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The learning rate as a function of the number of steps taken."""
+    """Returns the learning rate as a function of the number of steps taken.
+
+    Raises:
+      ConfigError: the schedule does not fit into `num_steps`.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "wsd" and warmup + config.decay_steps > num_steps:
         raise ConfigError(f"optimizer.warmup_steps {warmup} and decay_steps {config.decay_steps} do not fit into "
                           f"num_steps {num_steps}")
     if config.schedule != "constant" and warmup >= num_steps:
-        raise ConfigError(f"optimizer.warmup_steps {warmup} leaves nothing of num_steps {num_steps}")
+        raise ConfigError(f"optimizer.warmup_steps {warmup} must be less than num_steps {num_steps}")
     match config.schedule:
         case "constant":
-            parts, boundaries = [optax.constant_schedule(peak)], []
+            phases, boundaries = [optax.constant_schedule(peak)], []
         case "cosine":
-            parts, boundaries = [optax.cosine_decay_schedule(peak, num_steps - warmup, config.final_fraction)], []
+            phases, boundaries = [optax.cosine_decay_schedule(peak, num_steps - warmup, config.final_fraction)], []
         case "wsd":
             decay = optax.linear_schedule(peak, peak * config.final_fraction, config.decay_steps)
-            parts, boundaries = [optax.constant_schedule(peak), decay], [num_steps - config.decay_steps]
+            phases, boundaries = [optax.constant_schedule(peak), decay], [num_steps - config.decay_steps]
     if warmup:
         # The first step already moves: step s of the warm-up takes (s + 1) / warmup of the peak.
         rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-        parts, boundaries = [rise, *parts], [warmup, *boundaries]
-    return optax.join_schedules(parts, boundaries)
+        phases, boundaries = [rise, *phases], [warmup, *boundaries]
+    return optax.join_schedules(phases, boundaries)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, the optimizer's own rule, decay of the matrices, the learning rate: one chain for all names."""
+    """Returns the chain of clipping, the optimizer's own rule, weight decay of the matrices, and the learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _base_transform(config),
@@ -92,24 +93,24 @@ def _base_transform(config: OptimizerConfig) -> optax.GradientTransformation:
             return adam
         case "lion":
             return optax.scale_by_lion(config.b1, config.b2)
-        case "adafactor":  # without momentum and with an absolute learning rate, as a lean stand-in for AdamW
+        case "adafactor":  # without momentum and with an absolute learning rate: a lean AdamW
             return per_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)))
         case "muon":
-            muon = optax.chain(
-                optax.contrib.scale_by_muon(beta=config.b1, weight_dimension_numbers=muon_dimensions),
-                optax.stateless(_match_adam_rms))
+            # Learning rate -1 gives the direction; the learning rate comes later. `consistent_rms` scales orthogonal
+            # updates to AdamW's usual size, so that one learning rate serves both (arXiv 2502.16982).
+            muon = optax.contrib.muon(-1.0, beta=config.b1, muon_weight_dimension_numbers=muon_dimensions,
+                                      consistent_rms=0.2)
             labels = lambda params: map_params(lambda p: "muon" if takes_muon(p.axes) else "adam", params)  # noqa: E731
             return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
 def map_params(function: Callable, params: object) -> object:
-    """A tree with `function(param)` in place of each parameter box."""
+    """Returns the tree with `function(param)` in place of each parameter."""
     return jax.tree.map(function, params, is_leaf=is_param)
 
 
 def decays(params: object) -> object:
-    """True for matrices: those with the `embed` axis and another one that is neither stacked nor unnamed, and the
-    factors of LoRA."""
+    """Returns True for matrices: parameters with the `embed` axis and another named axis, and the factors of LoRA."""
     return map_params(lambda p: _is_matrix(p.axes), params)
 
 
@@ -118,39 +119,30 @@ def _is_matrix(axes: tuple[str | None, ...]) -> bool:
 
 
 def takes_muon(axes: tuple[str | None, ...]) -> bool:
-    """Muon is for the matrices inside blocks; embeddings, head, norms and biases take Adam (Jordan et al., 2024)."""
+    """Returns True for matrices inside blocks; embeddings, head, norms and biases take Adam (Jordan et al., 2024)."""
     return _is_matrix(axes) and "layers" in axes
 
 
 def matrix_dimensions(axes: tuple[str | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The input and output dimensions of a matrix: `embed`, or `rank` of a factor of LoRA, is one side, its other named
-    axes are the other."""
+    """Returns the input and output dimensions of a matrix.
+
+    `embed`, or `rank` of a factor of LoRA, is one side; the other named axes are the other.
+    """
     narrow = "rank" if "rank" in axes else "embed"
-    one = (axes.index(narrow),)
+    side = (axes.index(narrow),)
     other = tuple(i for i, axis in enumerate(axes) if axis not in (narrow, "layers"))
-    return (one, other) if one < other else (other, one)
+    return (side, other) if side < other else (other, side)
 
 
 def muon_dimensions(params: object) -> object:
-    """optax's description of each Muon parameter as a stack of matrices."""
+    """Returns optax's description of each Muon parameter as a stack of matrices."""
     return map_params(lambda p: p.replace(optax.contrib.MuonDimensionNumbers(*matrix_dimensions(p.axes))), params)
 
 
-def _match_adam_rms(updates: object, params: object) -> object:
-    """Scales orthogonal updates to AdamW's usual size, so that one learning rate serves both (arXiv 2502.16982)."""
-    del params
-
-    def scale(p: nnx.Variable) -> nnx.Variable:
-        longest = max(math.prod(p.get_value().shape[i] for i in side) for side in matrix_dimensions(p.axes))
-        return p.replace(p.get_value() * (0.2 * math.sqrt(longest)))
-
-    return map_params(scale, updates)
-
-
 def per_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies `transform` to each layer of stacked parameters, and to their matrices as matrices [in, out].
+    """Applies `transform` to each layer of stacked parameters, and to their matrices as [in, out].
 
-    For rules that look at a whole array, such as Adafactor's row and column statistics.
+    For rules with statistics of an array, such as Adafactor's rows and columns.
     """
 
     def as_matrix(p: nnx.Variable) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Everything that changes from step to step."""
+"""The training step with its state: from a state and a batch to the next state and its metrics."""
 
 import dataclasses
 import functools
@@ -11,24 +11,32 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from dlm_jax.diffusion import Batch, HeadPlan, LossSums, loss_sums
-from dlm_jax.diffusion.objective import ObjectiveConfig, loss_weights, noise_batch
+from dlm_jax.diffusion import Batch, HeadPlan, LossSums, ObjectiveConfig, loss_sums, noise_batch
+from dlm_jax.diffusion.objective import loss_weights
 from dlm_jax.models import LoRAParam, Transformer
-from dlm_jax.parallel import array_sharding, num_batch_shards, is_param, param_shardings, partition_spec, state_shardings
+from dlm_jax.parallel import (
+    array_sharding,
+    is_param,
+    num_batch_shards,
+    param_shardings,
+    partition_spec,
+    state_shardings,
+)
 from dlm_jax.random import dropout_seeds
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
 
 DEVICE, HOST = "device", "pinned_host"  # JAX's names for kinds of memory
+Metrics = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state that a step takes and gives back.
+    """Everything that changes from step to step.
 
     Attributes:
       step: int32 scalar, steps taken.
-      params: the model's parameters that are trained, as `split_trainable` gives them.
+      params: the trained parameters, as `split_trainable` returns them.
       opt_state: optax's state; its moments carry the logical axes of their parameters.
       ema: moving average of `params` in float32, or None.
       frozen: parameters that no step changes and no checkpoint holds: with LoRA those of the base, else none.
@@ -43,28 +51,28 @@ class TrainState:
     @classmethod
     def create(cls, params: nnx.State, optimizer: optax.GradientTransformation, ema: bool,
                frozen: nnx.State) -> Self:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         average = jax.tree.map(lambda p: p.astype(jnp.float32), params) if ema else None
         return cls(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), ema=average, frozen=frozen)
 
     @property
     def inference_params(self) -> nnx.State:
-        """All parameters, as they are validated and exported: of what is trained the average, where there is one."""
+        """All parameters, as they are validated and exported: of the trained ones the average, if there is one."""
         return nnx.merge_state(self.params if self.ema is None else self.ema, self.frozen)
 
 
 def state_layout(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh,
                  offload: bool = False, frozen: nnx.State | None = None) -> TrainState:
-    """The state as shapes with shardings, for compiling, for creating it in place and for restoring it.
+    """Returns the state as shapes with shardings, for compiling, creating and restoring it.
 
     Args:
-      offload: the optimizer's state lies in the host's memory.
+      offload: the optimizer state is in host memory.
       frozen: parameters that are not trained; None: there are none.
     """
     frozen = nnx.State({}) if frozen is None else frozen
     shapes = jax.eval_shape(lambda p, f: TrainState.create(p, optimizer, ema, f), params, frozen)
-    placed = param_shardings(params, mesh)
-    shardings = dataclasses.replace(state_shardings(shapes, mesh), params=placed, ema=placed if ema else None,
+    trained = param_shardings(params, mesh)
+    shardings = dataclasses.replace(state_shardings(shapes, mesh), params=trained, ema=trained if ema else None,
                                     frozen=param_shardings(frozen, mesh))
     if offload:
         shardings = dataclasses.replace(shardings, opt_state=in_memory(shardings.opt_state, HOST))
@@ -72,61 +80,54 @@ def state_layout(params: nnx.State, optimizer: optax.GradientTransformation, ema
                         shapes, shardings)
 
 
-def in_memory(shardings: object, kind: str) -> object:
-    """The same shardings, in memory of another kind."""
-    return jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), shardings)
-
-
-def shardings_of(layout: object) -> object:
-    """The shardings of a tree of shapes."""
-    return jax.tree.map(lambda leaf: leaf.sharding, layout)
-
-
 def create_state(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh,
                  offload: bool = False, frozen: nnx.State | None = None) -> TrainState:
-    """The first state, made where it will live. Takes over `params` and `frozen`, not to be used afterwards."""
-    layout = state_layout(params, optimizer, ema, mesh, offload, frozen)
-    frozen = jax.device_put(nnx.State({}) if frozen is None else frozen, shardings_of(layout.frozen))
-    params = jax.device_put(params, shardings_of(layout.params))
-    create = jax.jit(lambda p, f: TrainState.create(p, optimizer, ema, f), out_shardings=shardings_of(layout),
+    """Creates the first state in its shardings. Donates `params` and `frozen`: do not use them afterwards."""
+    shardings = shardings_of(state_layout(params, optimizer, ema, mesh, offload, frozen))
+    frozen = jax.device_put(nnx.State({}) if frozen is None else frozen, shardings.frozen)
+    params = jax.device_put(params, shardings.params)
+    create = jax.jit(lambda p, f: TrainState.create(p, optimizer, ema, f), out_shardings=shardings,
                      donate_argnums=(0, 1))
     return create(params, frozen)
 
 
-# ---- The training step: one program, from a state and a batch to the next state and its metrics.
+def in_memory(shardings: object, kind: str) -> object:
+    """Returns the same shardings in another kind of memory."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), shardings)
 
 
-Metrics = dict[str, jax.Array]
+def shardings_of(layout: object) -> object:
+    """Returns the shardings of a tree of shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, layout)
 
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                     objective: ObjectiveConfig, config: OptimizerConfig, num_steps: int, seed: int,
                     mask_token_id: int | None) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step (two where the optimizer's state is offloaded); it takes the state over (donation), so use only
-    what it returns.
+    """Returns the jitted step, in two programs if the optimizer state is offloaded; it donates the state.
 
-    Gradients are those of sums over tokens, added up in float32 over micro-batches and devices and divided once
-    by the count of the whole batch, so that the result does not depend on how the batch is cut up. They are taken by
-    what the state holds as `params`; of what it holds as `frozen` none is computed.
+    Gradients are those of sums over tokens, added in float32 over micro-batches and devices and divided once by the
+    count of the global batch, so that the result does not depend on how the batch is split. They are taken by
+    `state.params`; none is computed by `state.frozen`.
     """
     rate = learning_rate(config, num_steps)
-    parts = num_batch_shards(mesh)
+    num_shards = num_batch_shards(mesh)
 
     def loss(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
              batch_size: int) -> tuple[jax.Array, LossSums]:
         model = nnx.merge(graphdef, all_gather_embeddings(params, mesh), all_gather_embeddings(frozen, mesh))
-        noised, mask = noise_batch(objective, batch, step, seed=seed, batch_size=batch_size, mask_token_id=mask_token_id)
-        hidden = model.hidden(noised.tokens, mask, positions=noised.positions,
+        noisy, mask = noise_batch(objective, batch, step, seed=seed, batch_size=batch_size,
+                                  mask_token_id=mask_token_id)
+        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions,
                               dropout_seeds=dropout_seeds(seed, batch.example_index))
-        sums = loss_sums(hidden, *lm_head(nnx.merge(graphdef, params, frozen), mesh), noised,
-                         weights=loss_weights(objective, noised), shift=objective.shift)
+        sums = loss_sums(hidden, *lm_head(nnx.merge(graphdef, params, frozen), mesh), noisy,
+                         weights=loss_weights(objective, noisy), shift=objective.shift)
         return sums.loss, sums
 
     def gradients(params: nnx.State, frozen: nnx.State, batch: Batch,
                   step: jax.Array) -> tuple[nnx.State, LossSums]:
-        """Summed over micro-batches; float32."""
-        batch_size = batch.tokens.shape[0]
-        gradient = jax.grad(functools.partial(loss, batch_size=batch_size), has_aux=True)
+        """Returns the gradients and the sums of all micro-batches."""
+        gradient = jax.grad(functools.partial(loss, batch_size=batch.tokens.shape[0]), has_aux=True)
         if config.accumulate_steps == 1:
             return gradient(params, frozen, batch, step)
 
@@ -134,10 +135,10 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             return jax.tree.map(jnp.add, total, gradient(params, frozen, micro_batch, step)), None
 
         zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums.zero()
-        return jax.lax.scan(add, zero, micro_batches(batch, config.accumulate_steps, parts))[0]
+        return jax.lax.scan(add, zero, micro_batches(batch, config.accumulate_steps, num_shards))[0]
 
     def measure(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
-        """The gradient that the optimizer gets, float32, and what is reported."""
+        """Returns the gradient for the optimizer, float32, and the metrics."""
         grads, sums = gradients(params, frozen, batch, step)
         count = sums.normalizer(objective.loss_normalization)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
@@ -157,9 +158,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             ema = optax.incremental_update(params, ema, 1.0 - config.ema_decay)
         after = TrainState(state.step + 1, params, opt_state, ema)
         if config.on_nonfinite == "skip":
-            fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             before = dataclasses.replace(state, step=after.step)
-            after = jax.tree.map(functools.partial(jnp.where, fine), after, before)
+            after = jax.tree.map(functools.partial(jnp.where, finite), after, before)
         return dataclasses.replace(after, frozen=frozen)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -171,9 +172,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
 
 def _offloaded_step(measure: Callable, update: Callable, mesh: Mesh) -> Callable:
-    """A step whose optimizer state lies in the host's memory while the gradient is computed.
+    """Returns a step whose optimizer state is in host memory while the gradient is computed.
 
-    In one program it would be up to XLA when the state is fetched, before the activations are gone or after.
+    In a single program XLA would choose when to fetch the state: before the activations are freed, or after.
     """
     def moved(state: TrainState, kind: str) -> TrainState:
         shardings = in_memory(state_shardings(state.opt_state, mesh), kind)
@@ -196,43 +197,43 @@ def _offloaded_step(measure: Callable, update: Callable, mesh: Mesh) -> Callable
     return train_step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveConfig, seed: int,
-                   num_rows: int, num_samples: int,
+def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveConfig, seed: int, num_rows: int,
+                   num_samples: int,
                    mask_token_id: int | None) -> Callable[[nnx.State, Batch, jax.Array], LossSums]:
-    """The jitted sums of the bound over held-out rows, at one draw of noise: bidirectional, without dropout.
+    """Returns the jitted sums of the bound over held-out rows, for one noise sample: bidirectional, without dropout.
 
-    The noise depends on (seed, row, draw) only, and covers all times whatever training does: the draws of a row are
-    neighbours among `num_rows * num_samples` examples, whose times spread over the range, and so do those of each row.
+    The noise depends on (seed, row, sample) only, and covers all times whatever training does: the samples of a row are
+    neighbors among `num_rows * num_samples` examples, whose times are spread over the range, and so are those of a row.
     """
     objective = objective.for_validation()
 
     @jax.jit
-    def eval_step(params: nnx.State, batch: Batch, draw: jax.Array) -> LossSums:
+    def eval_step(params: nnx.State, batch: Batch, sample: jax.Array) -> LossSums:
         model = nnx.merge(graphdef, all_gather_embeddings(params, mesh))
-        batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + draw.astype(jnp.uint32))
-        noised, mask = noise_batch(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
-                               mask_token_id=mask_token_id)
-        hidden = model.hidden(noised.tokens, mask, positions=noised.positions)
-        return loss_sums(hidden, *lm_head(nnx.merge(graphdef, params), mesh), noised, shift=objective.shift)
+        batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + sample.astype(jnp.uint32))
+        noisy, mask = noise_batch(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
+                                  mask_token_id=mask_token_id)
+        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions)
+        return loss_sums(hidden, *lm_head(nnx.merge(graphdef, params), mesh), noisy, shift=objective.shift)
 
     return eval_step
 
 
-def micro_batches(batch: Batch, count: int, parts: int) -> Batch:
-    """[batch, ...] to [count, batch / count, ...] of rows that lie in `parts` contiguous parts.
+def micro_batches(batch: Batch, count: int, num_shards: int) -> Batch:
+    """Splits [batch, ...], sharded into `num_shards` contiguous runs of rows, into [count, batch / count, ...].
 
-    A micro-batch takes a contiguous run of each part: no row changes its device, and pairs of rows, whose times
+    A micro-batch takes a contiguous run of each shard: no row changes its device, and pairs of rows, whose times
     balance, stay together wherever the run is even.
     """
-    def cut(x: jax.Array) -> jax.Array:
-        runs = x.reshape(parts, count, -1, *x.shape[1:])
+    def split(x: jax.Array) -> jax.Array:
+        runs = x.reshape(num_shards, count, -1, *x.shape[1:])
         return jnp.swapaxes(runs, 0, 1).reshape(count, -1, *x.shape[1:])
 
-    return jax.tree.map(cut, batch)
+    return jax.tree.map(split, batch)
 
 
 def metrics_from_sums(sums: LossSums) -> Metrics:
-    """What people read off the sums: nats per token, shares and counts."""
+    """Returns nats per token, shares and counts."""
     scored = jnp.maximum(sums.num_scored, 1.0)
     return {
         "bound": sums.weighted_nll / sums.normalizer("all_tokens"),  # nats per token
@@ -243,9 +244,10 @@ def metrics_from_sums(sums: LossSums) -> Metrics:
 
 
 def all_gather_embeddings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """Makes embedding tables whole along `embed` once a step: looking rows up in a table split that way would
-    move activations instead, which are larger."""
+    """Gathers embedding tables along `embed`, once per step.
 
+    A lookup in a table that is sharded along `embed` would move activations instead, which are larger.
+    """
     def gather(param: nnx.Variable) -> nnx.Variable:
         if "layers" in param.axes or "embed" not in param.axes:
             return param
@@ -258,8 +260,11 @@ def all_gather_embeddings(params: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def lm_head(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
-    """The head's kernel and how it lies on the mesh; of a model whose tables are not gathered, as the loss gathers
-    the head in the type it computes in, and scatters its gradient."""
+    """Returns the head's kernel and how it is sharded.
+
+    Args:
+      model: with tables that are not gathered: the loss gathers the head in its own type, and scatters its gradient.
+    """
     param = model.head_kernel
     kernel, trained = param.get_value(), model.lora is None or isinstance(param, LoRAParam)
     return kernel, HeadPlan(param.axes.index("vocab"), mesh, array_sharding(mesh, "batch", "length").spec,

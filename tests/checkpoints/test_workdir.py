@@ -12,7 +12,7 @@ from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training import is_workdir, load_workdir, train
 from dlm_jax.training.config import ObjectiveConfig, ValidationConfig
-from dlm_jax.training.start import load_base
+from dlm_jax.training.setup import load_base
 
 
 @pytest.mark.parametrize("path, expected", [

@@ -24,7 +24,7 @@ from dlm_jax.models.lora import dequantize, quantize_kernel
 from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings
 from dlm_jax.pipeline import DiffusionLM
 from dlm_jax.training import load_workdir, read_records, train
-from dlm_jax.training.config import CheckpointConfig, LoRASettings, ModelSource, config_changes, flat_dict, lora_of
+from dlm_jax.training.config import CheckpointConfig, LoRASettings, ModelSource, config_changes, flat_dict, resolve_lora
 from tests.training.conftest import changed
 from tests.training.test_compilations import compilations
 
@@ -205,8 +205,8 @@ def test_a_new_mask_token_has_its_row_trained(lora_config, tmp_path, capsys):
     assert model.config.vocab_size == 12
     table = model.embed.embedding[...]
     assert np.abs(table[11] - table[:11].mean(0)).max() > 1e-4
-    kept = lora_of(LoRASettings(rank=2, embedding=False), model.config, True)
-    assert not kept.embedding and lora_of(LoRASettings(rank=2), model.config, True).embedding
+    kept = resolve_lora(LoRASettings(rank=2, embedding=False), model.config, True)
+    assert not kept.embedding and resolve_lora(LoRASettings(rank=2), model.config, True).embedding
 
 
 def test_another_base_is_refused_and_a_moved_one_found(whole, lora_config, pretrained, tmp_path):

@@ -38,7 +38,7 @@ def run(objective, base, files, tmp_path_factory):
     config.data.examples.format = "gsm8k_symbolic"
     config.data.examples.train_on_padding = True
     config.validation.every = 4
-    config.validation.generation_eval = 8
+    config.validation.num_generations = 8
     config.validation.generation_steps = 3
     return config
 """)

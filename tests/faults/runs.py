@@ -12,7 +12,7 @@ import time
 from dlm_jax.checkpoints.orbax import saved_steps
 from dlm_jax.training.metrics import read_records
 
-TIMING = ("tokens_per_second", "seconds_per_step", "slowest_step_seconds", "data_wait", "peak_memory_gib")
+TIMING = ("tokens_per_second", "seconds_per_step", "slowest_step_seconds", "data_stall", "peak_memory_gib")
 _SETTINGS = {
     "seed": 3, "num_steps": 20, "model.init": "random", "model.mask_token": "<mask>", "data.length": 16,
     "data.batch_size": 16, "data.validation_fraction": 0.2, "data.document_separator": "\n\n",

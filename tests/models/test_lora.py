@@ -20,8 +20,8 @@ from dlm_jax.models import (
     Transformer,
     abstract_model,
     add_lora,
-    merge_lora,
     init_lora_factors,
+    merge_lora,
     split_lora,
     split_trainable,
 )

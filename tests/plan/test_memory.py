@@ -12,7 +12,7 @@ from dlm_jax.plan.collectives import collectives
 from dlm_jax.plan.memory import add_up, kept_bytes, placed_bytes
 from dlm_jax.plan.program import planned_state, trace_step
 from dlm_jax.plan.targets import described_mesh
-from dlm_jax.training.config import lora_of
+from dlm_jax.training.config import resolve_lora
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.step import create_state
 
@@ -35,7 +35,7 @@ def test_the_state_is_as_large_as_the_one_that_training_makes(config, base, name
 
 def test_with_lora_the_state_has_moments_and_gradients_of_what_is_trained(config, base):
     small = changed(config, lora={"rank": 4, "embedding": False})
-    lora = lora_of(small.lora, base.config, base.new_mask_token)
+    lora = resolve_lora(small.lora, base.config, base.new_mask_token)
     model = Transformer(base.config, rngs=nnx.Rngs(0), lora=lora)
     _, params, frozen = split_trainable(model)
     trained = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

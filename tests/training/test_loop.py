@@ -13,12 +13,12 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.checkpoints.orbax import named, restore_state, saved_steps
 from dlm_jax.errors import ConfigError, DataError, TrainingError
-from dlm_jax.training import load_workdir, loop, read_records, train
+from dlm_jax.training import load_workdir, read_records, setup, train
 from dlm_jax.training.config import LogConfig, ModelSource, TrainConfig
 from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed
 
-TIMING = ("tokens_per_second", "seconds_per_step", "slowest_step_seconds", "data_wait", "peak_memory_gib")
+TIMING = ("tokens_per_second", "seconds_per_step", "slowest_step_seconds", "data_stall", "peak_memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_nan_names_the_step_and_keeps_earlier_checkpoints(config, tmp_path, monk
 
         return poisoned
 
-    monkeypatch.setattr(loop, "make_train_step", make_poisoned)
+    monkeypatch.setattr(setup, "make_train_step", make_poisoned)
     with pytest.raises(TrainingError, match="loss is nan at step 8; .*earlier steps"):
         train(config, tmp_path)
     assert saved_steps(tmp_path) == [5]
@@ -206,7 +206,7 @@ def test_a_state_is_restored_on_any_number_of_devices(whole, config, devices):
     model = load_workdir(whole[0]).model
     layout = state_layout(nnx.state(model), make_optimizer(config.optimizer, 20), True, mesh)
     state, progress = restore_state(whole[0], 20, layout)
-    assert int(state.step) == 20 and progress["window"]["steps"] == 0
+    assert int(state.step) == 20 and progress["metrics"]["steps"] == 0
     found = {f"{item}/{name}": value for item, tree in (
         ("params", state.params), ("optimizer", state.opt_state), ("ema", state.ema)) for name, value in
         named(tree).items()}
@@ -226,13 +226,13 @@ def test_a_trace_of_given_steps(config, tmp_path, capsys):
 def test_time_is_accounted_for_over_all_starts(config, tmp_path, capsys):
     summary = train(changed(config, "num_steps", 10), tmp_path)
     assert 0 < summary["goodput"] < 1
-    assert sum(summary["seconds_by_kind"].values()) == pytest.approx(summary["seconds"], rel=0.5, abs=10)
+    assert sum(summary["seconds_by_category"].values()) == pytest.approx(summary["seconds"], rel=0.5, abs=10)
     assert "time       " in capsys.readouterr().out
     with (tmp_path / "metrics.jsonl").open("a") as file:  # it went further before it died
         file.write(json.dumps({"step": 16, "kind": "train", "seconds_per_step": 5}) + "\n")
     again = train(changed(config, "num_steps", 12), tmp_path)
-    assert again["seconds_by_kind"]["lost"] == 30
-    assert again["seconds_by_kind"]["compiling"] > summary["seconds_by_kind"]["compiling"]
+    assert again["seconds_by_category"]["lost_steps"] == 30
+    assert again["seconds_by_category"]["compilation"] > summary["seconds_by_category"]["compilation"]
 
 
 def test_programs_are_kept_where_they_are_wanted(config, tmp_path):

@@ -1,46 +1,170 @@
+"""FLOPs, goodput, the metrics of steps and their records."""
+
 import json
 import math
 
+import jax
 import pytest
 
+from dlm_jax.data.config import DataConfig
 from dlm_jax.errors import TrainingError
+from dlm_jax.models import LoRAConfig, ModelConfig
+from dlm_jax.training import metrics as metrics_module
 from dlm_jax.training.config import LogConfig
-from dlm_jax.training.metrics import MetricAccumulator, MetricsLog, read_records, truncate_records
+from dlm_jax.training.metrics import (
+    GoodputClock,
+    MetricAccumulator,
+    MetricsLog,
+    count_params,
+    peak_flops,
+    read_records,
+    step_seconds,
+    train_flops,
+    truncate_records,
+)
 
+GPT2 = ModelConfig("gpt2", 50257, 768, 12, 12, 12, 64, 3072, 1024, norm="layer", positions="learned", gated_mlp=False,
+                   qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True)
+LLAMA_7B = ModelConfig("llama", 32000, 4096, 32, 32, 32, 128, 11008, 4096, tie_embeddings=False)
 STEP = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1}
 
 
-def test_a_window_means_what_varies_and_keeps_what_is_scheduled():
+def test_gpt2_parameters_and_flops():
+    assert count_params(GPT2) == 124_439_808
+    assert count_params(GPT2, "blocks") == 85_054_464
+    # nanoGPT's estimate for GPT-2 with every token scored: 6 N + 12 L H Q T per token, N without positions.
+    per_token = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 12 * 64 * 1024
+    assert train_flops(GPT2, 1, 1, 1024) == pytest.approx(per_token, rel=1e-3)
+    assert train_flops(GPT2, 1, 0.5, 1024) == train_flops(GPT2, 1, 1, 1024) - 3 * 768 * 50257
+
+
+def test_lora_saves_a_third_of_the_flops():
+    full, lora = (train_flops(LLAMA_7B, 1e6, 5e5, 2048, lora=one) for one in (None, LoRAConfig(rank=16, alpha=32.0)))
+    assert 0.65 < lora / full < 0.75
+
+
+@pytest.mark.parametrize("kind, peak", [
+    ("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("cpu", None)])
+def test_peak_flops(kind, peak):
+    class Device:
+        device_kind = kind
+
+    assert peak_flops(Device()) == peak
+
+
+def test_step_seconds_grow_with_the_batch():
+    short, long = (step_seconds(GPT2, DataConfig(batch_size=size, length=64)) for size in (8, 64))
+    assert 0 < short < long and jax.device_count() == 8
+
+
+@pytest.fixture
+def time(monkeypatch):
+    """A clock that is advanced by hand."""
+    class Time:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+    time = Time()
+    monkeypatch.setattr(metrics_module, "time", time)
+    return time
+
+
+def test_goodput_counts_every_second_once(time):
+    clock = GoodputClock()
+    time.now += 5
+    clock.switch("compilation")
+    time.now += 7
+    clock.switch("steps")
+    for stall, computing, scored in ((1, 2, 10), (0, 9, 20), (3, 1, 30)):
+        with clock.measure("data_stall"):
+            time.now += stall
+        time.now += computing
+        clock.count_step(scored)
+    with clock.measure("checkpointing"):
+        time.now += 4
+    assert clock.end_interval() == {"steps": 3, "scored": 60, "seconds": 16, "data_stall": 4, "slowest": 9}
+    time.now += 2
+    clock.count_step(5)
+    assert clock.end_interval() == {"steps": 1, "scored": 5, "seconds": 2, "data_stall": 0, "slowest": 2}
+    seconds = {category: value for category, value in clock.seconds().items() if value}
+    assert seconds == {"startup": 5, "compilation": 7, "steps": 14, "data_stall": 4, "checkpointing": 4}
+    assert clock.goodput() == pytest.approx(14 / 34)
+    assert clock.line() == "steps 41.2%, compilation 20.6%, startup 14.7%, data_stall 11.8%, checkpointing 11.8%"
+
+
+def test_goodput_adds_earlier_starts(time):
+    clock = GoodputClock()
+    clock.add({"steps": 10.0, "checkpointing": 2.0})
+    clock.add({"lost_steps": 3.0})
+    clock.switch("steps")
+    time.now += 5
+    clock.count_step(1)
+    assert clock.end_interval()["seconds"] == 5 and clock.goodput() == 15 / 20
+    assert clock.seconds()["lost_steps"] == 3
+
+
+def test_accumulator_means_and_scheduled_values():
     accumulator = MetricAccumulator()
     accumulator.add(1, STEP)
     accumulator.add(2, {"loss": 4.0, "grad_norm": 1.0, "learning_rate": 0.2})
     assert accumulator.means() == {"loss": 3.0, "grad_norm": 1.0, "learning_rate": 0.2}
 
 
-def test_a_window_goes_on_from_its_saved_state():
-    whole, first = MetricAccumulator(), MetricAccumulator()
-    for accumulator in (whole, first):
+def test_accumulator_resumes_from_its_state():
+    full, first = MetricAccumulator(), MetricAccumulator()
+    for accumulator in (full, first):
         accumulator.add(1, {**STEP, "loss": 0.1})
-    second = MetricAccumulator(**json.loads(json.dumps(first.state())))
-    for accumulator in (whole, second):
+    state = first.state()
+    saved = json.dumps(state)
+    first.add(2, STEP)
+    assert json.dumps(state) == saved  # it is written while the next steps are added
+    second = MetricAccumulator(**json.loads(saved))
+    for accumulator in (full, second):
         accumulator.add(2, {**STEP, "loss": 0.7})
-    assert second.means() == whole.means()
+    assert second.means() == full.means()
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_what_is_not_finite_is_an_error_that_names_the_step(name):
-    with pytest.raises(TrainingError, match=f"{name} is nan at step 7"):
+def test_nonfinite_metrics_raise(name):
+    with pytest.raises(TrainingError, match=f"{name} .* step 7"):
         MetricAccumulator().add(7, {**STEP, name: float("nan")})
 
 
-def test_records_past_the_checkpoint_and_cut_lines_go(tmp_path):
+def test_skipped_steps_are_counted():
+    accumulator = MetricAccumulator(skip=True)
+    accumulator.add(1, STEP)
+    accumulator.add(2, STEP | {"loss": math.nan})
+    accumulator.add(3, STEP | {"grad_norm": math.inf})
+    assert accumulator.means() == STEP | {"skipped": 2}
+    accumulator = MetricAccumulator(skip=True, **json.loads(json.dumps(accumulator.state())))
+    accumulator.add(4, STEP | {"loss": 4.0})
+    assert accumulator.means() == STEP | {"loss": 3.0, "skipped": 2}
+    accumulator.clear()
+    assert accumulator.means() == {}
+
+
+def test_many_consecutive_skipped_steps_raise():
+    accumulator = MetricAccumulator(skip=True)
+    for step in range(19):
+        accumulator.add(step, STEP | {"loss": math.nan})
+    accumulator.add(19, STEP)
+    for step in range(20, 39):
+        accumulator.add(step, STEP | {"loss": math.nan})
+    with pytest.raises(TrainingError, match="step 39 .* 20 steps"):
+        accumulator.add(39, STEP | {"loss": math.nan})
+
+
+def test_records_past_the_checkpoint_and_cut_lines_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "kind": "train"}\n{"step": 5, "kind": "train"}\n{"step": 2, "ki')
     truncate_records(path, 4)
     assert read_records(tmp_path) == [{"step": 1, "kind": "train"}]
 
 
-def test_every_record_reaches_file_and_board(tmp_path):
+def test_log_writes_file_and_tensorboard(tmp_path):
     log = MetricsLog(tmp_path, LogConfig(tensorboard=True), {}, 0)
     log.write(3, "train", {"loss": 1.5})
     log.write(3, "sample", {"text": "once"})
@@ -50,36 +174,3 @@ def test_every_record_reaches_file_and_board(tmp_path):
     assert read_records(tmp_path, "sample") == [{"step": 3, "text": "once"}]
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes() and b"once" in events.read_bytes()
-
-
-def test_skipped_steps_are_counted_and_leave_the_means_alone():
-    good = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1}
-    accumulator = MetricAccumulator(skip=True)
-    accumulator.add(1, good)
-    accumulator.add(2, good | {"loss": math.nan})
-    accumulator.add(3, good | {"grad_norm": math.inf})
-    assert accumulator.means() == good | {"skipped": 2}
-    accumulator = MetricAccumulator(skip=True, **json.loads(json.dumps(accumulator.state())))
-    accumulator.add(4, good | {"loss": 4.0})
-    assert accumulator.means() == good | {"loss": 3.0, "skipped": 2}
-    accumulator.clear()
-    assert accumulator.means() == {}
-
-
-def test_many_bad_steps_in_a_row_are_no_accident():
-    accumulator = MetricAccumulator(skip=True)
-    for step in range(19):
-        accumulator.add(step, {"loss": math.nan, "grad_norm": 1.0})
-    accumulator.add(19, {"loss": 1.0, "grad_norm": 1.0})
-    for step in range(20, 39):
-        accumulator.add(step, {"loss": math.nan, "grad_norm": 1.0})
-    with pytest.raises(TrainingError, match="loss is nan at step 39 and has not been finite for 20 steps"):
-        accumulator.add(39, {"loss": math.nan, "grad_norm": 1.0})
-
-
-def test_a_windows_state_does_not_change_while_it_is_written():
-    accumulator = MetricAccumulator()
-    accumulator.add(0, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1})
-    state = accumulator.state()
-    accumulator.add(1, {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.2})
-    assert state["sums"]["loss"] == 1.0 and state["scheduled"] == {"learning_rate": 0.1} and state["steps"] == 1

@@ -1,0 +1,321 @@
+"""Sets a run up: the base model on its mesh, the data, the state, and checks of how they fit together."""
+
+import contextlib
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from dlm_jax.attention import AttentionSpec, Choice, choose_backend
+from dlm_jax.checkpoints import Pretrained
+from dlm_jax.checkpoints.orbax import restore_latest, restore_state
+from dlm_jax.checkpoints.workdir import (
+    Adapter,
+    absolute_source,
+    abstract_pretrained,
+    base_fingerprint,
+    load_adapted,
+    load_source,
+    read_adapter,
+    read_run_config,
+    write_run_metadata,
+)
+from dlm_jax.data.corpus import load_rows
+from dlm_jax.data.loader import Loader
+from dlm_jax.data.prompts import ChatTemplate
+from dlm_jax.data.rows import RowSource
+from dlm_jax.diffusion import Batch, DiffusionSpec, ObjectiveConfig, check_mask_token
+from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trainable
+from dlm_jax.parallel import (
+    ATTENTION_PARTITION,
+    describe_mesh,
+    make_global_batch,
+    make_mesh,
+    num_batch_shards,
+    param_shardings,
+)
+from dlm_jax.storage import cache_folder, is_remote
+from dlm_jax.training.config import TrainConfig, config_changes, flat_dict, resolve_lora
+from dlm_jax.training.metrics import Console, GoodputClock, MetricAccumulator, MetricsLog, count_params, read_records
+from dlm_jax.training.optimizer import make_optimizer
+from dlm_jax.training.step import HOST, TrainState, create_state, make_train_step, state_layout
+
+
+@dataclasses.dataclass
+class Run:
+    """One start of a run: what stays the same, and how far it has come.
+
+    Attributes:
+      base: the model with shapes in place of arrays; the parameters are in `state`.
+      held_out: the validation rows; None if nothing is held out.
+      batches: the batches from `first_step` on, as global arrays.
+      make_step: from an objective to its compiled step; it remembers the steps it has made.
+      first_step: the step of the checkpoint that this start resumed from; 0 for a new run.
+      data_fingerprint: of the training rows, see `dataset_fingerprint`.
+      summary_lines: what the run is, for people.
+      changes: of settings, against the run that was resumed.
+      accumulator: the metrics of the steps since the last record.
+      latest: the latest record of each kind.
+      exit_stack: closes what the run has opened.
+      stop_signal: the name of the signal that stops the run after the present step.
+    """
+
+    config: TrainConfig
+    workdir: epath.Path
+    mesh: Mesh
+    base: Pretrained
+    held_out: RowSource | None
+    batches: Iterator[Batch]
+    make_step: Callable[..., Callable]
+    state: TrainState
+    first_step: int
+    data_fingerprint: list[int]
+    summary_lines: list[str]
+    changes: list[str]
+    clock: GoodputClock
+    accumulator: MetricAccumulator
+    log: MetricsLog
+    console: Console
+    latest: dict[str, dict]
+    exit_stack: contextlib.ExitStack
+    stop_signal: str | None = None
+
+    def record(self, step: int, kind: str, values: Mapping[str, float | str], line: str) -> None:
+        """Writes a record to the log, and a line to the console."""
+        self.latest[kind] = {"step": step, **values}
+        self.log.write(step, kind, values)
+        self.console.line(f"step {step:>7}  {line}")
+
+
+def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitStack) -> Run:
+    """Sets up a run, from the latest valid checkpoint in `workdir` if there is one.
+
+    Raises:
+      ConfigError, CheckpointError, DataError: the run cannot be set up.
+    """
+    clock = GoodputClock()
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(config.mesh)
+    stack.enter_context(jax.set_mesh(mesh))  # for `shard_map` inside the model
+    first_step, damaged = restore_latest(workdir)
+    changes = config_changes(read_run_config(workdir), config) if first_step else []
+    base = load_base(config, workdir, mesh, resumed=bool(first_step))
+    graphdef, params, frozen = split_trainable(base.model)
+    # From here on the parameters are in the state; of the model only the shapes are kept.
+    base = dataclasses.replace(base, model=nnx.eval_shape(lambda: base.model))
+
+    data = config.data
+    sources, held_out = load_rows(data, base.tokenizer, vocab_size=base.model.config.vocab_size,
+                                  cache_dir=rows_folder(workdir))
+    loader = Loader(sources, data.batch_size, weights=data.weights, seed=config.seed, random_length=data.random_length)
+    batches = loader.batches(first_step, lambda read: make_global_batch(read, data.batch_size, mesh))
+    stack.callback(batches.close)
+
+    optimizer, ema = make_optimizer(config.optimizer, config.num_steps), config.optimizer.ema_decay > 0
+    make_step = functools.cache(functools.partial(
+        make_train_step, graphdef, optimizer, mesh, config=config.optimizer, num_steps=config.num_steps,
+        seed=config.seed, mask_token_id=base.mask_token_id))
+    fingerprint, progress = dataset_fingerprint(sources), {}
+    if first_step:
+        layout = state_layout(params, optimizer, ema, mesh, config.optimizer.offload, frozen)
+        state, progress = restore_state(workdir, first_step, layout, frozen)
+        check_data(workdir, progress["data"], fingerprint)
+    else:
+        state = create_state(params, optimizer, ema, mesh, config.optimizer.offload, frozen)
+    write_run_metadata(workdir, flat_dict(config), base,
+                       resolve_adapter(config, workdir, base, state.frozen, bool(first_step)))
+
+    clock.add(progress.get("seconds", {}))
+    clock.add({"lost_steps": lost_seconds(workdir, first_step)})
+    log = MetricsLog(workdir, config.log, flat_dict(config), first_step)
+    stack.callback(log.close)
+    console = Console(config.num_steps, first_step)
+    stack.callback(console.close)
+    return Run(config=config, workdir=workdir, mesh=mesh, base=base, held_out=held_out, batches=batches,
+               make_step=make_step, state=state, first_step=first_step, data_fingerprint=fingerprint,
+               summary_lines=summary_lines(config, base, mesh, first_step, changes, damaged), changes=changes,
+               clock=clock, log=log, console=console, latest=latest_records(workdir), exit_stack=stack,
+               accumulator=MetricAccumulator(config.optimizer.on_nonfinite == "skip", **progress.get("metrics", {})))
+
+
+def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: bool) -> Pretrained:
+    """Returns the model that training starts from, its parameters on the mesh.
+
+    For a resumed run only shapes, as its checkpoint has the parameters; with LoRA the base, which it does not have.
+
+    Raises:
+      ConfigError: the objective, the data or the mesh do not fit the model.
+      CheckpointError: the source cannot be read.
+    """
+    model = config.model
+    compute = Compute(model.dtype, model.remat, model.attention, ATTENTION_PARTITION)
+
+    def shardings(model_config: ModelConfig) -> object:
+        # An attention backend that cannot run is refused before any weights are read.
+        choose_attention(config, with_dropout(model_config, model.dropout), mesh)
+        return param_shardings(abstract_model(model_config, compute, model.param_dtype), mesh)
+
+    if resumed:
+        base = abstract_pretrained(workdir, compute)
+        if adapter := read_adapter(workdir):
+            adapted = load_adapted(workdir, adapter, compute, shardings)
+            base = dataclasses.replace(base, model=adapted.model, merged_adapters=adapted.merged_adapters)
+    elif not model.source:
+        raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
+    else:
+        base = load_source(model.source, mask_token=model.mask_token, compute=compute, param_dtype=model.param_dtype,
+                           shardings=shardings, init=model.init, seed=config.seed,
+                           lora=functools.partial(resolve_lora, config.lora))
+        if config.objective.shift and not base.shift and model.init == "pretrained":
+            raise ConfigError(f"{base.source} predicts each token at its own position, but objective.shift is true; "
+                              "set it to false")
+    if base.tokenizer is None:
+        raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files next to its config.json")
+    examples = config.data.examples
+    if not resumed and examples.format == "messages" and examples.chat_template is not None:
+        # The template is saved with the tokenizer, as the file may be gone when the model is used.
+        base.tokenizer.chat_template = ChatTemplate(base.tokenizer, examples.chat_template).template
+    architecture = with_dropout(base.model.config, model.dropout)
+    check_fit(config, architecture, base.mask_token_id, mesh)
+    compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend)
+    graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
+    return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=DiffusionSpec(
+        base.mask_token_id, config.objective.shift, config.objective.blocks))
+
+
+def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:
+    """Returns the architecture with one dropout rate everywhere; None keeps its own."""
+    if rate is None:
+        return architecture
+    return dataclasses.replace(architecture, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
+
+
+def choose_attention(config: TrainConfig, architecture: ModelConfig, mesh: Mesh) -> Choice:
+    """Returns the attention backend of the run, for training and validation alike."""
+    return choose_backend(config.model.attention, attention_spec(config, architecture), mesh.devices.flat[0].platform)
+
+
+def attention_spec(config: TrainConfig, architecture: ModelConfig) -> AttentionSpec:
+    """Returns what the run needs of attention."""
+    return AttentionSpec(config.model.dtype, architecture.head_dim, dropout=architecture.attention_dropout > 0)
+
+
+def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int | None,
+              mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError where config, base model and mesh contradict each other."""
+    data = config.data
+    check_mask_token(config.objective, mask_token_id, architecture.vocab_size)
+    shards, micro_batches = num_batch_shards(mesh), config.optimizer.accumulate_steps
+    if data.batch_size % (shards * micro_batches):
+        raise ConfigError(f"data.batch_size {data.batch_size} is not divisible by {micro_batches} micro-batches x "
+                          f"{shards} shards of the mesh axes dcn_data, data and fsdp")
+    if data.length % mesh.shape["context"]:
+        raise ConfigError(f"data.length {data.length} is not divisible by mesh.context {mesh.shape['context']}")
+    if data.length > architecture.max_length:
+        raise ConfigError(f"data.length {data.length} is longer than the {architecture.max_length} positions of "
+                          f"the model {config.model.source}")
+    offloads = config.optimizer.offload or config.model.remat == "offload"
+    if offloads and not has_host_memory(device := mesh.devices.flat[0]):
+        raise ConfigError(f"{device.device_kind} cannot use {HOST} memory; set optimizer.offload to false and "
+                          "model.remat to full")
+
+
+def has_host_memory(device: jax.Device) -> bool:
+    """Returns whether programs for the device can keep arrays in the memory of its host."""
+    return any(memory.kind == HOST for memory in device.addressable_memories())
+
+
+def resolve_adapter(config: TrainConfig, workdir: epath.Path, base: Pretrained, frozen: nnx.State,
+                    resumed: bool) -> Adapter | None:
+    """Returns what the workdir records of the base of a run with LoRA; for a resumed run, what it has recorded.
+
+    Raises:
+      CheckpointError: the base has changed since.
+    """
+    if base.model.lora is None:
+        return None
+    if not resumed:
+        return Adapter(base.model.lora, absolute_source(base.source), config.model.mask_token,
+                       base_fingerprint(frozen, base.merged_adapters))
+    adapter = read_adapter(workdir)
+    adapter.check(frozen, base.merged_adapters, workdir)
+    return adapter
+
+
+def rows_folder(workdir: epath.Path) -> epath.Path:
+    """Returns where raw text becomes rows by default: in the workdir, or if that is remote, on this machine."""
+    return cache_folder() / "rows" if is_remote(workdir) else workdir / "data"
+
+
+def dataset_fingerprint(sources: Sequence[RowSource]) -> list[int]:
+    """Returns for each source its number of rows, and a checksum of up to 64 of them."""
+    fingerprint = []
+    for rows in sources:
+        some = rows[np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)]
+        fingerprint += [len(rows), zlib.crc32(np.ascontiguousarray(some.tokens, np.int32))]
+    return fingerprint
+
+
+def check_data(workdir: epath.Path, saved: list[int], found: list[int]) -> None:
+    """Raises DataError if the rows of a resumed run are not those it was started with."""
+    if saved != found:
+        raise DataError(f"the training text is not the one that the run in {workdir} was started with "
+                        f"({sum(saved[::2])} rows then, {sum(found[::2])} rows now); restore the files, or choose a "
+                        "new workdir")
+
+
+def lost_seconds(workdir: epath.Path, first_step: int) -> float:
+    """Returns the seconds of the steps recorded after the checkpoint that a run resumes from."""
+    lost = [record for record in read_records(workdir, "train") if record["step"] > first_step]
+    return (lost[-1]["step"] - first_step) * lost[-1].get("seconds_per_step", 0.0) if lost else 0.0
+
+
+def latest_records(workdir: epath.Path) -> dict[str, dict]:
+    """Returns the latest record of each kind."""
+    return {record.pop("kind"): record for record in read_records(workdir)}
+
+
+def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first_step: int, changes: Sequence[str],
+                  damaged: Sequence[str]) -> list[str]:
+    """Returns what the run is, for people; `damaged` says why it does not resume from a later checkpoint."""
+    architecture, data = base.model.config, config.data
+    tokens = data.batch_size * data.length
+    attention = choose_attention(config, architecture, mesh)
+    lines = [
+        f"model      {config.model.source} ({architecture.family}), {count_params(architecture) / 1e6:,.1f}M parameters"
+        f", {config.model.init} weights",
+        f"objective  {_describe_objective(config.objective, base.mask_token_id)}",
+        f"batch      {data.batch_size} x {data.length} = {tokens:,} tokens per step"
+        + (f", in {config.optimizer.accumulate_steps} micro-batches" if config.optimizer.accumulate_steps > 1 else ""),
+        f"run        {config.num_steps:,} steps, {config.num_steps * tokens:,} tokens",
+        f"devices    {describe_mesh(mesh)}, {config.model.dtype}, "
+        f"{attention.backend} attention" + (f" ({attention.reason})" if attention.reason else ""),
+    ]
+    if lora := base.model.lora:
+        trained = sum(leaf.size for leaf in jax.tree.leaves(split_trainable(base.model)[1]))
+        tables = "".join(f", all of the {name}" for name in ("embedding", "head") if getattr(lora, name))
+        lines.insert(1, f"lora       rank {lora.rank} on {', '.join(lora.targets)}{tables}: {trained / 1e6:,.2f}M "
+                        f"parameters are trained, frozen matrices are stored in {lora.frozen_dtype}")
+    lines += [f"damaged    {remark}, and has been moved to damaged/" for remark in damaged]
+    if first_step:
+        lines.append(f"resumed    from step {first_step:,}")
+    return lines + [f"changed    {change}" for change in changes]
+
+
+def _describe_objective(objective: ObjectiveConfig, mask_token_id: int | None) -> str:
+    if objective.name == "diffusion":
+        attention = (f"annealed over {objective.anneal_steps} steps" if objective.anneal_steps
+                     else "bidirectional from the start")
+        return f"diffusion, mask token {mask_token_id}, attention {attention}"
+    if objective.name == "block_diffusion":
+        sizes = [size for _, size in objective.block_size_schedule] or [objective.block_size]
+        return (f"block_diffusion, mask token {mask_token_id}, blocks of {' -> '.join(map(str, sizes))} tokens, "
+                f"{objective.clean_attention} attention in clean blocks")
+    return objective.name
