@@ -82,7 +82,7 @@ def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[Callable
 
 def held_out_loss(lora: LoRAConfig | None) -> float:
     """Nats per token of the shipped base, left to right, on the first 256 tokens of its held-out stories."""
-    base = load_pretrained(ROOT / "assets" / "stories-gpt2", lora=lambda *_: lora)
+    base = load_pretrained(ROOT / "assets" / "stories-gpt2", lora=lora)
     lines = (ROOT / "assets" / "stories" / "heldout.jsonl").read_text().splitlines()
     rows = [base.tokenizer.encode(json.loads(line)["text"])[:256] for line in lines]
     tokens = np.zeros((len(rows), 256), np.int32)

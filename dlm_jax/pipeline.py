@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.checkpoints import Pretrained, save_pretrained
-from dlm_jax.checkpoints.workdir import is_workdir, load_source, load_workdir
+from dlm_jax.checkpoints import Pretrained, load_pretrained, save_pretrained
 from dlm_jax.data.prompts import Prompt, PromptFormat, prompt_format_from_run
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
@@ -42,35 +41,24 @@ class DiffusionLM:
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, mask_token: str | int | None = None,
                         dtype: str = "float32", mesh: MeshConfig | None = None, merge: bool = True,
                         base: str | None = None) -> Self:
-        """Loads a Hugging Face directory or hub id, a DiffuGPT release, a training workdir, `workdir@step`, or an
-        adapter in PEFT's format with its base.
+        """Loads a Hugging Face directory or hub id, a checkpoint in DiffuGPT's layout, a training workdir,
+        `workdir@step`, or an adapter in PEFT's format with its base.
 
         Args:
-          mask_token: an id, or a token, which is added to the vocabulary if new; None takes the one on
-            record. Without any the model can give logits and be saved, not sampled.
+          mask_token: an id, or a token, which is added to the vocabulary if new; None: the recorded one. A model without
+            a mask token can give logits and be saved, not sampled.
           dtype: "float32" or "bfloat16", of parameters and activations.
           mesh: splits parameters and texts over all devices, e.g. `MeshConfig(fsdp=-1)`; None uses the first device.
-          merge: False leaves what a workdir's run with LoRA has learned beside its base, with parameters in the types
-            of the run; it computes the same, and can be saved as an adapter.
+          merge: False keeps a run's LoRA beside its base, with parameters in the dtypes of the run; it computes the
+            same, and can be saved as an adapter.
           base: of an adapter, in place of the one that it names.
         """
         devices = None if mesh is None else make_mesh(mesh)
         compute = Compute(dtype=dtype, partition=None if mesh is None else ATTENTION_PARTITION)
-        settings = {"compute": compute, "param_dtype": dtype}
-        if devices is not None:
-            settings["shardings"] = lambda architecture: param_shardings(
-                abstract_model(architecture, compute, dtype), devices)
-        if not is_workdir(path_or_hub_id):
-            if not merge:
-                raise ConfigError(f"{path_or_hub_id} is not the workdir of a run with LoRA, so there is nothing to "
-                                  "leave unmerged; leave merge out")
-            return cls(load_source(path_or_hub_id, mask_token=mask_token, base=base, **settings), devices)
-        if base is not None:
-            raise ConfigError(f"{path_or_hub_id} is a training workdir, which knows its base; leave base out")
-        if mask_token is not None:
-            raise ConfigError(f"{path_or_hub_id} is a training workdir, whose mask token is on record; leave "
-                              "mask_token out, or export the model and give it another")
-        return cls(load_workdir(path_or_hub_id, merge=merge, **settings), devices)
+        shardings = None if devices is None else lambda config: param_shardings(
+            abstract_model(config, compute, dtype), devices)
+        return cls(load_pretrained(path_or_hub_id, mask_token=mask_token, base=base, merge=merge, compute=compute,
+                                   param_dtype=dtype, shardings=shardings), devices)
 
     @property
     def model(self) -> Transformer:

@@ -1,8 +1,10 @@
-"""Hugging Face checkpoints, configurations and tokenizers, in and out."""
+"""Checkpoints of every kind, in and out: Hugging Face, PEFT's adapters, and the workdirs of runs."""
 
 from dlm_jax.checkpoints.hf_config import config_from_hf, config_to_hf
 from dlm_jax.checkpoints.hf_export import save_pretrained
-from dlm_jax.checkpoints.hf_import import load_pretrained
-from dlm_jax.checkpoints.pretrained import Pretrained
+from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
+from dlm_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from dlm_jax.checkpoints.workdir import is_workdir
 
-__all__ = ["Pretrained", "config_from_hf", "config_to_hf", "load_pretrained", "save_pretrained"]
+__all__ = ["LoRASettings", "Pretrained", "config_from_hf", "config_to_hf", "is_workdir", "load_pretrained",
+           "resolve_lora", "save_pretrained"]

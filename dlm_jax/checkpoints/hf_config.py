@@ -1,6 +1,6 @@
-"""config.json: what a checkpoint says about its architecture, to and from ModelConfig.
+"""config.json to and from ModelConfig and DiffusionSpec.
 
-Whatever changes the computation is either expressed in ModelConfig or refused; the rest is kept for export.
+A setting that changes the computation is either expressed in ModelConfig or refused; all others are kept for export.
 """
 
 import dataclasses
@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dlm_jax.diffusion import BlockSpec
+from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import ModelConfig, RopeScaling
 
-# Settings that HF's code obeys and this library does not, with the values under which they change nothing.
+# Settings that HF's code implements and this library does not, with the values that have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -33,12 +33,13 @@ _ACTIVATIONS = {
 _HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu": "relu"}
 
 
-class Relative(NamedTuple):
-    """A block diffusion model of another project: an architecture of HF's, read and written in its own way.
+class ExternalArch(NamedTuple):
+    """A block diffusion architecture of another project: one of HF's architectures under its own model_type.
 
     Attributes:
-      size_key: what its config.json calls the tokens in a block, and `size` how many its code takes where it does not.
-      mask_token_id: what its code takes where config.json names none.
+      family: HF's architecture.
+      size_key: the key of its config.json that gives the tokens per block.
+      size, mask_token_id: the defaults of its code.
     """
 
     family: str
@@ -48,20 +49,23 @@ class Relative(NamedTuple):
     mask_token_id: int | None = None
 
 
-# Both read clean blocks whole: SDAR (arXiv 2510.06303) and Fast-dLLM v2 (arXiv 2509.26328), from their released code.
+# SDAR (arXiv 2510.06303) and Fast-dLLM v2 (arXiv 2509.26328), as in their code; clean blocks are bidirectional in both.
 EXTERNAL_ARCHS = {
-    "sdar": Relative("qwen3", shift=False, size_key="block_size", size=4),
-    "Fast_dLLM_Qwen": Relative("qwen2", shift=True, size_key="bd_size", size=32, mask_token_id=151665),
+    "sdar": ExternalArch("qwen3", shift=False, size_key="block_size", size=4),
+    "Fast_dLLM_Qwen": ExternalArch("qwen2", shift=True, size_key="bd_size", size=32, mask_token_id=151665),
 }
 
-# What an export states anew, in one spelling, instead of keeping what its source said.
-_RESTATED = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "dtype", "torch_dtype", "auto_map",
+# Keys of the source's config.json that an export does not keep: it writes its own, in one spelling.
+_REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "dtype", "torch_dtype", "auto_map",
              "_name_or_path", "transformers_version", "mask_token_id", "dlm_jax")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The contents of a checkpoint directory's config.json; of another project's block diffusion, as an export of ours
-    would say it."""
+    """Reads a checkpoint directory's config.json; one of an `ExternalArch` is rewritten as an export of this library.
+
+    Raises:
+      CheckpointError: the file is missing or damaged.
+    """
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -71,50 +75,42 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
-    return _to_model_config(config)
+    return _rewrite_external(config)
 
 
-def recorded_mask_token_id(hf: Mapping[str, Any]) -> int | None:
-    """The mask token a diffusion model's config records, if it does."""
-    return (hf.get("dlm_jax") or {}).get("mask_token_id", hf.get("mask_token_id"))
+def recorded_diffusion(hf: Mapping[str, Any]) -> DiffusionSpec:
+    """Returns what a config records of diffusion; an AR model's config gives no mask token, the shift and no blocks."""
+    record = hf.get("dlm_jax") or {}
+    return DiffusionSpec(record.get("mask_token_id", hf.get("mask_token_id")), record.get("shift", True),
+                         blocks_from_record(record))
 
 
-def recorded_shift(hf: Mapping[str, Any]) -> bool:
-    """Whether logits at n predict n + 1: what the config records, by default true, as every AR model's do."""
-    return (hf.get("dlm_jax") or {}).get("shift", True)
-
-
-def recorded_blocks(hf: Mapping[str, Any]) -> BlockSpec | None:
-    """The blocks that the model writes one after another; None where it sees whole rows."""
-    return blocks_of(hf.get("dlm_jax") or {})
-
-
-def blocks_of(record: Mapping[str, Any]) -> BlockSpec | None:
-    """What `record_of` made a record of."""
+def blocks_from_record(record: Mapping[str, Any]) -> BlockSpec | None:
+    """Inverts `blocks_to_record`."""
     size = record.get("block_size")
     return None if size is None else BlockSpec(size, record.get("clean_attention", "causal"))
 
 
-def record_of(blocks: BlockSpec) -> dict[str, Any]:
-    """Blocks as entries of a JSON object."""
+def blocks_to_record(blocks: BlockSpec) -> dict[str, Any]:
+    """Returns blocks as entries of a JSON object."""
     return {"block_size": blocks.size, "clean_attention": blocks.clean_attention}
 
 
-def _to_model_config(hf: dict[str, Any]) -> dict[str, Any]:
-    relative = EXTERNAL_ARCHS.get(hf.get("model_type"))
-    if relative is None:
+def _rewrite_external(hf: dict[str, Any]) -> dict[str, Any]:
+    arch = EXTERNAL_ARCHS.get(hf.get("model_type"))
+    if arch is None:
         return hf
-    about = {"mask_token_id": hf.get("mask_token_id", relative.mask_token_id), "shift": relative.shift,
-             **record_of(BlockSpec(hf.get(relative.size_key, relative.size), "block_bidirectional"))}
-    kept = {name: value for name, value in hf.items() if name not in (relative.size_key, "attn_implementation")}
-    return kept | {"model_type": relative.family, "dlm_jax": about}
+    blocks = BlockSpec(hf.get(arch.size_key, arch.size), "block_bidirectional")
+    record = {"mask_token_id": hf.get("mask_token_id", arch.mask_token_id), "shift": arch.shift, **blocks_to_record(blocks)}
+    kept = {name: value for name, value in hf.items() if name not in (arch.size_key, "attn_implementation")}
+    return kept | {"model_type": arch.family, "dlm_jax": record}
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a config.json describes, with HF's defaults for what it leaves out.
+    """Returns the architecture that a config.json describes, with HF's defaults for absent keys.
 
     Raises:
-      CheckpointError: a family or setting that this library does not compute, or a size that is missing.
+      CheckpointError: a family or setting that this library does not implement, or a missing size.
     """
     family = hf.get("model_type")
     if family not in _ARCHITECTURES:
@@ -122,18 +118,23 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
                               f"{', '.join([*_ARCHITECTURES, *EXTERNAL_ARCHS])}")
     for name, allowed in _NEUTRAL.items():
         if name in hf and hf[name] not in allowed:
-            raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not compute")
+            raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not implement")
     return _from_gpt2(hf) if family == "gpt2" else _from_llama(hf, family)
 
 
-def config_to_hf(config: ModelConfig, base: Mapping[str, Any], *, mask_token_id: int | None, shift: bool,
-                 dtype: str, blocks: BlockSpec | None = None) -> dict[str, Any]:
-    """A config.json for this architecture, keeping what `base`, the config it came from, says beyond that.
+def config_to_hf(config: ModelConfig, base: Mapping[str, Any], diffusion: DiffusionSpec,
+                 dtype: str) -> dict[str, Any]:
+    """Returns a config.json for an architecture.
+
+    Args:
+      base: the config.json that the model came from; keys that this function does not write are kept.
+      diffusion: recorded if it has a mask token.
+      dtype: of the stored weights.
 
     Raises:
       CheckpointError: the family's HF class cannot express this architecture.
     """
-    kept = {name: value for name, value in base.items() if name not in _RESTATED}
+    kept = {name: value for name, value in base.items() if name not in _REWRITTEN}
     hf = kept | (_to_gpt2(config) if config.family == "gpt2" else _to_llama(config)) | {
         "model_type": config.family,
         "architectures": [_ARCHITECTURES[config.family]],
@@ -142,11 +143,13 @@ def config_to_hf(config: ModelConfig, base: Mapping[str, Any], *, mask_token_id:
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
     }
-    if mask_token_id is not None:
-        written = {} if blocks is None else record_of(blocks)
-        hf |= {"mask_token_id": mask_token_id, "dlm_jax": {"mask_token_id": mask_token_id, "shift": shift} | written}
-    read_back, wanted = dataclasses.asdict(config_from_hf(hf)), dataclasses.asdict(config)
-    lost = [name for name in wanted if read_back[name] != wanted[name] and not name.endswith("_dropout")]
+    if diffusion.mask_token_id is not None:
+        hf["mask_token_id"] = diffusion.mask_token_id
+        hf["dlm_jax"] = {"mask_token_id": diffusion.mask_token_id, "shift": diffusion.shift}
+        if diffusion.blocks is not None:
+            hf["dlm_jax"] |= blocks_to_record(diffusion.blocks)
+    expected, read_back = dataclasses.asdict(config), dataclasses.asdict(config_from_hf(hf))
+    lost = [name for name in expected if read_back[name] != expected[name] and not name.endswith("_dropout")]
     if lost:
         raise CheckpointError(f"the Hugging Face class of {config.family} cannot express this model's "
                               f"{', '.join(lost)}")
@@ -221,7 +224,7 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
 def _size(hf: Mapping[str, Any], name: str) -> int:
     value = hf.get(name)
     if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json must give {name} as a positive whole number, not {value!r}")
+        raise CheckpointError(f"config.json must give {name} as a positive integer, not {value!r}")
     return value
 
 
@@ -238,13 +241,13 @@ def _activation(name: str) -> str:
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary frequencies, in the spelling of transformers 4 or of transformers 5."""
+    """Returns the base and scaling of RoPE, from the keys of transformers 4 or 5."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1):
-        raise CheckpointError("config.json rotates only a part of each head (partial_rotary_factor), which this "
-                              "library does not compute")
+        raise CheckpointError("config.json applies RoPE to a fraction of each head (partial_rotary_factor), which "
+                              "this library does not implement")
     try:
         match kind:
             case "default":
@@ -271,7 +274,7 @@ def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def _sliding_window(hf: Mapping[str, Any], family: str) -> int | None:
-    """The window that all layers share, or None; a stack that mixes both kinds is refused."""
+    """Returns the window of all layers, or None; different windows per layer are refused."""
     if family == "llama":
         return None
     window, layers = hf.get("sliding_window", 4096), hf["num_hidden_layers"]
@@ -282,6 +285,6 @@ def _sliding_window(hf: Mapping[str, Any], family: str) -> int | None:
         kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full)
         if len(set(kinds)) > 1:
             raise CheckpointError("config.json gives a sliding window to some layers and not to others "
-                                  "(max_window_layers, layer_types), which this library does not compute")
+                                  "(max_window_layers, layer_types), which this library does not implement")
         window = window if kinds[0] == "sliding_attention" else None
     return window

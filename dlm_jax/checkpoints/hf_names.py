@@ -1,9 +1,8 @@
-"""Names: which HF tensor holds which of our parameters, one short table a family.
+"""Which HF tensor holds which parameter: one table per family.
 
-A table maps the path of a parameter to its HF tensor (`{i}` is the layer), how the axes of one layer are
-laid out there, and, for a fused tensor, which third of its last axis is meant. Layouts read like einsum:
-"dhk->(hk)d" says that our [embed, heads, head_dim] is stored as [heads * head_dim, embed]. Both directions
-follow from that one string, and the way in is a view: nothing is copied until it is wanted.
+A table maps the path of a parameter to its HF tensor (`{i}` is the layer), the layout of one layer's axes there, and for
+a fused tensor the third of its last axis. Layouts read like einsum: "dhk->(hk)d" stores a kernel [embed, heads,
+head_dim] as [heads * head_dim, embed]. Both directions follow from that string; import gives views and copies nothing.
 """
 
 import math
@@ -18,7 +17,7 @@ from dlm_jax.models import ModelConfig
 
 
 class Key(NamedTuple):
-    """Where a parameter is stored: HF tensor name, axis layout, and third of a fused tensor."""
+    """The HF tensor of a parameter: name, axis layout, and third of a fused tensor."""
 
     name: str
     layout: str = ""
@@ -76,20 +75,20 @@ _LLAMA = {
 KEYS = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
 HEAD = "lm_head.weight"
 
-# Causal masks and rotary tables that older versions of transformers stored; they hold nothing learned.
+# Causal masks and rotary tables, which older versions of transformers stored.
 _BUFFER = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
 
 
 def embedding_name(family: str) -> str:
-    """The HF name of the token embedding."""
+    """Returns the HF name of the token embedding."""
     return KEYS[family]["embed.embedding"].name
 
 
 def canonical(names: Iterable[str], family: str) -> dict[str, str]:
-    """Maps HF names to the names stored in a checkpoint, which may lack the prefix or be the DiffuGPT release's.
+    """Maps HF names to the names stored in a checkpoint, which may lack the prefix or be DiffuGPT's.
 
-    `gpt2` on the hub is stored without the prefix `transformer.`; the release says `embed_tokens.` and
-    `denoise_model.`. Buffers that hold nothing learned are left out.
+    `gpt2` on the hub is stored without the prefix `transformer.`; DiffuGPT uses `embed_tokens.` and `denoise_model.`.
+    Buffers that are not learned are omitted.
     """
     names = [name for name in names if not _BUFFER.search(name)]
     prefix = embedding_name(family).split(".")[0] + "."
@@ -105,8 +104,8 @@ def canonical(names: Iterable[str], family: str) -> dict[str, str]:
     return {hf_name(name): name for name in names}
 
 
-def release_name(name: str, family: str) -> str:
-    """The DiffuGPT release's name of an HF tensor."""
+def diffugpt_name(name: str, family: str) -> str:
+    """Returns the DiffuGPT reference implementation's name of an HF tensor."""
     if name == embedding_name(family):
         return "embed_tokens.weight"
     prefix = embedding_name(family).split(".")[0] + "."
@@ -114,45 +113,45 @@ def release_name(name: str, family: str) -> str:
 
 
 def projections(config: ModelConfig) -> dict[str, Key]:
-    """The projections of a block by our names (q, k, v, out, gate, up, down), where each kernel is stored."""
+    """Returns the keys of a block's projection kernels by name (q, k, v, out, gate, up, down)."""
     found = {path.split(".")[-2]: key for path, key in KEYS[config.family].items()
              if path.startswith("blocks.") and path.endswith(".kernel")}
     return {name: key for name, key in found.items() if name != "gate" or config.gated_mlp}
 
 
 def module_name(key: Key) -> str:
-    """The HF module of a tensor, inside its layer if it is in one: `self_attn.q_proj`, `lm_head`."""
+    """Returns the HF module of a tensor, inside its layer if it has one: `self_attn.q_proj`, `lm_head`."""
     return key.name.partition("{i}.")[2].removesuffix(".weight") or key.name.removesuffix(".weight")
 
 
 def read_targets(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
-    """Our names of projections that are named in ours or in HF's way (`q_proj`, `attn.c_proj`), or `all`.
+    """Returns the names (q, k, v, ...) of projections given by these, by HF's names (`q_proj`, `attn.c_proj`), or `all`.
 
     Raises:
-      ConfigError: a name that none has.
+      ConfigError: no projection has a name.
     """
     known = projections(config)
     chosen = set()
     for name in names:
-        found = {ours for ours, key in known.items()
-                 if name in ("all", ours) or f".{module_name(key)}".endswith(f".{name}")}
+        found = {projection for projection, key in known.items()
+                 if name in ("all", projection) or f".{module_name(key)}".endswith(f".{name}")}
         if not found:
-            theirs = sorted({module_name(key).split(".")[-1] for key in known.values()})
-            raise ConfigError(f"lora.targets names {name!r}, which no projection of {config.family} is called; choose "
-                              f"of {', '.join(known)} (in its checkpoints {', '.join(theirs)}), or all")
+            hf_modules = sorted({module_name(key).split(".")[-1] for key in known.values()})
+            raise ConfigError(f"lora.targets names {name!r}, which is not a projection of {config.family}; choose "
+                              f"of {', '.join(known)} (in its checkpoints {', '.join(hf_modules)}), or all")
         chosen |= found
     return tuple(name for name in known if name in chosen)
 
 
 def layer_tensors(key: Key, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """HF tensor name and shape of each layer's slice of a stacked parameter, or of the parameter itself."""
+    """Returns name and shape of the HF tensor of each layer of a stacked parameter, or of the parameter itself."""
     if "{i}" not in key.name:
         return [(key.name, shape)]
     return [(key.name.format(i=layer), shape[1:]) for layer in range(shape[0])]
 
 
 def hf_shape(key: Key, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the HF tensor that holds a parameter (one layer of it) of this shape."""
+    """Returns the shape of the HF tensor that holds a parameter (one layer of it) of this shape."""
     if key.layout:
         sizes = dict(zip(_axes(key)[0], shape, strict=True))
         shape = tuple(math.prod(sizes[axis] for axis in group) for group in _axes(key)[1])
@@ -160,32 +159,32 @@ def hf_shape(key: Key, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def from_hf(tensor: np.ndarray, key: Key, shape: tuple[int, ...]) -> np.ndarray:
-    """The parameter (one layer of it) of this shape as a view of its HF tensor."""
+    """Returns a parameter (one layer of it) of this shape as a view of its HF tensor."""
     if key.third is not None:
         width = tensor.shape[-1] // 3
         tensor = tensor[..., key.third * width : (key.third + 1) * width]
     if not key.layout:
         return tensor
-    ours, groups = _axes(key)
-    sizes = dict(zip(ours, shape, strict=True))
+    axes, groups = _axes(key)
+    sizes = dict(zip(axes, shape, strict=True))
     for axis in reversed(range(len(groups))):
-        if len(groups[axis]) > 1:  # other axes keep the size they have: the vocabulary may be about to grow
+        if len(groups[axis]) > 1:  # others keep their size: the vocabulary may still grow
             split = [sizes[name] for name in groups[axis]]
             tensor = tensor.reshape(*tensor.shape[:axis], *split, *tensor.shape[axis + 1 :])
     stored = "".join(groups)
-    return tensor.transpose([stored.index(axis) for axis in ours])
+    return tensor.transpose([stored.index(axis) for axis in axes])
 
 
 def to_hf(array: np.ndarray, key: Key) -> np.ndarray:
-    """The inverse of `from_hf`; for a fused tensor it gives one third."""
+    """Inverts `from_hf`; returns one third of a fused tensor."""
     if not key.layout:
         return array
-    ours, groups = _axes(key)
+    axes, groups = _axes(key)
     shape = hf_shape(key._replace(third=None), array.shape)
-    return array.transpose([ours.index(axis) for axis in "".join(groups)]).reshape(shape)
+    return array.transpose([axes.index(axis) for axis in "".join(groups)]).reshape(shape)
 
 
 def _axes(key: Key) -> tuple[str, list[str]]:
-    """Our axes, and the groups of them that make the stored ones: "dhk->(hk)d" gives "dhk", ["hk", "d"]."""
-    ours, stored = key.layout.split("->")
-    return ours, [group.strip("()") for group in re.findall(r"\(\w+\)|\w", stored)]
+    """Returns the parameter's axes and the groups that are stored: "dhk->(hk)d" gives "dhk", ["hk", "d"]."""
+    axes, stored = key.layout.split("->")
+    return axes, [group.strip("()") for group in re.findall(r"\(\w+\)|\w", stored)]

@@ -1,8 +1,7 @@
-"""Tensors on disk: a checkpoint's files as lazily read arrays, and a streaming safetensors writer.
+"""Reads a checkpoint's files as memory-mapped arrays, and writes safetensors one tensor at a time.
 
-Reading maps the files into memory, so a tensor costs nothing until it is copied somewhere, and what has
-been read can be dropped by the operating system. The safetensors format is simple enough to read here,
-which also gives bfloat16, unknown to its numpy reader: https://huggingface.co/docs/safetensors.
+A mapped tensor uses no memory until it is copied. The safetensors format (https://huggingface.co/docs/safetensors) is
+read here because the numpy reader of its library does not know bfloat16.
 """
 
 import json
@@ -27,7 +26,7 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_tensors(directory: Path, names: Iterable[str] = _SINGLE) -> dict[str, np.ndarray]:
-    """Every tensor of an HF checkpoint directory by its stored name, read-only and on disk until it is used.
+    """Returns every tensor of a checkpoint directory by its stored name, read-only and on disk until it is used.
 
     Looks for `model.safetensors`, its sharded index, `pytorch_model.bin`, its sharded index, in this order, or for
     files of other `names`.
@@ -92,10 +91,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise CheckpointError(f"reading {path} needs PyTorch: `pip install torch`, or convert the checkpoint to "
                               "safetensors") from error
-    try:  # weights_only: a pickle may run any code when loaded; this loads tensors and nothing else
+    try:  # weights_only: an arbitrary pickle may run code when loaded
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return {name: _from_torch(tensor) for name, tensor in tensors.items()}
-    except Exception as error:  # torch raises many kinds, and its messages advise loading arbitrary pickles
+    except Exception as error:  # of many classes; torch's messages advise loading arbitrary pickles
         raise CheckpointError(f"{path} is damaged, or holds something other than tensors by name") from error
 
 
@@ -112,10 +111,10 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], fetch:
     """Writes tensors as one `model.safetensors`, or as shards with an index, fetching one tensor at a time.
 
     Args:
-      shapes: shape of every tensor by name, in the order to write them.
-      fetch: gives the values of one tensor; called once each, in that order.
-      dtype: the type to store.
-      max_shard_bytes: start another file rather than grow past this size.
+      shapes: shape of every tensor by name, in the order in which they are written.
+      fetch: returns the values of one tensor; called once per tensor, in that order.
+      dtype: of the stored tensors.
+      max_shard_bytes: largest size of a file, unless a single tensor is larger.
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
@@ -139,7 +138,7 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], fetch:
 
 def write_safetensors(path: Path, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]],
                       fetch: Callable[[str], np.ndarray], dtype: np.dtype) -> None:
-    """Writes the tensors of these names, of the `shapes` and values (`fetch`) that those have, into one file."""
+    """Writes the tensors of these names into one file; `shapes` and `fetch` as in `write_tensors`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -147,7 +146,7 @@ def write_safetensors(path: Path, names: Iterable[str], shapes: Mapping[str, tup
         header[name] = {"dtype": _CODES[dtype], "shape": shapes[name], "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the tensors start aligned
+    encoded += b" " * (-len(encoded) % 8)  # aligns the tensors
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:

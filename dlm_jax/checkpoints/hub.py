@@ -1,4 +1,4 @@
-"""From what a user names, a directory (on an object store too) or a hub id, to a local directory."""
+"""Resolves a directory (on an object store too) or a hub id to a local directory."""
 
 import re
 from pathlib import Path
@@ -13,9 +13,9 @@ _SETTINGS = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
 
 def find_base(source: str, beside: epath.PathLike) -> str:
-    """Where the base of an adapter is: as it is named, else a directory of that name in or beside the adapter's.
+    """Returns the source of an adapter's base: `source` if it exists, else a directory of that name in or beside `beside`.
 
-    What is found nowhere comes back as it is: it may be a hub id, or will be refused as what it is.
+    If neither exists, returns `source` unchanged: it may be a hub id; otherwise loading it fails with a clear error.
     """
     named, at, step = source.rpartition("@")
     directory, step = (named, at + step) if at and not Path(source).is_dir() else (source, "")
@@ -29,10 +29,10 @@ def find_base(source: str, beside: epath.PathLike) -> str:
 
 
 def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
-    """The local directory of a checkpoint; a hub id is downloaded, or found in the hub's cache.
+    """Returns the local directory of a checkpoint; a hub id is downloaded, or found in the hub's cache.
 
     Args:
-      weights: whether to fetch the weights too, or only configuration and tokenizer.
+      weights: False fetches only the configuration and tokenizer.
 
     Raises:
       CheckpointError: there is no such directory, or the hub cannot be reached or does not have it.
@@ -51,7 +51,7 @@ def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
         raise CheckpointError(f"there is no directory {name}")
     from huggingface_hub import errors, snapshot_download
 
-    def download(patterns: list[str]) -> Path:  # the files at the top: below lie other formats of the same weights
+    def download(patterns: list[str]) -> Path:  # top-level files: folders hold other formats of the same weights
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
     try:

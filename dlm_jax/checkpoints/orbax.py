@@ -1,6 +1,9 @@
-"""Digests of a checkpoint's files: Orbax restores a flipped bit without a word, these tell.
+"""Checkpoints of a run, written by Orbax in the background and readable without optimizer or mesh.
 
-They are written into the checkpoint before it is committed, so that whatever is committed has them.
+A step's directory holds the items `params`, `optimizer`, `ema` if there is one, and `progress` (JSON), and the SHA-256
+of all their files, which are written before Orbax commits the step: Orbax restores a flipped bit without an error.
+Arrays are stored by dotted names, so no class of this library belongs to the format. A directory gets its final name (on
+an object store its commit file) when it is complete.
 """
 
 import contextlib
@@ -24,80 +27,37 @@ from dlm_jax.errors import CheckpointError
 from dlm_jax.parallel import broadcast_from_process_zero
 from dlm_jax.storage import files_below, is_remote, move
 
-FILE = "digests.json"
-_THREADS = 8  # hashing and reading give up the interpreter's lock
-# Orbax writes into these once more when it commits; no array depends on them.
-_NOT_DATA = (FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
+CHECKSUMS = "checksums.json"
+_THREADS = 8  # hashing and reading release the GIL
+# Orbax writes these once more when it commits; no array depends on them.
+_NOT_DATA = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
+_WRITE_ERRORS = (OSError, ValueError, RuntimeError)  # of Orbax, if something cannot be written
 
 if TYPE_CHECKING:
     from dlm_jax.training.step import TrainState
 
 
-def write_checksums(directory: epath.Path) -> None:
-    """Writes the SHA-256 of every file below `directory` into its `digests.json`."""
-    names = [name for name in files_below(directory) if name not in _NOT_DATA]
-    (directory / FILE).write_text(json.dumps(_digests(directory, names), indent=0) + "\n")
-
-
-def verify_checksums(directory: epath.Path, items: Iterable[str] | None = None) -> str | None:
-    """What is wrong with a checkpoint, in a few words, or None; of `items` (its folders) only where they are given."""
-    try:
-        wanted = json.loads((directory / FILE).read_text())
-        if not all(isinstance(digest, str) for digest in wanted.values()):
-            return f"{FILE} is damaged"
-    except FileNotFoundError:
-        return f"{FILE} is missing"
-    except (ValueError, AttributeError):
-        return f"{FILE} is damaged"
-    if items is not None:
-        wanted = {name: digest for name, digest in wanted.items() if name.split("/")[0] in tuple(items)}
-    missing = [name for name in wanted if not (directory / name).is_file()]
-    if missing:
-        return f"{missing[0]} is missing"
-    found = _digests(directory, list(wanted))
-    return next((f"{name} is not what was written" for name in wanted if found[name] != wanted[name]), None)
-
-
-def _digests(directory: epath.Path, names: list[str]) -> dict[str, str]:
-    def digest(name: str) -> str:
-        with (directory / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-# ---- Checkpoints: written by Orbax in the background, readable without optimizer or mesh.
-#
-# A step's directory holds separate items: `params`, `optimizer`, `ema` where there is one, and `progress`
-# (JSON), and the digests of all their files. Arrays are stored by plain dotted names, so that no class of this library
-# is part of the format. A directory gets its final name (on an object store its marker) when all of it is written.
-
-
-_FAILURES = (OSError, ValueError, RuntimeError)  # what Orbax raises where something cannot be written
-
-
 def named(tree: object) -> dict[str, object]:
-    """The leaves of a tree by dotted names, such as `blocks.attention.q.kernel`."""
+    """Returns the leaves of a tree by dotted names, such as `blocks.attention.q.kernel`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
             for path, leaf in leaves}
 
 
 def from_named(like: object, leaves: dict[str, object]) -> object:
-    """The inverse of `named`, for a tree of the structure of `like`."""
+    """Inverts `named`, for a tree of the structure of `like`."""
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named(like)])
 
 
 class CheckpointWriter:
-    """Saves into a workdir, keeping the last `keep` checkpoints, and the best by validation if asked."""
+    """Saves into a workdir and keeps the last `keep` checkpoints; with `keep_best` also the one of lowest validation loss."""
 
     def __init__(self, workdir: epath.Path, *, keep: int, keep_best: bool):
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_validation, reverse=True, n=1))
         self._workdir, self._step = workdir, 0
-        self._manager = ocp.CheckpointManager(directory_of(workdir), options=ocp.CheckpointManagerOptions(
+        self._manager = ocp.CheckpointManager(checkpoint_directory(workdir), options=ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=_validation,
             best_mode="min", enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)))
@@ -113,111 +73,121 @@ class CheckpointWriter:
                  "progress": ocp.args.JsonSave(progress)}
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(named(state.ema))
-        # A checkpoint without validation counts as the worst, so that it is never kept for being the best.
+        # A checkpoint without validation counts as the worst.
         metrics = {"validation": math.inf if validation is None else validation}
         self.wait()
         self._step = step
-        if not (self._workdir / "config.json").exists():  # Orbax would make the folder anew, with no run around it
-            raise CheckpointError(f"the checkpoint of step {step} cannot be written: {self._workdir} is gone or "
-                                  "damaged (no config.json), and the run with it")
+        if not (self._workdir / "config.json").exists():  # Orbax would create the folder again, without the run
+            raise CheckpointError(f"the checkpoint of step {step} cannot be written: {self._workdir} was removed or "
+                                  "damaged (no config.json)")
         self._attempt(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics))
 
     def wait(self) -> None:
-        """Returns when everything started is on disk.
-
-        Raises:
-          CheckpointError: it cannot be written.
-        """
+        """Waits until everything is written; raises CheckpointError where it cannot be."""
         self._attempt(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """To be called after `wait`, which tells of failures; where it was not, something else has failed already."""
-        with contextlib.suppress(*_FAILURES):
+        """Closes without an error: `wait` reports failures, and without it something else has failed already."""
+        with contextlib.suppress(*_WRITE_ERRORS):
             self._manager.close()
 
     def _attempt(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except _FAILURES as error:
+        except _WRITE_ERRORS as error:
             last = max(saved_steps(self._workdir), default=None)
-            rest = "nothing has been saved yet" if last is None else f"the checkpoint of step {last} is whole"
+            rest = "nothing has been saved yet" if last is None else f"the checkpoint of step {last} is complete"
             raise CheckpointError(
-                f"the checkpoint of step {self._step} cannot be written into {directory_of(self._workdir)} "
-                f"({_first_line(error)}); {rest}; make room there, and the same command goes on from it") from error
+                f"the checkpoint of step {self._step} cannot be written into {checkpoint_directory(self._workdir)} "
+                f"({_first_line(error)}); {rest}; free some space there; the same command continues from it") from error
 
     def _write_checksums(self) -> None:
-        """Called in the background when all files of the step are there, before they are committed."""
+        """Called in the background when all files of a step are written, before Orbax commits it."""
         step = str(self._step)
-        for path in directory_of(self._workdir).iterdir():
+        for path in checkpoint_directory(self._workdir).iterdir():
             if path.name == step or path.name.startswith(f"{step}.orbax-checkpoint-tmp"):
                 write_checksums(path)
 
 
-def directory_of(workdir: epath.PathLike) -> epath.Path:
+def checkpoint_directory(workdir: epath.PathLike) -> epath.Path:
+    """Returns the absolute directory of a run's checkpoints."""
     workdir = epath.Path(workdir)
     return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
-    """The steps with a complete checkpoint, ascending."""
-    directory = directory_of(workdir)
+    """Returns the steps with a complete checkpoint, ascending."""
+    directory = checkpoint_directory(workdir)
     if not directory.is_dir():
         return []
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
 
 
 def latest_valid_step(workdir: epath.PathLike) -> tuple[int, list[str]]:
-    """The newest step whose files are as they were written, 0 where there is none, and what is wrong with newer ones.
+    """Returns the latest step with valid checksums, 0 without checkpoints, and the damage of later ones.
 
     Raises:
-      CheckpointError: there are checkpoints, and none is sound.
+      CheckpointError: all checkpoints are damaged.
     """
     remarks: list[str] = []
     for step in reversed(saved_steps(workdir)):
-        found = verify_checksums(directory_of(workdir) / str(step))
+        found = verify_checksums(checkpoint_directory(workdir) / str(step))
         if found is None:
             return step, remarks
         remarks.append(f"the checkpoint of step {step} is damaged ({found})")
     if remarks:
-        raise CheckpointError(f"no checkpoint in {directory_of(workdir)} can be trusted: {'; '.join(remarks)}; restore "
+        raise CheckpointError(f"every checkpoint in {checkpoint_directory(workdir)} is damaged: {'; '.join(remarks)}; restore "
                               "one from a copy, or choose a new workdir")
     return 0, []
 
 
 def restore_latest(workdir: epath.PathLike) -> tuple[int, list[str]]:
-    """As `latest_valid_step`, alike in all processes; moves newer, damaged ones out of the way, into `damaged/`."""
+    """Returns `latest_valid_step`, the same in all processes, and moves later checkpoints into `damaged/`."""
 
-    def settle() -> tuple[int, list[str]]:
+    def move_damaged() -> tuple[int, list[str]]:
         first, remarks = latest_valid_step(workdir)
         for step in saved_steps(workdir):
             if step > first:
                 names = (epath.Path(workdir) / "damaged" / f"{step}-{number}" for number in itertools.count(1))
-                move(directory_of(workdir) / str(step), next(name for name in names if not name.exists()))
+                move(checkpoint_directory(workdir) / str(step), next(name for name in names if not name.exists()))
         return first, remarks
 
-    first, remarks = broadcast_from_process_zero(settle)
+    first, remarks = broadcast_from_process_zero(move_damaged)
     return first, remarks
 
 
 def best_step(workdir: epath.PathLike) -> int | None:
-    """The step with the lowest validation loss among those saved."""
+    """Returns the saved step with the lowest validation loss, None if no saved step has one."""
     scores = {}
     for step in saved_steps(workdir):
-        path = directory_of(workdir) / str(step) / "metrics" / "metrics"
+        path = checkpoint_directory(workdir) / str(step) / "metrics" / "metrics"
         try:
             scores[step] = _validation(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError):  # of a damaged checkpoint nothing can be said
+        except (OSError, ValueError, KeyError):  # damaged
             scores[step] = math.inf
     scores = {step: score for step, score in scores.items() if math.isfinite(score)}
     return min(scores, key=scores.get, default=None)
 
 
+def resolve_step(workdir: epath.PathLike, step: str | None) -> int:
+    """Returns the step that "500", "best" (the lowest validation loss) or None (the latest) means.
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+    """
+    found = best_step(workdir) if step == "best" else max(saved_steps(workdir), default=None) if step is None else step
+    if found is None:
+        raise CheckpointError(f"{workdir} has no checkpoint" + " with a validation loss" * (step == "best"))
+    return int(found)
+
+
 def restore_state(workdir: epath.PathLike, step: int, layout: "TrainState",
                   frozen: nnx.State | None = None) -> tuple["TrainState", dict]:
-    """The state of a step in the shardings of `layout` (shapes with shardings), and its progress.
+    """Restores the state of a step, whose checksums `restore_latest` has verified, and its progress.
 
-    `frozen` is what no checkpoint holds; None where there is nothing of the kind.
-    The files are taken to be sound, as `restore_latest` has found them.
+    Args:
+      layout: shapes and shardings of the state.
+      frozen: the parameters that no checkpoint holds; None without any.
     """
     ema = None if layout.ema is None else _restore(workdir, step, "ema", layout.ema)
     state = dataclasses.replace(
@@ -227,11 +197,15 @@ def restore_state(workdir: epath.PathLike, step: int, layout: "TrainState",
                        frozen=jax.device_put(nnx.State({}) if frozen is None else frozen,
                                              jax.tree.map(lambda leaf: leaf.sharding, layout.frozen)))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return state, reader.restore(directory_of(workdir) / str(step) / "progress")
+        return state, reader.restore(checkpoint_directory(workdir) / str(step) / "progress")
 
 
 def restore_params(workdir: epath.PathLike, step: int, layout: object) -> object:
-    """The parameters for inference, where their files are sound: the moving average where the run kept one."""
+    """Restores the parameters for inference, the moving average if the run kept one; `layout` has shapes and shardings.
+
+    Raises:
+      CheckpointError: the checkpoint is missing or damaged, or does not fit `layout`.
+    """
     directory = _existing(workdir, step)
     item = "ema" if (directory / "ema").exists() else "params"
     if found := verify_checksums(directory, [item]):
@@ -254,7 +228,7 @@ def _existing(workdir: epath.PathLike, step: int) -> epath.Path:
     if step not in steps:
         raise CheckpointError(f"{workdir} has no checkpoint of step {step}; it has "
                               f"{', '.join(map(str, steps)) or 'none'}")
-    return directory_of(workdir) / str(step)
+    return checkpoint_directory(workdir) / str(step)
 
 
 def _first_line(error: Exception) -> str:
@@ -264,3 +238,37 @@ def _first_line(error: Exception) -> str:
 
 def _validation(metrics: dict[str, float]) -> float:
     return metrics["validation"]
+
+
+def write_checksums(directory: epath.Path) -> None:
+    """Writes the SHA-256 of every file below a checkpoint's directory into its `checksums.json`."""
+    names = [name for name in files_below(directory) if name not in _NOT_DATA]
+    (directory / CHECKSUMS).write_text(json.dumps(_sha256(directory, names), indent=0) + "\n")
+
+
+def verify_checksums(directory: epath.Path, items: Iterable[str] | None = None) -> str | None:
+    """Returns the damage of a checkpoint in a few words, or None; `items` limits the check to some of its folders."""
+    try:
+        recorded = json.loads((directory / CHECKSUMS).read_text())
+        if not all(isinstance(checksum, str) for checksum in recorded.values()):
+            return f"{CHECKSUMS} is damaged"
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except (ValueError, AttributeError):
+        return f"{CHECKSUMS} is damaged"
+    if items is not None:
+        recorded = {name: checksum for name, checksum in recorded.items() if name.split("/")[0] in tuple(items)}
+    for name in recorded:
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+    found = _sha256(directory, list(recorded))
+    return next((f"{name} is not what was written" for name in recorded if found[name] != recorded[name]), None)
+
+
+def _sha256(directory: epath.Path, names: list[str]) -> dict[str, str]:
+    def checksum(name: str) -> str:
+        with (directory / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(names, pool.map(checksum, names), strict=True))

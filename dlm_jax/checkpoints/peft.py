@@ -1,8 +1,7 @@
-"""Adapters in PEFT's format, read: a directory with adapter_config.json becomes its base with what it adds merged in.
+"""Adapters in PEFT's format: reads one and merges it into its base; writes LoRA beside a base as one.
 
-What changes the result and is not computed here is refused by name. Factors are stored as [rank, inputs] and
-[outputs, rank] whatever they stand beside, so that `fan_in_fan_out`, which says how that stores its kernel, changes
-nothing.
+A setting that changes the result and is not implemented here is refused by name. PEFT stores factors as [rank, inputs]
+and [outputs, rank] whatever the layout of the kernel, so `fan_in_fan_out` has no effect.
 """
 
 import dataclasses
@@ -21,10 +20,11 @@ from etils import epath
 from flax import nnx
 
 from dlm_jax.checkpoints import hf_names
-from dlm_jax.checkpoints.hf_config import record_of
+from dlm_jax.checkpoints.card import adapter_card
+from dlm_jax.checkpoints.hf_config import blocks_to_record
 from dlm_jax.checkpoints.hf_tensors import read_tensors, write_safetensors
 from dlm_jax.errors import CheckpointError
-from dlm_jax.models import ModelConfig, Transformer, abstract_model, kernel_norms, merge_kernel
+from dlm_jax.models import Transformer, abstract_model, kernel_norms, merge_kernel
 from dlm_jax.models.lora import full_kernel
 from dlm_jax.parallel import to_host
 from dlm_jax.storage import METADATA_FILE, atomic_directory, read_json, read_metadata, write_json
@@ -32,12 +32,11 @@ from dlm_jax.storage import METADATA_FILE, atomic_directory, read_json, read_met
 if TYPE_CHECKING:
     from dlm_jax.checkpoints.pretrained import Pretrained
 
-
 CONFIG, TENSORS = "adapter_config.json", "adapter_model"
 PREFIX, MAGNITUDE = "base_model.model.", "magnitude_vector"
 
-# Features of PEFT beyond LoRA itself, with the values under which they change nothing. Initialisations that change the
-# base (PiSSA and its like) are among them: their adapters belong to another base than the one that is named.
+# Features of PEFT beyond LoRA itself, with the values that have no effect. Initializations that change the base (PiSSA
+# and similar) are among them: their adapters belong to another base than the one that is named.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",), "lora_bias": (False,), "use_qalora": (False,), "use_bdlora": (None, False),
     "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
@@ -47,65 +46,74 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
-    """What an adapter's directory holds.
+class PeftAdapter:
+    """The contents of an adapter's directory.
 
     Attributes:
       config: its adapter_config.json.
       tensors: by stored name, without the prefix that all share.
-      notes: what dlm_jax wrote beside, of the mask token and the shift; empty where it did not.
+      metadata: what an export of this library records beside them of the mask token, shift and blocks; else empty.
     """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
-    notes: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def base(self) -> str:
-        """The base as it is named."""
+        """The source of the base, as the adapter names it."""
         return self.config.get("base_model_name_or_path") or ""
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """What each module has, after `lora_`."""
+        """The suffixes of each module's tensors, after `lora_`."""
         return ("A", "B", MAGNITUDE) if self.config.get("use_dora") else ("A", "B")
 
-    def digest(self) -> str:
-        """Of what it adds: its settings and the bytes of its tensors."""
-        parts = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            parts.update(name.encode() + np.ascontiguousarray(self.tensors[name]).view(np.uint8).data)
-        return parts.hexdigest()[:16]
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the adapter holds a full embedding."""
+        return any(name.endswith(("embed_tokens.weight", "wte.weight")) for name in self.tensors)
 
-    def scale(self, module: str) -> tuple[int, float]:
-        """The rank of the factors beside a module, and by what their product is multiplied."""
-        rank = _of_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 8))
-        alpha = _of_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+    def digest(self) -> str:
+        """Returns a hash of the settings and of the bytes of all tensors."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            digest.update(name.encode() + np.ascontiguousarray(self.tensors[name]).view(np.uint8).data)
+        return digest.hexdigest()[:16]
+
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """Returns the rank of a module's factors, and the scale of their product."""
+        rank = _match_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 8))
+        alpha = _match_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
         return rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def targets(self, module: str) -> bool:
-        """Whether a module is to have factors; a regular expression is not asked, as it may be for other names."""
-        wanted, without = self.config.get("target_modules"), self.config.get("exclude_modules") or []
+        """Returns whether a module must have factors; False for regular expressions, which may use other names."""
+        included, excluded = self.config.get("target_modules"), self.config.get("exclude_modules") or []
         layers = self.config.get("layers_to_transform")
         layers = [layers] if isinstance(layers, int) else layers
         layer = re.search(r"\.(\d+)\.", module)
-        if isinstance(wanted, str) or isinstance(without, str) or (layers and int(layer[1]) not in layers):
-            return wanted == "all-linear" and not without and not layers
-        return any(f".{module}".endswith(f".{name}") for name in wanted or []) and not any(
-            f".{module}".endswith(f".{name}") for name in without)
+        if isinstance(included, str) or isinstance(excluded, str) or (layers and int(layer[1]) not in layers):
+            return included == "all-linear" and not excluded and not layers
+        matches = lambda names: any(f".{module}".endswith(f".{name}") for name in names)  # noqa: E731
+        return matches(included or []) and not matches(excluded)
 
 
-def is_adapter(directory: Path) -> bool:
-    """Whether the directory holds an adapter and no model of its own."""
+class _WrongBase(Exception):
+    """The adapter does not fit the base, for the reason given."""
+
+
+def is_peft_adapter(directory: Path) -> bool:
+    """Returns whether the directory holds an adapter and no model of its own."""
     return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
 
 
-def read_adapter(directory: Path) -> Adapter:
-    """What the directory holds, its tensors on disk until they are used.
+def read_peft_adapter(directory: Path) -> PeftAdapter:
+    """Reads an adapter, whose tensors stay on disk until they are used.
 
     Raises:
-      CheckpointError: it is damaged, or not LoRA as it is computed here.
+      CheckpointError: it is damaged, or not LoRA as implemented here.
     """
     config = read_json(directory / CONFIG)
     if config.get("peft_type") != "LORA":
@@ -113,204 +121,179 @@ def read_adapter(directory: Path) -> Adapter:
     for name, allowed in _NEUTRAL.items():
         if name in config and config[name] not in allowed:
             raise CheckpointError(f"{directory / CONFIG} sets {name} to {config[name]!r}, which this library does not "
-                                  "compute; merge the adapter with PEFT, and load the merged model")
+                                  "implement; merge the adapter with PEFT, and load the merged model")
     stored = read_tensors(directory, (f"{TENSORS}.safetensors", f"{TENSORS}.bin"))
     tensors = {re.sub(r"\.(modules_to_save|default)(?=\.)", "", name.removeprefix(PREFIX)): tensor
                for name, tensor in stored.items()}
-    return Adapter(directory, config, tensors, read_metadata(directory))
+    return PeftAdapter(directory, config, tensors, read_metadata(directory))
 
 
-def merge_adapter(adapter: Adapter, base: "Pretrained", param_dtype: str) -> "Pretrained":
-    """`base` with the adapter's products added to its kernels, in float32, and its whole tables in place of the base's.
+def merge_peft_adapter(adapter: PeftAdapter, model: Transformer, source: str, param_dtype: str) -> Transformer:
+    """Returns a base with an adapter's products added to its kernels, in float32, and its full tables replaced.
+
+    Args:
+      source: of the base, for messages.
 
     Raises:
       CheckpointError: the adapter is for another base, or holds something that cannot be merged.
     """
+    family = model.config.family
     factors: dict[str, dict[str, np.ndarray]] = {}
+    scales: dict[str, tuple[int, float]] = {}
     tables: dict[str, np.ndarray] = {}
-    stored_as = hf_names.canonical(adapter.tensors, base.model.config.family)
-    for name, stored in stored_as.items():
+    for name, stored in hf_names.canonical(adapter.tensors, family).items():
         module, found, side = name.partition(".lora_")
         side = side.removesuffix(".weight")
         if found and side in adapter.sides:
             factors.setdefault(module, {})[side] = adapter.tensors[stored]
-        elif name in (hf_names.embedding_name(base.model.config.family), hf_names.HEAD):
+            scales[module] = adapter.rank_and_scale(stored.partition(".lora_")[0])
+        elif name in (hf_names.embedding_name(family), hf_names.HEAD):
             tables[name] = adapter.tensors[stored]
         else:
             raise CheckpointError(f"the adapter {adapter.directory} holds {stored}, which cannot be merged; supported "
-                                  "are LoRA's factors beside projections, and the whole embedding or head")
-    model = _with_tables(adapter, base, tables, param_dtype)
-    return dataclasses.replace(base, model=_with_products(adapter, base.source, model, factors, stored_as, param_dtype))
+                                  "are LoRA's factors beside projections, and the full embedding or head")
+    try:
+        return _add_products(adapter, _replace_tables(adapter, model, tables, param_dtype), factors, scales, param_dtype)
+    except _WrongBase as error:
+        raise CheckpointError(f"the adapter {adapter.directory} is damaged, or for another base than {source}: "
+                              f"{error}") from error
 
 
-def _with_products(adapter: Adapter, source: str, model: Transformer, factors: dict[str, dict[str, np.ndarray]],
-                   stored_as: Mapping[str, str], param_dtype: str) -> Transformer:
+def _add_products(adapter: PeftAdapter, model: Transformer, factors: dict[str, dict[str, np.ndarray]],
+                  scales: dict[str, tuple[int, float]], param_dtype: str) -> Transformer:
     graphdef, state = nnx.split(model)
     flat, unused = dict(nnx.to_flat_state(state)), set(factors)
     for name, key in hf_names.projections(model.config).items():
         path = next(path for path in flat if path[0] == "blocks" and path[-2:] == (name, "kernel"))
         shape, num_inputs = flat[path].shape, getattr(getattr(model.blocks, path[1]), name).num_inputs
         inputs, outputs = shape[1 : 1 + num_inputs], shape[1 + num_inputs :]
-        pairs = []
+        layers: list[tuple[np.ndarray, ...] | None] = []
         for layer in range(model.config.num_layers):
             module = key.name.format(i=layer).removesuffix(".weight")
-            found = factors.get(module)
+            if module in factors:
+                layers.append(_module_factors(adapter, module, factors[module], *scales[module], key,
+                                              math.prod(inputs), math.prod(outputs)))
+            elif adapter.targets(module):
+                raise _WrongBase(f"it targets {module} and has no factors for it")
+            else:
+                layers.append(None)
             unused.discard(module)
-            if found is None and adapter.targets(module):
-                raise CheckpointError(f"the adapter {adapter.directory} targets {module} and has no factors for it; it "
-                                      f"is damaged, or for another base than {source}")
-            pairs.append(None if found is None else _pair(
-                adapter, source, module, found, key, math.prod(inputs), math.prod(outputs), stored_as))
-        if any(pairs):
-            a, b = _stacked(pairs, math.prod(inputs), math.prod(outputs))
-            a, b = a.reshape(*shape[: 1 + num_inputs], -1), b.reshape(shape[0], -1, *outputs)
-            kernel, magnitude = flat[path][...], None
-            if MAGNITUDE in adapter.sides:  # layers that have none keep the norms they have
-                magnitude = kernel_norms(kernel, 1 + len(outputs))
-                for layer, pair in enumerate(pairs):
-                    if pair:
-                        magnitude = magnitude.at[layer].set(pair[2].reshape(outputs))
-            flat[path] = flat[path].replace(merge_kernel(kernel, a, b, 1.0, param_dtype, magnitude))
+        if not any(layers):
+            continue
+        rank = max(found[0].shape[1] for found in layers if found)  # smaller ranks are padded with zeros
+        a = np.zeros((len(layers), math.prod(inputs), rank), np.float32)
+        b = np.zeros((len(layers), rank, math.prod(outputs)), np.float32)
+        kernel, magnitude = flat[path][...], None
+        if MAGNITUDE in adapter.sides:  # layers without magnitudes keep their norms
+            magnitude = kernel_norms(kernel, 1 + len(outputs))
+        for layer, found in enumerate(layers):
+            if found:
+                a[layer, :, : found[0].shape[1]], b[layer, : found[1].shape[0]] = found[:2]
+                if magnitude is not None:
+                    magnitude = magnitude.at[layer].set(found[2].reshape(outputs))
+        flat[path] = flat[path].replace(merge_kernel(kernel, a.reshape(*shape[: 1 + num_inputs], rank), b.reshape(
+            shape[0], rank, *outputs), 1.0, param_dtype, magnitude))
     if unused:
-        raise _for_another(adapter, source, f"it has factors for {min(unused)}, which this base does not have")
+        raise _WrongBase(f"it has factors for {min(unused)}, which this base does not have")
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
 
 
-def _pair(adapter: Adapter, source: str, module: str, found: dict[str, np.ndarray], key: hf_names.Key, inputs: int,
-          outputs: int, stored_as: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Float32 [inputs, rank] and, with the scale, [rank, outputs] of one module, of a fused one our third of it; and
-    DoRA's magnitudes [outputs]."""
-    stored = next(stored for name, stored in stored_as.items() if name.startswith(f"{module}.lora_"))
-    rank, scale = adapter.scale(stored.partition(".lora_")[0])
-    all_outputs = outputs * (1 if key.third is None else 3)
-    for side, expected in zip(adapter.sides, ((rank, inputs), (all_outputs, rank), (all_outputs,)), strict=False):
+def _module_factors(adapter: PeftAdapter, module: str, found: dict[str, np.ndarray], rank: int, scale: float,
+                    key: hf_names.Key, inputs: int, outputs: int) -> tuple[np.ndarray, ...]:
+    """Returns one projection's float32 [inputs, rank], scaled [rank, outputs] and, for DoRA, magnitudes [outputs]; its
+    third of a fused module."""
+    stored_outputs = outputs * (1 if key.third is None else 3)
+    for side, expected in zip(adapter.sides, ((rank, inputs), (stored_outputs, rank), (stored_outputs,)), strict=False):
         if side not in found:
-            raise CheckpointError(f"the adapter {adapter.directory} is damaged: {module} has no lora_{side}")
+            raise _WrongBase(f"{module} has no lora_{side}")
         if found[side].shape != expected:
-            raise _for_another(adapter, source, f"{module}.lora_{side} has the shape {list(found[side].shape)}, where "
-                                                f"its rank {rank} and this base need {list(expected)}")
-    ours = slice(None) if key.third is None else slice(key.third * outputs, (key.third + 1) * outputs)
-    return (found["A"].astype(np.float32).T, scale * found["B"][ours].astype(np.float32).T,
-            found[MAGNITUDE][ours].astype(np.float32) if MAGNITUDE in found else None)
+            raise _WrongBase(f"{module}.lora_{side} has the shape {list(found[side].shape)}, where its rank {rank} and "
+                             f"this base need {list(expected)}")
+    third = slice(None) if key.third is None else slice(key.third * outputs, (key.third + 1) * outputs)
+    a, b, *magnitude = (found[side].astype(np.float32) for side in adapter.sides)
+    return a.T, scale * b[third].T, *(values[third] for values in magnitude)
 
 
-def _stacked(pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray | None] | None], inputs: int,
-             outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """[layers, inputs, rank] and [layers, rank, outputs] of the largest rank; what is less is filled up with zeros."""
-    rank = max(pair[0].shape[1] for pair in pairs if pair)
-    a = np.zeros((len(pairs), inputs, rank), np.float32)
-    b = np.zeros((len(pairs), rank, outputs), np.float32)
-    for layer, pair in enumerate(pairs):
-        if pair:
-            a[layer, :, : pair[0].shape[1]], b[layer, : pair[0].shape[1]] = pair[:2]
-    return a, b
+def _replace_tables(adapter: PeftAdapter, model: Transformer, tables: dict[str, np.ndarray],
+                    param_dtype: str) -> Transformer:
+    """Returns the model with an adapter's full tables.
 
-
-def _with_tables(adapter: Adapter, base: "Pretrained", tables: dict[str, np.ndarray], param_dtype: str) -> Transformer:
-    """The model with whole tables of the adapter. An embedding that comes without its tied head leaves that as it was,
-    as in PEFT, and the two are one no longer, unless the adapter says that they stay tied."""
-    model, config = base.model, base.model.config
-    names = {hf_names.embedding_name(config.family): (config.vocab_size, config.hidden_size),
-             hf_names.HEAD: (config.vocab_size, config.hidden_size)}
+    As in PEFT, an embedding without its tied head leaves the head unchanged and so unties the two, unless the adapter
+    says that they stay tied.
+    """
+    config = model.config
+    names = (hf_names.embedding_name(config.family), hf_names.HEAD)
+    expected = (config.vocab_size, config.hidden_size)
     for name, table in tables.items():
-        if table.shape != names[name]:
-            raise _for_another(adapter, base.source, f"its {name} has the shape {list(table.shape)}, where this base "
-                                                     f"needs {list(names[name])}")
+        if table.shape != expected:
+            raise _WrongBase(f"its {name} has the shape {list(table.shape)}, where this base needs {list(expected)}")
     embedding, head = (tables.get(name) for name in names)
     if embedding is None and head is None:
         return model
-    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    flat = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
     table = flat["embed", "embedding"]
     tied = config.tie_embeddings and (bool(adapter.config.get("ensure_weight_tying")) or (
         embedding is not None and head is not None and np.array_equal(embedding, head)))
-    if config.tie_embeddings and tied and embedding is None:
+    if tied and embedding is None:
         embedding = head
-    values = {("embed", "embedding"): table[...] if embedding is None else _placed(embedding, table[...], param_dtype)}
     if not tied:
-        old = table[...].T if config.tie_embeddings else flat["head", "kernel"][...]
-        values["head", "kernel"] = old if head is None else _placed(head.T, old, param_dtype)
-        config = dataclasses.replace(config, tie_embeddings=False)
-    return _rebuilt(model, config, values, param_dtype)
-
-
-def _rebuilt(model: Transformer, config: ModelConfig, values: Mapping[tuple, jax.Array],
-             param_dtype: str) -> Transformer:
-    flat = dict(nnx.to_flat_state(nnx.state(model)))
+        old = table.T if config.tie_embeddings else flat["head", "kernel"]
+        flat["head", "kernel"] = old if head is None else _place_like(head.T, old, param_dtype)
+    if embedding is not None:
+        flat["embed", "embedding"] = _place_like(embedding, table, param_dtype)
+    config = dataclasses.replace(config, tie_embeddings=tied)
     graphdef, shapes = nnx.split(abstract_model(config, model.compute, param_dtype))
-    return nnx.merge(graphdef, nnx.from_flat_state([
-        (path, shape.replace(values[path] if path in values else flat[path][...]))
-        for path, shape in nnx.to_flat_state(shapes)]))
+    return nnx.merge(graphdef, nnx.from_flat_state(
+        [(path, shape.replace(flat[path])) for path, shape in nnx.to_flat_state(shapes)]))
 
 
-def _placed(value: np.ndarray, like: jax.Array, dtype: str) -> jax.Array:
+def _place_like(value: np.ndarray, like: jax.Array, dtype: str) -> jax.Array:
     return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index].astype(dtype))
 
 
-def _for_another(adapter: Adapter, source: str, why: str) -> CheckpointError:
-    return CheckpointError(f"the adapter {adapter.directory} is for another base than {source}: {why}")
+def _match_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Returns the value of the first key, a regular expression, that matches the end of a module's name."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def _of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """The value of the first key, a regular expression for the end of a module's name, that matches."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
-
-
-# ---- Adapters in PEFT's format, written: what was learned beside a base becomes a directory that `peft` loads.
-
-
-_CARD = """\
----
-library_name: dlm_jax
-base_model: {base}
-tags: ["lora", "peft"]
----
-
-# LoRA beside {base}
-
-```python
-from dlm_jax import DiffusionLM
-lm = DiffusionLM.from_pretrained("THIS_DIRECTORY")
-```
-
-`peft.PeftModel.from_pretrained(base, "THIS_DIRECTORY")` loads it beside the base in PyTorch{resize}.
-"""
-
-
-def save_adapter(directory: epath.PathLike, pretrained: "Pretrained", *, dtype: str = "float32") -> None:
-    """Writes the factors and whole tables of a model with LoRA beside its base; with several processes all call this.
-
-    The directory appears whole or not at all, as in `save_pretrained`.
+def save_peft_adapter(directory: epath.PathLike, pretrained: "Pretrained", *, dtype: str = "float32") -> None:
+    """Writes the LoRA factors and full tables beside a base, atomically; with several processes all call this.
 
     Raises:
       CheckpointError: the model has no LoRA beside it, or the directory holds something else.
     """
-    if pretrained.model.lora is None or pretrained.base is None:
-        raise CheckpointError(f"{pretrained.source} has no adapter beside a base, which the layout peft is for; name "
-                              "the workdir of a run with LoRA (from Python with merge=False), or choose the layout hf")
-    tensors = adapter_tensors(pretrained.model)
+    model, diffusion = pretrained.model, pretrained.diffusion
+    if model.lora is None or pretrained.base is None:
+        raise CheckpointError(f"{pretrained.source} has no LoRA beside a base, which the layout peft needs; name the "
+                              "workdir of a run with LoRA (from Python with merge=False), or choose the layout hf")
+    tensors = adapter_tensors(model)
     if dtype == "float16" and max(np.abs(value).max() for value in tensors.values()) > np.finfo(np.float16).max:
         raise CheckpointError("the adapter exceeds the range of float16; export as bfloat16 or float32")
     if jax.process_index() > 0:
         return
+    token = None
+    if diffusion.mask_token_id is not None and pretrained.tokenizer is not None:
+        token = pretrained.tokenizer.convert_ids_to_tokens(diffusion.mask_token_id)
+    blocks = {"block_size": None} if diffusion.blocks is None else blocks_to_record(diffusion.blocks)
     with atomic_directory(directory, last=CONFIG) as folder:
         shapes = {name: value.shape for name, value in tensors.items()}
         write_safetensors(folder / f"{TENSORS}.safetensors", shapes, shapes, lambda name: tensors[name].astype(
             jnp.dtype(dtype)), jnp.dtype(dtype))
-        write_json(folder / CONFIG, adapter_config(pretrained.model, pretrained.base))
-        write_json(folder / METADATA_FILE, _notes(pretrained))
+        write_json(folder / CONFIG, adapter_config(model, pretrained.base))
+        write_json(folder / METADATA_FILE, {"mask_token_id": diffusion.mask_token_id, "mask_token": token,
+                                            "shift": diffusion.shift, **blocks, "recipe": pretrained.recipe})
         if pretrained.tokenizer is not None:
             pretrained.tokenizer.save_pretrained(folder)
-        vocabulary = pretrained.model.config.vocab_size
-        grown = pretrained.hf_config.get("vocab_size", vocabulary) != vocabulary
-        resize = f", after `base.resize_token_embeddings({vocabulary})`" if grown else ""
-        (folder / "README.md").write_text(_CARD.format(base=Path(pretrained.base).name, resize=resize))
+        size = model.config.vocab_size
+        (folder / "README.md").write_text(
+            adapter_card(pretrained.base, size, pretrained.hf_config.get("vocab_size", size)))
 
 
 def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
-    """What PEFT stores, by its names, float32 on the host.
+    """Returns the tensors that PEFT stores, by its names, float32 on the host.
 
-    GPT-2 has one module for queries, keys and values, and we have factors for each of them. Side by side, the parts of
-    A below each other and those of B on the diagonal, they are factors of that module, of the sum of their ranks.
+    GPT-2 has one module for queries, keys and values, which have separate factors here. They become factors of that
+    module, with the sum of their ranks: each A below the other, and each B on a block diagonal.
     """
     family, flat = model.config.family, dict(nnx.to_flat_state(nnx.state(model)))
     tensors: dict[str, np.ndarray] = {}
@@ -319,10 +302,12 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
         path = next((path for path in flat if path[-3:] == (name, "factors", "a")), None)
         if path is not None:
             a, b = (to_host(flat[*path[:-1], side][...]).astype(np.float32) for side in "ab")
-            modules.setdefault(key.name, []).append((key, a, b))
-    for template, parts in modules.items():
+            rank = b.shape[1]  # [layers, rank, *outputs]
+            modules.setdefault(key.name, []).append(
+                (key, a.reshape(len(a), -1, rank).swapaxes(1, 2), b.reshape(len(b), rank, -1).swapaxes(1, 2)))
+    for template, projections in modules.items():
         for layer in range(model.config.num_layers):
-            a, b = _fused([(key, *_matrices(key, a[layer], b[layer])) for key, a, b in parts])
+            a, b = _fuse([(key, a[layer], b[layer]) for key, a, b in projections])
             module = PREFIX + template.format(i=layer).removesuffix(".weight")
             tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     if model.lora.dora:
@@ -330,50 +315,44 @@ def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
     if model.lora.embedding:
         table = to_host(flat["embed", "embedding"][...]).astype(np.float32)
         tensors[PREFIX + hf_names.embedding_name(family)] = table
-        if model.config.tie_embeddings:  # PEFT trains a copy, and would leave the head as it was
+        if model.config.tie_embeddings:  # PEFT trains a copy and leaves the head unchanged
             tensors[PREFIX + hf_names.HEAD] = table
     if model.lora.head:
         tensors[PREFIX + hf_names.HEAD] = to_host(flat["head", "kernel"][...]).astype(np.float32).T
     return tensors
 
 
+def _fuse(projections: list[tuple[hf_names.Key, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A and B of one module from the [rank, inputs] and [outputs, rank] of its projections."""
+    if projections[0][0].third is None:
+        (_, a, b), = projections
+        return a, b
+    (rank, _), (outputs, _) = projections[0][1].shape, projections[0][2].shape
+    fused = np.zeros((3 * outputs, rank * len(projections)), np.float32)
+    for i, (key, _, b) in enumerate(projections):
+        fused[key.third * outputs : (key.third + 1) * outputs, i * rank : (i + 1) * rank] = b
+    return np.concatenate([a for _, a, _ in projections]), fused
+
+
 def _magnitudes(model: Transformer, flat: Mapping[tuple, nnx.Variable],
                 modules: Collection[str]) -> dict[str, np.ndarray]:
-    """DoRA's magnitudes; a part of a fused module that has none has the norms of its kernel, which they begin as."""
-    parts: dict[str, list[np.ndarray]] = {}
+    """Returns DoRA's magnitudes; a projection of a fused module that has none has its kernel's norms."""
+    found: dict[str, list[np.ndarray]] = {}
     for name, key in hf_names.projections(model.config).items():  # in the order of the thirds
         if key.name in modules:
             linear = next(path for path in flat if path[-2:] == (name, "kernel"))[:-1]
-            found = flat.get((*linear, "factors", "magnitude"))
-            if found is None:
+            magnitude = flat.get((*linear, "factors", "magnitude"))
+            if magnitude is None:
                 kernel = full_kernel(flat[*linear, "kernel"], flat.get((*linear, "kernel_scale")))
-                norms = kernel_norms(kernel, kernel.ndim - 1)
-            value = to_host(norms if found is None else found[...]).astype(np.float32)
-            parts.setdefault(key.name, []).append(value.reshape(len(value), -1))
+                magnitude = kernel_norms(kernel, kernel.ndim - 1)
+            value = to_host(magnitude[...]).astype(np.float32)
+            found.setdefault(key.name, []).append(value.reshape(len(value), -1))
     return {f"{PREFIX}{template.format(i=layer).removesuffix('.weight')}.lora_{MAGNITUDE}": row
-            for template, values in parts.items() for layer, row in enumerate(np.concatenate(values, axis=1))}
-
-
-def _matrices(key: hf_names.Key, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[rank, inputs] and [outputs, rank] of one layer."""
-    rank = a.shape[-1]
-    return a.reshape(-1, rank).T, b.reshape(rank, -1).T
-
-
-def _fused(parts: list[tuple[hf_names.Key, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of a module; see `adapter_tensors`."""
-    if parts[0][0].third is None:
-        (_, a, b), = parts
-        return a, b
-    rank, outputs = parts[0][1].shape[0], parts[0][2].shape[0]
-    whole = np.zeros((3 * outputs, rank * len(parts)), np.float32)
-    for i, (key, _, b) in enumerate(parts):
-        whole[key.third * outputs : (key.third + 1) * outputs, i * rank : (i + 1) * rank] = b
-    return np.concatenate([a for _, a, _ in parts]), whole
+            for template, values in found.items() for layer, row in enumerate(np.concatenate(values, axis=1))}
 
 
 def adapter_config(model: Transformer, base: str) -> dict[str, Any]:
-    """adapter_config.json."""
+    """Returns the contents of adapter_config.json."""
     lora, known = model.lora, hf_names.projections(model.config)
     modules: dict[str, int] = {}
     for name in lora.targets:
@@ -390,16 +369,7 @@ def adapter_config(model: Transformer, base: str) -> dict[str, Any]:
         "target_modules": sorted(modules), "modules_to_save": saved or None, "bias": "none",
         "fan_in_fan_out": model.config.family == "gpt2",
         "rank_pattern": {module: lora.rank * count for module, count in fused.items()},
-        # so that alpha / rank, or alpha / sqrt(rank), is what it is for each part
+        # keeps alpha / rank, or alpha / sqrt(rank), of each projection
         "alpha_pattern": {module: lora.alpha * (math.sqrt(count) if lora.rslora else count)
                           for module, count in fused.items()},
     }  # fmt: skip
-
-
-def _notes(pretrained: "Pretrained") -> dict[str, Any]:
-    token = None
-    if pretrained.mask_token_id is not None and pretrained.tokenizer is not None:
-        token = pretrained.tokenizer.convert_ids_to_tokens(pretrained.mask_token_id)
-    written = {"block_size": None} if pretrained.blocks is None else record_of(pretrained.blocks)
-    return {"mask_token_id": pretrained.mask_token_id, "mask_token": token, "shift": pretrained.shift,
-            **written, "recipe": pretrained.recipe}

@@ -1,13 +1,47 @@
-"""Pretrained: a model with everything that is needed to use it and to save it again."""
+"""Pretrained: a model with everything that is needed to use it and save it again, and the one function that loads it."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlm_jax.diffusion.spec import BlockSpec, DiffusionSpec
-from dlm_jax.models import Transformer
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from dlm_jax.checkpoints.hf_config import blocks_from_record, config_from_hf, read_config, recorded_diffusion
+from dlm_jax.checkpoints.hf_import import open_tensors, stream_parameters
+from dlm_jax.checkpoints.hub import find_base, locate
+from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
+from dlm_jax.checkpoints.orbax import resolve_step, restore_params
+from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
+from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
+from dlm_jax.checkpoints.workdir import LoRABase, is_workdir, read_lora_base, read_run_config, split_step
+from dlm_jax.diffusion import BlockSpec, DiffusionSpec
+from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.models import (
+    Compute,
+    LoRAConfig,
+    ModelConfig,
+    Transformer,
+    abstract_model,
+    add_dora_magnitudes,
+    add_lora,
+    base_shapes,
+    fingerprint,
+    freeze_base,
+    init_lora_factors,
+    merge_lora,
+    split_trainable,
+)
+from dlm_jax.storage import local_copy, read_metadata
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+INITS = ("pretrained", "random", "abstract")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +54,9 @@ class Pretrained:
       source: the directory, workdir@step or hub id that the model was read from.
       recipe: the settings of the run that trained the model, by dotted keys; None where unknown.
       base: the source of the base of a model with unmerged LoRA; None for a model without LoRA.
-      merged_adapters: fingerprints of the base and of each adapter merged into it, in order; also the fingerprint of a
-        base before quantization. Empty for a model whose parameters are as stored.
+      provenance: fingerprints of what the parameters were computed from: a base and the adapters merged into it, in
+        order, or a base before quantization. Empty if the parameters are as stored.
+      new_mask_token: whether the checkpoint has no row for the mask token, which then is the mean of all others.
     """
 
     model: Transformer
@@ -31,7 +66,8 @@ class Pretrained:
     source: str
     recipe: dict[str, Any] | None = None
     base: str | None = None
-    merged_adapters: tuple[str, ...] = ()
+    provenance: tuple[str, ...] = ()
+    new_mask_token: bool = False
 
     @property
     def mask_token_id(self) -> int | None:
@@ -70,3 +106,198 @@ class Pretrained:
         value = getattr(self.tokenizer, name, None)
         value = self.hf_config.get(name) if value is None else value
         return value[0] if isinstance(value, list) else value  # LLaMA 3 lists several EOS tokens
+
+
+Shardings = Callable[[ModelConfig], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """How parameters are computed with, stored and placed; `seed` gives new ones."""
+
+    compute: Compute
+    param_dtype: str
+    shardings: Shardings | None
+    seed: int
+
+    def places(self, config: ModelConfig, shapes: nnx.State) -> list[Sharding]:
+        """One sharding per parameter of the base."""
+        if self.shardings is not None:
+            return jax.tree.leaves(self.shardings(config))
+        return [SingleDeviceSharding(jax.local_devices()[0])] * len(jax.tree.leaves(shapes))
+
+
+def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = None, base: str | None = None,
+                    merge: bool = True, init: str = "pretrained", lora: LoRASettings | LoRAConfig | None = None,
+                    seed: int = 0, compute: Compute = Compute(), param_dtype: str | None = None,
+                    shardings: Shardings | None = None) -> Pretrained:
+    """Loads a model and its tokenizer from any kind of checkpoint, onto whatever devices there are.
+
+    Args:
+      source: a Hugging Face directory (on an object store too) or hub id, a training workdir, `workdir@step` or
+        `workdir@best`, or an adapter in PEFT's format. A workdir alone means its latest checkpoint. LoRA is merged into
+        its base, which is loaded by this function too.
+      mask_token: the id or text of an existing token, or a new token, whose rows in embedding and head are the mean of
+        all others; None: the token that the checkpoint records.
+      base: the base of an adapter, in place of the one that the adapter names.
+      merge: False keeps the LoRA of a run beside its base; both keep the run's dtypes.
+      init: "pretrained"; "random": the architecture and tokenizer alone, with weights from `seed`; "abstract": shapes
+        in place of arrays.
+      lora: LoRA to put beside the model, with new factors from `seed`; the model's parameters get its `frozen_dtype`.
+      param_dtype: "float32" or "bfloat16"; None: the run's dtype for a workdir, float32 for everything else.
+      shardings: maps an architecture to a pytree of shardings like the parameters; None: the first device.
+
+    Raises:
+      CheckpointError: the checkpoint is missing, damaged or unsupported, or the base of LoRA has changed.
+      ConfigError: the arguments do not fit this kind of checkpoint.
+    """
+    if init not in INITS:
+        raise ConfigError(f"init {init!r} is unknown; choose {', '.join(INITS)}")
+    options = _Options(compute, param_dtype or "float32", shardings, seed)
+    if is_workdir(source):
+        if base is not None:
+            raise ConfigError(f"{source} is a training workdir, which records its base; leave the base out")
+        directory, step = split_step(source)
+        recipe = read_run_config(directory)
+        options = dataclasses.replace(options, param_dtype=param_dtype or recipe["model.param_dtype"])
+        return _load_workdir(directory, step, recipe, mask_token, merge, init, lora, options)
+    if not merge:
+        raise ConfigError(f"{source} is not the workdir of a run with LoRA, so there is no LoRA to keep unmerged; leave "
+                          "merge out")
+    directory = locate(source, weights=init == "pretrained")
+    if is_peft_adapter(directory):
+        if init != "pretrained":
+            raise ConfigError(f"{source} is an adapter, which has no architecture of its own; name its base instead")
+        return _load_peft(directory, str(source), mask_token, base, lora, options)
+    if base is not None:
+        raise ConfigError(f"{source} is not an adapter, so it has no base; leave the base out")
+    return _load_hf(directory, str(source), mask_token, init, lora, options)
+
+
+def load_lora_base(workdir: epath.Path, record: LoRABase, compute: Compute, shardings: Shardings | None) -> Pretrained:
+    """Loads the base of a run with LoRA in the dtypes of the run, with new LoRA parameters beside it."""
+    return load_pretrained(
+        find_base(record.source, workdir), mask_token=record.mask_token, lora=record.lora, compute=compute,
+        param_dtype=read_run_config(workdir)["model.param_dtype"], shardings=shardings)
+
+
+def _load_hf(directory: Path, source: str, mask_token: str | int | None, init: str,
+             lora: LoRASettings | LoRAConfig | None, options: _Options) -> Pretrained:
+    hf_config = read_config(directory)
+    config, tokenizer = config_from_hf(hf_config), load_tokenizer(directory)
+    recorded = recorded_diffusion(hf_config)
+    mask_token_id = recorded.mask_token_id
+    if init == "pretrained":
+        tensors, config, mask_token_id = open_tensors(directory, config, mask_token_id, tokenizer)
+    if init == "abstract" and tokenizer is None and isinstance(mask_token, str):
+        mask_token_id, is_new = config.vocab_size, True  # planning needs no tokenizer to look the token up
+    else:
+        mask_token_id, is_new = choose_mask_token(mask_token, mask_token_id, config.vocab_size, tokenizer)
+    if is_new:
+        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
+    lora = resolve_lora(lora, config, is_new)
+
+    def read(shapes: nnx.State, places: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
+        if init == "pretrained":
+            return stream_parameters(tensors, config, shapes, places, mask_token_id if is_new else None)
+        initialize = jax.jit(_initialize, static_argnums=(1, 2, 3), out_shardings=places)
+        values = initialize(options.seed, config, options.compute, options.param_dtype)
+        return nnx.to_flat_state(jax.tree.unflatten(jax.tree.structure(shapes), values))
+
+    if init == "random" and lora is not None:
+        raise ConfigError("LoRA needs pretrained weights, and model.init is random; set lora.rank to 0, or model.init to "
+                          "pretrained")
+    if init == "abstract":
+        model, provenance = abstract_model(config, options.compute, options.param_dtype, lora), ()
+    else:
+        model, provenance = _build_model(config, lora, options, read)
+    return Pretrained(model, tokenizer, dataclasses.replace(recorded, mask_token_id=mask_token_id), hf_config, source,
+                      read_metadata(directory).get("recipe"), provenance=provenance, new_mask_token=is_new)
+
+
+def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any], mask_token: str | int | None,
+                  merge: bool, init: str, lora: LoRASettings | LoRAConfig | None, options: _Options) -> Pretrained:
+    found = _load_hf(local_copy(directory / "model"), str(directory), mask_token,
+                     "random" if init == "random" else "abstract", lora, options)
+    found = dataclasses.replace(found, recipe=recipe)
+    if init != "pretrained":
+        return found
+    if found.new_mask_token:
+        raise ConfigError(f"model.mask_token {mask_token!r} is new to {directory}, and a workdir's vocabulary is fixed; "
+                          "export it first, and start from the export")
+    step, config, lora = resolve_step(directory, step), found.model.config, found.model.lora
+    found = dataclasses.replace(found, source=f"{directory}@{step}")
+    record = read_lora_base(directory)
+    if record is None:
+        def read(shapes: nnx.State, places: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
+            layout = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                                  shapes, jax.tree.unflatten(jax.tree.structure(shapes), places))
+            return nnx.to_flat_state(restore_params(directory, step, layout))
+
+        model, provenance = _build_model(config, lora, options, read)
+        return dataclasses.replace(found, model=model, provenance=provenance)
+
+    base = load_lora_base(directory, record, options.compute, options.shardings)
+    graphdef, trained, frozen = split_trainable(base.model)
+    record.check(frozen, base.provenance, directory)
+    learned = restore_params(directory, step, jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trained))
+    model = nnx.merge(graphdef, learned, frozen)
+    if not merge and lora is None:
+        return dataclasses.replace(found, model=model, base=record.source)
+    model = merge_lora(model, options.param_dtype)
+    if lora is not None:
+        model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
+    return dataclasses.replace(found, model=model, provenance=(record.fingerprint, fingerprint(learned)))
+
+
+def _load_peft(directory: Path, source: str, mask_token: str | int | None, base: str | None,
+               lora: LoRASettings | LoRAConfig | None, options: _Options) -> Pretrained:
+    adapter = read_peft_adapter(directory)
+    metadata, named = adapter.metadata, base or adapter.base
+    if mask_token is None:  # by text, if possible: the token may be new to the base
+        mask_token = metadata.get("mask_token") or metadata.get("mask_token_id")
+    try:
+        found = load_pretrained(find_base(named, directory), mask_token=mask_token, compute=options.compute,
+                                param_dtype=options.param_dtype, shardings=options.shardings)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base {named!r} of the adapter {directory} cannot be loaded: {error}; put it there or "
+                              "beside the adapter, or say where it is (--base, or base=)") from error
+    diffusion = dataclasses.replace(
+        found.diffusion, shift=metadata.get("shift", found.shift),
+        blocks=blocks_from_record(metadata) if "block_size" in metadata else found.blocks)
+    model = merge_peft_adapter(adapter, found.model, found.source, options.param_dtype)
+    is_new, provenance = found.new_mask_token and not adapter.has_embedding, found.provenance
+    lora = resolve_lora(lora, model.config, is_new)
+    if lora is not None:
+        provenance = (*(provenance or (fingerprint(nnx.state(found.model)),)), adapter.digest())
+        model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
+    return dataclasses.replace(
+        found, model=model, tokenizer=load_tokenizer(directory) or found.tokenizer, diffusion=diffusion, source=source,
+        recipe=metadata.get("recipe", found.recipe), provenance=provenance, new_mask_token=is_new)
+
+
+def _build_model(config: ModelConfig, lora: LoRAConfig | None, options: _Options,
+                 read: Callable[[nnx.State, list[Sharding]], Iterable[tuple[tuple, nnx.Param]]]
+                 ) -> tuple[Transformer, tuple[str, ...]]:
+    """Builds a model of the parameters that `read` gives, with new LoRA parameters; also returns its `provenance`."""
+    graphdef, shapes = base_shapes(config, options.compute, options.param_dtype, lora)
+    places = options.places(config, shapes)
+    params, provenance = freeze_base(read(shapes, places), lora)
+    factors = nnx.State({}) if lora is None else init_lora_factors(
+        config, lora, options.seed, options.param_dtype, _replicated(places[0]))
+    return add_dora_magnitudes(nnx.merge(graphdef, params, factors)), provenance
+
+
+def _initialize(seed: jax.Array, config: ModelConfig, compute: Compute, param_dtype: str) -> list[jax.Array]:
+    rngs, dtype = nnx.Rngs(jax.random.key(seed)), jnp.dtype(param_dtype)
+    return jax.tree.leaves(nnx.state(Transformer(config, compute=compute, rngs=rngs, param_dtype=dtype)))
+
+
+def _replicated_like(model: Transformer) -> Sharding:
+    return _replicated(model.embed.embedding[...].sharding)
+
+
+def _replicated(sharding: Sharding) -> Sharding:
+    """A copy on every device of the same mesh, or on the same device."""
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding

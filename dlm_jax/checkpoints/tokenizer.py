@@ -1,4 +1,4 @@
-"""Tokenizers: loading them from a checkpoint directory, and finding or making the mask token."""
+"""Loads a checkpoint's tokenizer, and finds or adds the mask token."""
 
 import json
 import os
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Only tokenizers are used here; transformers need not advise that no deep learning framework is installed.
+# Only tokenizers are used here, so no advice that no deep learning framework is installed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer stored in a checkpoint directory, or None where there is none.
+    """Returns the tokenizer stored in a checkpoint directory, or None if there is none.
 
     Raises:
       CheckpointError: its files cannot be read.
@@ -29,30 +29,30 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
 
     try:
-        if files == {"tokenizer.model"}:  # a bare sentencepiece model, as LLaMA's: AutoTokenizer cannot tell
+        if files == {"tokenizer.model"}:  # a bare sentencepiece model, as LLaMA's: AutoTokenizer does not recognize it
             return LlamaTokenizer.from_pretrained(directory, add_bos_token=True)
-        relative = EXTERNAL_ARCHS.get(_model_type(directory))
-        # Of a kind that transformers does not know it would ask whether to run the code that lies beside it.
-        known = {} if relative is None else {"config": AutoConfig.for_model(relative.family)}
+        external = EXTERNAL_ARCHS.get(_model_type(directory))
+        # For an unknown model_type, transformers would ask whether to run the checkpoint's own code.
+        known = {} if external is None else {"config": AutoConfig.for_model(external.family)}
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **known)
     except Exception as error:  # transformers raises many kinds, with advice for other situations
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _model_type(directory: Path) -> str | None:
-    """As config.json has it, where there is one."""
+    """Returns the model_type of config.json, None without one."""
     path = directory / "config.json"
     return json.loads(path.read_text()).get("model_type") if path.is_file() else None
 
 
 def choose_mask_token(mask_token: str | int | None, recorded: int | None, vocab_size: int,
                       tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int | None, bool]:
-    """The mask token's id, and whether it is a new token that needs a row of its own.
+    """Returns the mask token's id, and whether it is a new token that needs a row of its own.
 
     Args:
-      mask_token: an id, an existing token, or a new token, which is added to the tokenizer in place; None
-        takes what the checkpoint records, in its configuration or else its tokenizer.
-      recorded: the id in the checkpoint's configuration.
+      mask_token: an id, an existing token, or a new token, which is added to the tokenizer in place;
+        None: the token that the checkpoint's config.json or else its tokenizer records.
+      recorded: the id in the checkpoint's config.json.
       vocab_size: rows of the checkpoint's embedding.
 
     Raises:

@@ -72,15 +72,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> "TrainConfig":
     """Returns the config for this base and corpus, and prints its budget."""
-    from dlm_jax.checkpoints.hf_config import config_from_hf, read_config
-    from dlm_jax.checkpoints.hub import locate
+    from dlm_jax.checkpoints import load_pretrained
     from dlm_jax.training import TrainConfig, count_params, step_seconds
 
     overrides = [("model.source", arguments.base), ("model.mask_token", MASK_TOKEN),
                  ("data.train", ",".join(arguments.data)), ("data.validation", ",".join(arguments.validation)),
                  ("data.cache_dir", str(pathlib.Path(arguments.workdir) / "data")), *arguments.overrides]
     config = build_config(TrainConfig, load_recipe("quickstart"), overrides)
-    model = config_from_hf(read_config(locate(arguments.base, weights=False)))
+    model = load_pretrained(arguments.base, init="abstract").model.config
     if model.max_length < config.data.length:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, length=model.max_length))
     seconds, tokens = step_seconds(model, config.data), config.data.batch_size * config.data.length

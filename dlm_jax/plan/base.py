@@ -4,11 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dlm_jax.checkpoints import config_from_hf
-from dlm_jax.checkpoints.hf_config import read_config, recorded_mask_token_id
-from dlm_jax.checkpoints.hub import locate
-from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
-from dlm_jax.checkpoints.workdir import is_workdir, split_step
+from dlm_jax.checkpoints import config_from_hf, load_pretrained
+from dlm_jax.checkpoints.tokenizer import choose_mask_token
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
 from dlm_jax.training.config import ModelSource
@@ -61,35 +58,25 @@ class Base:
 
 
 def describe_base(model: ModelSource) -> Base:
-    """What `model.source` is: a directory or workdir by its config.json, a known id by the table, else from the hub.
+    """Describes `model.source`: a known id by the table, everything else by its config.json.
 
-    A mask token given as text is looked up if there is a tokenizer, and taken to be new where there is none.
+    A mask token given as text is new if there is no tokenizer to look it up.
 
     Raises:
       ConfigError: no source is named.
-      CheckpointError: it cannot be found or read, or the mask token lies outside its vocabulary.
+      CheckpointError: it cannot be found or read, or the mask token is outside its vocabulary.
     """
     if not model.source:
         raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
-    directory = _directory(model)
-    hf = read_config(directory) if directory else KNOWN[model.source]
-    config, recorded = config_from_hf(hf), recorded_mask_token_id(hf)
-    tokenizer = load_tokenizer(directory) if directory and not isinstance(model.mask_token, int) else None
-    if isinstance(model.mask_token, str) and tokenizer is None:
-        mask_token_id, is_new = config.vocab_size, True
-    else:
-        mask_token_id, is_new = choose_mask_token(model.mask_token, recorded, config.vocab_size, tokenizer)
-    if is_new:
-        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
-    config = with_dropout(config, model.dropout)
-    origin = f"{directory}/config.json" if directory else "the table of known models in dlm_jax"
-    return Base(config, mask_token_id, model.source, origin, is_new)
-
-
-def _directory(model: ModelSource) -> Path | None:
-    """Where its config.json is; None for a model that is known and not a directory here."""
-    if is_workdir(model.source) and model.init == "pretrained":
-        return split_step(model.source)[0] / "model"
     if model.source in KNOWN and not Path(model.source).is_dir():
-        return None
-    return locate(model.source, weights=False)
+        config, is_new = config_from_hf(KNOWN[model.source]), isinstance(model.mask_token, str)
+        mask_token_id = config.vocab_size
+        if not is_new:
+            mask_token_id, _ = choose_mask_token(model.mask_token, None, config.vocab_size, None)
+        config = dataclasses.replace(config, vocab_size=config.vocab_size + is_new)
+        origin = "the table of known models in dlm_jax"
+    else:
+        base = load_pretrained(model.source, init="abstract", mask_token=model.mask_token)
+        config, mask_token_id, is_new = base.model.config, base.mask_token_id, base.new_mask_token
+        origin = f"config.json of {model.source}"
+    return Base(with_dropout(config, model.dropout), mask_token_id, model.source, origin, is_new)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import AbstractMesh, Mesh
 
+from dlm_jax.checkpoints import resolve_lora
 from dlm_jax.diffusion import HeadPlan
 from dlm_jax.parallel import MeshConfig, make_mesh, num_batch_shards
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.plan.base import Base
 from dlm_jax.plan.program import planned_state, trace_step
-from dlm_jax.training.config import TrainConfig, resolve_lora
+from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.metrics import count_params
 from dlm_jax.training.step import HOST
 

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from dlm_jax.checkpoints import resolve_lora
 from dlm_jax.diffusion import Batch
 from dlm_jax.models import Compute, Transformer, abstract_model, split_trainable
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.plan.base import Base
-from dlm_jax.training.config import TrainConfig, resolve_lora
+from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.setup import check_fit
 from dlm_jax.training.step import TrainState, make_train_step, state_layout

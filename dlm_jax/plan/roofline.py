@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 
+from dlm_jax.checkpoints import resolve_lora
 from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel.chips import Chip
-from dlm_jax.training.config import TrainConfig, resolve_lora
+from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.metrics import count_params, train_flops
 
 # The share of the chips' peaks that matrix products and memory reach in a training step. At 0.6, Llama-2-7B with full

@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Literal
 
-from dlm_jax.checkpoints.hf_names import read_targets
+from dlm_jax.checkpoints.lora import LoRASettings
 from dlm_jax.config_fields import check_at_least, check_choices, check_range, field
 from dlm_jax.data.config import DataConfig
 from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.errors import ConfigError
-from dlm_jax.models import LoRAConfig, ModelConfig
 from dlm_jax.parallel import MeshConfig
 from dlm_jax.training.optimizer import OptimizerConfig
 
@@ -33,43 +32,6 @@ class ModelSource:
         check_choices(self, "model")
         if self.dropout is not None:
             check_range(self.dropout, 0, 1, "model.dropout", open_high=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRASettings:
-    """LoRA, before the architecture is known."""
-
-    rank: int = field(0, "rank of LoRA's products; 0: no LoRA, all parameters are trained, the other keys are ignored")
-    alpha: float | None = field(None, "the products are scaled by alpha / rank; None: twice the rank")
-    dropout: float = field(0.0, "dropout rate of the inputs of LoRA's products")
-    targets: tuple[str, ...] = field(
-        ("all",), "projections with a product, as q,v or q_proj,v_proj; all: every projection inside the blocks")
-    embedding: bool | None = field(
-        None, "train the embedding in full, with a head that is tied to it; None: if the mask token is new, as nothing "
-        "else trains its row")
-    head: bool = field(False, "train the head in full, if it is not tied to the embedding")
-    rslora: bool = field(False, "the products are scaled by alpha / sqrt(rank) instead (rank-stabilized)")
-    dora: bool = field(False, "learn the norm of each output's weights separately from their direction (DoRA)")
-    frozen_dtype: Literal["bfloat16", "float32", "int8", "nf4"] = field(
-        "bfloat16", "stored type of frozen matrices; int8 and nf4 apply to those in the blocks")
-
-
-def resolve_lora(settings: LoRASettings, architecture: ModelConfig, new_mask_token: bool) -> LoRAConfig | None:
-    """Returns the LoRA of a run for an architecture; None for a run without LoRA.
-
-    Args:
-      new_mask_token: the vocabulary has a new row for it, which the base has not learned.
-
-    Raises:
-      ConfigError: a target does not exist in the architecture, or a value is out of range.
-    """
-    if settings.rank == 0:
-        return None
-    return LoRAConfig(
-        rank=settings.rank, alpha=2.0 * settings.rank if settings.alpha is None else settings.alpha,
-        dropout=settings.dropout, targets=read_targets(settings.targets, architecture),
-        embedding=new_mask_token if settings.embedding is None else settings.embedding, head=settings.head,
-        rslora=settings.rslora, dora=settings.dora, frozen_dtype=settings.frozen_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,16 +13,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.attention import AttentionSpec, Choice, choose_backend
-from dlm_jax.checkpoints import Pretrained
+from dlm_jax.checkpoints import Pretrained, load_pretrained
 from dlm_jax.checkpoints.orbax import restore_latest, restore_state
+from dlm_jax.checkpoints.pretrained import load_lora_base
 from dlm_jax.checkpoints.workdir import (
-    Adapter,
+    LoRABase,
     absolute_source,
-    abstract_pretrained,
     base_fingerprint,
-    load_adapted,
-    load_source,
-    read_adapter,
+    read_lora_base,
     read_run_config,
     write_run_metadata,
 )
@@ -42,7 +40,7 @@ from dlm_jax.parallel import (
     param_shardings,
 )
 from dlm_jax.storage import cache_folder, is_remote
-from dlm_jax.training.config import TrainConfig, config_changes, flat_dict, resolve_lora
+from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
 from dlm_jax.training.metrics import Console, GoodputClock, MetricAccumulator, MetricsLog, count_params, read_records
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.step import HOST, TrainState, create_state, make_train_step, state_layout
@@ -130,7 +128,7 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     else:
         state = create_state(params, optimizer, ema, mesh, config.optimizer.offload, frozen)
     write_run_metadata(workdir, flat_dict(config), base,
-                       resolve_adapter(config, workdir, base, state.frozen, bool(first_step)))
+                       resolve_lora_base(config, workdir, base, state.frozen, bool(first_step)))
 
     clock.add(progress.get("seconds", {}))
     clock.add({"lost_steps": lost_seconds(workdir, first_step)})
@@ -163,16 +161,15 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
         return param_shardings(abstract_model(model_config, compute, model.param_dtype), mesh)
 
     if resumed:
-        base = abstract_pretrained(workdir, compute)
-        if adapter := read_adapter(workdir):
-            adapted = load_adapted(workdir, adapter, compute, shardings)
-            base = dataclasses.replace(base, model=adapted.model, merged_adapters=adapted.merged_adapters)
+        base = load_pretrained(workdir, init="abstract", compute=compute)
+        if record := read_lora_base(workdir):
+            lora_base = load_lora_base(workdir, record, compute, shardings)
+            base = dataclasses.replace(base, model=lora_base.model, provenance=lora_base.provenance)
     elif not model.source:
         raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
     else:
-        base = load_source(model.source, mask_token=model.mask_token, compute=compute, param_dtype=model.param_dtype,
-                           shardings=shardings, init=model.init, seed=config.seed,
-                           lora=functools.partial(resolve_lora, config.lora))
+        base = load_pretrained(model.source, mask_token=model.mask_token, init=model.init, lora=config.lora,
+                               seed=config.seed, compute=compute, param_dtype=model.param_dtype, shardings=shardings)
         if config.objective.shift and not base.shift and model.init == "pretrained":
             raise ConfigError(f"{base.source} predicts each token at its own position, but objective.shift is true; "
                               "set it to false")
@@ -232,21 +229,21 @@ def has_host_memory(device: jax.Device) -> bool:
     return any(memory.kind == HOST for memory in device.addressable_memories())
 
 
-def resolve_adapter(config: TrainConfig, workdir: epath.Path, base: Pretrained, frozen: nnx.State,
-                    resumed: bool) -> Adapter | None:
-    """Returns what the workdir records of the base of a run with LoRA; for a resumed run, what it has recorded.
+def resolve_lora_base(config: TrainConfig, workdir: epath.Path, base: Pretrained, frozen: nnx.State,
+                      resumed: bool) -> LoRABase | None:
+    """Returns the record of a run with LoRA, None without LoRA; checks the base against the record of a resumed run.
 
     Raises:
-      CheckpointError: the base has changed since.
+      CheckpointError: the base has changed.
     """
     if base.model.lora is None:
         return None
     if not resumed:
-        return Adapter(base.model.lora, absolute_source(base.source), config.model.mask_token,
-                       base_fingerprint(frozen, base.merged_adapters))
-    adapter = read_adapter(workdir)
-    adapter.check(frozen, base.merged_adapters, workdir)
-    return adapter
+        return LoRABase(base.model.lora, absolute_source(base.source), config.model.mask_token,
+                        base_fingerprint(frozen, base.provenance))
+    record = read_lora_base(workdir)
+    record.check(frozen, base.provenance, workdir)
+    return record
 
 
 def rows_folder(workdir: epath.Path) -> epath.Path:

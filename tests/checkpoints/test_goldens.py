@@ -12,7 +12,7 @@ from flax import nnx
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained
 from dlm_jax.checkpoints.hf_export import hf_tensors
-from dlm_jax.checkpoints.hf_names import release_name
+from dlm_jax.checkpoints.hf_names import diffugpt_name
 from dlm_jax.diffusion import HeadPlan, NoisyBatch, loss_sums, token_nll
 
 CASES = {"gpt2_random": "reference_cases/gpt2_random", "llama_gqa_random": "reference_cases/llama_gqa_random",
@@ -44,7 +44,7 @@ def test_release_case(case, test_data):
     np.testing.assert_allclose(value, golden["reference_loss"], rtol=1e-5)
 
     expected = json.loads((test_data / "reference_cases" / f"{case}_grad_norms.json").read_text())
-    found = {release_name(name, pretrained.model.config.family): float(np.linalg.norm(gradient()))
+    found = {diffugpt_name(name, pretrained.model.config.family): float(np.linalg.norm(gradient()))
              for name, (_, gradient) in hf_tensors(nnx.merge(graphdef, gradients)).items()}
     assert found.keys() == expected.keys()
     for name in found:

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from dlm_jax.checkpoints import config_from_hf, config_to_hf
-from dlm_jax.checkpoints.hf_config import read_config, recorded_mask_token_id, recorded_shift
+from dlm_jax.checkpoints.hf_config import read_config, recorded_diffusion
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import RopeScaling
 
@@ -14,7 +15,7 @@ QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4}
 
 
 def to_hf(config, base=None):
-    return config_to_hf(config, base or {}, mask_token_id=7, shift=True, dtype="float32")
+    return config_to_hf(config, base or {}, DiffusionSpec(7), "float32")
 
 
 def test_gpt2_defaults_are_those_of_the_hub_checkpoint():
@@ -88,17 +89,17 @@ def test_export_keeps_what_the_base_says_beyond_the_architecture():
     hf = to_hf(config_from_hf(base), base)
     assert hf["task_specific_params"] == {"a": 1}
     assert hf["torch_dtype"] == "float32" and "_name_or_path" not in hf
-    assert recorded_mask_token_id(hf) == hf["mask_token_id"] == 7
+    assert recorded_diffusion(hf) == DiffusionSpec(7) and hf["mask_token_id"] == 7
 
 
 def test_an_autoregressive_model_records_no_mask_token_and_reads_with_the_shift():
-    hf = config_to_hf(config_from_hf(GPT2), GPT2, mask_token_id=None, shift=True, dtype="float32")
-    assert recorded_mask_token_id(hf) is None and recorded_shift(hf) is True
+    hf = config_to_hf(config_from_hf(GPT2), GPT2, DiffusionSpec(None), "float32")
+    assert recorded_diffusion(hf) == DiffusionSpec(None)
 
 
 def test_shift_is_recorded():
-    hf = config_to_hf(config_from_hf(GPT2), GPT2, mask_token_id=3, shift=False, dtype="float32")
-    assert recorded_shift(hf) is False
+    hf = config_to_hf(config_from_hf(GPT2), GPT2, DiffusionSpec(3, shift=False), "float32")
+    assert not recorded_diffusion(hf).shift
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN2])

@@ -47,7 +47,7 @@ def test_buffers_are_left_out_but_biases_stay():
     assert list(hf_names.canonical(names, "gpt2").values()) == ["h.0.attn.c_attn.bias"]
 
 
-def test_release_names_lead_back():
+def test_diffugpt_names_lead_back():
     for key in hf_names.KEYS["gpt2"].values():
         name = key.name.format(i=3)
-        assert name in hf_names.canonical([hf_names.release_name(name, "gpt2"), "denoise_model.wpe.weight"], "gpt2")
+        assert name in hf_names.canonical([hf_names.diffugpt_name(name, "gpt2"), "denoise_model.wpe.weight"], "gpt2")

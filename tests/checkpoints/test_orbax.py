@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dlm_jax.checkpoints.orbax import FILE, latest_valid_step, saved_steps, verify_checksums, write_checksums
+from dlm_jax.checkpoints import load_pretrained
+from dlm_jax.checkpoints.orbax import CHECKSUMS, latest_valid_step, saved_steps, verify_checksums, write_checksums
 from dlm_jax.errors import CheckpointError
-from dlm_jax.training import load_workdir, train
+from dlm_jax.training import train
 from tests.training.conftest import changed
 
 
@@ -28,7 +29,7 @@ def copy(whole, tmp_path):
 
 def data_files(step_directory):
     return sorted(path for path in step_directory.rglob("*")
-                  if path.is_file() and path.name not in (FILE, "_CHECKPOINT_METADATA")
+                  if path.is_file() and path.name not in (CHECKSUMS, "_CHECKPOINT_METADATA")
                   and path != step_directory / "commit_success.txt")
 
 
@@ -54,9 +55,9 @@ def test_every_flipped_bit_and_every_cut_is_found(copy):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"params/d": 3}', None])
 def test_damaged_digests_are_found(copy, content):
-    path = copy / "checkpoints" / "20" / FILE
+    path = copy / "checkpoints" / "20" / CHECKSUMS
     path.unlink() if content is None else path.write_text(content)
-    assert verify_checksums(epath.Path(path.parent)) == f"{FILE} is {'missing' if content is None else 'damaged'}"
+    assert verify_checksums(epath.Path(path.parent)) == f"{CHECKSUMS} is {'missing' if content is None else 'damaged'}"
 
 
 def test_digests_of_some_items_leave_the_others_alone(copy):
@@ -90,14 +91,14 @@ def test_a_run_falls_back_on_the_checkpoint_before_and_says_so(copy, whole, conf
     assert "resumed    from step 15" in out
     assert (copy / "damaged" / "20-1").is_dir() and saved_steps(copy) == [20, 21]
     assert verify_checksums(epath.Path(copy) / "checkpoints" / "21") is None
-    one, other = (load_workdir(path).model.embed.embedding[...] for path in (sound, copy))
+    one, other = (load_pretrained(path).model.embed.embedding[...] for path in (sound, copy))
     np.testing.assert_array_equal(one, other)
 
 
 def test_without_a_sound_checkpoint_nothing_begins_anew(copy, config):
     for step in (15, 20):
         flip(copy / "checkpoints" / str(step), "params")
-    with pytest.raises(CheckpointError, match="no checkpoint .* can be trusted: .* step 20 .*; .* step 15 .*"):
+    with pytest.raises(CheckpointError, match="every checkpoint .* is damaged: .* step 20 .*; .* step 15 .*"):
         train(changed(config, "num_steps", 21), copy)
     assert saved_steps(copy) == [15, 20]
 
@@ -105,5 +106,5 @@ def test_without_a_sound_checkpoint_nothing_begins_anew(copy, config):
 def test_a_damaged_checkpoint_is_not_loaded(copy):
     flip(copy / "checkpoints" / "20", "ema")
     with pytest.raises(CheckpointError, match=r"20 is damaged: ema/.*; name another of its steps as .*@STEP"):
-        load_workdir(copy)
-    assert load_workdir(f"{copy}@15").source.endswith("@15")
+        load_pretrained(copy)
+    assert load_pretrained(f"{copy}@15").source.endswith("@15")

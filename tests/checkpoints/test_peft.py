@@ -53,7 +53,7 @@ def theirs(case, directory, **settings):
     """A base and an adapter with random factors, saved by `peft`, and the logits it gives."""
     model = families.save(re.sub("-(whole|dora)$", "", case), directory / "base")
     model.name_or_path = str(directory / "base")
-    adapted = peft.get_peft_model(model, peft.LoRAConfig(task_type="CAUSAL_LM", **settings)).eval()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -78,7 +78,7 @@ def ours(case, directory, **settings):
     """A base by transformers, and ours with learned LoRA beside it."""
     reference = families.save(case, directory / "base")
     lora = LoRAConfig(**{"rank": 3, "alpha": 5.0, "frozen_dtype": "float32"} | settings)
-    pretrained = load_pretrained(directory / "base", lora=lambda *_: lora)
+    pretrained = load_pretrained(directory / "base", lora=lora)
     graphdef, trained, rest = nnx.split(pretrained.model, LoRAParam, ...)
     keys = iter(jax.random.split(jax.random.key(1), 99))
     trained = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), trained)
@@ -145,7 +145,7 @@ def test_a_base_is_found_beside_the_adapter_or_named(tmp_path, monkeypatch):
     hub = {"someone/other": tmp_path / "other", "someone/adapter": adapter}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hub[name])
     np.testing.assert_allclose(logits(load_pretrained("someone/adapter")), expected, atol=1e-4)
-    with pytest.raises(ConfigError, match="is no adapter"):
+    with pytest.raises(ConfigError, match="is not an adapter"):
         load_pretrained(tmp_path / "other", base="x")
 
 
@@ -153,10 +153,10 @@ def test_an_adapter_stacks_on_an_adapter(tmp_path):
     theirs("gpt2", tmp_path, **SETTINGS["gpt2"])
     below = load_pretrained(tmp_path / "adapter")
     lora = LoRAConfig(rank=2, alpha=4.0, targets=("q", "down"), frozen_dtype="float32")
-    above = load_pretrained(tmp_path / "adapter", lora=lambda *_: lora)
+    above = load_pretrained(tmp_path / "adapter", lora=lora)
     np.testing.assert_allclose(logits(above), logits(below), atol=1e-6)
-    again = load_pretrained(tmp_path / "adapter", lora=lambda *_: lora)
-    assert len(above.merged) == 2 and above.merged == again.merged
+    again = load_pretrained(tmp_path / "adapter", lora=lora)
+    assert len(above.provenance) == 2 and above.provenance == again.provenance
     q = above.model.blocks.attention.q.factors.b
     q[...] = q[...] + 0.1
     save_pretrained(tmp_path / "second", dataclasses.replace(above, base=str(tmp_path / "adapter")), layout="peft")
@@ -218,7 +218,7 @@ def test_an_adapter_for_another_base_is_refused(adapter, tmp_path):
 
 
 def test_what_has_no_adapter_is_not_saved_as_one(adapter, tmp_path):
-    with pytest.raises(DLMError, match="has no adapter beside a base"):
+    with pytest.raises(DLMError, match="has no LoRA beside a base"):
         save_pretrained(tmp_path / "out", load_pretrained(adapter), layout="peft")
     assert not (tmp_path / "out").exists()
 

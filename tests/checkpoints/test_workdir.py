@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dlm_jax.checkpoints import is_workdir, load_pretrained
 from dlm_jax.checkpoints.workdir import split_step
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.prompts import prompt_format_from_run
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import make_mesh
-from dlm_jax.training import is_workdir, load_workdir, train
+from dlm_jax.training import train
 from dlm_jax.training.config import ObjectiveConfig, ValidationConfig
 from dlm_jax.training.setup import load_base
 
@@ -30,8 +31,8 @@ def test_a_directory_named_like_a_step_is_a_directory(tmp_path):
 
 def test_what_is_no_workdir_is_refused(tmp_path):
     assert not is_workdir(tmp_path) and not is_workdir("gpt2")
-    with pytest.raises(CheckpointError, match="is not a workdir"):
-        load_workdir(tmp_path)
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_pretrained(tmp_path)
 
 
 def test_a_run_starts_from_another_runs_workdir(config, tmp_path):
@@ -44,7 +45,7 @@ def test_a_run_starts_from_another_runs_workdir(config, tmp_path):
         config.model, source=f"{tmp_path / 'parent'}@1", init="pretrained", mask_token=token))
     base = load_base(child("<unk>"), tmp_path / "child", make_mesh(config.mesh), resumed=False)
     assert base.mask_token_id == 10 and base.shift
-    stored = load_workdir(tmp_path / "parent").model
+    stored = load_pretrained(tmp_path / "parent").model
     np.testing.assert_array_equal(base.model.embed.embedding[...], stored.embed.embedding[...])
     with pytest.raises(ConfigError, match="export it first"):
         load_base(child("<mask>"), tmp_path / "child", make_mesh(config.mesh), resumed=False)
@@ -65,7 +66,7 @@ def test_a_run_on_conversations_keeps_its_chat_template(config, tmp_path):
     train(dataclasses.replace(run, num_steps=2), tmp_path / "run")
     said = template.read_text()
     template.unlink()
-    learnt = load_workdir(tmp_path / "run")
+    learnt = load_pretrained(tmp_path / "run")
     prompt_format = prompt_format_from_run(learnt.tokenizer, learnt.recipe, 32)
     assert prompt_format.config == dataclasses.replace(examples, chat_template=None) and learnt.tokenizer.chat_template == said
     assert learnt.tokenizer.decode(prompt_format.encode_prompt("cab")) == "<eos>cab "

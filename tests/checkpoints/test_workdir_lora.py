@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.checkpoints import load_pretrained, save_pretrained
-from dlm_jax.checkpoints.workdir import read_adapter
+from dlm_jax.checkpoints import load_pretrained, resolve_lora, save_pretrained
+from dlm_jax.checkpoints.workdir import read_lora_base
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import (
     ModelConfig,
@@ -23,8 +23,8 @@ from dlm_jax.models import (
 from dlm_jax.models.lora import dequantize, quantize_kernel
 from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings
 from dlm_jax.pipeline import DiffusionLM
-from dlm_jax.training import load_workdir, read_records, train
-from dlm_jax.training.config import CheckpointConfig, LoRASettings, ModelSource, config_changes, flat_dict, resolve_lora
+from dlm_jax.training import read_records, train
+from dlm_jax.training.config import CheckpointConfig, LoRASettings, ModelSource, config_changes, flat_dict
 from tests.training.conftest import changed
 from tests.training.test_compilations import compilations
 
@@ -77,7 +77,7 @@ def test_a_run_beside_a_quantized_base(kind, lora_config, pretrained, tmp_path):
     train(run, tmp_path / "parts")
     expected, found = items(tmp_path / "whole", 10), items(tmp_path / "parts", 10)
     assert {name for name in expected if not np.array_equal(expected[name], found[name])} == set()
-    merged, beside = load_workdir(tmp_path / "whole"), load_workdir(tmp_path / "whole", merge=False)
+    merged, beside = load_pretrained(tmp_path / "whole"), load_pretrained(tmp_path / "whole", merge=False)
     assert beside.model.lora.frozen_dtype == kind and beside.model.blocks.mlp.up.kernel_scale is not None
     np.testing.assert_allclose(logits(merged.model), logits(beside.model), atol=1e-5)
     lm = DiffusionLM.from_pretrained(tmp_path / "whole", mesh=MeshConfig(fsdp=4, data=2), merge=False)
@@ -93,15 +93,15 @@ def test_a_run_beside_a_quantized_base(kind, lora_config, pretrained, tmp_path):
     kernel = base.model.blocks.mlp.up.kernel
     kernel[...] = kernel[...].at[1, 3, 2].multiply(1.01)  # which may well be the same code
     save_pretrained(tmp_path / "other", base)
-    path.write_text(json.dumps(record | {"base": str(tmp_path / "other")}))
-    with pytest.raises(CheckpointError, match="not the one that the adapter in .* was trained beside"):
-        load_workdir(tmp_path / "whole")
+    path.write_text(json.dumps(record | {"source": str(tmp_path / "other")}))
+    with pytest.raises(CheckpointError, match="other weights"):
+        load_pretrained(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_a_run_with_dora_gives_its_model_merged_or_not(lora_config, pretrained, tmp_path):
     train(changed(changed(lora_config, "lora.dora", True), "num_steps", 5), tmp_path)
-    merged, beside = load_workdir(tmp_path), load_workdir(tmp_path, merge=False)
+    merged, beside = load_pretrained(tmp_path), load_pretrained(tmp_path, merge=False)
     np.testing.assert_allclose(logits(merged.model), logits(beside.model), atol=1e-5)
     assert np.abs(logits(merged.model) - logits(load_pretrained(pretrained, mask_token=10).model)).max() > 1e-3
     assert sum(name.startswith("params/") and name.endswith("magnitude") for name in items(tmp_path, 5)) == 6
@@ -117,7 +117,7 @@ def test_a_run_beside_a_quantized_base_as_the_base_of_another(kind, lora_config,
     child = dataclasses.replace(run, num_steps=1, model=ModelSource(source=str(tmp_path / "run")))
     train(child, tmp_path / "child")
     train(changed(child, "num_steps", 2), tmp_path / "child")
-    assert load_workdir(tmp_path / "child").recipe["lora.frozen_dtype"] == kind
+    assert load_pretrained(tmp_path / "child").recipe["lora.frozen_dtype"] == kind
 
 
 @pytest.mark.slow
@@ -127,16 +127,16 @@ def test_a_full_run_as_a_base_that_is_quantized(config, lora_config, tmp_path):
                                 model=ModelSource(source=str(tmp_path / "base")))
     train(child, tmp_path / "child")
     train(changed(child, "num_steps", 2), tmp_path / "child")
-    load_workdir(tmp_path / "child")
+    load_pretrained(tmp_path / "child")
     shutil.rmtree(tmp_path / "base")
     train(dataclasses.replace(config, num_steps=1, seed=config.seed + 1), tmp_path / "base")
-    with pytest.raises(CheckpointError, match="was trained beside"):
-        load_workdir(tmp_path / "child")
+    with pytest.raises(CheckpointError, match="other weights"):
+        load_pretrained(tmp_path / "child")
 
 
 def test_a_workdir_gives_its_model_merged_or_not(whole, pretrained, lora_config):
     base = load_pretrained(pretrained, mask_token=10)
-    merged, beside = load_workdir(whole), load_workdir(whole, merge=False)
+    merged, beside = load_pretrained(whole), load_pretrained(whole, merge=False)
     assert merged.model.lora is None and beside.model.lora.rank == 2 and merged.mask_token_id == 10
     np.testing.assert_allclose(logits(merged.model), logits(beside.model), atol=1e-5)
     assert np.abs(logits(merged.model) - logits(base.model)).max() > 1e-3  # it has an effect
@@ -156,9 +156,9 @@ def test_adapters_stack_on_a_workdir_with_lora(whole, lora_config, tmp_path):
     child = dataclasses.replace(lora_config, num_steps=2, model=ModelSource(source=f"{whole}@5"),
                                 lora=LoRASettings(rank=1, targets=("c_attn",), frozen_dtype="float32"))
     train(child, tmp_path / "child")
-    record = read_adapter(tmp_path / "child")
-    assert record.base == f"{whole}@5" and record.lora.targets == ("q", "k", "v") and record.lora.alpha == 2.0
-    stacked, below, last = (load_workdir(path).model for path in (tmp_path / "child", f"{whole}@5", whole))
+    record = read_lora_base(tmp_path / "child")
+    assert record.source == f"{whole}@5" and record.lora.targets == ("q", "k", "v") and record.lora.alpha == 2.0
+    stacked, below, last = (load_pretrained(path).model for path in (tmp_path / "child", f"{whole}@5", whole))
     np.testing.assert_array_equal(stacked.blocks.mlp.up.kernel[...], below.blocks.mlp.up.kernel[...])
     assert not np.array_equal(stacked.blocks.attention.q.kernel[...], below.blocks.attention.q.kernel[...])
     assert not np.array_equal(last.blocks.mlp.up.kernel[...], below.blocks.mlp.up.kernel[...])
@@ -174,7 +174,7 @@ def test_adapters_stack_in_pefts_format(whole, lora_config, tmp_path):
     child = dataclasses.replace(lora_config, num_steps=2, model=ModelSource(source=str(tmp_path / "adapter")),
                                 lora=LoRASettings(rank=1, targets=("up",), frozen_dtype="float32"))
     train(child, tmp_path / "child")
-    stacked = load_workdir(tmp_path / "child")
+    stacked = load_pretrained(tmp_path / "child")
     np.testing.assert_array_equal(stacked.model.blocks.mlp.down.kernel[...], exact.model.blocks.mlp.down.kernel[...])
     assert not np.array_equal(stacked.model.blocks.mlp.up.kernel[...], exact.model.blocks.mlp.up.kernel[...])
     DiffusionLM.from_pretrained(tmp_path / "child", merge=False).save_pretrained(tmp_path / "second", layout="peft")
@@ -193,7 +193,7 @@ def test_an_adapter_beside_a_workdir(whole, lora_config, tmp_path):
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == \
         f"{whole}@5"
     lm = DiffusionLM.from_pretrained(tmp_path / "adapter")
-    np.testing.assert_allclose(logits(lm.model), logits(load_workdir(tmp_path / "child").model), atol=1e-5)
+    np.testing.assert_allclose(logits(lm.model), logits(load_pretrained(tmp_path / "child").model), atol=1e-5)
 
 
 def test_a_new_mask_token_has_its_row_trained(lora_config, tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_a_new_mask_token_has_its_row_trained(lora_config, tmp_path, capsys):
     run = changed(changed(lora_config, "num_steps", 2), "model.mask_token", "<mask>")
     train(run, tmp_path / "run")
     assert "the whole embedding" in capsys.readouterr().out
-    model = load_workdir(tmp_path / "run").model
+    model = load_pretrained(tmp_path / "run").model
     assert model.config.vocab_size == 12
     table = model.embed.embedding[...]
     assert np.abs(table[11] - table[:11].mean(0)).max() > 1e-4
@@ -214,24 +214,24 @@ def test_another_base_is_refused_and_a_moved_one_found(whole, lora_config, pretr
     shutil.copytree(pretrained, tmp_path / pretrained.name)
     path = tmp_path / "run" / "adapter.json"
     record = json.loads(path.read_text())
-    assert record["base"] == str(pretrained)
-    path.write_text(json.dumps(record | {"base": f"/not/here/{pretrained.name}"}))
-    np.testing.assert_array_equal(logits(load_workdir(tmp_path / "run").model), logits(load_workdir(whole).model))
+    assert record["source"] == str(pretrained)
+    path.write_text(json.dumps(record | {"source": f"/not/here/{pretrained.name}"}))
+    np.testing.assert_array_equal(logits(load_pretrained(tmp_path / "run").model), logits(load_pretrained(whole).model))
     other = load_pretrained(pretrained)
     bias = other.model.blocks.mlp.up.bias
     bias[...] = bias[...].at[1, 3].add(1e-6)
     shutil.rmtree(tmp_path / pretrained.name)
     save_pretrained(tmp_path / pretrained.name, other)
-    for attempt in (lambda: load_workdir(tmp_path / "run"),
+    for attempt in (lambda: load_pretrained(tmp_path / "run"),
                     lambda: train(changed(lora_config, "num_steps", 12), tmp_path / "run")):
-        with pytest.raises(CheckpointError, match="not the one that the adapter in .* was trained beside"):
+        with pytest.raises(CheckpointError, match="other weights"):
             attempt()
     shutil.rmtree(tmp_path / pretrained.name)
     with pytest.raises(CheckpointError, match="/not/here"):
-        load_workdir(tmp_path / "run")
+        load_pretrained(tmp_path / "run")
     path.write_text("{")
     with pytest.raises(CheckpointError, match="adapter.json cannot be read"):
-        load_workdir(tmp_path / "run")
+        load_pretrained(tmp_path / "run")
 
 
 def test_a_fingerprint_depends_on_every_bit_and_not_on_places():

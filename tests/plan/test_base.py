@@ -45,7 +45,7 @@ def test_a_directory_goes_before_the_table_and_records_its_mask_token(tmp_path, 
     content = json.loads((tiny / "config.json").read_text()) | {"mask_token_id": 5}
     (tmp_path / "gpt2" / "config.json").write_text(json.dumps(content))
     base = describe_base(ModelSource(source="gpt2"))
-    assert (base.config.hidden_size, base.mask_token_id, base.origin) == (128, 5, "gpt2/config.json")
+    assert (base.config.hidden_size, base.mask_token_id, base.origin) == (128, 5, "config.json of gpt2")
 
 
 def test_what_is_not_there_is_said():

@@ -6,13 +6,13 @@ import jax
 import pytest
 from flax import nnx
 
+from dlm_jax.checkpoints import resolve_lora
 from dlm_jax.models import Compute, Transformer, base_shapes, split_trainable
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.plan.collectives import collectives
 from dlm_jax.plan.memory import add_up, kept_bytes, placed_bytes
 from dlm_jax.plan.program import planned_state, trace_step
 from dlm_jax.plan.targets import described_mesh
-from dlm_jax.training.config import resolve_lora
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.step import create_state
 

@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.checkpoints.orbax import named, restore_state, saved_steps
 from dlm_jax.errors import ConfigError, DataError, TrainingError
-from dlm_jax.training import load_workdir, read_records, setup, train
+from dlm_jax.training import read_records, setup, train
 from dlm_jax.training.config import LogConfig, ModelSource, TrainConfig
 from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed
@@ -133,15 +133,15 @@ def test_other_text_under_the_same_name_is_refused(config, corpus, tmp_path):
 
 def test_a_workdir_gives_its_model_without_optimizer_or_mesh(whole, config):
     workdir, summary = whole
-    loaded = load_workdir(workdir)
+    loaded = load_pretrained(workdir)
     assert loaded.mask_token_id == 11 and loaded.model.config.vocab_size == 12
     assert loaded.tokenizer.decode([1, 2, 11]) == "ab<mask>" and loaded.shift and loaded.source.endswith("@20")
     leaves = jax.tree.leaves(nnx.state(loaded.model))
     assert all(len(leaf.devices()) == 1 for leaf in leaves)
     stored = items(workdir, 20)
     assert np.array_equal(loaded.model.embed.embedding[...], stored["ema/embed.embedding"])
-    assert load_workdir(f"{workdir}@best").source.endswith(f"@{summary['best_step']}")
-    assert load_workdir(f"{workdir}@15").source.endswith("@15")
+    assert load_pretrained(f"{workdir}@best").source.endswith(f"@{summary['best_step']}")
+    assert load_pretrained(f"{workdir}@15").source.endswith("@15")
 
 
 def test_a_state_moves_to_another_mesh(whole, config, tmp_path):
@@ -174,7 +174,7 @@ def test_autoregressive_training_on_the_same_machine(config, tmp_path):
     assert summary["train"]["masked_tokens"] == 16 * 15  # every token but the first of each row
     assert summary["train"]["bound"] == pytest.approx(summary["train"]["masked_nll"])
     assert summary["validation"]["bound"] < read_records(tmp_path, "validation")[0]["bound"]
-    assert load_workdir(tmp_path).mask_token_id is None
+    assert load_pretrained(tmp_path).mask_token_id is None
 
 
 def test_what_has_been_learnt_without_the_shift_goes_on_without_it(config, pretrained, tmp_path):
@@ -184,7 +184,7 @@ def test_what_has_been_learnt_without_the_shift_goes_on_without_it(config, pretr
     with pytest.raises(ConfigError, match="objective.shift is true; set it to false to go on"):
         train(run, tmp_path / "run")
     train(changed(run, "objective.shift", False), tmp_path / "run")
-    assert not load_workdir(tmp_path / "run").shift
+    assert not load_pretrained(tmp_path / "run").shift
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -203,7 +203,7 @@ def test_a_state_is_restored_on_any_number_of_devices(whole, config, devices):
     from dlm_jax.training.step import state_layout
 
     mesh = make_mesh(devices=jax.devices()[:devices])
-    model = load_workdir(whole[0]).model
+    model = load_pretrained(whole[0]).model
     layout = state_layout(nnx.state(model), make_optimizer(config.optimizer, 20), True, mesh)
     state, progress = restore_state(whole[0], 20, layout)
     assert int(state.step) == 20 and progress["metrics"]["steps"] == 0

@@ -14,7 +14,7 @@ from dlm_jax.checkpoints.orbax import named, restore_state
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.parallel import make_mesh
-from dlm_jax.training import load_workdir, read_records, train
+from dlm_jax.training import read_records, train
 from dlm_jax.training.config import ModelSource
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.step import state_layout
@@ -55,7 +55,7 @@ def test_base_without_shift_stays_without(config, pretrained, tmp_path):
     with pytest.raises(ConfigError, match="objective.shift"):
         train(run, tmp_path / "run")
     train(changed(run, "objective.shift", False), tmp_path / "run")
-    assert not load_workdir(tmp_path / "run").shift
+    assert not load_pretrained(tmp_path / "run").shift
 
 
 def test_dropout_replaces_the_rates_of_the_base(config, base, tmp_path):
@@ -77,7 +77,7 @@ def test_dropout_replaces_the_rates_of_the_base(config, base, tmp_path):
 @pytest.mark.parametrize("devices", [8, 2, 1])
 def test_state_is_restored_on_any_number_of_devices(full_run, config, devices):
     mesh = make_mesh(devices=jax.devices()[:devices])
-    layout = state_layout(nnx.state(load_workdir(full_run[0]).model), make_optimizer(config.optimizer, 20), True, mesh)
+    layout = state_layout(nnx.state(load_pretrained(full_run[0]).model), make_optimizer(config.optimizer, 20), True, mesh)
     state, progress = restore_state(full_run[0], 20, layout)
     assert int(state.step) == 20 and progress["metrics"]["steps"] == 0
     found = {f"{item}/{name}": value for item, tree in (

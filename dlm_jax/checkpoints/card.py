@@ -1,0 +1,88 @@
+"""README.md of an export: what the model is, how to use it, and the recipe that made it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+from flax import nnx
+
+if TYPE_CHECKING:
+    from dlm_jax.checkpoints.pretrained import Pretrained
+
+_USE = {
+    "hf": """\
+`AutoModelForCausalLM.from_pretrained` loads these weights, but attends causally and so treats them as an
+autoregressive model. To sample them as a diffusion model with PyTorch and transformers alone:
+
+```bash
+python sample_torch.py --prompt "Once upon a time" --length 64
+```
+""",
+    "diffugpt": """\
+The tensors have the names of the DiffuGPT reference implementation, whose `inf_diffugpt.py` samples this directory:
+
+```bash
+python inf_diffugpt.py --model_name THIS_DIRECTORY --base_model_name THIS_DIRECTORY
+```
+""",
+}
+_USE_BLOCKS = """\
+`AutoModelForCausalLM.from_pretrained` loads these weights and treats them as an autoregressive model. Sampling block by
+block needs dlm_jax.
+"""
+_USE_ADAPTER = """\
+```python
+from dlm_jax import DiffusionLM
+lm = DiffusionLM.from_pretrained("THIS_DIRECTORY")
+```
+
+`peft.PeftModel.from_pretrained(base, "THIS_DIRECTORY")` loads it beside the base in PyTorch"""
+
+
+def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
+    """Returns the card of an export with all weights, in layout "hf" or "diffugpt"."""
+    config, diffusion = pretrained.model.config, pretrained.diffusion
+    is_diffusion = diffusion.mask_token_id is not None
+    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(pretrained.model)))
+    name, recipe = Path(pretrained.source).resolve().name, pretrained.recipe or {}
+    kind = "masked diffusion language model" if is_diffusion else "autoregressive language model"
+    facts = {
+        "kind": kind,
+        "base": recipe.get("model.source", name),
+        "architecture": f"{config.family}, {config.num_layers} layers of width {config.hidden_size}, "
+                        f"{config.num_heads} heads",
+        "parameters": f"{size:,} ({dtype})",
+        "vocabulary": f"{config.vocab_size:,} tokens",
+        "longest input": f"{config.max_length:,} tokens",
+    }
+    if is_diffusion:
+        facts["mask token id"] = diffusion.mask_token_id
+        facts["output at position n predicts"] = "token n + 1" if diffusion.shift else "token n"
+    if is_diffusion and diffusion.blocks is not None:
+        facts["tokens per block"] = diffusion.blocks.size
+        facts["attention inside a clean block"] = diffusion.blocks.clean_attention
+    sections = [f"# {name}: {kind}", "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])]
+    if is_diffusion:
+        is_chat = recipe.get("data.examples.format", "none") != "none"
+        commands = "`dlm sample --model=THIS_DIRECTORY`" + " or `dlm chat --model=THIS_DIRECTORY`" * is_chat
+        use = _USE[layout] if diffusion.blocks is None else _USE_BLOCKS
+        sections.append(f"## Use\n\n{use}\nWith dlm_jax: {commands}.")
+    if recipe:
+        sections.append(f"## Recipe\n\n```json\n{json.dumps(recipe, indent=2, default=str)}\n```")
+    tags = ["diffusion", "masked-diffusion"] if is_diffusion else ["causal-lm"]
+    return _card(sections, pipeline_tag="text-generation", tags=tags)
+
+
+def adapter_card(base: str, vocab_size: int, base_vocab_size: int) -> str:
+    """Returns the card of an adapter in PEFT's format."""
+    resize = f", after `base.resize_token_embeddings({vocab_size})`" if vocab_size != base_vocab_size else ""
+    name = Path(base).name
+    return _card([f"# LoRA beside {name}", f"{_USE_ADAPTER}{resize}."], base_model=name, tags=["lora", "peft"])
+
+
+def _card(sections: list[str], **metadata: object) -> str:
+    from huggingface_hub import ModelCardData
+
+    header = ModelCardData(library_name="dlm_jax", **metadata).to_yaml()
+    return "\n\n".join([f"---\n{header}\n---", *sections]) + "\n"
