@@ -1,6 +1,6 @@
 import pytest
 
-from tests.launch.cloud import Cloud
+from tests.launch.stand_in_cloud import Cloud
 
 
 @pytest.fixture

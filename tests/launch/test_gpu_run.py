@@ -29,7 +29,7 @@ def test_trains_on_all_gpus(host):
     assert ".[cuda]" in (host.standin / "pip").read_text()
 
 
-def test_the_users_settings_win(host):
+def test_settings_of_the_user_win(host):
     chosen = {**host.gpus, "XLA_FLAGS": "--xla_mine=1", "XLA_CLIENT_MEM_FRACTION": "0.5", "STANDIN_DEVICES": "1",
               "CUDA_VISIBLE_DEVICES": "1"}
     host.run("gpu_run.sh", "--deterministic", *LOCAL, environment=chosen)
@@ -38,7 +38,7 @@ def test_the_users_settings_win(host):
     assert "--xla_gpu_deterministic_ops=true --xla_mine=1\n" in environment
 
 
-@pytest.mark.parametrize("codes, starts, code", [
+@pytest.mark.parametrize(("codes", "starts", "code"), [
     ((75, 76, 137), 4, 0), ((1,), 1, 1), ((2,), 1, 2), ((137, 137, 139), 3, 139)], ids=str)
 def test_restarts_by_exit_code(host, codes, starts, code):
     host.plan("0/0", *[f"exit {each} 1 no text" for each in codes])
@@ -48,36 +48,36 @@ def test_restarts_by_exit_code(host, codes, starts, code):
     assert "dlm train: no text" in done.stderr
 
 
-def hear_interrupts():
-    """A shell cannot trap what was ignored when it started, as SIGINT may be where tests run in the background."""
+def reset_sigint():
+    """A shell cannot trap a signal that was ignored when it started, as SIGINT is where tests run in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("which, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_reaches_the_training_and_is_no_reason_to_restart(host, which, code):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signal_reaches_the_training_and_does_not_restart_it(host, number, code):
     command = ["bash", str(host.checkout / "launch/gpu_run.sh"), *LOCAL, "--config.num_steps=200"]
     with subprocess.Popen(command, env=host.environment(**host.gpus), text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, preexec_fn=hear_interrupts) as running:
+                          stderr=subprocess.PIPE, preexec_fn=reset_sigint) as running:
         while "step 3" not in running.stdout.readline():
             pass
-        running.send_signal(which)
+        running.send_signal(number)
         output, errors = running.communicate(timeout=20)
     assert running.returncode == code, errors
     assert host.starts() == 1 and ("saved" in output) == (code == 75)
 
 
-def test_no_gpu_and_a_gpu_that_jax_does_not_see_are_told(host):
-    assert "nvidia-smi does not work" in host.run("gpu_run.sh", *LOCAL, code=1).stderr
+def test_gpus_that_jax_does_not_see_are_reported(host):
+    assert "nvidia-smi" in host.run("gpu_run.sh", *LOCAL, code=1).stderr
     blind = host.run("gpu_run.sh", *LOCAL, code=1, environment={**host.gpus, "STANDIN_DEVICES": "0"})
     assert "JAX sees 0 of 2 GPUs" in blind.stderr
     assert not host.starts()
 
 
-def test_dry_run_and_misuse(host):
+def test_dry_run_and_wrong_arguments(host):
     done = host.run("gpu_run.sh", "--dry-run", *LOCAL)
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == ["nvidia-smi", "bash", "export", "dlm"] and not host.starts()
     assert lines[-1] == ["dlm", "train", *LOCAL[1:]]
-    for arguments, sentence in [((), "nothing to train"), (("--config=c",), "stands after --"),
-                                (("--max_restarts=x", *LOCAL), "whole number"), (("--", "--config=c"), "--workdir=")]:
-        assert sentence in host.run("gpu_run.sh", *arguments, code=2).stderr
+    for arguments, mentions in [((), "nothing to train"), (("--config=c",), "--config"),
+                                (("--max_restarts=x", *LOCAL), "--max_restarts"), (("--", "--config=c"), "--workdir=")]:
+        assert mentions in host.run("gpu_run.sh", *arguments, code=2).stderr

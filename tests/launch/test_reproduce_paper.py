@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.launch.cloud import ROOT
+from tests.launch.stand_in_cloud import ROOT
 
 SCRIPT = str(ROOT / "launch/reproduce_paper.sh")
 BASE = ROOT / "assets/stories-gpt2"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.launch.cloud import ROOT
+from tests.launch.stand_in_cloud import ROOT
 
 # In the environment that the tests run in, active or not, or anywhere.
 SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent),

@@ -1,4 +1,4 @@
-"""Runs the launch scripts against stand-ins of what they call, in a temporary folder."""
+"""A cloud of stand-ins for what the launch scripts call, in a temporary folder."""
 
 import atexit
 import contextlib
@@ -59,7 +59,7 @@ class Cloud:
                 "DLM_LAUNCH_POLL": "0.2", **more}
 
     def background(self, *arguments: str) -> subprocess.Popen:
-        """tpu_run.sh, to be killed: the connection is lost."""
+        """Starts tpu_run.sh in the background."""
         script = str(self.checkout / "launch/tpu_run.sh")
         return subprocess.Popen(["bash", script, "--name=my-tpu", "--zone=here-a", *arguments], text=True,
                                 env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
