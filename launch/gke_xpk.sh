@@ -2,18 +2,18 @@
 # Trains on TPUs of a GKE cluster through xpk (pip install xpk), with this checkout's HEAD. See docs/launching.md.
 #   bash launch/gke_xpk.sh --cluster=CLUSTER --name=NAME --type=v6e-256 [FLAG...] -- --config=NAME --workdir=gs://...
 #   bash launch/gke_xpk.sh --cluster=CLUSTER --name=NAME [FLAG...] --status | --follow | --delete
-# What stands after -- goes to `dlm train` as it is. Flags:
-#   --type=TYPE           of one slice: v5litepod-256, v5p-128, v6e-256, ...
+# Arguments after -- go to `dlm train` unchanged. Flags:
+#   --type=TYPE           type of one slice: v5litepod-256, v5p-128, v6e-256, ...
 #   --slices=N            N slices train as one
 #   --project=, --zone=   (default: gcloud's own)
-#   --spot                asks for spot capacity where the cluster provisions by itself
+#   --spot                request spot capacity where the cluster provisions nodes itself
 #   --priority=PRIORITY   very-low, low, medium, high, very-high (default medium)
-#   --image=IMAGE         a container image in which this library is installed, used as it is; otherwise
-#   --base_image=IMAGE    the code is laid into this image (default python:3.12) and installed at the start of each pod
+#   --image=IMAGE         a container image with this library installed; otherwise
+#   --base_image=IMAGE    the image to copy the code into (default python:3.12), installed when a pod starts
 #   --extras=EXTRAS       what is installed with it (default tpu,gcs)
 #   --env_file=FILE       lines NAME=value for the training, such as HF_TOKEN
-#   --max_restarts=N      of a training that died (default 10)
-#   --dry-run             print the commands, one a line, and run none
+#   --max_restarts=N      restarts of a training that died (default 10)
+#   --dry-run             print the commands, one per line, and run none
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=launch/lib.sh
@@ -24,7 +24,7 @@ extras=tpu,gcs env_file='' max_restarts=10 dry_run='' action=train
 parse_flags "cluster name type slices project zone priority image base_image extras env_file max_restarts" \
     "spot dry_run" "status follow delete" "$@"
 [ -n "$cluster" ] || misuse "--cluster=CLUSTER is missing: the GKE cluster, as in \`xpk cluster list\`"
-[ -n "$name" ] || misuse "--name=NAME is missing: what the workload is or shall be called"
+[ -n "$name" ] || misuse "--name=NAME is missing: the name of the workload"
 
 xpk_workload() {
     run xpk workload "$@" --cluster="$cluster" ${project:+--project="$project"} ${zone:+--zone="$zone"}
@@ -42,14 +42,15 @@ check_number max_restarts "$max_restarts" 0
 check_train_arguments "${train[@]}"
 case $workdir in
     *://* | /*) ;;
-    *) misuse "--workdir=$workdir is on a pod's own disk, which goes with it; give gs://BUCKET/DIR or a mounted path" ;;
+    *) misuse "--workdir=$workdir is on the pod's own disk, which is deleted with the pod;" \
+           "give gs://BUCKET/DIR or a mounted path" ;;
 esac
 [ -z "$env_file" ] || [ -r "$env_file" ] || misuse "--env_file=$env_file cannot be read"
 if [ "$slices" -gt 1 ] && [ -z "$(argument_of config.mesh.dcn_data "${train[@]}")" ]; then
     train+=("--config.mesh.dcn_data=$slices")
 fi
 
-# One line, as it stands in a YAML block. exec: a pod's SIGTERM reaches the training, which saves.
+# One line, because xpk writes it into a YAML block. exec: a pod's SIGTERM reaches the training, which saves.
 command="exec dlm train --coordinator=auto $(quoted "${train[@]}")"
 if [ -n "$image" ]; then
     source=(--docker-image="$image")
@@ -65,7 +66,7 @@ else
     source=(--base-docker-image="$base_image" --script-dir="$parcel/code")
     command="pip install --quiet --editable $(quoted ".[$extras]") && $command"
 fi
-# 75: saved after SIGTERM, 76: another process died. xpk starts again after 42 and 127 to 255 by itself.
+# 75: saved after SIGTERM, 76: another process died. xpk itself restarts after 42 and 127 to 255.
 xpk_workload create --workload="$name" --tpu-type="$type" --num-slices="$slices" --priority="$priority" \
     --max-restarts="$max_restarts" --restart-on-exit-codes=75,76 --termination-grace-period-seconds=300 \
     ${spot:+--spot} ${env_file:+--env-file="$env_file"} "${source[@]}" --command="$command"

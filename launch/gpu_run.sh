@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of this machine: sets the environment up, checks that JAX sees every GPU, trains on all of them,
-# and starts a training that died again, from its last checkpoint. See docs/launching.md.
+# and restarts a training that died from its last checkpoint. See docs/launching.md.
 #   bash launch/gpu_run.sh [FLAG...] -- --config=diffugpt_s --workdir=runs/gpt2 --config.data.train=fineweb-rows
-# What stands after -- goes to `dlm train` as it is; CUDA_VISIBLE_DEVICES chooses among the GPUs. Flags:
+# Arguments after -- go to `dlm train` unchanged; CUDA_VISIBLE_DEVICES chooses among the GPUs. Flags:
 #   --extras=EXTRAS       what is installed with the code (default cuda)
-#   --max_restarts=N      of a training that died (default 10)
-#   --deterministic       the same bits at every run and resumption, for some speed
-#   --dry-run             print the commands, one a line, and run none
+#   --max_restarts=N      restarts of a training that died (default 10)
+#   --deterministic       runs and resumed runs equal bit for bit, at some cost in speed
+#   --dry-run             print the commands, one per line, and run none
 set -euo pipefail
 here=$PWD
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,11 +21,11 @@ check_train_arguments "${train[@]}"
 run nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader ||
     fail "nvidia-smi does not work, so there is no NVIDIA GPU or no driver here; on a CPU run \`dlm train\` itself"
 
-# XLA's own words come last, so that those of the user win.
-flags=--xla_gpu_enable_latency_hiding_scheduler=true  # communication beside computation
+# XLA lets the last of a flag win, so the user's come last.
+flags=--xla_gpu_enable_latency_hiding_scheduler=true  # communication overlaps computation
 [ -z "$deterministic" ] || flags+=" --xla_gpu_deterministic_ops=true"
 export XLA_FLAGS="$flags${XLA_FLAGS:+ $XLA_FLAGS}"
-export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.92}  # JAX takes 0.75 unless told otherwise
+export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.92}  # JAX's default is 0.75
 if [ -n "$dry_run" ]; then
     run bash -c "cd $(quoted "$root") && source launch/setup_env.sh && setup_env $(quoted "$extras")"
     run export "XLA_FLAGS=$XLA_FLAGS" "XLA_CLIENT_MEM_FRACTION=$XLA_CLIENT_MEM_FRACTION"
@@ -37,12 +37,12 @@ source launch/setup_env.sh
 setup_env "$extras"
 cd "$here"
 
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then wanted=$(tr , '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
-else wanted=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then expected=$(tr , '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
+else expected=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
 fi
 count='import jax; print(sum(device.platform == "gpu" for device in jax.devices()))'
 seen=$("$PYTHON" -c "$count" 2> /dev/null | tail -n 1) || true
-[ "${seen:-0}" = "$wanted" ] || fail "JAX sees ${seen:-0} of $wanted GPUs: install it for CUDA (--extras=cuda) and" \
-    "see that the driver is recent enough for it; \`python -c 'import jax; jax.devices()'\` says more"
+[ "${seen:-0}" = "$expected" ] || fail "JAX sees ${seen:-0} of $expected GPUs: install it for CUDA (--extras=cuda) and" \
+    "check that the driver is recent enough; \`python -c 'import jax; jax.devices()'\` shows details"
 
 train_with_restarts "$max_restarts" "$PYTHON" -m dlm_jax.cli.main train "${train[@]}"

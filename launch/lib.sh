@@ -1,18 +1,18 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by the scripts beside it.
-#   say SENTENCE...                   to stderr, so that a script's output is its own
+# Functions for the scripts in this folder, which source it.
+#   say SENTENCE...                   prints to stderr, so that stdout has only the output
 #   fail SENTENCE...                  says it and exits with 1; misuse: with 2
-#   note SENTENCE...                  says it, unless under --dry-run, when it would not be true
+#   note SENTENCE...                  says it, except under --dry-run, where it would not be true
 #   parse_flags VALUES SWITCHES ACTIONS ARGUMENT...
 #                                     reads --name=value or --name value, --switch and --action until --, into variables
-#                                     of these names and $action; what stands after -- goes into the array $train.
+#                                     of these names and $action; what comes after -- goes into the array $train.
 #                                     A dash in a name may be written as an underscore.
 #   run COMMAND...                    runs it, or prints it under --dry-run, quoted, to be pasted
 #   argument_of NAME ARGUMENT...      the value of --NAME=VALUE or --NAME VALUE
-#   check_train_arguments ARGUMENT... what `dlm train` needs before any machine is asked for; leaves $workdir
-#   train_worth_repeating CODE        whether `dlm train` asks to be started again by its exit code
-#   train_with_restarts MAX COMMAND...   runs it here, again while that is worth it; the last exit code
-#   describe_code CODE                in words
+#   check_train_arguments ARGUMENT... checks the arguments of `dlm train` before any machine is requested; sets $workdir
+#   should_restart CODE               whether the exit code of `dlm train` asks for a restart
+#   train_with_restarts MAX COMMAND...   runs it here with up to MAX restarts; returns the last exit code
+#   describe_code CODE                prints the exit code in words
 
 exec 3>&1  # where --dry-run prints, also from inside $(...)
 
@@ -33,7 +33,7 @@ parse_flags() {
             --) shift; train=("$@"); return ;;
             --help | -h) show_help; exit 0 ;;
             --*=*) [[ $values == *" $flag "* ]] ||
-                       misuse "there is no flag ${1%%=*}=; what goes to \`dlm train\` stands after --"
+                       misuse "there is no flag ${1%%=*}=; arguments of \`dlm train\` come after --"
                    [ -n "${1#*=}" ] || misuse "${1%%=*} is empty"
                    printf -v "$flag" %s "${1#*=}" ;;
             --*) if [[ $switches == *" $flag "* ]]; then printf -v "$flag" yes
@@ -42,9 +42,9 @@ parse_flags() {
                      [ -n "${2:-}" ] || misuse "$1 needs a value"
                      printf -v "$flag" %s "$2"
                      shift
-                 else misuse "there is no flag $1; what goes to \`dlm train\` stands after --"
+                 else misuse "there is no flag $1; arguments of \`dlm train\` come after --"
                  fi ;;
-            *) misuse "what is '$1'? What goes to \`dlm train\` stands after --" ;;
+            *) misuse "unexpected '$1'; arguments of \`dlm train\` come after --" ;;
         esac
         shift
     done
@@ -81,19 +81,19 @@ check_train_arguments() {
 
 check_number() {  # FLAG VALUE LEAST
     if ! [[ $2 =~ ^[0-9]+$ ]] || [ "$2" -lt "$3" ]; then
-        misuse "--$1 must be a whole number of at least $3, got '$2'"
+        misuse "--$1 must be an integer of at least $3, got '$2'"
     fi
 }
 
-train_worth_repeating() {
-    case $1 in 0 | 1 | 2 | 130) return 1 ;; esac  # done, refused or failed, misused, interrupted by the user
+should_restart() {
+    case $1 in 0 | 1 | 2 | 130) return 1 ;; esac  # done, failed, wrong arguments, interrupted by the user
 }
 
 describe_code() {
     case $1 in
         0) echo "done" ;;
-        1) echo "refused or failed" ;;
-        2) echo "misused" ;;
+        1) echo "failed" ;;
+        2) echo "wrong arguments" ;;
         75) echo "stopped by SIGTERM after saving" ;;
         76) echo "another process of the run died" ;;
         130) echo "stopped by the user" ;;
@@ -108,21 +108,21 @@ describe_code() {
 train_with_restarts() {
     local max=$1 code restarts=0 child='' signal=''
     shift
-    # A signal to this script is one to the training, which saves; whoever sent it does not want a restart. Job control
-    # gives the training its own process group, in which bash does not make it deaf to SIGINT.
+    # A signal to this script goes on to the training, which saves, and rules out a restart. Job control gives the
+    # training its own process group, in which bash does not make it ignore SIGINT.
     set -m
     trap 'signal=TERM' TERM
     trap 'signal=INT' INT
     while :; do
         "$@" < /dev/null &
         child=$!
-        while :; do  # a signal cuts the wait short
+        while :; do  # a signal interrupts the wait
             code=0
             wait "$child" || code=$?
             kill -0 "$child" 2> /dev/null || break
             kill -s "${signal:-CONT}" "$child" 2> /dev/null || true
         done
-        if [ -n "$signal" ] || ! train_worth_repeating "$code" || [ "$restarts" -ge "$max" ]; then break; fi
+        if [ -n "$signal" ] || ! should_restart "$code" || [ "$restarts" -ge "$max" ]; then break; fi
         restarts=$((restarts + 1))
         say "the training ended with $code ($(describe_code "$code")); restart $restarts of $max"
         sleep "${DLM_LAUNCH_POLL:-5}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job, from a fresh machine: sets itself up, adapts a base model to diffusion, samples it and exports it.
+# The main job, on a new machine: sets itself up, adapts a base model to diffusion, samples it and exports it.
 #   bash launch/quickstart.sh                                         the small base under assets/, offline
 #   bash launch/quickstart.sh --base gpt2 --data 'text/*.txt'         any hub id or path, any text
 # Everything goes to ./quickstart (or --workdir DIR). Running it again resumes, or shows the results again.

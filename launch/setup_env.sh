@@ -1,8 +1,8 @@
-# Sourced by the scripts beside it, from the project's root: an environment with the project in it, made once.
-#   setup_env EXTRAS   uses the active environment or makes .venv, installs -e .[EXTRAS] if what is required has
-#                      changed since, and leaves the interpreter's path in $PYTHON. EXTRAS may be empty.
+# Sourced by the scripts in this folder, from the project's root.
+#   setup_env EXTRAS   uses the active environment or makes .venv, installs -e .[EXTRAS] if the requirements have
+#                      changed since the last time, and sets $PYTHON to the interpreter. EXTRAS may be empty.
 
-# Large arrays on huge pages: on a CPU a training step is a fifth faster. Other C libraries than glibc ignore it.
+# Large arrays on huge pages make a training step on a CPU a fifth faster. C libraries other than glibc ignore it.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 find_python() {
@@ -18,7 +18,7 @@ find_python() {
 }
 
 setup_env() {
-    local extras=$1 python target=".${1:+[$1]}" home stamp wanted
+    local extras=$1 python target=".${1:+[$1]}" home stamp required
     if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
         PYTHON=$(command -v python)
     else
@@ -30,16 +30,16 @@ setup_env() {
     fi
     home=$("$PYTHON" -c 'import sys; print(sys.prefix)') || return 1
     stamp=$home/.dlm_jax-${extras:-base}
-    wanted=$(cat requirements.txt setup.py pyproject.toml <(pwd) | cksum)
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    required=$(cat requirements.txt setup.py pyproject.toml <(pwd) | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$required" ]; then
         echo "installing into $home (once, about two minutes)"
         "$PYTHON" -m pip --version > /dev/null 2>&1 || "$PYTHON" -m ensurepip > "$stamp.log" 2>&1 || true
         if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$target" > "$stamp.log" 2>&1; then
             tail -n 20 "$stamp.log" >&2
-            echo "the installation failed; the whole log is $stamp.log" >&2
+            echo "the installation failed; the full log is $stamp.log" >&2
             return 1
         fi
-        echo "$wanted" > "$stamp"
+        echo "$required" > "$stamp"
     fi
     echo "environment $home"
 }

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs: creates or reuses a TPU, installs this code on all its workers, trains on all of them,
-# follows the log, and after a preemption creates the TPU again and goes on from the last checkpoint.
-# docs/launching.md has the whole story.
+# follows the log, and after a preemption creates the TPU again and resumes from the last checkpoint.
+# See docs/launching.md.
 #   bash launch/tpu_run.sh --name=NAME --zone=ZONE --type=v5litepod-16 [FLAG...] -- --config=NAME --workdir=gs://...
 #   bash launch/tpu_run.sh --name=NAME --zone=ZONE [FLAG...] --status | --follow | --stop | --delete
-# What stands after -- goes to `dlm train` as it is. Flags:
-#   --type=TYPE           of one slice: v4-32, v5litepod-16, v5p-64, v6e-8, ...
+# Arguments after -- go to `dlm train` unchanged. Flags:
+#   --type=TYPE           type of one slice: v4-32, v5litepod-16, v5p-64, v6e-8, ...
 #   --version=RUNTIME     the VM's software version (default: by the type)
 #   --project=PROJECT     (default: gcloud's own)
-#   --spot                for less money, and may be taken away at any time
+#   --spot                cheaper, and may be preempted at any time
 #   --queued              as a queued resource: waits in Google's queue until there is capacity
 #   --slices=N            N slices train as one (as a queued resource)
-#   --create_flags=FLAGS  more flags of `gcloud ... create`, parted by spaces, such as '--reserved --network=net'
-#   --commit=COMMIT       of this checkout, copied (default HEAD), or of --repo=URL, cloned on the workers
+#   --create_flags=FLAGS  more flags of `gcloud ... create`, separated by spaces, such as '--reserved --network=net'
+#   --commit=COMMIT       a commit of this checkout, copied (default HEAD), or of --repo=URL, cloned on the workers
 #   --extras=EXTRAS       what is installed with the code (default tpu,gcs)
 #   --env_file=FILE       lines NAME=value for the training, such as HF_TOKEN; copied to the workers, never printed
 #   --internal_ip         reach the workers by their internal addresses
-#   --max_restarts=N      of a training that died, preemptions not counted (default 10)
-#   --delete_after        delete the TPU when the training is over
-#   --poll=SECONDS        between two looks at it (default 20, or DLM_LAUNCH_POLL)
-#   --dry-run             print the commands, one a line, and run none
+#   --max_restarts=N      restarts of a training that died, not counting preemptions (default 10)
+#   --delete_after        delete the TPU after the training
+#   --poll=SECONDS        between two checks (default 20, or DLM_LAUNCH_POLL)
+#   --dry-run             print the commands, one per line, and run none
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=launch/lib.sh
@@ -32,8 +32,8 @@ parse_flags "name zone type version project slices create_flags repo commit extr
     "spot queued internal_ip delete_after dry_run" "status follow stop delete" "$@"
 
 check_arguments() {
-    [ -n "$name" ] || misuse "--name=NAME is missing: what the TPU is or shall be called"
-    [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || misuse "--name=$name: small letters, digits and dashes only"
+    [ -n "$name" ] || misuse "--name=NAME is missing: the name of the TPU"
+    [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || misuse "--name=$name: lowercase letters, digits and dashes only"
     [ -n "$zone" ] || misuse "--zone=ZONE is missing, such as --zone=us-west4-a"
     check_number slices "$slices" 1
     check_number max_restarts "$max_restarts" 0
@@ -44,7 +44,7 @@ check_arguments() {
         return 0
     fi
     [[ $type =~ ^(v2|v3|v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
-        misuse "--type='$type' is no accelerator type; such are v4-32, v5litepod-16, v5p-64, v6e-8"
+        misuse "--type='$type' is not an accelerator type such as v4-32, v5litepod-16, v5p-64, v6e-8"
     case $type in
         v5litepod-*) version=${version:-v2-alpha-tpuv5-lite} ;;
         v5p-*) version=${version:-v2-alpha-tpuv5} ;;
@@ -54,13 +54,13 @@ check_arguments() {
     check_train_arguments "${train[@]}"
     case $workdir in
         *://*) ;;
-        /*) say "note: --workdir=$workdir must be a disk that all workers mount: a VM's own goes with the VM" ;;
+        /*) say "note: --workdir=$workdir must be on a disk that all workers mount: a VM's own is deleted with it" ;;
         *) if [ -n "$spot" ] || [ "$slices" -gt 1 ] || [ "${type##*-}" -gt 8 ]; then  # up to 8 is one worker
                misuse "--workdir=$workdir is on a VM's own disk, which a preemption deletes and workers do not share;" \
                    "give gs://BUCKET/DIR, or the absolute path of a disk that all workers mount"
            fi ;;
     esac
-    [[ $repo != *://*@* ]] || misuse "--repo must not hold a user or a token: it is printed, and stays on the workers"
+    [[ $repo != *://*@* ]] || misuse "--repo must not hold a user or a token: it is printed, and stored on the workers"
     [ -z "$repo" ] || [ -n "$commit" ] || misuse "--repo needs --commit=SHA"
     [ -z "$env_file" ] || [ -r "$env_file" ] || misuse "--env_file=$env_file cannot be read"
     if [ "$slices" -gt 1 ] && [ -z "$(argument_of config.mesh.dcn_data "${train[@]}")" ]; then
@@ -121,7 +121,7 @@ ensure_ready() {
     while :; do
         if ! state=$(tpu_state); then
             [ -n "$known" ] || fail "gcloud could not describe $name"
-            sleep "$poll"  # networks come and go
+            sleep "$poll"  # the network may come back
             continue
         fi
         known=yes
@@ -132,7 +132,7 @@ ensure_ready() {
                 note "creating $name ($type) in $zone"
                 if create 2> "$scratch/error"; then created=yes
                 elif grep -qiE 'capacity|stockout|enough resources|unavailable|internal error' "$scratch/error"; then
-                    say "$zone has no $type to give now; trying again (--queued waits in Google's queue instead)"
+                    say "$zone has no capacity for $type now; trying again (--queued waits in Google's queue instead)"
                     sleep "$poll" "$poll" "$poll"
                 else cat "$scratch/error" >&2; fail "gcloud could not create $name"
                 fi ;;
@@ -142,11 +142,11 @@ ensure_ready() {
                 say "$name is $state; deleting it to create it again"
                 delete ;;
             STOPPED) tpu tpu-vm start "$name" ;;
-            HIDDEN | HIDING | UNHIDING | UNKNOWN | '') fail "$name is in state '$state', which this cannot mend" ;;
+            HIDDEN | HIDING | UNHIDING | UNKNOWN | '') fail "$name is in state '$state', which needs a repair by hand" ;;
             *)
                 [ "$state" = "$before" ] || say "$name is $state; waiting"
                 before=$state
-                if [ $((SECONDS - since)) -ge 600 ]; then since=$SECONDS before=''; fi  # a sign of life
+                if [ $((SECONDS - since)) -ge 600 ]; then since=$SECONDS before=''; fi  # says that it still waits
                 sleep "$poll" ;;
         esac
         [ -z "$dry_run" ] || return 0
@@ -163,7 +163,7 @@ workers() {
 on() { workers "$1" ssh "$name" --command="$(quoted bash dlm_worker.sh "${@:2}")"; }
 copy() { workers all scp "$@"; }
 
-# Tries a command on all workers a few times, as ssh to a new machine fails at first; 1 if the TPU is no longer there.
+# Tries a command on all workers up to three times, as ssh to a new machine fails at first; 1 if the TPU is gone.
 reach() {
     local attempt code state
     for attempt in 1 2 3; do
@@ -176,9 +176,9 @@ reach() {
         sleep "$poll"
     done
     tail -n 20 "$scratch/error" >&2
-    [ "$code" != 3 ] || exit 1  # another training runs there, and goes on
+    [ "$code" != 3 ] || exit 1  # another training runs there; do not stop it
     on all stop 120 > /dev/null 2>&1 || true
-    fail "'$*' failed on $name with $code; what ran on its workers is stopped"
+    fail "'$*' failed on $name with $code; its workers are stopped"
 }
 
 start() {
@@ -204,7 +204,7 @@ show_log() {
     if read -r offset < "$scratch/log"; then tail -n +2 "$scratch/log"; fi
 }
 
-# Follows the training to its end and leaves its exit code in $code, or "preempted", or "lost".
+# Follows the training to its end and sets $code to its exit code, "preempted" or "lost".
 follow() {
     local failures=0 lines seen='' state missing
     while :; do
@@ -216,7 +216,7 @@ follow() {
             state=$(tpu_state 2> /dev/null) || state=unknown
             case $state in
                 READY) failures=$((failures + 1)) ;;
-                unknown) note "gcloud cannot reach Google now; trying again" ;;  # the training does not need us
+                unknown) note "gcloud cannot reach Google now; trying again" ;;  # the training runs without this script
                 *) code=preempted; return ;;
             esac
         fi
@@ -237,14 +237,14 @@ follow() {
     done
 }
 
-# One worker's end is everybody's: stops the rest, tells whose it was, and leaves the exit code in $code.
+# When one worker has ended: stops the others, reports which one it was, and sets $code to its exit code.
 judge() {
     local lines worker
-    sleep "$poll"  # that the cause is seen, not only what first followed from it
+    sleep "$poll"  # so that the cause has been recorded, not only its first consequence
     lines=$(on all status 2> /dev/null | grep '^dlm-worker ' | sort || true)
     on all stop 120 > /dev/null 2>&1 || true
     show_log
-    # First what forbids a restart, then what is nobody's consequence, then what follows from the death of another.
+    # First codes that forbid a restart, then those that are causes, then those that follow from another worker's death.
     read -r _ worker _ code < <(
         set +e
         grep -E ' exited [12]$' <<< "$lines"
@@ -269,30 +269,30 @@ finish() {  # CODE
 check_arguments
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-trap 'say "no longer following; what runs on $name goes on (--follow, --stop, --delete)"; exit 130' INT
-parcel=$scratch  # what is sent to the workers
+trap 'say "no longer following; the training on $name continues (--follow, --stop, --delete)"; exit 130' INT
+parcel=$scratch  # the files to send to the workers
 if [ -n "$dry_run" ] && [ "$action" = train ]; then parcel=${TMPDIR:-/tmp}/dlm-$name; run mkdir -p "$parcel"; fi
 offset='' known=''
 case $action in
     delete) delete ;;
     status) require_ready; on all status; show_log ;;
-    stop) require_ready; on all stop 300 130; finish 0 ;;  # 130: who follows it does not start it again
+    stop) require_ready; on all stop 300 130; finish 0 ;;  # 130: a script that follows it does not restart it
     follow)
         require_ready
         follow
-        [ "$code" != preempted ] || fail "$name was preempted; give the whole command again to go on"
+        [ "$code" != preempted ] || fail "$name was preempted; give the full command again to resume"
         exit "${code/lost/1}" ;;
     train)
-        [ -n "$repo$commit" ] || git -C "$root" diff --quiet HEAD || note "what is not committed is not sent"
+        [ -n "$repo$commit" ] || git -C "$root" diff --quiet HEAD || note "uncommitted changes are not sent"
         restarts=0
         while :; do
             ensure_ready
             if start; then follow; else code=preempted; fi
             case $code in
-                preempted) say "$name was preempted or restarted; going on from the last checkpoint"; continue ;;
+                preempted) say "$name was preempted or restarted; resuming from the last checkpoint"; continue ;;
                 0) note "the training is done"; finish 0 ;;
             esac
-            if ! train_worth_repeating "$code" || [ "$restarts" -ge "$max_restarts" ]; then
+            if ! should_restart "$code" || [ "$restarts" -ge "$max_restarts" ]; then
                 say "the training ended with $code ($(describe_code "$code")) after $restarts restarts"
                 finish "${code/lost/1}"
             fi

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC1091,SC2329
-# What tpu_run.sh does on each worker of a TPU, in its home directory, where it lies as dlm_worker.sh.
+# Runs on each worker of a TPU for tpu_run.sh, which copies it to the home directory as dlm_worker.sh.
 #   install EXTRAS [URL COMMIT]   the code, from dlm_jax.tar.gz or a clone, and an environment for it
 #   start ARGUMENT...             `dlm train ARGUMENT...`, detached: it outlives the ssh connection
 #   status                        one line: dlm-worker SLICE/WORKER running, exited CODE, lost or none
 #   log [BYTES]                   the log's size on a line, then the log from there, or its last 20 lines
-#   stop SECONDS [CODE]           SIGTERM, on which the training saves; SIGKILL after SECONDS; it ended with CODE then
-# One training a node: whoever holds dlm_run/lock runs it. Beside it lie command, pid, group, log and exit.
+#   stop SECONDS [CODE]           SIGTERM, on which the training saves; SIGKILL after SECONDS; CODE is recorded as its code
+# One training per node: its process holds dlm_run/lock. Next to it are command, pid, group, log and exit.
 set -euo pipefail
 code=$HOME/dlm_jax environment=$HOME/dlm_env run=$HOME/dlm_run
 
@@ -15,7 +15,7 @@ metadata() {
         "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1" || true
 }
 
-identity() {  # as JAX finds it
+identity() {  # as JAX determines it
     local slice worker
     slice=$(metadata tpu-env | sed -n "s/^MEGASCALE_SLICE_ID: *'\([0-9]*\)'.*/\1/p")
     worker=$(metadata agent-worker-number)
@@ -39,7 +39,7 @@ make_environment() {
 
 install() {
     if alive; then
-        complain "a training runs; its code stays as it is"
+        complain "a training runs; its code is not replaced"
         return
     fi
     rm -rf "$code"
@@ -52,7 +52,7 @@ install() {
     fi
     cd "$code"
     source launch/setup_env.sh
-    make_environment || { complain "no environment with Python 3.11 or newer could be made"; exit 1; }
+    make_environment || { complain "could not make an environment with Python 3.11 or newer"; exit 1; }
     source "$environment/bin/activate"
     setup_env "$1" > "$run/install.log" 2>&1 || { complain "$(cat "$run/install.log")"; exit 1; }
 }
@@ -69,7 +69,7 @@ start() {
     fi
     rm -f "$run/exit" "$run/pid"
     printf %s "$command" > "$run/command"
-    setsid bash "$0" supervise "$@" < /dev/null >> "$run/log" 2>&1 &  # descriptor 9 holds the lock as long as it lives
+    setsid bash "$0" supervise "$@" < /dev/null >> "$run/log" 2>&1 &  # descriptor 9 holds the lock while it lives
 }
 
 supervise() {
@@ -92,7 +92,7 @@ supervise() {
 
 status() {
     local state=none
-    if alive && [ ! -e "$run/exit" ]; then state=running  # in this order: the exit code comes before the lock goes
+    if alive && [ ! -e "$run/exit" ]; then state=running  # the code is written before the lock is free
     elif [ -e "$run/exit" ]; then state="exited $(cat "$run/exit")"
     elif [ -e "$run/command" ]; then state=lost  # the machine was restarted, or the supervisor killed
     fi
