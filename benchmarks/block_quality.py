@@ -75,7 +75,7 @@ def draw_tokens(lm: DiffusionLM, config: SamplerConfig, rows: int, count: int, a
     compilation."""
     tokens = np.full((rows, args.length), lm.pretrained.bos_token_id, np.int32)
     fixed, lengths = np.broadcast_to(np.arange(args.length) == 0, tokens.shape), np.full(rows, args.length)
-    spec = SamplingSpec(config, lm.pretrained.mask_token_id, lm.pretrained.shift, blocks=lm.pretrained.blocks)
+    spec = SamplingSpec(config, lm.pretrained.diffusion)
 
     def run(start: int) -> object:
         keys = example_keys(args.sample_seed, np.arange(start, start + rows, dtype=np.uint32))

@@ -37,6 +37,7 @@ def ours(args: argparse.Namespace, policy: str, cache: str = "none") -> Callable
     from flax import nnx
 
     from dlm_jax.checkpoints import config_from_hf
+    from dlm_jax.diffusion import DiffusionSpec
     from dlm_jax.models import Compute, Transformer
     from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
@@ -48,10 +49,11 @@ def ours(args: argparse.Namespace, policy: str, cache: str = "none") -> Callable
     tokens = np.zeros((args.batch_size, args.length), np.int32)
     fixed = np.broadcast_to(np.arange(args.length) == 0, tokens.shape)
     lengths = np.full(args.batch_size, args.length)
+    spec = SamplingSpec(config, DiffusionSpec(MASK_TOKEN_ID))
 
     def run(seed: int) -> None:
         keys = jax.random.split(jax.random.key(seed), args.batch_size)
-        jax.block_until_ready(sample(model, tokens, fixed, lengths, keys, SamplingSpec(config, MASK_TOKEN_ID, True)))
+        jax.block_until_ready(sample(model, tokens, fixed, lengths, keys, spec))
 
     return run
 

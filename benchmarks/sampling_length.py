@@ -29,7 +29,7 @@ def timed(lm: DiffusionLM, config: SamplerConfig, length: int, seed: int) -> flo
     """Seconds for one text of `length` tokens."""
     tokens, fixed = np.zeros((1, length), np.int32), np.arange(length)[None] == 0
     keys = jax.random.split(jax.random.key(seed), 1)
-    spec = SamplingSpec(config, lm.pretrained.mask_token_id, lm.pretrained.shift)
+    spec = SamplingSpec(config, lm.pretrained.diffusion)
     began = time.perf_counter()
     jax.block_until_ready(sample(lm.model, tokens, fixed, np.array([length]), keys, spec))
     return time.perf_counter() - began
@@ -47,7 +47,7 @@ def plot(results: dict[str, list[float]], lengths: list[int], device: str, path:
         axis.plot(lengths, seconds, marker="o", markersize=4, label=name, color="black" if parent else next(colours),
                   linestyle="--" if parent else "-")
     axis.set(xlabel="tokens", ylabel="seconds a text", title=f"One text at a time, {device}", ylim=(0, None))
-    axis.step_schedule(alpha=0.25)
+    axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def draw_tokens(lm: DiffusionLM, config: SamplerConfig, args: argparse.Namespace
     tokens = np.full((batch_size, args.length), first, np.int32)
     fixed = np.broadcast_to(np.arange(args.length) == 0, tokens.shape)
     lengths = np.full(batch_size, args.length)
-    spec = SamplingSpec(config, lm.pretrained.mask_token_id, lm.pretrained.shift)
+    spec = SamplingSpec(config, lm.pretrained.diffusion)
 
     def run(start: int):
         index = np.arange(start, start + batch_size, dtype=np.uint32)
@@ -125,7 +125,7 @@ def plot(rows: list[dict], mark: dict, path: pathlib.Path) -> None:
         axis.set(xscale="log", xlabel="forward passes", title=title)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axis.step_schedule(alpha=0.25)
+        axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.data.rows import Rows
-from dlm_jax.diffusion import BlockSpec
+from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.metrics import METRICS
 from dlm_jax.models import Transformer
@@ -60,7 +60,7 @@ def answer(model: Transformer, questions: Sequence[Question], prompt_format: Pro
     Raises:
       ConfigError: the sampler cannot do it; see `sampling.sample`.
     """
-    spec = SamplingSpec(config, mask_token_id, shift, prompt_format.end_token_ids, stop_at_eos=True, blocks=blocks)
+    spec = SamplingSpec(config, DiffusionSpec(mask_token_id, shift, blocks), prompt_format.end_token_ids, stop_at_eos=True)
     rows = [[*question.prompt, *[GAP] * (prompt_format.length - len(question.prompt))] for question in questions]
     keys = example_keys(seed, jnp.arange(len(rows), dtype=jnp.uint32))
     filled = sample_rows(model, rows, keys, spec, batch_size=batch_size, mesh=mesh, progress=progress)

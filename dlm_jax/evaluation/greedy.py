@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dlm_jax.diffusion import BlockSpec
+from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.evaluation.eval_model import Greedy, Pair
 from dlm_jax.models import Transformer
 from dlm_jax.random import example_keys
@@ -33,7 +33,7 @@ def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int 
     length = model.config.max_length
     config = (SamplerConfig(policy="autoregressive", temperature=0.0) if autoregressive
               else SamplerConfig(policy="confidence", temperature=0.0, num_steps=length))  # at most one a token
-    spec = SamplingSpec(config, mask_token_id, shift, blocks=blocks)
+    spec = SamplingSpec(config, DiffusionSpec(mask_token_id, shift, blocks))
     head = [] if bos_token_id is None else [bos_token_id]
 
     def greedy(pairs: Sequence[Pair]) -> list[bool]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dlm_jax.diffusion import BlockSpec
+from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import GenerationRequest, Write
 from dlm_jax.models import Transformer
@@ -34,7 +34,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
     what is farthest from it, and either has half of the room that the other leaves it.
 
     A blank's text is a function of the seed, its item and its sample, never of the other blanks or the batch size. Of
-    several lengths `evaluation.gap_length` settles the one that suits the text behind, and the longest is taken where
+    several lengths `sampling.gap_length` settles the one that suits the text behind, and the longest is taken where
     none is.
 
     Args:
@@ -46,6 +46,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
     """
     encoder = functools.partial(encode, tokenizer, bos_token_id=bos_token_id)
     ends = () if eos_token_id is None else (eos_token_id,)
+    diffusion = DiffusionSpec(mask_token_id, shift, blocks)
 
     def in_use() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -61,7 +62,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
                                     for segment in gaps_of.values()]
         with in_use():
             asked = _settled(asked, lambda texts: infer_gap_lengths(
-                model, texts, encoder, mask_token_id=mask_token_id, shift=shift, batch_size=batch_size))
+                model, texts, encoder, diffusion=diffusion, batch_size=batch_size))
         settled = dict(zip(gaps_of, asked, strict=True))
         segments = [settled[blank._replace(sample=0)] for blank in blanks]
         rows, gaps = [], []
@@ -85,8 +86,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
         result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
         # An infilling has text behind it, a continuation has none: two programs.
         for behind in (False, True):
-            spec = SamplingSpec(config, mask_token_id, shift, ends, stop_at_eos=not behind and bool(ends),
-                        blocks=blocks)
+            spec = SamplingSpec(config, diffusion, ends, stop_at_eos=not behind and bool(ends))
             members = [i for i, blank in enumerate(blanks) if bool(blank.after) == behind]
             filled = sample_rows(model, [rows[i] for i in members], keys[np.array(members, int)], spec,
                                  batch_size=batch_size, mesh=mesh)

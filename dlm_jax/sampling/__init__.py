@@ -1,11 +1,28 @@
-"""From noise to text: a sampler is a reveal policy times a token choice."""
+"""From a prompt to text: a sampler is a reveal policy times a token choice.
+
+    text with gaps
+      | text.split_gaps, text.encode     tokens, GAP where one is to be sampled   (gap_length: gaps of unknown length)
+      | batching.sample_rows             rows of similar length, padded to one shape
+      v
+    sampler.sample                       one compiled program: `Stepper.start`, then `Stepper.advance` until nothing is
+      |                                  pending; sampler.stream runs it step by step, for `on_step` and trace.Trace
+      |   steppers.DenoisingStepper      entire rows, or blocks of them with caches that grow stale
+      |   steppers.BlockStepper          one block after another, for models trained by block diffusion
+      |   steppers.AutoregressiveStepper from left to right, as the AR parent
+      |     every step:  network -> hidden states -> tokens.sample_tokens: LM head, penalties, temperature, top-k, top-p
+      |                  spec.num_revealed: how many tokens -> policy: which positions -> revealed
+      v
+    text.decode                          the given text as it was, with the sampled text in the gaps
+
+To add a reveal policy, write its score in `config` and name it in `config.POLICIES`.
+"""
 
 from dlm_jax.sampling.batching import sample_rows
 from dlm_jax.sampling.config import POLICIES, SamplerConfig, sampler_config
-from dlm_jax.sampling.loop import Sample, sample, stream
+from dlm_jax.sampling.sampler import Sample, sample, stream
 from dlm_jax.sampling.spec import SamplingSpec
 from dlm_jax.sampling.text import GAP, PaddedBatch, bucket, pad_rows
 from dlm_jax.sampling.trace import Snapshot, Trace
 
-__all__ = ["GAP", "POLICIES", "PaddedBatch", "Sample", "SamplerConfig", "Snapshot", "SamplingSpec", "Trace", "bucket", "pad_rows",
-           "sample", "sample_rows", "sampler_config", "stream"]
+__all__ = ["GAP", "POLICIES", "PaddedBatch", "Sample", "SamplerConfig", "SamplingSpec", "Snapshot", "Trace", "bucket",
+           "pad_rows", "sample", "sample_rows", "sampler_config", "stream"]

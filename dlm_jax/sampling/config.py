@@ -1,30 +1,32 @@
-"""Reveal policies: which of the still masked positions are filled in at each step.
+"""Reveal policies and the settings of a sampler.
 
-A policy either goes by chance, so that a step knows what it reveals before the network runs and the head runs only
-there; or it scores a candidate token at every masked position and reveals the best. To add one, write its score and
-name it in `POLICIES`.
+A policy decides which masked positions a step reveals. A random policy chooses them before the network runs, so that
+the LM head runs at those positions only; a scoring policy ranks a candidate token at every masked position and reveals
+the best. To add a policy, write its score and name it in `POLICIES`.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from dlm_jax.config_fields import check_at_least, check_choices, check_range
 from dlm_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What tells policies apart.
+    """How a reveal policy chooses positions.
 
     Attributes:
-      score: `score(logits [..., vocab], token [...])` gives a float [...], and the highest are revealed; None: by
-        chance.
-      independent: every position draws its step by itself, so that the counts vary: the ancestral process, which
-        the release runs. Otherwise each step has its count.
-      paced: whether it takes 64 steps where their number is not given; otherwise one step a token at most.
+      score: `score(logits [..., vocab], token [...])` returns float [...], and the highest are revealed; None for
+        random positions.
+      independent: each position chooses its step by itself, so that the number per step varies (the ancestral
+        process of the DiffuLLaMA reference implementation). Otherwise each step has a fixed number.
+      needs_num_steps: the number of steps defaults to 64. Otherwise it defaults to at most one step per token.
     """
 
     score: Callable[[jax.Array, jax.Array], jax.Array] | None = None
@@ -32,14 +34,14 @@ class Policy:
     needs_num_steps: bool = True
 
 
-def probability(logits: jax.Array, token: jax.Array) -> jax.Array:
-    """The log-probability of the candidate under the network itself, before temperature and cut-offs."""
+def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """Returns the log-probability of the candidate, before temperature, top-k and top-p."""
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def margin(logits: jax.Array, token: jax.Array) -> jax.Array:
-    """By how much the likeliest token's probability exceeds the second's (arXiv 2502.06768)."""
+    """Returns the largest probability minus the second largest (arXiv 2502.06768)."""
     del token
     first, second = jnp.moveaxis(jax.lax.top_k(logits, 2)[0], -1, 0)
     total = jax.nn.logsumexp(logits, axis=-1)
@@ -47,7 +49,7 @@ def margin(logits: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def negative_entropy(logits: jax.Array, token: jax.Array) -> jax.Array:
-    """The sum of p log p in nats: how concentrated the prediction is."""
+    """Returns the sum of p log p in nats; the highest values belong to the most concentrated predictions."""
     del token
     log_p = jax.nn.log_softmax(logits, axis=-1)
     return jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0).sum(axis=-1)
@@ -57,21 +59,15 @@ POLICIES = {
     "random": Policy(independent=True),
     "random_exact": Policy(),
     "first_hitting": Policy(needs_num_steps=False),
-    "confidence": Policy(probability),
+    "confidence": Policy(log_prob),
     "margin": Policy(margin),
     "entropy": Policy(negative_entropy),
-    "threshold": Policy(probability, needs_num_steps=False),
-    "autoregressive": Policy(probability, needs_num_steps=False),  # not by denoising: see autoregressive.py
+    "threshold": Policy(log_prob, needs_num_steps=False),
+    "autoregressive": Policy(log_prob, needs_num_steps=False),  # by its own stepper, without denoising
 }
-
-
-# ---- What a user chooses about sampling.
-
-
-STEP_SCHEDULES = ("linear", "cosine")
-CACHES = ("none", "prefix", "dual")
-_STEPS = 64
-_THRESHOLD = 0.9
+_DEFAULT_STEPS, _DEFAULT_THRESHOLD = 64, 0.9
+_DENOISING_ONLY = ("num_steps", "step_schedule", "block_length", "threshold", "remask", "cfg_scale", "cache",
+                   "cache_refresh_interval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,31 +75,34 @@ class SamplerConfig:
     """A reveal policy, a number of steps, and a token choice.
 
     Attributes:
-      policy: which positions are revealed at each step, a name in `policies.POLICIES`; "autoregressive" is from left
-        to right under causal attention, which takes none of the settings of steps.
-      num_steps: steps from all masked to none. A row with fewer gaps than steps takes one step a gap at most. None:
-        64; for `first_hitting` one a token, and for `threshold` as many as it takes.
-      step_schedule: "linear" reveals as many tokens at each step, "cosine" few at first and many at the end.
-      block_length: fill gaps from left to right in blocks of this many positions; None: the whole row at once.
-      threshold: the probability at which `threshold` reveals a token; 0.9 where None. No other policy has one.
-      remask: the chance, at each step but a block's last, that a token revealed earlier in the block is masked again;
-        the counts of the steps stay as they are. Not for `random`, which keeps no counts.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_p: draw only from the likeliest tokens that together reach this probability; None for all.
-      top_k: draw only from the k likeliest tokens; None for all.
-      repetition_penalty: divides the positive logits of tokens that the row already holds and multiplies the negative
+      policy: which positions each step reveals, a key of `POLICIES`; "autoregressive" decodes from left to right
+        under causal attention and has none of the settings of denoising steps.
+      num_steps: steps from all masked to none. A row with fewer gaps than steps takes at most one step per gap. None:
+        64; one per token for `first_hitting`; as many as it takes for `threshold`.
+      step_schedule: "linear" reveals equally many tokens at each step, "cosine" few at first and many at the end.
+      block_length: fill gaps from left to right in blocks of this many positions; None: the entire row at once.
+      threshold: the probability at which the policy `threshold` reveals a token; None: 0.9. No other policy has one.
+      remask: the probability, at each step but the last of a block, that a token revealed earlier in the block is
+        masked again; the number revealed after each step does not change. Not for `random`, whose number varies.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_p: sample from the fewest most likely tokens that reach this probability; None: from all.
+      top_k: sample from the k most likely tokens; None: from all.
+      repetition_penalty: divides the positive logits of tokens that the row already has and multiplies the negative
         ones (CTRL, arXiv 1909.05858); 1 for none.
-      eos_penalty: taken off the logit of the end of text, in nats; inf: it is never drawn.
+      eos_penalty: nats subtracted from the logit of the end of text; inf: the text never ends.
       cfg_scale: w in l_0 + (1 + w) (l - l_0), where the logits l_0 do not see the given tokens (classifier-free
-        guidance as in LLaDA, arXiv 2502.09992); 0 for none. It doubles the work.
-      cache: which keys and values outside the block are kept from step to step, and so grow stale (Fast-dLLM, arXiv
-        2505.22618): "none", "prefix" those before the block, "dual" those behind it as well.
-      cache_refresh_interval: after how many steps of a block all are computed anew; None: only at its start.
+        guidance as in LLaDA, arXiv 2502.09992); 0 for none. It doubles the cost.
+      cache: which keys and values outside the block are reused from step to step and grow stale (Fast-dLLM, arXiv
+        2505.22618): "none", "prefix" for those before the block, "dual" also for those after it.
+      cache_refresh_interval: steps in a block after which all are computed again; None: only at its first step.
+
+    Raises:
+      ConfigError: a setting is out of range or does not go with the policy.
     """
 
     policy: str = "confidence"
     num_steps: int | None = None
-    step_schedule: str = "linear"
+    step_schedule: Literal["linear", "cosine"] = "linear"
     block_length: int | None = None
     threshold: float | None = None
     remask: float = 0.0
@@ -113,67 +112,60 @@ class SamplerConfig:
     repetition_penalty: float = 1.0
     eos_penalty: float = 0.0
     cfg_scale: float = 0.0
-    cache: str = "none"
+    cache: Literal["none", "prefix", "dual"] = "none"
     cache_refresh_interval: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("policy", POLICIES), ("step_schedule", STEP_SCHEDULES), ("cache", CACHES)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"unknown {_NAMES.get(name, name)} {getattr(self, name)!r}; choose one of "
-                                  f"{', '.join(choices)}")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        check_choices(self)
         for name in ("num_steps", "block_length", "top_k", "cache_refresh_interval"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, fine, wanted in (
-                ("temperature", 0 <= self.temperature < math.inf, "be 0 (take the likeliest token) or positive"),
-                ("top_p", self.top_p is None or 0 < self.top_p <= 1, "lie in (0, 1]"),
-                ("threshold", self.threshold is None or 0 < self.threshold <= 1, "lie in (0, 1]"),
-                ("remask", 0 <= self.remask < 1, "lie in [0, 1)"),
-                ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "be positive"),
-                ("eos_penalty", self.eos_penalty >= 0, "be 0 or positive"),
-                ("cfg_scale", 0 <= self.cfg_scale < math.inf, "be 0 or positive")):
-            if not fine:
-                raise ConfigError(f"{name} must {wanted}, got {getattr(self, name)}")
+            if getattr(self, name) is not None:
+                check_at_least(getattr(self, name), 1, name)
+        for name in ("top_p", "threshold"):
+            if getattr(self, name) is not None:
+                check_range(getattr(self, name), 0, 1, name, open_low=True)
+        check_range(self.remask, 0, 1, "remask", open_high=True)
+        check_range(self.temperature, 0, math.inf, "temperature", open_high=True)
+        check_range(self.repetition_penalty, 0, math.inf, "repetition_penalty", open_low=True, open_high=True)
+        check_range(self.cfg_scale, 0, math.inf, "cfg_scale", open_high=True)
+        check_at_least(self.eos_penalty, 0, "eos_penalty")
         if self.policy == "autoregressive":
             for field in dataclasses.fields(self):
-                if field.name in _DENOISING and getattr(self, field.name) != field.default:
-                    raise ConfigError(f"autoregressive decoding has no {field.name}; leave it out")
+                if field.name in _DENOISING_ONLY and getattr(self, field.name) != field.default:
+                    raise ConfigError(f"autoregressive decoding has no {field.name}; remove it")
         if self.threshold is not None and self.policy != "threshold":
             raise ConfigError(f"threshold belongs to the policy threshold, and the policy is {self.policy}")
         if self.remask and self.policy == "random":
-            raise ConfigError("remask needs a policy that keeps to counts, such as random_exact; random does not")
-        if self.step_schedule == "cosine" and not POLICIES[self.policy].needs_num_steps and self.num_steps is None:
-            raise ConfigError(f"the cosine step_schedule needs num_steps, and {self.policy} goes without")
+            raise ConfigError("remask needs a policy with a fixed number of tokens per step, such as random_exact")
+        if self.step_schedule == "cosine" and self.steps is None:
+            raise ConfigError(f"step_schedule=cosine with the policy {self.policy} needs num_steps")
         if self.cache != "none" and self.block_length is None:
-            raise ConfigError(f"the {self.cache} cache keeps what lies outside a block; set block_length, 32 say")
+            raise ConfigError(f"cache={self.cache} needs block_length, for example 32")
         if self.cache == "none" and self.cache_refresh_interval is not None:
-            raise ConfigError("cache_refresh_interval belongs to a cache; set cache to prefix or dual")
+            raise ConfigError("cache_refresh_interval needs cache=prefix or cache=dual")
 
     @property
     def steps(self) -> int | None:
-        """The number of steps in force; None: one a token at most."""
-        return _STEPS if self.num_steps is None and POLICIES[self.policy].needs_num_steps else self.num_steps
+        """The number of steps, defaults filled in; None: at most one per token."""
+        return _DEFAULT_STEPS if self.num_steps is None and POLICIES[self.policy].needs_num_steps else self.num_steps
 
     @property
     def reveal_threshold(self) -> float | None:
-        """The probability from which a token is revealed whatever the count; None where the policy has none."""
+        """The probability at which a token is revealed whatever the number; None for policies without one."""
         if self.policy != "threshold":
             return None
-        return _THRESHOLD if self.threshold is None else self.threshold
+        return _DEFAULT_THRESHOLD if self.threshold is None else self.threshold
 
 
-def sampler_config(**settings) -> SamplerConfig:
-    """A `SamplerConfig` from keywords.
+def sampler_config(**settings: Any) -> SamplerConfig:
+    """Returns a `SamplerConfig` from keywords.
 
     Raises:
-      ConfigError: a keyword is not one of its settings.
+      ConfigError: a keyword is not a setting, or a value is refused.
     """
     known = [field.name for field in dataclasses.fields(SamplerConfig)]
     for name in settings:
         if name not in known:
             raise ConfigError(f"there is no sampling setting {name!r}; the settings are {', '.join(known)}")
     return SamplerConfig(**settings)
-
-
-_NAMES = {"policy": "reveal policy", "step_schedule": "step schedule"}
-_DENOISING = ("num_steps", "step_schedule", "block_length", "threshold", "remask", "cfg_scale", "cache", "cache_refresh_interval")

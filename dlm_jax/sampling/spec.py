@@ -1,4 +1,4 @@
-"""What a sampling run is told and what it carries from step to step."""
+"""What a sampling run is given and carries, and the step schedule: which step reveals how many tokens."""
 
 import dataclasses
 from typing import NamedTuple, Protocol
@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import BlockSpec
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.models import Cache, ModelConfig
 from dlm_jax.sampling.config import SamplerConfig
 
 
 class Network(Protocol):
-    """What the sampler needs of a model, which is also a Flax NNX module."""
+    """The methods of a model that sampling calls; the model is also a Flax NNX module."""
 
     config: ModelConfig
 
@@ -27,70 +27,71 @@ class Network(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSpec:
-    """What is known when a program is compiled.
+    """What is known when a sampling program is compiled.
 
     Attributes:
-      mask_token_id: the mask's id, which is never drawn as a token; None only from left to right.
-      shift: whether the network's output at position n - 1 predicts position n.
-      eos_token_ids: tokens that end a text: EOS, or in a chat also the mark that ends a turn. Each is listed once.
-      stop_at_eos: whether what follows a drawn end of text is of no interest.
-      prompt_width: from left to right, and of a model of blocks: room for the longest prompt of the batch.
-      blocks: of a model that has learnt to write one block of tokens after another; None: it sees the whole row.
+      config: the policy and the token choice.
+      diffusion: mask token, shift and blocks of the model. The mask token is never sampled.
+      eos_token_ids: tokens that end a text: EOS, or in a chat also the end of a turn. No id is repeated.
+      stop_at_eos: whether positions after a sampled end of text stay unfilled.
+      prompt_width: room for the longest prompt of the batch, for autoregressive decoding and models with blocks;
+        `sample` and `stream` fill it in.
     """
 
     config: SamplerConfig
-    mask_token_id: int | None
-    shift: bool
+    diffusion: DiffusionSpec
     eos_token_ids: tuple[int, ...] = ()
     stop_at_eos: bool = False
     prompt_width: int = 0
-    blocks: BlockSpec | None = None
 
 
 class SamplingInputs(NamedTuple):
-    """What stays as it is while a batch is sampled: arrays [batch, length], but `lengths` and `keys` [batch]."""
+    """What does not change while a batch is sampled."""
 
-    gaps: jax.Array  # bool, True where a token is to be found
-    blocks: jax.Array  # int32, the block that each gap belongs to
-    lengths: jax.Array  # int32; positions from there on are padding
-    keys: jax.Array  # random keys
+    gaps: jax.Array  # bool [batch, length], True where a token is to be sampled
+    block_ids: jax.Array  # int32 [batch, length], the block of each gap
+    lengths: jax.Array  # int32 [batch]; later positions are padding
+    keys: jax.Array  # random keys [batch]
 
 
 class DecodeFrontier(NamedTuple):
-    """How far the clean text of each row has come, of a model of blocks."""
+    """How far the clean text of each row reaches, for models with blocks."""
 
-    opening: jax.Array  # [batch, embed], the state of the last clean token, which predicts the first of the block
-    pending: jax.Array  # bool [batch], whether the block before is written and its keys and values are still to be kept
+    hidden: jax.Array  # [batch, embed], the state of the last clean token, which predicts the first of the block
+    pending: jax.Array  # bool [batch], whether the previous block is full and its keys and values are not yet cached
 
 
 class State(NamedTuple):
     """The loop's carry."""
 
-    tokens: jax.Array  # int32 [batch, length], the mask's id where masked
+    tokens: jax.Array  # int32 [batch, length], the mask token where masked
     masked: jax.Array  # bool [batch, length]
-    confidence: jax.Array  # float32 [batch, length], log-probability of a token when it was drawn; 0 where given
-    steps: jax.Array  # int32 [batch], forward passes that each row has had use of
-    block: jax.Array  # int32, the block that all rows are in: one that is done with its own waits for the others
-    steps_in_block: jax.Array  # int32, steps since that block began
+    confidence: jax.Array  # float32 [batch, length], log-probability of a token when sampled; 0 where given
+    steps: jax.Array  # int32 [batch], forward passes that each row needed
+    block: jax.Array  # int32, the current block of all rows; [batch], one per row, for models with blocks
+    steps_in_block: jax.Array  # int32, steps since that block started; shape as `block`
     cache: Cache | None
-    frontier: DecodeFrontier | None = None  # of a model of blocks, whose rows have each a `block` and `steps_in_block` [batch]
+    frontier: DecodeFrontier | None = None  # for models with blocks
+
+
+def find_gaps(fixed: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Returns where a token is to be sampled, bool [batch, length]: not given, not padding, not position 0."""
+    positions = jnp.arange(fixed.shape[1])
+    return ~fixed & (positions > 0) & (positions < lengths[:, None])
 
 
 def pending_mask(spec: SamplingSpec, inputs: SamplingInputs, state: State) -> jax.Array:
-    """Where a token is still to be found, bool [batch, length]: masked, and not behind a drawn end of text."""
+    """Returns where a token is still needed, bool [batch, length]: masked, and not after a sampled end of text."""
     if not spec.stop_at_eos:
         return state.masked
     ends = inputs.gaps & ~state.masked & jnp.isin(state.tokens, jnp.array(spec.eos_token_ids))
     return state.masked & (jnp.cumsum(ends, axis=1) == 0)
 
 
-# ---- How many tokens each step reveals, and which steps a block of the row gets.
-
-
 def block_ids(gaps: jax.Array, block_length: int | None) -> jax.Array:
-    """Which block each gap belongs to, int32 [batch, length], from left to right; other positions mean nothing.
+    """Returns the block of each gap, int32 [batch, length], numbered from left to right; undefined elsewhere.
 
-    A block begins at the first gap that is left and spans `block_length` positions, given ones included.
+    A block starts at the first gap that no earlier block has and spans `block_length` positions, given ones included.
     """
     if block_length is None:
         return jnp.zeros(gaps.shape, jnp.int32)
@@ -98,63 +99,64 @@ def block_ids(gaps: jax.Array, block_length: int | None) -> jax.Array:
     def visit(carry: tuple[jax.Array, jax.Array], here: tuple[jax.Array, jax.Array]):
         block, end = carry
         position, gap = here
-        opens = gap & (position >= end)
-        block, end = jnp.where(opens, block + 1, block), jnp.where(opens, position + block_length, end)
+        starts = gap & (position >= end)
+        block, end = jnp.where(starts, block + 1, block), jnp.where(starts, position + block_length, end)
         return (block, end), block
 
-    nothing = jnp.full(gaps.shape[0], -1, jnp.int32)
-    _, blocks = jax.lax.scan(visit, (nothing, jnp.zeros_like(nothing)), (jnp.arange(gaps.shape[1]), gaps.T))
-    return blocks.T
+    none = jnp.full(gaps.shape[0], -1, jnp.int32)
+    _, ids = jax.lax.scan(visit, (none, jnp.zeros_like(none)), (jnp.arange(gaps.shape[1]), gaps.T))
+    return ids.T
 
 
-def block_steps(config: SamplerConfig, gaps: jax.Array, blocks: jax.Array, block: jax.Array) -> jax.Array:
-    """The steps that each row gives to its `block`; int32 [batch].
+def block_steps(config: SamplerConfig, gaps: jax.Array, block_ids: jax.Array, block: jax.Array) -> jax.Array:
+    """Returns the number of steps that each row spends on its `block`, int32 [batch].
 
-    A block has its share of the steps by its gaps, at least one. All blocks together take just the number asked for,
-    or one each where that is less than there are blocks.
+    A block gets steps in proportion to its gaps, at least one. All blocks together get exactly the number asked for,
+    or one each where there are more blocks than that.
 
     Args:
-      gaps, blocks: [batch, length], as in `block_ids`.
+      gaps, block_ids: [batch, length], as in `block_ids`.
       block: int32, for all rows or [batch].
     """
     block = jnp.broadcast_to(block, gaps.shape[:1])
     if config.steps is None:
-        return jnp.maximum((gaps & (blocks == block[:, None])).sum(axis=1), 1)
-    gap_blocks = jnp.where(gaps, blocks, -1)
-    amount = gap_blocks.max(axis=1) + 1
+        return jnp.maximum((gaps & (block_ids == block[:, None])).sum(axis=1), 1)
+    gap_blocks = jnp.where(gaps, block_ids, -1)
+    num_blocks = gap_blocks.max(axis=1) + 1
     earlier = jnp.pad(jax.lax.cummax(gap_blocks, axis=1), ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    opens = gap_blocks > earlier
+    starts = gap_blocks > earlier
     rank, total = jnp.cumsum(gaps, axis=1) - gaps, jnp.maximum(gaps.sum(axis=1, keepdims=True), 1)
-    # Steps before the block that opens here: its share, unless too few would be left for the blocks from here on.
-    share = jnp.minimum(rank * config.steps // total, config.steps - amount[:, None] + blocks)
+    # Steps before the block that starts here: its share, capped so that each later block can have one.
+    share = jnp.minimum(rank * config.steps // total, config.steps - num_blocks[:, None] + block_ids)
 
-    def before(block: jax.Array) -> jax.Array:
-        """Steps before a block: at least one for each block since any that comes earlier."""
-        taken = jnp.max(share + block[:, None] - blocks, axis=1, initial=0, where=opens & (blocks <= block[:, None]))
-        return jnp.where(block < amount, jnp.maximum(taken, block), jnp.maximum(config.steps, amount))
+    def steps_before(block: jax.Array) -> jax.Array:
+        """Steps of all earlier blocks: the largest share of a block so far, plus one for each block since."""
+        taken = jnp.max(share + block[:, None] - block_ids, axis=1, initial=0,
+                        where=starts & (block_ids <= block[:, None]))
+        return jnp.where(block < num_blocks, jnp.maximum(taken, block), jnp.maximum(config.steps, num_blocks))
 
-    return jnp.maximum(before(block + 1) - before(block), 1)
+    return jnp.maximum(steps_before(block + 1) - steps_before(block), 1)
 
 
-def target(config: SamplerConfig, step: jax.Array, number: jax.Array, steps: jax.Array) -> jax.Array:
-    """How many of `number` gaps are to be filled when `step` of `steps` have been taken: at least one a step.
+def num_revealed(config: SamplerConfig, step: jax.Array, number: jax.Array, steps: jax.Array) -> jax.Array:
+    """Returns how many of `number` gaps are filled after `step` of `steps` steps: at least one more per step.
 
-    Blocks of fewer gaps than steps fill one a step and are done early, as no forward pass need reveal nothing.
+    Blocks with fewer gaps than steps fill one per step and finish early, so that no forward pass reveals nothing.
     """
     steps = jnp.clip(steps, 1, jnp.maximum(number, 1))
     step = jnp.minimum(step, steps)
     if config.step_schedule == "linear":
         return step * number // steps
-    left = jnp.floor(number * jnp.cos(jnp.pi / 2 * step / steps) + 1e-4).astype(jnp.int32)
-    # At least one a step, and one left for each step that follows.
-    return jnp.where(step == steps, number, jnp.clip(number - left, step, number - (steps - step)))
+    masked = jnp.floor(number * jnp.cos(jnp.pi / 2 * step / steps) + 1e-4).astype(jnp.int32)
+    # At least one per step so far, and at least one for each step that follows.
+    return jnp.where(step == steps, number, jnp.clip(number - masked, step, number - (steps - step)))
 
 
 def planned_step(config: SamplerConfig, uniform: jax.Array, steps: jax.Array) -> jax.Array:
-    """The step at which a position that drew `uniform` in [0, 1) is revealed, in [0, steps), int32.
+    """Returns the step that reveals a position with the random number `uniform` in [0, 1): int32 in [0, steps).
 
-    On the linear grid it is the release's loop, drawn at once: revealing each masked token with probability 1/(t+1)
-    for t = steps-1, ..., 1 and the rest at the end gives a token each step with probability 1/steps.
+    With the linear schedule it has the law of the DiffuLLaMA reference implementation, which reveals each masked
+    token with probability 1/(t+1) for t = steps-1, ..., 1 and the rest at the end: 1/steps for each step.
     """
-    passed = uniform if config.step_schedule == "linear" else jnp.arccos(1 - uniform) * (2 / jnp.pi)
-    return jnp.minimum((passed * steps).astype(jnp.int32), steps - 1)
+    elapsed = uniform if config.step_schedule == "linear" else jnp.arccos(1 - uniform) * (2 / jnp.pi)
+    return jnp.minimum((elapsed * steps).astype(jnp.int32), steps - 1)

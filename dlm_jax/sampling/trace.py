@@ -1,4 +1,4 @@
-"""What sampling looked like, step by step: collected while it runs, then saved as a page or a picture."""
+"""What sampling did at each step: recorded while it runs, saved as a page that plays it or as a picture."""
 
 import dataclasses
 import itertools
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
 
-
-MASKED = -1  # stands for a token that is not there yet
+MASKED = -1  # a token that is not there yet
 SUFFIXES = (".html", ".png")
 
 
@@ -29,11 +28,11 @@ class Snapshot:
 
     Attributes:
       step: 0 before the first step.
-      rows: int [batch], which of the texts asked for each row is.
-      lengths: int [batch]; the rest of a row is padding.
-      tokens: int [batch, length], the mask's id where masked.
+      rows: int [batch], the index of each row's text.
+      lengths: int [batch]; later positions are padding.
+      tokens: int [batch, length], the mask token where masked.
       masked: bool [batch, length].
-      confidence: float32 [batch, length], the log-probability of each token when it was drawn, 0 where given.
+      confidence: float32 [batch, length], the log-probability of each token when it was sampled, 0 where given.
     """
 
     step: int
@@ -45,16 +44,16 @@ class Snapshot:
 
 
 class Change(NamedTuple):
-    """A token is revealed, or replaced, or MASKED again."""
+    """A token is revealed, replaced, or MASKED again."""
 
     step: int
     position: int
     token: int
-    log_probability: float
+    log_prob: float
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class History:
     """How one text came about: int tokens [length] before the first step, MASKED in gaps, and every change since."""
 
     start: np.ndarray
@@ -65,24 +64,24 @@ class Record:
         return self.changes[-1].step if self.changes else 0
 
     def end(self, eos_token_id: int | None) -> int:
-        """The position of an end of text with nothing but gaps behind it; the length where none was drawn."""
-        behind = np.cumsum(self.start[::-1] != MASKED)[::-1]
+        """Returns the position of the first EOS with nothing but gaps after it; the length where there is none."""
+        given_later = np.cumsum(self.start[::-1] != MASKED)[::-1]
         final, _ = self.at(self.num_steps)
-        ends = np.flatnonzero((behind == 0) & (final == eos_token_id))
+        ends = np.flatnonzero((given_later == 0) & (final == eos_token_id))
         return int(ends[0]) if len(ends) else len(final)
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int [length] and their log-probabilities float [length] after `step`; 0 where given or masked."""
-        tokens, log_probability = self.start.copy(), np.zeros(len(self.start))
+        """Returns tokens int [length] and log-probabilities float [length] after `step`; 0 where given or masked."""
+        tokens, log_prob = self.start.copy(), np.zeros(len(self.start))
         for change in self.changes:
             if change.step <= step:
                 tokens[change.position] = change.token
-                log_probability[change.position] = change.log_probability
-        return tokens, log_probability
+                log_prob[change.position] = change.log_prob
+        return tokens, log_prob
 
 
 class Trace:
-    """Collects one call of `DiffusionLM.generate` or `infill`, which takes it as `on_step`.
+    """Records one call of `DiffusionLM.generate` or `infill`, as its `on_step`.
 
       trace = Trace()
       lm.generate(["Once upon a time"], on_step=trace)
@@ -90,7 +89,7 @@ class Trace:
     """
 
     def __init__(self) -> None:
-        self._records: dict[int, Record] = {}
+        self._histories: dict[int, History] = {}
         self._latest: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, snapshot: Snapshot) -> None:
@@ -98,190 +97,185 @@ class Trace:
             inside = slice(snapshot.lengths[i])
             masked = snapshot.masked[i, inside]
             tokens = np.where(masked, MASKED, snapshot.tokens[i, inside])
-            confidence = np.where(masked, 0, snapshot.confidence[i, inside])
+            log_prob = np.where(masked, 0, snapshot.confidence[i, inside])
             if snapshot.step == 0:
-                self._records[row] = Record(tokens)
+                self._histories[row] = History(tokens)
             else:
-                before, sure = self._latest[row]
-                for position in np.flatnonzero((tokens != before) | (confidence != sure)).tolist():
-                    self._records[row].changes.append(
-                        Change(snapshot.step, position, int(tokens[position]), float(confidence[position])))
-            self._latest[row] = tokens, confidence
+                old_tokens, old_log_prob = self._latest[row]
+                for position in np.flatnonzero((tokens != old_tokens) | (log_prob != old_log_prob)).tolist():
+                    self._histories[row].changes.append(
+                        Change(snapshot.step, position, int(tokens[position]), float(log_prob[position])))
+            self._latest[row] = tokens, log_prob
 
     @property
-    def records(self) -> list[Record]:
-        """Of each text, in the order in which they were asked for."""
-        return [self._records[row] for row in sorted(self._records)]
+    def histories(self) -> list[History]:
+        """The history of each text, in the order of the texts."""
+        return [self._histories[row] for row in sorted(self._histories)]
 
     def save(self, path: str | os.PathLike, tokenizer: "PreTrainedTokenizerBase", caption: str = "") -> None:
-        """Writes a page that plays the steps (.html, of all texts) or a picture of some of them (.png, of the first).
+        """Writes a page that plays the steps of all texts (.html) or a picture of some steps of the first (.png).
 
         Args:
-          caption: a line about where the texts come from.
+          caption: a line on where the texts come from.
 
         Raises:
-          ConfigError: the path has another suffix, or lies in no folder.
-          DataError: nothing has been collected.
+          ConfigError: the path has another suffix, or no such folder.
+          DataError: nothing has been recorded.
         """
         check_path(path)
-        if not self._records:
-            raise DataError("the trace is empty; give it to generate or infill as on_step, then save it")
+        if not self._histories:
+            raise DataError("the trace is empty; pass it to generate or infill as on_step, then save it")
         path = pathlib.Path(path)
-        beside = path.with_name(path.name + ".new")
+        temporary = path.with_name(path.name + ".new")
         if path.suffix.lower() == ".png":
-            from dlm_jax.sampling.trace import draw_picture
-
-            draw_picture(beside, self.records[0], tokenizer, caption)
+            draw_picture(temporary, self.histories[0], tokenizer, caption)
         else:
-            from dlm_jax.sampling.trace import page
-
-            beside.write_text(page(self.records, tokenizer, caption), encoding="utf-8")
-        os.replace(beside, path)
+            temporary.write_text(render_page(self.histories, tokenizer, caption), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def check_path(path: str | os.PathLike) -> None:
-    """Refuses, before the work, a path that `Trace.save` could not write to."""
+    """Raises ConfigError for a path that `Trace.save` cannot write to, before any sampling."""
     path = pathlib.Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"a trace is a page or a picture, and {path} is neither; let its name end in "
+        raise ConfigError(f"a trace is a page or a picture, and {path} is neither; end its name in "
                           f"{' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent} for the trace {path.name}; make it, or name another")
+        raise ConfigError(f"there is no folder {path.parent} for the trace {path.name}; create it, or name another")
 
 
-# ---- A trace as one page that plays it: the template `trace.html`, and in it what happened, as JSON.
+# The page: the template `trace.html` with the histories as JSON.
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # how an incomplete character decodes
+_MAX_CHARACTER_TOKENS = 8
 
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # how a part of a character decodes
-_LONGEST = 8  # tokens in which a character may begin and end
-
-
-def page(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", caption: str) -> str:
-    """The page as HTML."""
-    content = json.dumps(describe(records, tokenizer, caption), ensure_ascii=False, separators=(",", ":"))
+def render_page(histories: Sequence[History], tokenizer: "PreTrainedTokenizerBase", caption: str) -> str:
+    """Returns the page as HTML."""
+    content = json.dumps(page_content(histories, tokenizer, caption), ensure_ascii=False, separators=(",", ":"))
     template = pathlib.Path(__file__).with_name("trace.html").read_text(encoding="utf-8")
     return template.replace("@TRACE@", content.replace("<", "\\u003c"))  # so that no text can end the script
 
 
-def describe(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", caption: str) -> dict:
-    """What the page shows, as JSON.
+def page_content(histories: Sequence[History], tokenizer: "PreTrainedTokenizerBase", caption: str) -> dict:
+    """Returns what the page shows, for JSON.
 
-    Keys: `texts` of the tokens that occur, to which all others refer by index, MASKED by -1; and of each sample the
+    Keys: `texts` of the tokens that occur, to which all others refer by index, MASKED by -1; and for each sample the
     `first` position to show, the `end` of its text, its tokens at the `start`, its `steps` as flat lists of position,
-    token and -100 log p, and `joined`, characters that take several tokens, as (first position, count, character).
+    token and -100 log p, and `joined`, characters of several tokens, as (first position, count, character).
     """
-    ids = sorted({token for record in records for token in
-                  [*record.start.tolist(), *(change.token for change in record.changes)]} - {MASKED})
+    ids = sorted({token for history in histories for token in
+                  [*history.start.tolist(), *(change.token for change in history.changes)]} - {MASKED})
     index = {MASKED: -1, **{token: i for i, token in enumerate(ids)}}
     texts = token_texts(tokenizer, ids)
     samples = []
-    for record in records:
-        steps: list[list[int]] = [[] for _ in range(record.num_steps)]
-        for step, position, token, log_probability in record.changes:
-            steps[step - 1] += [position, index[token], round(min(-100 * log_probability, 9999))]
-        final = record.at(record.num_steps)[0].tolist()
-        samples.append({"first": int(final[0] in tokenizer.all_special_ids), "end": record.end(tokenizer.eos_token_id),
-                        "start": [index[token] for token in record.start.tolist()], "steps": steps,
-                        "joined": joined(tokenizer, final, dict(zip(ids, texts, strict=True)))})
+    for history in histories:
+        steps: list[list[int]] = [[] for _ in range(history.num_steps)]
+        for step, position, token, log_prob in history.changes:
+            steps[step - 1] += [position, index[token], round(min(-100 * log_prob, 9999))]
+        final = history.at(history.num_steps)[0].tolist()
+        samples.append({"first": int(final[0] in tokenizer.all_special_ids),
+                        "end": history.end(tokenizer.eos_token_id),
+                        "start": [index[token] for token in history.start.tolist()], "steps": steps,
+                        "joined": joined_characters(tokenizer, final, dict(zip(ids, texts, strict=True)))})
     return {"caption": caption, "texts": texts, "samples": samples}
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
-    """What each token adds to a text, the space before a word included; of special tokens their name."""
+    """Returns what each token adds to a text, the space before a word included; the name of a special token."""
     special = set(tokenizer.all_special_ids)
-    return [tokenizer.convert_ids_to_tokens(token) if token in special else _added(tokenizer, [token]) or f"<{token}>"
-            for token in ids]
+    return [tokenizer.convert_ids_to_tokens(token) if token in special else
+            _added_text(tokenizer, [token]) or f"<{token}>" for token in ids]
 
 
-def joined(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int],
-           texts: dict[int, str]) -> list[tuple[int, int, str]]:
-    """Where several of the `tokens` make up a character: the first position, how many they are, and the text."""
+def joined_characters(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int],
+                      texts: dict[int, str]) -> list[tuple[int, int, str]]:
+    """Returns the characters of several tokens: first position, number of tokens, and the character."""
     found, position = [], 0
     while position < len(tokens):
         count, text = 1, texts.get(tokens[position], "")
         if BROKEN in text:
-            count, text = _whole(tokenizer, list(itertools.takewhile(lambda token: token != MASKED,
-                                                                     tokens[position : position + _LONGEST])))
+            count, text = _first_character(tokenizer, list(itertools.takewhile(
+                lambda token: token != MASKED, tokens[position : position + _MAX_CHARACTER_TOKENS])))
         if count > 1:
             found.append((position, count, text))
         position += count
     return found
 
 
-def _whole(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> tuple[int, str]:
-    """The fewest of the first tokens that end where a character does, and their text; 1 where none do."""
+def _first_character(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> tuple[int, str]:
+    """Returns the fewest of the first tokens that decode to complete characters, and their text; 1 if none do."""
     for count in range(2, len(tokens) + 1):
-        text = _added(tokenizer, tokens[:count])
+        text = _added_text(tokenizer, tokens[:count])
         if BROKEN not in text:
             return count, text
     return 1, ""
 
 
-def _added(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> str:
-    """The text that tokens add to one that stands before them."""
+def _added_text(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> str:
+    """Returns the text that tokens add to an earlier text."""
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
     return decode(tokenizer, ["", len(tokens)], [range(len(before), len(before) + len(tokens))], [*before, *tokens])
 
 
-# ---- A trace as a picture: the text at a few of its steps, one below the other, coloured by confidence.
+# The picture: the text at a few of its steps, one below the other, colored by confidence. Lengths in inches.
 
-
-STAGES = 5
-COLUMNS, LINES = 92, 7  # characters a line, and lines a stage; what does not fit is left out
-_LINE, _CHARACTER = 0.28, 0.0945  # inches
-_MARGIN, _LABEL, _SPACE = 0.4, 0.95, 0.2  # around everything, for the number of the step, between stages
+NUM_FRAMES = 5
+COLUMNS, LINES = 92, 7  # characters per line and lines per frame; longer texts are cut
+_LINE, _CHARACTER = 0.28, 0.0945
+_BORDER, _LABEL, _SPACE = 0.4, 0.95, 0.2  # around the picture, for the step's number, between frames
 _FONT = {"family": "DejaVu Sans Mono", "size": 11.3, "parse_math": False}  # a character is 0.602 of the size wide
-_RAMP = ("#ffab85", "#f3cf8f", "#dcdf9f", "#b9e4d6")  # from unsure to sure
-_INK, _SOFT, _MASK = "#1c2127", "#858d96", "#e4e1da"
+_RAMP = ("#ffab85", "#f3cf8f", "#dcdf9f", "#b9e4d6")  # from uncertain to certain
+_BLACK, _GRAY, _MASK = "#1c2127", "#858d96", "#e4e1da"
 
 
-def draw_picture(path: str | os.PathLike, record: Record, tokenizer: "PreTrainedTokenizerBase", caption: str) -> None:
-    """Writes a PNG of `STAGES` steps from the first to the last, the text laid out as it is at the end."""
+def draw_picture(path: str | os.PathLike, history: History, tokenizer: "PreTrainedTokenizerBase", caption: str) -> None:
+    """Writes a PNG of `NUM_FRAMES` steps from the first to the last, in the layout of the final text."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure  # not pyplot, whose state is the user's
 
     ramp = LinearSegmentedColormap.from_list("confidence", _RAMP)
-    steps = sorted({round(x) for x in np.linspace(0, record.num_steps, STAGES)})
-    stages = [record.at(step) for step in steps]
-    ids = sorted({int(token) for tokens, _ in stages for token in tokens} - {MASKED})
-    texts = dict(zip(ids, map(mark, token_texts(tokenizer, ids)), strict=True)) | {MASKED: "  "}
-    final = stages[-1][0]
-    shown = range(int(final[0] in tokenizer.all_special_ids), min(record.end(tokenizer.eos_token_id) + 1, len(final)))
-    widths = [max(len(texts[int(tokens[i])].strip()) for tokens, _ in stages) or 1 for i in shown]
+    steps = sorted({round(x) for x in np.linspace(0, history.num_steps, NUM_FRAMES)})
+    frames = [history.at(step) for step in steps]
+    ids = sorted({int(token) for tokens, _ in frames for token in tokens} - {MASKED})
+    texts = dict(zip(ids, map(show_line_breaks, token_texts(tokenizer, ids)), strict=True)) | {MASKED: "  "}
+    final = frames[-1][0]
+    shown = range(int(final[0] in tokenizer.all_special_ids), min(history.end(tokenizer.eos_token_id) + 1, len(final)))
+    widths = [max(len(texts[int(tokens[i])].strip()) for tokens, _ in frames) or 1 for i in shown]
     places = lay_out([texts[int(final[i])] for i in shown], widths)
-    depth = _LINE * (1 + max((line for line, _ in places), default=0))
-    width = _MARGIN + _LABEL + COLUMNS * _CHARACTER + _MARGIN
-    height = _MARGIN + len(steps) * (depth + _SPACE) + _LINE + _MARGIN
+    frame_height = _LINE * (1 + max((line for line, _ in places), default=0))
+    width = _BORDER + _LABEL + COLUMNS * _CHARACTER + _BORDER
+    height = _BORDER + len(steps) * (frame_height + _SPACE) + _LINE + _BORDER
     figure = Figure(figsize=(width, height), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    for number, (step, (tokens, log_probability)) in enumerate(zip(steps, stages, strict=True)):
-        top = _MARGIN + number * (depth + _SPACE)
-        _write(axes, _MARGIN, top, f"step {step}", _SOFT)
+    for number, (step, (tokens, log_prob)) in enumerate(zip(steps, frames, strict=True)):
+        top = _BORDER + number * (frame_height + _SPACE)
+        _write(axes, _BORDER, top, f"step {step}", _GRAY)
         for i, (line, column) in zip(shown, places, strict=False):
-            x, y = _MARGIN + _LABEL + column * _CHARACTER, top + line * _LINE
-            if tokens[i] == MASKED:  # as wide as the token to come, so that the text stays in its place
-                _paint(axes, x, y, len(texts[int(final[i])].strip()) or 1, _MASK)
+            x, y = _BORDER + _LABEL + column * _CHARACTER, top + line * _LINE
+            if tokens[i] == MASKED:  # as wide as the final token, so that the text does not move
+                _fill_box(axes, x, y, len(texts[int(final[i])].strip()) or 1, _MASK)
                 continue
             text = texts[int(tokens[i])].strip()
-            if record.start[i] == MASKED:
-                _paint(axes, x, y, len(text), ramp(np.exp(log_probability[i])))
-            _write(axes, x, y, text, _INK)
-    _write_legend(axes, height - _MARGIN - _LINE, ramp, caption)
+            if history.start[i] == MASKED:
+                _fill_box(axes, x, y, len(text), ramp(np.exp(log_prob[i])))
+            _write(axes, x, y, text, _BLACK)
+    _write_legend(axes, height - _BORDER - _LINE, ramp, caption)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # scripts that the font does not have
         figure.savefig(path, dpi=160, format="png")
 
 
-def mark(text: str) -> str:
-    """A token's text with its line breaks shown, one where they follow each other."""
+def show_line_breaks(text: str) -> str:
+    """Returns a token's text with a visible sign for its line breaks, one for several in a row."""
     return text if "\n" not in text else text[: text.index("\n")] + "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
 
 
 def lay_out(texts: Sequence[str], widths: Sequence[int]) -> list[tuple[int, int]]:
-    """The line and column of each text without the space around it, of as many as fit in `LINES`.
+    """Returns the line and column of each text without the space around it, for as many as fit in `LINES`.
 
-    Lines break between words, of which a text may be a part, and after a text that ends in a line break.
+    Lines break between words, which may consist of several texts, and after a text that ends in a line break.
     """
     words: list[list[int]] = []
     for i, text in enumerate(texts):
@@ -303,27 +297,27 @@ def lay_out(texts: Sequence[str], widths: Sequence[int]) -> list[tuple[int, int]
     return [place for place in places if place[0] < LINES]
 
 
-def _write(axes: "Axes", x: float, y: float, text: str, colour: str) -> None:
-    axes.text(x, y + 0.74 * _LINE, text, color=colour, va="baseline", **_FONT)
+def _write(axes: "Axes", x: float, y: float, text: str, color: str) -> None:
+    axes.text(x, y + 0.74 * _LINE, text, color=color, va="baseline", **_FONT)
 
 
-def _paint(axes: "Axes", x: float, y: float, characters: int, colour: object) -> None:
+def _fill_box(axes: "Axes", x: float, y: float, characters: int, color: object) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    gap = 0.012  # between neighbours, which would else be one
+    gap = 0.012  # so that neighbors do not look like one box
     axes.add_patch(FancyBboxPatch((x + gap, y + 0.08 * _LINE), characters * _CHARACTER - 2 * gap, 0.84 * _LINE,
-                                  boxstyle="round,pad=0,rounding_size=0.035", facecolor=colour, linewidth=0))
+                                  boxstyle="round,pad=0,rounding_size=0.035", facecolor=color, linewidth=0))
 
 
 def _write_legend(axes: "Axes", y: float, ramp: object, caption: str) -> None:
-    x = _MARGIN + _LABEL
-    _paint(axes, x, y, 3, _MASK)
-    _write(axes, x + 4 * _CHARACTER, y, "masked", _SOFT)
+    x = _BORDER + _LABEL
+    _fill_box(axes, x, y, 3, _MASK)
+    _write(axes, x + 4 * _CHARACTER, y, "masked", _GRAY)
     x += 13 * _CHARACTER
     for i in range(10):
-        _paint(axes, x + i * _CHARACTER, y, 1, ramp(i / 9))
-    _write(axes, x + 11 * _CHARACTER, y, "unsure to sure when revealed", _SOFT)
+        _fill_box(axes, x + i * _CHARACTER, y, 1, ramp(i / 9))
+    _write(axes, x + 11 * _CHARACTER, y, "probability when revealed", _GRAY)
     x += 41 * _CHARACTER
     room = COLUMNS - 54
     caption = caption if len(caption) <= room else caption[: room - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    _write(axes, x + (room - len(caption)) * _CHARACTER, y, caption, _SOFT)
+    _write(axes, x + (room - len(caption)) * _CHARACTER, y, caption, _GRAY)

@@ -170,8 +170,7 @@ def sample_text(base: Pretrained, params: nnx.State, *, length: int, num_steps: 
     if start is None:
         raise ConfigError("log.sample_every needs a tokenizer with a BOS or EOS token to start a text with")
     model = nnx.merge(nnx.graphdef(base.model), params)
-    spec = SamplingSpec(SamplerConfig(num_steps=num_steps, top_p=0.9), base.mask_token_id, base.shift,
-                        blocks=base.blocks)
+    spec = SamplingSpec(SamplerConfig(num_steps=num_steps, top_p=0.9), base.diffusion)
     tokens = sample(model, jnp.full((1, length), start, jnp.int32), jnp.arange(length)[None] == 0,
                     jnp.full((1,), length), example_keys(seed, jnp.zeros((1,), jnp.uint32)), spec).tokens
     return base.tokenizer.decode(jax.device_get(tokens)[0], skip_special_tokens=True)

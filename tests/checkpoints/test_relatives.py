@@ -10,11 +10,11 @@ from scipy.special import log_softmax
 
 from dlm_jax import DiffusionLM
 from dlm_jax.checkpoints import load_pretrained
-from dlm_jax.diffusion import BlockSpec
+from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 from tests.checkpoints import families
-from tests.sampling.tools import keys_of
+from tests.sampling.tiny_models import make_keys
 
 MASK = 96
 SDAR = {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4, "mask_token_id": MASK,
@@ -56,8 +56,8 @@ def test_they_write_what_their_own_rule_says(relative):
     pretrained, size = load_pretrained(folder), blocks.size
     tokens, given, length = families.tokens(batch=1, length=20), 6, 20
     fixed = np.arange(length)[None] < given
-    spec = SamplingSpec(SamplerConfig("confidence", temperature=0.0, num_steps=999), MASK, shift, blocks=blocks)
-    found = sample(pretrained.model, tokens, fixed, np.array([length]), keys_of(1), spec).tokens
+    spec = SamplingSpec(SamplerConfig("confidence", temperature=0.0, num_steps=999), DiffusionSpec(MASK, shift, blocks))
+    found = sample(pretrained.model, tokens, fixed, np.array([length]), make_keys(1), spec).tokens
     seen = np.where(fixed, tokens, MASK)
     for begin in range(given // size * size, length, size):
         end = min(begin + size, length)

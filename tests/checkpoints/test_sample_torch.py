@@ -11,6 +11,7 @@ import torch
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained, sample_torch, save_pretrained
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 from tests.checkpoints import families
 
@@ -38,7 +39,7 @@ def test_logits_and_likeliest_tokens_agree(exported):
     fixed[1, 8:12] = True
     found = sample_torch.sample(model, torch.from_numpy(tokens).long(), torch.from_numpy(fixed), num_steps=6,
                                 temperature=0)
-    spec = SamplingSpec(SamplerConfig("confidence", num_steps=6, temperature=0.0), MASK, shift=True)
+    spec = SamplingSpec(SamplerConfig("confidence", num_steps=6, temperature=0.0), DiffusionSpec(MASK))
     expected = sample(pretrained.model, tokens, fixed, jnp.array([20, 20]), jax.random.split(jax.random.key(0), 2),
                       spec).tokens
     np.testing.assert_array_equal(found, expected)

@@ -8,7 +8,7 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.evaluation.eval_model import Pair
 from dlm_jax.evaluation.reconstruction import RATIOS, chosen, reconstructed
 from dlm_jax.evaluation.scoring import make_guess
-from tests.sampling.tools import MASK, tiny
+from tests.sampling.tiny_models import MASK, tiny
 
 BOS = 3
 

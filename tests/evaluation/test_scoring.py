@@ -13,7 +13,7 @@ from dlm_jax.errors import DataError
 from dlm_jax.evaluation.eval_model import Pair
 from dlm_jax.evaluation.masks import bound_draw, release_draw
 from dlm_jax.evaluation.scoring import autoregressive_score, diffusion_score
-from tests.sampling.tools import MASK, tiny
+from tests.sampling.tiny_models import MASK, tiny
 
 BOS = 7
 

@@ -11,7 +11,7 @@ from dlm_jax.evaluation.eval_model import GenerationRequest
 from dlm_jax.evaluation.writing import make_write
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig
-from tests.sampling.tools import EOS, MASK, run, tiny
+from tests.sampling.tiny_models import EOS, MASK, run_sampler, tiny
 
 BOS = 58
 
@@ -45,7 +45,7 @@ def test_each_blank_is_written_as_if_alone(tokenizer):
     row = np.array([[BOS, 5, 0, 0, 0, 7, 8]])
     fixed = np.array([[1, 1, 0, 0, 0, 1, 1]], bool)
     keys = example_keys(3, jnp.array([1], jnp.uint32))
-    expected = run(tiny("gpt2"), row, fixed, keys=keys, eos=EOS, policy="confidence", **settings).tokens[0, 2:5]
+    expected = run_sampler(tiny("gpt2"), row, fixed, keys=keys, eos=EOS, policy="confidence", **settings).tokens[0, 2:5]
     assert together[1] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
@@ -95,7 +95,7 @@ def test_texts_around_a_gap_that_are_too_long_are_cut_at_their_far_ends(tokenize
 def test_without_bos_the_prompts_first_token_is_context(tokenizer):
     blank = GenerationRequest(text_of([5, 6]), "", range(3, 4), 0)
     found, = writer(tokenizer, keep_bos=False)([blank], temperature=0.0, num_steps=None)
-    expected = run(tiny("gpt2"), [[5, 6, 0, 0, 0]], np.array([[1, 1, 0, 0, 0]], bool), eos=EOS, stop=True,
+    expected = run_sampler(tiny("gpt2"), [[5, 6, 0, 0, 0]], np.array([[1, 1, 0, 0, 0]], bool), eos=EOS, stop=True,
                    policy="confidence", temperature=0.0).tokens[0, 2:].tolist()
     expected = expected[: expected.index(EOS)] if EOS in expected else expected
     assert found == tokenizer.decode(expected, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Traces: what is collected is what happened, and the page and the picture show it."""
+"""Traces history every snapshot; the page and the picture show it."""
 
 import html.parser
 import json
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.sampling import Snapshot
-from dlm_jax.sampling.trace import COLUMNS, LINES, MASKED, Trace, describe, joined, lay_out, token_texts
+from dlm_jax.sampling.trace import COLUMNS, LINES, MASKED, Trace, joined_characters, lay_out, page_content, token_texts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 WORDS = [" the", " cat", "</script>", "<b>", " &amp;", " $x_1$", ".", "\n", '"', "\u2028"]
@@ -21,7 +21,7 @@ WORDS = [" the", " cat", "</script>", "<b>", " &amp;", " $x_1$", ".", "\n", '"',
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A token a byte, some words, and a special token that ends a text."""
+    """Returns a tokenizer with a token per byte, some words, and an EOS token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,7 +35,7 @@ def encoded(tokenizer, text):
 
 
 def snapshots(tokenizer, rows, length, num_steps, seed=0):
-    """Random runs of rows in disorder, tokens being masked again on the way; all revealed at the end."""
+    """Yields random snapshots of unordered rows, with remasking; everything is revealed at the end."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(length // 2, length + 1, rows)
     lengths[0] = length
@@ -55,7 +55,7 @@ def snapshots(tokenizer, rows, length, num_steps, seed=0):
         yield Snapshot(step, order, lengths, np.where(masked, 999, tokens), masked, confidence)
 
 
-def traced(tokenizer, rows=3, length=40, num_steps=9):
+def make_trace(tokenizer, rows=3, length=40, num_steps=9):
     trace = Trace()
     for snapshot in snapshots(tokenizer, rows, length, num_steps):
         trace(snapshot)
@@ -63,7 +63,7 @@ def traced(tokenizer, rows=3, length=40, num_steps=9):
 
 
 def revealed(tokens, masked):
-    """One row, all of it revealed in one step."""
+    """Returns the trace of one row, revealed in one step."""
     trace = Trace()
     for step, hidden in enumerate((masked, [False] * len(tokens))):
         trace(Snapshot(step, np.array([0]), np.array([len(tokens)]), np.array([tokens]), np.array([hidden]),
@@ -75,41 +75,41 @@ def payload(page):
     return json.loads(re.search(r'<script type="application/json" id="trace">(.*?)</script>', page, re.S)[1])
 
 
-def test_a_record_is_every_snapshot_of_its_row(tokenizer):
-    taken = list(snapshots(tokenizer, 3, 40, 9))
-    records = traced(tokenizer).records
-    assert len(records) == 3
-    for snapshot in taken:
+def test_history_has_every_snapshot(tokenizer):
+    expected = list(snapshots(tokenizer, 3, 40, 9))
+    histories = make_trace(tokenizer).histories
+    assert len(histories) == 3
+    for snapshot in expected:
         for i, row in enumerate(snapshot.rows):
             inside = slice(snapshot.lengths[i])
             masked = snapshot.masked[i, inside]
-            tokens, log_probability = records[row].at(snapshot.step)
+            tokens, log_prob = histories[row].at(snapshot.step)
             np.testing.assert_array_equal(tokens, np.where(masked, MASKED, snapshot.tokens[i, inside]))
-            np.testing.assert_array_equal(log_probability, np.where(masked, 0, snapshot.confidence[i, inside]))
-    assert any(change.token == MASKED for record in records for change in record.changes)
+            np.testing.assert_array_equal(log_prob, np.where(masked, 0, snapshot.confidence[i, inside]))
+    assert any(change.token == MASKED for history in histories for change in history.changes)
 
 
-def test_a_second_call_with_the_same_rows_begins_anew(tokenizer):
-    trace = traced(tokenizer)
+def test_second_call_starts_again(tokenizer):
+    trace = make_trace(tokenizer)
     for snapshot in snapshots(tokenizer, 3, 40, 2, seed=1):
         trace(snapshot)
-    assert [record.num_steps for record in trace.records] == [2, 2, 2]
+    assert [history.num_steps for history in trace.histories] == [2, 2, 2]
 
 
-def test_the_text_ends_at_an_end_of_text_with_nothing_given_behind_it(tokenizer):
+def test_end_is_first_eos_without_given_text_after_it(tokenizer):
     end, token = tokenizer.eos_token_id, encoded(tokenizer, " cat")[0]
 
     def ends(masked, tokens):
-        return revealed(tokens, masked).records[0].end(end)
+        return revealed(tokens, masked).histories[0].end(end)
 
     assert ends([False, True, True, True, True], [end, token, end, token, end]) == 2
     assert ends([False, True, True, False, True], [end, token, end, token, end]) == 4
     assert ends([False, True, True, False, False], [end, token, end, token, token]) == 5
 
 
-def test_the_page_is_whole_escaped_and_small(tokenizer, tmp_path):
+def test_page_is_complete_escaped_and_small(tokenizer, tmp_path):
     path = tmp_path / "trace.html"
-    trace = traced(tokenizer, rows=4, length=256, num_steps=64)
+    trace = make_trace(tokenizer, rows=4, length=256, num_steps=64)
     trace.save(path, tokenizer, caption="</script><script>alert(1)</script> & <b>")
     assert [file.name for file in tmp_path.iterdir()] == ["trace.html"]
     page = path.read_text()
@@ -123,17 +123,17 @@ def test_the_page_is_whole_escaped_and_small(tokenizer, tmp_path):
     assert "default-src 'none'" in page
     content = payload(page)
     assert content["caption"] == "</script><script>alert(1)</script> & <b>"
-    for record, sample in zip(trace.records, content["samples"], strict=True):
+    for history, sample in zip(trace.histories, content["samples"], strict=True):
         shown = list(sample["start"])
         for changes in sample["steps"]:
             for position, token in zip(changes[::3], changes[1::3], strict=True):
                 shown[position] = token
-        final, _ = record.at(record.num_steps)
+        final, _ = history.at(history.num_steps)
         assert [content["texts"][token] for token in shown] == token_texts(tokenizer, final.tolist())
         assert sample["first"] == 1
 
 
-def test_words_keep_their_space_and_special_tokens_their_name(tokenizer):
+def test_token_texts(tokenizer):
     assert token_texts(tokenizer, [*encoded(tokenizer, " cat.\n"), tokenizer.eos_token_id]) == [
         " cat", ".", "\n", "<end>"]
     pieces = Tokenizer(models.WordLevel({"▁the": 0, "a": 1, "?": 2}, unk_token="?"))
@@ -141,17 +141,18 @@ def test_words_keep_their_space_and_special_tokens_their_name(tokenizer):
     assert token_texts(PreTrainedTokenizerFast(tokenizer_object=pieces), [0, 1]) == [" the", "a"]
 
 
-def test_characters_of_several_tokens_come_together(tokenizer):
+def test_characters_of_several_tokens_are_joined(tokenizer):
     tokens = encoded(tokenizer, "né 🏠")
     broken = tokens[1]
     texts = dict(zip(tokens, token_texts(tokenizer, tokens), strict=True))
-    assert joined(tokenizer, tokens, texts) == [(1, 2, "é"), (4, 4, "🏠")]
-    assert joined(tokenizer, [broken, *tokens[1:], MASKED, *tokens[4:6]], texts) == [(1, 2, "é"), (4, 4, "🏠")]
-    sample = describe(revealed(tokens, [True] * len(tokens)).records, tokenizer, "")["samples"][0]
+    assert joined_characters(tokenizer, tokens, texts) == [(1, 2, "é"), (4, 4, "🏠")]
+    interrupted = [broken, *tokens[1:], MASKED, *tokens[4:6]]
+    assert joined_characters(tokenizer, interrupted, texts) == [(1, 2, "é"), (4, 4, "🏠")]
+    sample = page_content(revealed(tokens, [True] * len(tokens)).histories, tokenizer, "")["samples"][0]
     assert sample["joined"] == [(1, 2, "é"), (4, 4, "🏠")]
 
 
-def test_lines_of_the_picture_hold_what_fits_and_break_between_words():
+def test_picture_lines_break_between_words():
     rng = np.random.default_rng(0)
     texts = [" " * int(rng.integers(2)) + "w" * int(rng.integers(1, 12)) + "\n" * (rng.random() < 0.02)
              for _ in range(300)]
@@ -170,30 +171,31 @@ def test_lines_of_the_picture_hold_what_fits_and_break_between_words():
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 64])
-def test_the_picture_is_a_picture_and_leaves_pyplot_alone(tokenizer, tmp_path, num_steps):
+def test_picture_without_pyplot(tokenizer, tmp_path, num_steps):
     from matplotlib import pyplot as plt
 
     before = plt.get_fignums()
-    traced(tokenizer, rows=1, num_steps=num_steps).save(tmp_path / "trace.PNG", tokenizer, caption="日本 $a_b$ " * 20)
+    trace = make_trace(tokenizer, rows=1, num_steps=num_steps)
+    trace.save(tmp_path / "trace.PNG", tokenizer, caption="日本 $a_b$ " * 20)
     assert [file.name for file in tmp_path.iterdir()] == ["trace.PNG"]
     pixels = plt.imread(tmp_path / "trace.PNG", format="png")
     assert pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, 4), axis=0)) > 50
     assert plt.get_fignums() == before
 
 
-def test_what_cannot_be_saved_is_refused(tokenizer, tmp_path):
-    trace = traced(tokenizer)
+def test_refused_paths_and_empty_trace(tokenizer, tmp_path):
+    trace = make_trace(tokenizer)
     with pytest.raises(ConfigError, match=r"\.html or \.png"):
         trace.save(tmp_path / "trace.gif", tokenizer)
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="no"):
         trace.save(tmp_path / "no" / "trace.png", tokenizer)
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(DataError, match="on_step"):
         Trace().save(tmp_path / "trace.html", tokenizer)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open the page in")
-def test_a_browser_shows_the_step_that_the_address_names(tokenizer, tmp_path):
-    trace = traced(tokenizer)
+def test_browser_shows_step_of_address(tokenizer, tmp_path):
+    trace = make_trace(tokenizer)
     path = tmp_path / "trace.html"
     trace.save(path, tokenizer, caption="<i>mine</i>")
 
@@ -204,14 +206,14 @@ def test_a_browser_shows_the_step_that_the_address_names(tokenizer, tmp_path):
         return done.stdout
 
     for number, step in ((1, 0), (2, 4), (3, 9)):
-        record, page = trace.records[number - 1], look(f"sample={number}&step={step}&view=order")
-        tokens, _ = record.at(step)
-        gaps = record.start == MASKED
+        history, page = trace.histories[number - 1], look(f"sample={number}&step={step}&view=order")
+        tokens, _ = history.at(step)
+        gaps = history.start == MASKED
         cells = re.findall(r'<span data-position="(\d+)" class="([\w ]+)"', page)
         assert [int(position) for position, _ in cells] == list(range(1, len(tokens)))
         for position, classes in cells:
             kind = "given" if not gaps[int(position)] else "masked" if tokens[int(position)] == MASKED else "shown"
             assert kind in classes.split()
-        assert f"step {step} of {record.num_steps}" in page and "&lt;i&gt;mine&lt;/i&gt;" in page
+        assert f"step {step} of {history.num_steps}" in page and "&lt;i&gt;mine&lt;/i&gt;" in page
         shown = (gaps & (tokens != MASKED)).sum()
         assert f"{shown} of {gaps.sum()} tokens revealed" in page

@@ -3,17 +3,17 @@ import numpy as np
 import pytest
 
 from dlm_jax.sampling import SamplerConfig
-from dlm_jax.sampling.spec import block_ids, block_steps, planned_step, target
+from dlm_jax.sampling.spec import block_ids, block_steps, num_revealed, planned_step
 
 STEP_SCHEDULES = ("linear", "cosine")
-every_grid = pytest.mark.parametrize("step_schedule", STEP_SCHEDULES)
+every_schedule = pytest.mark.parametrize("step_schedule", STEP_SCHEDULES)
 
 
-@every_grid
+@every_schedule
 @pytest.mark.parametrize("steps", [1, 2, 7, 16, 64, 1000])
-def test_targets_rise_by_at_least_one_a_step_until_all_is_filled(step_schedule, steps):
+def test_each_step_reveals_at_least_one_until_all_are_filled(step_schedule, steps):
     number, step = np.arange(1, 80)[:, None], np.arange(steps + 3)
-    filled = np.asarray(target(SamplerConfig(step_schedule=step_schedule), step, number, steps))
+    filled = np.asarray(num_revealed(SamplerConfig(step_schedule=step_schedule), step, number, steps))
     taken = np.minimum(number, steps)  # a row with fewer gaps than steps is done early
     assert (filled[:, 0] == 0).all()
     for row, n, last in zip(filled, number[:, 0], taken[:, 0], strict=True):
@@ -22,22 +22,23 @@ def test_targets_rise_by_at_least_one_a_step_until_all_is_filled(step_schedule, 
         assert row.max() == n
 
 
-def test_linear_steps_are_even_and_cosine_ones_near_the_cosine():
+def test_linear_is_even_and_cosine_follows_cosine():
     number, steps = np.arange(1, 200)[:, None], np.array([1, 3, 10])
     for taken in steps:
         step = np.arange(taken + 1)
-        linear, cosine = (np.asarray(target(SamplerConfig(step_schedule=step_schedule), step, number, taken)) for step_schedule in STEP_SCHEDULES)
+        linear, cosine = (np.asarray(num_revealed(SamplerConfig(step_schedule=schedule), step, number, taken))
+                          for schedule in STEP_SCHEDULES)
         many = number[:, 0] >= taken
         assert (np.ptp(np.diff(linear[many]), axis=1) <= 1).all()
-        plenty = number[:, 0] >= 8 * taken**2  # where one a step is no constraint
-        wanted = number * (1 - np.cos(np.pi / 2 * step / taken))
-        assert (np.abs(cosine - wanted)[plenty] < 1).all()
+        plenty = number[:, 0] >= 8 * taken**2  # where one per step is no constraint
+        expected = number * (1 - np.cos(np.pi / 2 * step / taken))
+        assert (np.abs(cosine - expected)[plenty] < 1).all()
         assert (np.diff(cosine[plenty], 2) >= -1).all()  # few at first and many at the end
 
 
-@every_grid
-def test_a_planned_step_lands_in_its_share_of_the_grid(step_schedule):
-    """The linear one is the release's loop, drawn at once."""
+@every_schedule
+def test_planned_step_follows_schedule(step_schedule):
+    """The linear schedule has the law of the DiffuLLaMA reference implementation's loop."""
     steps, uniform = 7, (np.arange(70_000) + 0.5) / 70_000
     plan = np.asarray(planned_step(SamplerConfig(step_schedule=step_schedule), jnp.asarray(uniform), jnp.int32(steps)))
     assert (np.diff(plan) >= 0).all() and plan.min() == 0 and plan.max() == steps - 1
@@ -45,22 +46,22 @@ def test_a_planned_step_lands_in_its_share_of_the_grid(step_schedule):
     if step_schedule == "cosine":
         np.testing.assert_allclose(share, -np.diff(np.cos(np.pi / 2 * np.arange(steps + 1) / steps)), atol=1e-3)
         return
-    still, law = 1.0, []
-    for t in range(steps - 1, -1, -1):  # at forward s of T a masked token comes with 1/(t+1), t = T-1-s
-        law.append(still / (t + 1))
-        still -= law[-1]
+    masked, law = 1.0, []
+    for t in range(steps - 1, -1, -1):  # a masked token is revealed with probability 1/(t+1)
+        law.append(masked / (t + 1))
+        masked -= law[-1]
     np.testing.assert_allclose(share, law, atol=1e-3)
 
 
-@every_grid
-def test_no_uniform_number_falls_off_the_plan(step_schedule):
+@every_schedule
+def test_planned_step_is_in_range(step_schedule):
     for steps in (1, 2, 3, 64, 10_000):
         edge = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))], jnp.float32)
         first, last = planned_step(SamplerConfig(step_schedule=step_schedule), edge, jnp.int32(steps))
         assert first == 0 and last == steps - 1
 
 
-def test_blocks_cut_the_gaps_into_windows_from_left_to_right():
+def test_block_ids_are_windows_from_left_to_right():
     rng = np.random.default_rng(0)
     for chance, block_length in ((0.1, 3), (0.5, 4), (0.9, 1), (1.0, 7), (0.3, 100)):
         gaps = rng.random((6, 50)) < chance
@@ -74,15 +75,15 @@ def test_blocks_cut_the_gaps_into_windows_from_left_to_right():
             for block, start in zip(sorted(set(found)), sorted(starts), strict=True):
                 assert where[found == block].max() < start + block_length
                 later = where[found > block]
-                assert not len(later) or later.min() >= start + block_length  # a window takes all it can
+                assert not len(later) or later.min() >= start + block_length  # a window has all gaps in its range
 
 
-def test_without_blocks_all_gaps_are_in_one():
+def test_one_block_without_block_length():
     assert (block_ids(jnp.ones((2, 5), bool), None) == 0).all()
 
 
-def shares(numbers, num_steps):
-    """The steps of blocks with so many gaps each."""
+def steps_of_blocks(numbers, num_steps):
+    """Returns the steps of blocks with so many gaps each."""
     blocks = np.full((1, 160), -1)  # of one shape, so that little is compiled
     blocks[0, : sum(numbers)] = np.repeat(np.arange(len(numbers)), numbers)
     config = SamplerConfig(num_steps=num_steps)
@@ -90,19 +91,19 @@ def shares(numbers, num_steps):
                      for block in range(len(numbers))])
 
 
-def test_blocks_share_the_steps_by_their_gaps():
-    assert shares([8, 8, 8, 8], 8).tolist() == [2, 2, 2, 2]
-    assert shares([31, 11], 10).tolist() == [7, 3]
-    assert shares([1, 9], 2).tolist() == [1, 1] and shares([9, 1], 3).tolist() == [2, 1]
-    assert shares([8, 8, 4], 5).tolist() == [2, 2, 1] and shares([1, 1, 9], 4).tolist() == [1, 1, 2]
+def test_block_steps_are_proportional_to_gaps():
+    assert steps_of_blocks([8, 8, 8, 8], 8).tolist() == [2, 2, 2, 2]
+    assert steps_of_blocks([31, 11], 10).tolist() == [7, 3]
+    assert steps_of_blocks([1, 9], 2).tolist() == [1, 1] and steps_of_blocks([9, 1], 3).tolist() == [2, 1]
+    assert steps_of_blocks([8, 8, 4], 5).tolist() == [2, 2, 1] and steps_of_blocks([1, 1, 9], 4).tolist() == [1, 1, 2]
     rng = np.random.default_rng(1)
     for _ in range(100):
         blocks, num_steps = rng.integers(1, 12), int(rng.integers(1, 100))
-        even = shares(np.full(blocks, 8), num_steps)
+        even = steps_of_blocks(np.full(blocks, 8), num_steps)
         assert even.min() >= 1 and even.sum() == max(num_steps, blocks) and np.ptp(even) <= 1
         uneven = rng.integers(1, 12, blocks)
         uneven[0] = max(uneven[0], 2)
-        found = shares(uneven, num_steps)
+        found = steps_of_blocks(uneven, num_steps)
         assert found.min() >= 1 and found.sum() == max(num_steps, blocks)
         if num_steps <= uneven.sum():
             assert (found <= uneven).all()  # a step has something to reveal
@@ -111,7 +112,7 @@ def test_blocks_share_the_steps_by_their_gaps():
             assert (np.abs(found - share) < 1).all()
 
 
-def test_the_rows_of_a_batch_share_out_their_own_steps():
+def test_block_steps_per_row():
     gaps = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], bool)
     blocks = np.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
     found = [np.asarray(block_steps(SamplerConfig(num_steps=4), gaps, blocks, block)) for block in range(2)]
@@ -119,7 +120,7 @@ def test_the_rows_of_a_batch_share_out_their_own_steps():
     assert (np.array(found) >= 1).all()
 
 
-def test_policies_of_one_token_a_step_need_no_number_of_steps():
+def test_block_steps_without_num_steps():
     for policy in ("first_hitting", "threshold"):
         config = SamplerConfig(policy)
         assert config.steps is None

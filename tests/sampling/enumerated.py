@@ -1,4 +1,4 @@
-"""Networks small enough to enumerate, each told by its hidden states, which are already logits; and their laws."""
+"""Models of joint distributions small enough to enumerate, and the exact law of what a sampler makes of them."""
 
 import collections
 import dataclasses
@@ -15,15 +15,15 @@ _OFFSET = 1.5  # of all logits: some are positive and some are not
 
 
 @dataclasses.dataclass(frozen=True)
-class ToyConfig:
+class LogitsModelConfig:
     vocab_size: int
 
 
-class Toy(nnx.Module):
-    """`logits(tokens [batch, length])` gives [batch, length, vocab], aligned with the position it predicts."""
+class LogitsModel(nnx.Module):
+    """A model whose hidden states are its logits: `logits(tokens)` [batch, length, vocab], aligned with the tokens."""
 
     def __init__(self, logits, shift=True, vocab=None):
-        self.logits, self.shift, self.config = logits, shift, ToyConfig(vocab)
+        self.logits, self.shift, self.config = logits, shift, LogitsModelConfig(vocab)
 
     def hidden(self, tokens, attention):
         logits = self.logits(tokens)
@@ -33,7 +33,7 @@ class Toy(nnx.Module):
         return hidden
 
 
-class Joint:
+class JointDistribution:
     """A joint distribution of `length` tokens out of `vocab`, after a context token; the mask's id is `vocab`."""
 
     def __init__(self, vocab, length, seed=1):
@@ -42,7 +42,7 @@ class Joint:
         self.probability = np.random.default_rng(seed).dirichlet(np.full(len(self.outcomes), 0.3))
 
     def logits(self, tokens):
-        """Log conditional marginals given the unmasked tokens, plus a constant; a spurious mass on the mask itself."""
+        """Returns log marginals given the unmasked tokens, plus a constant; and a spurious logit for the mask token."""
         seen = tokens[:, None, 1:]
         match = ((seen == self.outcomes) | (seen == self.mask)).all(-1)  # [batch, outcomes]
         weight = jnp.where(match, jnp.asarray(self.probability, jnp.float32), 0)
@@ -52,20 +52,20 @@ class Joint:
         return jnp.pad(logits, ((0, 0), (1, 0), (0, 1)), constant_values=5.0)
 
     def law(self, given=()):
-        """The probability of each outcome, where the gaps are the None of `given`; () for gaps everywhere."""
+        """Returns the probability of each outcome; gaps are the None of `given`, () for gaps everywhere."""
         match = np.all([(token is None) | (self.outcomes[:, n] == token) for n, token in enumerate(given)] or 1, axis=0)
         weight = self.probability * match
         return {tuple(outcome): p for outcome, p in zip(self.outcomes.tolist(), weight / weight.sum(), strict=True)}
 
     def marginals(self, state):
-        """[length, vocab] given `state`, a tuple of tokens and None."""
+        """Returns the marginals [length, vocab] given `state`, a tuple of tokens and None."""
         match = np.all([(self.outcomes[:, n] == token) | (token is None) for n, token in enumerate(state)], axis=0)
         weight = self.probability * match / (self.probability * match).sum()
         return np.stack([np.bincount(self.outcomes[:, n], weight, self.vocab) for n in range(self.length)])
 
 
 def truncated(p, temperature=1.0, top_p=None, top_k=None):
-    """The definition of temperature, top-k and top-p by a sort, for probabilities `p` [vocab]."""
+    """Applies temperature, top-k and top-p to probabilities `p` [vocab], by a sort."""
     p = p ** (1 / temperature)
     p = p / p.sum()
     order = np.argsort(-p)
@@ -85,17 +85,17 @@ SCORES = {
 }
 
 
-class Reference:
-    """What the sampler should do to a `Joint`, one step at a time, in probabilities.
+class ReferenceSampler:
+    """Computes the law of a sampler on a `JointDistribution`, step by step.
 
     Args:
-      policy: "random" (each masked position by itself, with a given chance), "exact" (a given number of them, by
-        chance), or one of SCORES (the given number of best candidates).
-      blocks: what happens in each: the positions of its gaps, and for every step how many of them are filled at its
-        end (for "random": the chance of each that is masked).
-      given: the outcome's given tokens, None where there is a gap.
+      policy: "random" (each masked position independently), "exact" (a fixed number of random positions), or one of
+        SCORES (a fixed number of best candidates).
+      blocks: for each block the positions of its gaps, and for every step how many of them are filled after it (for
+        "random": the probability that a masked one is revealed).
+      given: the given tokens, None in gaps.
       threshold: candidates of this probability are revealed whatever the number.
-      penalty: of repetition; `context` is the token at position 0.
+      penalty: the repetition penalty; `context` is the token at position 0.
     """
 
     def __init__(self, joint, policy, blocks, *, given=None, remask=0.0, threshold=np.inf, cfg_scale=0.0, penalty=1.0,
@@ -107,18 +107,18 @@ class Reference:
         self.follow, self.predict = functools.cache(self._follow), functools.cache(self._predict)
 
     def law(self):
-        """The probability of every outcome."""
+        """Returns the probability of every outcome."""
         return dict.fromkeys(map(tuple, self.joint.outcomes.tolist()), 0.0) | self.follow(self.given, 0, 0)
 
     def _follow(self, state, block, steps_in_block):
-        """The law of what becomes of a state."""
+        """Returns the law of the outcomes of a state."""
         if block == len(self.blocks):
             return {state: 1.0}
         here, numbers = self.blocks[block]
         if all(state[n] is not None for n in here):
             return self.follow(state, block + 1, 0)
         law = collections.Counter()
-        for weight, left in self._forget(state, here, steps_in_block + 1 == len(numbers)):
+        for weight, left in self._remask(state, here, steps_in_block + 1 == len(numbers)):
             masked = [n for n in here if left[n] is None]
             for chance, tokens in self._reveal(left, masked, numbers[steps_in_block], len(here) - len(masked)):
                 then = tuple(tokens.get(n, token) for n, token in enumerate(left))
@@ -126,38 +126,38 @@ class Reference:
                     law[outcome] += weight * chance * p
         return law
 
-    def _forget(self, state, here, last):
+    def _remask(self, state, here, last):
         filled = [n for n in here if state[n] is not None and self.remask and not last]
-        for forgotten in subsets(filled):
-            weight = self.remask ** len(forgotten) * (1 - self.remask) ** (len(filled) - len(forgotten))
-            yield weight, tuple(None if n in forgotten else token for n, token in enumerate(state))
+        for remasked in subsets(filled):
+            weight = self.remask ** len(remasked) * (1 - self.remask) ** (len(filled) - len(remasked))
+            yield weight, tuple(None if n in remasked else token for n, token in enumerate(state))
 
     def _reveal(self, state, masked, number, filled):
-        p, drawn = self.predict(state)
+        p, sampled = self.predict(state)
 
-        def draws(positions):
+        def candidates(positions):
             for tokens in itertools.product(range(self.joint.vocab), repeat=len(positions)):
-                chance = np.prod([drawn[n][token] for n, token in zip(positions, tokens, strict=True)])
+                chance = np.prod([sampled[n][token] for n, token in zip(positions, tokens, strict=True)])
                 if chance > 0:
                     yield chance, dict(zip(positions, tokens, strict=True))
 
         if self.policy == "random":
             for chosen in subsets(masked):
                 weight = number ** len(chosen) * (1 - number) ** (len(masked) - len(chosen))
-                yield from ((weight * chance, tokens) for chance, tokens in draws(chosen) if weight)
+                yield from ((weight * chance, tokens) for chance, tokens in candidates(chosen) if weight)
             return
         count = max(number - filled, 1)
         if self.policy == "exact":
             ways = list(itertools.combinations(masked, count))
             for chosen in ways:
-                yield from ((chance / len(ways), tokens) for chance, tokens in draws(chosen))
+                yield from ((chance / len(ways), tokens) for chance, tokens in candidates(chosen))
             return
-        for chance, tokens in draws(masked):
+        for chance, tokens in candidates(masked):
             best = sorted(masked, key=lambda n: -SCORES[self.policy](p[n], tokens[n]))[:count]
             yield chance, {n: token for n, token in tokens.items() if n in best or p[n][token] >= self.threshold}
 
     def _predict(self, state):
-        """What candidates are judged by and what they are drawn from, each {masked position: [vocab]}."""
+        """Returns the probabilities for scores and those for sampling, each {masked position: [vocab]}."""
         masked = [n for n, token in enumerate(state) if token is None]
         logits = np.log(self.joint.marginals(state)[masked]) + _OFFSET
         if self.cfg_scale:
@@ -180,11 +180,11 @@ def subsets(items):
 
 
 def assert_follows(law, samples):
-    """Chi-square of the drawn rows against the enumerated law, outcomes of few expected counts taken together."""
-    drawn = collections.Counter(map(tuple, np.asarray(samples).tolist()))
-    assert all(law[row] > 0 for row in drawn)
+    """Tests samples against a law by chi-square, with outcomes of few expected counts merged."""
+    sampled = collections.Counter(map(tuple, np.asarray(samples).tolist()))
+    assert all(law[row] > 0 for row in sampled)
     expected = np.array([p * len(samples) for p in law.values()])
-    observed = np.array([drawn[row] for row in law])
+    observed = np.array([sampled[row] for row in law])
     rare = expected < 10
     expected, observed = (np.append(x[~rare], x[rare].sum()) for x in (expected, observed))
     keep = expected > 0

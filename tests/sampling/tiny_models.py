@@ -1,4 +1,4 @@
-"""Small transformers, batches for them, and a short way to sample them."""
+"""Tiny transformers with random weights, batches for them, and settings that cover the sampler."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.models import ModelConfig, abstract_model
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
@@ -22,12 +23,12 @@ _KINDS = {
 
 @functools.cache
 def tiny(kind, **changes):
-    """A random network of one of three kinds, which differ in positions, heads and window."""
+    """Returns a random network of one of three kinds, which differ in positions, heads and window."""
     return random_model(ModelConfig(kind, **_SIZES | _KINDS[kind] | changes))
 
 
 def random_model(config, scale=0.3):
-    """Every parameter at random, biases too, whose zeros would hide mistakes; from numpy, which compiles nothing."""
+    """Returns a model with random parameters, biases too, whose zeros would hide mistakes; by NumPy: no compilation."""
     rng = np.random.default_rng(0)
     graphdef, shapes = nnx.split(abstract_model(config))
 
@@ -38,21 +39,23 @@ def random_model(config, scale=0.3):
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
 
 
-def keys_of(count, seed=0):
+def make_keys(count, seed=0):
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
 
 
-def run(network, tokens, fixed, lengths=None, *, keys=None, mask=MASK, shift=True, eos=None, stop=False, **config):
-    """A `Sample` of numpy arrays; `eos` is a token that ends a text, or several."""
+def run_sampler(network, tokens, fixed, lengths=None, *, keys=None, mask=MASK, shift=True, eos=None, stop=False,
+                **config):
+    """Returns a `Sample` of NumPy arrays; `eos` is a token that ends a text, or several."""
     tokens = np.asarray(tokens)
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
-    keys = keys_of(len(tokens)) if keys is None else keys
-    spec = SamplingSpec(SamplerConfig(**config), mask, shift, () if eos is None else tuple(np.atleast_1d(eos).tolist()), stop)
+    keys = make_keys(len(tokens)) if keys is None else keys
+    ends = () if eos is None else tuple(np.atleast_1d(eos).tolist())
+    spec = SamplingSpec(SamplerConfig(**config), DiffusionSpec(mask, shift), ends, stop)
     return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, spec))
 
 
-def problem(policy="confidence", seed=0):
-    """Four rows of different lengths: tokens, what is given, and lengths; gaps here and there, or a prompt."""
+def make_batch(policy="confidence", seed=0):
+    """Returns tokens, where they are given, and lengths of four rows: scattered gaps, or prompts."""
     rng = np.random.default_rng(seed)
     tokens, lengths = rng.integers(0, 60, (4, 40)), np.array([40, 17, 29, 3])
     fixed = rng.random(tokens.shape) < 0.3
@@ -66,7 +69,7 @@ def is_gap(fixed, lengths):
     return ~fixed & (positions > 0) & (positions < lengths[:, None])
 
 
-# Every policy, and every setting with at least one of them: a name, a kind of network, and settings.
+# Every policy, and every setting with at least one of them: name, kind of network, settings.
 SETTINGS = [
     ("random", "gpt2", dict(policy="random", num_steps=6, step_schedule="cosine", top_p=0.9)),
     ("random in blocks", "llama", dict(policy="random", num_steps=12, block_length=10, temperature=0.8)),

@@ -1,0 +1,135 @@
+"""The sampling loop: fills the gaps of a batch, as one compiled program (`sample`) or one step at a time (`stream`)."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dlm_jax.errors import ConfigError
+from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, State, find_gaps, pending_mask
+from dlm_jax.sampling.steppers import make_stepper
+from dlm_jax.sampling.text import bucket
+
+
+class Sample(NamedTuple):
+    """A sampled batch.
+
+    Attributes:
+      tokens: int32 [batch, length], every gap filled; with `stop_at_eos`, positions after the end of text hold the
+        first of `eos_token_ids`.
+      confidence: float32 [batch, length], the log-probability of each token when it was sampled, 0 where given.
+      steps: int32 [batch], the forward passes that each row needed.
+    """
+
+    tokens: jax.Array
+    confidence: jax.Array
+    steps: jax.Array
+
+
+def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+           spec: SamplingSpec) -> Sample:
+    """Fills the gaps of a batch.
+
+    A row's result depends on its own tokens and key, never on other rows, padding or the batch size.
+
+    Args:
+      tokens: int32 [batch, length]; values in gaps are ignored.
+      fixed: bool [batch, length], True where the token is given. Position 0 is context and always given.
+      lengths: int32 [batch]; later positions are padding, never seen and never filled.
+      keys: random keys [batch].
+
+    Raises:
+      ConfigError: the policy cannot fill these gaps: one token per step in too few steps; no mask token; or, for
+        autoregressive decoding and models with blocks, text after a gap or a model without the shift.
+    """
+    spec = _resolve(spec, fixed, lengths)
+    return _sample(*nnx.split(model), *_as_inputs(tokens, fixed, lengths), keys, spec)
+
+
+def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+           spec: SamplingSpec) -> Iterator[State]:
+    """Does what `sample` does, one compiled step at a time: yields the state before the first step and after each."""
+    spec = _resolve(spec, fixed, lengths)
+    graphdef, params = nnx.split(model)
+    inputs, state, more = _start(graphdef, params, *_as_inputs(tokens, fixed, lengths), keys, spec)
+    yield state
+    while more:
+        state, more = _step(graphdef, params, inputs, state, spec)
+        yield state if more else state._replace(tokens=_final_tokens(spec, state))
+
+
+def _resolve(spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> SamplingSpec:
+    """Checks that the policy can fill the gaps; returns the spec with its prompt width."""
+    config, diffusion = spec.config, spec.diffusion
+    gaps, prompt, inside = (int(number) for number in _measure(fixed, lengths))
+    if config.policy == "first_hitting" and config.num_steps is not None and gaps > config.num_steps:
+        raise ConfigError(f"first_hitting reveals one token per step, which is too slow for {gaps} tokens in "
+                          f"{config.num_steps} steps; remove num_steps, or choose random_exact")
+    if config.policy != "autoregressive" and diffusion.mask_token_id is None:
+        raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
+    if config.policy != "autoregressive" and diffusion.blocks is None:
+        return spec
+    if diffusion.blocks is not None:
+        for name, unset in (("block_length", None), ("cache", "none"), ("cfg_scale", 0.0)):
+            if getattr(config, name) != unset:
+                raise ConfigError(f"this model has blocks and an exact cache of its own; remove {name}")
+    if config.policy == "autoregressive" and not diffusion.shift:
+        raise ConfigError("autoregressive decoding needs outputs that predict the next token, and this model was "
+                          "trained without the shift; choose another policy")
+    if inside and diffusion.blocks is not None:
+        raise ConfigError("a model with blocks does not see text after a gap; continue a text with it, or fill gaps "
+                          "with a model trained on entire rows")
+    if inside:
+        raise ConfigError("autoregressive decoding cannot fill a gap with text after it; choose another policy")
+    return dataclasses.replace(spec, prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
+
+
+@jax.jit
+def _measure(fixed: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the most gaps per row, the most given tokens, and whether a row has a given token after a gap."""
+    gaps = find_gaps(fixed, lengths)
+    given = lengths - gaps.sum(axis=1)
+    return gaps.sum(axis=1).max(), given.max(), (gaps & (jnp.arange(fixed.shape[1]) < given[:, None])).any()
+
+
+def _as_inputs(tokens: jax.Array, fixed: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
+    """Converts to the compiled types. NumPy arrays are copied: JAX may read them after the caller has changed them."""
+    def convert(x: jax.Array, dtype: type) -> jax.Array:
+        return x.astype(dtype) if isinstance(x, jax.Array) else np.array(x, dtype)
+
+    return convert(tokens, np.int32), convert(fixed, bool), convert(lengths, np.int32)
+
+
+def _final_tokens(spec: SamplingSpec, state: State) -> jax.Array:
+    """Returns the tokens with EOS where a position is still masked, which is after the end of the text."""
+    return jnp.where(state.masked, spec.eos_token_ids[0], state.tokens) if spec.stop_at_eos else state.tokens
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "spec"))
+def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+            keys: jax.Array, spec: SamplingSpec) -> Sample:
+    stepper = make_stepper(nnx.merge(graphdef, params), spec)
+    inputs, state = stepper.start(tokens, fixed, lengths, keys)
+    state = jax.lax.while_loop(lambda state: pending_mask(spec, inputs, state).any(),
+                               functools.partial(stepper.advance, inputs), state)
+    return Sample(_final_tokens(spec, state), state.confidence, state.steps)
+
+
+# Unused parameters are kept so that the state is on their devices, as it is after a step: `_step` compiles once.
+@functools.partial(jax.jit, static_argnames=("graphdef", "spec"), keep_unused=True)
+def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+           spec: SamplingSpec) -> tuple[SamplingInputs, State, jax.Array]:
+    inputs, state = make_stepper(nnx.merge(graphdef, params), spec).start(tokens, fixed, lengths, keys)
+    return inputs, state, pending_mask(spec, inputs, state).any()
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "spec"))
+def _step(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: State,
+          spec: SamplingSpec) -> tuple[State, jax.Array]:
+    state = make_stepper(nnx.merge(graphdef, params), spec).advance(inputs, state)
+    return state, pending_mask(spec, inputs, state).any()

@@ -1,0 +1,300 @@
+"""One step of sampling: by denoising entire rows, by denoising one block after another, or autoregressively.
+
+A step is one forward pass and the tokens that it reveals. This is the one place where sampling undoes the shift.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.models import Cache
+from dlm_jax.sampling.config import POLICIES
+from dlm_jax.sampling.spec import (
+    DecodeFrontier,
+    Network,
+    SamplingInputs,
+    SamplingSpec,
+    State,
+    block_ids,
+    block_steps,
+    find_gaps,
+    num_revealed,
+    pending_mask,
+    planned_step,
+)
+from dlm_jax.sampling.tokens import sample_tokens
+
+_PREFIX_WIDTHS = 4  # compiled widths of what follows a cached prefix
+
+
+class Stepper(Protocol):
+    """How a kind of model or policy fills gaps."""
+
+    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+              keys: jax.Array) -> tuple[SamplingInputs, State]:
+        """Returns the state with every gap masked; arguments as in `sampler.sample`."""
+
+    def advance(self, inputs: SamplingInputs, state: State) -> State:
+        """Returns the state after one forward pass of the batch."""
+
+
+def make_stepper(network: Network, spec: SamplingSpec) -> Stepper:
+    """Returns the stepper for the policy and the model."""
+    if spec.config.policy == "autoregressive":
+        return AutoregressiveStepper(network, spec)
+    return (DenoisingStepper if spec.diffusion.blocks is None else BlockStepper)(network, spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoisingStepper:
+    """Denoises entire rows, all of a batch in the same block: a row that has filled its own waits for the others."""
+
+    network: Network
+    spec: SamplingSpec
+
+    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+              keys: jax.Array) -> tuple[SamplingInputs, State]:
+        config, gaps = self.spec.config, find_gaps(fixed, lengths)
+        inputs = SamplingInputs(gaps, block_ids(gaps, config.block_length), lengths, keys)
+        cache = None
+        if config.cache != "none":
+            rows = 2 * len(tokens) if config.cfg_scale else len(tokens)
+            cache = Cache.empty(self.network.config, rows, tokens.shape[1], self.network.compute.dtype)
+        return inputs, _masked_state(tokens, gaps, self.spec.diffusion.mask_token_id, jnp.int32(0), cache)
+
+    def advance(self, inputs: SamplingInputs, state: State) -> State:
+        spec, config, policy = self.spec, self.spec.config, POLICIES[self.spec.config.policy]
+        length = state.tokens.shape[1]
+        plan_keys, step_keys = _fold(inputs.keys, 0), _fold(inputs.keys, 1)
+        step_keys = jax.vmap(jax.random.fold_in)(step_keys, state.steps)
+
+        here = inputs.gaps & (inputs.block_ids == state.block.reshape(-1, 1))
+        number, steps = here.sum(axis=1), block_steps(config, inputs.gaps, inputs.block_ids, state.block)
+        active = here & pending_mask(spec, inputs, state)
+        unfinished = active.any(axis=1)
+        if config.remask:
+            may_remask = unfinished & (state.steps_in_block + 1 < jnp.minimum(steps, number))
+            remask = here & ~state.masked & may_remask[:, None]
+            remask &= _uniform(_fold(step_keys, 0), length) < config.remask
+            state = state._replace(tokens=jnp.where(remask, spec.diffusion.mask_token_id, state.tokens),
+                                   masked=state.masked | remask)
+            active = here & pending_mask(spec, inputs, state)
+        count = num_revealed(config, state.steps_in_block + 1, number, steps) - (here & ~state.masked).sum(axis=1)
+        count = jnp.maximum(count, 1)
+
+        window, hidden, cache, frontier = self._predict(inputs, state, here)
+        rows = jnp.arange(len(here))[:, None]
+
+        def sample_at(positions: jax.Array) -> tuple[jax.Array, ...]:
+            """Returns tokens, log-probabilities and scores [batch, length], defined where `positions` is True."""
+            chosen = jnp.take_along_axis(positions, jnp.minimum(window, length - 1), axis=1) & (window < length)
+            sampled = sample_tokens(self.network, spec, hidden, chosen, window, inputs, state, _fold(step_keys, 1))
+            return tuple(jnp.zeros(here.shape, x.dtype).at[rows, window].set(x, mode="drop") for x in sampled)
+
+        if policy.independent:
+            step = planned_step(config, _uniform(plan_keys, length), steps[:, None])
+            step = jnp.where(active, step, steps[:, None])
+            # Each row jumps to the next of its steps that reveals something: the others would change nothing.
+            reveal = active & (step == step.min(axis=1, keepdims=True))
+            tokens, confidence, _ = sample_at(reveal)
+        elif policy.score is None:
+            reveal = _highest(_uniform(_fold(step_keys, 2), length), active, count)
+            tokens, confidence, _ = sample_at(reveal)
+        else:
+            tokens, confidence, score = sample_at(active)
+            reveal = _highest(score, active, count)
+            if config.reveal_threshold is not None:
+                reveal |= active & (confidence >= jnp.log(config.reveal_threshold))
+
+        state = _reveal(state, reveal, tokens, confidence, unfinished)._replace(cache=cache)
+        block = self._current_block(inputs, state)
+        moved = block != state.block
+        if frontier is not None:
+            frontier = frontier._replace(pending=moved)
+        return state._replace(block=block, steps_in_block=jnp.where(moved, 0, state.steps_in_block), frontier=frontier)
+
+    def _current_block(self, inputs: SamplingInputs, state: State) -> jax.Array:
+        """Returns the first block of any row that is not full, int32."""
+        return _first_pending_block(self.spec, inputs, state).min()
+
+    def _predict(self, inputs: SamplingInputs, state: State,
+                 here: jax.Array) -> tuple[jax.Array, jax.Array, Cache | None, None]:
+        """Runs the network on the block, and on all that is not cached or not fresh.
+
+        Args:
+          here: bool [batch, length], the gaps of the block.
+
+        Returns:
+          The positions of the block int [batch, width], where positions past the row's end have no meaning; the hidden
+          states that predict them [batch, width, embed], with guidance twice the batch: with the given tokens, then
+          without; and the cache.
+        """
+        spec, config, shift = self.spec, self.spec.config, self.spec.diffusion.shift
+        tokens, lengths = state.tokens, inputs.lengths
+        length = tokens.shape[1]
+        start, width = jnp.maximum(jnp.argmax(here, axis=1), 1), min(config.block_length or length, length)
+        window = start[:, None] + jnp.arange(width)
+        first = start - shift  # the state here predicts position `start`
+        if config.cfg_scale:
+            given = ~inputs.gaps & (jnp.arange(length) > 0)
+            tokens = jnp.concatenate([tokens, jnp.where(given, spec.diffusion.mask_token_id, tokens)])
+            lengths, first = jnp.tile(lengths, 2), jnp.tile(first, 2)
+        attention = AttentionMask.bidirectional().with_lengths(lengths)
+
+        def run_row(cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+            if cache is None:
+                hidden = self.network.hidden(tokens, attention)
+            else:
+                positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+                hidden, cache = self.network.cached_hidden(tokens, attention, positions, cache)
+            at = jnp.minimum(first[:, None] + jnp.arange(width), length - 1)
+            return jnp.take_along_axis(hidden, at[:, :, None], axis=1), cache
+
+        def run_window(cache: Cache, size: int) -> tuple[jax.Array, Cache]:
+            at = first[:, None] + jnp.arange(size)
+            some = jnp.take_along_axis(tokens, jnp.minimum(at, length - 1), axis=1)
+            hidden, cache = self.network.cached_hidden(some, attention, at, cache)
+            return hidden[:, :width], cache
+
+        if config.cache == "none":
+            return window, *run_row(None), None
+        narrowest = min(width + shift, length)
+        widths = [narrowest]
+        if config.cache == "prefix":
+            widths = sorted({max(-(-length * i // _PREFIX_WIDTHS), narrowest) for i in range(1, _PREFIX_WIDTHS + 1)})
+        index = jnp.searchsorted(jnp.array(widths), (lengths - first).max()) if len(widths) > 1 else 0
+        branches = [lambda cache, size=size: run_window(cache, size) for size in widths]
+        interval = config.cache_refresh_interval
+        refresh = state.steps_in_block == 0 if interval is None else state.steps_in_block % interval == 0
+        hidden, cache = jax.lax.cond(refresh, run_row, lambda cache: jax.lax.switch(index, branches, cache),
+                                     state.cache)
+        return window, hidden, cache, None
+
+
+class BlockStepper(DenoisingStepper):
+    """Denoises one block after another, with a model trained by block diffusion and an exact cache.
+
+    Clean text sees nothing after its block, so its keys and values never change and are cached. A step computes the
+    tokens of the current block alone, which see each other and the cache. When a block is full, its clean keys and
+    values are computed together with the first step of the next. Each row is in a block of its own.
+    """
+
+    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+              keys: jax.Array) -> tuple[SamplingInputs, State]:
+        blocks, gaps, width = self.spec.diffusion.blocks, find_gaps(fixed, lengths), self.spec.prompt_width
+        ids = jnp.broadcast_to(jnp.arange(tokens.shape[1]) // blocks.size, gaps.shape)
+        inputs = SamplingInputs(gaps, ids, lengths, keys)
+        state = _masked_state(tokens, gaps, self.spec.diffusion.mask_token_id, jnp.zeros_like(lengths))
+        block = self._current_block(inputs, state)
+        hidden, cache = _prefill(self.network, state.tokens, width, blocks.prefill_mask().with_lengths(lengths))
+        last = jnp.clip(block * blocks.size - 1, 0, width - 1)
+        frontier = DecodeFrontier(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
+                                  jnp.zeros(len(gaps), bool))
+        return inputs, state._replace(block=block, cache=cache, frontier=frontier)
+
+    def _current_block(self, inputs: SamplingInputs, state: State) -> jax.Array:
+        """Returns each row's first block that is not full, int32 [batch]."""
+        return _first_pending_block(self.spec, inputs, state)
+
+    def _predict(self, inputs: SamplingInputs, state: State,
+                 here: jax.Array) -> tuple[jax.Array, jax.Array, Cache, DecodeFrontier]:
+        """Returns the positions of each row's block, the states that predict them, the cache and the frontier."""
+        diffusion, frontier, length = self.spec.diffusion, state.frontier, state.tokens.shape[1]
+        size = diffusion.blocks.size
+        start = state.block * size
+        attention = diffusion.blocks.decode_mask(start).with_lengths(inputs.lengths)
+
+        def run(first: int, cache: Cache) -> tuple[jax.Array, Cache]:
+            """Returns the states from `first` positions after each block's start to its end."""
+            at = start[:, None] + jnp.arange(first, size)
+            tokens = jnp.take_along_axis(state.tokens, jnp.clip(at, 0, length - 1), axis=1)
+            return self.network.cached_hidden(tokens, attention, jnp.where(at < 0, length, at), cache)  # not cached
+
+        def with_previous_block(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+            hidden, cache = run(-size, cache)
+            last = jnp.where(frontier.pending[:, None], hidden[:, size - 1], frontier.hidden)
+            return hidden[:, size:], last, cache
+
+        def without(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+            hidden, cache = run(0, cache)
+            return hidden, frontier.hidden, cache
+
+        hidden, last, cache = jax.lax.cond(frontier.pending.any(), with_previous_block, without, state.cache)
+        if diffusion.shift:
+            hidden = jnp.concatenate([last[:, None], hidden[:, :-1]], axis=1)
+        width = min(size, length)
+        return start[:, None] + jnp.arange(width), hidden[:, :width], cache, frontier._replace(hidden=last)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveStepper:
+    """Decodes from left to right with cached keys and values, as AR parents do: the baseline of every comparison."""
+
+    network: Network
+    spec: SamplingSpec
+
+    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+              keys: jax.Array) -> tuple[SamplingInputs, State]:
+        gaps = find_gaps(fixed, lengths)
+        state = _masked_state(tokens, gaps, 0, jnp.int32(0))
+        _, cache = _prefill(self.network, state.tokens, self.spec.prompt_width, AttentionMask.causal())
+        return SamplingInputs(gaps, jnp.zeros(gaps.shape, jnp.int32), lengths, keys), state._replace(cache=cache)
+
+    def advance(self, inputs: SamplingInputs, state: State) -> State:
+        unfinished = pending_mask(self.spec, inputs, state).any(axis=1)
+        at = jnp.argmax(state.masked, axis=1)[:, None]  # [batch, 1], the first position without a token
+        last = jnp.maximum(at - 1, 0)
+        hidden, cache = self.network.cached_hidden(jnp.take_along_axis(state.tokens, last, axis=1),
+                                                   AttentionMask.causal(), last, state.cache)
+        tokens, confidence, _ = sample_tokens(self.network, self.spec, hidden, unfinished[:, None], at, inputs, state,
+                                              inputs.keys)
+        reveal = unfinished[:, None] & (jnp.arange(state.tokens.shape[1]) == at)
+        return _reveal(state, reveal, tokens, confidence, unfinished)._replace(cache=cache)
+
+
+def _masked_state(tokens: jax.Array, gaps: jax.Array, mask_token_id: int, block: jax.Array,
+                  cache: Cache | None = None) -> State:
+    """Returns the state before the first step; `block` also has the shape of the count of steps."""
+    return State(jnp.where(gaps, mask_token_id, tokens), masked=gaps, confidence=jnp.zeros(gaps.shape),
+                 steps=jnp.zeros(len(gaps), jnp.int32), block=block, steps_in_block=jnp.zeros_like(block), cache=cache)
+
+
+def _prefill(network: Network, tokens: jax.Array, width: int, attention: AttentionMask) -> tuple[jax.Array, Cache]:
+    """Returns the states [batch, width, embed] and the cache of prompts of any lengths up to `width`.
+
+    Entries past a prompt's end are overwritten before any query sees them.
+    """
+    prompts = tokens[:, :width]
+    cache = Cache.empty(network.config, *tokens.shape, network.compute.dtype)
+    return network.cached_hidden(prompts, attention, jnp.broadcast_to(jnp.arange(width), prompts.shape), cache)
+
+
+def _reveal(state: State, reveal: jax.Array, tokens: jax.Array, confidence: jax.Array, unfinished: jax.Array) -> State:
+    return state._replace(
+        tokens=jnp.where(reveal, tokens, state.tokens), masked=state.masked & ~reveal,
+        confidence=jnp.where(reveal, confidence, state.confidence), steps=state.steps + unfinished,
+        steps_in_block=state.steps_in_block + 1)
+
+
+def _first_pending_block(spec: SamplingSpec, inputs: SamplingInputs, state: State) -> jax.Array:
+    pending = pending_mask(spec, inputs, state)
+    return jnp.where(pending, inputs.block_ids, pending.shape[1]).min(axis=1)
+
+
+def _highest(score: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns the `count` [batch] highest of the `active` scores [batch, length], bool; of equals the leftmost."""
+    order = jnp.lexsort((-score, ~active), axis=1)  # active ones first, the best of them first
+    return active & (jnp.argsort(order, axis=1) < count[:, None])
+
+
+def _fold(keys: jax.Array, site: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, site)
+
+
+def _uniform(keys: jax.Array, length: int) -> jax.Array:
+    """Returns uniform [0, 1) numbers [batch, length], a function of the row's key and the position alone."""
+    by_position = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(length))
+    return jax.vmap(jax.vmap(jax.random.uniform))(by_position)

@@ -1,0 +1,186 @@
+"""Steps: which caches are exact, and which entries of the others are stale; blocks; autoregressive decoding."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.diffusion import BlockSpec, DiffusionSpec
+from dlm_jax.sampling import SamplerConfig, SamplingSpec, sampler
+from tests.sampling.tiny_models import EOS, MASK, is_gap, make_batch, make_keys, run_sampler, tiny
+
+SETTINGS = dict(policy="confidence", num_steps=20, block_length=8, temperature=0.8)
+
+
+@functools.cache
+def cached_tokens(kind, layers, **settings):
+    return run_sampler(tiny(kind, num_layers=layers), *make_batch(), **SETTINGS | settings).tokens
+
+
+@pytest.mark.parametrize(("kind", "cache"), [("llama", "prefix"), ("gpt2", "dual")])
+def test_cache_refreshed_at_every_step_is_exact_and_stale_one_is_not(kind, cache):
+    fresh = cached_tokens(kind, 2, cache=cache, cache_refresh_interval=1)
+    np.testing.assert_array_equal(fresh, cached_tokens(kind, 2))
+    assert (cached_tokens(kind, 2, cache=cache) != fresh).any()
+
+
+@pytest.mark.parametrize(("kind", "cache"), [("gpt2", "prefix"), ("window", "dual")])
+@pytest.mark.parametrize(("cfg_scale", "shift"), [(0.0, True), (0.5, False)], ids=["plain", "guidance and no shift"])
+def test_cache_of_one_layer_is_exact(kind, cache, cfg_scale, shift):
+    """The first layer's keys and values depend on the token at their position alone, and only the block changes."""
+    np.testing.assert_array_equal(cached_tokens(kind, 1, cache=cache, cfg_scale=cfg_scale, shift=shift),
+                                  cached_tokens(kind, 1, cfg_scale=cfg_scale, shift=shift))
+
+
+@pytest.mark.parametrize(("kind", "cache"), [("llama", "prefix"), ("gpt2", "dual")])
+def test_cache_with_block_as_long_as_row_is_exact(kind, cache):
+    tokens, fixed, lengths = make_batch()
+    for num_steps, given in ((1, fixed), (5, np.arange(40) < np.ones((4, 1)))):
+        settings = SETTINGS | dict(block_length=40, num_steps=num_steps)
+        found, expected = (run_sampler(tiny(kind), tokens, given, lengths, **settings, **more).tokens
+                           for more in (dict(cache=cache), {}))
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_stale_entries_are_outside_the_block(cache):
+    """From a block's second step on, cached keys are those of its first step outside the block, and fresh inside."""
+    model, (tokens, fixed, lengths) = tiny("llama"), make_batch()
+    spec = SamplingSpec(SamplerConfig(**SETTINGS, cache=cache), DiffusionSpec(MASK))
+    states = list(sampler.stream(model, tokens, fixed, lengths, make_keys(4), spec))
+    gaps = is_gap(fixed, lengths)
+    begin, end = [i for i, state in enumerate(states) if state.steps_in_block == 0 and i > 0][:2]
+    assert end - begin > 2
+    now, last = states[end - 1], states[end - 2]  # `now` was computed from the tokens of `last`
+    kept = np.asarray(states[begin + 1].cache.value)  # all keys and values as of the block's first step
+    found = np.asarray(now.cache.value)
+    fresh = model.cached_hidden(last.tokens, AttentionMask.bidirectional().with_lengths(jnp.asarray(lengths)),
+                                jnp.broadcast_to(jnp.arange(40), (4, 40)), states[begin].cache)[1].value
+    for row in range(4):
+        here = np.flatnonzero(gaps[row] & in_block(gaps[row], int(now.block)))
+        if not len(here) or not (np.asarray(last.masked[row])[here]).any():
+            continue
+        at, inside = np.arange(lengths[row]), np.arange(here[0] - 1, min(here[0] + 8, lengths[row]))
+        stale = at[at < inside[0]] if cache == "prefix" else np.setdiff1d(at, inside)
+        np.testing.assert_array_equal(found[:, row, stale], kept[:, row, stale])
+        assert (np.abs(found[1][row, stale] - fresh[1][row, stale]) > 1e-6).any()
+        np.testing.assert_allclose(found[0][row, :], fresh[0][row, :], atol=1e-5)
+        assert (np.abs(found[1][row, inside] - kept[1][row, inside]) > 1e-6).any()
+
+
+def in_block(gaps, number):
+    """Returns which positions are in the block of this number, by a loop over the row."""
+    block, end, inside = -1, 0, np.zeros(len(gaps), bool)
+    for position in np.flatnonzero(gaps):
+        if position >= end:
+            block, end = block + 1, position + 8
+        inside[position] = block == number
+    return inside
+
+
+def test_autoregressive_matches_decoding_without_cache():
+    model = tiny("window")
+    tokens, fixed, lengths = make_batch("autoregressive")
+    out = run_sampler(model, tokens, fixed, lengths, policy="autoregressive", temperature=0.0)
+    logits = np.array(jax.jit(lambda model, tokens: model(tokens, AttentionMask.causal()))(model, out.tokens))
+    logits[:, :, MASK] = -np.inf
+    gaps = is_gap(fixed, lengths)
+    np.testing.assert_array_equal(out.tokens[gaps], np.roll(logits.argmax(-1), 1, axis=1)[gaps])
+
+
+# Models with blocks.
+
+SIZE, WIDTH = 4, 24
+TOKENS = np.random.default_rng(3).integers(0, EOS, (4, WIDTH))
+GIVEN, LENGTHS = np.array([1, 4, 7, 12]), np.array([24, 18, 23, 13])
+FIXED = np.arange(WIDTH) < GIVEN[:, None]
+
+
+def make_spec(shift=True, eos=(), blocks=BlockSpec(SIZE), **settings):
+    settings = {"policy": "confidence", "temperature": 0.8} | settings
+    return SamplingSpec(SamplerConfig(**settings), DiffusionSpec(MASK, shift, blocks), eos, bool(eos))
+
+
+def stream_states(spec, kind="llama", rows=slice(None)):
+    arrays = TOKENS[rows], FIXED[rows], LENGTHS[rows], make_keys(4)[rows]
+    return list(sampler.stream(tiny(kind), *arrays, spec))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "shift", "blocks"))
+def uncached_log_probs(tokens, kind, shift, blocks):
+    """Returns log-probabilities [batch, length, vocab] of every position, from one pass over noisy and clean copies."""
+    padding = jnp.arange(WIDTH) >= LENGTHS[:, None]
+    mask = blocks.training_mask(WIDTH).with_segments(padding)
+    hidden = tiny(kind).hidden(jnp.tile(tokens, 2), mask, positions=jnp.arange(2 * WIDTH) % WIDTH)
+    noisy, clean = jnp.split(hidden, 2, axis=1)
+    if shift:
+        starts = (jnp.arange(WIDTH) % SIZE == 0)[:, None]
+        noisy = jnp.where(starts, jnp.roll(clean, 1, axis=1), jnp.roll(noisy, 1, axis=1))
+    return jax.nn.log_softmax(tiny(kind).unembed(noisy).at[:, :, MASK].set(-jnp.inf))
+
+
+@pytest.mark.parametrize("kind, shift, clean", [
+    ("llama", True, "causal"), ("gpt2", True, "causal"), ("window", True, "causal"), ("llama", False, "causal"),
+    ("llama", True, "block_bidirectional"), ("gpt2", False, "block_bidirectional"),
+    ("window", True, "block_bidirectional")])
+def test_block_cache_is_exact(kind, shift, clean):
+    """At every step, the revealed tokens and their log-probabilities are those of a pass without cache."""
+    blocks = BlockSpec(SIZE, clean)
+    states = stream_states(make_spec(shift, blocks=blocks, temperature=0.0, num_steps=20), kind)
+    for before, after in itertools.pairwise(states):
+        expected = uncached_log_probs(before.tokens, kind, shift, blocks)
+        revealed = np.asarray(before.masked & ~after.masked)
+        np.testing.assert_array_equal(after.tokens[revealed], expected.argmax(axis=-1)[revealed])
+        np.testing.assert_allclose(after.confidence[revealed], expected.max(axis=-1)[revealed], atol=2e-4)
+        assert revealed.any()
+
+
+def test_rows_with_blocks_are_independent():
+    spec = make_spec(num_steps=12)
+    states = stream_states(spec)
+    blocks = np.array([state.block for state in states])
+    assert (np.ptp(blocks[:3], axis=1) > 0).all()  # each row in its own block
+    for row in range(4):
+        alone = stream_states(spec, rows=slice(row, row + 1))[-1]
+        np.testing.assert_array_equal(states[-1].tokens[row], alone.tokens[0])
+        assert states[-1].steps[row] == alone.steps[0]
+
+
+@pytest.mark.parametrize("policy", ["random", "random_exact", "first_hitting", "margin", "entropy", "threshold"])
+def test_every_policy_fills_block_after_block(policy):
+    settings = {} if policy in ("first_hitting", "threshold") else {"num_steps": 9}
+    states = stream_states(make_spec(policy=policy, **settings))
+    gaps = np.asarray(states[0].masked)
+    for before, after in itertools.pairwise(states):
+        revealed = np.asarray(before.masked & ~after.masked)
+        for row in range(4):
+            assert (np.flatnonzero(revealed[row]) // SIZE == np.asarray(before.block)[row]).all()
+    assert not states[-1].masked.any() and (np.asarray(states[-1].tokens) != MASK)[gaps].all()
+    np.testing.assert_array_equal(np.where(gaps, 0, states[-1].tokens), np.where(gaps, 0, TOKENS))
+    if "num_steps" in settings:
+        assert (np.asarray(states[-1].steps) <= 9).all() and states[-1].steps[0] == 9
+
+
+def test_threshold_near_zero_takes_one_step_per_block():
+    last = stream_states(make_spec(policy="threshold", threshold=1e-9))[-1]
+    expected = [-(-length // SIZE) - given // SIZE for length, given in zip(LENGTHS, GIVEN, strict=True)]
+    np.testing.assert_array_equal(last.steps, expected)
+
+
+def test_blocks_of_one_token_are_autoregressive_decoding():
+    blocks = stream_states(make_spec(blocks=BlockSpec(1), temperature=0.0))[-1]
+    parent = stream_states(make_spec(blocks=None, policy="autoregressive", temperature=0.0))[-1]
+    np.testing.assert_array_equal(blocks.tokens, parent.tokens)
+    np.testing.assert_allclose(blocks.confidence, parent.confidence, atol=2e-4)
+
+
+def test_blocks_after_eos_are_not_filled():
+    full = stream_states(make_spec(num_steps=20))[-1]
+    eos = int(np.asarray(full.tokens)[0, 5])
+    last = stream_states(make_spec(num_steps=20, eos=(eos,)))[-1]
+    end = int(np.argmax((np.asarray(last.tokens)[0] == eos) & ~FIXED[0]))
+    assert (np.asarray(last.tokens)[0, end:] == eos).all() and last.steps[0] < full.steps[0]
