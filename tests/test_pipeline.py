@@ -15,7 +15,7 @@ from dlm_jax import AttentionMask, DiffusionLM, DLMError
 from dlm_jax.checkpoints import load_pretrained
 from dlm_jax.checkpoints.hf_import import aligned_empty
 from dlm_jax.evaluation import bound
-from dlm_jax.sampling.loop import _sample
+from dlm_jax.sampling.sampler import _sample
 
 STEPS = {"num_steps": 5}
 

@@ -60,7 +60,8 @@ def answer(model: Transformer, questions: Sequence[Question], prompt_format: Pro
     Raises:
       ConfigError: the sampler cannot do it; see `sampling.sample`.
     """
-    spec = SamplingSpec(config, DiffusionSpec(mask_token_id, shift, blocks), prompt_format.end_token_ids, stop_at_eos=True)
+    spec = SamplingSpec(config, DiffusionSpec(mask_token_id, shift, blocks), prompt_format.end_token_ids,
+                        stop_at_eos=True)
     rows = [[*question.prompt, *[GAP] * (prompt_format.length - len(question.prompt))] for question in questions]
     keys = example_keys(seed, jnp.arange(len(rows), dtype=jnp.uint32))
     filled = sample_rows(model, rows, keys, spec, batch_size=batch_size, mesh=mesh, progress=progress)
