@@ -42,7 +42,7 @@ else expected=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
 fi
 count='import jax; print(sum(device.platform == "gpu" for device in jax.devices()))'
 seen=$("$PYTHON" -c "$count" 2> /dev/null | tail -n 1) || true
-[ "${seen:-0}" = "$expected" ] || fail "JAX sees ${seen:-0} of $expected GPUs: install it for CUDA (--extras=cuda) and" \
-    "check that the driver is recent enough; \`python -c 'import jax; jax.devices()'\` shows details"
+[ "${seen:-0}" = "$expected" ] || fail "JAX sees ${seen:-0} of $expected GPUs: install it for CUDA (--extras=cuda)" \
+    "and check that the driver is recent enough; \`python -c 'import jax; jax.devices()'\` shows details"
 
 train_with_restarts "$max_restarts" "$PYTHON" -m dlm_jax.cli.main train "${train[@]}"

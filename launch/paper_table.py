@@ -1,4 +1,4 @@
-"""The end of reproduce_paper.sh: what was measured, beside the paper's table.
+"""Prints the measurements of reproduce_paper.sh next to the paper's table.
 
   paper_table.py DIRECTORY NAME...
 """
@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import Any
 
-# Table 1 of arXiv 2410.17891 in percent, the model's and its parent's.
+# Table 1 of arXiv 2410.17891 in percent: (model, parent).
 PAPER: dict[str, dict[tuple[str, str], tuple[float, float]]] = {
     "diffugpt-s": {
         ("triviaqa", "contains"): (2.0, 4.0), ("lambada", "last word"): (21.6, 25.9),
@@ -33,11 +33,11 @@ LAST_WORD = {"release": "stripped_match", "default": "first_word"}
 
 
 def scores(folder: pathlib.Path, name: str) -> list[str]:
-    """A table of the tasks that were measured: paper, release's protocol, ours; the model, then its parent."""
+    """Returns a table of the measured tasks: paper, reference protocol, ours; the model, then its parent."""
     found = {protocol: json.loads((folder / f"{name}.{protocol}.json").read_text())
              for protocol in ("release", "default")}
-    lines = [f"## {name}", "", "| task | metric | items | paper | release's protocol | ours | parent: paper | "
-             "release's protocol | ours |", "|" + " --- |" * 9]
+    lines = [f"## {name}", "", "| task | metric | items | paper | reference protocol | ours | parent: paper | "
+             "reference protocol | ours |", "|" + " --- |" * 9]
     for (task, metric), paper in PAPER[name].items():
         if task in found["default"]["tasks"]:
             measured = [cell(found[protocol], task, metric, protocol, which)
@@ -49,7 +49,7 @@ def scores(folder: pathlib.Path, name: str) -> list[str]:
 
 
 def cell(result: dict[str, Any], task: str, metric: str, protocol: str, which: int) -> str:
-    """A mean with its standard error, in percent."""
+    """Returns a mean with its standard error, in percent."""
     model = result["models"][which]
     mean = result["tasks"][task]["models"][model][LAST_WORD[protocol] if metric == "last word" else metric]
     error = "" if mean["standard_error"] is None else f" ± {100 * mean['standard_error']:.1f}"
@@ -57,7 +57,7 @@ def cell(result: dict[str, Any], task: str, metric: str, protocol: str, which: i
 
 
 def likelihoods(folder: pathlib.Path, names: list[str]) -> list[str]:
-    """A table of what was measured on a text and of the logits, as far as there is any."""
+    """Returns a table of the likelihood of the text and of the logits, where they were measured."""
     lines = []
     for name in names:
         own, parent, parity = (folder / f"{name}{end}.json" for end in (".text", ".text.parent", ".parity"))
@@ -71,7 +71,7 @@ def likelihoods(folder: pathlib.Path, names: list[str]) -> list[str]:
         if parity.exists():
             cells[2] = f"{json.loads(parity.read_text())['max_difference']:.1e} at most"
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    head = ["| model | nats per token, at most | its parent, exact | log-probabilities, ours - release |",
+    head = ["| model | nats per token, at most | its parent, exact | log-probabilities, ours - reference |",
             "| --- | --- | --- | --- |"]
     return [*head, *lines, ""] if lines else []
 

@@ -1,43 +1,44 @@
 #!/usr/bin/env bash
-# Measures the released checkpoints of DiffuGPT and DiffuLLaMA (arXiv 2410.17891) beside their parents: the paper's
-# table, under the release's protocol and under ours, with errors; how probable they find a text; and, given the
-# release's own code, whether both compute the same logits.
+# Measures the published checkpoints of DiffuGPT and DiffuLLaMA (arXiv 2410.17891) and their parents: the paper's table,
+# under the protocol of the DiffuLLaMA reference implementation and under ours, with standard errors; the likelihood of
+# a text; and, given the reference implementation, the difference of the logits of both codes.
 #   bash launch/reproduce_paper.sh [FLAG...]
-# It needs a network, or copies under --checkpoints and --data_dir; Llama 2 needs an account of the hub that may read
-# it. GSM8K is not among the tasks: the paper's models are fine-tuned for it. Started again, it goes on.
-# It sets its environment up, unless the variable PYTHON names an interpreter. Flags:
+# It needs a network, or copies under --checkpoints and --data_dir; Llama 2 needs a hub account that may read it. GSM8K
+# is not among the tasks: the paper's models are fine-tuned for it. The same command resumes. It sets its environment
+# up, unless the variable PYTHON names an interpreter. Flags:
 #   --tasks=NAME,...         default hellaswag,winogrande,siqa,piqa,lambada,triviaqa, which the hub has; rocstories and
 #                            humaneval_infilling need --data_dir
-#   --data_dir=DIR           the tasks' files, in the place of the hub
-#   --limit=N                items a task (default all)
+#   --data_dir=DIR           the tasks' files, instead of the hub
+#   --limit=N                items per task (default all)
 #   --allow_code_execution   for humaneval_infilling
 #   --data=FILE              a text to measure the likelihood of: a file, a glob, a directory made by `dlm prepare`,
 #                            tfds:NAME or hf:NAME (default none)
 #   --models=NAME,...        among diffugpt-s, diffugpt-m, diffullama (default all three)
 #   --checkpoints=DIR        DIR/diffugpt-s, DIR/gpt2, ... instead of the hub
-#   --release=DIR            a checkout of github.com/HKUNLP/DiffuLLaMA
-#   --release_python=PYTHON  one with the release's requirements (default python3)
+#   --reference=DIR          a checkout of github.com/HKUNLP/DiffuLLaMA
+#   --reference_python=PYTHON  an interpreter with its requirements (default python3)
 #   --output=DIR             results, and the table in table.md (default reproduction)
-#   --batch_size=N, --dtype=, --mesh=, and for --data --num_rows=N, --num_samples=N, --length=N: as of `dlm evaluate`
-#   --dry-run                print the commands, one a line, and run none
+#   --batch_size=N, --dtype=, --mesh=, and for --data --num_rows=N, --num_samples=N, --length=N: as in `dlm evaluate`
+#   --dry-run                print the commands, one per line, and run none
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=launch/lib.sh
 source "$root/launch/lib.sh"
 
 # shellcheck disable=SC2034
-data='' models=diffugpt-s,diffugpt-m,diffullama checkpoints='' release='' release_python=python3 output=reproduction \
-    tasks=hellaswag,winogrande,siqa,piqa,lambada,triviaqa data_dir='' limit='' allow_code_execution='' batch_size='' \
-    num_rows='' num_samples='' length='' dtype='' mesh='' dry_run=''
-parse_flags "data models checkpoints release release_python output tasks data_dir limit batch_size num_rows \
+data='' models=diffugpt-s,diffugpt-m,diffullama checkpoints='' reference='' reference_python=python3 \
+    output=reproduction tasks=hellaswag,winogrande,siqa,piqa,lambada,triviaqa data_dir='' \
+    limit='' allow_code_execution='' batch_size='' num_rows='' num_samples='' length='' dtype='' mesh='' dry_run=''
+parse_flags "data models checkpoints reference reference_python output tasks data_dir limit batch_size num_rows \
     num_samples length dtype mesh" "dry_run allow_code_execution" "" "$@"
-[ ${#train[@]} = 0 ] || misuse "nothing stands after -- here"
+[ ${#train[@]} = 0 ] || misuse "there are no arguments after --"
 for flag in num_rows num_samples length; do
     [ -z "${!flag}" ] || [ -n "$data" ] || misuse "--$flag is for the text of --data, which is not given"
 done
-[ -z "$release" ] || [ -e "$release/model.py" ] || misuse "--release=$release has no model.py; it is not the release"
+[ -z "$reference" ] || [ -e "$reference/model.py" ] ||
+    misuse "--reference=$reference has no model.py; it is not the reference implementation"
 
-# The parent of a released checkpoint, and where either lies.
+# The parent of a published checkpoint, and where to find either.
 parent_of() {
     case $1 in
         diffugpt-s) echo gpt2 ;;
@@ -87,10 +88,11 @@ for name in "${names[@]}"; do
     model=$(locate "$name")
     base=$(locate "$parent")
     run rm -f "$output/$name.parity.json"
-    if [ -n "$release" ]; then
+    if [ -n "$reference" ]; then
         note "$model, logits of both codes"
-        run "$release_python" "$root/launch/release_parity.py" reference "$release" "$model" "$base" "$output/$name.npz"
-        run "${PYTHON:-python}" "$root/launch/release_parity.py" compare "$model" "$output/$name.npz" \
+        run "$reference_python" "$root/launch/reference_parity.py" reference "$reference" "$model" "$base" \
+            "$output/$name.npz"
+        run "${PYTHON:-python}" "$root/launch/reference_parity.py" compare "$model" "$output/$name.npz" \
             "$output/$name.parity.json"
     fi
     if [ -n "$data" ]; then

@@ -142,7 +142,7 @@ ensure_ready() {
                 say "$name is $state; deleting it to create it again"
                 delete ;;
             STOPPED) tpu tpu-vm start "$name" ;;
-            HIDDEN | HIDING | UNHIDING | UNKNOWN | '') fail "$name is in state '$state', which needs a repair by hand" ;;
+            HIDDEN | HIDING | UNHIDING | UNKNOWN | '') fail "$name is in state '$state'; repair it by hand" ;;
             *)
                 [ "$state" = "$before" ] || say "$name is $state; waiting"
                 before=$state

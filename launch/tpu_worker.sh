@@ -5,7 +5,7 @@
 #   start ARGUMENT...             `dlm train ARGUMENT...`, detached: it outlives the ssh connection
 #   status                        one line: dlm-worker SLICE/WORKER running, exited CODE, lost or none
 #   log [BYTES]                   the log's size on a line, then the log from there, or its last 20 lines
-#   stop SECONDS [CODE]           SIGTERM, on which the training saves; SIGKILL after SECONDS; CODE is recorded as its code
+#   stop SECONDS [CODE]           SIGTERM, on which the training saves; SIGKILL after SECONDS; CODE becomes its code
 # One training per node: its process holds dlm_run/lock. Next to it are command, pid, group, log and exit.
 set -euo pipefail
 code=$HOME/dlm_jax environment=$HOME/dlm_env run=$HOME/dlm_run

@@ -1,4 +1,4 @@
-"""`launch/reproduce_paper.sh` on local stand-ins: a small model in the release's layout, and the release's code."""
+"""`launch/reproduce_paper.sh` on local stand-ins: a small model in the reference's layout, and the reference's code."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.launch.stand_in_cloud import ROOT
 
 SCRIPT = str(ROOT / "launch/reproduce_paper.sh")
 BASE = ROOT / "assets/stories-gpt2"
-RELEASE = '''
+REFERENCE = '''
 import pathlib
 
 import safetensors.torch
@@ -49,7 +49,7 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", SCRIPT, *arguments], text=True, capture_output=True, env=os.environ | environment)
 
 
-def test_dry_run_names_what_it_would_measure():
+def test_dry_run_lists_the_measurements():
     done = script("--data=some text.txt", "--models=diffugpt-m", "--num_rows=8", "--num_samples=4", "--dry-run")
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     parent, own, release, default = [line for line in lines if "evaluate" in line]
@@ -67,19 +67,19 @@ def test_without_a_text_only_tasks_are_measured():
     assert [set(asked) <= set(line) for line in lines if "evaluate" in line] == [True, True]
 
 
-@pytest.mark.parametrize("arguments, code, sentence", [
-    (["--num_rows=3"], 2, "--num_rows is for the text of --data, which is not given"),
-    (["--data=x", "--models=diffugpt-xl"], 2, "'diffugpt-xl' is none of"),
-    (["--data=x", "--release=nowhere"], 2, "has no model.py"),
-    (["--data=x", "--checkpoints=nowhere"], 1, "has no directory"),
+@pytest.mark.parametrize(("arguments", "code", "mentions"), [
+    (["--num_rows=3"], 2, "--num_rows"),
+    (["--data=x", "--models=diffugpt-xl"], 2, "'diffugpt-xl'"),
+    (["--data=x", "--reference=nowhere"], 2, "model.py"),
+    (["--data=x", "--checkpoints=nowhere"], 1, "--checkpoints=nowhere"),
 ])
-def test_misuse_is_one_sentence(arguments, code, sentence):
+def test_wrong_arguments_are_one_sentence(arguments, code, mentions):
     done = script(*arguments, "--dry-run")
-    assert done.returncode == code and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == code and mentions in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_measures_a_checkpoint_of_the_release_and_its_parent(tmp_path):
+def test_measures_a_published_checkpoint_and_its_parent(tmp_path):
     from dlm_jax import DiffusionLM
 
     checkpoints = tmp_path / "checkpoints"
@@ -93,12 +93,12 @@ def test_measures_a_checkpoint_of_the_release_and_its_parent(tmp_path):
     (tmp_path / "tasks").mkdir()
     for task, row in rows.items():
         (tmp_path / f"tasks/{task}.jsonl").write_text((json.dumps(row) + "\n") * 3)
-    (tmp_path / "release").mkdir()
-    (tmp_path / "release/model.py").write_text(RELEASE)
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference/model.py").write_text(REFERENCE)
     output = tmp_path / "out"
     done = script(f"--data={ROOT / 'assets/stories/heldout.jsonl'}", "--models=diffugpt-s",
-                  f"--checkpoints={checkpoints}", f"--release={tmp_path / 'release'}",
-                  f"--release_python={sys.executable}", f"--output={output}",
+                  f"--checkpoints={checkpoints}", f"--reference={tmp_path / 'reference'}",
+                  f"--reference_python={sys.executable}", f"--output={output}",
                   f"--data_dir={tmp_path / 'tasks'}", "--tasks=piqa,lambada,rocstories", "--limit=2",
                   "--num_rows=4", "--num_samples=2", "--length=64", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
