@@ -37,12 +37,12 @@ def test_two_processes_answer_and_learn_blocks_as_one_does(runs, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     settings = {"data__train": tmp_path / "pairs.jsonl", "data__document_separator": "", "objective__anneal_steps": 0,
                 "data__examples__format": "prompt_response", "data__examples__separator": "h", "num_steps": 8,
-                "validation__answers": 8, "objective__name": "block_diffusion", "objective__block_size": 4}
+                "validation__num_generations": 8, "objective__name": "block_diffusion", "objective__block_size": 4}
     code, _, err = runs.run(tmp_path / "one", devices=8, **settings)
     assert code == 0, err
     results = [ended(process) for process in runs.pair(tmp_path / "two", **settings)]
     assert [code for code, *_ in results] == [0, 0], results
-    one, two = (read_records(tmp_path / name, "answers") for name in ("one", "two"))
+    one, two = (read_records(tmp_path / name, "generation") for name in ("one", "two"))
     assert one == two and [record["step"] for record in one] == [0, 8]
 
 

@@ -1,26 +1,28 @@
-"""A tiny base model in HF layout, a tiny corpus, and a run on them."""
+"""A tiny base model in HF layout, a tiny corpus, and an uninterrupted run on them."""
 
 import dataclasses
 import json
 import pathlib
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.data.config import DataConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.parallel import MeshConfig
+from dlm_jax.training import train
 from dlm_jax.training.config import (
     CheckpointConfig,
     LogConfig,
     ModelSource,
-    ObjectiveConfig,
-    OptimizerConfig,
     TrainConfig,
     ValidationConfig,
 )
+from dlm_jax.training.optimizer import OptimizerConfig
 
 LETTERS = "abcdefgh "
 
@@ -58,7 +60,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def config(base, corpus) -> TrainConfig:
-    """20 steps on one row length, everything that can be on, on, except for what needs a network."""
+    """20 steps with everything turned on that needs no network."""
     return TrainConfig(
         seed=3, num_steps=20, mesh=MeshConfig(fsdp=2, data=4),
         model=ModelSource(source=str(base), init="random", mask_token="<mask>"),
@@ -69,6 +71,20 @@ def config(base, corpus) -> TrainConfig:
                                   accumulate_steps=2, schedule="constant"),
         checkpoint=CheckpointConfig(every=5, keep=2), validation=ValidationConfig(every=10, num_rows=20, num_samples=2),
         log=LogConfig(every=4))
+
+
+@pytest.fixture(scope="module")
+def full_run(config, tmp_path_factory) -> tuple[pathlib.Path, dict]:
+    """The workdir of an uninterrupted run, and its summary."""
+    workdir = tmp_path_factory.mktemp("runs") / "full"
+    return workdir, train(config, workdir)
+
+
+def checkpoint_arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by name."""
+    with ocp.StandardCheckpointer() as reader:
+        return {f"{item}/{name}": np.asarray(value) for item in ("params", "optimizer", "ema")
+                for name, value in reader.restore(workdir / "checkpoints" / str(step) / item).items()}
 
 
 def changed(config: object, key: str, value: object) -> object:

@@ -1,3 +1,5 @@
+"""Optimizer rules on stacked layers, and learning-rate schedules."""
+
 import dataclasses
 import functools
 
@@ -29,13 +31,13 @@ def parameters(seed):
 
 
 def layer(params, i):
-    """The parameters of one layer, and what is outside of layers."""
+    """The parameters of one layer, and those outside of layers."""
     return map_params(lambda p: p.replace(p[i : i + 1]) if "layers" in p.axes else p, params)
 
 
 @functools.cache
 def updater(config):
-    """A compiled function of (params, gradients of each step) to the last update."""
+    """A compiled function from (params, gradients of each step) to the last update."""
     optimizer = make_optimizer(config, 10)
 
     def run(params, grads):
@@ -48,7 +50,7 @@ def updater(config):
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
-def test_a_stacked_update_is_the_update_of_each_layer(name):
+def test_stacked_update_is_the_update_of_each_layer(name):
     config = OptimizerConfig(name=name, clip_norm=0.0, weight_decay=0.1, schedule="constant", learning_rate=1.0)
     params, grads = parameters(0), [parameters(1), parameters(2)]
     stacked = updater(config)(params, grads)
@@ -58,7 +60,7 @@ def test_a_stacked_update_is_the_update_of_each_layer(name):
             np.testing.assert_allclose(value, named(alone)[key], rtol=2e-4, atol=2e-5, err_msg=key)
 
 
-def test_muon_makes_each_layers_matrix_orthogonal_and_leaves_the_rest_to_adam():
+def test_muon_is_orthogonal_per_layer_beside_adam():
     config = OptimizerConfig(name="muon", clip_norm=0.0, schedule="constant", learning_rate=1.0)
     params, grads = parameters(0), [parameters(1)]
     update = updater(config)(params, grads)
@@ -75,7 +77,7 @@ def test_muon_makes_each_layers_matrix_orthogonal_and_leaves_the_rest_to_adam():
     assert np.linalg.svd(tall, compute_uv=False).min() > 0.3
 
 
-def test_which_parameters_decay_and_which_take_muon():
+def test_parameters_with_decay_and_with_muon():
     config = ModelConfig("qwen3", 64, 16, 2, 4, 2, 4, 32, 8, qkv_bias=True, mlp_bias=True, out_bias=True, norm="layer",
                          qk_norm=True, positions="learned")
     params = nnx.state(abstract_model(config))
@@ -87,7 +89,7 @@ def test_which_parameters_decay_and_which_take_muon():
     assert decay == kernels | {"embed.embedding", "head.kernel"}
 
 
-def test_adafactor_keeps_rows_and_columns_of_each_layers_matrix():
+def test_adafactor_state_is_factored():
     state = make_optimizer(OptimizerConfig(name="adafactor"), 10).init(parameters(0))
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(state))
     assert max(sizes) < 1000  # SHAPES hold up to 73,728
@@ -103,18 +105,18 @@ def test_schedules(schedule, expected):
     np.testing.assert_allclose([rate(step) for step in range(10)], expected, rtol=1e-6)
 
 
-def test_cosine_goes_from_the_peak_to_what_is_left():
+def test_cosine_schedule():
     rate = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.1), 104)
     np.testing.assert_allclose([rate(0), rate(3), rate(4), rate(54), rate(104)], [0.25, 1, 1, 0.55, 0.1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("config", [OptimizerConfig(warmup_steps=10), OptimizerConfig(schedule="wsd", decay_steps=11)])
-def test_a_schedule_that_does_not_fit_is_refused(config):
-    with pytest.raises(ConfigError, match="num_steps 10"):
+def test_schedule_longer_than_the_run_is_refused(config):
+    with pytest.raises(ConfigError, match="num_steps"):
         make_optimizer(config, 10)
 
 
-def test_clipping_bounds_the_whole_gradient():
+def test_clipping_by_global_norm():
     optimizer, grads = make_optimizer(OptimizerConfig(clip_norm=1.0, b1=0.0), 10), parameters(1)
     _, state = jax.jit(lambda g: optimizer.update(g, optimizer.init(g), g))(grads)
     norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(state[1].mu)))

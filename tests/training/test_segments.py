@@ -8,8 +8,7 @@ from flax import nnx
 
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import Rows
-from dlm_jax.diffusion import loss_sums, token_nll
-from dlm_jax.diffusion.objective import ObjectiveConfig, noise_batch
+from dlm_jax.diffusion import ObjectiveConfig, loss_sums, noise_batch, token_nll
 from dlm_jax.models import ModelConfig, Transformer
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training.step import lm_head
@@ -24,9 +23,9 @@ MESH = make_mesh(devices=jax.devices()[:1])
 CONFIGS = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 
 
-def loaded(tokens: np.ndarray, begins: tuple[int, ...] = ()):
-    starts = np.isin(np.arange(tokens.shape[1]), (0, *begins)) & np.ones(tokens.shape, bool)
-    return jax.tree.map(jnp.asarray, Loader([Rows(tokens, starts)], len(tokens), shuffle=False).batch(0))
+def loaded(tokens: np.ndarray, starts: tuple[int, ...] = ()):
+    is_start = np.isin(np.arange(tokens.shape[1]), (0, *starts)) & np.ones(tokens.shape, bool)
+    return jax.tree.map(jnp.asarray, Loader([Rows(tokens, is_start)], len(tokens), shuffle=False).batch(0))
 
 
 def tokens_of(seed: int = 0) -> np.ndarray:
@@ -34,13 +33,13 @@ def tokens_of(seed: int = 0) -> np.ndarray:
 
 
 def sums_of(model, objective, batch):
-    noised, mask = noise_batch(objective, batch, jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)
-    hidden = model.hidden(noised.tokens, mask, positions=batch.positions)
-    return loss_sums(hidden, *lm_head(model, MESH), noised), token_nll(hidden, model.unembed, noised.targets), noised
+    noisy, mask = noise_batch(objective, batch, jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)
+    hidden = model.hidden(noisy.tokens, mask, positions=batch.positions)
+    return loss_sums(hidden, *lm_head(model, MESH), noisy), token_nll(hidden, model.unembed, noisy.targets), noisy
 
 
 @CONFIGS
-def test_the_autoregressive_loss_is_that_of_the_documents_apart(config):
+def test_autoregressive_loss_of_packed_documents(config):
     model, tokens = Transformer(config, rngs=nnx.Rngs(0)), tokens_of()
     objective = ObjectiveConfig(name="autoregressive")
     packed = sums_of(model, objective, loaded(tokens, (FIRST,)))[0]
@@ -51,7 +50,7 @@ def test_the_autoregressive_loss_is_that_of_the_documents_apart(config):
 
 @CONFIGS
 @pytest.mark.parametrize("anneal_steps", [0, 8])
-def test_no_document_hears_of_its_neighbour(config, anneal_steps):
+def test_documents_do_not_see_each_other(config, anneal_steps):
     model, objective = Transformer(config, rngs=nnx.Rngs(0)), ObjectiveConfig(anneal_steps=anneal_steps)
     tokens, other = tokens_of(), tokens_of(1)
     for changed, kept in ((slice(0, FIRST), slice(FIRST + 1, None)), (slice(FIRST, None), slice(1, FIRST))):
@@ -63,10 +62,10 @@ def test_no_document_hears_of_its_neighbour(config, anneal_steps):
         assert not first[2].loss_mask[:, [0, FIRST]].any()  # the first token of each is its context
 
 
-def test_bidirectional_bound_terms_are_those_of_the_document_alone():
+def test_bound_of_packed_documents():
     model, tokens = Transformer(GPT2, rngs=nnx.Rngs(0)), tokens_of()
-    _, nll, noised = sums_of(model, ObjectiveConfig(), loaded(tokens, (FIRST,)))
-    alone = model.hidden(noised.tokens[:, FIRST:], noise_batch(
+    _, nll, noisy = sums_of(model, ObjectiveConfig(), loaded(tokens, (FIRST,)))
+    alone = model.hidden(noisy.tokens[:, FIRST:], noise_batch(
         ObjectiveConfig(), loaded(tokens[:, FIRST:]), jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)[1])
     np.testing.assert_allclose(nll[:, FIRST + 1:],
                                token_nll(alone, model.unembed, jnp.asarray(tokens[:, FIRST:]))[:, 1:], rtol=2e-5)

@@ -1,3 +1,5 @@
+"""The training step: the same on every mesh, exact offload, skipped steps, normalization; and the eval step."""
+
 import dataclasses
 import functools
 
@@ -30,8 +32,8 @@ def batch_of(step, mesh, noisable_mask=True):
 
 
 @functools.cache
-def machine(mesh, compute, objective, settings):
-    """A function that makes the first state, and the step."""
+def programs(mesh, compute, objective, settings):
+    """A function that creates the first state, and the step."""
     config = OptimizerConfig(**{"learning_rate": 1e-2, "schedule": "constant", "weight_decay": 0.1} | dict(settings))
     rule = make_optimizer(config, 10)
     graphdef, _ = nnx.split(Transformer(MODEL, rngs=nnx.Rngs(0), compute=compute))
@@ -46,7 +48,7 @@ def initial_params():
 
 def train(mesh, steps=5, noisable_mask=True, compute=Compute(), objective=ObjectiveConfig(anneal_steps=8), **settings):
     """Metrics of each step, and the last state."""
-    start, step = machine(mesh, compute, objective, tuple(settings.items()))
+    start, step = programs(mesh, compute, objective, tuple(settings.items()))
     state, metrics = start(), []
     for i in range(steps):
         state, last = step(state, batch_of(i, mesh, noisable_mask))
@@ -67,21 +69,21 @@ def reference():
     (None, 4), (MeshConfig(fsdp=8), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 2), (MeshConfig(fsdp=1, tensor=8), 1),
     (MeshConfig(fsdp=2, tensor=2, context=2), 1), (MeshConfig(dcn_data=2, data=2, fsdp=2), 1),
     (MeshConfig(dcn_data=2, fsdp=1, context=4), 2)])
-def test_the_loss_curve_does_not_depend_on_mesh_or_accumulation(reference, mesh, accumulate, capfd):
+def test_loss_curve_is_the_same_on_every_mesh(reference, mesh, accumulate, capfd):
     mesh = make_mesh(mesh) if mesh else one_device()
     metrics, state = train(mesh, STEPS, accumulate_steps=accumulate)
     for found, expected in zip(metrics, reference[0], strict=True):
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
-    assert "rematerialization" not in capfd.readouterr().err  # XLA's word for moving an array whole
+    assert "rematerialization" not in capfd.readouterr().err  # XLA's warning that it gathers an array in full
     placed = jax.tree.leaves(param_shardings(state.params, mesh))
-    for tree in (state.params, state.opt_state[1].mu):  # where they were put at first is where they stay
+    for tree in (state.params, state.opt_state[1].mu):  # nothing moves between shardings
         for leaf, sharding in zip(jax.tree.leaves(tree), placed, strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "offload"])
-def test_what_lies_in_the_hosts_memory_between_steps_changes_nothing(reference, remat):
+def test_optimizer_offload_is_exact(reference, remat):
     metrics, state = train(make_mesh(MeshConfig(fsdp=4, data=2)), 5, compute=Compute(remat=remat), offload=True)
     for found, expected in zip(metrics, reference[0], strict=False):
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
@@ -90,23 +92,23 @@ def test_what_lies_in_the_hosts_memory_between_steps_changes_nothing(reference, 
 
 
 @pytest.mark.parametrize("quantity", ["loss", "grad_norm"])
-def test_a_step_that_is_not_finite_changes_nothing_where_it_is_skipped(monkeypatch, quantity):
+def test_nonfinite_step_is_skipped(monkeypatch, quantity):
     """Poisoned at step 2: its weights, and so loss and gradient; or the gradient of a loss that is fine."""
     original = step_module.noise_batch
 
     def poisoned(objective, batch, step, **rest):
-        noised, mask = original(objective, batch, step, **rest)
+        noisy, mask = original(objective, batch, step, **rest)
         factor = jnp.where(step == 2, {"loss": jnp.nan, "grad_norm": 3e37}[quantity], 1.0)
-        return dataclasses.replace(noised, weights=factor * noised.weights), mask
+        return dataclasses.replace(noisy, weights=factor * noisy.weights), mask
 
     monkeypatch.setattr(step_module, "noise_batch", poisoned)
     mesh = one_device()
     states = []
     for steps in (2, 3, 5):
-        machine.cache_clear()
+        programs.cache_clear()
         metrics, state = train(mesh, steps, on_nonfinite="skip", ema_decay=0.5)
         states.append(state)
-    machine.cache_clear()
+    programs.cache_clear()
     assert not np.isfinite(metrics[2][quantity]) and all(np.isfinite(m["loss"]) for m in metrics[:2] + metrics[3:])
     assert int(states[1].step) == 3
     for tree in ("params", "opt_state", "ema"):
@@ -115,13 +117,13 @@ def test_a_step_that_is_not_finite_changes_nothing_where_it_is_skipped(monkeypat
             assert np.isfinite(later).all()
 
 
-def test_nothing_to_mask_gives_no_loss_and_no_gradient(reference):
+def test_batch_without_noisable_tokens(reference):
     metrics, state = train(one_device(), steps=2, noisable_mask=False)
     assert all(m["loss"] == 0 and m["grad_norm"] == 0 and m["masked_tokens"] == 0 for m in metrics)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_bfloat16_computes_but_does_not_store_and_the_average_trails(reference):
+def test_bfloat16_compute_and_moving_average(reference):
     metrics, state = train(one_device(), 1, compute=Compute(dtype="bfloat16", remat="full"), ema_decay=0.75)
     np.testing.assert_allclose(metrics[0]["loss"], reference[0][0]["loss"], rtol=0.02)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema))}
@@ -130,24 +132,24 @@ def test_bfloat16_computes_but_does_not_store_and_the_average_trails(reference):
         np.testing.assert_allclose(average, 0.75 * old + 0.25 * new, rtol=1e-5, atol=1e-7)
 
 
-def test_normaliser_and_weight_by_name(reference):
-    """The release's normalizer with uniform weights is the plain mean over masked tokens; the bound stays the bound."""
+def test_loss_normalization_and_weight(reference):
+    """With `masked_tokens` and uniform weights the loss is the mean over masked tokens; the bound stays the bound."""
     objective = ObjectiveConfig(anneal_steps=8, loss_normalization="masked_tokens", weight="uniform")
     (found,), _ = train(one_device(), 1, objective=objective)
     expected = reference[0][0]
     assert expected["loss"] == expected["bound"] != expected["masked_nll"]
     np.testing.assert_allclose(found["loss"], expected["masked_nll"], rtol=1e-6)
     np.testing.assert_allclose(found["bound"], expected["bound"], rtol=1e-6)
-    sums = dataclasses.replace(LossSums.zero(), scored=jnp.float32(2), noisable_mask=jnp.float32(3))
+    sums = dataclasses.replace(LossSums.zero(), num_scored=jnp.float32(2), num_noisable=jnp.float32(3))
     assert (sums.normalizer("all_tokens"), sums.normalizer("masked_tokens")) == (3, 2)
 
 
-def test_examples_count_alike_whatever_the_length_of_their_answers(reference):
-    """Under the normalizer `examples` the loss is the mean over rows of each row's own bound, however they are cut."""
+def test_per_example_normalization(reference):
+    """The loss is the mean over rows of each row's own bound, whatever the micro-batches."""
     noisable_mask = np.arange(LENGTH) < np.arange(2, ROWS + 2)[:, None]  # answers of 1, 2, 3, ... tokens
     noisable_mask[-1] = False  # one without an answer does not count
-    expected = np.mean([train(one_device(), 1, noisable_mask=noisable_mask & (np.arange(ROWS) == row)[:, None])[0][0]["bound"]
-                        for row in range(ROWS - 1)])
+    rows = [noisable_mask & (np.arange(ROWS) == row)[:, None] for row in range(ROWS - 1)]
+    expected = np.mean([train(one_device(), 1, noisable_mask=row)[0][0]["bound"] for row in rows])
     for accumulate in (1, 2):
         (found,), _ = train(one_device(), 1, noisable_mask=noisable_mask, accumulate_steps=accumulate,
                             objective=ObjectiveConfig(anneal_steps=8, loss_normalization="per_example"))
@@ -155,32 +157,34 @@ def test_examples_count_alike_whatever_the_length_of_their_answers(reference):
     assert abs(found["bound"] / expected - 1) > 0.01
 
 
-@pytest.mark.parametrize("parts, expected", [
+@pytest.mark.parametrize("num_shards, expected", [
     (1, [[0, 1, 2, 3], [4, 5, 6, 7]]), (2, [[0, 1, 4, 5], [2, 3, 6, 7]]), (4, [[0, 2, 4, 6], [1, 3, 5, 7]])])
-def test_micro_batches_are_runs_of_each_devices_rows(parts, expected):
+def test_micro_batches(num_shards, expected):
     batch = Batch(jnp.arange(8)[:, None], jnp.ones((8, 1), bool), jnp.arange(8, dtype=jnp.uint32))
-    found = micro_batches(batch, 2, parts)
+    found = micro_batches(batch, 2, num_shards)
     np.testing.assert_array_equal(found.example_index, expected)
     np.testing.assert_array_equal(found.tokens[..., 0], expected)
 
 
-def test_validation_is_fixed_and_bidirectional():
-    """Its value changes with the parameters only: not with annealing, dropout or the training objective's stages."""
+def test_eval_step():
+    """It changes with the parameters only: not with annealing, dropout or the time curriculum."""
     mesh, graphdef = one_device(), nnx.graphdef(Transformer(MODEL, rngs=nnx.Rngs(0)))
     params = initial_params()
     values = []
-    for objective in (ObjectiveConfig(), ObjectiveConfig(anneal_steps=100, time_curriculum=((0, 0.0, 0.5),), weight="uniform")):
+    shaped = ObjectiveConfig(anneal_steps=100, time_curriculum=((0, 0.0, 0.5),), weight="uniform")
+    for objective in (ObjectiveConfig(), shaped):
         evaluate = make_eval_step(graphdef, mesh, objective=objective, seed=0, num_rows=ROWS, num_samples=2,
                                   mask_token_id=MASK)
-        values.append([evaluate(params, batch_of(0, mesh), jnp.int32(draw)) for draw in range(2)])
+        values.append([evaluate(params, batch_of(0, mesh), jnp.int32(sample)) for sample in range(2)])
     assert jax.tree.all(jax.tree.map(np.array_equal, *values))
     first, second = values[0]
-    assert abs(float(first.num_scored + second.num_scored) / (ROWS * (LENGTH - 1)) - 1) < 0.1  # the two draws of a row balance
+    share = float(first.num_scored + second.num_scored) / (ROWS * (LENGTH - 1))
+    assert abs(share - 1) < 0.1  # the two samples of a row balance
     evaluate = make_eval_step(graphdef, mesh, objective=ObjectiveConfig(), seed=0, num_rows=ROWS, num_samples=8,
                               mask_token_id=MASK)
     row = batch_of(0, mesh, noisable_mask=np.arange(ROWS)[:, None] == 3)
-    shares = np.sort([evaluate(params, row, jnp.int32(draw)).num_scored for draw in range(8)]) / (LENGTH - 1)
-    assert shares[1] < 0.4 < 0.6 < shares[-2] and abs(shares.mean() - 0.5) < 0.15  # each row sees all times
+    shares = np.sort([evaluate(params, row, jnp.int32(sample)).num_scored for sample in range(8)]) / (LENGTH - 1)
+    assert shares[1] < 0.4 < 0.6 < shares[-2] and abs(shares.mean() - 0.5) < 0.15  # each row has all times
     causal = dataclasses.replace(ObjectiveConfig(), name="autoregressive")
     evaluate = make_eval_step(graphdef, mesh, objective=causal, seed=0, num_rows=ROWS, num_samples=1,
                               mask_token_id=None)
