@@ -1,3 +1,5 @@
+"""A tiny base model and corpus, and an uninterrupted run of the command line on them."""
+
 import pytest
 
 from tests.faults.runs import Runs
@@ -10,9 +12,9 @@ def runs(base, corpus, tmp_path_factory) -> Runs:  # noqa: F811
 
 
 @pytest.fixture(scope="package")
-def whole(runs):
+def full_run(runs):
     """The workdir of an uninterrupted run."""
-    workdir = runs.folder / "whole"
+    workdir = runs.folder / "full"
     code, _, err = runs.run(workdir)
     assert code == 0, err
     return workdir

@@ -1,6 +1,5 @@
-"""Runs of the command line in processes of their own, to do to them what happens to runs."""
+"""Starts runs of the command line in processes of their own, for faults to be injected."""
 
-import json
 import os
 import pathlib
 import signal
@@ -10,7 +9,8 @@ import sys
 import time
 
 from dlm_jax.checkpoints.orbax import saved_steps
-from dlm_jax.training.metrics import read_records
+from dlm_jax.training import read_records
+from tests.training.conftest import checkpoint_arrays
 
 TIMING = ("tokens_per_second", "seconds_per_step", "slowest_step_seconds", "data_stall", "peak_memory_gib")
 _SETTINGS = {
@@ -51,7 +51,7 @@ class Runs:
         return ended(self.start(workdir, *arguments, **settings))
 
     def pair(self, workdir: pathlib.Path, *, slurm: bool = False, **settings: object) -> list[subprocess.Popen]:
-        """Two processes of four devices, as one run; with `slurm` they are told of each other by its variables."""
+        """Starts two processes of four devices as one run; with `slurm` they find each other by its variables."""
         if slurm:
             job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
             return [self.start(workdir, "--coordinator=auto", devices=4, environment=job | {
@@ -64,6 +64,7 @@ class Runs:
 
 
 def ended(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, str]:
+    """Waits for the end; returns exit status, stdout and stderr."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -81,22 +82,13 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
-    """All that does not depend on the clock."""
+    """All records without what depends on the clock."""
     return [{k: v for k, v in record.items() if k not in TIMING} for record in read_records(workdir)]
 
 
-def arrays(workdir: pathlib.Path, step: int) -> dict[str, object]:
-    """Every array of a checkpoint by name, as bytes."""
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as reader:
-        return {f"{item}/{name}": np.asarray(value).tobytes() for item in ("params", "optimizer", "ema")
-                for name, value in reader.restore(workdir / "checkpoints" / str(step) / item).items()}
-
-
-def summary(workdir: pathlib.Path) -> dict:
-    return json.loads((workdir / "summary.json").read_text())
+def arrays(workdir: pathlib.Path, step: int) -> dict[str, bytes]:
+    """Every array of a checkpoint by name."""
+    return {name: value.tobytes() for name, value in checkpoint_arrays(workdir, step).items()}
 
 
 def last_step(workdir: pathlib.Path) -> int:

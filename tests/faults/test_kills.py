@@ -1,4 +1,4 @@
-"""A run killed again and again, at random moments and while it saves, ends as the one that nobody disturbed."""
+"""A run that is killed again and again, at random moments and while it saves, ends as the uninterrupted run."""
 
 import os
 import random
@@ -15,30 +15,30 @@ SETTINGS = {"num_steps": STEPS, "checkpoint__every": 5, "validation__every": 200
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_exactly(runs, tmp_path):
-    begin, process = time.monotonic(), runs.start(tmp_path / "whole", **SETTINGS)
-    wait_for(lambda: last_step(tmp_path / "whole") > 0, process)
-    starting = time.monotonic() - begin  # as long as this machine takes, with its first five steps
+def test_killed_run_resumes_exactly(runs, tmp_path):
+    start, process = time.monotonic(), runs.start(tmp_path / "full", **SETTINGS)
+    wait_for(lambda: last_step(tmp_path / "full") > 0, process)
+    startup = time.monotonic() - start  # on this machine, first five steps included
     code, _, err = ended(process, 400)
     assert code == 0, err
-    ten_steps = (time.monotonic() - begin - starting) / (STEPS / 10)
-    workdir, dice, caught_saving, lives = tmp_path / "run", random.Random(0), 0, []
+    ten_steps = (time.monotonic() - start - startup) / (STEPS / 10)
+    workdir, rng, caught_saving, lives = tmp_path / "run", random.Random(0), 0, []
     for kill in range(KILLS):
         before = last_step(workdir)
         process = runs.start(workdir, **SETTINGS)
         if kill % 3 == 0:  # while it saves
             wait_for(lambda: is_saving(workdir), process)
-            time.sleep(dice.uniform(0, 0.03))
-        elif kill % 3 == 1:  # some time after it has gone on
+            time.sleep(rng.uniform(0, 0.03))
+        elif kill % 3 == 1:  # some time after it has resumed
             wait_for(lambda before=before: last_step(workdir) > before, process)
-            time.sleep(dice.uniform(0, ten_steps))
+            time.sleep(rng.uniform(0, ten_steps))
         else:  # at any time, before the first step too
             with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(dice.uniform(0, starting + ten_steps))
+                process.wait(rng.uniform(0, startup + ten_steps))
         caught_saving += is_saving(workdir)
         process.send_signal(signal.SIGKILL)
         out, _ = process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+        assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
         assert last_step(workdir) >= before
         lives.append((before, out))
     for before, out in lives:
@@ -47,8 +47,8 @@ def test_a_killed_run_goes_on_exactly(runs, tmp_path):
     code, _, err = ended(runs.start(workdir, **SETTINGS), 400)
     assert code == 0, err
     assert caught_saving >= KILLS // 4
-    assert records(workdir) == records(tmp_path / "whole")
-    assert arrays(workdir, STEPS) == arrays(tmp_path / "whole", STEPS)
+    assert records(workdir) == records(tmp_path / "full")
+    assert arrays(workdir, STEPS) == arrays(tmp_path / "full", STEPS)
     assert not is_saving(workdir)
 
 
