@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from dlm_jax.checkpoints import load_pretrained
 from dlm_jax.checkpoints.orbax import saved_steps
 from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.errors import TrainingError
 from dlm_jax.parallel import MeshConfig
-from dlm_jax.training import load_workdir, read_records, setup, train
+from dlm_jax.training import read_records, setup, train
 from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed, checkpoint_arrays
 
@@ -101,15 +102,15 @@ def test_finished_run(full_run, config, capsys):
 
 def test_workdir_loads_without_optimizer_or_mesh(full_run, config):
     workdir, summary = full_run
-    loaded = load_workdir(workdir)
+    loaded = load_pretrained(workdir)
     assert loaded.mask_token_id == 11 and loaded.model.config.vocab_size == 12
     assert loaded.tokenizer.decode([1, 2, 11]) == "ab<mask>" and loaded.shift and loaded.source.endswith("@20")
     leaves = jax.tree.leaves(nnx.state(loaded.model))
     assert all(len(leaf.devices()) == 1 for leaf in leaves)
     stored = checkpoint_arrays(workdir, 20)
     assert np.array_equal(loaded.model.embed.embedding[...], stored["ema/embed.embedding"])
-    assert load_workdir(f"{workdir}@best").source.endswith(f"@{summary['best_step']}")
-    assert load_workdir(f"{workdir}@15").source.endswith("@15")
+    assert load_pretrained(f"{workdir}@best").source.endswith(f"@{summary['best_step']}")
+    assert load_pretrained(f"{workdir}@15").source.endswith("@15")
 
 
 def test_resuming_on_another_mesh(full_run, config, tmp_path):
@@ -129,7 +130,7 @@ def test_autoregressive_run(config, tmp_path):
     assert summary["train"]["masked_tokens"] == 16 * 15  # every token but the first of each row
     assert summary["train"]["bound"] == pytest.approx(summary["train"]["masked_nll"])
     assert summary["validation"]["bound"] < read_records(tmp_path, "validation")[0]["bound"]
-    assert load_workdir(tmp_path).mask_token_id is None
+    assert load_pretrained(tmp_path).mask_token_id is None
 
 
 def test_goodput_over_all_starts(config, tmp_path, capsys):

@@ -77,7 +77,8 @@ def test_dropout_replaces_the_rates_of_the_base(config, base, tmp_path):
 @pytest.mark.parametrize("devices", [8, 2, 1])
 def test_state_is_restored_on_any_number_of_devices(full_run, config, devices):
     mesh = make_mesh(devices=jax.devices()[:devices])
-    layout = state_layout(nnx.state(load_pretrained(full_run[0]).model), make_optimizer(config.optimizer, 20), True, mesh)
+    params = nnx.state(load_pretrained(full_run[0]).model)
+    layout = state_layout(params, make_optimizer(config.optimizer, 20), True, mesh)
     state, progress = restore_state(full_run[0], 20, layout)
     assert int(state.step) == 20 and progress["metrics"]["steps"] == 0
     found = {f"{item}/{name}": value for item, tree in (
