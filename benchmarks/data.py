@@ -2,9 +2,9 @@
 
     python benchmarks/data.py --tokenizer=DIR --data 'text/*.jsonl'
 
-compares `dlm prepare` with a plain loop over the same files with the same tokenizer (`tokenizers.encode_batch_fast`,
-reading and writing left out), in tokens a second of CPU time, so that the number of cores does not matter; and counts
-the tokens a second that the loader gives on one core, shuffled, at several row lengths and packings. Writes
+compares `dlm prepare` with a plain loop over the same files and tokenizer (`tokenizers.encode_batch_fast`, without
+reading and writing), in tokens per second of CPU time, so that the number of cores does not matter. It also measures
+the tokens per second that the loader gives on one core, shuffled, at several row lengths and packings. Writes
 benchmarks/results/data.json.
 """
 
@@ -19,45 +19,47 @@ import shutil
 import tempfile
 import time
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for the plain loop; worker processes have one each anyway
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for the plain loop; workers use one each anyway
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "data.json"
-TARGET = 20 * 500_000  # twenty times what training GPT-2 small on an H200 is thought to consume, tokens a second
+TARGET = 20 * 500_000  # twenty times the estimated consumption of GPT-2 small on an H200, tokens per second
+LOADERS = ((512, "concat", False), (1024, "concat", False), (2048, "concat", False), (512, "document_mask", False),
+           (512, "concat", True))  # length, packing, mixture
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Returns the CPU time of this process and of its children that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def plain_loop(files: list[str], tokenizer) -> tuple[int, float]:
-    """(tokens, CPU seconds) of the shortest program that tokenises these files."""
+    """Returns (tokens, CPU seconds) of the shortest program that tokenizes these files."""
     from dlm_jax.data.sources import open_sources
 
     texts = [json.loads(line)["text"] for source in open_sources(files) for line in source.records()]
-    backend, tokens, began = tokenizer.backend_tokenizer, 0, cpu_seconds()
-    for start in range(0, len(texts), 1000):
-        encodings = backend.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)
+    backend, tokens, start = tokenizer.backend_tokenizer, 0, cpu_seconds()
+    for first in range(0, len(texts), 1000):
+        encodings = backend.encode_batch_fast(texts[first : first + 1000], add_special_tokens=False)
         tokens += sum(len(encoding.ids) for encoding in encodings)
-    return tokens, cpu_seconds() - began
+    return tokens, cpu_seconds() - start
 
 
-def prepared(files: list[str], tokenizer, workers: int) -> dict[str, float]:
-    """Tokens, CPU seconds and seconds of a whole `prepare`, the start of its workers included."""
+def measure_prepare(files: list[str], tokenizer, workers: int) -> dict[str, float]:
+    """Returns tokens, CPU seconds and seconds of a `prepare`, including the start of its workers."""
     from dlm_jax.data.config import RowsConfig
     from dlm_jax.data.prepare import prepare
     from dlm_jax.data.sources import open_sources
 
     with tempfile.TemporaryDirectory() as folder:
-        cpu, began = cpu_seconds(), time.perf_counter()
+        cpu, start = cpu_seconds(), time.perf_counter()
         manifest = prepare(open_sources(files), f"{folder}/rows", tokenizer, RowsConfig(validation_fraction=0.0),
                            workers=workers)
         return {"workers": workers, "tokens": manifest.splits["train"].tokens, "cpu_seconds": cpu_seconds() - cpu,
-                "seconds": time.perf_counter() - began}
+                "seconds": time.perf_counter() - start}
 
 
-def loader_speed(length: int, pack: str, folder: str, seconds: float, mixture: bool) -> dict[str, object]:
-    """Tokens a second of CPU time, over random rows of four files."""
+def measure_loader(length: int, packing: str, mixture: bool, folder: str, seconds: float) -> dict[str, object]:
+    """Returns tokens per second of CPU time, over random rows of four files."""
     import numpy as np
 
     from dlm_jax.data.loader import Loader
@@ -65,33 +67,34 @@ def loader_speed(length: int, pack: str, folder: str, seconds: float, mixture: b
     from dlm_jax.data.shards import RowLayout, ShardedRows, write_shard
 
     random, count = np.random.default_rng(0), (32 << 20) // length
-    row_masks = ("starts",) if pack == "document_mask" else ()
+    row_masks = ("starts",) if packing == "document_mask" else ()
     layout = RowLayout.for_vocab(length, 50_257, row_masks)
     shards = []
     for number in range(4):
         rows = Rows(random.integers(0, 50_257, (count // 4, length)).astype(np.uint32),
                     random.random((count // 4, length)) < 0.002 if row_masks else None)
-        shards.append(write_shard(folder, f"{length}-{pack}-{number}.array_record", [layout.encode(rows)]))
-    sources = [ShardedRows(folder, shards[:2], layout), ShardedRows(folder, shards[2:], layout)] if mixture else \
-        [ShardedRows(folder, shards, layout)]
+        file = f"{length}-{packing}-{mixture}-{number}.array_record"
+        shards.append(write_shard(folder, file, [layout.encode(rows)]))
+    groups = [shards[:2], shards[2:]] if mixture else [shards]
     batch_size = (1 << 17) // length
-    loader = Loader(sources, batch_size, weights=(0.693584, 0.306416) if mixture else ())
+    loader = Loader([ShardedRows(folder, group, layout) for group in groups], batch_size,
+                    weights=(0.693584, 0.306416) if mixture else ())
     loader.batch(0)
-    step, began, wall = 0, time.process_time(), time.perf_counter()
-    while time.perf_counter() - wall < seconds:
+    step, cpu, start = 0, time.process_time(), time.perf_counter()
+    while time.perf_counter() - start < seconds:
         step += 1
         loader.batch(step)
     tokens = step * batch_size * length
-    return {"length": length, "pack": pack, "mixture": mixture,
-            "tokens_per_cpu_second": tokens / (time.process_time() - began),
-            "tokens_per_second": tokens / (time.perf_counter() - wall)}
+    return {"length": length, "packing": packing, "mixture": mixture,
+            "tokens_per_cpu_second": tokens / (time.process_time() - cpu),
+            "tokens_per_second": tokens / (time.perf_counter() - start)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="a directory with a fast tokenizer")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files")
-    parser.add_argument("--repeat", type=int, default=40, help="so many times the files' text, to outlast the start-up")
+    parser.add_argument("--repeat", type=int, default=40, help="copies of the files, to outweigh the start-up")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each loader measurement")
     args = parser.parse_args()
 
@@ -107,22 +110,20 @@ def main() -> None:
                 files.append(f"{folder}/{number}-{len(files)}.jsonl")
                 shutil.copyfile(source.name, files[-1])
         loops = [plain_loop(files, tokenizer)]
-        runs = [prepared(files, tokenizer, workers) for workers in (0, 1, os.cpu_count())]
+        runs = [measure_prepare(files, tokenizer, workers) for workers in (0, 1, os.cpu_count())]
         loops.append(plain_loop(files, tokenizer))
         tokens, baseline = loops[0][0], max(tokens / cpu for tokens, cpu in loops)  # the faster one
-        print(f"plain tokenizers loop: {baseline / 1e6:.3f} million tokens a CPU second ({tokens:,} tokens)")
+        print(f"plain tokenizers loop: {baseline / 1e6:.3f} million tokens per CPU second ({tokens:,} tokens)")
         for run in runs:
             run["ratio"] = run["tokens"] / run["cpu_seconds"] / baseline
-            print(f"dlm prepare, {run['workers']} workers: {run['ratio'] * baseline / 1e6:.3f} million tokens a CPU "
-                  f"second, {run['ratio']:.2f} of the loop; {run['tokens'] / run['seconds'] / 1e6:.3f} a second")
-        loaders = [loader_speed(length, pack, folder, args.seconds, mixture) for length, pack, mixture in
-                   ((512, "plain", False), (1024, "plain", False), (2048, "plain", False), (512, "segments", False),
-                    (512, "plain", True))]
-    print("\n| row | packing | sources | million tokens a second, one core | of the target |\n"
+            print(f"dlm prepare, {run['workers']} workers: {run['ratio'] * baseline / 1e6:.3f} million tokens per CPU "
+                  f"second, {run['ratio']:.2f} of the loop; {run['tokens'] / run['seconds'] / 1e6:.3f} per second")
+        loaders = [measure_loader(*loader, folder, args.seconds) for loader in LOADERS]
+    print("\n| row | packing | sources | million tokens per second, one core | of the target |\n"
           "| --- | --- | --- | --- | --- |")
     for row in loaders:
         speed = row["tokens_per_cpu_second"]
-        print(f"| {row['length']} | {row['pack']} | {2 if row['mixture'] else 1} | {speed / 1e6:.1f} | "
+        print(f"| {row['length']} | {row['packing']} | {2 if row['mixture'] else 1} | {speed / 1e6:.1f} | "
               f"{speed / TARGET:.1f} x |")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({

@@ -99,7 +99,7 @@ class _Opener:
     def raw_files(self, entries: Sequence[str]) -> set[str]:
         """Returns the keys of the raw files among the entries."""
         raw = [entry for entry in entries if not _prepared_manifest(entry)]
-        return {source.identity()[0] for source in open_raw_sources(self._config, raw)}
+        return {source.identity[0] for source in open_raw_sources(self._config, raw)}
 
     def _prepare_cached(self, sources: Sequence[Source], config: RowsConfig) -> tuple[str, Manifest]:
         identity = rows_identity(sources, self._tokenizer, config, make_encoder(self._tokenizer, config))

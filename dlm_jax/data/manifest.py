@@ -102,7 +102,7 @@ def rows_identity(sources: Sequence[Source], tokenizer: "PreTrainedTokenizerBase
     """Returns a hash of all that decides the rows: the content of the sources, the tokenizer, the settings."""
     settings = dataclasses.asdict(config)
     settings.pop("on_bad_record")  # a run that stopped at one can resume with the other policy
-    facts = [FORMAT, [source.identity() for source in sources], tokenizer_fingerprint(tokenizer), settings,
+    facts = [FORMAT, [source.identity for source in sources], tokenizer_fingerprint(tokenizer), settings,
              encoder.facts]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 

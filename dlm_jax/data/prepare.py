@@ -142,7 +142,7 @@ def _read(sources: Sequence[Source], start: ReadCursor, columns: Sequence[str] |
         try:
             for chunk in read_chunks(source, record, columns):
                 record = chunk.first - 1 + len(chunk.records)
-                yield (ReadCursor(number, record), before + source.consumed()), chunk
+                yield (ReadCursor(number, record), before + source.consumed), chunk
         except BrokenSource as error:
             if not skip:
                 raise

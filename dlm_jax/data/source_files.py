@@ -34,20 +34,15 @@ class Source(abc.ABC):
       name: a file's path or a dataset's specification, as messages show it.
       unit: what its records are called in messages: "line", "item", "row", "document", "example".
       size: bytes of a file as stored, or records of a dataset; None where unknown.
+      identity: facts, serializable as JSON, that change when the content does.
+      consumed: how much of `size` the last iterator has read.
     """
 
     name: str
     unit: str
     size: int | None
-    _consumed = 0
-
-    @abc.abstractmethod
-    def identity(self) -> list:
-        """Returns facts, serializable as JSON, that change when the content does."""
-
-    def consumed(self) -> int:
-        """Returns how much of `size` the last iterator has read."""
-        return self._consumed
+    identity: list
+    consumed = 0
 
     def records(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[RawRecord]:
         """Yields the records from number `start` (from 0) on, reading lazily.
@@ -190,25 +185,18 @@ class FileSource(Source):
 
     def __init__(self, file: File):
         self.file, self.name, self.size = file, file.name, file.size
-
-    def identity(self) -> list:
-        return [self.file.key, self.file.size, self.file.version]
+        self.identity = [file.key, file.size, file.version]
 
 
 class _StreamSource(FileSource):
     """A file, perhaps compressed, that is read from its start."""
 
-    _stored: BinaryIO | None = None
-
-    def consumed(self) -> int:
-        if self._stored and not self._stored.closed:
-            self._consumed = self._stored.tell()
-        return self._consumed
-
     def _read(self, start: int, columns: Sequence[str] | None) -> Iterator[RawRecord]:
-        with self.file.open() as self._stored:
-            yield from itertools.islice(self._parse(self.file.decompress(self._stored)), start, None)
-        self._consumed = self.size or self._consumed
+        with self.file.open() as stored:
+            for record in itertools.islice(self._parse(self.file.decompress(stored)), start, None):
+                self.consumed = stored.tell()
+                yield record
+        self.consumed = self.size or self.consumed
 
     @abc.abstractmethod
     def _parse(self, stream: BinaryIO) -> Iterator[RawRecord]: ...
@@ -264,12 +252,12 @@ class _TableSource(FileSource):
     unit = "row"
 
     def _read(self, start: int, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-        self._consumed = 0
+        self.consumed = 0
         for first_row, batch, consumed in self._batches(start, columns):
             for first in range(max(start - first_row, 0), batch.num_rows, _TABLE_ROWS):
                 yield from batch.slice(first, _TABLE_ROWS).to_pylist()
-            self._consumed = consumed
-        self._consumed = self.size or self._consumed
+            self.consumed = consumed
+        self.consumed = self.size or self.consumed
 
     @abc.abstractmethod
     def _batches(self, start: int, columns: Sequence[str] | None) -> "Iterator[tuple[int, pyarrow.RecordBatch, int]]":

@@ -113,20 +113,17 @@ class TfdsSource(Source):
             raise DataError(f"{spec}: no split {split!r} (it has {', '.join(builder.info.splits)})") from error
         self.name, self.size = spec, len(self._examples)
         self._features = builder.info.features
-        self._identity = [str(builder.data_dir), split, self.size, int(builder.info.dataset_size)]
-
-    def identity(self) -> list:
-        return self._identity
+        self.identity = [str(builder.data_dir), split, self.size, int(builder.info.dataset_size)]
 
     def _read(self, start: int, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
         from tensorflow_datasets.core.features import FeaturesDict
 
         selected = select_columns(self.name, list(self._features), columns) or list(self._features)
         parser = FeaturesDict({key: self._features[key] for key in selected})  # decodes nothing else
-        self._consumed = start
+        self.consumed = start
         for first in range(start, self.size, _BATCH):
             for stored in self._examples.__getitems__(range(first, min(first + _BATCH, self.size))):
-                self._consumed += 1
+                self.consumed += 1
                 yield _to_python(parser.deserialize_example_np(stored), parser)
 
 
@@ -151,21 +148,18 @@ class HuggingFaceSource(Source):
             raise DataError(f"{spec} cannot be opened: {one_line(error)}") from error
         known = (builder.info.splits or {}).get(split)
         self.name, self.size = spec, known.num_examples if known else None
-        self._identity = [spec, builder.config_id, str(builder.info.version), builder.hash, self.size]
-
-    def identity(self) -> list:
-        return self._identity
+        self.identity = [spec, builder.config_id, str(builder.info.version), builder.hash, self.size]
 
     def _read(self, start: int, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
         examples = self._examples
         if examples.column_names:  # else unknown before reading, and all are read
             selected = select_columns(self.name, examples.column_names, columns)
             examples = examples.select_columns(selected) if selected else examples
-        self._consumed = start
+        self.consumed = start
         # Arrow tables are ten times as fast as examples, and no images are decoded.
         for table in examples.with_format("arrow").skip(start).iter(_BATCH):
             for example in table.to_pylist():
-                self._consumed += 1
+                self.consumed += 1
                 yield example
 
 

@@ -39,7 +39,7 @@ def digest(path: str) -> str:
     """What changes when the rows do: of a file's content, or of what a named dataset says of itself."""
     if is_named(path):
         source, = open_sources([path])
-        return hashlib.sha256(json.dumps(source.identity()).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(source.identity).encode()).hexdigest()[:16]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

@@ -75,11 +75,11 @@ def test_every_kind_of_file_gives_the_same_documents(folder, kind):
     put(f"{folder}/{kind}", files_of_every_kind(texts)[kind])
     (source,) = open_sources([f"{folder}/*"], separator=SEPARATOR)
     assert source.name == f"{folder}/{kind}"
-    assert source.consumed() == 0
+    assert source.consumed == 0
     for start in (0, 1, 5, 6, 7, 20, 39, 40, 50):
         assert texts_of(source.records(start)) == texts[start:], start
         assert texts_of(source.records(start, ["text"])) == texts[start:], start
-        assert source.consumed() == source.size
+        assert source.consumed == source.size
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,10 +94,10 @@ def test_chunks_number_all_records(tmp_path, kind, max_bytes, monkeypatch):
         assert (chunk.source, chunk.unit, chunk.first) == (source.name, source.unit, number)
         assert texts_of(chunk.records) == texts[number - 1:number - 1 + len(chunk.records)]
         assert len(chunk.records) <= (1 if max_bytes == 1 else 9)
-        assert before <= source.consumed() <= source.size
-        before, number = source.consumed(), number + len(chunk.records)
+        assert before <= source.consumed <= source.size
+        before, number = source.consumed, number + len(chunk.records)
     assert number == 31
-    assert source.consumed() == source.size
+    assert source.consumed == source.size
 
 
 def test_blank_lines_keep_their_numbers(tmp_path):
@@ -135,10 +135,10 @@ def test_paths_to_one_file_are_one_source(tmp_path, monkeypatch):
 def test_identity_follows_the_content(folder):
     path = f"{folder}/a.txt"
     put(path, b"one")
-    before = open_sources([path])[0].identity()
-    assert json.loads(json.dumps(before)) == before == open_sources([path])[0].identity()
+    before = open_sources([path])[0].identity
+    assert json.loads(json.dumps(before)) == before == open_sources([path])[0].identity
     put(path, b"two")
-    assert open_sources([path])[0].identity() != before
+    assert open_sources([path])[0].identity != before
 
 
 @pytest.mark.parametrize("spec", ["none*.txt", "deep", "x.csv", "x.parquet.gz"])

@@ -50,8 +50,8 @@ def test_chunks_count_examples(spec):
     for chunk in read_chunks(source, 299, ["number"], max_bytes=500):
         assert (chunk.source, chunk.unit, chunk.first) == (spec, "example", number)
         number += len(chunk.records)
-        assert source.consumed() == number - 1 == chunk.records[-1]["number"] + 1
-    assert source.consumed() == COUNT
+        assert source.consumed == number - 1 == chunk.records[-1]["number"] + 1
+    assert source.consumed == COUNT
 
 
 def test_other_splits(spec, tfds_folder):
@@ -59,8 +59,8 @@ def test_other_splits(spec, tfds_folder):
     assert list(source.records()) == RECORDS[:3]
     full, mixed = open_sources([f"tfds:toy?data_dir={tfds_folder}{more}" for more in ("", "&split=train[:50%]+test")])
     assert list(mixed.records()) == RECORDS[:300] + RECORDS[:3]
-    assert full.identity() != mixed.identity()
-    assert "1.2.0" in json.dumps(full.identity())
+    assert full.identity != mixed.identity
+    assert "1.2.0" in json.dumps(full.identity)
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -102,7 +102,7 @@ def test_hugging_face_folder(tmp_path):
     with pytest.raises(DataError, match="body"):
         list(source.records(columns=["body"]))
     os.utime(lines, (0, 0))
-    assert open_sources([f"hf:{tmp_path}"])[0].identity() != source.identity()
+    assert open_sources([f"hf:{tmp_path}"])[0].identity != source.identity
     with pytest.raises(DataError, match="none"):
         open_sources([f"hf:{tmp_path}/none"])
 
