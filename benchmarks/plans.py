@@ -62,11 +62,11 @@ def row(result: dict) -> str:
     batch = f"{plan['batch_size']} x {plan['length']}"
     cells = [f"`{plan['target']}`", batch + (f" in {plan['micro_batches']}" if plan["micro_batches"] > 1 else ""),
              f"{memory['needed']:.2f} of {memory['limit']:g}" if plan["is_compiled"] else f"of {memory['limit']:g}",
-             f"{sum(plan['parts'].values()):.2f}", "yes" if memory["fits"] else "**no**"]
+             f"{sum((plan.get('memory_estimate') or plan['parts']).values()):.2f}", "yes" if memory["fits"] else "**no**"]
     if time is None:
         return "| " + " | ".join([*cells, "", "", "", "", "", _remedy(entry)]) + " |"
     sent = "" if plan["sent"] is None else f"{sum(kind['bytes'] for kind in plan['sent'].values()) / 1e9:.1f}"
-    cells += [sent, f"{time['floor']:.3g}", f"{time['seconds']:.3g}", f"{time['utilisation']:.0%}",
+    cells += [sent, f"{time['floor']:.3g}", f"{time['seconds']:.3g}", f"{time.get('utilization', time.get('utilisation')):.0%}",
               f"{time['days']:.1f} / {time['chip_hours']:,.0f}", _remedy(entry)]
     return "| " + " | ".join(cells) + " |"
 
@@ -74,7 +74,7 @@ def row(result: dict) -> str:
 def _remedy(entry: dict) -> str:
     if largest := entry.get("largest_batch"):
         return f"largest batch {largest['batch_size']}"
-    trials = entry.get("advice", [])
+    trials = entry.get("suggestions", entry.get("advice", []))
     said = [f"`{' '.join(f'{key}={value}' for key, value in trial['settings'].items())}`: "
             + (f"{trial['memory']['needed']:.2f}, fits, about {_seconds(trial['seconds'])}" if trial["memory"]["fits"]
                else f"{trial['memory']['needed']:.1f}, no")

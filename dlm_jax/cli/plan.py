@@ -1,12 +1,12 @@
-"""Says whether a recipe fits on TPU slices or GPUs that are not here, what it sends, and about how long it takes.
+"""Plans a recipe for TPU slices or GPUs that are not attached: whether it fits, what it sends, how long it takes.
 
   dlm plan --config=diffullama_7b --topology=v5e:16x16,v5p:2x4x4
   dlm plan --config=diffugpt_s --topology=v5litepod-8 --config.data.batch_size=512 --largest_batch
   dlm plan --config=diffugpt_m --gpu=h100:8
 
-For a TPU the step that `dlm train` would run is compiled by the TPU's own compiler, on this host's CPU, in a few
-minutes a slice: it fits if the compiler takes it. For GPUs its memory is added up. Times are estimates, by a formula
-that is printed with them. Of the base model only config.json is read. Exit status: 0 all fits, 1 refused, 2 misused,
+For a TPU, the step of `dlm train` is compiled by the TPU's own compiler on this host's CPU, in a few minutes per slice:
+it fits if the compiler accepts it. For GPUs, its memory is estimated. Times are estimates by a formula that is printed
+with them. Only config.json of the base model is read. Exit status: 0 everything fits, 1 an error, 2 wrong usage,
 3 something does not fit.
 """
 
@@ -25,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="RECIPE",
                         help=f"a Python file with get_config(), or one of {', '.join(recipe_names())}")
     parser.add_argument("--topology", nargs="+", action="extend", default=[], metavar="NAME",
-                        help="TPU slices: v5e:4x4,v5p:2x2x4, or as the cloud names them, v5litepod-16,v4-32; "
+                        help="TPU slices: v5e:4x4,v5p:2x2x4, or cloud names: v5litepod-16,v4-32; "
                              "2xv5e:16x16 for two slices")
     parser.add_argument("--gpu", nargs="+", action="extend", default=[], metavar="NAME:COUNT",
                         help="GPUs by description: h100:8,a100-80:64")
     parser.add_argument("--largest_batch", action="store_true",
                         help="also find the largest data.batch_size that fits, in a few more compilations")
     parser.add_argument("--suggest", action="store_true",
-                        help="where the recipe does not fit, also try what would, in a few more compilations")
+                        help="if the recipe does not fit, also try settings that would, in a few more compilations")
     parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
                         help="sets one key of the recipe, as for `dlm train`; any number of these, in any order")
     add_json_argument(parser)
@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if not arguments.topology and not arguments.gpu:
         raise ConfigError("nothing to plan for: name TPU slices with --topology=v5e:4x4, or GPUs with --gpu=h100:8")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts: what is planned for is not here, and what is here not used
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts: attached accelerators are not used
     recipe = load_recipe(arguments.config)
-    from dlm_jax import planning
+    from dlm_jax import plan as planning
     from dlm_jax.plan import report
     from dlm_jax.plan.roofline import FORMULA
     from dlm_jax.training.config import TrainConfig, flat_dict
@@ -53,23 +53,23 @@ def run(arguments: argparse.Namespace) -> int:
     targets = [make(config, base.config, name) for make, names in
                ((planning.tpu_target, arguments.topology), (planning.gpu_target, arguments.gpu))
                for name in ",".join(names).split(",") if name]
-    for target in targets:  # all are looked at before the first is compiled, which takes minutes
+    for target in targets:  # check all before compiling the first, which takes minutes
         planning.check_plan(config, base, target.mesh)
 
     lines, plans = report.recipe_lines(config, base), []
     for target in targets:
-        note = _Notes(target.name)
-        note(f"{'compiling' if target.is_compiled_for else 'adding up'} data.batch_size={config.data.batch_size}")
+        progress = _Progress(target.name)
+        progress(f"{'compiling' if target.is_compiled_for else 'estimating'} data.batch_size={config.data.batch_size}")
         plan = planning.make_plan(config, base, target)
         result = {"plan": plan}
         lines += ["", *report.plan_lines(plan)]
         if arguments.largest_batch:
-            result["largest_batch"] = planning.largest_batch(config, base, target, plan, note)
+            result["largest_batch"] = planning.largest_batch(config, base, target, plan, progress)
             lines += report.largest_lines(result["largest_batch"])
         if arguments.suggest and not plan.memory.fits:
-            result["advice"] = planning.advise(config, base, target, plan, note)
-            lines += report.advice_lines(result["advice"])
-        note("done")
+            result["suggestions"] = planning.suggest(config, base, target, plan, progress)
+            lines += report.suggestion_lines(result["suggestions"])
+        progress("done")
         plans.append(result)
     lines += ["", "Times are estimates:", FORMULA]
     fits = all(result["plan"].memory.fits for result in plans)
@@ -80,17 +80,18 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_OK if fits else EXIT_DOES_NOT_FIT
 
 
-class _Notes:
-    """One line a step of the work on standard error, with the seconds that the one before took."""
+class _Progress:
+    """Prints a line per stage to standard error, with the seconds that the previous one took."""
 
     def __init__(self, name: str):
-        self._name, self._began = name, time.monotonic()
+        self._name, self._started = name, time.monotonic()
 
     def __call__(self, text: str) -> None:
-        seconds = time.monotonic() - self._began
+        now = time.monotonic()
+        seconds, self._started = now - self._started, now
         print(f"{self._name}: {text}" + (f" ({seconds:.0f} s)" if seconds >= 1 else ""), file=sys.stderr, flush=True)
 
 
 def _plain(value: object) -> object:
-    """Of dataclasses and lists of them, what JSON can hold."""
+    """Converts dataclasses and lists of them to what JSON holds."""
     return [_plain(item) for item in value] if isinstance(value, list) else dataclasses.asdict(value)

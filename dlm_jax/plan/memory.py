@@ -1,9 +1,9 @@
-"""What a step needs of a device's memory, added up without compiling: exact for the state, an estimate for the rest."""
+"""The memory of a step without compiling it: exact for the state, an estimate for the rest."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,12 @@ from dlm_jax.checkpoints import resolve_lora
 from dlm_jax.diffusion import HeadPlan
 from dlm_jax.parallel import MeshConfig, make_mesh, num_batch_shards
 from dlm_jax.parallel.chips import GIB
-from dlm_jax.plan.base import Base
-from dlm_jax.plan.program import planned_state, trace_step
+from dlm_jax.plan.compile import Base, abstract_state, trace_step
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.metrics import count_params
 from dlm_jax.training.step import HOST
 
-_TRACED_ROWS = 1009  # a prime that no other axis of a model has: by it the axis of rows is recognised
+_TRACED_ROWS = 1009  # a prime that no other axis of a model has, by which the batch axis is recognized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +27,12 @@ class StepMemory:
     """GiB of a device.
 
     Attributes:
-      state: parameters, the optimizer's moments and the average, as they are placed.
-      gradients: in float32, placed as the parameters; once more in their own type where micro-batches are summed.
+      state: parameters, optimizer moments and average, as sharded.
+      gradients: float32, sharded like the parameters; with micro-batches also their sum, in the parameters' dtype.
       activations: what the backward pass of a micro-batch keeps of the forward pass.
-      working: one layer's weights and the tables, gathered, or its weights as they are made of codes or with LoRA's
-        products; what that layer's backward pass makes again; the scores of dense attention; the logits of one chunk
-        with their gradient; the head's gradient before it is scattered.
+      working: one layer's weights and the embedding tables after gathering (or one layer's weights as dequantized or
+        with LoRA's products); what that layer recomputes; dense attention scores; one chunk of logits with its
+        gradient; the head's gradient before it is scattered.
     """
 
     state: float
@@ -46,22 +45,17 @@ class StepMemory:
         return self.state + self.gradients + self.activations + self.working
 
 
-def has_analytic_estimate(config: TrainConfig, sizes: Mapping[str, int]) -> bool:
-    """Whether `add_up` foresees it: a mesh of these sizes that splits only the batch, nothing in the host's memory."""
-    offloads = config.optimizer.offload or config.model.remat == "offload"
-    return sizes["tensor"] * sizes["context"] == 1 and not offloads
-
-
-def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention: str) -> StepMemory:
-    """What a step needs on each device of a mesh that splits only the batch."""
-    architecture, state = base.config, planned_state(config, base, mesh)
-    params = placed_bytes(state.params)
+def estimate_memory(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention: str) -> StepMemory:
+    """Estimates what a step needs per device of a mesh that shards only the batch (`has_analytic_estimate`)."""
+    architecture, state = base.config, abstract_state(config, base, mesh)
+    params = device_bytes(state.params)
     gradients = 4 * params // jnp.dtype(config.model.param_dtype).itemsize
     if config.optimizer.accumulate_steps > 1:
         gradients += params
 
     rows = config.data.batch_size / config.optimizer.accumulate_steps / num_batch_shards(mesh)
-    kept, everything = (rows * kept_bytes(config, base, attention, remat) for remat in (config.model.remat, "none"))
+    kept, no_remat = (rows * activation_bytes(config, base, attention, remat)
+                      for remat in (config.model.remat, "none"))
     width, gathers = jnp.dtype(config.model.dtype).itemsize, mesh.shape["fsdp"] > 1
     lora = resolve_lora(config.lora, architecture, base.new_mask_token)
     layer = count_params(architecture, "blocks") / architecture.num_layers
@@ -73,43 +67,43 @@ def add_up(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention
     elif lora is not None and (lora.quantized or lora.dora):
         working += width * layer
     if config.model.remat != "none":
-        working += everything / architecture.num_layers
+        working += no_remat / architecture.num_layers
     if attention == "xla":  # the scores and their gradient, float32
         working += 8 * rows * architecture.num_heads * config.data.length**2
-    return StepMemory(*(size / GIB for size in (placed_bytes(state), gradients, kept, working)))
+    return StepMemory(*(size / GIB for size in (device_bytes(state), gradients, kept, working)))
 
 
-def placed_bytes(tree: object) -> int:
-    """Bytes of a device that a tree of shapes with shardings takes; what lies in the host's memory takes none."""
+def device_bytes(tree: object) -> int:
+    """Returns the bytes per device of a tree of shapes with shardings; arrays in host memory count as none."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
                for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST)
 
 
-def kept_bytes(config: TrainConfig, base: Base, attention: str, remat: str) -> float:
-    """Bytes that the layers' backward pass keeps of the forward pass, a row.
+def activation_bytes(config: TrainConfig, base: Base, attention: str, remat: str) -> float:
+    """Returns the bytes per row that the layers keep for the backward pass.
 
-    The step is traced, and what its scan over layers stacks up for each row is counted; parameters in the type of the
-    activations, which it stacks too, are not. Where cuDNN attends, what the TPU's kernel keeps is what it keeps too:
-    query, key, value, result and logsumexp.
+    The step is traced, and the outputs that its scan over layers stacks for each row are counted (it also stacks
+    parameters in the activations' dtype; these are not counted). cuDNN keeps what the TPU kernel keeps: query, key,
+    value, result and logsumexp.
     """
     attention = "tpu" if attention == "cudnn" else attention
-    return _kept_bytes(dataclasses.replace(
+    return _activation_bytes(dataclasses.replace(
         config, model=dataclasses.replace(config.model, remat=remat),
         data=dataclasses.replace(config.data, batch_size=_TRACED_ROWS),
         optimizer=dataclasses.replace(config.optimizer, accumulate_steps=1)), base, attention)
 
 
-@functools.cache  # batches of all sizes have the same rows
-def _kept_bytes(config: TrainConfig, base: Base, attention: str) -> float:
+@functools.cache  # the same per row for batches of all sizes
+def _activation_bytes(config: TrainConfig, base: Base, attention: str) -> float:
     traced, = trace_step(config, base, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), attention)
     layers = base.config.num_layers
     forward = next(scan for scan in _scans(traced.jaxpr.jaxpr) if scan.params["length"] == layers)
-    stacked = [out.aval for out in forward.outvars if out.aval.shape[:1] == (layers,)]  # the rest is carried along
+    stacked = [out.aval for out in forward.outvars if out.aval.shape[:1] == (layers,)]  # not the scan's carry
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape) / _TRACED_ROWS
 
 
 def _scans(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """All scans, in the order of the program, those within others after them."""
+    """Yields all scans in program order, outer ones first."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             yield equation

@@ -1,39 +1,47 @@
-"""How long a step takes at least, and about how long it will take: estimates from data sheets, not measurements."""
+"""The time of a step: FLOPs and bytes over the peaks of the data sheets. Estimates, not measurements."""
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.checkpoints import resolve_lora
 from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import ModelConfig
-from dlm_jax.parallel.chips import Chip
+from dlm_jax.parallel.chips import GIB, Chip
+from dlm_jax.plan.collectives import Collective
+from dlm_jax.plan.compile import Base, abstract_state
+from dlm_jax.plan.memory import StepMemory
+from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.metrics import count_params, train_flops
 
-# The share of the chips' peaks that matrix products and memory reach in a training step. At 0.6, Llama-2-7B with full
-# rematerialisation on 256 v5e comes to a utilisation of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
+# The share of their peaks that matrix products and memory reach in a training step. With 0.6, Llama-2-7B with full
+# rematerialization on 256 v5e has a utilization of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
 # Llama 3.1-8B, v6e-256), 49.7 to 37.9% (MaxText, Llama-2-7B on 8 to 128 H100), 61.1% (MaxText, 16B, v5e-256).
 EFFICIENCY = 0.6
 
 FORMULA = f"""\
-compute      FLOPs of a chip, with matrix products that are done again, / its peak
+compute      FLOPs per chip, recomputation included, / its peak
 memory       (2 x state + 2 x temporary memory x micro-batches + weights x passes) / bandwidth
 interconnect bytes that a chip sends within its slice or host / the bandwidth of all its links
 network      bytes that it sends beyond / its share of the network
 at least     the largest of these
-about        (compute + memory) / {EFFICIENCY}, or what is sent if that takes longer
-at worst     all of them, one after another, / {EFFICIENCY}
-utilisation  FLOPs of the model, nothing counted twice, / (about x peak)"""
+about        (compute + memory) / {EFFICIENCY}, or the time of sending if that is longer
+at worst     their sum / {EFFICIENCY}
+utilization  FLOPs of the model without recomputation / (about x peak)"""
 
-# Matrix products of [length, head_dim] with [head_dim, length] that attention's backward pass does: four, and in
-# kernels that store no square also the scores again, once (cuDNN) or in two kernels with their gradients (tpu).
+_GPUS_PER_HOST = 8
+
+# Products of [length, head_dim] with [head_dim, length] in attention's backward pass: four; a kernel that stores no
+# scores also recomputes them, once (cuDNN) or in two kernels with their gradients (tpu).
 _BACKWARD_PRODUCTS = {"xla": 4, "cudnn": 5, "tpu": 7}
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Of a step, over all chips: what the model needs, and what is done with what is computed twice."""
+    """FLOPs of a step over all chips: those of the model, and those executed, recomputation included."""
 
     model: float
     executed: float
@@ -41,12 +49,8 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes of a chip in a step.
-
-    Attributes:
-      memory: read from and written to its memory, at least.
-      interconnect: sent to the chips of its slice or host.
-      network: sent beyond it.
+    """Bytes per chip and step: a lower bound of memory reads and writes, bytes sent within the slice or host, and
+    bytes sent beyond it.
     """
 
     memory: float
@@ -56,19 +60,19 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds a step by FORMULA, and what follows from `seconds` for the run.
+    """Seconds per step by FORMULA, and what follows from `seconds` for the run.
 
     Attributes:
-      limits: seconds that each limit alone allows: compute, memory, interconnect, network.
+      limits: seconds by each limit alone: compute, memory, interconnect, network.
       floor, seconds, ceiling: at least, about, at worst.
-      utilisation: model FLOPs utilisation (MFU), a share of the peak.
+      utilization: model FLOPs utilization (MFU), a fraction of the peak.
     """
 
     limits: dict[str, float]
     floor: float
     seconds: float
     ceiling: float
-    utilisation: float
+    utilization: float
     tokens_per_second: float
     tokens: float
     days: float
@@ -77,8 +81,8 @@ class Estimate:
 
 def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
                new_mask_token: bool = False) -> Flops:
-    """The model's by `train_flops`; executed: a forward pass of the blocks again under full rematerialisation, of
-    attention under any, and attention's backward pass as its backend does it."""
+    """Counts the model's FLOPs by `train_flops`. Executed are also a second forward pass of the blocks under full
+    rematerialization, of attention under any, and the recomputation in the backend's backward pass."""
     length = config.data.length
     tokens = config.data.batch_size * length
     lora, scored = resolve_lora(config.lora, architecture, new_mask_token), tokens * scored_share(config.objective)
@@ -86,31 +90,31 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
     model = train_flops(architecture, tokens, scored, length, lora)
     forward = 2 * count_params(architecture, "blocks") * tokens
     product = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim * length * tokens
-    everything = forward + 2 * product
-    again = {"none": 0.0, "dots": 2 * product, "full": everything, "offload": everything}[config.model.remat]
-    return Flops(model, model + again + (_BACKWARD_PRODUCTS[attention] - 4) * product)
+    block_forward = forward + 2 * product
+    recomputed = {"none": 0.0, "dots": 2 * product, "full": block_forward, "offload": block_forward}[config.model.remat]
+    return Flops(model, model + recomputed + (_BACKWARD_PRODUCTS[attention] - 4) * product)
 
 
 def scored_share(objective: ObjectiveConfig) -> float:
-    """The share of tokens that are masked, and so scored, on average over the times of the last stage."""
+    """Returns the mean fraction of tokens that are masked, and so scored, over the times of the last stage."""
     if objective.name == "autoregressive":
         return 1.0
     low, high = objective.time_curriculum[-1][1:] if objective.time_curriculum else (objective.min_time, 1.0)
     masked = float(np.mean(objective.noise.mask_probability(np.linspace(max(low, objective.min_time), high, 1001))))
     if objective.complementary:
         return 1.0
-    if objective.name == "block_diffusion" and objective.shift:  # the first of a block is always scored
+    if objective.name == "block_diffusion" and objective.shift:  # the first token of a block is always scored
         return masked + (1 - masked) / objective.block_size
     return masked
 
 
 def passes(remat: str) -> int:
-    """How often a micro-batch reads all weights: forward, backward, and forward again."""
+    """Returns how often a micro-batch reads all weights: forward, backward, and the recomputed forward pass."""
     return 3 if remat in ("full", "offload") else 2
 
 
 def estimate(config: TrainConfig, flops: Flops, traffic: Traffic, chip: Chip, num_chips: int) -> Estimate:
-    """Times of a step and of the run by FORMULA."""
+    """Returns the times of a step and of the run by FORMULA."""
     limits = {
         "compute": flops.executed / num_chips / chip.flops,
         "memory": traffic.memory / chip.memory_bandwidth,
@@ -122,6 +126,45 @@ def estimate(config: TrainConfig, flops: Flops, traffic: Traffic, chip: Chip, nu
     seconds = max((limits["compute"] + limits["memory"]) / EFFICIENCY, floor)
     return Estimate(
         limits=limits, floor=floor, seconds=seconds, ceiling=sum(limits.values()) / EFFICIENCY,
-        utilisation=flops.model / num_chips / chip.flops / seconds, tokens_per_second=tokens / seconds,
+        utilization=flops.model / num_chips / chip.flops / seconds, tokens_per_second=tokens / seconds,
         tokens=tokens * config.num_steps, days=seconds * config.num_steps / 86400,
         chip_hours=seconds * config.num_steps * num_chips / 3600)
+
+
+def memory_traffic(config: TrainConfig, base: Base, target: Target, state: float, temporary: float) -> float:
+    """Returns a lower bound of the bytes through a device's memory per step.
+
+    The state, and each micro-batch's temporary memory, are read once and written once; each pass of a micro-batch reads
+    the weights.
+
+    Args:
+      state, temporary: GiB.
+    """
+    micro_batches = config.optimizer.accumulate_steps
+    weights = count_params(base.config) * jnp.dtype(config.model.dtype).itemsize / target.mesh.shape["tensor"]
+    return 2 * GIB * (state + temporary * micro_batches) + weights * passes(config.model.remat) * micro_batches
+
+
+def compiled_traffic(found: list[Collective], memory: float) -> Traffic:
+    """Returns the traffic of a compiled program from its collectives."""
+    return Traffic(memory, sum(c.sent for c in found if not c.between_slices),
+                   sum(c.sent for c in found if c.between_slices))
+
+
+def gpu_traffic(config: TrainConfig, base: Base, target: Target, memory: StepMemory) -> Traffic:
+    """Returns the traffic of GPUs with a mesh that shards only the batch.
+
+    Each micro-batch gathers the weights for the forward and the backward pass and scatters the gradients of what is
+    trained over `fsdp`, in the activations' dtype; replicas of the parameters sum their float32 gradients. A group that
+    is larger than a host of eight GPUs is limited by all network cards of a host together.
+    """
+    sizes, params = target.mesh.shape, count_params(base.config)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config, base, target.mesh).params))
+    width, shards = jnp.dtype(config.model.dtype).itemsize, sizes["fsdp"]
+    replicas = target.mesh.size // shards
+    sharded = width * (2 * params + trained) * (shards - 1) / shards * config.optimizer.accumulate_steps
+    replicated = 2 * 4 * trained / shards * (replicas - 1) / replicas
+    traffic = memory_traffic(config, base, target, memory.state, memory.total - memory.state)
+    if target.mesh.size <= _GPUS_PER_HOST:
+        return Traffic(traffic, sharded + replicated)
+    return Traffic(traffic, 0.0, (sharded + replicated) / _GPUS_PER_HOST)

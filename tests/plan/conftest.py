@@ -1,5 +1,7 @@
 """A recipe of a tiny base model, given by its config.json alone."""
 
+import dataclasses
+import importlib.util
 import json
 import pathlib
 
@@ -8,6 +10,14 @@ import pytest
 from dlm_jax.data.config import DataConfig
 from dlm_jax.plan import Base, describe_base
 from dlm_jax.training.config import ModelSource, OptimizerConfig, TrainConfig
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+def with_values(config: TrainConfig, **groups: dict[str, object]) -> TrainConfig:
+    """Returns `config` with values of its groups replaced."""
+    return dataclasses.replace(config, **{
+        group: dataclasses.replace(getattr(config, group), **values) for group, values in groups.items()})
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
-"""Collectives of real programs, whose number and size are known, and forms that only TPU programs take."""
+"""Collectives of compiled programs with known numbers and sizes, and the notations of TPU programs."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dlm_jax.plan.collectives import Collective, by_kind, collectives
 from dlm_jax.plan.topology import read_topology, tpu_devices
+from tests.plan.conftest import needs_libtpu
 
 MiB = 1 << 20
 
@@ -22,7 +22,7 @@ def mesh() -> Mesh:
 
 
 def found_in(mesh: Mesh, function, *shapes: tuple[int, ...]) -> list[Collective]:
-    """What a function of float32 arrays, sharded along their first axis over `b`, does on each device."""
+    """Compiles a function of float32 arrays that are sharded along their first axis over `b`."""
     spec = PartitionSpec("b")
     split = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape in shapes]
@@ -37,14 +37,14 @@ def found_in(mesh: Mesh, function, *shapes: tuple[int, ...]) -> list[Collective]
     ("all-to-all", lambda x: lax.all_to_all(x.reshape(4, -1), "b", 0, 0), MiB, 0.75 * MiB),
     ("collective-permute", lambda x: lax.ppermute(x, "b", [(i, (i + 1) % 4) for i in range(4)]), MiB, MiB),
 ])
-def test_size_and_bytes_sent_of_each_kind(mesh, kind, function, size, sent):
+def test_bytes_sent(mesh, kind, function, size, sent):
     one, = found_in(mesh, function, (MiB,))  # a quarter of 4 MiB each
     assert (one.kind, one.size, one.count, one.sent) == (kind, size, 1, sent)
     assert kind == "collective-permute" or one.group_size == (8 if sent == 1.75 * MiB else 4)
 
 
 def sums_in_loops(x: jax.Array, trips: jax.Array | int) -> jax.Array:
-    """One sum over devices in 5 x 3 trips, then one in each of `trips`."""
+    """Sums over devices in 5 x 3 trips, then in `trips`."""
 
     def inner(carry, _):
         return lax.psum(jnp.sin(carry), "b"), None
@@ -56,7 +56,7 @@ def sums_in_loops(x: jax.Array, trips: jax.Array | int) -> jax.Array:
     return lax.fori_loop(0, trips, lambda i, y: lax.psum(jnp.cos(y), "a"), x)
 
 
-def test_loops_multiply_and_those_of_unknown_length_are_told(mesh):
+def test_trip_counts(mesh):
     inner, last = sorted(found_in(mesh, lambda x: sums_in_loops(x, 7), (4096,)), key=lambda c: -c.count)
     assert (inner.count, inner.group_size, last.count, last.group_size) == (15, 4, 7, 2)
     assert inner.is_bounded and last.is_bounded
@@ -65,7 +65,7 @@ def test_loops_multiply_and_those_of_unknown_length_are_told(mesh):
     assert (inner.count, last.count, last.is_bounded) == (15, 1, False)
 
 
-def test_what_xla_inserts_is_found(mesh):
+def test_collectives_that_xla_inserts(mesh):
     split = NamedSharding(mesh, PartitionSpec(("a", "b")))
     weight, rows = (jax.ShapeDtypeStruct((size, 512), jnp.float32, sharding=split) for size in (512, 1024))
 
@@ -79,8 +79,8 @@ def test_what_xla_inserts_is_found(mesh):
     assert max(sums.values()) >= 0.875 * MiB  # the gradient, and a little for the loss
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_a_program_for_tpus_has_as_many():
+@needs_libtpu
+def test_compiled_tpu_program():
     mesh = Mesh(np.array(tpu_devices(read_topology("v5e:2x4"))).reshape(2, 4), ("a", "b"),
                 axis_types=(AxisType.Auto,) * 2)
     inner, last = sorted(found_in(mesh, lambda x: sums_in_loops(x, 7), (4096,)), key=lambda c: -c.count)
@@ -93,8 +93,8 @@ def test_a_program_for_tpus_has_as_many():
     assert (scattered.kind, scattered.group_size, scattered.sent) == ("reduce-scatter", 4, 48 * MiB)
 
 
-# As libtpu prints programs: one gathering, spread over fusions that share its channel, one of which lies in a loop to
-# which it does not belong; a sum of which each device keeps its part; a sum between slices; an axis of a mesh as group.
+# As libtpu prints programs: an all-gather in two fusions that share its channel, one of them in an unrelated loop; an
+# all-reduce of which each device keeps a slice; an all-reduce between slices; a replica group named by a mesh axis.
 TPU_PROGRAM = """\
 HloModule jit_f, is_scheduled=true
 
@@ -146,7 +146,7 @@ frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer
 """
 
 
-def test_forms_of_tpu_programs():
+def test_notations_of_tpu_programs():
     found = {(c.kind, c.between_slices): c for c in collectives(TPU_PROGRAM, 8, 2)}
     assert found["all-gather", False] == Collective("all-gather", 4, 256 * 8 * 2, 1)
     assert found["reduce-scatter", False] == Collective("reduce-scatter", 4, 256 * 16 * 4, 10)

@@ -1,4 +1,4 @@
-"""Arithmetic against numbers worked out by hand."""
+"""Formulas against numbers computed by hand."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from dlm_jax.plan.roofline import EFFICIENCY, Flops, Traffic, estimate, scored_s
 from dlm_jax.training.config import ModelSource, ObjectiveConfig, TrainConfig
 from dlm_jax.training.metrics import peak_flops
 
-# Blocks of 2 layers without biases: 4 x 8 x 8 for attention, 3 x 8 x 16 for the gated perceptron, 16 for two norms.
+# Blocks of 2 layers without biases: 4 x 8 x 8 for attention, 3 x 8 x 16 for the gated MLP, 16 for two norms.
 MODEL = ModelConfig("llama", 100, 8, 2, 2, 2, 4, 16, 64)
 BLOCKS = 2 * (4 * 8 * 8 + 3 * 8 * 16 + 2 * 8)
 CONFIG = TrainConfig(model=ModelSource(source="x"), data=DataConfig(length=32, batch_size=4), num_steps=1000,
@@ -25,7 +25,7 @@ def with_model(**changes) -> TrainConfig:
     return dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **changes))
 
 
-def test_flops_of_a_step():
+def test_step_flops():
     model = 6 * BLOCKS * TOKENS + 6 * PRODUCT + 6 * 8 * 100 * TOKENS
     assert step_flops(CONFIG, MODEL, "xla") == Flops(model, model)
     assert step_flops(CONFIG, MODEL, "cudnn") == Flops(model, model + PRODUCT)
@@ -39,16 +39,16 @@ def test_flops_of_a_step():
     (ObjectiveConfig(name="autoregressive"), 1), (ObjectiveConfig(), 0.5005),
     (ObjectiveConfig(schedule="cosine"), 2 / math.pi), (ObjectiveConfig(schedule="polynomial", power=2), 1 / 3),
     (ObjectiveConfig(time_curriculum=((0, 0.0, 1.0), (100, 0.2, 0.4))), 0.3)])
-def test_the_share_of_tokens_that_is_scored(objective, share):
+def test_scored_share(objective, share):
     assert scored_share(objective) == pytest.approx(share, abs=1e-3)
 
 
-def test_times_by_the_formula():
+def test_estimate():
     chip = Chip("x", ("X",), flops=1e12, memory=16, memory_bandwidth=1e11, interconnect=1e10, network=1e9)
     time = estimate(CONFIG, Flops(6e12, 8e12), Traffic(5e10, 2e9, 1e8), chip, num_chips=4)
     assert time.limits == pytest.approx({"compute": 2.0, "memory": 0.5, "interconnect": 0.2, "network": 0.1})
     assert [time.floor, time.seconds, time.ceiling] == pytest.approx([2.0, 2.5 / EFFICIENCY, 2.8 / EFFICIENCY])
-    assert time.utilisation == pytest.approx(6e12 / 4 / 1e12 / time.seconds)
+    assert time.utilization == pytest.approx(6e12 / 4 / 1e12 / time.seconds)
     assert time.tokens_per_second == pytest.approx(TOKENS / time.seconds) and time.tokens == 128_000
     assert [time.chip_hours, time.days] == pytest.approx([time.seconds * 4000 / 3600, time.seconds * 1000 / 86400])
 
@@ -57,13 +57,13 @@ def test_times_by_the_formula():
     assert "network" not in estimate(CONFIG, Flops(1, 1), Traffic(1, 1), chip, 1).limits
 
 
-def test_the_table_of_chips():
+def test_chips():
     kinds = [kind for chip in CHIPS for kind in chip.kinds]
-    for i, kind in enumerate(kinds):  # no name is hidden by a shorter one before it
+    for i, kind in enumerate(kinds):  # no earlier, shorter name hides it
         assert not any(earlier in kind for earlier in kinds[:i]), kind
     assert len({chip.name for chip in CHIPS}) == len(CHIPS)
     for chip in CHIPS:
         found = peak_flops(type("Device", (), {"device_kind": f"NVIDIA {chip.kinds[0]}"}))
         assert found == chip.flops and (chip.network is None or chip.network < chip.interconnect)
-        assert 20 < chip.flops / chip.memory_bandwidth < 700  # FLOP a byte: no figure is off by 1000
+        assert 20 < chip.flops / chip.memory_bandwidth < 700  # FLOP per byte: no figure is off by 1000
     assert np.log10([chip.interconnect for chip in CHIPS]).min() > 10

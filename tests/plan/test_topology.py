@@ -3,9 +3,10 @@ import importlib.util
 import pytest
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.plan.topology import Topology, read_topology, tpu_devices
-
-with_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+from dlm_jax.parallel import MeshConfig, make_mesh
+from dlm_jax.plan import gpu_target
+from dlm_jax.plan.topology import Topology, abstract_mesh, read_topology, tpu_devices
+from tests.plan.conftest import needs_libtpu, with_values
 
 
 @pytest.mark.parametrize(("text", "name", "chips"), [
@@ -14,40 +15,72 @@ with_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, rea
     ("v4-32", "v4:2x2x4", 16), ("v5p-8", "v5p:2x2x1", 4), ("v3-32", "v3:4x4", 16), ("v6e-8", "v6e:2x4", 8),
     ("4xv6e-256", "4xv6e:16x16", 1024), ("tpu7x:2x2x1", "tpu7x:2x2x1", 4),
 ])
-def test_names(text, name, chips):
+def test_read_topology(text, name, chips):
     topology = read_topology(text)
     assert (topology.name, topology.num_chips) == (name, chips)
     assert read_topology(topology.name) == topology
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("v5e", "GENERATION:SHAPE"), ("v5e:", "GENERATION:SHAPE"), ("v9:2x2", "unknown generation"),
-    ("v9-4", "unknown generation"), ("v5e:2x2x1", "3 axes"), ("v4:2x2", "2 axes"), ("v5e:3x3", "hosts of 2x2"),
-    ("v5e:0x2", "hosts of 2x2"), ("v4-31", "no usual shape"), ("v5litepod-7", "no usual shape"),
-])
-def test_what_is_no_topology(text, says):
-    with pytest.raises(ConfigError, match=says) as caught:
+@pytest.mark.parametrize("text", ["v5e", "v5e:", "v9:2x2", "v9-4", "v5e:2x2x1", "v4:2x2", "v5e:3x3", "v5e:0x2",
+                                  "v4-31", "v5litepod-7"])
+def test_invalid_topologies(text):
+    with pytest.raises(ConfigError, match=text):
         read_topology(text)
-    assert repr(text) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "dlm_jax\[tpu\]"'):
+    with pytest.raises(ConfigError, match=r"dlm_jax\[tpu\]"):
         tpu_devices(Topology("v5e", (2, 2)))
 
 
-@with_libtpu
+@needs_libtpu
 @pytest.mark.parametrize(("text", "kind", "devices"), [
     ("v5e:1x1", "TPU v5 lite", 1), ("v5e:2x4", "TPU v5 lite", 8), ("v4:2x2x1", "TPU v4", 4), ("v5p:2x2x2", "TPU v5", 8),
     ("v6e:4x4", "TPU v6 lite", 16), ("v3:2x2", "TPU v3", 8), ("v2:2x2", "TPU v2", 8), ("tpu7x:2x2x1", "TPU7x", 8),
     ("2xv5e:2x2", "TPU v5 lite", 8)])
-def test_devices(text, kind, devices):
+def test_tpu_devices(text, kind, devices):
     found = tpu_devices(read_topology(text))
     assert len(found) == devices and {device.device_kind for device in found} == {kind}
 
 
-@with_libtpu
-def test_slices_are_told_apart():
+@needs_libtpu
+def test_slice_indices():
     found = tpu_devices(read_topology("2xv5e:2x2"))
     assert sorted(device.slice_index for device in found) == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2), MeshConfig(data=-1, fsdp=4),
+                                  MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=8, fsdp=1)])
+def test_abstract_mesh(mesh):
+    assert dict(abstract_mesh(mesh, 8).shape) == dict(make_mesh(mesh).shape)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=3), MeshConfig(data=2, fsdp=2), MeshConfig(data=16)])
+def test_abstract_mesh_of_invalid_sizes(mesh):
+    with pytest.raises(ConfigError):
+        make_mesh(mesh)
+    with pytest.raises(ConfigError):
+        abstract_mesh(mesh, 8)
+
+
+@pytest.mark.parametrize("text", ["h100", "h100:", "h100:0", "a100:8", "TPU:4", "h100:8:8"])
+def test_invalid_gpus(config, base, text):
+    with pytest.raises(ConfigError, match=text):
+        gpu_target(config, base.config, text)
+
+
+def test_gpu_attention(config, base):
+    assert gpu_target(config, base.config, "H100:8").attention == "cudnn"
+    old = gpu_target(config, base.config, "v100:8")
+    assert old.attention == "xla" and "7.0" in old.reason
+    with pytest.raises(ConfigError, match="cudnn"):
+        gpu_target(with_values(config, model={"attention": "cudnn"}), base.config, "t4:1")
+    target = gpu_target(with_values(config, model={"dtype": "float32"}), base.config, "h100:8")
+    assert target.attention == "xla" and "bfloat16" in target.reason
+    assert gpu_target(with_values(config, model={"attention": "xla"}), base.config, "h100:8").attention == "xla"
+
+
+def test_gpus_need_an_analytic_estimate(config, base):
+    with pytest.raises(ConfigError, match=r"mesh\.tensor and mesh\.context"):
+        gpu_target(with_values(config, mesh={"tensor": 2}), base.config, "h100:8")

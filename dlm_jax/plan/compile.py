@@ -1,0 +1,238 @@
+"""The training step of a recipe, traced from shapes alone and compiled for devices that are not attached."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from dlm_jax.checkpoints import config_from_hf, load_pretrained, resolve_lora
+from dlm_jax.checkpoints.tokenizer import choose_mask_token
+from dlm_jax.diffusion import Batch
+from dlm_jax.errors import ConfigError, DLMError
+from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model, split_trainable
+from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
+from dlm_jax.parallel.chips import GIB
+from dlm_jax.training.config import ModelSource, TrainConfig
+from dlm_jax.training.optimizer import make_optimizer
+from dlm_jax.training.setup import check_fit, with_dropout
+from dlm_jax.training.step import TrainState, make_train_step, state_layout
+
+_GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
+_LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
+
+# The architecture in config.json of models on the hub, to plan without a network and before accepting their terms.
+KNOWN: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": _GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": _GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "meta-llama/Llama-2-7b-hf": _LLAMA | {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+        "tie_word_embeddings": False},
+    "meta-llama/Llama-3.2-1B": _LLAMA | {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
+        "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192}},
+    "Qwen/Qwen3-0.6B": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "tie_word_embeddings": True},
+}  # fmt: skip
+KNOWN["diffusionfamily/diffullama"] = KNOWN["meta-llama/Llama-2-7b-hf"]
+KNOWN["Qwen/Qwen3-0.6B-Base"] = KNOWN["Qwen/Qwen3-0.6B"] | {"max_position_embeddings": 32768}
+
+# The two ways in which libtpu reports an exhausted HBM, and its size.
+_EXHAUSTED = re.compile(r"(?:Used |\()([\d.]+)([KMGT]?)(?: of |\) exceeds available HBM \()([\d.]+)([KMGT]?)"
+                        r"(?: hbm|\))")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class CompileError(DLMError):
+    """A program cannot be compiled, for another reason than its memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The model to start from, without weights.
+
+    Attributes:
+      config: its architecture, including the vocabulary row of a new mask token.
+      origin: where the architecture was read, for people.
+      new_mask_token: whether the mask token adds a row.
+    """
+
+    config: ModelConfig
+    mask_token_id: int | None
+    source: str
+    origin: str
+    new_mask_token: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """GiB of a device.
+
+    Attributes:
+      needed: the peak, arguments included; for a program that does not fit, the compiler's own figure.
+      limit: what the compiler grants.
+      arguments: state and batch; None, like `temporary`, for a program that does not fit.
+      temporary: the sum of what lives during a step, which exceeds its peak.
+      host: in the memory of the device's host.
+    """
+
+    needed: float
+    limit: float | None
+    fits: bool
+    arguments: float | None = None
+    temporary: float | None = None
+    host: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """`hlo`: the optimized text of its programs, empty if one does not fit; `seconds`: of compilation."""
+
+    memory: DeviceMemory
+    hlo: tuple[str, ...]
+    seconds: float
+
+
+def describe_base(model: ModelSource) -> Base:
+    """Reads what `model.source` is: a known id by the table, everything else by its config.json.
+
+    A mask token given as text is new if there is no tokenizer to look it up.
+
+    Raises:
+      ConfigError: no source is given.
+      CheckpointError: it cannot be found or read, or the mask token is outside its vocabulary.
+    """
+    if not model.source:
+        raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
+    if model.source in KNOWN and not Path(model.source).is_dir():
+        config, is_new = config_from_hf(KNOWN[model.source]), isinstance(model.mask_token, str)
+        mask_token_id = config.vocab_size
+        if not is_new:
+            mask_token_id, _ = choose_mask_token(model.mask_token, None, config.vocab_size, None)
+        config = dataclasses.replace(config, vocab_size=config.vocab_size + is_new)
+        origin = "the table of known models in dlm_jax"
+    else:
+        base = load_pretrained(model.source, init="abstract", mask_token=model.mask_token)
+        config, mask_token_id, is_new = base.model.config, base.mask_token_id, base.new_mask_token
+        origin = f"config.json of {model.source}"
+    return Base(with_dropout(config, model.dropout), mask_token_id, model.source, origin, is_new)
+
+
+def check_plan(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError where config, base model and mesh contradict each other, as training would."""
+    check_fit(config, base.config, base.mask_token_id, mesh)
+    abstract_state(config, base, mesh)
+
+
+def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> list[jax.stages.Traced]:
+    """Traces the step that `dlm train` runs for the devices of `mesh`: one program, or two if the optimizer's state is
+    offloaded."""
+    model = _model(config, base, attention)
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    step = make_train_step(nnx.graphdef(model), optimizer, mesh, objective=config.objective, config=config.optimizer,
+                           num_steps=config.num_steps, seed=config.seed, mask_token_id=base.mask_token_id)
+    state, batch = abstract_state(config, base, mesh), abstract_batch(config, mesh)
+    with jax.set_mesh(mesh):
+        if not config.optimizer.offload:
+            return [step.trace(state, batch)]
+        first, second = step.programs
+        gradient = first.trace(state.params, state.frozen, batch, state.step)
+        grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
+        return [gradient, second.trace(state, grads, gradient.out_info[1])]
+
+
+def abstract_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Returns the training state as shapes with shardings.
+
+    Raises:
+      ConfigError: the mesh does not divide a parameter.
+    """
+    _, params, frozen = split_trainable(_model(config, base, "xla"))
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    return state_layout(params, optimizer, config.optimizer.ema_decay > 0, mesh, config.optimizer.offload, frozen)
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Returns what the loader gives a step, as shapes with shardings."""
+    data = config.data
+
+    def array(dtype: jnp.dtype, *axes: str) -> jax.ShapeDtypeStruct:
+        shape = (data.batch_size, data.length)[:len(axes)]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=array_sharding(mesh, *axes))
+
+    # Rows with several documents, or with padding that is not trained on, have document ids.
+    padded = data.examples.format != "none" and data.examples.train_on_padding is False
+    has_documents = data.packing == "document_mask" or data.random_length > 0 or padded
+    ids = array(jnp.int32, "batch", "length") if has_documents else None
+    return Batch(array(jnp.int32, "batch", "length"), array(jnp.bool_, "batch", "length"), array(jnp.uint32, "batch"),
+                 ids, ids)
+
+
+def compile_step(programs: Sequence[jax.stages.Traced], limit: float, extra: float = 0.0) -> CompiledStep:
+    """Compiles the programs of a step, which run one after another: the step fits if each of them does.
+
+    Args:
+      limit: GiB of the device.
+      extra: GiB of the device that are occupied while the first program runs, besides its arguments.
+
+    Raises:
+      CompileError: the compiler fails, for another reason than memory.
+    """
+    started, memories, texts = time.perf_counter(), [], []
+    for program in programs:
+        memory, hlo = _compile(program, limit)
+        if program is programs[0]:
+            needed = memory.needed + extra
+            memory = dataclasses.replace(memory, needed=needed, fits=memory.fits and needed <= limit)
+        if not memory.fits:
+            return CompiledStep(memory, (), time.perf_counter() - started)
+        memories.append(memory)
+        texts.append(hlo)
+    largest = {name: max(getattr(memory, name) for memory in memories)
+               for name in ("needed", "arguments", "temporary", "host")}
+    return CompiledStep(DeviceMemory(limit=limit, fits=True, **largest), tuple(texts), time.perf_counter() - started)
+
+
+def exhausted(message: str) -> DeviceMemory | None:
+    """Returns the memory that a compiler's error reports as exceeded; None for any other error."""
+    match = _EXHAUSTED.search(message)
+    if "RESOURCE_EXHAUSTED" not in message or not match:
+        return None
+    used, used_unit, limit, limit_unit = match.groups()
+    return DeviceMemory(float(used) * _UNITS[used_unit] / GIB, float(limit) * _UNITS[limit_unit] / GIB, False)
+
+
+def _model(config: TrainConfig, base: Base, attention: str) -> Transformer:
+    compute = Compute(config.model.dtype, config.model.remat, attention, ATTENTION_PARTITION)
+    lora = resolve_lora(config.lora, base.config, base.new_mask_token)
+    return abstract_model(base.config, compute, config.model.param_dtype, lora)
+
+
+def _compile(traced: jax.stages.Traced, limit: float) -> tuple[DeviceMemory, str | None]:
+    """Returns what a program needs, and its optimized text if it fits."""
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        memory = exhausted(str(error))
+        if memory is None:
+            raise CompileError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
+        return memory, None
+    analysis = compiled.memory_analysis()
+    host = analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes  # the peak includes it
+    memory = DeviceMemory((analysis.peak_memory_in_bytes - host) / GIB, limit, True,
+                          analysis.argument_size_in_bytes / GIB, analysis.temp_size_in_bytes / GIB, host / GIB)
+    return memory, compiled.as_text()
