@@ -186,7 +186,8 @@ def changes(config: TrainConfig, target: Target) -> Iterator[dict[str, object]]:
     """Yields settings that need less memory, those that cost the least time first: more micro-batches, full
     rematerialization, both; optimizer state in host memory; parameters and moments in bfloat16, which changes what is
     computed."""
-    more = [{"optimizer.accumulate_steps": count} for count in micro_batch_counts(config, num_batch_shards(target.mesh))]
+    counts = micro_batch_counts(config, num_batch_shards(target.mesh))
+    more = [{"optimizer.accumulate_steps": count} for count in counts]
     remat = {"model.remat": "full"} if config.model.remat in ("none", "dots") else {}
     yield from more[:-1] if remat else more
     if remat:
