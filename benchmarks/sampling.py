@@ -1,12 +1,12 @@
-"""Sampling, ours and a PyTorch loop that does what the DiffuLLaMA release does, side by side in one run.
+"""Times sampling: dlm_jax and a PyTorch loop like the DiffuLLaMA reference implementation's, in turns in one run.
 
     python benchmarks/sampling.py                                    GPT-2 small, 256 tokens, 32 steps, float32: a CPU
     python benchmarks/sampling.py --model=gpt2-medium --dtype=bfloat16 --batch_size=8                              a GPU
 
-Both start from random weights. PyTorch computes full logits, sorts them for top-p and draws a token at every position
-and every step; its policies are the release's: `random` reveals each masked token with probability 1/(t+1),
-`confidence` ranks by the probability of the drawn token and has no top-p. Ours uses the same settings, and for
-`confidence` the caches as well. The sides take turns. Tokens a second count generated tokens. Writes
+Both have random weights. PyTorch computes full logits, sorts them for top-p and samples a token at every position and
+step. Its policies are the reference implementation's: `random` reveals each masked token with probability 1/(t+1),
+`confidence` ranks by the probability of the sampled token and has no top-p. dlm_jax has the same settings, and for
+`confidence` also the caches. Tokens per second count generated tokens. Writes
 benchmarks/results/sampling-MODEL-DEVICE.json.
 """
 
@@ -31,8 +31,8 @@ HF_CONFIGS = {
 MASK_TOKEN_ID = 811
 
 
-def ours(args: argparse.Namespace, policy: str, cache: str = "none") -> Callable[[int], None]:
-    """A function of a seed that samples a batch and waits for it; with a cache in blocks of 32."""
+def run_dlm_jax(args: argparse.Namespace, policy: str, cache: str = "none") -> Callable[[int], None]:
+    """Returns a function of a seed that samples a batch and waits for it; with a cache in blocks of 32."""
     import jax
     from flax import nnx
 
@@ -58,8 +58,8 @@ def ours(args: argparse.Namespace, policy: str, cache: str = "none") -> Callable
     return run
 
 
-def pytorch(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
-    """The same as the release takes it: everything everywhere, then most of it thrown away."""
+def run_pytorch(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
+    """Returns the same in PyTorch: all logits, sorted, and a token at every position of every step."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,9 +71,9 @@ def pytorch(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
                                              dtype=getattr(torch, args.dtype)).to(device).eval()
     bias = torch.zeros(args.batch_size, 1, args.length, args.length, device=device, dtype=model.dtype)
 
-    def truncated(logits: "torch.Tensor") -> "torch.Tensor":
-        ordered, order = torch.sort(logits, descending=True)
-        beyond = torch.softmax(ordered, -1).cumsum(-1) > args.top_p
+    def apply_top_p(logits: "torch.Tensor") -> "torch.Tensor":
+        values, order = torch.sort(logits, descending=True)
+        beyond = torch.softmax(values, -1).cumsum(-1) > args.top_p
         beyond[..., 1:] = beyond[..., :-1].clone()
         beyond[..., 0] = False
         return logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
@@ -81,25 +81,25 @@ def pytorch(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
     @torch.no_grad()
     def run(seed: int) -> None:
         torch.manual_seed(seed)
-        noisable_mask = torch.ones(args.batch_size, args.length, dtype=torch.bool, device=device)
-        noisable_mask[:, 0] = False
-        masked = noisable_mask.clone()
+        gaps = torch.ones(args.batch_size, args.length, dtype=torch.bool, device=device)
+        gaps[:, 0] = False
+        masked = gaps.clone()
         tokens = torch.where(masked, MASK_TOKEN_ID, 0)
         for t in range(args.num_steps - 1, -1, -1):
             logits = model(tokens, attention_mask=bias, use_cache=False).logits.float() / args.temperature
-            scores = torch.log_softmax(truncated(logits) if policy == "random" else logits, -1)
-            drawn = torch.distributions.Categorical(logits=scores).sample()
-            score = scores.gather(-1, drawn[..., None])[..., 0]
-            drawn = torch.cat([tokens[:, :1], drawn[:, :-1]], 1)
+            scores = torch.log_softmax(apply_top_p(logits) if policy == "random" else logits, -1)
+            sampled = torch.distributions.Categorical(logits=scores).sample()
+            score = scores.gather(-1, sampled[..., None])[..., 0]
+            sampled = torch.cat([tokens[:, :1], sampled[:, :-1]], 1)
             if policy == "random":
                 reveal = masked & (torch.rand(masked.shape, device=device) < 1 / (t + 1))
             else:
-                score = torch.cat([score[:, :1], score[:, :-1]], 1).masked_fill(~noisable_mask, -torch.inf)
-                number = int(noisable_mask.sum(1)[0] * (args.num_steps - t) / args.num_steps)
+                score = torch.cat([score[:, :1], score[:, :-1]], 1).masked_fill(~gaps, -torch.inf)
+                number = int(gaps.sum(1)[0] * (args.num_steps - t) / args.num_steps)
                 best = score.topk(number, 1).indices
                 reveal = masked & torch.zeros_like(masked).scatter(1, best, True)
                 reveal |= masked if t == 0 else False
-            tokens = torch.where(reveal, drawn, tokens)
+            tokens = torch.where(reveal, sampled, tokens)
             masked &= ~reveal
         if device == "cuda":
             torch.cuda.synchronize()
@@ -108,14 +108,14 @@ def pytorch(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
 
 
 def measure(runs: dict[str, Callable[[int], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, the contenders taking turns; the first run of each does not count."""
+    """Returns the seconds of each run, in turns; the first run of each does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             run(repeat)
             if repeat:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["random", "confidence"], choices=("random", "confidence"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's, on a CPU")
-    parser.add_argument("--only", choices=("ours", "pytorch"), help="leave the other out")
+    parser.add_argument("--only", choices=("dlm_jax", "pytorch"), help="run one side alone")
     args = parser.parse_args()
 
     import jax
@@ -139,10 +139,10 @@ def main() -> None:
     generated = args.batch_size * (args.length - 1)
     results = []
     for policy in args.policies:
-        sides = {name: make(args, policy) for name, make in (("ours", ours), ("pytorch", pytorch))
+        sides = {name: make(args, policy) for name, make in (("dlm_jax", run_dlm_jax), ("pytorch", run_pytorch))
                  if args.only in (None, name)}
         if policy == "confidence" and args.only != "pytorch":
-            sides |= {f"ours, {cache} cache": ours(args, policy, cache) for cache in ("prefix", "dual")}
+            sides |= {f"dlm_jax, {cache} cache": run_dlm_jax(args, policy, cache) for cache in ("prefix", "dual")}
         for name, seconds in measure(sides, args.repeats).items():
             median = statistics.median(seconds)
             results.append({"side": name, "policy": policy, "seconds": seconds, "median": median,
@@ -150,7 +150,7 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     print(f"{args.model}, {args.batch_size} x {args.length}, {args.num_steps} steps, {args.dtype}, {device}; "
           f"median of {args.repeats}")
-    print("| policy | side | seconds | tokens a second | of PyTorch |\n| --- | --- | --- | --- | --- |")
+    print("| policy | side | seconds | tokens/s | of PyTorch |\n| --- | --- | --- | --- | --- |")
     for row in results:
         other = [r for r in results if r["side"] == "pytorch" and r["policy"] == row["policy"]]
         row["ratio"] = row["tokens_per_second"] / other[0]["tokens_per_second"] if other else None

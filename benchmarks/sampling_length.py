@@ -1,10 +1,10 @@
-"""Seconds against length, one text at a time: the parent from left to right with its cache, diffusion by steps.
+"""Times texts by length, one at a time: the parent from left to right with its cache, diffusion by number of steps.
 
     python benchmarks/sampling_length.py --model=WORKDIR --parent=assets/stories-gpt2
 
-The figure of the paper (arXiv 2410.17891, on decoding speed) for any model. Compilation is not counted, every
-length has its own program, and the settings take turns. It prints a table and writes
-benchmarks/results/sampling_length.json and docs/figures/sampling_length.png.
+The figure of the paper on decoding speed (arXiv 2410.17891) for any model. Compilation is not counted; each length has
+its own program; the settings run in turns. Prints a table and writes benchmarks/results/sampling_length.json and
+docs/figures/sampling_length.png.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from dlm_jax import DiffusionLM
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
 HERE = pathlib.Path(__file__).parent
-COLOURS = ("#1b6ca8", "#2a9d8f", "#edae49", "#d1495b", "#8d96a3")
+COLORS = ("#1b6ca8", "#2a9d8f", "#edae49", "#d1495b", "#8d96a3")
 
 
-def timed(lm: DiffusionLM, config: SamplerConfig, length: int, seed: int) -> float:
-    """Seconds for one text of `length` tokens."""
+def time_text(lm: DiffusionLM, config: SamplerConfig, length: int, seed: int) -> float:
+    """Returns the seconds for one text of `length` tokens."""
     tokens, fixed = np.zeros((1, length), np.int32), np.arange(length)[None] == 0
     keys = jax.random.split(jax.random.key(seed), 1)
     spec = SamplingSpec(config, lm.pretrained.diffusion)
-    began = time.perf_counter()
+    start = time.perf_counter()
     jax.block_until_ready(sample(lm.model, tokens, fixed, np.array([length]), keys, spec))
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def plot(results: dict[str, list[float]], lengths: list[int], device: str, path: pathlib.Path) -> None:
@@ -41,12 +41,12 @@ def plot(results: dict[str, list[float]], lengths: list[int], device: str, path:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    colours = iter(COLOURS)
+    colors = iter(COLORS)
     for name, seconds in results.items():
         parent = name.startswith("parent")
-        axis.plot(lengths, seconds, marker="o", markersize=4, label=name, color="black" if parent else next(colours),
+        axis.plot(lengths, seconds, marker="o", markersize=4, label=name, color="black" if parent else next(colors),
                   linestyle="--" if parent else "-")
-    axis.set(xlabel="tokens", ylabel="seconds a text", title=f"One text at a time, {device}", ylim=(0, None))
+    axis.set(xlabel="tokens", ylabel="seconds per text", title=f"One text at a time, {device}", ylim=(0, None))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)
@@ -77,7 +77,7 @@ def main() -> None:
         seconds = {name: [] for name in settings}
         for repeat in range(args.repeats + 1):
             for name, (model, config) in settings.items():
-                seconds[name].append(timed(model, config, length, repeat))
+                seconds[name].append(time_text(model, config, length, repeat))
         for name, values in seconds.items():
             results[name].append(statistics.median(values[1:]))  # the first of each compiles
         print(f"| {length} | " + " | ".join(f"{values[-1]:.3f}" for values in results.values()) + " |", flush=True)

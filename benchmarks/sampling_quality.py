@@ -1,11 +1,11 @@
-"""What samples are worth against what they cost: policies over numbers of steps, and cached decoding in blocks.
+"""Quality against cost of samples: policies by number of steps, and cached decoding in blocks.
 
     python benchmarks/sampling_quality.py --model=WORKDIR --parent=assets/stories-gpt2
 
-Samples from nothing are judged by their generative perplexity under the autoregressive parent (lower: likelier, but
-repetition is likely, too) and by distinct-n, the share of n-grams of all samples together that occur once or more among
-all n-grams (higher: more varied). Held-out text of the parent's own making, drawn from left to right, is the mark for
-both. It prints two tables and writes benchmarks/results/sampling_quality.json and docs/figures/sampling_quality.png.
+Unconditional samples are scored by generative perplexity under the autoregressive parent (lower is more likely, but
+repetition is likely, too) and by distinct-n, the number of different n-grams divided by the number of n-grams of all
+samples (higher is more diverse). The baseline of both is text that the parent samples from left to right. Prints two
+tables and writes benchmarks/results/sampling_quality.json and docs/figures/sampling_quality.png.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
 HERE = pathlib.Path(__file__).parent
-COLOURS = {"random": "#8d96a3", "first_hitting": "#5c6470", "confidence": "#1b6ca8", "margin": "#2a9d8f",
+COLORS = {"random": "#8d96a3", "first_hitting": "#5c6470", "confidence": "#1b6ca8", "margin": "#2a9d8f",
            "entropy": "#edae49", "threshold": "#d1495b"}
 BLOCK = 32
 
 
-def draw_tokens(lm: DiffusionLM, config: SamplerConfig, args: argparse.Namespace, batch_size: int) -> dict:
-    """Samples from nothing: tokens [num_samples, length], seconds without compilation, and forward passes a row."""
+def sample_texts(lm: DiffusionLM, config: SamplerConfig, args: argparse.Namespace, batch_size: int) -> dict:
+    """Samples unconditionally: tokens [num_samples, length], seconds without compilation, forward passes per row."""
     first = lm.pretrained.bos_token_id or lm.pretrained.eos_token_id or 0
     tokens = np.full((batch_size, args.length), first, np.int32)
     fixed = np.broadcast_to(np.arange(args.length) == 0, tokens.shape)
@@ -43,16 +43,16 @@ def draw_tokens(lm: DiffusionLM, config: SamplerConfig, args: argparse.Namespace
         return jax.block_until_ready(sample(lm.model, tokens, fixed, lengths, example_keys(args.seed, index), spec))
 
     run(0)
-    began = time.perf_counter()
-    parts = [run(start) for start in range(0, args.num_samples, batch_size)]
-    seconds = time.perf_counter() - began
-    return {"tokens": np.concatenate([part.tokens for part in parts])[: args.num_samples],
-            "seconds": seconds, "forwards": float(np.mean([part.steps for part in parts])),
-            "tokens_per_second": len(parts) * batch_size * (args.length - 1) / seconds}
+    begin = time.perf_counter()
+    batches = [run(start) for start in range(0, args.num_samples, batch_size)]
+    seconds = time.perf_counter() - begin
+    return {"tokens": np.concatenate([batch.tokens for batch in batches])[: args.num_samples],
+            "seconds": seconds, "forwards": float(np.mean([batch.steps for batch in batches])),
+            "tokens_per_second": len(batches) * batch_size * (args.length - 1) / seconds}
 
 
-def judge(parent: DiffusionLM, tokens: np.ndarray) -> dict:
-    """Generative perplexity with its standard error over samples, and distinct-1, -2 and -3."""
+def score(parent: DiffusionLM, tokens: np.ndarray) -> dict:
+    """Returns the generative perplexity with its standard error over samples, and distinct-1, -2 and -3."""
     estimate = autoregressive_nll(parent.model, tokens, np.ones(tokens.shape, bool))
     per_row = np.array([row.nats_per_token for row in estimate.rows])
     perplexity = float(np.exp(per_row.mean()))
@@ -73,19 +73,19 @@ def policies(lm: DiffusionLM, parent: DiffusionLM, args: argparse.Namespace) -> 
     settings += [SamplerConfig(policy="threshold", threshold=threshold, temperature=args.temperature, top_p=args.top_p)
                  for threshold in (0.3, 0.5, 0.7, 0.9)]
     for config in settings:
-        drawn = draw_tokens(lm, config, args, args.batch_size)
+        sampled = sample_texts(lm, config, args, args.batch_size)
         rows.append({"policy": config.policy, "steps": config.num_steps, "threshold": config.threshold,
-                     **judge(parent, drawn.pop("tokens")), **drawn})
+                     **score(parent, sampled.pop("tokens")), **sampled})
         print(f"| {config.policy}{f' {config.threshold}' if config.threshold else ''} | {config.num_steps or ''} | "
-              f"{drawn['forwards']:.1f} | {describe(rows[-1])} | {drawn['tokens_per_second']:,.0f} |", flush=True)
+              f"{sampled['forwards']:.1f} | {format_row(rows[-1])} | {sampled['tokens_per_second']:,.0f} |", flush=True)
     return rows
 
 
 def caches(lm: DiffusionLM, parent: DiffusionLM, args: argparse.Namespace) -> list[dict]:
-    """Blocks from left to right, one row at a time: all keys and values anew, or some of them remembered."""
+    """Blocks from left to right, one row at a time, without and with caches."""
     base = SamplerConfig(policy="confidence", num_steps=args.length, temperature=args.temperature, top_p=args.top_p)
     quick = dataclasses.replace(base, policy="threshold", num_steps=None, block_length=BLOCK, threshold=args.threshold)
-    settings = {"confidence, one token a step": base,
+    settings = {"confidence, one token per step": base,
                 "the same in blocks": dataclasses.replace(base, block_length=BLOCK),
                 "blocks, threshold": quick}
     for cache in ("prefix", "dual"):
@@ -94,20 +94,20 @@ def caches(lm: DiffusionLM, parent: DiffusionLM, args: argparse.Namespace) -> li
             quick, cache=cache, cache_refresh_interval=4)
     rows = []
     for name, config in settings.items():
-        drawn = draw_tokens(lm, config, args, 1)
-        rows.append({"name": name, **judge(parent, drawn.pop("tokens")), **drawn})
+        sampled = sample_texts(lm, config, args, 1)
+        rows.append({"name": name, **score(parent, sampled.pop("tokens")), **sampled})
         gain = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
-        print(f"| {name} | {drawn['forwards']:.1f} | {describe(rows[-1])} | {drawn['tokens_per_second']:,.0f} | "
+        print(f"| {name} | {sampled['forwards']:.1f} | {format_row(rows[-1])} | {sampled['tokens_per_second']:,.0f} | "
               f"{gain:.2f} |", flush=True)
     return rows
 
 
-def describe(row: dict) -> str:
+def format_row(row: dict) -> str:
     return (f"{row['perplexity']:.1f} ± {row['perplexity_error']:.1f} | " +
             " | ".join(f"{row[f'distinct_{n}']:.3f}" for n in (1, 2, 3)))
 
 
-def plot(rows: list[dict], mark: dict, path: pathlib.Path) -> None:
+def plot(rows: list[dict], baseline: dict, path: pathlib.Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -118,9 +118,9 @@ def plot(rows: list[dict], mark: dict, path: pathlib.Path) -> None:
         for policy in dict.fromkeys(row["policy"] for row in rows):
             points = sorted((row["forwards"], row[key]) for row in rows if row["policy"] == policy)
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=policy.replace("_", " "),
-                      color=COLOURS[policy])
-        axis.axhline(mark[key], color="black", linestyle=":", linewidth=1)
-        axis.annotate("parent, left to right", (0.02, mark[key]), xycoords=("axes fraction", "data"), fontsize=8,
+                      color=COLORS[policy])
+        axis.axhline(baseline[key], color="black", linestyle=":", linewidth=1)
+        axis.annotate("parent, left to right", (0.02, baseline[key]), xycoords=("axes fraction", "data"), fontsize=8,
                       xytext=(0, 3), textcoords="offset points")
         axis.set(xscale="log", xlabel="forward passes", title=title)
         axis.set_xscale("log", base=2)
@@ -151,21 +151,22 @@ def main() -> None:
     args = parser.parse_args()
 
     lm, parent = DiffusionLM.from_pretrained(args.model), DiffusionLM.from_pretrained(args.parent)
-    head = "perplexity | distinct-1 | distinct-2 | distinct-3 | tokens a second |"
+    head = "perplexity | distinct-1 | distinct-2 | distinct-3 | tokens/s |"
     config = SamplerConfig(policy="autoregressive", temperature=args.temperature, top_p=args.top_p)
-    mark = draw_tokens(parent, config, args, args.batch_size)
-    mark = {**judge(parent, mark.pop("tokens")), **mark}
+    baseline = sample_texts(parent, config, args, args.batch_size)
+    baseline = {**score(parent, baseline.pop("tokens")), **baseline}
     print(f"{args.num_samples} samples of {args.length} tokens, temperature {args.temperature}, top-p {args.top_p}, "
           f"{jax.devices()[0].device_kind}\n\nOne row at a time, blocks of {BLOCK}, threshold {args.threshold}:\n\n"
-          f"| decoding | forwards | {head} gain |\n" + "| --- " * 8 + "|")
+          f"| decoding | forward passes | {head} gain |\n" + "| --- " * 8 + "|")
     by_cache = caches(lm, parent, args)
-    print(f"\nAll policies, {args.batch_size} rows at a time:\n\n| policy | steps | forwards | {head}\n"
+    print(f"\nAll policies, {args.batch_size} rows at a time:\n\n| policy | steps | forward passes | {head}\n"
           + "| --- " * 8 + "|")
-    print(f"| parent, left to right | | {mark['forwards']:.1f} | {describe(mark)} | {mark['tokens_per_second']:,.0f} |")
+    print(f"| parent, left to right | | {baseline['forwards']:.1f} | {format_row(baseline)} | "
+          f"{baseline['tokens_per_second']:,.0f} |")
     by_policy = policies(lm, parent, args)
-    plot(by_policy, mark, args.figures / "sampling_quality.png")
+    plot(by_policy, baseline, args.figures / "sampling_quality.png")
     (HERE / "results" / "sampling_quality.json").write_text(json.dumps({
-        "settings": {key: str(value) for key, value in vars(args).items()}, "parent": mark, "policies": by_policy,
+        "settings": {key: str(value) for key, value in vars(args).items()}, "parent": baseline, "policies": by_policy,
         "caches": by_cache, "device": jax.devices()[0].device_kind, "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
     }, indent=1) + "\n")

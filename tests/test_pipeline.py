@@ -22,7 +22,7 @@ STEPS = {"num_steps": 5}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A GPT-2 of random weights in HF layout, one token a byte: what a user might have on disk."""
+    """Saves a GPT-2 with random weights in HF layout and a token per byte; returns its directory."""
     directory = tmp_path_factory.mktemp("base")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -42,17 +42,17 @@ def lm(base):
     return DiffusionLM.from_pretrained(base, mask_token="<mask>")
 
 
-def test_importing_the_package_does_not_wait_for_jax():
+def test_import_does_not_load_jax():
     code = "import sys, dlm_jax; print('jax' in sys.modules, dlm_jax.__version__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["False", dlm_jax.__version__]
     for name in dlm_jax.__all__:
         assert getattr(dlm_jax, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'Missing'"):
+    with pytest.raises(AttributeError, match="Missing"):
         dlm_jax.Missing  # noqa: B018
 
 
-def test_logits_are_bidirectional_unless_told_otherwise(lm):
+def test_logits_attention(lm):
     tokens = np.random.default_rng(0).integers(0, 257, (2, 7))
     expected = lm.model(jnp.asarray(tokens), AttentionMask.bidirectional())
     np.testing.assert_allclose(lm.logits(tokens), expected, atol=1e-5)
@@ -64,8 +64,8 @@ def test_logits_are_bidirectional_unless_told_otherwise(lm):
     np.testing.assert_allclose(lm.logits(tokens, matrix), causal, atol=1e-5)
 
 
-def test_tokens_may_be_changed_after_they_were_given(lm):
-    """JAX takes up an array that lies as it likes without a copy, and computes when it comes to it."""
+def test_tokens_may_change_after_the_call(lm):
+    """JAX may use an aligned array without a copy, and computes asynchronously."""
     expected = np.asarray(lm.logits(np.zeros((4, 32), np.int32)))
     for _ in range(20):
         tokens = aligned_empty((4, 32), np.int32)
@@ -75,7 +75,7 @@ def test_tokens_may_be_changed_after_they_were_given(lm):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_prompt_s_text_depends_on_itself_and_its_index_only(lm):
+def test_text_depends_on_prompt_index_and_seed_alone(lm):
     prompts = ["Once", "", "a much longer prompt, of another bucket", "Zoë 🏠", ""]
     options = {"max_new_tokens": 9, "policy": "random", "top_p": 0.9, **STEPS}
     texts = lm.generate(prompts, **options)
@@ -87,14 +87,14 @@ def test_a_prompt_s_text_depends_on_itself_and_its_index_only(lm):
     assert lm.generate(prompts, seed=1, **options) != texts
 
 
-def test_as_many_tokens_are_written_as_asked_for_up_to_the_end_of_text(lm):
-    pieces = lm.infill("ab<mask:20>", **STEPS)[0]  # which an end of text does not cut
+def test_generate_stops_at_eos_and_infill_does_not(lm):
+    filled = lm.infill("ab<mask:20>", **STEPS)[0]
     text = lm.generate("ab", max_new_tokens=20, **STEPS)[0]
-    assert pieces.startswith(text)
+    assert filled.startswith(text)
     assert 2 < len(text) <= 22
 
 
-def test_infill_keeps_what_stands_around_the_gaps(lm):
+def test_infill_keeps_text_around_gaps(lm):
     texts = ["  The cat<mask:4>\r\n sat — <mask> on ", "<mask:3> end"]
     first, second = lm.infill(texts, gap_length=2, **STEPS)
     assert first.startswith("  The cat")
@@ -105,12 +105,12 @@ def test_infill_keeps_what_stands_around_the_gaps(lm):
 
 
 def fine_tuned(lm, **settings):
-    """The model with the record of a run on such examples."""
+    """Returns the model with the recipe of a run on such examples."""
     recipe = {f"data.examples.{name}": value for name, value in settings.items()}
     return DiffusionLM(dataclasses.replace(lm.pretrained, recipe=recipe))
 
 
-def test_an_answer_is_what_follows_the_question_as_it_was_learnt(lm):
+def test_respond_uses_prompt_format_of_the_run(lm):
     tuned = fine_tuned(lm, format="prompt_response", separator="\n=")
     questions = ["What is it?", "Why?"]
     options = {"max_new_tokens": 9, "policy": "random", **STEPS}
@@ -124,7 +124,7 @@ def test_an_answer_is_what_follows_the_question_as_it_was_learnt(lm):
         lm.generate("Why?", **options)[0].removeprefix("Why?").strip()]
 
 
-def test_a_conversation_is_asked_whole_and_an_answer_ends_at_any_of_its_ends(lm, tmp_path):
+def test_respond_to_conversation_stops_at_any_end_token(lm, tmp_path):
     file = tmp_path / "chat.jinja"
     file.write_text("{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}")
     prompt_format = lm.prompt_format(chat_template=str(file))
@@ -137,20 +137,21 @@ def test_a_conversation_is_asked_whole_and_an_answer_ends_at_any_of_its_ends(lm,
     lm.respond(talk, on_step=seen.append, **options)
     tokens = seen[-1].tokens[0, len(prompt) : len(prompt) + length].tolist()
     end = tokens[10]
-    stub = types.SimpleNamespace(encode_prompt=prompt_format.encode_prompt, end_token_ids=(end, 256), decode_response=list)
+    stub = types.SimpleNamespace(encode_prompt=prompt_format.encode_prompt, end_token_ids=(end, 256),
+                                 decode_response=list)
     assert lm.respond(talk, **options | {"prompt_format": stub}) == [tokens[: tokens.index(end)]]
     with pytest.raises(DLMError, match="prompt format"):
         lm.respond("Hi")
 
 
-def test_a_second_prompt_of_similar_length_runs_the_same_program(lm):
+def test_similar_prompts_share_a_program(lm):
     lm.generate("a prompt", max_new_tokens=10, **STEPS)
     compiled = _sample._cache_size()
     lm.generate("another", max_new_tokens=12, **STEPS)
     assert _sample._cache_size() == compiled
 
 
-def test_score_is_the_bound_of_each_text(lm):
+def test_score_is_the_bound(lm):
     texts = ["a story", "a rather longer story than that, in another bucket"]
     scores = lm.score(texts, num_samples=16)
     assert [score.num_tokens for score in scores] == [len(text) for text in texts]
@@ -162,58 +163,59 @@ def test_score_is_the_bound_of_each_text(lm):
     assert lm.score(texts, num_samples=16, batch_size=3)[1].nats == pytest.approx(scores[1].nats, rel=1e-4)
 
 
-def test_a_saved_model_needs_no_mask_token_and_writes_the_same(lm, tmp_path):
+def test_saved_model_records_mask_token_and_generates_the_same(lm, tmp_path):
     lm.save_pretrained(tmp_path / "saved")
     again = DiffusionLM.from_pretrained(tmp_path / "saved")
     assert again.mask_token_id == lm.mask_token_id == 257
     assert again.generate("ab", max_new_tokens=8, **STEPS) == lm.generate("ab", max_new_tokens=8, **STEPS)
 
 
-def test_bfloat16_halves_the_parameters_and_still_writes(base):
+def test_bfloat16(base):
     lm = DiffusionLM.from_pretrained(base, mask_token="<mask>", dtype="bfloat16")
     assert lm.model.final_norm.scale[...].dtype == jnp.bfloat16
     assert lm.logits(np.zeros((1, 4), int)).dtype == jnp.float32
     assert lm.generate("ab", max_new_tokens=4, **STEPS)[0].startswith("ab")
 
 
-@pytest.mark.parametrize(("call", "word"), [
-    (lambda lm: lm.generate([]), "prompts is an empty list"),
-    (lambda lm: lm.generate("a" * 96, max_new_tokens=4), "text 0 has 101 tokens, gaps included, .* at most 96"),
-    (lambda lm: lm.generate("a", max_new_tokens=0), "max_new_tokens must be at least 1"),
-    (lambda lm: lm.respond("a", max_new_tokens=0), "max_new_tokens must be at least 1"),
-    (lambda lm: fine_tuned(lm, format="gsm8k").respond([]), "questions is an empty list"),
-    (lambda lm: fine_tuned(lm, format="gsm8k").respond("a" * 90, max_new_tokens=20), "text 0 has 112 tokens"),
-    (lambda lm: lm.generate("a", num_steps=0), "num_steps must be at least 1"),
-    (lambda lm: lm.generate("a", policy="best"), "unknown reveal policy 'best'"),
-    (lambda lm: lm.generate("a", top_p=1.1), "top_p must lie in"),
-    (lambda lm: lm.generate("a", temperature=-1), "temperature must be 0"),
-    (lambda lm: lm.generate("a", batch_size=0), "batch_size must be at least 1"),
-    (lambda lm: lm.generate("a", example_index=[0, 1]), "example_index has 2 entries for 1 texts"),
-    (lambda lm: lm.infill("nothing to fill"), "no gap in 'nothing to fill'"),
-    (lambda lm: lm.infill("a<mask:0>b"), "at least 1 token"),
-    (lambda lm: lm.infill("a<mask>b", gap_length=0), "at least 1 token"),
-    (lambda lm: lm.score(["a", ""]), "text 1 is empty"),
-    (lambda lm: lm.score("a", num_samples=1), "num_samples must be at least 2"),
-    (lambda lm: lm.score("a", batch_size=0), "batch_size must be at least 1"),
+@pytest.mark.parametrize(("call", "match"), [
+    (lambda lm: lm.generate([]), "prompts"),
+    (lambda lm: lm.generate("a" * 96, max_new_tokens=4), "text 0 .*101.*96"),
+    (lambda lm: lm.generate("a", max_new_tokens=0), "max_new_tokens"),
+    (lambda lm: lm.respond("a", max_new_tokens=0), "max_new_tokens"),
+    (lambda lm: fine_tuned(lm, format="gsm8k").respond([]), "questions"),
+    (lambda lm: fine_tuned(lm, format="gsm8k").respond("a" * 90, max_new_tokens=20), "text 0 .*112"),
+    (lambda lm: lm.generate("a", num_steps=0), "num_steps"),
+    (lambda lm: lm.generate("a", policy="best"), "policy.*best"),
+    (lambda lm: lm.generate("a", top_p=1.1), "top_p"),
+    (lambda lm: lm.generate("a", temperature=-1), "temperature"),
+    (lambda lm: lm.generate("a", batch_size=0), "batch_size"),
+    (lambda lm: lm.generate("a", example_index=[0, 1]), "example_index"),
+    (lambda lm: lm.infill("nothing to fill"), "nothing to fill"),
+    (lambda lm: lm.infill("a<mask:0>b"), "a<mask:0>b"),
+    (lambda lm: lm.infill("a", top_q=1), "top_q"),
+    (lambda lm: lm.infill("a<mask>b", gap_length=0), "a<mask>b"),
+    (lambda lm: lm.score(["a", ""]), "text 1"),
+    (lambda lm: lm.score("a", num_samples=1), "num_samples"),
+    (lambda lm: lm.score("a", batch_size=0), "batch_size"),
     (lambda lm: lm.logits(np.zeros(4, int)), r"\[batch, length\]"),
-    (lambda lm: lm.logits(np.zeros((1, 97), int)), "at most 96"),
+    (lambda lm: lm.logits(np.zeros((1, 97), int)), "96"),
     (lambda lm: lm.logits(np.full((1, 4), 258)), r"0 \.\. 257"),
-    (lambda lm: lm.save_pretrained("unused", layout="other"), "layout 'other' is unknown"),
+    (lambda lm: lm.save_pretrained("unused", layout="other"), "layout.*other"),
 ])
-def test_bad_input_is_one_clear_sentence(lm, call, word):
-    with pytest.raises(DLMError, match=word) as error:
+def test_refused_input(lm, call, match):
+    with pytest.raises(DLMError, match=match) as error:
         call(lm)
     assert "\n" not in str(error.value)
 
 
-def test_without_a_mask_token_there_are_logits_and_no_samples(base):
+def test_model_without_mask_token(base):
     lm = DiffusionLM.from_pretrained(base)
     assert lm.logits(np.zeros((1, 4), int)).shape == (1, 4, 257)
-    with pytest.raises(DLMError, match="records no mask token; name one with mask_token="):
+    with pytest.raises(DLMError, match="mask_token="):
         lm.generate("a", **STEPS)
 
 
-def test_a_real_llama_fills_gaps_in_real_text(test_data):
+def test_real_llama_infills(test_data):
     lm = DiffusionLM.from_pretrained(test_data / "stories260K_hf", mask_token="<mask_token>")
     text = lm.infill("Once upon a time, there was a <mask:2> girl named Lily.<mask:8>", num_steps=8, temperature=0.0)[0]
     assert text.startswith("Once upon a time, there was a ")
@@ -222,7 +224,7 @@ def test_a_real_llama_fills_gaps_in_real_text(test_data):
     assert 0 < lm.score("Once upon a time, there was a little girl.", num_samples=8)[0].nats_per_token < 20
 
 
-def test_a_mesh_of_devices_writes_the_same(base, lm):
+def test_mesh_generates_the_same(base, lm):
     from dlm_jax.parallel import MeshConfig
 
     split = DiffusionLM.from_pretrained(base, mask_token="<mask>", mesh=MeshConfig(data=2, fsdp=2, tensor=2))
@@ -237,14 +239,14 @@ def test_a_mesh_of_devices_writes_the_same(base, lm):
         lm.score("Once upon", num_samples=4)[0].nats, rel=1e-4)
 
 
-def test_a_gap_s_length_need_not_be_known(lm):
+def test_infill_gaps_of_unknown_length(lm):
     texts = ["ab<mask:2-5>cd", "x<mask:1-3>y<mask:2>z", "ends with <mask:2-3>"]
     filled = lm.infill(texts, **STEPS)
     assert filled[0].startswith("ab") and filled[0].endswith("cd")
     assert lm.infill(texts, batch_size=3, **STEPS) == filled
     assert lm.infill(texts[1], example_index=[1], **STEPS) == [filled[1]]
-    with pytest.raises(DLMError, match="narrow its ranges"):
+    with pytest.raises(DLMError, match="text 0"):
         lm.infill("ab<mask:2-200>cd", **STEPS)
     for bad in ("<mask:0-3>", "a<mask:5-2>b"):
-        with pytest.raises(DLMError, match="no tokens|is empty"):
+        with pytest.raises(DLMError, match=bad):
             lm.infill(bad, **STEPS)
