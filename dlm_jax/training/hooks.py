@@ -20,7 +20,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dlm_jax.checkpoints import Pretrained
 from dlm_jax.checkpoints.orbax import CheckpointWriter
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import RowSource
@@ -149,31 +148,26 @@ class Validation:
 
 
 def sample_hook(run: Run) -> PeriodicEval:
-    """Returns the hook that samples a text into the log."""
-    config = run.config
-
-    def evaluate(params: nnx.State) -> tuple[dict[str, str], str]:
-        text = sample_text(run.base, params, length=min(config.data.length, _SAMPLE_LENGTH),
-                           num_steps=config.log.sample_steps, seed=config.seed)
-        return {"text": text}, f"sample: {text}"
-
-    return PeriodicEval("sample", "sampling", evaluate, (config.log.sample_every,), at_ends=False)
-
-
-def sample_text(base: Pretrained, params: nnx.State, *, length: int, num_steps: int, seed: int) -> str:
-    """Returns an unconditional text of `length` tokens; the same noise each time.
+    """Returns the hook that samples an unconditional text into the log, with the same noise each time.
 
     Raises:
       ConfigError: the tokenizer has no token to start from.
     """
+    config, base = run.config, run.base
     start = base.eos_token_id if base.bos_token_id is None else base.bos_token_id
     if start is None:
         raise ConfigError("log.sample_every needs a tokenizer with a BOS or EOS token to start a text with")
-    model = nnx.merge(nnx.graphdef(base.model), params)
-    spec = SamplingSpec(SamplerConfig(num_steps=num_steps, top_p=0.9), base.diffusion)
-    tokens = sample(model, jnp.full((1, length), start, jnp.int32), jnp.arange(length)[None] == 0,
-                    jnp.full((1,), length), example_keys(seed, jnp.zeros((1,), jnp.uint32)), spec).tokens
-    return base.tokenizer.decode(jax.device_get(tokens)[0], skip_special_tokens=True)
+    length = min(config.data.length, _SAMPLE_LENGTH)
+    spec = SamplingSpec(SamplerConfig(num_steps=config.log.sample_steps, top_p=0.9), base.diffusion)
+
+    def evaluate(params: nnx.State) -> tuple[dict[str, str], str]:
+        model = nnx.merge(nnx.graphdef(base.model), params)
+        tokens = sample(model, jnp.full((1, length), start, jnp.int32), jnp.arange(length)[None] == 0,
+                        jnp.full((1,), length), example_keys(config.seed, jnp.zeros((1,), jnp.uint32)), spec).tokens
+        text = base.tokenizer.decode(jax.device_get(tokens)[0], skip_special_tokens=True)
+        return {"text": text}, f"sample: {text}"
+
+    return PeriodicEval("sample", "sampling", evaluate, (config.log.sample_every,), at_ends=False)
 
 
 class Checkpoints:

@@ -40,10 +40,10 @@ def test_loss_weights():
 
 def test_a_slice_is_noised_as_in_the_full_batch():
     full, mask = noisy_of(ObjectiveConfig(anneal_steps=4))
-    part, part_mask = noisy_of(ObjectiveConfig(anneal_steps=4), rows=batch(4, first=4))
-    np.testing.assert_array_equal(part.tokens, full.tokens[4:8])
-    np.testing.assert_array_equal(part.weights, full.weights[4:8])
-    np.testing.assert_array_equal(part_mask.allowed(POSITIONS, POSITIONS), mask.allowed(POSITIONS, POSITIONS)[4:8])
+    rows, rows_mask = noisy_of(ObjectiveConfig(anneal_steps=4), rows=batch(4, first=4))
+    np.testing.assert_array_equal(rows.tokens, full.tokens[4:8])
+    np.testing.assert_array_equal(rows.weights, full.weights[4:8])
+    np.testing.assert_array_equal(rows_mask.allowed(POSITIONS, POSITIONS), mask.allowed(POSITIONS, POSITIONS)[4:8])
 
 
 def test_annealing():

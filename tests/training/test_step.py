@@ -23,10 +23,11 @@ ROWS, LENGTH, MASK, STEPS = 16, 16, 23, 20
 
 
 def batch_of(step, mesh, noisable_mask=True):
-    def read(part):
+    """The global batch of a step: random tokens, position 0 is context."""
+    def read(rows):
         tokens = np.random.default_rng(step).integers(0, 23, (ROWS, LENGTH)).astype(np.int32)
-        may = np.full((ROWS, LENGTH), noisable_mask) & (np.arange(LENGTH) > 0)
-        return Batch(tokens[part], may[part], (np.arange(ROWS, dtype=np.uint32) + ROWS * step)[part])
+        noisable = np.full((ROWS, LENGTH), noisable_mask) & (np.arange(LENGTH) > 0)
+        return Batch(tokens[rows], noisable[rows], (np.arange(ROWS, dtype=np.uint32) + ROWS * step)[rows])
 
     return make_global_batch(read, ROWS, mesh)
 

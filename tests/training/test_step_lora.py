@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlm_jax.diffusion import Batch, ObjectiveConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import (
     Compute,
     LoRAConfig,
@@ -18,25 +18,16 @@ from dlm_jax.models import (
     add_lora,
     split_trainable,
 )
-from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh
+from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.training.metrics import count_params
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import TrainState, create_state, make_train_step
 from tests.models.test_quantized import STORED
+from tests.training.test_step import MASK, batch_of, one_device
 
 MODEL = ModelConfig("llama", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
                     mlp_size=32, max_length=16, tie_embeddings=False, residual_dropout=0.1)
 LORA = LoRAConfig(rank=3, alpha=6.0, dropout=0.1, embedding=True)
-ROWS, LENGTH, MASK = 16, 16, 23
-
-
-def batch_of(step, mesh):
-    def read(part):
-        tokens = np.random.default_rng(step).integers(0, 23, (ROWS, LENGTH)).astype(np.int32)
-        may = np.full((ROWS, LENGTH), True) & (np.arange(LENGTH) > 0)
-        return Batch(tokens[part], may[part], (np.arange(ROWS, dtype=np.uint32) + ROWS * step)[part])
-
-    return make_global_batch(read, ROWS, mesh)
 
 
 def run(mesh, steps, compute=Compute(), lora=LORA, **settings):
@@ -58,10 +49,6 @@ def run(mesh, steps, compute=Compute(), lora=LORA, **settings):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
     return metrics, state
-
-
-def one_device():
-    return make_mesh(devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
