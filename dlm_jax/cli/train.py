@@ -2,9 +2,9 @@
 
   dlm train --config=quickstart --workdir=runs/first --config.num_steps=500 --config.optimizer.learning_rate=1e-4
 
-The same command line again resumes a run that was stopped, and says so when a finished one has nothing left to do.
-Exit status: 0 done, 1 refused or failed, 2 misused, 75 stopped by SIGTERM and saved, 76 another process of the run has
-died, 130 stopped by Ctrl-C and saved; after 75, 76 and 130 the same command goes on.
+The same command resumes a run that was stopped, and reports it if the run is already finished. Exit status: 0 done,
+1 refused or failed, 2 wrong arguments, 75 stopped by SIGTERM and saved, 76 another process of the run died, 130 stopped
+by Ctrl-C and saved; after 75, 76 and 130 the same command resumes.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         if jax.process_count() == 1:
             raise
         print(f"dlm train: the other processes of the run cannot be reached ({str(error).splitlines()[0]}); start all "
-              "processes again, and the run goes on from its last checkpoint", file=sys.stderr)
+              "processes again to resume from the last checkpoint", file=sys.stderr)
         return EXIT_PEER_LOST
     if interrupted == "SIGINT":
         raise KeyboardInterrupt

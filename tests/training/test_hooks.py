@@ -1,6 +1,5 @@
 """What a run does besides its steps: when hooks are due, validation, samples, the profile."""
 
-import dataclasses
 import types
 
 import jax
@@ -14,7 +13,7 @@ from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig, Transformer
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training import read_records, train
-from dlm_jax.training.hooks import PeriodicEval, Validation
+from dlm_jax.training.hooks import PeriodicEval, Validation, make_hooks
 from dlm_jax.training.step import make_eval_step, metrics_from_sums
 from tests.training.conftest import changed
 
@@ -45,13 +44,10 @@ def test_hooks_of_the_caller(config, tmp_path):
     assert summary["norms"] == records[-1]
 
 
-def test_generated_answers_need_a_hook(config, tmp_path):
-    examples = dataclasses.replace(config.data.examples, format="prompt_response")
-    run = changed(changed(config, "data.examples", examples), "validation.num_generations", 4)
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "abc", "response": "d"}\n' * 40)
-    run = changed(changed(run, "data.train", (str(tmp_path / "pairs.jsonl"),)), "data.document_separator", "")
+def test_generated_answers_need_a_hook():
+    config = types.SimpleNamespace(validation=types.SimpleNamespace(every=0, num_generations=4))
     with pytest.raises(ConfigError, match="validation.num_generations"):
-        train(run, tmp_path / "run")
+        make_hooks(types.SimpleNamespace(config=config, held_out=None))
 
 
 def test_sampled_text_and_trace(config, tmp_path, capsys):
