@@ -27,7 +27,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw
+from dlm_jax.evaluation.scoring import Draw, bound_draw, release_draw
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 NUM_PASSES, MASK_TOKEN_ID = 32, 811
@@ -113,7 +113,7 @@ def speed(args: argparse.Namespace) -> dict:
 def error(args: argparse.Namespace) -> dict:
     """The variance of differences between options, per forward pass."""
     from dlm_jax import DiffusionLM
-    from dlm_jax.evaluation.ours import make_eval_model
+    from dlm_jax.evaluation.from_pretrained import make_eval_model
     from dlm_jax.evaluation.run import pairs_of
     from dlm_jax.evaluation.scoring import diffusion_score
     from dlm_jax.evaluation.tasks import TASKS, load_items

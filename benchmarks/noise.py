@@ -32,7 +32,7 @@ from dlm_jax.data.config import DataConfig
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.diffusion import HeadPlan, corrupt, loss_sums, sample_times
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.masks import Draw, bound_draw, sample_time_masks
+from dlm_jax.evaluation.scoring import Draw, bound_draw, sample_time_masks
 from dlm_jax.evaluation.scoring import diffusion_score
 
 RESULT = pathlib.Path(__file__).parent / "results" / "noise.json"
@@ -112,7 +112,7 @@ RULES: dict[str, Callable[[int, int, int, int], Draw]] = {
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),
     "the release's evaluation, a grid of times": lambda length, passes, seed, row: from_times(
         length, (np.arange(passes) + 1) / passes, np.random.default_rng([seed, row])),
-    "stratified times (tasks, --estimator=times)": lambda length, passes, seed, row: sample_time_masks(
+    "stratified times (tasks, --mc_estimator=time)": lambda length, passes, seed, row: sample_time_masks(
         length, passes, seed, row),
     "exact numbers": lambda length, passes, seed, row: from_counts(
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),

@@ -7,31 +7,31 @@ For a diffusion model probabilities are bounds, estimated from random maskings; 
   dlm evaluate --model=runs/first --data heldout.jsonl --json=bound.json
   dlm evaluate --model=gpt2 --data heldout.jsonl --objective=autoregressive
   dlm evaluate --model=runs/gsm8k --examples test.txt --json=answers.json
-  dlm evaluate --model=runs/first --harness=lambada_openai,arc_easy --parent=gpt2
+  dlm evaluate --model=runs/first --lm_eval=lambada_openai,arc_easy --parent=gpt2
 
 Tasks: hellaswag, winogrande, piqa, siqa, lambada, triviaqa, squad, gsm8k, gsm8k_cot, gsm8k_icot, mawps, mawps_cot,
 satmath, satmath_cot, rocstories, humaneval_infilling (it runs programs: --allow_code_execution), text,
-reconstruction, generation. Those of --harness are the tasks of lm-eval, the field's harness, with its prompts and
+reconstruction, generation. Those of --lm_eval are the tasks of lm-eval, the field's harness, with its prompts and
 metrics.
 """
 
 import argparse
 
-from dlm_jax.cli import evaluate_examples, evaluate_harness, evaluate_tasks, evaluate_text, evaluate_writing
+from dlm_jax.cli import evaluate_examples, evaluate_lm_eval, evaluate_tasks, evaluate_text, evaluate_writing
 from dlm_jax.cli.shared import add_json_argument, add_model_arguments
 from dlm_jax.errors import ConfigError
 
 _MODES = {"tasks": evaluate_tasks, "data": evaluate_text, "examples": evaluate_examples,
-          "harness": evaluate_harness}
+          "lm_eval": evaluate_lm_eval}
 # What each takes beside the arguments of all, with the defaults.
 _WRITING = dict.fromkeys(evaluate_writing.FLAGS)
 _BOTH = {"limit": None, "parent": None, "shots": None, "out": None} | _WRITING
-_OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "estimator": "counts",
+_OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "mc_estimator": "mask_count",
                   "prompt_file": None, "samples": 1, "temperature": None, "judge": None,
                   "allow_code_execution": False} | _BOTH,
         "data": {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"},
         "examples": {"limit": None} | _WRITING,
-        "harness": {"harness_dir": None} | _BOTH}
+        "lm_eval": {"lm_eval_dir": None} | _BOTH}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_tasks.add_arguments(parser.add_argument_group("tasks"))
     evaluate_text.add_arguments(parser.add_argument_group("held-out text"))
     evaluate_examples.add_arguments(parser.add_argument_group("examples of fine-tuning"))
-    evaluate_harness.add_arguments(parser.add_argument_group("the field's harness"))
+    evaluate_lm_eval.add_arguments(parser.add_argument_group("the field's harness"))
     evaluate_writing.add_arguments(parser.add_argument_group("how texts are written: tasks, examples, harness"))
 
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     given = [name for name in _MODES if getattr(arguments, name) is not None]
     if len(given) != 1:
         raise ConfigError("name what to evaluate on: --tasks=NAME,..., --data FILE, --examples FILE or "
-                          "--harness=TASK,..., one of the four")
+                          "--lm_eval=TASK,..., one of the four")
     mode, = given
     for other in _OWN:
         for name in _OWN[other]:

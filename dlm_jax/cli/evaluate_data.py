@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def read_prompt_file(path: str | None) -> tuple[str, dict[str, str]]:
     """The text that stands before each prompt, and where it is from."""
-    from dlm_jax.evaluation.rows import digest
+    from dlm_jax.evaluation.tasks import digest
 
     if path is None:
         return "", {}
@@ -30,9 +30,8 @@ def read_prompt_file(path: str | None) -> tuple[str, dict[str, str]]:
 
 def make_job(task: "Task", arguments: argparse.Namespace, release: bool, prefix: str) -> "tuple[Job, dict[str, str]]":
     """A task with its items, and the file they are of with its digest; without one, what the hub has of the task."""
-    from dlm_jax.evaluation.rows import digest
     from dlm_jax.evaluation.run import Job
-    from dlm_jax.evaluation.tasks import hub_spec, load_items, shots_prefix
+    from dlm_jax.evaluation.tasks import digest, hub_spec, load_items, shots_prefix
 
     named = dict(_named_file(text) for text in arguments.data_files or ())
     for name in named:

@@ -24,8 +24,8 @@ def run(arguments: argparse.Namespace) -> None:
     from dlm_jax.data.corpus import load_rows
     from dlm_jax.data.loader import Loader
     from dlm_jax.evaluation import autoregressive_nll, bound
-    from dlm_jax.evaluation.answers import answer, judge, questions_of
-    from dlm_jax.evaluation.statistics import mean_of
+    from dlm_jax.evaluation.generation_eval import answer, judge, questions_of
+    from dlm_jax.evaluation.report import mean_of
 
     for name in ("limit", "num_steps", "num_samples"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:

@@ -32,10 +32,10 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
                         "(default: the tasks' datasets on the Hugging Face hub)")
     parser.add_argument("--data_files", nargs="+", action="extend", metavar="NAME=FILE", help="the file of a task: "
                         ".jsonl, .json (also .gz), .parquet, .arrow, .csv, .txt, or hf:NAME?name=&split=")
-    parser.add_argument("--protocol", choices=("default", "release"), help="default: the one to trust; release: what "
+    parser.add_argument("--protocol", choices=("default", "reference"), help="default: the one to trust; release: what "
                         "the released scripts of the paper do, quirks included")
-    parser.add_argument("--estimator", choices=("counts", "times"), help="of the bound: numbers of masked tokens, each "
-                        "token counting about equally, or stratified times with weights 1 / t (default counts)")
+    parser.add_argument("--mc_estimator", choices=("mask_count", "time"), help="of the bound: numbers of masked tokens, each "
+                        "token counting about equally, or stratified times with weights 1 / t (default mask_count)")
     parser.add_argument("--limit", type=int, help="items a task, from the first (default: all)")
     parser.add_argument("--parent", metavar="MODEL", help="an autoregressive model, evaluated on the same items")
     parser.add_argument("--judge", metavar="MODEL", help="an autoregressive model under which generation's perplexity "
@@ -54,15 +54,14 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from dlm_jax.evaluation.page import page
-    from dlm_jax.evaluation.report import markdown_report, summarise, table
+    from dlm_jax.evaluation.code_execution import Sandbox
+    from dlm_jax.evaluation.report import markdown_report, page, summarise, table
     from dlm_jax.evaluation.run import run as run_tasks
-    from dlm_jax.evaluation.sandbox import Sandbox
     from dlm_jax.evaluation.tasks import find_task
     from dlm_jax.storage import write_json
 
     _check(arguments)
-    release = arguments.protocol == "release"
+    release = arguments.protocol == "reference"
     if arguments.num_samples is None:
         arguments.num_samples = 32 if release else 16
     names = arguments.tasks.split(",")
@@ -71,11 +70,11 @@ def run(arguments: argparse.Namespace) -> None:
     text, about_text = read_prompt_file(arguments.prompt_file)
     jobs, files = zip(*(make_job(task, arguments, release, text) for task in tasks), strict=True)
     execute = Sandbox() if any(task.executes for task in tasks) else None
-    eval_models = load_candidates(arguments, release, arguments.estimator)
+    eval_models = load_candidates(arguments, release, arguments.mc_estimator)
     judge = _load_judge(arguments, eval_models) if any(task.kind == "free" for task in tasks) else None
     models = [eval_model.name for eval_model in eval_models]
     settings = {name: getattr(arguments, name) for name in (
-        "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "estimator",
+        "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "mc_estimator",
         "samples", "temperature", "judge", "seed", *evaluate_writing.FLAGS)} | about_text | {"data": files}
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
         records = run_tasks(jobs, eval_models, release=release, num_steps=arguments.num_steps,
@@ -99,11 +98,11 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be at least {least}, got {value}")
     for name in (*evaluate_writing.FLAGS, "shots", "prompt_file"):
-        if arguments.protocol == "release" and getattr(arguments, name):
+        if arguments.protocol == "reference" and getattr(arguments, name):
             raise ConfigError(f"the protocol release has its own way of writing and no examples; leave --{name} out, "
                               "or choose --protocol=default")
-    if arguments.protocol == "release" and arguments.estimator != "counts":
-        raise ConfigError("the protocol release has its own score; leave --estimator out, or choose --protocol=default")
+    if arguments.protocol == "reference" and arguments.mc_estimator != "mask_count":
+        raise ConfigError("the protocol release has its own score; leave --mc_estimator out, or choose --protocol=default")
     if arguments.shots and arguments.prompt_file:
         raise ConfigError("--shots and --prompt_file both say what stands before a prompt; leave one of them out")
     names = arguments.tasks.split(",")
@@ -120,7 +119,7 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
     """What of the settings does not go with a task."""
     from dlm_jax.evaluation.run import Setting, check, writes
 
-    setting = Setting(arguments.protocol == "release", arguments.num_steps, arguments.samples, arguments.temperature)
+    setting = Setting(arguments.protocol == "reference", arguments.num_steps, arguments.samples, arguments.temperature)
     evaluate_writing.check_used(arguments, any(writes(task) for task in tasks), f"--tasks={arguments.tasks}")
     for task in tasks:
         check(task, setting)
@@ -135,12 +134,12 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
 
 
 def load_candidates(arguments: argparse.Namespace, release: bool = False,
-                    estimator: str = "counts") -> "list[EvalModel]":
+                    estimator: str = "mask_count") -> "list[EvalModel]":
     """The model, and its parent if one is named."""
-    from dlm_jax.evaluation.ours import make_eval_model
+    from dlm_jax.evaluation.from_pretrained import make_eval_model
     from dlm_jax.pipeline import DiffusionLM
 
-    options = {"release": release, "estimator": estimator, "num_samples": arguments.num_samples, "seed": arguments.seed,
+    options = {"release": release, "mc_estimator": estimator, "num_samples": arguments.num_samples, "seed": arguments.seed,
                "batch_size": arguments.batch_size}
     autoregressive = arguments.objective == "autoregressive"
     sampler = evaluate_writing.sampler_of(arguments, autoregressive)
@@ -157,7 +156,7 @@ def load_candidates(arguments: argparse.Namespace, release: bool = False,
 
 def _load_judge(arguments: argparse.Namespace, eval_models: "Sequence[EvalModel]") -> "EvalModel":
     """The model that is named, else the parent."""
-    from dlm_jax.evaluation.ours import make_eval_model
+    from dlm_jax.evaluation.from_pretrained import make_eval_model
     from dlm_jax.pipeline import DiffusionLM
 
     if arguments.judge is None:

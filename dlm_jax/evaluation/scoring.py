@@ -1,7 +1,16 @@
-"""Scores of continuations by a model of ours: all passes of all pairs in full batches of one compiled function."""
+"""Which tokens of a continuation are masked in each forward pass, and how much each pass counts.
+
+Every rule gives a `Draw`, and a score is linear in what the passes find:
+
+    score = sum over passes s of weight[s] * (cross-entropy summed over the tokens masked in pass s)
+
+The context is never masked. Masks are a function of (seed, item) and of the continuation's length alone, drawn on the
+host; so the options of an item meet the same noise (common random numbers), and another framework can use the same.
+"""
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +25,115 @@ from dlm_jax.diffusion import BlockSpec, NoisyBatch, concat_noisy_and_clean, cro
 from dlm_jax.diffusion.loss import Measure
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import MaskedPrediction, Pair, Score
-from dlm_jax.evaluation.masks import Draw, in_blocks, mask_all
 from dlm_jax.models import Transformer
 from dlm_jax.parallel import array_sharding, num_batch_shards
 from dlm_jax.sampling import bucket
+
+
+class Draw(NamedTuple):
+    """`masked` bool [passes, length], no row empty; `weights` float64 [passes].
+
+    Of a model that writes in blocks, `weights` are [passes, length]: see `in_blocks`.
+    """
+
+    masked: np.ndarray
+    weights: np.ndarray
+
+
+def bound_draw(length: int, num_samples: int, seed: int, item: int) -> Draw:
+    """Masks whose score is an unbiased estimate of the bound on -log p(continuation | context), in nats.
+
+    The bound is the expectation, over a number l of masked tokens uniform on 1 .. length and over which they are, of
+    (length / l) times their cross-entropy (LLaDA, arXiv 2502.09992, eq. 6). Where the 2**length - 1 masks are no more
+    than `num_samples`, each is taken once with its own probability and the bound is exact.
+
+    Else the numbers are a systematic sample of 1 .. length with one random offset. A token counts with the sum of the
+    weights length / l of the passes in which it is masked, over `num_samples`, which is 1 on average; tokens differ
+    far more in their cross-entropy than one token does under different masks, so that this sum has to be nearly 1 for
+    each: from the fewest masked tokens to the most, each pass takes those that count least so far. As the tokens stand
+    in random order, every mask by itself is a uniformly random subset of its size.
+    """
+    if 2**length - 1 <= num_samples:
+        codes = np.arange(1, 2**length)[:, None]
+        masked = (codes >> np.arange(length) & 1).astype(bool)
+        return Draw(masked, np.array([1 / (row.sum() * math.comb(length, row.sum())) for row in masked]))
+    rng = np.random.default_rng([seed, item])
+    offset = rng.random()
+    # One number a token, in the tokens' order: options of other lengths begin with the same.
+    order = np.argsort(rng.random(length), kind="stable")
+    number = 1 + np.floor((np.arange(num_samples) + offset) / num_samples * length).astype(int)
+    number = np.minimum(number, length)  # rounding
+    weights = length / number / num_samples
+    masked, counted = np.zeros((num_samples, length), bool), np.zeros(length)
+    for row, size, weight in zip(masked, number, weights, strict=True):
+        least = np.argsort(counted, kind="stable")[:size]
+        counted[least] += weight
+        row[order[least]] = True
+    return _merged(masked, weights)
+
+
+def sample_time_masks(length: int, num_samples: int, seed: int, item: int) -> Draw:
+    """The same bound by times instead of numbers: pass s masks each token with probability t, and counts 1 / t.
+
+    The times are stratified, one from each of `num_samples` equal parts of (0, 1). It is what training minimises
+    (arXiv 2410.17891, eq. 4), and dearer for the same error than `bound_draw`; passes that mask nothing are left out.
+    """
+    rng = np.random.default_rng([seed, item])
+    times = (np.arange(num_samples) + 1 - rng.random(num_samples)) / num_samples
+    masked = times[:, None] > rng.random((length, num_samples)).T  # an option's tokens meet what another's first do
+    some = masked.any(axis=1)
+    return _merged(masked[some], 1 / (num_samples * times[some]))
+
+
+def release_draw(uniform: np.ndarray) -> Draw:
+    """The rule of the released evaluation: `uniform` [T, length] in [0, 1), row t masks those below (T - t) / T.
+
+    A pass counts as the unweighted mean cross-entropy of its masked tokens, and the score is the mean over passes; one
+    that masks nothing counts as 0, which favours short options.
+    """
+    num_passes = len(uniform)
+    masked = uniform < ((num_passes - np.arange(num_passes)) / num_passes)[:, None]
+    masked = masked[masked.any(axis=1)]
+    return _merged(masked, 1 / (num_passes * masked.sum(axis=1)))
+
+
+def mask_all(length: int) -> Draw:
+    """Every token scored once in one pass: what a causal model needs."""
+    return Draw(np.ones((1, length), bool), np.ones(1))
+
+
+def in_blocks(draw: Callable[[int, int], Draw], begin: int, length: int, block_size: int, *, shift: bool) -> Draw:
+    """Masks for the bound of blocks that are written one after another, each given the clean text before it.
+
+    A pass masks in every block at once, so that a block's tokens count by its own draw: the weights are [passes,
+    length]. Under the shift a block's first token is predicted from clean text whatever is masked, and counts once, in
+    the first pass (see `diffusion.blocks`).
+
+    Args:
+      draw: gives the masks in a block, from its number and how many of its tokens are to be scored.
+      begin: where in its row the continuation begins, at least 1; blocks are counted from the row's beginning.
+    """
+    ends = [*range(begin - begin % block_size + block_size, begin + length, block_size), begin + length]
+    found = [draw((end - 1) // block_size, end - start) for start, end in zip([begin, *ends], ends, strict=False)]
+    passes = max(len(part.weights) for part in found)
+    row_masks = [part.masked for part in found], [part.weights[:, None] * part.masked for part in found]
+    masked, weights = (np.concatenate([np.pad(x, ((0, passes - len(x)), (0, 0))) for x in plane], axis=1)
+                       for plane in row_masks)
+    if shift:
+        opens = (begin + np.arange(length)) % block_size == 0
+        weights[:, opens] = np.arange(passes)[:, None] == 0
+    scores = weights.any(axis=1)
+    return Draw(masked[scores], weights[scores])
+
+
+def _merged(masked: np.ndarray, weights: np.ndarray) -> Draw:
+    """Equal masks become one, with their weights added: the same score for fewer passes."""
+    unique, which = np.unique(masked, axis=0, return_inverse=True)
+    return Draw(unique, np.bincount(which.ravel(), weights, len(unique)))
+
+
+# ---- Scores of continuations by a model of ours: all passes of all pairs in full batches of one compiled function.
+
 
 DrawRule = Callable[[Pair], Draw]
 _HEAD_CHUNK = 8  # masked tokens of a row whose logits exist at one time
@@ -175,3 +289,35 @@ def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array
 
 def _add(scores: np.ndarray, batch: Sequence[_Pass], nll: jax.Array) -> None:
     np.add.at(scores, [one.pair for one in batch], np.asarray(nll, np.float64)[: len(batch)])
+
+
+# ---- Reconstruction: how many of a text's tokens a model finds again when a given share of them is masked at once.
+#
+# One forward pass, the likeliest token at each place. A diffusion model sees the tokens that are left on both sides; an
+# autoregressive model is asked for the same tokens and sees everything before each of them, masked or not.
+
+
+RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def reconstructed(guess: MaskedPrediction, texts: Sequence[Pair], seed: int = 0) -> list[dict[str, float]]:
+    """For each text, by ratio, the share of its masked tokens that are found: {"10% masked": 0.8, ...}.
+
+    As many tokens as the ratio says, at least one, are drawn anew for each text and ratio from (seed, item): the same
+    for every model with the same tokens.
+    """
+    asked = [chosen(len(pair.continuation), ratio, seed, pair.item) for pair in texts for ratio in RATIOS]
+    found = np.array(guess([pair for pair in texts for _ in RATIOS], asked)).reshape(len(texts), len(RATIOS))
+    return [{metric(ratio): float(share) for ratio, share in zip(RATIOS, row, strict=True)} for row in found]
+
+
+def chosen(length: int, ratio: float, seed: int, item: int) -> np.ndarray:
+    """Which tokens are masked, bool [length]."""
+    rng = np.random.default_rng([seed, item, round(1000 * ratio)])
+    masked = np.zeros(length, bool)
+    masked[rng.choice(length, max(round(ratio * length), 1), replace=False)] = True
+    return masked
+
+
+def metric(ratio: float) -> str:
+    return f"{ratio:.0%} masked"

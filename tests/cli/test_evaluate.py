@@ -9,7 +9,7 @@ from dlm_jax import DiffusionLM
 from dlm_jax.cli import evaluate as evaluate_command
 from dlm_jax.cli.main import main
 from dlm_jax.errors import ConfigError
-from dlm_jax.evaluation.sandbox import Sandbox
+from dlm_jax.evaluation.code_execution import Sandbox
 from dlm_jax.evaluation.tasks import TASKS
 from tests.cli.conftest import RECIPE
 
@@ -126,7 +126,7 @@ def test_a_dataset_by_name(capsys, parent, tmp_path):
 
 def test_the_protocol_of_the_release_and_infilling(capsys, parent, data_dir):
     status, out, err = evaluate(capsys, f"--model={parent}", "--tasks=piqa,rocstories", f"--data_dir={data_dir}",
-                                "--protocol=release", "--json=-", "--limit=2")
+                                "--protocol=reference", "--json=-", "--limit=2")
     assert status == 0, err
     result = json.loads(out)
     assert result["settings"]["num_samples"] == 32 and result["tasks"]["piqa"]["items"] == 2
@@ -184,22 +184,22 @@ def test_the_help_names_every_task():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--tasks=piqa", "--protocol=release", "--estimator=times"), "the protocol release has its own score"),
+    (("--tasks=piqa", "--protocol=reference", "--mc_estimator=time"), "the protocol release has its own score"),
     (("--tasks=gsm8k", "--samples=3"), "3 samples at temperature 0 would all be the same"),
     (("--tasks=gsm8k", "--samples=0"), "--samples must be at least 1"),
     (("--tasks=gsm8k", "--temperature=-1"), "a temperature of 0 or more"),
     (("--tasks=gsm8k", "--temperature=nan"), "a temperature of 0 or more"),
     (("--tasks=gsm8k,piqa", "--samples=3", "--temperature=1"), "are for tasks that write, and piqa scores"),
-    (("--tasks=gsm8k", "--samples=3", "--temperature=1", "--protocol=release"), "writes one sample"),
-    (("--tasks=mawps", "--protocol=release"), "the released scripts have no task mawps"),
-    (("--tasks=mawps", "--protocol=release", "--prompt_file=x"), "no examples; leave --prompt_file out"),
-    (("--tasks=gsm8k", "--protocol=release", "--num_steps=4"), "its own way of writing and no examples; leave --num_"),
+    (("--tasks=gsm8k", "--samples=3", "--temperature=1", "--protocol=reference"), "writes one sample"),
+    (("--tasks=mawps", "--protocol=reference"), "the released scripts have no task mawps"),
+    (("--tasks=mawps", "--protocol=reference", "--prompt_file=x"), "no examples; leave --prompt_file out"),
+    (("--tasks=gsm8k", "--protocol=reference", "--num_steps=4"), "its own way of writing and no examples; leave --num_"),
     (("--tasks=gsm8k", "--policy=surest"), "unknown reveal policy 'surest'"),
     (("--tasks=gsm8k", "--threshold=0.5"), "threshold belongs to the policy threshold"),
     (("--tasks=gsm8k", "--policy=autoregressive"), "evaluate it from left to right with --objective=autoregressive"),
     (("--tasks=gsm8k", "--objective=autoregressive", "--block_length=8"), "this one is evaluated from left to right"),
     (("--tasks=piqa", "--block_length=8"), "--block_length says how texts are written, and --tasks=piqa asks for none"),
-    (("--data", "x.jsonl", "--policy=random"), "--policy belongs to --tasks or --examples or --harness"),
+    (("--data", "x.jsonl", "--policy=random"), "--policy belongs to --tasks or --examples or --lm_eval"),
     (("--tasks=mawps", "--prompt_file=none.txt"), "--prompt_file=none.txt cannot be read (No such file"),
     (("--tasks=mawps", "--prompt_file=empty.txt"), "--prompt_file=empty.txt is empty"),
     (("--tasks=mawps", "--prompt_file=bytes.txt"), "--prompt_file=bytes.txt is not UTF-8 text"),
@@ -224,7 +224,7 @@ def test_the_help_names_every_task():
     (("--tasks=piqa", "--out=results.txt"), "must end in .json"),
     (("--tasks=gsm8k", "--shots=2"), "--shots=2, and"),
     (("--tasks=piqa", "--shots=1"), "no file of the task piqa"),
-    (("--tasks=piqa", "--shots=1", "--protocol=release"), "no examples"),
+    (("--tasks=piqa", "--shots=1", "--protocol=reference"), "no examples"),
 ])
 def test_what_cannot_be_done_is_one_sentence(capsys, parent, data_dir, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)

@@ -25,10 +25,10 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def harness_folder(tmp_path_factory) -> pathlib.Path:
-    """Tasks of each kind; see `tests/evaluation/harness_tasks.py`."""
+    """Tasks of each kind; see `tests/evaluation/lm_eval_tasks.py`."""
     import datasets
 
-    from tests.evaluation.harness_tasks import write_tasks
+    from tests.evaluation.lm_eval_tasks import write_tasks
 
     folder = tmp_path_factory.mktemp("harness")
     write_tasks(folder)

@@ -13,7 +13,7 @@ from dlm_jax.cli.train import make_hooks
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.errors import ConfigError
-from dlm_jax.evaluation.answers import Question, judge
+from dlm_jax.evaluation.generation_eval import Question, judge
 from dlm_jax.parallel import MeshConfig
 from dlm_jax.training import read_records, train
 from tests.training.conftest import LETTERS, base, changed, config, corpus  # noqa: F401

@@ -8,7 +8,7 @@ import pytest
 from dlm_jax import AttentionMask, DiffusionLM
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.greedy import make_greedy
+from dlm_jax.evaluation.generation import make_greedy
 
 SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
 CONTEXTS = ["The little girl was", "", "Tom"]

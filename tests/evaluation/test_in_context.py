@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.in_context import answer_after, few_shot, hit_at_k, majority
+from dlm_jax.evaluation.metrics import answer_after, few_shot, hit_at_k, majority
 
 
 def test_examples_stand_before_the_question_and_the_prompt_ends_where_its_answer_begins():

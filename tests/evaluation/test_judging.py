@@ -2,10 +2,10 @@
 
 import pytest
 
+from dlm_jax.evaluation.code_execution import Outcome
 from dlm_jax.evaluation.eval_model import EvalModel
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.judging import cut, extract_answer, judge_writing
-from dlm_jax.evaluation.sandbox import Outcome
+from dlm_jax.evaluation.run import cut, extract_answer, judge_writing
 from dlm_jax.evaluation.tasks import TASKS
 
 

@@ -13,8 +13,7 @@ from dlm_jax.diffusion import Batch, BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import autoregressive_nll, bound, make_bound_fn
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.masks import bound_draw
-from dlm_jax.evaluation.scoring import diffusion_score
+from dlm_jax.evaluation.scoring import bound_draw, diffusion_score
 from dlm_jax.models import ModelConfig, Transformer
 
 MASK = 12

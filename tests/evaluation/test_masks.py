@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import beta
 
-from dlm_jax.evaluation.masks import bound_draw, mask_all, release_draw, sample_time_masks
+from dlm_jax.evaluation.scoring import bound_draw, mask_all, release_draw, sample_time_masks
 
 
 def values_of(length, seed=0):

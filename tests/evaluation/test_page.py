@@ -6,8 +6,7 @@ import pytest
 
 from dlm_jax.evaluation.eval_model import EvalModel
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.page import chance_of, margin, page
-from dlm_jax.evaluation.report import summarise
+from dlm_jax.evaluation.report import chance_of, margin, page, summarise
 from dlm_jax.evaluation.run import Job, run
 from dlm_jax.evaluation.tasks import TASKS
 from tests.evaluation.test_run import ITEMS, encode, scripted

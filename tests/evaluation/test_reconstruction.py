@@ -6,8 +6,7 @@ import pytest
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.reconstruction import RATIOS, chosen, reconstructed
-from dlm_jax.evaluation.scoring import make_guess
+from dlm_jax.evaluation.scoring import RATIOS, chosen, make_guess, reconstructed
 from tests.sampling.tiny_models import MASK, tiny
 
 BOS = 3

@@ -11,8 +11,7 @@ from scipy.special import beta
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.masks import bound_draw, release_draw
-from dlm_jax.evaluation.scoring import autoregressive_score, diffusion_score
+from dlm_jax.evaluation.scoring import autoregressive_score, bound_draw, diffusion_score, release_draw
 from tests.sampling.tiny_models import MASK, tiny
 
 BOS = 7

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.errors import DataError
-from dlm_jax.evaluation.statistics import mean_of, paired_difference, ratio_of
+from dlm_jax.evaluation.report import mean_of, paired_difference, ratio_of
 
 
 def test_the_error_of_a_share():

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import GenerationRequest
-from dlm_jax.evaluation.writing import make_write
+from dlm_jax.evaluation.generation import make_write
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig
 from tests.sampling.tiny_models import EOS, MASK, run_sampler, tiny
@@ -68,7 +68,7 @@ def test_samples_of_a_gap_share_its_length(tokenizer, monkeypatch):
         asked.extend(texts)
         return [[text[0], 3, text[2]] for text in texts]
 
-    monkeypatch.setattr("dlm_jax.evaluation.writing.infer_gap_lengths", settle)
+    monkeypatch.setattr("dlm_jax.evaluation.generation.infer_gap_lengths", settle)
     blanks = [GenerationRequest(text_of([5]), text_of([9]), range(2, 5), item, sample) for item in range(2) for sample in range(3)]
     texts = writer(tokenizer)(blanks, temperature=1.0, num_steps=None)
     assert asked == [[blanks[0].before, range(2, 5), blanks[0].after]] * 2  # an item's once

@@ -14,12 +14,12 @@ from dlm_jax import DiffusionLM
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
-from dlm_jax.evaluation.harness import HarnessLM
+from dlm_jax.evaluation.from_pretrained import make_eval_model
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.ours import make_eval_model
+from dlm_jax.evaluation.lm_eval import HarnessLM
 from dlm_jax.evaluation.run import Job, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
-from tests.evaluation.harness_tasks import CHOICES, TEXTS, Scripted, by_hand, decode, encode, evaluate
+from tests.evaluation.lm_eval_tasks import CHOICES, TEXTS, Scripted, by_hand, decode, encode, evaluate
 
 SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
 pytestmark = pytest.mark.usefixtures("offline")
@@ -188,6 +188,6 @@ def test_a_candidate_that_cannot_do_what_a_task_asks_is_refused(harness_folder):
 
 
 def test_nothing_else_needs_the_harness():
-    code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.ours, dlm_jax.evaluation.run, dlm_jax.cli.evaluate\n"
+    code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.from_pretrained, dlm_jax.evaluation.run, dlm_jax.cli.evaluate\n"
             "assert not {'lm_eval', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,10 +6,9 @@ import json
 import pytest
 
 from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation.code_execution import Sandbox, completed, cut_code
 from dlm_jax.evaluation.eval_model import EvalModel
-from dlm_jax.evaluation.programs import completed, cut_code
 from dlm_jax.evaluation.run import Job, blank_of, run
-from dlm_jax.evaluation.sandbox import Sandbox
 from dlm_jax.evaluation.tasks import TASKS, find_file, load_items
 
 ROW = {"task_id": "SingleLineInfilling/HumanEval/0/L0", "entry_point": "double", "prompt": "def double(x):\n",

@@ -1,4 +1,4 @@
-"""`dlm evaluate --harness`: tasks of lm-eval, the field's harness, with the parent on the same tasks beside the model.
+"""`dlm evaluate --lm_eval`: tasks of lm-eval, the field's harness, with the parent on the same tasks beside the model.
 
 Few-shot examples are drawn with the harness's own seeds, so that they are those that its users have.
 """
@@ -21,29 +21,29 @@ from dlm_jax.cli.shared import check_output, write_result
 from dlm_jax.errors import ConfigError, DataError, did_you_mean
 
 _BOOTSTRAPS = 1000  # for the errors of perplexities and the like; the harness's 100000 take minutes
-_SETTINGS = ("model", "parent", "objective", "mask_token", "dtype", "harness", "harness_dir", "limit", "shots",
+_SETTINGS = ("model", "parent", "objective", "mask_token", "dtype", "lm_eval", "lm_eval_dir", "limit", "shots",
              "num_samples", "seed", *evaluate_writing.FLAGS)
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """What is not given stays None; `evaluate` knows the defaults."""
-    parser.add_argument("--harness", metavar="TASK,...", help="tasks, groups and tags of lm-eval; --limit, --shots, "
+    parser.add_argument("--lm_eval", metavar="TASK,...", help="tasks, groups and tags of lm-eval; --limit, --shots, "
                         "--parent and --out are as for --tasks")
-    parser.add_argument("--harness_dir", metavar="DIR", help="holds tasks of your own, as YAML files; their relative "
+    parser.add_argument("--lm_eval_dir", metavar="DIR", help="holds tasks of your own, as YAML files; their relative "
                         "data_files are found from the current folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
     names = _check(arguments)
-    from dlm_jax.evaluation.harness import HarnessLM  # refuses where lm-eval is missing
+    from dlm_jax.evaluation.lm_eval import HarnessLM  # refuses where lm-eval is missing
     from dlm_jax.storage import write_json
 
     if arguments.num_samples is None:
         arguments.num_samples = 16
     with _quiet():
-        tasks = _load_tasks(names, arguments.harness_dir)
+        tasks = _load_tasks(names, arguments.lm_eval_dir)
     writes = any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values())
-    evaluate_writing.check_used(arguments, writes, f"--harness={arguments.harness}")
+    evaluate_writing.check_used(arguments, writes, f"--lm_eval={arguments.lm_eval}")
     _set_shots(tasks["tasks"], arguments.shots)
     found, shortened = {}, {}
     for eval_model in load_candidates(arguments):
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         shortened |= lm.shortened
     result = {"models": list(found), "settings": {name: getattr(arguments, name) for name in _SETTINGS},
               "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, "lm-eval")},
-              "shortened": shortened, "harness": found}
+              "shortened": shortened, "lm_eval": found}
     if arguments.out:
         write_json(pathlib.Path(arguments.out), result)
     for one in found.values():
@@ -70,12 +70,12 @@ def _check(arguments: argparse.Namespace) -> list[str]:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be at least {least}, got {value}")
-    names = arguments.harness.split(",")
+    names = arguments.lm_eval.split(",")
     if len(set(names)) < len(names):
-        raise ConfigError(f"--harness={arguments.harness} names a task twice")
-    if arguments.harness_dir is not None and not pathlib.Path(arguments.harness_dir).is_dir():
-        raise ConfigError(f"there is no folder {arguments.harness_dir}; name the one that holds your tasks' YAML files "
-                          "with --harness_dir")
+        raise ConfigError(f"--lm_eval={arguments.lm_eval} names a task twice")
+    if arguments.lm_eval_dir is not None and not pathlib.Path(arguments.lm_eval_dir).is_dir():
+        raise ConfigError(f"there is no folder {arguments.lm_eval_dir}; name the one that holds your tasks' YAML files "
+                          "with --lm_eval_dir")
     if arguments.out:
         if pathlib.Path(arguments.out).suffix != ".json":
             raise ConfigError(f"--out={arguments.out} must end in .json")
@@ -96,11 +96,11 @@ def _load_tasks(names: Sequence[str], folder: str | None) -> dict[str, Any]:
         if name not in manager.all_tasks:
             where = "" if folder is None else f", nor is there a sound YAML file of it in {folder}"
             raise ConfigError(f"the harness has no task {name!r}{did_you_mean(name, manager.all_tasks)}{where}; `lm_eval ls "
-                              "tasks` lists them, and --harness_dir names a folder with your own")
+                              "tasks` lists them, and --lm_eval_dir names a folder with your own")
     try:
         loaded = manager.load(list(names))
     except Exception as error:  # of the hub, the network, a task's files or its code
-        raise DataError(f"--harness={','.join(names)} cannot be loaded: {type(error).__name__}: "
+        raise DataError(f"--lm_eval={','.join(names)} cannot be loaded: {type(error).__name__}: "
                         f"{' '.join(str(error).split())}") from error
     for name, task in loaded["tasks"].items():
         for flag, does in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "is not of text alone")):
@@ -154,7 +154,7 @@ def _table(result: dict[str, Any], objective: str) -> str:
     from lm_eval.utils import make_table
 
     lines = []
-    for model, found in result["harness"].items():
+    for model, found in result["lm_eval"].items():
         lines += [model, "", make_table(found).strip(), ""]
         lines += [make_table(found, "groups").strip(), ""] if "groups" in found else []
     if objective == "diffusion":

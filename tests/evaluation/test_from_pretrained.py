@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from dlm_jax import AttentionMask, DiffusionLM
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import GenerationRequest
-from dlm_jax.evaluation.ours import make_eval_model
+from dlm_jax.evaluation.from_pretrained import make_eval_model
 from dlm_jax.evaluation.run import Job, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
 from dlm_jax.sampling import SamplerConfig

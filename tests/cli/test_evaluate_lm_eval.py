@@ -1,4 +1,4 @@
-"""`dlm evaluate --harness`: the harness's table of two models from tasks of one's own, and what is refused."""
+"""`dlm evaluate --lm_eval`: the harness's table of two models from tasks of one's own, and what is refused."""
 
 import json
 import pathlib
@@ -55,7 +55,7 @@ def evaluate(capsys, *argv):
 
 def test_the_harness_s_table_of_a_model_and_its_parent(capsys, harness_dir, tmp_path):
     out = tmp_path / "results.json"
-    arguments = ("--harness=own_choice,own_shown,own_writing", f"--harness_dir={harness_dir}", "--num_samples=3",
+    arguments = ("--lm_eval=own_choice,own_shown,own_writing", f"--lm_eval_dir={harness_dir}", "--num_samples=3",
                  "--limit=3", "--shots=1")
     status, table, err = evaluate(capsys, *arguments, "--num_steps=2", "--mask_token=4000", f"--parent={SHIPPED}",
                                   f"--out={out}")
@@ -81,7 +81,7 @@ def test_the_harness_s_table_of_a_model_and_its_parent(capsys, harness_dir, tmp_
 
 
 def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
-    status, text, err = evaluate(capsys, "--harness=own_group,own_exact,own_word", f"--harness_dir={harness_dir}",
+    status, text, err = evaluate(capsys, "--lm_eval=own_group,own_exact,own_word", f"--lm_eval_dir={harness_dir}",
                                  "--objective=autoregressive", "--json=-")
     assert status == 0 and not err, err
     found = json.loads(text)["harness"][str(SHIPPED)]
@@ -90,33 +90,33 @@ def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--harness=own_choise",), "the harness has no task 'own_choise' (did you mean own_choice?)"),
-    (("--harness=own_broken",), "nor is there a sound YAML file of it in"),
-    (("--harness=own_lost",), "--harness=own_lost cannot be loaded: FileNotFoundError"),
-    (("--harness=own_code",), "the task own_code runs code that the model writes, which this command does not"),
-    (("--harness=own_bare", "--shots=2"), "--shots=2: the task own_bare is defined without examples"),
-    (("--harness=own_word", "--shots=1"), "the task own_word takes examples from the documents it is tested on"),
-    (("--harness=own_validation", "--shots=1"), "the task own_validation takes examples from the documents"),
-    (("--harness=own_choice", "--shots=4"), "--shots=4, and the task own_choice has 3 examples"),
-    (("--harness=own_choice,own_choice",), "names a task twice"),
-    (("--harness=own_choice", "--limit=0"), "--limit must be at least 1, got 0"),
-    (("--harness=own_choice", "--harness_dir=nowhere"), "there is no folder nowhere"),
-    (("--harness=own_choice", "--out=results.txt"), "must end in .json"),
-    (("--harness=own_choice", "--protocol=release"), "--protocol belongs to --tasks, which is not given"),
-    (("--tasks=piqa",), "--harness_dir belongs to --harness, which is not given"),
-    (("--data", "x.jsonl", "--limit=3"), "--limit belongs to --tasks or --examples or --harness, which is not given"),
-    (("--harness=own_choice", "--tasks=piqa"), "one of the four"),
-    (("--harness=own_choice",), "records no mask token"),
+    (("--lm_eval=own_choise",), "the harness has no task 'own_choise' (did you mean own_choice?)"),
+    (("--lm_eval=own_broken",), "nor is there a sound YAML file of it in"),
+    (("--lm_eval=own_lost",), "--lm_eval=own_lost cannot be loaded: FileNotFoundError"),
+    (("--lm_eval=own_code",), "the task own_code runs code that the model writes, which this command does not"),
+    (("--lm_eval=own_bare", "--shots=2"), "--shots=2: the task own_bare is defined without examples"),
+    (("--lm_eval=own_word", "--shots=1"), "the task own_word takes examples from the documents it is tested on"),
+    (("--lm_eval=own_validation", "--shots=1"), "the task own_validation takes examples from the documents"),
+    (("--lm_eval=own_choice", "--shots=4"), "--shots=4, and the task own_choice has 3 examples"),
+    (("--lm_eval=own_choice,own_choice",), "names a task twice"),
+    (("--lm_eval=own_choice", "--limit=0"), "--limit must be at least 1, got 0"),
+    (("--lm_eval=own_choice", "--lm_eval_dir=nowhere"), "there is no folder nowhere"),
+    (("--lm_eval=own_choice", "--out=results.txt"), "must end in .json"),
+    (("--lm_eval=own_choice", "--protocol=reference"), "--protocol belongs to --tasks, which is not given"),
+    (("--tasks=piqa",), "--lm_eval_dir belongs to --lm_eval, which is not given"),
+    (("--data", "x.jsonl", "--limit=3"), "--limit belongs to --tasks or --examples or --lm_eval, which is not given"),
+    (("--lm_eval=own_choice", "--tasks=piqa"), "one of the four"),
+    (("--lm_eval=own_choice",), "records no mask token"),
 ])
 def test_what_cannot_be_done_is_one_sentence(capsys, harness_dir, arguments, message):
-    own = () if "--data" in arguments else (f"--harness_dir={harness_dir}",)
+    own = () if "--data" in arguments else (f"--lm_eval_dir={harness_dir}",)
     status, out, err = evaluate(capsys, *own, *arguments)
     assert status == 1 and not out and message in err and err.count("\n") == 1
 
 
 def test_the_harness_may_not_be_installed(capsys, monkeypatch, harness_dir):
-    monkeypatch.delitem(sys.modules, "dlm_jax.evaluation.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "dlm_jax.evaluation.lm_eval", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    status, _, err = evaluate(capsys, "--harness=own_choice", f"--harness_dir={harness_dir}")
+    status, _, err = evaluate(capsys, "--lm_eval=own_choice", f"--lm_eval_dir={harness_dir}")
     assert status == 1 and err == ("dlm evaluate: the field's harness is not installed: pip install "
                                    "'dlm-jax[evaluation]'\n")

@@ -7,9 +7,9 @@ from lm_eval.api.instance import Instance
 
 from dlm_jax import DiffusionLM
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.harness import HarnessLM
-from dlm_jax.evaluation.ours import make_eval_model
-from tests.evaluation.harness_tasks import SUMS, Scripted, by_hand, evaluate
+from dlm_jax.evaluation.from_pretrained import make_eval_model
+from dlm_jax.evaluation.lm_eval import HarnessLM
+from tests.evaluation.lm_eval_tasks import SUMS, Scripted, by_hand, evaluate
 
 SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
 pytestmark = pytest.mark.usefixtures("offline")

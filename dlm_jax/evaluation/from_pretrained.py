@@ -9,26 +9,34 @@ from jax.sharding import Mesh
 from dlm_jax.checkpoints import Pretrained
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
-from dlm_jax.evaluation.greedy import make_greedy
-from dlm_jax.evaluation.masks import Draw, bound_draw, release_draw, sample_time_masks
-from dlm_jax.evaluation.scoring import DrawRule, autoregressive_score, diffusion_score, make_guess
-from dlm_jax.evaluation.writing import make_write
+from dlm_jax.evaluation.generation import make_greedy, make_write
+from dlm_jax.evaluation.scoring import (
+    Draw,
+    DrawRule,
+    autoregressive_score,
+    bound_draw,
+    diffusion_score,
+    make_guess,
+    release_draw,
+    sample_time_masks,
+)
 from dlm_jax.sampling import SamplerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ESTIMATORS = {"counts": bound_draw, "times": sample_time_masks}
+
+ESTIMATORS = {"mask_count": bound_draw, "time": sample_time_masks}
 
 
 def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool = False, release: bool = False,
-                   num_samples: int = 16, seed: int = 0, estimator: str = "counts",
+                   num_samples: int = 16, seed: int = 0, estimator: str = "mask_count",
                    sampler: SamplerConfig | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> EvalModel:
     """A model as a diffusion model, or as an autoregressive one: scored exactly, writing the likeliest tokens.
 
     Args:
       release: score by the released rule, with `num_samples` its T, and with no BOS but the tokenizer's own.
-      estimator: of the bound, "counts" of masked tokens or "times"; see `masks.bound_draw` and `masks.sample_time_masks`.
+      estimator: of the bound, "mask_count" of masked tokens or "time"; see `masks.bound_draw` and `masks.sample_time_masks`.
       num_samples: forward passes for each option of a diffusion model; fewer where they would repeat themselves.
       sampler: how texts are written, but for temperature and steps, which the tasks know; None: the surest tokens
         first, or from left to right.
@@ -83,7 +91,7 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
                      special, greedy, guess)
 
 
-def bound_rule(num_samples: int, seed: int, estimator: str = "counts") -> DrawRule:
+def bound_rule(num_samples: int, seed: int, estimator: str = "mask_count") -> DrawRule:
     """The bound's masks: the options of an item meet the same noise."""
     draw = ESTIMATORS[estimator]
     return lambda pair: draw(len(pair.continuation), num_samples, seed, pair.item)

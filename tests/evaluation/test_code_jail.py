@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.evaluation import sandbox
-from dlm_jax.evaluation.sandbox import Outcome, Program, Sandbox
+from dlm_jax.evaluation import code_execution, code_jail
+from dlm_jax.evaluation.code_execution import Outcome, Program, Sandbox
 
 GOOD = Program("def double(x):\n    return 2 * x\n", "assert double(4) == 8\n")
 
@@ -30,7 +30,7 @@ def run():
 def left_over(tmp_path, monkeypatch):
     """The command lines of this test's sandboxes that are still there."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return lambda: [line for line in command_lines() if "jail.py" in line and str(tmp_path) in line]
+    return lambda: [line for line in command_lines() if "code_jail.py" in line and str(tmp_path) in line]
 
 
 def command_lines():
@@ -212,16 +212,16 @@ def test_folders_are_removed(run, tmp_path, monkeypatch):
 
 
 def test_where_it_cannot_be_shut_in_nothing_runs(monkeypatch):
-    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    monkeypatch.setattr(code_execution.sys, "platform", "darwin")
     with pytest.raises(ConfigError, match=r"cannot be shut in here \(darwin has no namespaces\)"):
         Sandbox()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 def test_a_start_that_fails_is_not_taken_for_a_wrong_program(tmp_path, monkeypatch):
-    broken = tmp_path / "jail.py"
+    broken = tmp_path / "code_jail.py"
     broken.write_text("import os, sys\nos.write(int(sys.argv[2]), b'unshare: Operation not permitted')\n")
-    monkeypatch.setattr(sandbox.jail, "__file__", str(broken))
+    monkeypatch.setattr(code_jail, "__file__", str(broken))
     with pytest.raises(ConfigError, match=r"cannot be shut in here \(unshare: Operation not permitted\), so they are"):
         Sandbox()
     broken.write_text("")
@@ -232,12 +232,12 @@ def test_a_start_that_fails_is_not_taken_for_a_wrong_program(tmp_path, monkeypat
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 def test_a_jail_that_is_open_is_found_out(tmp_path, monkeypatch):
     """Without namespaces the trial reaches the server, and nothing of the model's is run."""
-    real = pathlib.Path(sandbox.jail.__file__).read_text()
-    broken = tmp_path / "jail.py"
+    real = pathlib.Path(code_jail.__file__).read_text()
+    broken = tmp_path / "code_jail.py"
     broken.write_text(real.replace("        root = _leave_namespaces()\n        _build(folder, job)\n",
                                    "        root = False\n"))
     assert broken.read_text() != real
-    monkeypatch.setattr(sandbox.jail, "__file__", str(broken))
+    monkeypatch.setattr(code_jail, "__file__", str(broken))
     with pytest.raises(ConfigError, match="a trial reached this machine's network or files"):
         Sandbox()
 
@@ -256,16 +256,16 @@ def test_users_without_rights_have_it_as_well():
     python = "/usr/bin/python3"
     if subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"], check=False).returncode:
         pytest.skip(f"{python} is not of version 3.11 or later")
-    package = pathlib.Path(sandbox.__file__).parents[1]
+    package = pathlib.Path(code_execution.__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("errors.py", "evaluation/jail.py", "evaluation/sandbox.py"):
+        for name in ("errors.py", "evaluation/jail.py", "evaluation/code_execution.py"):
             copy = pathlib.Path(folder, "dlm_jax", name)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text((package / name).read_text())
             (copy.parent / "__init__.py").touch()
         for path in (pathlib.Path(folder), *pathlib.Path(folder).rglob("*")):
             path.chmod(0o755)
-        script = ("from dlm_jax.evaluation.sandbox import *\n"
+        script = ("from dlm_jax.evaluation.code_execution import *\n"
                   f"execute = Sandbox(seconds=1)\nprint(execute([Program(*{tuple(GOOD)!r}), "
                   "Program('import os\\nn = 0\\nwhile n < 60:\\n    try:\\n        if os.fork() == 0: os.read(0, 1) or "
                   "__import__(\"time\").sleep(60)\\n    except OSError: break\\n    n += 1', 'assert 0 < n < 30'), "
