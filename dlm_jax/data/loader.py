@@ -22,6 +22,7 @@ from dlm_jax.errors import DataError
 from dlm_jax.random import uniform_by_index
 
 _LONGEST_PERIOD = 1 << 20
+_LAST_STEP = 1 << 40  # endless
 
 
 class Loader:
@@ -71,21 +72,10 @@ class Loader:
           place: called as `place(read)`, where `read(slice)` returns those rows of the global batch; its result is
             what is iterated over. It decides which rows this process reads at all. None: the global batch.
         """
-        steps = grain.MapDataset.source(_StepSource(self, place or (lambda read: read(slice(None)))))
-        return iter(steps[start_step:].to_iter_dataset(grain.ReadOptions(threads, ahead)))
-
-
-class _StepSource:
-    """The batches as a random-access data source of Grain, one element per step."""
-
-    def __init__(self, loader: Loader, place: Callable[[Callable[[slice], Batch]], Any]):
-        self._loader, self._place = loader, place
-
-    def __len__(self) -> int:
-        return 1 << 40  # endless
-
-    def __getitem__(self, step: int) -> Any:
-        return self._place(lambda rows: self._loader.batch(step, rows))
+        place = place or (lambda read: read(slice(None)))
+        steps = grain.MapDataset.range(start_step, _LAST_STEP).map(
+            lambda step: place(lambda rows: self.batch(int(step), rows)))
+        return iter(steps.to_iter_dataset(grain.ReadOptions(threads, ahead)))
 
 
 def truncate_rows(rows: Rows, lengths: np.ndarray) -> Rows:

@@ -82,14 +82,6 @@ def test_row_is_bos_prompt_separator_response_eos_padding(bos_tokenizer, train_o
         assert np.flatnonzero(starts).tolist() == ([0] if train_on_padding else [0, end])
 
 
-def test_row_without_bos_starts_with_eos(tokenizer):
-    bare = copy.deepcopy(tokenizer)
-    bare.bos_token = None
-    tokens, _, noisable_mask, _ = encode(make_format(bare, "prompt_response"), [{"prompt": "ab", "response": "c"}])
-    assert bare.decode(tokens[0, :4]) == "</s>ab\n"
-    assert np.flatnonzero(noisable_mask[0]).tolist() == [4, 5]
-
-
 def test_choice_of_the_padding_token(tokenizer):
     def padding(tokenizer, **settings):
         prompt_format = make_format(tokenizer, "prompt_response", **settings)

@@ -1,8 +1,6 @@
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.data.records import TokenSpan
 from dlm_jax.data.rows import (
     ConcatenatedRows,
@@ -97,11 +95,3 @@ def test_segment_ids_and_positions():
     assert rows.tokens.tolist() == [[5, 6, EOS, 7, EOS, 8], [9, 10, 11, 12, 13, EOS]]
     assert segment_ids_from_starts(rows.starts).tolist() == [[1, 1, 1, 2, 2, 3], [1, 1, 1, 1, 1, 1]]
     assert positions_from_starts(rows.starts).tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
-
-
-def test_attention_stays_in_its_document():
-    rows = pack(random_documents(), 32, prefix=[BOS])
-    index = jnp.arange(32)
-    mask = AttentionMask.bidirectional().with_segments(segment_ids_from_starts(rows.starts))
-    document = np.cumsum(rows.tokens == BOS, axis=1)  # no document contains BOS
-    np.testing.assert_array_equal(mask.allowed(index, index), document[:, :, None] == document[:, None, :])
