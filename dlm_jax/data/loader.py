@@ -37,7 +37,7 @@ class Loader:
           batch_size: rows in the global batch.
           weights: the share of each source, needed if there are several; see `Mixture`.
           seed: decides the order.
-          shuffle: shuffle a source anew in each epoch; else its rows come in order.
+          shuffle: reshuffle a source in each epoch; else its rows come in order.
           random_length: share of the rows that are cut to a random length (1% in LLaDA, arXiv:2502.09992); the rest
             of such a row is padding, which is neither attended to nor noised nor scored.
 
@@ -106,7 +106,7 @@ class Mixture:
           sources: rows of one length.
           weights: one per source, in any unit; needed if there are several sources.
           seed: decides the order.
-          shuffle: shuffle a source anew in each epoch; else its rows come in order.
+          shuffle: reshuffle a source in each epoch; else its rows come in order.
 
         Raises:
           DataError: the weights do not match the sources, or differ too much.

@@ -135,7 +135,7 @@ class ReadCursor:
 
 def _read(sources: Sequence[Source], start: ReadCursor, columns: Sequence[str] | None,
           skip: bool) -> Iterator[tuple[tuple[ReadCursor, int], RecordChunk]]:
-    """Yields the chunks from `start` on, each with the cursor after it and the part of the sources' sizes read."""
+    """Yields the chunks from `start` on, with the cursor after each and the amount of the sources' sizes consumed by then."""
     before = sum(source.size or 0 for source in sources[:start.source])
     for number, source in enumerate(sources[start.source:], start.source):
         record = start.record if number == start.source else 0

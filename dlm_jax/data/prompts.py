@@ -150,7 +150,7 @@ class PromptFormat:
     def encode_record_prompt(self, record: str | dict[str, Any]) -> list[int]:
         """Returns the token ids before the response in a row of this record, which needs no response.
 
-        A conversation is the prompt as a whole, up to where the assistant continues.
+        All of a conversation is the prompt, up to where the assistant continues.
 
         Raises:
           BadRecord: the record has no prompt, or it cannot be encoded.
