@@ -1,8 +1,8 @@
 """Files and directories on local disks and on object stores (`gs://`, `s3://`, whatever fsspec supports) alike.
 
-A local file or directory is written under a temporary name and renamed. An object store cannot rename a directory: there
-it is complete if one file, which is written last, exists. Workdirs and exports are `epath` paths, as Orbax needs them;
-single files of any store go through fsspec.
+A local file or directory is written under a temporary name and renamed. An object store cannot rename a directory:
+there it is complete if one file, which is written last, exists. Workdirs and exports are `epath` paths, as Orbax needs
+them; single files of any store go through fsspec.
 """
 
 import contextlib
@@ -198,8 +198,9 @@ def fetch_files(directory: epath.PathLike, sizes: Mapping[str, int], folder: Pat
                    if not (folder / name).is_file() or (folder / name).stat().st_size != size}
         needed, free = sum(missing.values()), shutil.disk_usage(folder).free
         if needed > free:
-            raise DataError(f"{directory} has {needed / 2**30:.1f} GiB to copy, and {folder} has {free / 2**30:.1f} GiB "
-                            "free; name a larger place with data.cache_dir, or mount the bucket and give its local path")
+            raise DataError(f"{directory} has {needed / 2**30:.1f} GiB to copy, and {folder} has {free / 2**30:.1f} "
+                            "GiB free; name a larger place with data.cache_dir, or mount the bucket and give its local "
+                            "path")
 
         def fetch(name: str) -> int:
             temporary = folder / f".{name}.{os.getpid()}"

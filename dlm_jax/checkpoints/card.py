@@ -62,7 +62,8 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
     if is_diffusion and diffusion.blocks is not None:
         facts["tokens per block"] = diffusion.blocks.size
         facts["attention inside a clean block"] = diffusion.blocks.clean_attention
-    sections = [f"# {name}: {kind}", "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])]
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    sections = [f"# {name}: {kind}", f"| | |\n| --- | --- |\n{table}"]
     if is_diffusion:
         is_chat = recipe.get("data.examples.format", "none") != "none"
         commands = "`dlm sample --model=THIS_DIRECTORY`" + " or `dlm chat --model=THIS_DIRECTORY`" * is_chat

@@ -101,7 +101,8 @@ def _rewrite_external(hf: dict[str, Any]) -> dict[str, Any]:
     if arch is None:
         return hf
     blocks = BlockSpec(hf.get(arch.size_key, arch.size), "block_bidirectional")
-    record = {"mask_token_id": hf.get("mask_token_id", arch.mask_token_id), "shift": arch.shift, **blocks_to_record(blocks)}
+    record = {"mask_token_id": hf.get("mask_token_id", arch.mask_token_id), "shift": arch.shift,
+              **blocks_to_record(blocks)}
     kept = {name: value for name, value in hf.items() if name not in (arch.size_key, "attn_implementation")}
     return kept | {"model_type": arch.family, "dlm_jax": record}
 

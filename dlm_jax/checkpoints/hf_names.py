@@ -1,7 +1,7 @@
 """Which HF tensor holds which parameter: one table per family.
 
-A table maps the path of a parameter to its HF tensor (`{i}` is the layer), the layout of one layer's axes there, and for
-a fused tensor the third of its last axis. Layouts read like einsum: "dhk->(hk)d" stores a kernel [embed, heads,
+A table maps the path of a parameter to its HF tensor (`{i}` is the layer), the layout of one layer's axes there, and
+for a fused tensor the third of its last axis. Layouts read like einsum: "dhk->(hk)d" stores a kernel [embed, heads,
 head_dim] as [heads * head_dim, embed]. Both directions follow from that string; import gives views and copies nothing.
 """
 
@@ -125,7 +125,7 @@ def module_name(key: Key) -> str:
 
 
 def read_targets(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
-    """Returns the names (q, k, v, ...) of projections given by these, by HF's names (`q_proj`, `attn.c_proj`), or `all`.
+    """Returns the names (q, k, v, ...) of projections given by these or HF's names (`q_proj`, `attn.c_proj`), or `all`.
 
     Raises:
       ConfigError: no projection has a name.

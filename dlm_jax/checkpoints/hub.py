@@ -13,7 +13,7 @@ _SETTINGS = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
 
 def find_base(source: str, beside: epath.PathLike) -> str:
-    """Returns the source of an adapter's base: `source` if it exists, else a directory of that name in or beside `beside`.
+    """Returns the source of an adapter's base: `source` if it exists, else a directory so named in or next to `beside`.
 
     If neither exists, returns `source` unchanged: it may be a hub id; otherwise loading it fails with a clear error.
     """

@@ -2,8 +2,8 @@
 
 A step's directory holds the items `params`, `optimizer`, `ema` if there is one, and `progress` (JSON), and the SHA-256
 of all their files, which are written before Orbax commits the step: Orbax restores a flipped bit without an error.
-Arrays are stored by dotted names, so no class of this library belongs to the format. A directory gets its final name (on
-an object store its commit file) when it is complete.
+Arrays are stored by dotted names, so no class of this library belongs to the format. A directory gets its final name
+(on an object store its commit file) when it is complete.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,15 @@ _THREADS = 8  # hashing and reading release the GIL
 _NOT_DATA = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)  # of Orbax, if something cannot be written
 
-if TYPE_CHECKING:
-    from dlm_jax.training.step import TrainState
+
+class State(Protocol):
+    """The state of a run: a dataclass of arrays, of which `frozen` is not saved, and `ema` may be None."""
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: object
+    ema: nnx.State | None
+    frozen: nnx.State
 
 
 def named(tree: object) -> dict[str, object]:
@@ -50,7 +57,7 @@ def from_named(like: object, leaves: dict[str, object]) -> object:
 
 
 class CheckpointWriter:
-    """Saves into a workdir and keeps the last `keep` checkpoints; with `keep_best` also the one of lowest validation loss."""
+    """Saves into a workdir; keeps the last `keep` checkpoints, and with `keep_best` the one of lowest validation loss."""
 
     def __init__(self, workdir: epath.Path, *, keep: int, keep_best: bool):
         policies = [checkpoint_managers.LatestN(keep)]
@@ -62,7 +69,7 @@ class CheckpointWriter:
             best_mode="min", enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)))
 
-    def save(self, step: int, state: "TrainState", progress: dict, validation: float | None) -> None:
+    def save(self, step: int, state: State, progress: dict, validation: float | None) -> None:
         """Starts saving; returns once the state has been copied and may be donated.
 
         Raises:
@@ -136,8 +143,8 @@ def latest_valid_step(workdir: epath.PathLike) -> tuple[int, list[str]]:
             return step, remarks
         remarks.append(f"the checkpoint of step {step} is damaged ({found})")
     if remarks:
-        raise CheckpointError(f"every checkpoint in {checkpoint_directory(workdir)} is damaged: {'; '.join(remarks)}; restore "
-                              "one from a copy, or choose a new workdir")
+        raise CheckpointError(f"every checkpoint in {checkpoint_directory(workdir)} is damaged: {'; '.join(remarks)}; "
+                              "restore one from a copy, or choose a new workdir")
     return 0, []
 
 
@@ -181,8 +188,8 @@ def resolve_step(workdir: epath.PathLike, step: str | None) -> int:
     return int(found)
 
 
-def restore_state(workdir: epath.PathLike, step: int, layout: "TrainState",
-                  frozen: nnx.State | None = None) -> tuple["TrainState", dict]:
+def restore_state(workdir: epath.PathLike, step: int, layout: State,
+                  frozen: nnx.State | None = None) -> tuple[State, dict]:
     """Restores the state of a step, whose checksums `restore_latest` has verified, and its progress.
 
     Args:

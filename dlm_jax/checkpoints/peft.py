@@ -153,7 +153,8 @@ def merge_peft_adapter(adapter: PeftAdapter, model: Transformer, source: str, pa
             raise CheckpointError(f"the adapter {adapter.directory} holds {stored}, which cannot be merged; supported "
                                   "are LoRA's factors beside projections, and the full embedding or head")
     try:
-        return _add_products(adapter, _replace_tables(adapter, model, tables, param_dtype), factors, scales, param_dtype)
+        model = _replace_tables(adapter, model, tables, param_dtype)
+        return _add_products(adapter, model, factors, scales, param_dtype)
     except _WrongBase as error:
         raise CheckpointError(f"the adapter {adapter.directory} is damaged, or for another base than {source}: "
                               f"{error}") from error

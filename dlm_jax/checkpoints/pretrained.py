@@ -1,4 +1,4 @@
-"""Pretrained: a model with everything that is needed to use it and save it again, and the one function that loads it."""
+"""`Pretrained`, a model with all that is needed to use and save it, and `load_pretrained`, which loads every kind."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -162,8 +162,8 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
         options = dataclasses.replace(options, param_dtype=param_dtype or recipe["model.param_dtype"])
         return _load_workdir(directory, step, recipe, mask_token, merge, init, lora, options)
     if not merge:
-        raise ConfigError(f"{source} is not the workdir of a run with LoRA, so there is no LoRA to keep unmerged; leave "
-                          "merge out")
+        raise ConfigError(f"{source} is not the workdir of a run with LoRA, so there is no LoRA to keep unmerged; "
+                          "leave merge out")
     directory = locate(source, weights=init == "pretrained")
     if is_peft_adapter(directory):
         if init != "pretrained":
@@ -205,8 +205,8 @@ def _load_hf(directory: Path, source: str, mask_token: str | int | None, init: s
         return nnx.to_flat_state(jax.tree.unflatten(jax.tree.structure(shapes), values))
 
     if init == "random" and lora is not None:
-        raise ConfigError("LoRA needs pretrained weights, and model.init is random; set lora.rank to 0, or model.init to "
-                          "pretrained")
+        raise ConfigError("LoRA needs pretrained weights, and model.init is random; set lora.rank to 0, or model.init "
+                          "to pretrained")
     if init == "abstract":
         model, provenance = abstract_model(config, options.compute, options.param_dtype, lora), ()
     else:
@@ -261,8 +261,8 @@ def _load_peft(directory: Path, source: str, mask_token: str | int | None, base:
         found = load_pretrained(find_base(named, directory), mask_token=mask_token, compute=options.compute,
                                 param_dtype=options.param_dtype, shardings=options.shardings)
     except CheckpointError as error:
-        raise CheckpointError(f"the base {named!r} of the adapter {directory} cannot be loaded: {error}; put it there or "
-                              "beside the adapter, or say where it is (--base, or base=)") from error
+        raise CheckpointError(f"the base {named!r} of the adapter {directory} cannot be loaded: {error}; put it there "
+                              "or beside the adapter, or say where it is (--base, or base=)") from error
     diffusion = dataclasses.replace(
         found.diffusion, shift=metadata.get("shift", found.shift),
         blocks=blocks_from_record(metadata) if "block_size" in metadata else found.blocks)

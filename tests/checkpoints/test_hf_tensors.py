@@ -29,17 +29,15 @@ def assert_equal(found, dtype=np.float32):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("max_shard_bytes", [math.inf, 150, 1])
-def test_what_is_written_is_read(tmp_path, dtype, max_shard_bytes):
+def test_write_and_read(tmp_path, dtype, max_shard_bytes):
     write(tmp_path, dtype, max_shard_bytes)
     assert_equal(read_tensors(tmp_path), dtype)
 
 
-def test_the_official_reader_reads_what_is_written(tmp_path):
-    write(tmp_path)
-    assert_equal(safetensors.numpy.load_file(tmp_path / "model.safetensors"))
-
-
-def test_shards_stay_below_the_limit_and_the_index_finds_them(tmp_path):
+def test_files_for_the_safetensors_library(tmp_path):
+    (tmp_path / "single").mkdir()
+    write(tmp_path / "single")
+    assert_equal(safetensors.numpy.load_file(tmp_path / "single" / "model.safetensors"))
     write(tmp_path, max_shard_bytes=150)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
@@ -72,27 +70,17 @@ class Harmful:
         return open, ("harm.txt", "w")
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
+def test_pickle_with_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Harmful()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="other than tensors"):
+    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
         read_tensors(tmp_path)
     assert not (tmp_path / "harm.txt").exists()
 
 
-def test_no_weights(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no weights"):
+def test_missing_files_and_tensors_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
         read_tensors(tmp_path)
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    write(tmp_path, max_shard_bytes=150)
-    (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors, which is missing"):
-        read_tensors(tmp_path)
-
-
-def test_a_tensor_that_is_not_where_the_index_says(tmp_path):
     write(tmp_path, max_shard_bytes=150)
     index = tmp_path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -100,18 +88,21 @@ def test_a_tensor_that_is_not_where_the_index_says(tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="ghost"):
         read_tensors(tmp_path)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_a_truncated_file_is_refused(tmp_path, keep):
-    write(tmp_path)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="damaged"):
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors"):
         read_tensors(tmp_path)
 
 
-def test_a_type_that_cannot_be_read_is_named(tmp_path):
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_truncated_file_is_refused(tmp_path, keep):
+    write(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        read_tensors(tmp_path)
+
+
+def test_unknown_dtype_is_named(tmp_path):
     safetensors.torch.save_file({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="F8_E4M3"):
         read_tensors(tmp_path)

@@ -1,3 +1,5 @@
+import re
+
 import huggingface_hub
 import pytest
 
@@ -5,30 +7,30 @@ from dlm_jax.checkpoints.hub import locate
 from dlm_jax.errors import CheckpointError
 
 
-def test_a_directory_is_itself(tmp_path):
+def test_directory(tmp_path):
     assert locate(tmp_path) == tmp_path == locate(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["/no/such/directory", "./nothing", "a/b/c", "with space"])
-def test_a_path_that_does_not_exist(name):
-    with pytest.raises(CheckpointError, match="there is no directory"):
+def test_missing_path(name):
+    with pytest.raises(CheckpointError, match=re.escape(name)):
         locate(name)
 
 
-def test_a_file(tmp_path):
+def test_file_instead_of_directory(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="config.json"):
         locate(tmp_path / "model.safetensors")
 
 
-def test_a_hub_id_without_a_network(monkeypatch, tmp_path):
+def test_hub_id_without_network(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="nobody/nothing is not a directory here, and .* cannot be reached"):
+    with pytest.raises(CheckpointError, match="nobody/nothing"):
         locate("nobody/nothing")
 
 
-def test_weights_are_fetched_once_and_only_when_wanted(monkeypatch, tmp_path):
+def test_weights_are_fetched_on_request(monkeypatch, tmp_path):
     wanted = []
 
     def snapshot_download(name, allow_patterns, ignore_patterns):

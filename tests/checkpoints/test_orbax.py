@@ -1,4 +1,4 @@
-"""Every change of a checkpoint's files is found, and a run falls back on the checkpoint before."""
+"""Checksums find every change of a checkpoint's files, and a run falls back to the checkpoint before."""
 
 import random
 import shutil
@@ -15,15 +15,15 @@ from tests.training.conftest import changed
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
+def full_run(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
     train(changed(config, "checkpoint.keep_best", False), workdir)
     return workdir
 
 
 @pytest.fixture
-def copy(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+def copy(full_run, tmp_path):
+    shutil.copytree(full_run, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -33,7 +33,7 @@ def data_files(step_directory):
                   and path != step_directory / "commit_success.txt")
 
 
-def test_every_flipped_bit_and_every_cut_is_found(copy):
+def test_every_changed_file_is_found(copy):
     directory, dice = copy / "checkpoints" / "20", random.Random(0)
     assert verify_checksums(epath.Path(directory)) is None
     files = data_files(directory)
@@ -54,13 +54,13 @@ def test_every_flipped_bit_and_every_cut_is_found(copy):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"params/d": 3}', None])
-def test_damaged_digests_are_found(copy, content):
+def test_damaged_checksums_are_found(copy, content):
     path = copy / "checkpoints" / "20" / CHECKSUMS
     path.unlink() if content is None else path.write_text(content)
     assert verify_checksums(epath.Path(path.parent)) == f"{CHECKSUMS} is {'missing' if content is None else 'damaged'}"
 
 
-def test_digests_of_some_items_leave_the_others_alone(copy):
+def test_checksums_of_some_items(copy):
     directory = epath.Path(copy / "checkpoints" / "20")
     for path in data_files(copy / "checkpoints" / "20" / "optimizer"):
         path.write_bytes(b"")
@@ -70,16 +70,16 @@ def test_digests_of_some_items_leave_the_others_alone(copy):
 
 
 def flip(step_directory, item):
-    """One bit of the largest file of an item."""
+    """Flips one bit of the largest file of an item."""
     path = max(data_files(step_directory / item), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def test_a_run_falls_back_on_the_checkpoint_before_and_says_so(copy, whole, config, capsys):
+def test_run_falls_back_to_the_checkpoint_before(copy, full_run, config, capsys):
     run = changed(changed(config, "checkpoint.keep_best", False), "num_steps", 21)
-    sound = shutil.copytree(whole, copy.parent / "sound")
+    sound = shutil.copytree(full_run, copy.parent / "sound")
     train(run, sound)
     assert saved_steps(copy) == [15, 20]
     flip(copy / "checkpoints" / "20", "optimizer")
@@ -95,16 +95,16 @@ def test_a_run_falls_back_on_the_checkpoint_before_and_says_so(copy, whole, conf
     np.testing.assert_array_equal(one, other)
 
 
-def test_without_a_sound_checkpoint_nothing_begins_anew(copy, config):
+def test_run_stops_if_all_checkpoints_are_damaged(copy, config):
     for step in (15, 20):
         flip(copy / "checkpoints" / str(step), "params")
-    with pytest.raises(CheckpointError, match="every checkpoint .* is damaged: .* step 20 .*; .* step 15 .*"):
+    with pytest.raises(CheckpointError, match="step 20 .* step 15"):
         train(changed(config, "num_steps", 21), copy)
     assert saved_steps(copy) == [15, 20]
 
 
-def test_a_damaged_checkpoint_is_not_loaded(copy):
+def test_damaged_checkpoint_is_not_loaded(copy):
     flip(copy / "checkpoints" / "20", "ema")
-    with pytest.raises(CheckpointError, match=r"20 is damaged: ema/.*; name another of its steps as .*@STEP"):
+    with pytest.raises(CheckpointError, match="20 is damaged: ema/"):
         load_pretrained(copy)
     assert load_pretrained(f"{copy}@15").source.endswith("@15")

@@ -1,4 +1,7 @@
-"""Every family against its PyTorch model in transformers: logits, gradients, and the way there and back."""
+"""Every family against its PyTorch model in transformers, and the goldens of the reference implementation."""
+
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,8 @@ from flax import nnx
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.checkpoints.hf_export import hf_tensors
+from dlm_jax.checkpoints.hf_names import diffugpt_name
+from dlm_jax.diffusion import HeadPlan, NoisyBatch, loss_sums, token_nll
 from tests.checkpoints import families
 
 
@@ -21,11 +26,11 @@ def causal_loss(graphdef, params, tokens):
 
 
 @pytest.mark.parametrize("case", families.CASES)
-def test_family_agrees_with_transformers_and_survives_the_round_trip(case, tmp_path):
+def test_logits_gradients_and_round_trip(case, tmp_path):
     reference = families.save(case, tmp_path / "hf")
     tokens = families.tokens()
-    ours = load_pretrained(tmp_path / "hf")
-    graphdef, params = nnx.split(ours.model)
+    loaded = load_pretrained(tmp_path / "hf")
+    graphdef, params = nnx.split(loaded.model)
     compute = jax.jit(jax.value_and_grad(causal_loss, argnums=1, has_aux=True), static_argnums=0)
     (loss, logits), gradients = compute(graphdef, params, tokens)
 
@@ -42,10 +47,68 @@ def test_family_agrees_with_transformers_and_survives_the_round_trip(case, tmp_p
         error = np.abs(gradient() - expected[name]).max() / np.abs(expected[name]).max()
         assert error < 1e-3, f"gradient of {name} is off by {error}"
 
-    save_pretrained(tmp_path / "out", ours)
+    save_pretrained(tmp_path / "out", loaded)
     again = load_pretrained(tmp_path / "out")
-    assert again.model.config == ours.model.config
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(again.model), nnx.state(ours.model))
+    assert again.model.config == loaded.model.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again.model), nnx.state(loaded.model))
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(exported) is type(reference)
     np.testing.assert_array_equal(families.torch_logits(exported.eval(), tokens), output.logits.detach().numpy())
+
+
+GOLDENS = {"gpt2_random": "reference_cases/gpt2_random", "llama_gqa_random": "reference_cases/llama_gqa_random",
+         "stories260K": "stories260K_hf"}
+
+
+@pytest.mark.parametrize("case", GOLDENS)
+def test_reference_goldens(case, test_data):
+    golden = np.load(test_data / "reference_cases" / f"{case}.npz")
+    pretrained = load_pretrained(test_data / GOLDENS[case], mask_token=int(golden["mask_token_id"]))
+    attention = AttentionMask.matrix(golden["allowed"])
+    # The reference infers the loss mask from the tokens; position 0 drops out by the shift.
+    scored = jnp.asarray(golden["x_t"] == golden["mask_token_id"])
+    batch = NoisyBatch(tokens=jnp.asarray(golden["x_t"]), targets=jnp.asarray(golden["x"]), scored=scored,
+                           noisable_mask=scored, weights=jnp.broadcast_to(1 / golden["t"][:, None], scored.shape))
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        hidden = model.hidden(batch.tokens, attention)
+        plan = HeadPlan(model.head_kernel.axes.index("vocab"), chunk_size=16)
+        sums = loss_sums(hidden, model.head_kernel.get_value(), plan, batch, shift=True)
+        per_token = token_nll(hidden, model.unembed, batch.targets, shift=True)
+        return sums.loss / sums.normalizer("masked_tokens"), (model.unembed(hidden), per_token)
+
+    graphdef, params = nnx.split(pretrained.model)
+    (value, (logits, per_token)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(per_token[:, 1:], golden["cross_entropy"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(value, golden["reference_loss"], rtol=1e-5)
+
+    expected = json.loads((test_data / "reference_cases" / f"{case}_grad_norms.json").read_text())
+    found = {diffugpt_name(name, pretrained.model.config.family): float(np.linalg.norm(gradient()))
+             for name, (_, gradient) in hf_tensors(nnx.merge(graphdef, gradients)).items()}
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_stories260k_continues_its_story(test_data):
+    directory = test_data / "stories260K_hf"
+    story = re.search(r"-t 0\.0\n(.*?)\n```", (directory / "stories260K.md").read_text(), re.DOTALL)[1]
+    pretrained = load_pretrained(directory)
+    graphdef, params = nnx.split(pretrained.model)
+
+    @jax.jit
+    def next_token(params, tokens, length):
+        logits = nnx.merge(graphdef, params)(tokens, AttentionMask.causal())
+        return logits[0, length - 1].argmax()
+
+    tokens = [pretrained.bos_token_id]
+    while len(tokens) < 257:
+        padded = np.zeros((1, 257), np.int32)
+        padded[0, : len(tokens)] = tokens
+        token = int(next_token(params, padded, len(tokens)))
+        if token == pretrained.bos_token_id:  # where llama2.c ends a story
+            break
+        tokens.append(token)
+    assert pretrained.tokenizer.decode(tokens, skip_special_tokens=True).strip() == story

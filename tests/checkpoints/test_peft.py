@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format against `peft` itself: theirs read by us, ours by them, and what is refused."""
+"""Adapters against `peft` itself, in both directions, and refusals."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from dlm_jax.errors import CheckpointError, ConfigError, DLMError
 from dlm_jax.models import LoRAConfig, LoRAParam
 from tests.checkpoints import families
 
-# What transformers and peft say of each other's ways.
+# Warnings of transformers and peft.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
     "`is_gradient_checkpointing` is deprecated", "fan_in_fan_out is set to False",
     "Model has `tie_word_embeddings=True`")]
@@ -30,7 +30,7 @@ TOKENS = families.tokens()
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
     "gpt2": dict(r=5, lora_alpha=7, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True),
-    "gpt2-whole": dict(r=2, lora_alpha=8, target_modules=["attn.c_proj"], modules_to_save=["wte"]),
+    "gpt2-embedding": dict(r=2, lora_alpha=8, target_modules=["attn.c_proj"], modules_to_save=["wte"]),
     "gpt2-untied-relu": dict(r=2, target_modules=["c_fc"], modules_to_save=["wte", "lm_head"]),
     "llama1": dict(r=4, lora_alpha=16, target_modules="all-linear", lora_dropout=0.3),
     "llama2-grouped-tied": dict(r=3, use_rslora=True, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
@@ -49,9 +49,9 @@ def logits(pretrained):
     return np.asarray(pretrained.model(TOKENS, AttentionMask.causal()))
 
 
-def theirs(case, directory, **settings):
-    """A base and an adapter with random factors, saved by `peft`, and the logits it gives."""
-    model = families.save(re.sub("-(whole|dora)$", "", case), directory / "base")
+def save_with_peft(case, directory, **settings):
+    """Saves a base and an adapter with random factors by `peft`; returns its logits."""
+    model = families.save(re.sub("-(embedding|dora)$", "", case), directory / "base")
     model.name_or_path = str(directory / "base")
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     torch.manual_seed(1)
@@ -64,8 +64,8 @@ def theirs(case, directory, **settings):
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_an_adapter_that_peft_wrote_gives_pefts_logits(case, tmp_path):
-    expected = theirs(case, tmp_path, **SETTINGS[case])
+def test_import_from_peft(case, tmp_path):
+    expected = save_with_peft(case, tmp_path, **SETTINGS[case])
     found = load_pretrained(tmp_path / "adapter")
     assert np.abs(expected - logits(load_pretrained(tmp_path / "base"))).max() > 0.05
     np.testing.assert_allclose(logits(found), expected, atol=1e-4)
@@ -74,8 +74,8 @@ def test_an_adapter_that_peft_wrote_gives_pefts_logits(case, tmp_path):
         "gpt2", "llama2-grouped-tied", "qwen3"))
 
 
-def ours(case, directory, **settings):
-    """A base by transformers, and ours with learned LoRA beside it."""
+def make_lora(case, directory, **settings):
+    """Returns a base by transformers, and the same with random LoRA beside it."""
     reference = families.save(case, directory / "base")
     lora = LoRAConfig(**{"rank": 3, "alpha": 5.0, "frozen_dtype": "float32"} | settings)
     pretrained = load_pretrained(directory / "base", lora=lora)
@@ -96,8 +96,8 @@ GPT2_TARGETS = ("q", "k", "v", "out", "up", "down")
     ("llama2-grouped-tied", dict(rslora=True)), ("llama-biases", dict(targets=("q", "down"), embedding=True)),
     ("gpt2", dict(targets=GPT2_TARGETS, dora=True)), ("gpt2", dict(targets=("v", "up"), dora=True, rslora=True)),
     ("llama-biases", dict(dora=True)), ("mistral-window", {}), ("qwen2", dict(targets=("gate",), head=True))])
-def test_an_adapter_that_we_wrote_gives_our_logits_in_peft(case, settings, tmp_path):
-    reference, pretrained = ours(case, tmp_path, **settings)
+def test_export_to_peft(case, settings, tmp_path):
+    reference, pretrained = make_lora(case, tmp_path, **settings)
     assert np.abs(logits(pretrained) - families.torch_logits(reference, TOKENS)).max() > 0.05
     save_pretrained(tmp_path / "adapter", pretrained, layout="peft")
     adapted = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
@@ -110,22 +110,22 @@ def test_an_adapter_that_we_wrote_gives_our_logits_in_peft(case, settings, tmp_p
     np.testing.assert_allclose(families.torch_logits(merged, TOKENS), logits(pretrained), atol=1e-4)
 
 
-def test_the_released_adapters_layout(tmp_path):
-    """As diffusionfamily/diffullama-gsm stores its tensors: the trunk as `denoise_model`, the embedding beside it."""
-    expected = theirs("llama1", tmp_path, r=4, lora_alpha=8, target_modules=LLAMA_TARGETS,
+def test_diffullama_adapter_layout(tmp_path):
+    """As diffusionfamily/diffullama-gsm: layers under `denoise_model`, the embedding outside."""
+    expected = save_with_peft("llama1", tmp_path, r=4, lora_alpha=8, target_modules=LLAMA_TARGETS,
                       modules_to_save=["embed_tokens"])
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(path)
-    released = {name.replace("base_model.model.model.embed_tokens", "base_model.model.embed_tokens").replace(
+    stored = {name.replace("base_model.model.model.embed_tokens", "base_model.model.embed_tokens").replace(
         "base_model.model.model.", "base_model.model.denoise_model."): tensor for name, tensor in tensors.items()}
     assert {"base_model.model.embed_tokens.weight",
-            "base_model.model.denoise_model.layers.1.mlp.gate_proj.lora_B.weight"} < set(released)
-    safetensors.torch.save_file(released, path)
+            "base_model.model.denoise_model.layers.1.mlp.gate_proj.lora_B.weight"} < set(stored)
+    safetensors.torch.save_file(stored, path)
     np.testing.assert_allclose(logits(load_pretrained(tmp_path / "adapter")), expected, atol=1e-4)
 
 
-def test_a_base_is_found_beside_the_adapter_or_named(tmp_path, monkeypatch):
-    expected = theirs("llama1", tmp_path / "a", **SETTINGS["llama1"])
+def test_base_is_found(tmp_path, monkeypatch):
+    expected = save_with_peft("llama1", tmp_path / "a", **SETTINGS["llama1"])
     adapter = tmp_path / "a" / "adapter"
 
     def rename(base):
@@ -135,7 +135,7 @@ def test_a_base_is_found_beside_the_adapter_or_named(tmp_path, monkeypatch):
     rename("base")
     np.testing.assert_allclose(logits(load_pretrained(adapter)), expected, atol=1e-4)
     shutil.move(tmp_path / "a" / "base", tmp_path / "other")
-    with pytest.raises(CheckpointError, match=r"the base 'base' of the adapter .*adapter cannot be loaded"):
+    with pytest.raises(CheckpointError, match="'base'"):
         load_pretrained(adapter)
     np.testing.assert_allclose(logits(load_pretrained(adapter, base=str(tmp_path / "other"))), expected, atol=1e-4)
     monkeypatch.chdir(tmp_path)
@@ -145,12 +145,12 @@ def test_a_base_is_found_beside_the_adapter_or_named(tmp_path, monkeypatch):
     hub = {"someone/other": tmp_path / "other", "someone/adapter": adapter}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hub[name])
     np.testing.assert_allclose(logits(load_pretrained("someone/adapter")), expected, atol=1e-4)
-    with pytest.raises(ConfigError, match="is not an adapter"):
+    with pytest.raises(ConfigError, match="other"):
         load_pretrained(tmp_path / "other", base="x")
 
 
-def test_an_adapter_stacks_on_an_adapter(tmp_path):
-    theirs("gpt2", tmp_path, **SETTINGS["gpt2"])
+def test_adapters_stack(tmp_path):
+    save_with_peft("gpt2", tmp_path, **SETTINGS["gpt2"])
     below = load_pretrained(tmp_path / "adapter")
     lora = LoRAConfig(rank=2, alpha=4.0, targets=("q", "down"), frozen_dtype="float32")
     above = load_pretrained(tmp_path / "adapter", lora=lora)
@@ -168,16 +168,16 @@ def test_an_adapter_stacks_on_an_adapter(tmp_path):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapters")
-    theirs("llama1", directory, r=4, target_modules=["q_proj", "up_proj"])
+    save_with_peft("llama1", directory, r=4, target_modules=["q_proj", "up_proj"])
     return directory / "adapter"
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"use_dora": True}, "q_proj has no lora_magnitude_vector"), ({"bias": "all"}, "bias to 'all'"),
+    ({"use_dora": True}, "q_proj.*lora_magnitude_vector"), ({"bias": "all"}, "bias"),
     ({"peft_type": "IA3"}, "'IA3'"),
     ({"init_lora_weights": "pissa"}, "'pissa'"), ({"r": 8}, "rank 8"), ({"lora_bias": True}, "lora_bias"),
-    ({"target_modules": ["q_proj", "v_proj"]}, "targets model.layers.0.self_attn.v_proj and has no factors")])
-def test_what_is_not_computed_is_refused_by_name(adapter, settings, message, tmp_path):
+    ({"target_modules": ["q_proj", "v_proj"]}, "layers.0.self_attn.v_proj")])
+def test_unsupported_settings_are_refused_by_name(adapter, settings, message, tmp_path):
     shutil.copytree(adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -187,14 +187,14 @@ def test_what_is_not_computed_is_refused_by_name(adapter, settings, message, tmp
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(32)}), "holds .*norm.weight, which cannot"),
+    (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(32)}), "norm.weight"),
     (lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(32)}),
-     "lora_magnitude_vector, which cannot be merged"),
+     "lora_magnitude_vector"),
     (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}), "lm_head"),
-    (lambda t: t.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"), "no lora_B"),
+    (lambda t: t.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"), "lora_B"),
     (lambda t: t.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 32)}), "layers.7"),
-    (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(5, 32)}), "another base.*lm_head.weight")])
-def test_tensors_that_do_not_belong_are_refused_by_name(adapter, change, message, tmp_path):
+    (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(5, 32)}), "lm_head.weight")])
+def test_unfit_tensors_are_refused_by_name(adapter, change, message, tmp_path):
     shutil.copytree(adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -205,30 +205,30 @@ def test_tensors_that_do_not_belong_are_refused_by_name(adapter, change, message
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_for_another_base_is_refused(adapter, tmp_path):
+def test_other_base_is_refused(adapter, tmp_path):
     for case in ("gpt2", "llama-biases", "llama2-grouped-tied"):
         families.save(case, tmp_path / case)
     wide = transformers.LlamaConfig(**families.CASES["llama1"][1] | dict(hidden_size=40, head_dim=8))
     transformers.AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")
-    for case, message in (("gpt2", "another base"), ("llama-biases", r"q_proj.lora_B has the shape \[32, 4\]"),
-                          ("wide", r"another base than .*wide: .*lora_A has the shape \[4, 32\]")):
+    for case, message in (("gpt2", "gpt2"), ("llama-biases", r"q_proj.lora_B .*\[32, 4\]"),
+                          ("wide", r"wide: .*lora_A .*\[4, 32\]")):
         with pytest.raises(CheckpointError, match=message) as caught:
             load_pretrained(adapter, base=str(tmp_path / case))
         assert "\n" not in str(caught.value)
 
 
-def test_what_has_no_adapter_is_not_saved_as_one(adapter, tmp_path):
-    with pytest.raises(DLMError, match="has no LoRA beside a base"):
+def test_export_without_lora_is_refused(adapter, tmp_path):
+    with pytest.raises(DLMError, match="LoRA"):
         save_pretrained(tmp_path / "out", load_pretrained(adapter), layout="peft")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_is_replaced_and_what_else_is_in_the_way(tmp_path):
-    _, pretrained = ours("llama1", tmp_path)
+def test_only_an_earlier_export_is_replaced(tmp_path):
+    _, pretrained = make_lora("llama1", tmp_path)
     for _ in range(2):
         save_pretrained(tmp_path / "adapter", pretrained, layout="peft", dtype="bfloat16")
     tensors = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16} and len(tensors) == 2 * 2 * 7
-    with pytest.raises(CheckpointError, match="something other than an earlier export"):
+    with pytest.raises(CheckpointError, match="base"):
         save_pretrained(tmp_path / "base", pretrained, layout="peft")
     assert adapter_config(pretrained.model, "x")["rank_pattern"] == {}

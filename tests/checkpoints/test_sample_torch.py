@@ -19,14 +19,14 @@ MASK = 5
 
 
 @pytest.fixture(params=["gpt2", "mistral-window", "qwen3"])
-def exported(inputs, tmp_path):
-    families.save(inputs.param, tmp_path / "base")
+def exported(request, tmp_path):
+    families.save(request.param, tmp_path / "base")
     pretrained = load_pretrained(tmp_path / "base", mask_token=MASK)
     save_pretrained(tmp_path / "out", pretrained)
     return pretrained, sample_torch.load_model(tmp_path / "out")
 
 
-def test_logits_and_likeliest_tokens_agree(exported):
+def test_logits_and_greedy_samples_agree(exported):
     pretrained, model = exported
     tokens = families.tokens(length=20)
     expected = pretrained.model(tokens, AttentionMask.bidirectional())
@@ -45,7 +45,7 @@ def test_logits_and_likeliest_tokens_agree(exported):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_random_policy_fills_every_gap_and_follows_the_seed(tmp_path):
+def test_random_policy_fills_all_gaps_by_seed(tmp_path):
     families.save("gpt2", tmp_path / "base")
     save_pretrained(tmp_path / "out", load_pretrained(tmp_path / "base", mask_token=MASK))
     model = sample_torch.load_model(tmp_path / "out")
@@ -58,14 +58,14 @@ def test_random_policy_fills_every_gap_and_follows_the_seed(tmp_path):
     assert torch.equal(a[:, :10], tokens[:, :10]) and not (a[:, 10:] == MASK).any()
 
 
-def test_top_p_keeps_the_token_that_crosses_it():
+def test_top_p_includes_the_crossing_token():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(4000, 4)
     drawn = sample_torch.choose(logits, 1.0, 0.6, torch.Generator().manual_seed(0))
     share = torch.bincount(drawn, minlength=4) / 4000
     np.testing.assert_allclose(share, [0.625, 0.375, 0, 0], atol=0.03)
 
 
-def test_the_exported_file_runs_by_itself(tmp_path, test_data):
+def test_exported_script_runs_alone(tmp_path, test_data):
     save_pretrained(tmp_path / "out", load_pretrained(test_data / "stories260K_hf", mask_token="<|mask|>"))
     command = [sys.executable, "-P", tmp_path / "out" / "sample_torch.py", "--prompt", "Once upon a time", "--suffix",
                "the end.", "--length", "12", "--num_steps", "4", "--num_samples", "2"]
