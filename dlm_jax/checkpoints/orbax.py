@@ -57,7 +57,7 @@ def from_named(like: object, leaves: dict[str, object]) -> object:
 
 
 class CheckpointWriter:
-    """Saves into a workdir; keeps the last `keep` checkpoints, and with `keep_best` the one of lowest validation loss."""
+    """Saves into a workdir; keeps the last `keep` checkpoints, and with `keep_best` that of lowest validation loss."""
 
     def __init__(self, workdir: epath.Path, *, keep: int, keep_best: bool):
         policies = [checkpoint_managers.LatestN(keep)]

@@ -223,7 +223,7 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
     if init != "pretrained":
         return found
     if found.new_mask_token:
-        raise ConfigError(f"model.mask_token {mask_token!r} is new to {directory}, and a workdir's vocabulary is fixed; "
+        raise ConfigError(f"model.mask_token {mask_token!r} is new to {directory}, and its vocabulary is fixed; "
                           "export it first, and start from the export")
     step, config, lora = resolve_step(directory, step), found.model.config, found.model.lora
     found = dataclasses.replace(found, source=f"{directory}@{step}")

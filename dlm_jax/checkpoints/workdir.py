@@ -52,7 +52,7 @@ def absolute_source(source: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LoRABase:
-    """The record of a run with LoRA: what its checkpoints, which hold only what is trained, have to be combine_fingerprints with.
+    """The record of a run with LoRA: its LoRA and the base for its checkpoints, which hold only what is trained.
 
     Attributes:
       source: of the base: a directory, a hub id, or a workdir@step.
