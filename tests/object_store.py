@@ -1,4 +1,4 @@
-"""A server on the loopback that speaks Google Cloud Storage's language, generations and conditions included."""
+"""A local server with the API of Google Cloud Storage, generations and preconditions included."""
 
 import contextlib
 import re
@@ -17,18 +17,18 @@ _UPLOAD = re.compile(r"/upload/storage/v1/b/([^/]+)/o")
 
 @contextlib.contextmanager
 def object_store(folder: Path) -> Iterator[str]:
-    """Serves the bucket `bucket` from a folder; gives the address."""
+    """Serves the bucket `bucket` from a folder; yields the address."""
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     lock, handle, close = threading.Lock(), emulator.Router.handle, emulator.Response.close
 
     def generation(handler, bucket: str, name: str) -> str:
         try:
             return handler.storage.get_file_obj(bucket, urllib.parse.unquote(name))["generation"]
-        except Exception:  # there is no such object
+        except Exception:  # no such object
             return "0"
 
     def guarded(self, method: str) -> None:
-        """One request at a time, refused where its condition does not hold, which the emulator does not know."""
+        """Handles one request at a time and checks its precondition, which the emulator ignores."""
         handler = self._request_handler
         path, _, query = handler.path.partition("?")
         query = dict(urllib.parse.parse_qsl(query))
@@ -44,7 +44,7 @@ def object_store(folder: Path) -> Iterator[str]:
             handle(self, method)
 
     def with_generation(self) -> None:
-        """What a client compares later with; the emulator leaves it out where it sends an object's content."""
+        """Adds the generation to the content of an object, which the emulator omits."""
         path, _, query = self._handler.path.partition("?")
         if (match := _OBJECT.fullmatch(path)) and "alt=media" in query and self.status == HTTPStatus.OK:
             self["x-goog-generation"] = generation(self._handler, *match.groups())

@@ -3,8 +3,8 @@
     python sample_torch.py --prompt "Once upon a time" --length 64 --num_steps 32
 
 `AutoModelForCausalLM` attends causally, so the model is called with an explicit mask that lets every position
-see every other. The canvas is the prompt, masked positions, and a suffix if there is one; each step
-fills some of the masked positions, until none is left. `--temperature 0` takes the likeliest tokens.
+see every other. The input is the prompt, masked positions, and a suffix if given; each step
+fills some of the masked positions, until all are filled. `--temperature 0` takes the most probable tokens.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load_model(directory: str | Path) -> torch.nn.Module:
-    """The exported model, with the attention code that takes a mask of any shape."""
+    """Loads the exported model with an attention implementation that accepts any mask."""
     if int(transformers.__version__.split(".")[0]) < 5:
         raise SystemExit("this needs transformers 5: earlier versions attend causally whatever mask they are given")
     return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa").eval()
 
 
 def bidirectional_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, length, vocab] of tokens [batch, length], every position seeing every other."""
+    """Returns logits [batch, length, vocab] of tokens [batch, length]; every position sees every other."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     distance = (positions[:, None] - positions[None, :]).abs()
     visible = distance < (getattr(model.config, "sliding_window", None) or tokens.shape[1])
@@ -33,23 +33,23 @@ def bidirectional_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> torch.Tensor:
-    """Draws tokens [...] from logits [..., vocab]: by temperature, then from the top_p most probable mass."""
+    """Samples tokens [...] from logits [..., vocab], by temperature, within the top_p most probable mass."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, order = torch.softmax(logits / temperature, -1).sort(dim=-1, descending=True)
     # Keep the token that crosses top_p: drop those before which the mass is already reached.
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
-    drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
-    return order.gather(-1, drawn.view(*order.shape[:-1], 1)).squeeze(-1)
+    sampled = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+    return order.gather(-1, sampled.view(*order.shape[:-1], 1)).squeeze(-1)
 
 
 @torch.no_grad()
 def sample(model: torch.nn.Module, tokens: torch.Tensor, fixed: torch.Tensor, *, policy: str = "confidence",
            num_steps: int = 64, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> torch.Tensor:
-    """Fills the positions of `tokens` [batch, length] that are not `fixed` (bool, alike); position 0 is context.
+    """Fills the positions of `tokens` [batch, length] that are not `fixed` (bool, same shape); position 0 is context.
 
-    policy "random" reveals each masked token in a uniformly drawn step; "confidence" reveals, in even shares,
-    those whose drawn token is the most probable.
+    The policy "random" reveals each masked token at a uniformly random step; "confidence" reveals equally many at each
+    step, those whose sampled token is the most probable.
     """
     settings = model.config.dlm_jax
     generator = torch.Generator(tokens.device).manual_seed(seed)
@@ -65,17 +65,17 @@ def sample(model: torch.nn.Module, tokens: torch.Tensor, fixed: torch.Tensor, *,
         if settings["shift"]:  # the output at n - 1 predicts the token at n
             logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
         logits[..., settings["mask_token_id"]] = -torch.inf
-        drawn = choose(logits, temperature, top_p, generator)
+        sampled = choose(logits, temperature, top_p, generator)
         if policy == "random":
             chance = torch.rand(masked.shape, generator=generator, device=tokens.device)
             reveal = masked & (chance * (num_steps - step) < 1)
         else:
-            score = torch.log_softmax(logits, -1).gather(-1, drawn[..., None]).squeeze(-1)
+            score = torch.log_softmax(logits, -1).gather(-1, sampled[..., None]).squeeze(-1)
             score = score.masked_fill(~masked, -torch.inf)
             rank = score.sort(dim=1, descending=True, stable=True).indices.argsort(1)
             quota = (step + 1) * total // steps - step * total // steps
             reveal = masked & (rank < quota[:, None])
-        tokens = torch.where(reveal, drawn, tokens)
+        tokens = torch.where(reveal, sampled, tokens)
         masked &= ~reveal
     return tokens
 
@@ -100,9 +100,9 @@ def main() -> None:
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     prefix = [start, *tokenizer.encode(args.prompt, add_special_tokens=False)]
     suffix = tokenizer.encode(args.suffix, add_special_tokens=False)
-    canvas = prefix + [0] * args.length + suffix
+    row = prefix + [0] * args.length + suffix
     fixed = [True] * len(prefix) + [False] * args.length + [True] * len(suffix)
-    tokens = torch.tensor([canvas] * args.num_samples, device=model.device)
+    tokens = torch.tensor([row] * args.num_samples, device=model.device)
     tokens = sample(model, tokens, torch.tensor([fixed] * args.num_samples, device=model.device), policy=args.policy,
                     num_steps=args.num_steps, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     for row in tokens.tolist():
