@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
                for question, text, value in zip(questions, texts, values, strict=True)]
     result = {"model": lm.pretrained.source, "objective": "autoregressive" if autoregressive else "diffusion",
               "examples": arguments.examples, "num_examples": number, "length": form.length,
-              "policy": sampler.policy, "num_steps": sampler.steps, "threshold": sampler.certain,
+              "policy": sampler.policy, "num_steps": sampler.steps, "threshold": sampler.reveal_threshold,
               "block_length": sampler.block_length, "nats_per_token": estimate.nats_per_token,
               "standard_error": estimate.standard_error,
               "values": {name: dataclasses.asdict(mean_of([value[name] for value in values]))

@@ -30,13 +30,13 @@ ESTIMATORS = {"mask_count": bound_draw, "time": sample_time_masks}
 
 
 def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool = False, release: bool = False,
-                   num_samples: int = 16, seed: int = 0, estimator: str = "mask_count",
+                   num_samples: int = 16, seed: int = 0, mc_estimator: str = "mask_count",
                    sampler: SamplerConfig | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> EvalModel:
     """A model as a diffusion model, or as an autoregressive one: scored exactly, writing the likeliest tokens.
 
     Args:
       release: score by the released rule, with `num_samples` its T, and with no BOS but the tokenizer's own.
-      estimator: of the bound, "mask_count" of masked tokens or "time"; see `masks.bound_draw` and `masks.sample_time_masks`.
+      mc_estimator: of the bound, "mask_count" of masked tokens or "time"; see `masks.bound_draw` and `masks.sample_time_masks`.
       num_samples: forward passes for each option of a diffusion model; fewer where they would repeat themselves.
       sampler: how texts are written, but for temperature and steps, which the tasks know; None: the surest tokens
         first, or from left to right.
@@ -68,7 +68,7 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
     if autoregressive:
         score = autoregressive_score(pretrained.model, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
     else:
-        rule = released_rule(num_samples, seed) if release else bound_rule(num_samples, seed, estimator)
+        rule = released_rule(num_samples, seed) if release else bound_rule(num_samples, seed, mc_estimator)
         score = diffusion_score(pretrained.model, rule, mask_token_id=pretrained.mask_token_id,
                                 shift=pretrained.shift, bos_token_id=scored_from, blocks=pretrained.blocks,
                                 batch_size=batch_size, mesh=mesh)
@@ -91,9 +91,9 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
                      special, greedy, guess)
 
 
-def bound_rule(num_samples: int, seed: int, estimator: str = "mask_count") -> DrawRule:
+def bound_rule(num_samples: int, seed: int, mc_estimator: str = "mask_count") -> DrawRule:
     """The bound's masks: the options of an item meet the same noise."""
-    draw = ESTIMATORS[estimator]
+    draw = ESTIMATORS[mc_estimator]
     return lambda pair: draw(len(pair.continuation), num_samples, seed, pair.item)
 
 
