@@ -135,7 +135,7 @@ class ReadCursor:
 
 def _read(sources: Sequence[Source], start: ReadCursor, columns: Sequence[str] | None,
           skip: bool) -> Iterator[tuple[tuple[ReadCursor, int], RecordChunk]]:
-    """Yields the chunks from `start` on, with the cursor after each and the amount of the sources' sizes consumed by then."""
+    """Yields ((cursor after the chunk, amount of the sources' sizes consumed), chunk) from `start` on."""
     before = sum(source.size or 0 for source in sources[:start.source])
     for number, source in enumerate(sources[start.source:], start.source):
         record = start.record if number == start.source else 0
