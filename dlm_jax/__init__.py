@@ -1,4 +1,4 @@
-"""dlm_jax: pretrained autoregressive language models become diffusion language models."""
+"""dlm_jax turns pretrained autoregressive language models into diffusion language models."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["AttentionMask", "DLMError", "DiffusionLM", "MeshConfig", "ModelConfig", "__version__"]
 
-# Looked up on first use, so that `import dlm_jax` and `dlm --help` do not wait for JAX.
-_HOMES = {"AttentionMask": "attention", "DLMError": "errors", "DiffusionLM": "pipeline", "MeshConfig": "parallel",
-          "ModelConfig": "models"}
+# Imported on first use, so that `import dlm_jax` and `dlm --help` do not load JAX.
+_MODULES = {"AttentionMask": "attention", "DLMError": "errors", "DiffusionLM": "pipeline", "MeshConfig": "parallel",
+            "ModelConfig": "models"}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'dlm_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"dlm_jax.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"dlm_jax.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

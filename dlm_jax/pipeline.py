@@ -211,7 +211,7 @@ class DiffusionLM:
         eos_token_id = self.pretrained.eos_token_id
         ends = () if eos_token_id is None else (eos_token_id,)
         rows, gaps = zip(*(encode(self.tokenizer, text, self._bos_token_id) for text in segments), strict=True)
-        filled = self._sample(rows, run, ends, stop_at_eos=stop_at_eos and bool(ends))
+        filled = self._sample(rows, run, ends, stop_at_eos=stop_at_eos)
         return [decode(self.tokenizer, text, gap, row, ends if stop_at_eos else ())
                 for text, gap, row in zip(segments, gaps, filled, strict=True)]
 
@@ -223,7 +223,7 @@ class DiffusionLM:
             raise ConfigError(f"example_index has {len(index)} entries for {len(rows)} texts")
         diffusion = self.pretrained.diffusion if run.config.policy == "autoregressive" else self.diffusion
         return sample_rows(self.model, rows, example_keys(run.seed, jnp.asarray(index, jnp.uint32)),
-                           SamplingSpec(run.config, diffusion, eos_token_ids, stop_at_eos),
+                           SamplingSpec(run.config, diffusion, eos_token_ids, stop_at_eos and bool(eos_token_ids)),
                            batch_size=min(run.batch_size, len(rows)), mesh=self.mesh, on_step=run.on_step,
                            coarse=coarse, progress=run.on_step is None)
 
