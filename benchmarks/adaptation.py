@@ -1,10 +1,10 @@
-"""What each ingredient of the adaptation is worth: held-out bound against tokens seen, over seeds.
+"""What each ingredient of the adaptation contributes: held-out bound against tokens seen, over seeds.
 
     python assets/build_base.py corpus --stories=DIR --out=build/stories
     python benchmarks/adaptation.py --base=DIR --data build/stories/train.jsonl \\
         --validation build/stories/validation.jsonl
 
-trains, from one base model and at one budget, with the same rows in the same order for each seed:
+trains from one base model at one budget, with the same rows in the same order for each seed:
 `adapted` (shift and annealed attention), `no annealing` (bidirectional from the start), `no shift` and `random
 weights`. It writes OUT/figures/adaptation.png and benchmarks/results/adaptation.json, and prints the table.
 Runs that are done are not repeated; one that was cut short resumes.
@@ -12,13 +12,10 @@ Runs that are done are not repeated; one that was cut short resumes.
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
 import pathlib
-import platform
 import time
 
-import jax
+import harness
 import numpy as np
 
 from dlm_jax.checkpoints import load_pretrained
@@ -30,13 +27,12 @@ from dlm_jax.training import TrainConfig, read_records, train
 from dlm_jax.training.config import CheckpointConfig, LogConfig, ModelSource, ValidationConfig
 from dlm_jax.training.optimizer import OptimizerConfig
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "adaptation.json"
 VARIANTS = ("adapted", "no annealing", "no shift", "random weights")
-COLOURS = dict(zip(VARIANTS, ("#1b6ca8", "#d1495b", "#edae49", "#8d96a3"), strict=True))
+COLORS = dict(zip(VARIANTS, ("#1b6ca8", "#d1495b", "#edae49", "#8d96a3"), strict=True))
 
 
 def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
-    """One run; only what the variant names differs between variants."""
+    """Returns the config of a run; variants differ only in what they are named after."""
     num_steps = args.tokens // (args.batch_size * args.length)
     return TrainConfig(
         seed=seed,
@@ -55,12 +51,12 @@ def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
 
 
 def curve(workdir: pathlib.Path, tokens_per_step: int) -> list[tuple[int, float]]:
-    """(tokens seen, held-out bound in nats per token) at every validation."""
+    """Returns (tokens seen, held-out bound in nats per token) at every validation."""
     return [(record["step"] * tokens_per_step, record["bound"]) for record in read_records(workdir, "validation")]
 
 
 def parent_nll(config: TrainConfig) -> float:
-    """The base model's own autoregressive loss on the same held-out rows, nats per token."""
+    """Returns the base model's own autoregressive loss on the same held-out rows, nats per token."""
     parent = load_pretrained(config.model.source, mask_token=config.model.mask_token)
     _, rows = load_rows(config.data, parent.tokenizer, vocab_size=parent.model.config.vocab_size,
                         cache_dir=config.data.cache_dir)
@@ -68,58 +64,44 @@ def parent_nll(config: TrainConfig) -> float:
     return autoregressive_nll(parent.model, tokens, np.ones(tokens.shape, bool)).nats_per_token
 
 
-def summarise(curves: dict[str, list[list[tuple[int, float]]]]) -> dict[str, dict[str, float]]:
-    """Of each variant the final bound: mean and standard deviation over seeds."""
+def summarize(curves: dict[str, list[list[tuple[int, float]]]]) -> dict[str, dict[str, float]]:
+    """Returns the final bound of each variant: mean and standard deviation over seeds."""
     final = {variant: np.array([runs[-1][1] for runs in seeds]) for variant, seeds in curves.items()}
     return {variant: {"mean": float(x.mean()), "std": float(x.std(ddof=1)) if len(x) > 1 else 0.0, "seeds": len(x)}
             for variant, x in final.items()}
 
 
-def draw(curves: dict[str, list[list[tuple[int, float]]]], parent: float, path: pathlib.Path) -> None:
-    """Mean over seeds, with the range of the seeds as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    for variant, seeds in curves.items():
-        tokens = np.array([point[0] for point in seeds[0]]) / 1e6
-        values = np.array([[point[1] for point in run] for run in seeds])
-        axes.plot(tokens, values.mean(0), color=COLOURS[variant], label=variant, linewidth=2)
-        axes.fill_between(tokens, values.min(0), values.max(0), color=COLOURS[variant], alpha=0.2, linewidth=0)
-    axes.axhline(parent, color="black", linestyle="--", linewidth=1)
-    axes.annotate("AR parent (exact)", (tokens[-1], parent), textcoords="offset points", xytext=(0, 4), ha="right")
-    late = np.concatenate([[point[1] for point in run[1:]] for seeds in curves.values() for run in seeds])
-    axes.set_ylim(parent - 0.1, late.max() + 0.1)
-    axes.set(xlabel="training tokens seen (millions)", ylabel="held-out bound (nats per token)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+def plot(curves: dict[str, list[list[tuple[int, float]]]], parent: float, path: pathlib.Path) -> None:
+    """Plots the mean over seeds, with the range of the seeds as a band."""
+    with harness.figure(path) as (axes,):
+        for variant, seeds in curves.items():
+            tokens = np.array([point[0] for point in seeds[0]]) / 1e6
+            values = np.array([[point[1] for point in run] for run in seeds])
+            axes.plot(tokens, values.mean(0), color=COLORS[variant], label=variant, linewidth=2)
+            axes.fill_between(tokens, values.min(0), values.max(0), color=COLORS[variant], alpha=0.2, linewidth=0)
+        axes.axhline(parent, color="black", linestyle="--", linewidth=1)
+        axes.annotate("AR parent (exact)", (tokens[-1], parent), textcoords="offset points", xytext=(0, 4), ha="right")
+        late = np.concatenate([[point[1] for point in run[1:]] for seeds in curves.values() for run in seeds])
+        axes.set_ylim(parent - 0.1, late.max() + 0.1)
+        axes.set(xlabel="training tokens seen (millions)", ylabel="held-out bound (nats per token)")
+        axes.legend(frameon=False)
 
 
 def table(summary: dict[str, dict[str, float]], parent: float) -> str:
-    lines = ["| start and objective | held-out bound (nats per token) | gap to the AR parent |", "| --- | --- | --- |"]
-    for variant, row in summary.items():
-        lines.append(f"| {variant} | {row['mean']:.3f} ± {row['std']:.3f} | {row['mean'] - parent:+.3f} |")
-    return "\n".join([*lines, f"| AR parent, exact | {parent:.3f} | |"])
+    lines = [harness.row(variant, f"{row['mean']:.3f} ± {row['std']:.3f}", f"{row['mean'] - parent:+.3f}")
+             for variant, row in summary.items()]
+    head = harness.table_head("start and objective", "held-out bound (nats per token)", "gap to the AR parent")
+    return "\n".join([head, *lines, harness.row("AR parent, exact", f"{parent:.3f}", "")])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, seeds=3, tokens=2_500_000, batch_size=16, length=128, learning_rate=1e-3,
+                            validation_rows=256)
     parser.add_argument("--base", required=True, help="the AR base model: a directory or hub id")
     parser.add_argument("--data", nargs="+", required=True, help="paths or globs of text")
     parser.add_argument("--validation", nargs="+", required=True, help="paths or globs of held-out text")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("adaptation_runs"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=2_500_000, help="budget of each run")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--validation_rows", type=int, default=256)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     args = parser.parse_args()
 
@@ -130,19 +112,16 @@ def main() -> None:
             config = configure(args, variant, seed)
             workdir = args.work / f"{variant.replace(' ', '_')}-{seed}"
             if train(config, workdir)["interrupted"]:
-                raise SystemExit("stopped; the same command goes on from there")
+                raise SystemExit("interrupted; the same command resumes it")
             curves[variant].append(curve(workdir, config.data.batch_size * config.data.length))
             print(f"{variant}, seed {seed}: {curves[variant][-1][-1][1]:.3f} nats per token", flush=True)
-    parent, summary = parent_nll(config), summarise(curves)
+    parent, summary = parent_nll(config), summarize(curves)
 
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({
+    harness.write_results("adaptation", {
         "settings": {key: str(value) for key, value in vars(args).items()}, "parent_nll": parent, "final": summary,
         "curves": curves, "config": dataclasses.asdict(configure(args, "adapted", 0)), "seconds": time.time() - start,
-        "device": str(jax.devices()[0]), "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
-    }, indent=1) + "\n")
-    draw(curves, parent, args.out / "figures" / "adaptation.png")
+    }, "jax", "flax", "optax")
+    plot(curves, parent, args.out / "figures" / "adaptation.png")
     print(table(summary, parent))
 
 

@@ -7,24 +7,22 @@ of other pairs; fine-tunes by `configs/sft_addition.py`; and asks the 500. A tab
 to benchmarks/results/addition.json.
 """
 
-import argparse
-import importlib.metadata
 import json
 import os
 import pathlib
 import random
 import time
 
+import harness
+
 from dlm_jax.cli.main import main as command_line
-from dlm_jax.storage import write_json
 from dlm_jax.training.metrics import read_records
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "addition.json"
 SIZES = {"train": 20_000, "validation": 200, "test": 500}
 
 
 def line(a: int, b: int) -> str:
-    """The sum of two numbers of as many digits, from the last digit to the first with what is carried."""
+    """Returns the sum of two numbers of equal length as steps with carries, from the last digit to the first."""
     steps, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
         total = int(x) + int(y) + carry
@@ -34,7 +32,7 @@ def line(a: int, b: int) -> str:
 
 
 def write_data(folder: pathlib.Path, seed: int = 0) -> None:
-    """Files of SIZES lines; no pair of numbers is in two of them."""
+    """Writes files of SIZES lines; no pair of numbers is in two of them."""
     source = random.Random(seed)
     pairs = [divmod(number, 900) for number in source.sample(range(900 * 900), sum(SIZES.values()))]
     lines = iter([line(100 + a, 100 + b) for a, b in pairs])
@@ -43,19 +41,19 @@ def write_data(folder: pathlib.Path, seed: int = 0) -> None:
 
 
 def dlm(*arguments: str) -> None:
-    """A command of the library's; it ends the program where it fails."""
+    """Runs a `dlm` command, and exits if it fails."""
     if status := command_line(list(arguments)):
         raise SystemExit(status)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/addition"))
     arguments = parser.parse_args()
     out, run = arguments.out, arguments.out / "run"
     out.mkdir(parents=True, exist_ok=True)
     write_data(out)
-    began = time.monotonic()
+    started = time.monotonic()
     dlm("train", "--config=sft_addition", f"--workdir={run}", f"--config.data.train={out / 'train.txt'}",
         f"--config.data.validation={out / 'validation.txt'}")
     trained = time.monotonic()
@@ -63,14 +61,14 @@ def main() -> None:
         f"--json={out / 'answers.json'}")
     answers = json.loads((out / "answers.json").read_text())
     result = {
-        "minutes_training": (trained - began) / 60, "minutes_answering": (time.monotonic() - trained) / 60,
+        "minutes_training": (trained - started) / 60, "minutes_answering": (time.monotonic() - trained) / 60,
         "minutes_of_processor_time": time.process_time() / 60, "unseen_sums": answers["num_examples"],
         **answers["values"], "nats_per_token": answers["nats_per_token"],
         "while_training": [{name: value for name, value in record.items() if name != "text"}
                            for record in read_records(run, "generation")],
         "wrong": [record["text"] for record in answers["records"] if not record["values"]["marked_number"]][:10],
-        "cores": os.cpu_count(), "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")}}
-    write_json(RESULTS, result)
+        "cores": os.cpu_count()}
+    harness.write_results("addition", result, "jax", "flax")
     print(f"\n{'step':>6}  {'exact':>6}  {'sum':>6}  {'form':>6}")
     for record in result["while_training"]:
         print(f"{record['step']:>6}  {record['exact_match']:>6.3f}  {record['marked_number']:>6.3f}  "

@@ -1,22 +1,21 @@
-"""A training step with LoRA, beside bases in several types, and the full step of the same model, in turns; what each
-holds, and what quantizing the base does to the loss.
+"""What a LoRA step costs in time and memory, with the base in several dtypes, compared with full training of the same
+model; and what quantizing the base does to the loss.
 
     python benchmarks/lora.py                                                       a small LLaMA, float32: a CPU
     python benchmarks/lora.py --hidden=2048 --layers=16 --batch_size=8 --length=1024 --dtype=bfloat16       a GPU
 
-All start from the same random weights and see the same tokens. Prints seconds a step (the median, and the median ratio
-of neighbouring steps, so that what else the machine does falls on both), and of the shipped base the loss on its
-held-out stories, left to right; writes benchmarks/results/lora-DEVICE.json.
+All start from the same random weights and see the same tokens. Prints seconds per step (the median, and the
+median ratio of neighboring steps, so that other load affects both), and the autoregressive loss of the shipped base on
+its held-out stories; writes benchmarks/results/lora-DEVICE.json.
 """
 
 import argparse
 import dataclasses
 import json
-import pathlib
 import statistics
-import time
 from collections.abc import Callable
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,12 +40,9 @@ from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import create_state, make_train_step
 
-ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 
-
-def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[Callable[[], None], dict[str, float]]:
-    """A function that takes one step and waits for it, and bytes of the state by what they are of."""
+def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[Callable[[int], None], dict[str, float]]:
+    """Returns a function that runs one training step and waits for it, and the bytes of the state by kind."""
     config = ModelConfig("llama", vocab_size=args.vocab, hidden_size=args.hidden, num_layers=args.layers,
                          num_heads=args.hidden // 64, num_kv_heads=args.hidden // 64, head_dim=64,
                          mlp_size=11 * args.hidden // 4, max_length=args.length)
@@ -69,11 +65,10 @@ def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[Callable
                            num_steps=10**6, seed=0, mask_token_id=0)
     tokens = np.random.default_rng(0).integers(0, args.vocab, (args.batch_size, args.length)).astype(np.int32)
     noisable_mask = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
-    number = iter(range(10**9))
 
-    def run() -> None:
+    def run(number: int) -> None:
         nonlocal state
-        index = jnp.arange(args.batch_size, dtype=jnp.uint32) + next(number) * args.batch_size
+        index = jnp.arange(args.batch_size, dtype=jnp.uint32) + number * args.batch_size
         state, metrics = step(state, Batch(tokens, noisable_mask, index))
         jax.block_until_ready((state, metrics))
 
@@ -81,9 +76,9 @@ def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[Callable
 
 
 def held_out_loss(lora: LoRAConfig | None) -> float:
-    """Nats per token of the shipped base, left to right, on the first 256 tokens of its held-out stories."""
-    base = load_pretrained(ROOT / "assets" / "stories-gpt2", lora=lora)
-    lines = (ROOT / "assets" / "stories" / "heldout.jsonl").read_text().splitlines()
+    """Returns the autoregressive loss of the shipped base, nats per token, on its held-out stories."""
+    base = load_pretrained(harness.ROOT / "assets" / "stories-gpt2", lora=lora)
+    lines = (harness.ROOT / "assets" / "stories" / "heldout.jsonl").read_text().splitlines()
     rows = [base.tokenizer.encode(json.loads(line)["text"])[:256] for line in lines]
     tokens = np.zeros((len(rows), 256), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
@@ -100,10 +95,7 @@ def held_out_loss(lora: LoRAConfig | None) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden", 256), ("layers", 4), ("vocab", 4096), ("length", 128), ("batch_size", 8),
-                          ("rank", 16), ("steps", 12)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = harness.parser(__doc__, hidden=256, layers=4, vocab=4096, length=128, batch_size=8, rank=16, steps=12)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
     args = parser.parse_args()
@@ -112,30 +104,20 @@ def main() -> None:
                 "lora, dora": dataclasses.replace(lora, dora=True),
                 **{f"lora, {kind}": dataclasses.replace(lora, frozen_dtype=kind) for kind in QUANTIZED}}
     steps = {name: step_of(args, one) for name, one in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(args.steps + 1):
-        for name, (run, _) in steps.items():
-            began = time.perf_counter()
-            run()
-            if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - began)
+    seconds = harness.time_in_turns({name: run for name, (run, _) in steps.items()}, args.steps)
     rows = {}
     for name, (_, held) in steps.items():
-        of_full, of_lora = (statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
-                            for other in ("full", "lora"))
+        of_full, of_lora = (harness.median_ratio(seconds[name], seconds[other]) for other in ("full", "lora"))
         rows[name] = {"seconds": statistics.median(seconds[name]), "of_full": of_full, "of_lora": of_lora,
                       "bytes": held}
         print(f"{name:<22} {rows[name]['seconds']:8.4f} s  {of_full:6.3f} of full  {of_lora:6.3f} of lora  "
               + "  ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in held.items()))
-    six = dataclasses.replace(lora, rank=1, targets=("q", "k", "v", "out", "up", "down"))  # new: it changes nothing
+    six = dataclasses.replace(lora, rank=1, targets=("q", "k", "v", "out", "up", "down"))  # changes nothing
     losses = {kind: held_out_loss(dataclasses.replace(six, frozen_dtype=kind))
               for kind in ("float32", "bfloat16", *QUANTIZED)}
     print("held-out loss  " + "  ".join(f"{kind} {loss:.5f}" for kind, loss in losses.items()))
-    device = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    path = RESULTS / f"lora-{device}.json"
-    path.write_text(json.dumps({"arguments": vars(args), "device": device, "steps": rows,
-                                "held_out_loss": losses}, indent=1) + "\n")
-    print(f"written to {path}")
+    harness.write_results(f"lora-{harness.device_name()}",
+                          {"arguments": vars(args), "steps": rows, "held_out_loss": losses}, "jax", "flax")
 
 
 if __name__ == "__main__":

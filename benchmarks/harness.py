@@ -1,0 +1,105 @@
+"""What the benchmarks share: arguments, timing in turns, tables, figures, and results with device and versions."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
+
+
+def parser(doc: str, **numbers: float) -> argparse.ArgumentParser:
+    """Returns a parser with the module's docstring, and a flag per number, of its type and with it as default."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in numbers.items():
+        result.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
+    return result
+
+
+def settings(args: argparse.Namespace, *omit: str) -> dict[str, object]:
+    """Returns the arguments as JSON holds them, paths as text."""
+    return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(args).items()
+            if name not in omit}
+
+
+def time_in_turns(runs: Mapping[str, Callable[[int], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Returns the seconds of each call.
+
+    The runs take turns, so that other load on the machine affects all of them. The first `warmup` calls, which compile,
+    do not count. Each call gets its number.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + warmup):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run(repeat)
+            if repeat >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """Returns the median ratio of neighboring calls."""
+    return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+
+
+def device_name() -> str:
+    """Returns the device as file names hold it: `cpu`, `nvidia-h200`."""
+    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def write_results(name: str, content: dict[str, object], *packages: str) -> None:
+    """Writes `content`, with device, Python and versions of `packages`, to results/NAME.json."""
+    write_json(name, content | {"device": jax.devices()[0].device_kind, "python": platform.python_version(),
+                                "versions": versions(*packages)})
+
+
+def write_json(name: str, content: object) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(name: str, default: object) -> object:
+    """Returns what results/NAME.json holds, or `default` if there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def table_head(*header: str) -> str:
+    """Returns the head of a Markdown table."""
+    return row(*header) + "\n" + "| --- " * len(header) + "|"
+
+
+def row(*cells: object) -> str:
+    """Returns a row of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+@contextlib.contextmanager
+def figure(path: pathlib.Path, columns: int = 1, size: tuple[float, float] = (7, 4.2)) -> Iterator[Sequence[object]]:
+    """Yields the axes of a figure of `columns` plots, and saves it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plot, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    yield axes[0]
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot.savefig(path, dpi=160)
+    plt.close(plot)
