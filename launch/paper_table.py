@@ -29,19 +29,19 @@ PAPER: dict[str, dict[tuple[str, str], tuple[float, float]]] = {
         ("rocstories", "rouge2"): (5.5, 2.1), ("rocstories", "rougeL"): (21.2, 10.5),
         ("humaneval_infilling", "pass_at_1"): (15.5, 1.7)},
 }
-LAST_WORD = {"release": "stripped_match", "default": "first_word"}
+LAST_WORD = {"reference": "stripped_match", "default": "first_word"}
 
 
 def scores(folder: pathlib.Path, name: str) -> list[str]:
     """Returns a table of the measured tasks: paper, reference protocol, ours; the model, then its parent."""
     found = {protocol: json.loads((folder / f"{name}.{protocol}.json").read_text())
-             for protocol in ("release", "default")}
+             for protocol in ("reference", "default")}
     lines = [f"## {name}", "", "| task | metric | items | paper | reference protocol | ours | parent: paper | "
              "reference protocol | ours |", "|" + " --- |" * 9]
     for (task, metric), paper in PAPER[name].items():
         if task in found["default"]["tasks"]:
             measured = [cell(found[protocol], task, metric, protocol, which)
-                        for which in (0, 1) for protocol in ("release", "default")]
+                        for which in (0, 1) for protocol in ("reference", "default")]
             items = found["default"]["tasks"][task]["items"]
             lines.append(f"| {task} | {metric.replace('_', ' ')} | {items} | {paper[0]} | {measured[0]} | {measured[1]}"
                          f" | {paper[1]} | {measured[2]} | {measured[3]} |")

@@ -99,6 +99,6 @@ for name in "${names[@]}"; do
         likelihood "$base" autoregressive "$output/$name.text.parent.json"
         likelihood "$model" diffusion "$output/$name.text.json" ${num_samples:+--num_samples="$num_samples"}
     fi
-    for protocol in release default; do scores "$model" "$base" "$protocol" "$output/$name.$protocol.json"; done
+    for protocol in reference default; do scores "$model" "$base" "$protocol" "$output/$name.$protocol.json"; done
 done
 run "${PYTHON:-python}" "$root/launch/paper_table.py" "$output" "${names[@]}"

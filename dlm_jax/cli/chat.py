@@ -61,7 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     lm = load_model(arguments)
     given = {name: getattr(arguments, name) for name in ("format", "separator", "chat_template")}
     prompt_format = lm.prompt_format(**{name: value for name, value in given.items() if value is not None})
-    conversation = Conversation(lm, prompt_format, resolve_policy(config, arguments.policy, lm), system=arguments.system,
+    config = resolve_policy(config, arguments.policy, lm)
+    conversation = Conversation(lm, prompt_format, config, system=arguments.system,
                                 max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
     if sys.stdin.isatty() and sys.stdout.isatty():
         chat_in_terminal(conversation, stream=arguments.stream)
@@ -83,8 +84,8 @@ class Conversation:
     The n-th answer is a function of the seed, n and the conversation before it.
     """
 
-    def __init__(self, lm: "DiffusionLM", prompt_format: "PromptFormat", config: "SamplerConfig", *, max_new_tokens: int,
-                 seed: int, system: str | None = None):
+    def __init__(self, lm: "DiffusionLM", prompt_format: "PromptFormat", config: "SamplerConfig", *,
+                 max_new_tokens: int, seed: int, system: str | None = None):
         self.lm, self.prompt_format, self.config, self.max_new_tokens = lm, prompt_format, config, max_new_tokens
         self._exchanges: list[tuple[Message, Message]] = []
         self.set_system_prompt(system)
@@ -179,8 +180,8 @@ def chat_in_terminal(conversation: Conversation, *, stream: bool) -> None:
     """Reads lines and commands and answers them until the user ends the conversation."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (`input` edits lines with it)
-    print(f"{pathlib.PurePath(conversation.lm.pretrained.source).name}, format {conversation.prompt_format.config.format}; "
-          "/help for help")
+    name = pathlib.PurePath(conversation.lm.pretrained.source).name
+    print(f"{name}, format {conversation.prompt_format.config.format}; /help for help")
     while True:
         try:
             line = input(PROMPT).strip()

@@ -27,7 +27,8 @@ COMMANDS = {
 }
 # Flags of the version before: refused, with the new name.
 OLD_FLAGS = {"--grid": "--step_schedule", "--guidance": "--cfg_scale", "--refresh_every": "--cache_refresh_interval",
-             "--advise": "--suggest"}
+             "--advise": "--suggest", "--harness": "--lm_eval", "--harness_dir": "--lm_eval_dir",
+             "--estimator": "--mc_estimator"}
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
           "TOKENIZERS_PARALLELISM": "true"}
 
@@ -59,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     """Says in one sentence what is wrong with the arguments."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Returns a command's arguments, with `overrides` if it takes a recipe; reports misspelt names first."""

@@ -4,7 +4,7 @@
   dlm train --config=diffugpt_s --config.data.train=fineweb-rows --workdir=runs/gpt2
 
 The recipe names the tokenizer, length and packing that training needs. If it is stopped, the same command resumes.
-Text comes from files (.txt .jsonl .json .parquet .arrow, also .gz and .zst), from tfds:NAME and from hf:NAME?name=CONFIG.
+Text comes from files (.txt .jsonl .json .parquet .arrow, also .gz and .zst), tfds:NAME and hf:NAME?name=CONFIG.
 """
 
 import argparse

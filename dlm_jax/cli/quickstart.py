@@ -92,7 +92,7 @@ def plan(arguments: argparse.Namespace) -> "TrainConfig":
             validation=dataclasses.replace(config.validation, every=max(1, steps // 5)))
     print(f"base {arguments.base}: {model.family}, {count_params(model) / 1e6:.1f} million parameters\n"
           f"budget: 2 runs x {config.num_steps} steps x {tokens:,} tokens, about "
-          f"{2 * config.num_steps * seconds / 60:.1f} minutes here ({seconds:.1f} s per step); change it with --minutes\n"
+          f"{2 * config.num_steps * seconds / 60:.1f} minutes here ({seconds:.1f} s per step); --minutes changes it\n"
           f"(the paper adapts GPT-2 with 131 billion tokens; a small budget shows the effect, not the full quality)")
     return config
 

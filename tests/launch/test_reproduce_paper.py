@@ -52,10 +52,10 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def test_dry_run_lists_the_measurements():
     done = script("--data=some text.txt", "--models=diffugpt-m", "--num_rows=8", "--num_samples=4", "--dry-run")
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    parent, own, release, default = [line for line in lines if "evaluate" in line]
+    parent, own, reference, default = [line for line in lines if "evaluate" in line]
     assert {"--model=gpt2-medium", "--objective=autoregressive"} <= set(parent) and "--num_samples=4" not in parent
     assert {"--model=diffusionfamily/diffugpt-m", "--num_samples=4", "--num_rows=8", "some text.txt"} <= set(own)
-    for line, protocol in ((release, "release"), (default, "default")):
+    for line, protocol in ((reference, "reference"), (default, "default")):
         assert {"--model=diffusionfamily/diffugpt-m", "--parent=gpt2-medium", f"--protocol={protocol}",
                 "--tasks=hellaswag,winogrande,siqa,piqa,lambada,triviaqa"} <= set(line)
         assert not {"--num_rows=8", "--num_samples=4", "--data"} & set(line)
@@ -108,11 +108,11 @@ def test_measures_a_published_checkpoint_and_its_parent(tmp_path):
     table = (output / "table.md").read_text()
     assert f"| diffugpt-s | {own['nats_per_token']:.4f} ± " in table
     found = {protocol: json.loads((output / f"diffugpt-s.{protocol}.json").read_text())
-             for protocol in ("release", "default")}
-    assert found["release"]["settings"]["num_samples"] == 32
+             for protocol in ("reference", "default")}
+    assert found["reference"]["settings"]["num_samples"] == 32
     rows = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in table.splitlines()}
     for which, column in ((0, 4), (1, 7)):
-        for place, (protocol, metric) in enumerate((("release", "stripped_match"), ("default", "first_word"))):
+        for place, (protocol, metric) in enumerate((("reference", "stripped_match"), ("default", "first_word"))):
             model = found[protocol]["models"][which]
             mean = found[protocol]["tasks"]["lambada"]["models"][model][metric]["mean"]
             assert rows["| lambada", "last word"][column + place].startswith(f"{100 * mean:.1f} ± ")
