@@ -71,6 +71,7 @@ def filesystem(path: epath.PathLike) -> tuple[Any, str]:
     import fsspec
 
     path = os.fspath(path)
+    _disable_listings_cache()
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
@@ -88,10 +89,8 @@ def cache_folder() -> Path:
 
 def read_file(path: epath.PathLike) -> bytes | None:
     """Returns the content of a file, None without one."""
-    if not is_remote(path):
-        return Path(path).read_bytes() if Path(path).is_file() else None
     files, inner = filesystem(path)
-    return files.cat_file(inner) if files.exists(inner) else None
+    return files.cat_file(inner) if files.isfile(inner) else None
 
 
 def write_file(path: epath.PathLike, content: bytes) -> None:
@@ -107,11 +106,8 @@ def write_file(path: epath.PathLike, content: bytes) -> None:
 
 def remove_file(path: epath.PathLike) -> None:
     """Removes a file if it exists."""
-    if not is_remote(path):
-        Path(path).unlink(missing_ok=True)
-        return
     files, inner = filesystem(path)
-    if files.exists(inner):
+    if files.isfile(inner):
         files.rm_file(inner)
 
 

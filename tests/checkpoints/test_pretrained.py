@@ -159,6 +159,10 @@ def test_lora_run_on_a_lora_run(lora_run, lora_config, tmp_path):
     np.testing.assert_array_equal(stacked.blocks.mlp.up.kernel[...], below.blocks.mlp.up.kernel[...])
     assert not np.array_equal(stacked.blocks.attention.q.kernel[...], below.blocks.attention.q.kernel[...])
     assert not np.array_equal(last.blocks.mlp.up.kernel[...], below.blocks.mlp.up.kernel[...])
+    DiffusionLM.from_pretrained(tmp_path / "child", merge=False).save_pretrained(tmp_path / "adapter", layout="peft")
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == f"{lora_run}@5"
+    np.testing.assert_allclose(logits(load_pretrained(tmp_path / "adapter").model), logits(stacked), atol=1e-5)
 
 
 def test_lora_run_on_a_peft_adapter(lora_run, lora_config, tmp_path):
@@ -180,17 +184,6 @@ def test_lora_run_on_a_peft_adapter(lora_run, lora_config, tmp_path):
     grandchild = dataclasses.replace(child, num_steps=1, model=ModelSource(source=str(tmp_path / "second")))
     train(grandchild, tmp_path / "grandchild")
     train(changed(grandchild, "num_steps", 2), tmp_path / "grandchild")
-
-
-def test_peft_adapter_of_a_workdir(lora_run, lora_config, tmp_path):
-    child = dataclasses.replace(lora_config, num_steps=1, model=ModelSource(source=f"{lora_run}@5"),
-                                lora=LoRASettings(rank=1, frozen_dtype="float32"))
-    train(child, tmp_path / "child")
-    DiffusionLM.from_pretrained(tmp_path / "child", merge=False).save_pretrained(tmp_path / "adapter", layout="peft")
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == \
-        f"{lora_run}@5"
-    lm = DiffusionLM.from_pretrained(tmp_path / "adapter")
-    np.testing.assert_allclose(logits(lm.model), logits(load_pretrained(tmp_path / "child").model), atol=1e-5)
 
 
 def test_new_mask_token_trains_the_embedding(lora_config, tmp_path):
@@ -240,6 +233,17 @@ def test_fingerprint_depends_on_bits_and_not_on_sharding():
     assert fingerprint(params) != found
     params["blocks"]["mlp"]["up"]["kernel"] = kernel.replace(jnp.flip(kernel[...], 1))
     assert fingerprint(params) != found
+
+
+def test_arguments_must_fit_the_source(lora_run, pretrained):
+    for source, settings in ((lora_run, {"base": "x"}), (lora_run, {"mask_token": "<new>"}),
+                             (pretrained, {"base": "x"}),
+                             (pretrained, {"merge": False}), (pretrained, {"init": "other"})):
+        with pytest.raises(ConfigError, match=str(source) if "init" not in settings else "other"):
+            load_pretrained(source, **settings)
+    abstract = load_pretrained(lora_run, init="abstract")
+    assert abstract.mask_token_id == 10 and abstract.recipe["lora.rank"] == 2
+    assert isinstance(abstract.model.embed.embedding.get_value(), jax.ShapeDtypeStruct)
 
 
 @pytest.mark.parametrize("key, value, message", [
