@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer, GPT-2's kind (nothing added) or LLaMA's (BOS in front)."""
+"""Small byte-level tokenizers: one like GPT-2's (adds nothing), one like LLaMA's (adds BOS)."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 def byte_tokenizer(*, add_bos: bool) -> PreTrainedTokenizerFast:
     specials = ["<s>", "</s>"]
-    spans = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={span: i for i, span in enumerate(spans)}, merges=[]))
+    vocabulary = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
     backend.add_special_tokens(specials)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
