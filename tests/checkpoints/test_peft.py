@@ -172,34 +172,33 @@ def adapter(tmp_path_factory):
     return directory / "adapter"
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"use_dora": True}, "q_proj.*lora_magnitude_vector"), ({"bias": "all"}, "bias"),
-    ({"peft_type": "IA3"}, "'IA3'"),
-    ({"init_lora_weights": "pissa"}, "'pissa'"), ({"r": 8}, "rank 8"), ({"lora_bias": True}, "lora_bias"),
-    ({"target_modules": ["q_proj", "v_proj"]}, "layers.0.self_attn.v_proj")])
-def test_unsupported_settings_are_refused_by_name(adapter, settings, message, tmp_path):
-    shutil.copytree(adapter, tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_pretrained(tmp_path / "adapter")
-    assert "\n" not in str(caught.value)
+def add(name, *shape):
+    return lambda tensors: tensors.update({f"base_model.model.{name}": torch.ones(*shape)})
+
+
+def remove(name):
+    return lambda tensors: tensors.pop(f"base_model.model.{name}")
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(32)}), "norm.weight"),
-    (lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(32)}),
-     "lora_magnitude_vector"),
-    (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}), "lm_head"),
-    (lambda t: t.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"), "lora_B"),
-    (lambda t: t.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 32)}), "layers.7"),
-    (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(5, 32)}), "lm_head.weight")])
-def test_unfit_tensors_are_refused_by_name(adapter, change, message, tmp_path):
+    ({"use_dora": True}, "q_proj.*lora_magnitude_vector"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3"),
+    ({"init_lora_weights": "pissa"}, "pissa"), ({"r": 8}, "rank 8"), ({"lora_bias": True}, "lora_bias"),
+    ({"target_modules": ["q_proj", "v_proj"]}, "layers.0.self_attn.v_proj"),
+    (add("model.norm.weight", 32), "norm.weight"),
+    (add("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 32), "lora_magnitude_vector"),
+    (add("lm_head.lora_A.weight", 4, 32), "lm_head"), (remove("model.layers.1.mlp.up_proj.lora_B.weight"), "lora_B"),
+    (add("model.layers.7.mlp.up_proj.lora_A.weight", 4, 32), "layers.7"),
+    (add("lm_head.weight", 5, 32), "lm_head.weight")])
+def test_unfit_settings_and_tensors_are_refused_by_name(adapter, change, message, tmp_path):
     shutil.copytree(adapter, tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    change(tensors)
-    safetensors.torch.save_file(tensors, path)
+    if isinstance(change, dict):
+        path = tmp_path / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    else:
+        path = tmp_path / "adapter" / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        change(tensors)
+        safetensors.torch.save_file(tensors, path)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_pretrained(tmp_path / "adapter")
     assert "\n" not in str(caught.value)
