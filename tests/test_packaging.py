@@ -1,4 +1,4 @@
-"""What an installed package needs, and the habits of the house."""
+"""What an installed package needs, and conventions of the source tree."""
 
 import ast
 import importlib
@@ -14,14 +14,14 @@ import dlm_jax
 
 ROOT = pathlib.Path(dlm_jax.__file__).parents[1]
 MODULES = sorted((ROOT / "dlm_jax").rglob("*.py"))
-# Where the name to import is not the name to install.
+# Packages whose import name differs from the name to install.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
 OPTIONAL = {"datasets", "lm_eval", "torch", "wandb"}
 
 
 @pytest.fixture(scope="module")
 def setup_arguments() -> dict:
-    """What setup.py hands to setuptools."""
+    """The arguments that setup.py passes to setuptools."""
     setuptools = pytest.importorskip("setuptools")
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -36,26 +36,26 @@ def required() -> set[str]:
     return {re.split(r"[<>=!;\[ ]", line)[0].lower() for line in lines if line and not line.startswith("#")}
 
 
-def test_every_room_is_packaged_with_recipes_and_assets(setup_arguments):
+def test_all_packages_are_shipped_with_recipes_and_assets(setup_arguments):
     rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES}
     assert rooms | {"dlm_jax.configs", "dlm_jax.assets"} == set(setup_arguments["packages"])
     assert {re.split(r"[<>=[]", line)[0].lower() for line in setup_arguments["install_requires"]} == required()
 
 
-def test_what_lies_beside_the_modules_is_packaged(setup_arguments):
+def test_data_files_are_shipped(setup_arguments):
     for path in (ROOT / "dlm_jax").rglob("*"):
         if path.is_file() and path.suffix not in (".py", ".pyc"):
             package = ".".join(path.parent.relative_to(ROOT).parts)
             assert any(path.match(pattern) for pattern in setup_arguments["package_data"].get(package, ())), path
 
 
-def test_the_entry_point_exists(setup_arguments):
+def test_entry_point_exists(setup_arguments):
     (script,) = setup_arguments["entry_points"]["console_scripts"]
     name, module, function = re.fullmatch(r"(\w+)=([\w.]+):(\w+)", script).groups()
     assert name == "dlm" and callable(getattr(importlib.import_module(module), function))
 
 
-def test_what_is_imported_is_required():
+def test_imports_are_required():
     needed = set()
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -67,12 +67,12 @@ def test_what_is_imported_is_required():
     assert {DISTRIBUTIONS.get(name, name).replace("_", "-").lower() for name in needed} <= required()
 
 
-def test_every_module_says_what_it_is():
+def test_every_module_has_a_docstring():
     modules = [path for path in MODULES if path.name != "__init__.py"]
     assert not [path.name for path in modules if not ast.get_docstring(ast.parse(path.read_text()))]
 
 
-def test_tests_mirror_the_rooms():
+def test_tests_mirror_the_packages():
     rooms = {path.parent.relative_to(ROOT / "dlm_jax") for path in MODULES}
     assert not {room for room in rooms if not list((ROOT / "tests" / room).glob("test_*.py"))}
 
