@@ -1,4 +1,4 @@
-"""Attention under a mesh: each device attends for its own examples, heads and queries."""
+"""Attention under a mesh: each device computes its own examples, heads and queries."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,18 +18,18 @@ class Partition:
 
 
 def is_split(partition: Partition | None) -> bool:
-    """Whether there is a mesh in use (`jax.set_mesh`) over which arrays are split."""
+    """Returns whether a mesh is in use (`jax.set_mesh`) over which arrays are split."""
     return partition is not None and not jax.sharding.get_abstract_mesh().empty
 
 
-def over_shards(partition: Partition, attention: Callable[..., jax.Array], specs: tuple[Any, ...], query: jax.Array,
-                key: jax.Array, value: jax.Array, *beside: Any) -> jax.Array:
-    """Runs `attention(query, key, value, *beside)` on each device with what lies there.
+def on_shards(partition: Partition, attention: Callable[..., jax.Array], specs: tuple[Any, ...], query: jax.Array,
+              key: jax.Array, value: jax.Array, *others: Any) -> jax.Array:
+    """Runs `attention(query, key, value, *others)` on each device with its own shards.
 
     Args:
-      specs: how the arrays of `beside` are split, a tree of PartitionSpec for each of them.
+      specs: one tree of PartitionSpec for each of `others`.
       query, key, value: global arrays [batch, length, heads or kv_heads, head_dim]; so is the result.
     """
     split = PartitionSpec(partition.batch, partition.length, partition.heads, None)
     run = jax.shard_map(attention, in_specs=(split, split, split, *specs), out_specs=split, check_vma=False)
-    return run(query, key, value, *beside)
+    return run(query, key, value, *others)

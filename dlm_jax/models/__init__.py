@@ -1,4 +1,4 @@
-"""What the network is."""
+"""The network: its architecture, layers, cache and LoRA."""
 
 from dlm_jax.models.adapt import (
     add_dora_magnitudes,
@@ -20,5 +20,6 @@ from dlm_jax.models.lora import LoRAConfig, LoRAFactor, LoRAParam
 from dlm_jax.models.transformer import Transformer, abstract_model
 
 __all__ = ["Cache", "Compute", "LoRAConfig", "LoRAFactor", "LoRAParam", "ModelConfig", "RopeScaling", "Transformer",
-           "abstract_model", "add_lora", "merge_kernel", "base_shapes", "combine_fingerprints", "fingerprint", "freeze_base",
-           "kernel_norms", "merge_lora", "init_lora_factors", "split_lora", "split_trainable", "add_dora_magnitudes"]
+           "abstract_model", "add_dora_magnitudes", "add_lora", "base_shapes", "combine_fingerprints", "fingerprint",
+           "freeze_base", "init_lora_factors", "kernel_norms", "merge_kernel", "merge_lora", "split_lora",
+           "split_trainable"]

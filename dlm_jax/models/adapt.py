@@ -1,4 +1,4 @@
-"""From a model to one with LoRA beside it, what of that is trained, and back to a model as it is."""
+"""Adding LoRA to a model, splitting off what is trained, merging it back, and fingerprints of parameters."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ from dlm_jax.random import counter_hash
 
 
 def split_lora(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The graph, what comes from the base, and the factors (none without LoRA)."""
-    graphdef, factors, stored = nnx.split(model, LoRAFactor, ...)
-    return graphdef, stored, factors
+    """Splits a model into its graph, the base's parameters, and LoRA's factors (none without LoRA)."""
+    graphdef, factors, base = nnx.split(model, LoRAFactor, ...)
+    return graphdef, base, factors
 
 
 def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The graph, what training changes, and what it does not: without LoRA everything and nothing."""
+    """Splits a model into its graph, trained parameters (all without LoRA), and frozen ones."""
     if model.lora is None:
         graphdef, params = nnx.split(model)
         return graphdef, params, nnx.State({})
@@ -33,7 +33,7 @@ def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.St
 
 def base_shapes(config: ModelConfig, compute: Compute, param_dtype: str,
                 lora: LoRAConfig | None) -> tuple[nnx.GraphDef, nnx.State]:
-    """The graph of a model, and the parameters of its base: in the base's order, in the types that `freeze_base` takes."""
+    """Returns a model's graph and the shapes of its base, in the base's order and the dtypes `freeze_base` takes."""
     graphdef = nnx.graphdef(abstract_model(config, compute, param_dtype, lora))
     if lora is not None:
         lora = dataclasses.replace(lora, frozen_dtype=lora.read_dtype)
@@ -41,27 +41,28 @@ def base_shapes(config: ModelConfig, compute: Compute, param_dtype: str,
 
 
 def freeze_base(params: Iterable[tuple[tuple, nnx.Param]],
-           lora: LoRAConfig | None) -> tuple[nnx.State, tuple[str, ...]]:
-    """A base's parameters, which may come one by one from a disk, as the model stores them.
+                lora: LoRAConfig | None) -> tuple[nnx.State, tuple[str, ...]]:
+    """Turns a base's parameters, which may be read one by one, into what the model stores: kernels may be quantized.
 
     Returns:
-      the parameters, and where they were quantized the fingerprint of what came: how codes round depends on the device.
+      the parameters, and if they were quantized the fingerprint of the originals: rounding depends on the device.
     """
     if lora is None or not lora.quantized:
         return nnx.from_flat_state(list(params)), ()
     stored, checksums = [], {}
     for path, param in params:
-        checksums[path] = checksum(param[...])
+        checksums[path] = _checksum(param[...])
         if path[0] == "blocks" and path[-1] == "kernel":
             param, scale = quantize_kernel(param, lora.frozen_dtype)
             stored.append(((*path[:-1], "kernel_scale"), scale))
         stored.append((path, param))
-    return nnx.from_flat_state(stored), (of_checksums(checksums),)
+    return nnx.from_flat_state(stored), (_fingerprint(checksums),)
 
 
-def init_lora_factors(config: ModelConfig, lora: LoRAConfig, seed: int, param_dtype: str, sharding: Sharding) -> nnx.State:
-    """The factors before the first step, from `seed` alone; of the rest nothing is computed."""
-    lora = dataclasses.replace(lora, frozen_dtype="float32")  # nothing to be traced, and one program for all types
+def init_lora_factors(config: ModelConfig, lora: LoRAConfig, seed: int, param_dtype: str,
+                      sharding: Sharding) -> nnx.State:
+    """Returns LoRA's initial factors, from `seed` alone, without computing the rest of the model."""
+    lora = dataclasses.replace(lora, frozen_dtype="float32")  # one program for all dtypes, without quantization
     shapes = split_lora(abstract_model(config, Compute(), param_dtype, lora))[2]
     leaves = _factor_program(config, lora, param_dtype, sharding)(seed)
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -78,21 +79,21 @@ def _factor_program(config: ModelConfig, lora: LoRAConfig, param_dtype: str, sha
 
 
 def add_lora(model: Transformer, lora: LoRAConfig, seed: int, param_dtype: str, sharding: Sharding) -> Transformer:
-    """`model` with new factors beside it; computes what it did, to the rounding of `lora.frozen_dtype`.
+    """Adds new factors to a model, which still computes the same up to the rounding of `lora.frozen_dtype`.
 
     Args:
-      param_dtype: of what is trained.
+      param_dtype: dtype of the trained parameters.
       sharding: of the factors.
     """
     graphdef, shapes = base_shapes(model.config, model.compute, param_dtype, lora)
     params = ((path, shape.replace(value[...].astype(shape.dtype))) for (path, shape), (_, value) in
               zip(nnx.to_flat_state(shapes), nnx.to_flat_state(nnx.state(model)), strict=True))
-    return add_dora_magnitudes(nnx.merge(graphdef, freeze_base(params, lora)[0],
-                                     init_lora_factors(model.config, lora, seed, param_dtype, sharding)))
+    factors = init_lora_factors(model.config, lora, seed, param_dtype, sharding)
+    return add_dora_magnitudes(nnx.merge(graphdef, freeze_base(params, lora)[0], factors))
 
 
 def add_dora_magnitudes(model: Transformer) -> Transformer:
-    """`model` with DoRA's magnitudes, if it has them, at the norms of the kernels that they stand beside."""
+    """Sets DoRA's magnitudes, if the model has them, to the norms of their kernels."""
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     for path, param in flat.items():
@@ -105,12 +106,12 @@ def add_dora_magnitudes(model: Transformer) -> Transformer:
 
 @functools.partial(jax.jit, static_argnums=1)
 def kernel_norms(kernel: jax.Array, ndim: int) -> jax.Array:
-    """The norms [layers, *outputs], of `ndim` dimensions, of a kernel [layers, *inputs, *outputs], in float32."""
+    """Returns float32 norms [layers, *outputs], of `ndim` dimensions, of a kernel [layers, *inputs, *outputs]."""
     return jax.lax.map(lambda layer: output_norms(layer.astype(jnp.float32), kernel.ndim - ndim), kernel)
 
 
 def merge_lora(model: Transformer, param_dtype: str) -> Transformer:
-    """A model without LoRA that computes what `model` does: each product is added to its kernel, in float32."""
+    """Returns a model without LoRA that computes the same: each product is added to its kernel, in float32."""
     graphdef, shapes = nnx.split(abstract_model(model.config, model.compute, param_dtype))
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     merged = []
@@ -121,15 +122,15 @@ def merge_lora(model: Transformer, param_dtype: str) -> Transformer:
             a, b, magnitude = (flat.get((*path[:-1], "factors", name)) for name in ("a", "b", "magnitude"))
             if a is not None:
                 value = merge_kernel(value, a[...], b[...], model.lora.scale, param_dtype,
-                                    None if magnitude is None else magnitude[...])
+                                     None if magnitude is None else magnitude[...])
         merged.append((path, shape.replace(value.astype(param_dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(merged))
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "dtype"))
 def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: str,
-                magnitude: jax.Array | None = None) -> jax.Array:
-    """kernel + scale x a b, summed a layer at a time in float32, in `dtype`.
+                 magnitude: jax.Array | None = None) -> jax.Array:
+    """Returns kernel + scale x a b in `dtype`, summed in float32 one layer at a time.
 
     Args:
       kernel, a, b: [layers, *inputs, *outputs], [layers, *inputs, rank], [layers, rank, *outputs].
@@ -146,29 +147,25 @@ def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dt
     return jax.lax.map(layer, (kernel, a, b, magnitude))
 
 
-# ---- A few digits that tell one set of parameters from another.
-
-
 def fingerprint(params: nnx.State) -> str:
-    """16 hexadecimal digits that depend on every bit of every parameter, and not on how they lie on devices."""
-    return of_checksums({path: checksum(leaf[...]) for path, leaf in nnx.to_flat_state(params)})
+    """Returns 16 hexadecimal digits that depend on every bit of every parameter, and not on their sharding."""
+    return _fingerprint({path: _checksum(leaf[...]) for path, leaf in nnx.to_flat_state(params)})
 
 
-def of_checksums(checksums: Mapping[tuple, jax.Array]) -> str:
-    """The fingerprint of parameters by the `checksum` of each."""
+def combine_fingerprints(*fingerprints: str) -> str:
+    """Returns 16 hexadecimal digits that depend on all of them."""
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()[:16]
+
+
+def _fingerprint(checksums: Mapping[tuple, jax.Array]) -> str:
     sums = {".".join(map(str, path)): int(checksum) for path, checksum in checksums.items()}
     return combine_fingerprints(json.dumps(sums, sort_keys=True))
 
 
-def combine_fingerprints(*parts: str) -> str:
-    """16 hexadecimal digits that depend on all parts."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
 @jax.jit
-def checksum(x: jax.Array) -> jax.Array:
-    """The sum modulo 2**32, in which order is nothing, of a hash of each element's place and bits."""
+def _checksum(x: jax.Array) -> jax.Array:
+    """Sums, modulo 2**32, a hash of each element's index and bits; the order of the sum does not matter."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype == jnp.bfloat16 else jnp.uint32)
-    place = [jax.lax.broadcasted_iota(jnp.uint32, (1,) * d + x.shape[d : d + 1] + (1,) * (x.ndim - d - 1), d)
+    index = [jax.lax.broadcasted_iota(jnp.uint32, (1,) * d + x.shape[d : d + 1] + (1,) * (x.ndim - d - 1), d)
              for d in range(x.ndim)]
-    return jnp.sum(counter_hash(*place, bits.astype(jnp.uint32)), dtype=jnp.uint32)
+    return jnp.sum(counter_hash(*index, bits.astype(jnp.uint32)), dtype=jnp.uint32)

@@ -1,21 +1,23 @@
-"""What the network is (ModelConfig) and how it is computed (Compute), kept apart."""
+"""The architecture (ModelConfig), and how it is computed (Compute)."""
 
 import dataclasses
+from typing import Literal
 
 from dlm_jax.attention import Partition
+from dlm_jax.config_fields import check_choices
 from dlm_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for lengths beyond those of the original training.
+    """How rotary frequencies are stretched beyond the length of the original training.
 
-    `linear` divides every frequency by `factor`. `llama3` does so for wavelengths longer than
-    `original_max_length / low_freq_factor`, not at all below `original_max_length / high_freq_factor`,
-    and interpolates between (Llama 3.1).
+    `linear` divides every frequency by `factor`. `llama3` divides those of wavelengths above
+    `original_max_length / low_freq_factor`, keeps those below `original_max_length / high_freq_factor`, and
+    interpolates between (Llama 3.1).
     """
 
-    kind: str
+    kind: Literal["linear", "llama3"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -24,11 +26,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One decoder stack that covers GPT-2, LLaMA, Mistral, Qwen2 and Qwen3.
+    """The architecture of one decoder that covers GPT-2, LLaMA, Mistral, Qwen2 and Qwen3.
 
-    `norm`: "layer" or "rms". `positions`: "learned" or "rope". `activation`: "gelu_tanh", "gelu", "silu" or
-    "relu". `gated_mlp`: act(gate(x)) * up(x) instead of act(up(x)). `sliding_window`: keys this far away or
-    farther are not seen.
+    Attributes:
+      gated_mlp: act(gate(x)) * up(x) instead of act(up(x)).
+      sliding_window: keys this many positions away or farther are not seen.
     """
 
     family: str
@@ -40,11 +42,11 @@ class ModelConfig:
     head_dim: int
     mlp_size: int
     max_length: int
-    norm: str = "rms"
+    norm: Literal["layer", "rms"] = "rms"
     norm_eps: float = 1e-5
-    activation: str = "silu"
+    activation: Literal["gelu_tanh", "gelu", "silu", "relu"] = "silu"
     gated_mlp: bool = True
-    positions: str = "rope"
+    positions: Literal["learned", "rope"] = "rope"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
@@ -61,16 +63,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
-
-
-_CHOICES = {
-    "norm": ("layer", "rms"),
-    "activation": ("gelu_tanh", "gelu", "silu", "relu"),
-    "positions": ("learned", "rope"),
-}
+        check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,21 +71,18 @@ class Compute:
     """How the network is computed; changes speed, memory and rounding, never the mathematics.
 
     Attributes:
-      dtype: type of activations and matrix products, "float32" or "bfloat16". Parameters keep their own type;
-        logits, softmax, norms and rotary angles are float32 always.
-      remat: what the backward pass recomputes: "none", "dots" (keep products with parameters), "full" (keep the inputs
-        of layers) or "offload" (keep those in host memory).
-      attention: an attention backend by name, or "auto".
+      dtype: of activations and matrix products. Parameters keep their own dtype; logits, softmax, norms and rotary
+        angles are always float32.
+      remat: what the backward pass recomputes: "none", "dots" (saves products with parameters), "full" (saves the
+        inputs of layers) or "offload" (saves those in host memory).
+      attention: an attention backend, or "auto".
       partition: the mesh axes that split activations, for backends that XLA cannot split by itself.
     """
 
-    dtype: str = "float32"
-    remat: str = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full", "offload"] = "none"
     attention: str = "auto"
     partition: Partition | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"compute dtype {self.dtype!r} is unknown; choose float32 or bfloat16")
-        if self.remat not in ("none", "dots", "full", "offload"):
-            raise ConfigError(f"remat policy {self.remat!r} is unknown; choose none, dots, full or offload")
+        check_choices(self, "model")

@@ -1,4 +1,9 @@
-"""Rotary position embedding in the half-split layout of the HF checkpoints (Su et al., arXiv 2104.09864)."""
+"""The layers of a decoder block: rotary embedding, key/value cache, norms, projections, attention and MLP.
+
+Every parameter of a block has a leading `layers` dimension: a block object holds the parameters of all layers, and
+`transformer.py` scans over them, calling a block whose parameters have lost that dimension. Parameters name their
+logical axes in `.axes`, one per dimension; `parallel.sharding` maps them to a mesh.
+"""
 
 import functools
 from typing import NamedTuple, Self
@@ -8,89 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dlm_jax.attention import AttentionMask, attend
-from dlm_jax.attention.xla import xla_attention
+from dlm_jax.attention import AttentionMask, attend, xla_attention
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
 from dlm_jax.models.lora import (
     LoRAConfig,
     LoRAFactor,
+    LoRAFactors,
     LoRAParam,
-    LoRAParams,
     dense,
     dense_quantized,
     full_kernel,
     quantize_kernel,
 )
 from dlm_jax.random import dropout
-
-
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Angular frequencies float32 [head_dim / 2], in radians per position."""
-    freqs = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    if scaling is None:
-        return freqs.astype(np.float32)
-    if scaling.kind == "linear":
-        return (freqs / scaling.factor).astype(np.float32)
-    # llama3: `smooth` is 0 for wavelengths that are stretched whole and 1 for those left alone.
-    turns = scaling.original_max_length * freqs / (2 * np.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = np.clip(smooth, 0.0, 1.0)
-    return (freqs * (smooth + (1 - smooth) / scaling.factor)).astype(np.float32)
-
-
-def rotation(positions: jax.Array, freqs: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [batch or 1, length, 1, head_dim / 2], of positions [length] or [batch, length]."""
-    angles = jnp.atleast_2d(positions).astype(jnp.float32)[..., None, None] * freqs
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates `x` [batch, length, heads, head_dim] in float32; returns the type of `x`."""
-    cos, sin = cos_sin
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-# ---- The keys and values a decoder keeps, so that a later call computes some positions and sees all.
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer, [layers, batch, length, kv_heads, head_dim]."""
-
-    key: jax.Array
-    value: jax.Array
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, length: int, dtype: str) -> Self:
-        """A cache in which nothing has been written; whoever attends to it must mask what has not."""
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def write(self, layer: jax.Array, positions: jax.Array, key: jax.Array, value: jax.Array) -> Self:
-        """Puts keys and values [batch, Q, kv_heads, head_dim] at int `positions` [batch, Q]; past the end: dropped."""
-        rows = jnp.arange(key.shape[0])[:, None]
-        return Cache(*(whole.at[layer, rows, positions].set(part.astype(whole.dtype), mode="drop")
-                       for whole, part in zip(self, (key, value), strict=True)))
-
-    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values, [batch, length, kv_heads, head_dim]."""
-        return self.key[layer], self.value[layer]
-
-
-class LayerCache(NamedTuple):
-    """What one layer's attention is told of a cache: which layer it is, and where its queries stand, int [batch, Q]."""
-
-    cache: Cache
-    layer: jax.Array
-    positions: jax.Array
-
-
-# ---- The parts of a decoder block.
-#
-# Every parameter of a block carries a leading `layers` dimension: a block object holds the whole stack, and
-# `transformer.py` scans over it, handing each call a block whose parameters have lost that dimension.
-# Parameters name their logical axes in `.axes`, one entry a dimension; `parallel.rules` maps them to a mesh.
-
 
 Axes = tuple[str | None, ...]
 
@@ -102,11 +37,69 @@ _ACTIVATIONS = {
 }
 
 
-class Initializer:
-    """Makes parameters of one type, random ones from one stream.
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Returns rotary frequencies float32 [head_dim / 2], in radians per position (Su et al., arXiv 2104.09864)."""
+    freqs = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if scaling is None:
+        return freqs.astype(np.float32)
+    if scaling.kind == "linear":
+        return (freqs / scaling.factor).astype(np.float32)
+    # llama3: `smooth` is 0 for wavelengths that are fully stretched and 1 for those that are not stretched.
+    turns = scaling.original_max_length * freqs / (2 * np.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return (freqs * (smooth + (1 - smooth) / scaling.factor)).astype(np.float32)
 
-    With LoRA, matrices that are not trained have a type of their own; norms and biases, which are small, do not.
-    `remat` says that the backward pass computes layers again.
+
+def rotation(positions: jax.Array, freqs: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Returns cosine and sine, float32 [batch or 1, length, 1, head_dim / 2], of positions int [(batch,) length]."""
+    angles = jnp.atleast_2d(positions).astype(jnp.float32)[..., None, None] * freqs
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates `x` [batch, length, heads, head_dim], halves paired as in HF, in float32; returns the dtype of `x`."""
+    cos, sin = cos_sin
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, [layers, batch, length, kv_heads, head_dim]."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, length: int, dtype: str) -> Self:
+        """Returns a cache of zeros; attention to it must mask positions that have not been written."""
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, layer: jax.Array, positions: jax.Array, key: jax.Array, value: jax.Array) -> Self:
+        """Writes keys and values [batch, Q, kv_heads, head_dim] at `positions` [batch, Q]; past the end: dropped."""
+        rows = jnp.arange(key.shape[0])[:, None]
+        return Cache(*(cached.at[layer, rows, positions].set(new.astype(cached.dtype), mode="drop")
+                       for cached, new in zip(self, (key, value), strict=True)))
+
+    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns one layer's keys and values, [batch, length, kv_heads, head_dim]."""
+        return self.key[layer], self.value[layer]
+
+
+class LayerCache(NamedTuple):
+    """A cache as one layer uses it: with the layer's index, and the positions of its queries, int [batch, Q]."""
+
+    cache: Cache
+    layer: jax.Array
+    positions: jax.Array
+
+
+class Initializer:
+    """Creates parameters of one dtype, random ones from one stream.
+
+    With LoRA, frozen matrices have the dtype `lora.read_dtype`; norms and biases, which are small, do not. `remat` is
+    whether the backward pass recomputes layers.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoRAConfig | None = None,
@@ -115,7 +108,7 @@ class Initializer:
 
     def normal(self, shape: tuple[int, ...], axes: Axes, stddev: float | None = None, *,
                trained: bool = False) -> nnx.Param:
-        """A matrix; `trained` says of a model with LoRA that this one is trained whole."""
+        """Returns a matrix; `trained`: it is trained although the model has LoRA."""
         value = jax.random.normal(self.rngs.params(), shape, self.dtype)
         value *= self.stddev if stddev is None else stddev
         if self.lora is None:
@@ -123,7 +116,7 @@ class Initializer:
         return LoRAParam(value, axes=axes) if trained else nnx.Param(value.astype(self.lora.read_dtype), axes=axes)
 
     def factor(self, shape: tuple[int, ...], axes: Axes, bound: float) -> LoRAFactor:
-        """Uniform between -bound and bound."""
+        """Returns a LoRA matrix, uniform between -bound and bound."""
         value = jax.random.uniform(self.rngs.params(), shape, self.dtype, -bound, bound)
         return LoRAFactor(value, axes=axes)
 
@@ -154,8 +147,8 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """Contracts the last `num_inputs` dimensions of the input with a kernel [layers, *inputs, *outputs].
 
-    Where LoRA targets the projection by its `name`, factors stand beside the kernel. A kernel that is quantized is
-    codes, with scales beside it.
+    Where LoRA targets the projection by its `name`, the kernel has factors. A quantized kernel consists of codes, and
+    has scales.
     """
 
     def __init__(self, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: Axes, num_layers: int,
@@ -163,16 +156,16 @@ class Linear(nnx.Module):
         self.num_inputs, self.remat = len(inputs), init.remat
         shape, lora = (num_layers, *inputs, *outputs), init.lora
         kernel = init.normal(shape, ("layers", *axes), stddev)
-        codes = lora is not None and lora.quantized
-        self.kernel, self.kernel_scale = quantize_kernel(kernel, lora.frozen_dtype) if codes else (kernel, None)
+        quantize = lora is not None and lora.quantized
+        self.kernel, self.kernel_scale = quantize_kernel(kernel, lora.frozen_dtype) if quantize else (kernel, None)
         targeted = lora is not None and name in lora.targets
-        self.factors = LoRAParams(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
-        # A bias along the residual stream stays whole on every device: it is added where the stream is.
+        self.factors = LoRAFactors(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
+        # A bias along the residual stream is replicated: it is added where the stream is.
         bias_axes = tuple(None if axis == "embed" else axis for axis in axes[len(inputs):])
         self.bias = init.full((num_layers, *outputs), ("layers", *bias_axes), 0.0) if bias else None
 
     def __call__(self, x: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
-        """`seeds` uint32 [batch] for the dropout of the factors' inputs; None turns it off."""
+        """Projects `x`; `seeds` uint32 [batch] for the dropout of the factors' inputs, None turns it off."""
         if self.kernel_scale is None:
             y = dense(x, self.kernel[...].astype(x.dtype), self.num_inputs)
         else:
@@ -201,24 +194,25 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
                  dropout_seeds: jax.Array | None, factor_seeds: jax.Array | None,
-                 memory: LayerCache | None) -> tuple[jax.Array, Cache | None]:
+                 layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         # [batch, length, heads or kv_heads, head_dim]
         query, key, value = (project(x, factor_seeds) for project in (self.q, self.k, self.v))
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if cos_sin is not None:
             query, key = rotate(query, cos_sin), rotate(key, cos_sin)
-        if memory is not None:
-            cache = memory.cache.write(memory.layer, memory.positions, key, value)
-            seen = xla_attention(query, *cache.read(memory.layer), mask, query_positions=memory.positions)
-            return self.out(seen, factor_seeds), cache
-        seen = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
-                      dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)
-        return self.out(seen, factor_seeds), None
+        if layer_cache is not None:
+            cache, layer, positions = layer_cache
+            cache = cache.write(layer, positions, key, value)
+            attended = xla_attention(query, *cache.read(layer), mask, query_positions=positions)
+            return self.out(attended, factor_seeds), cache
+        attended = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
+                          dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)
+        return self.out(attended, factor_seeds), None
 
 
 class MLP(nnx.Module):
-    """Two-layer perceptron, gated or not."""
+    """Two-layer MLP, gated or not."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
         d, f, n = (config.hidden_size,), (config.mlp_size,), config.num_layers
@@ -228,14 +222,14 @@ class MLP(nnx.Module):
         self.down = Linear("down", f, d, ("mlp", "embed"), n, config.mlp_bias, init, stddev=residual_stddev(config))
 
     def __call__(self, x: jax.Array, factor_seeds: jax.Array | None = None) -> jax.Array:
-        # Of the activation only its input is kept: what its gradient needs beside is cheaper made again than stored.
+        # Only the activation's input is saved: recomputing what its gradient needs is cheaper than storing it.
         activate = jax.checkpoint(_ACTIVATIONS[self.activation], prevent_cse=False)
         up = self.up(x, factor_seeds)
         return self.down(activate(up) if self.gate is None else activate(self.gate(x, factor_seeds)) * up, factor_seeds)
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and perceptron around a residual stream; holds all layers' parameters stacked."""
+    """Pre-norm attention and MLP around a residual stream; holds the stacked parameters of all layers."""
 
     def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
         shape = (config.num_layers, config.hidden_size)
@@ -247,15 +241,20 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
                  seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None, jax.Array | None],
-                 memory: LayerCache | None) -> tuple[jax.Array, Cache | None]:
-        """`x` [batch, length, embed]; `seeds` for the dropout of probabilities, of the two branches, and of factors."""
-        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], seeds[3], memory)
+                 layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
+        """Runs a layer.
+
+        Args:
+          x: [batch, length, embed].
+          seeds: uint32 [batch] for the dropout of probabilities, of the two branches, and of LoRA's inputs.
+        """
+        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], seeds[3], layer_cache)
         x = x + dropout(y, self.dropout_rate, seeds[1])
         y = self.mlp(self.mlp_norm(x), seeds[3])
         return x + dropout(y, self.dropout_rate, seeds[2]), cache
 
 
 def residual_stddev(config: ModelConfig) -> float:
-    """GPT-2 starts the projections onto the residual stream smaller, by the root of their number."""
+    """Returns the initial scale of projections onto the residual stream, in GPT-2 less the more of them there are."""
     scale = (2 * config.num_layers) ** -0.5 if config.family == "gpt2" else 1.0
     return config.initializer_range * scale

@@ -1,4 +1,4 @@
-"""The decoder stack: embedding, scanned blocks, final norm, head. It knows nothing of diffusion."""
+"""The decoder: embedding, scanned blocks, final norm, head. It knows nothing of diffusion."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output projection of a model whose embedding is not tied to it."""
+    """The output projection of a model without tied embeddings."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
         trained = init.lora is not None and init.lora.head
@@ -40,14 +40,14 @@ class Head(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A language model whose logits at position n predict token n + 1, under whatever attention mask it is given.
+    """A language model whose logits at position n predict token n + 1, under any attention mask.
 
     Args:
       config: the architecture.
-      compute: types, rematerialisation and attention backend.
+      compute: dtypes, rematerialisation and attention backend.
       rngs: source of the initial weights.
-      param_dtype: type of the parameters.
-      lora: what is trained beside a base that stays as it is; None: a model as it is.
+      param_dtype: dtype of the parameters.
+      lora: adds LoRA to a frozen base; None: every parameter is trained.
 
     Raises:
       ConfigError: `lora` does not fit the architecture.
@@ -67,23 +67,26 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None,
                dropout_seeds: jax.Array | None = None) -> jax.Array:
-        """The states the head reads: int `tokens` [batch, length] to [batch, length, embed] in the compute type.
+        """Returns the input of the head: int `tokens` [batch, length] to [batch, length, embed] in the compute dtype.
 
         Args:
-          attention: which position sees which; the model's sliding window, if it has one, is added.
+          attention: the mask, to which the model's sliding window, if any, is added.
           positions: int [length] or [batch, length], within the model's length; None counts from 0.
           dropout_seeds: uint32 [batch], one per example; None turns dropout off.
+
+        Raises:
+          ConfigError: the sequence is longer than the learned positions.
         """
         return self._run(tokens, attention, positions, dropout_seeds, None)[0]
 
     def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
                       cache: Cache) -> tuple[jax.Array, Cache]:
-        """The states of some positions, which see what is cached of all: int `tokens` [batch, Q] to [batch, Q, embed].
+        """Returns `hidden` of some positions that attend to the cache: int `tokens` [batch, Q] to [batch, Q, embed].
 
         Args:
-          attention: a rule on positions of the whole row; it must forbid what has not been written yet.
-          positions: int [batch, Q], where in its row each token stands; past the cache's end: not written.
-          cache: as it was; the keys and values of these tokens are written before any is seen.
+          attention: a mask on positions of the full row; it must forbid positions that have not been written.
+          positions: int [batch, Q], each token's position in its row; past the cache's end: not written.
+          cache: the keys and values so far; those of `tokens` are written before attention.
         """
         return self._run(tokens, attention, positions, None, cache)
 
@@ -98,7 +101,7 @@ class Transformer(nnx.Module):
         attention = attention.with_window(config.sliding_window)
         x = self.embed(tokens, dtype)
         if self.positions is not None:
-            # Positions past a cache's end are padding; a row that is too long has been refused above.
+            # Positions past a cache's end are padding; a sequence that is too long was refused above.
             x += self.positions(jnp.minimum(positions, config.max_length - 1), dtype)
             cos_sin = None
         else:
@@ -111,10 +114,10 @@ class Transformer(nnx.Module):
                   layer_input: tuple[jax.Array, nnx.State]) -> tuple[tuple[jax.Array, Cache | None], None]:
             (x, cache), (index, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
-            memory = None if cache is None else LayerCache(cache, index, positions)
+            layer_cache = None if cache is None else LayerCache(cache, index, positions)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
-            return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, memory), None
+            return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, layer_cache), None
 
         if self.compute.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
@@ -123,30 +126,30 @@ class Transformer(nnx.Module):
 
     @property
     def head_kernel(self) -> nnx.Param:
-        """What `unembed` multiplies by, as it lies: [vocab, embed] if tied to the embedding, else [embed, vocab]."""
+        """The parameter that `unembed` uses: [vocab, embed] if tied to the embedding, else [embed, vocab]."""
         return self.embed.embedding if self.head is None else self.head.kernel
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits [..., vocab] of hidden states [..., embed]."""
+        """Returns float32 logits [..., vocab] of hidden states [..., embed]."""
         kernel = self.head_kernel[...] if self.head is not None else self.head_kernel[...].T
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:
-        """Float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""
+        """Returns float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""
         return self.unembed(self.hidden(tokens, attention, positions=positions))
 
 
 def check_lora(lora: LoRAConfig, config: ModelConfig) -> None:
-    """Raises ConfigError where LoRA asks for what the architecture does not have."""
+    """Raises ConfigError if LoRA names parameters that the architecture does not have."""
     if "gate" in lora.targets and not config.gated_mlp:
-        raise ConfigError(f"lora.targets names gate, and {config.family} has no gated MLP; leave it out")
+        raise ConfigError(f"lora.targets has gate, but {config.family} has no gated MLP; remove it")
     if lora.head and config.tie_embeddings:
-        raise ConfigError("lora.head cannot be trained alone: the head of this model is its embedding; set "
-                          "lora.embedding, which trains both")
+        raise ConfigError("lora.head cannot be trained alone: this model's head is tied to its embedding; set "
+                          "lora.embedding instead, which trains both")
 
 
 def abstract_model(config: ModelConfig, compute: Compute = Compute(), param_dtype: str = "float32",
                    lora: LoRAConfig | None = None) -> Transformer:
-    """The model with shapes in place of arrays: what a checkpoint must hold, without allocating it."""
+    """Returns the model with shapes in place of arrays, without allocating any."""
     return nnx.eval_shape(lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0),
                                               param_dtype=jnp.dtype(param_dtype), lora=lora))

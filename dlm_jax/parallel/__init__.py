@@ -1,4 +1,4 @@
-"""Where arrays live: the device mesh, and one table from logical axes to mesh axes."""
+"""Devices and processes: the mesh, and one table from logical axes to mesh axes."""
 
 from dlm_jax.parallel.distributed import broadcast_from_process_zero, initialize_distributed, preemption_requested
 from dlm_jax.parallel.mesh import AXES, MeshConfig, describe_mesh, make_mesh, mesh_sizes
@@ -16,6 +16,7 @@ from dlm_jax.parallel.sharding import (
     to_host,
 )
 
-__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "num_batch_shards",
-           "describe_mesh", "is_param", "initialize_distributed", "make_mesh", "mesh_sizes", "param_shardings", "make_global_batch",
-           "partition_spec", "shard_batch", "state_shardings", "preemption_requested", "to_host", "broadcast_from_process_zero"]
+__all__ = ["ATTENTION_PARTITION", "AXES", "RULES", "MeshConfig", "array_sharding", "broadcast_from_process_zero",
+           "describe_mesh", "initialize_distributed", "is_param", "make_global_batch", "make_mesh", "mesh_sizes",
+           "num_batch_shards", "param_shardings", "partition_spec", "preemption_requested", "shard_batch",
+           "state_shardings", "to_host"]

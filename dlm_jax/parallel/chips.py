@@ -1,4 +1,4 @@
-"""What devices can do, by the vendors' data sheets."""
+"""The speed and memory of devices, from the vendors' data sheets."""
 
 import dataclasses
 
@@ -12,16 +12,16 @@ class Chip:
     """One JAX device: a core on TPU v2, v3 and 7x, and a chip otherwise.
 
     Attributes:
-      name: as a user writes it.
-      kinds: what JAX calls it: one of these is part of its `device_kind`.
+      name: the name in commands and configs.
+      kinds: its names in JAX; `device_kind` contains one of them.
       flops: dense bfloat16 (V100, T4: float16) peak, FLOP/s.
-      memory: GiB that a program can use: of a TPU what its compiler grants, of a GPU what the driver leaves.
+      memory: GiB that a program can use: the limit of a TPU's compiler, or a GPU's memory without the driver's.
       memory_bandwidth: bytes/s.
-      interconnect: bytes/s that it can send to its neighbours: over all links of a TPU's torus at once, over NVLink
-        within a host of GPUs, or over PCIe where there is no NVLink.
-      network: bytes/s that it can send beyond those: a TPU's share of the data centre's network, for a GPU that of the
-        usual hosts of eight; None where nothing is published.
-      capability: a GPU's compute capability, which its kernels ask for.
+      interconnect: bytes/s sent to its neighbours: over all links of a TPU's torus at once, over NVLink within a host
+        of GPUs, or over PCIe where there is no NVLink.
+      network: bytes/s sent beyond those: a TPU's share of the data center's network, or a GPU's in the usual hosts of
+        eight; None where nothing is published.
+      capability: a GPU's compute capability.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Chip:
 
 
 # TPU: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), where the interconnect is given in Gbit/s in one direction
-# or in GB/s in both; v2 and v3: Jouppi et al., CACM 63(7), 2020. Memory is libtpu's own limit, from what it refuses.
+# or in GB/s in both; v2 and v3: Jouppi et al., CACM 63(7), 2020. Memory is libtpu's limit, found by what it refuses.
 # GPU: NVIDIA's data sheets (NVLink's figure is for both directions) and those of DGX systems for the network.
-# The first whose kind is found in a device's counts, so that a longer name stands before a shorter one.
+# `find_chip` takes the first match, so longer names precede shorter ones.
 CHIPS = (
     Chip("v2", ("TPU v2",), 22.5e12, 7.48, 350e9, 124e9),
     Chip("v3", ("TPU v3",), 61.5e12, 15.48, 450e9, 164e9),
@@ -65,5 +65,5 @@ CHIPS = (
 
 
 def find_chip(device: jax.Device) -> Chip | None:
-    """What is known of a device; None for what is not in the table, CPUs among them."""
+    """Returns the table's entry for a device; None if it has none, as for CPUs."""
     return next((chip for chip in CHIPS if any(kind in device.device_kind for kind in chip.kinds)), None)

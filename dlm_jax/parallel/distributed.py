@@ -1,4 +1,4 @@
-"""Several processes as one program: how they meet, how they agree, and when they are asked to stop."""
+"""Several processes as one program: connecting, agreeing on values, and noticing preemption."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from dlm_jax.errors import ConfigError, DLMError
 
 
 def initialize_distributed(coordinator: str, num_processes: int | None = None, process_id: int | None = None,
-                   heartbeat_seconds: int | None = None) -> None:
-    """Makes this process one of several; to be called before anything touches a device.
+                           heartbeat_seconds: int | None = None) -> None:
+    """Connects this process to the others; call it before anything uses a device.
 
     Args:
-      coordinator: "auto" finds the others by what the surroundings tell (Cloud TPU, GKE, Slurm, Open MPI);
-        HOST:PORT, the same in all of them, is where the first process listens.
-      num_processes, process_id: how many there are and which this is, from 0; not for "auto".
-      heartbeat_seconds: after this time without a sign of life from one process the runtime aborts all others;
-        None: JAX's own default, 100.
+      coordinator: "auto" finds the others through Cloud TPU, GKE, Slurm or Open MPI; HOST:PORT, the same in all
+        processes, is where the first one listens.
+      num_processes, process_id: their number, and this one's index from 0; not for "auto".
+      heartbeat_seconds: after this time without a heartbeat from one process the runtime aborts all others; None:
+        JAX's default, 100.
 
     Raises:
       ConfigError: the arguments contradict each other, or the others were not found.
@@ -29,14 +29,14 @@ def initialize_distributed(coordinator: str, num_processes: int | None = None, p
     explicit = {} if coordinator == "auto" else {
         "coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     if coordinator == "auto" and (num_processes, process_id) != (None, None):
-        raise ConfigError("the coordinator auto finds number and place of this process by itself; leave them out, or "
-                          "name the coordinator as HOST:PORT")
+        raise ConfigError("the coordinator auto finds num_processes and process_id by itself; omit them, or give the "
+                          "coordinator as HOST:PORT")
     if None in explicit.values():
-        raise ConfigError(f"the coordinator {coordinator} needs the number of processes and which of them this is")
+        raise ConfigError(f"the coordinator {coordinator} needs num_processes and process_id")
     if explicit and not 0 <= process_id < num_processes:
-        raise ConfigError(f"process {process_id} is none of {num_processes}; they are counted from 0")
-    # On CPUs every collective of every device blocks a thread of XLA's, which has no more of them than there are cores
-    # or devices: with few, processes wait for each other for ever. One program at a time, and threads to spare.
+        raise ConfigError(f"process_id must be in 0 .. {num_processes - 1}, got {process_id}")
+    # On CPUs every collective of every device blocks a thread of XLA's pool, which is as large as the number of cores
+    # or devices: with few threads processes deadlock. So: one program at a time, and spare threads.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     os.environ.setdefault("NPROC", str(max(64, os.cpu_count() or 1)))
     if heartbeat_seconds is not None:
@@ -46,14 +46,14 @@ def initialize_distributed(coordinator: str, num_processes: int | None = None, p
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if coordinator == "auto":
-            reason = f"nothing here tells of a Cloud TPU, GKE, Slurm or Open MPI job ({reason})"
-        raise ConfigError(f"this process cannot join the others at the coordinator {coordinator}: {reason}") from error
+            reason = f"found no Cloud TPU, GKE, Slurm or Open MPI job ({reason})"
+        raise ConfigError(f"this process cannot connect to the coordinator {coordinator}: {reason}") from error
 
 
 def broadcast_from_process_zero(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives in the first process, in all of them; something that JSON can carry.
+    """Runs `compute` in the first process and returns its result, which must be JSON, in all of them.
 
-    An error of this library is raised in all processes too, so that none waits for another.
+    An error of this library is raised in all processes, so that none waits for another.
     """
     if jax.process_count() == 1:
         return compute()
@@ -73,8 +73,8 @@ def broadcast_from_process_zero(compute: Callable[[], Any]) -> Any:
 
 
 def preemption_requested(step: int) -> bool:
-    """Whether any process has received SIGTERM, all giving the same answer at the same step.
+    """Returns whether any process has received SIGTERM, the same in all processes at the same step.
 
-    JAX's runtime watches for the signal, as long as no handler of Python's has been set since the processes met.
+    JAX's runtime catches the signal, unless a Python handler has been set since `initialize_distributed`.
     """
     return multihost_utils.reached_preemption_sync_point(step)

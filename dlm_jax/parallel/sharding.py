@@ -1,10 +1,11 @@
-"""One table from logical axes to mesh axes, and the shardings that follow from it.
+"""One table from logical axes to mesh axes, the shardings that follow from it, and batches split by it.
 
-Parameters name their logical axes in `.axes`; optimizer state carries the same metadata, because optax
-maps over the parameter tree. Nothing else in the library knows which axis is split how.
+Parameters name their logical axes in `.axes`; optimizer state has the same metadata, because optax maps over the
+parameter tree. Nothing else in the library knows which axis is split how.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,8 +23,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "length": "context",
     "vocab": "tensor",
-    "embed": ("fsdp", "context"),  # the parts of a sequence share the storage of parameters too
-    "embed_blocks": ("fsdp", "context"),  # of the scales of a kernel that is quantized
+    "embed": ("fsdp", "context"),  # shards of a sequence also shard the parameters
+    "embed_blocks": ("fsdp", "context"),  # of the scales of a quantized kernel
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -33,130 +34,127 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
 }
 
-# The same for attention, whose kernels XLA cannot split by itself.
+# The same for attention kernels, which XLA cannot split by itself.
 ATTENTION_PARTITION = Partition(batch=BATCH_AXES, heads=RULES["heads"], length=RULES["length"])
 
-# Vocabularies are seldom round (GPT-2: 50257, and a mask token adds one), and scales are small: what does not divide
-# stays whole.
+# Replicated where their size does not divide: vocabularies are rarely round (GPT-2: 50257, plus a mask token), and
+# scales are small.
 _ALLOW_REPLICATED = ("vocab", "embed_blocks")
 
 
 def is_param(node: object) -> bool:
-    """True for the boxes that hold an array beside its logical axes."""
+    """Returns whether a tree node is a variable, which holds an array and its logical axes."""
     return isinstance(node, nnx.Variable)
 
 
-def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, name: str = "an array") -> PartitionSpec:
-    """The partition of an array with these logical axes.
+def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh,
+                   name: str = "an array") -> PartitionSpec:
+    """Returns the partition of an array with these logical axes.
 
     Raises:
       ConfigError: an axis is not in the table, or its size is not a multiple of its mesh axis.
     """
     if len(axes) != len(shape):
         raise ConfigError(f"{name} has shape {shape} but names {len(axes)} logical axes {axes}")
-    parts = []
+    spec = []
     for axis, size in zip(axes, shape, strict=True):
         if axis not in RULES:
             raise ConfigError(f"{name} has the logical axis {axis!r}, which the sharding rules do not know")
         mesh_axes = RULES[axis]
-        count = _count(mesh_axes, mesh)
+        count = _axes_size(mesh_axes, mesh)
         if size % count and axis in _ALLOW_REPLICATED:
             mesh_axes = None
         elif size % count:
             raise ConfigError(f"the {axis} axis of {name} has size {size}, which the mesh axis {mesh_axes} "
                               f"of size {count} does not divide; choose another mesh")
-        parts.append(mesh_axes)
-    return PartitionSpec(*parts)
+        spec.append(mesh_axes)
+    return PartitionSpec(*spec)
 
 
 def param_shardings(params: nnx.State | nnx.Module, mesh: Mesh) -> nnx.State:
-    """Shardings in the tree structure of `params` (a state or a module, arrays or shapes)."""
+    """Returns shardings in the tree structure of `params` (a state or a module, of arrays or shapes)."""
     if isinstance(params, nnx.Module):
         params = nnx.state(params)
 
-    def place(path: tuple, param: nnx.Variable) -> nnx.Variable:
+    def sharding(path: tuple, param: nnx.Variable) -> nnx.Variable:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         spec = partition_spec(param.axes, param.get_value().shape, mesh, name)
         return param.replace(NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(place, params, is_leaf=is_param)
+    return jax.tree_util.tree_map_with_path(sharding, params, is_leaf=is_param)
 
 
 def state_shardings(state: object, mesh: Mesh) -> object:
-    """Shardings for anything built from parameters, such as optimizer state: it follows the parameter.
+    """Returns shardings for anything built from parameters, such as optimizer state: it follows its parameter.
 
-    What no longer has its parameter's shape (counters, Adafactor's row and column statistics) is small
-    and lives whole on every device.
+    Leaves without their parameter's shape (counters, Adafactor's row and column statistics) are small and replicated.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def place(node: object) -> object:
+    def sharding(node: object) -> object:
         if not is_param(node):
-            return whole
+            return replicated
         shape = node.get_value().shape
-        counts = [_count(RULES[axis], mesh) for axis in node.axes]
+        counts = [_axes_size(RULES[axis], mesh) for axis in node.axes]
         if len(shape) != len(counts) or any(size < count for size, count in zip(shape, counts, strict=True)):
-            return node.replace(whole)
+            return node.replace(replicated)
         return node.replace(NamedSharding(mesh, partition_spec(node.axes, shape, mesh)))
 
-    return jax.tree.map(place, state, is_leaf=is_param)
+    return jax.tree.map(sharding, state, is_leaf=is_param)
 
 
 def array_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """The sharding of an activation or input with these logical axes, e.g. `("batch", "length")`."""
+    """Returns the sharding of an activation or input with these logical axes, e.g. `("batch", "length")`."""
     return NamedSharding(mesh, PartitionSpec(*(RULES[axis] for axis in axes)))
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Over how many parts of the mesh a batch is split."""
-    return _count(BATCH_AXES, mesh)
+    """Returns the number of shards of a batch."""
+    return _axes_size(BATCH_AXES, mesh)
 
 
-def _count(mesh_axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+def _axes_size(mesh_axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-    count = 1
-    for name in names:
-        count *= mesh.shape[name]
-    return count
-
-
-# ---- From host rows to global arrays, of which each process supplies only what its own devices hold, and back.
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def make_global_batch(read: Callable[[slice], object], num_rows: int, mesh: Mesh) -> object:
-    """A pytree of global arrays: rows split over the batch axes, columns over the length's.
+    """Returns a pytree of global arrays: rows split over the batch axes, columns over the length's.
 
     Args:
-      read: gives a pytree of numpy arrays [rows] or [rows, length] for a slice of the global rows; it is
-        asked only for slices that devices of this process hold.
+      read: returns a pytree of numpy arrays [rows] or [rows, length] for a slice of the global rows; it is called only
+        for slices on this process's devices.
       num_rows: rows of the global batch.
+
+    Raises:
+      ConfigError: the rows do not divide over the mesh.
     """
-    parts = num_batch_shards(mesh)
-    if num_rows % parts:
-        raise ConfigError(f"a batch of {num_rows} rows does not divide over the {parts} parts of the mesh axes "
+    shards = num_batch_shards(mesh)
+    if num_rows % shards:
+        raise ConfigError(f"a batch of {num_rows} rows does not divide over the {shards} shards of the mesh axes "
                           f"{' and '.join(BATCH_AXES)}; change the batch size or the mesh")
-    size = num_rows // parts
-    read_part = functools.cache(lambda start: jax.tree.flatten(read(slice(start, start + size))))
+    size = num_rows // shards
+    read_shard = functools.cache(lambda start: jax.tree.flatten(read(slice(start, start + size))))
 
     first = next(iter(array_sharding(mesh, "batch").addressable_devices_indices_map((num_rows,)).values()))
-    leaves, treedef = read_part(first[0].start or 0)
+    leaves, treedef = read_shard(first[0].start or 0)
 
     def place(i: int, leaf: np.ndarray) -> jax.Array:
         shape = (num_rows, *leaf.shape[1:])
         sharding = array_sharding(mesh, *("batch", "length")[: leaf.ndim])
         return jax.make_array_from_callback(
-            shape, sharding, lambda index: read_part(index[0].start or 0)[0][i][:, *index[1:]])
+            shape, sharding, lambda index: read_shard(index[0].start or 0)[0][i][:, *index[1:]])
 
     return treedef.unflatten([place(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def shard_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A host array [rows, ...] that every process has whole, as a global array with its rows split over the mesh."""
+    """Returns a host array [rows, ...], the same in every process, as a global array split by rows."""
     return jax.make_array_from_callback(array.shape, array_sharding(mesh, "batch"), lambda index: array[index])
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array that may lie on the devices of several processes."""
+    """Returns a copy on the host of an array that may be sharded over several processes."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)

@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dlm_jax.attention import AttentionSpec, Choice, choose_backend
+from dlm_jax.attention import AttentionSpec, BackendChoice, choose_backend
 from dlm_jax.checkpoints import Pretrained, load_pretrained
 from dlm_jax.checkpoints.orbax import restore_latest, restore_state
 from dlm_jax.checkpoints.pretrained import load_lora_base
@@ -194,7 +194,7 @@ def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:
     return dataclasses.replace(architecture, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
 
 
-def choose_attention(config: TrainConfig, architecture: ModelConfig, mesh: Mesh) -> Choice:
+def choose_attention(config: TrainConfig, architecture: ModelConfig, mesh: Mesh) -> BackendChoice:
     """Returns the attention backend of the run, for training and validation alike."""
     return choose_backend(config.model.attention, attention_spec(config, architecture), mesh.devices.flat[0].platform)
 

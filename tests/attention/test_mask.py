@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.attention.mask import MaskSpec, Span
 from dlm_jax.errors import ConfigError
 from dlm_jax.random import annealing_seed, counter_hash, dropout, dropout_seeds
 
 N = 256
-SEED, STEPS, EXAMPLES = 17, 4, 4  # of the statistics: consecutive ones, as a run has them
+SEED, STEPS, EXAMPLES = 17, 4, 4  # for the statistics: consecutive steps and examples, as in a run
 RATIOS = [0.01, 0.1, 0.3, 0.5, 0.9, 0.99]
 
 
@@ -19,14 +20,14 @@ def square(mask: AttentionMask, n: int = N) -> np.ndarray:
 
 
 def annealed_bits(ratio: float) -> np.ndarray:
-    """What annealing decides at [STEPS, EXAMPLES, N queries, N keys], all of the keys later than all of the queries."""
+    """Returns which later keys annealing opens: bool [STEPS, EXAMPLES, N queries, N keys]."""
     masks = [AttentionMask.annealed(ratio, annealing_seed(SEED, 1000 + step), jnp.arange(EXAMPLES))
              for step in range(STEPS)]
     return np.stack([mask.allowed(jnp.arange(N), jnp.arange(N, 2 * N)) for mask in masks])
 
 
-def standardised(bits: np.ndarray, ratio: float) -> np.ndarray:
-    """To mean 0 and variance 1, if they are independent and true with the probability `ratio`."""
+def standardized(bits: np.ndarray, ratio: float) -> np.ndarray:
+    """Scales bits that are true with probability `ratio` to mean 0 and variance 1."""
     return (bits - ratio) / np.sqrt(ratio * (1 - ratio))
 
 
@@ -42,13 +43,13 @@ def test_annealing_ends_are_exact():
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_annealing_has_the_density_of_its_ratio(ratio):
-    deviations = standardised(annealed_bits(ratio), ratio)
+def test_annealing_density(ratio):
+    deviations = standardized(annealed_bits(ratio), ratio)
     assert abs(deviations.mean()) * np.sqrt(deviations.size) < 5
-    for axes in ((2, 3), (0, 1, 2), (0, 1, 3)):  # and that of each square, each key and each query has
+    for axes in ((2, 3), (0, 1, 2), (0, 1, 3)):  # the same per square, per key and per query
         sums = deviations.sum(axes) / np.sqrt(deviations.size / deviations.sum(axes).size)
         assert abs(sums).max() < 5
-        # They scatter as binomial counts do, neither more nor less.
+        # The counts have the variance of a binomial distribution.
         assert abs(np.mean(sums**2) - 1) < 5 * np.sqrt(2 / sums.size)
 
 
@@ -59,9 +60,9 @@ def test_annealing_opens_monotonically():
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
-def test_annealing_is_independent_of_its_neighbours_in_every_direction(ratio):
-    """Steps, examples, rows, columns, and every diagonal of two to four of them."""
-    bits = standardised(annealed_bits(ratio), ratio)
+def test_annealing_is_independent_of_its_neighbours(ratio):
+    """Along steps, examples, rows, columns, and every diagonal of two to four of them."""
+    bits = standardized(annealed_bits(ratio), ratio)
     directions = [d for d in itertools.product((-1, 0, 1), repeat=4) if d > (0, 0, 0, 0)]  # one of each pair d, -d
     assert len(directions) == 40
     for direction in directions:
@@ -73,7 +74,7 @@ def test_annealing_is_independent_of_its_neighbours_in_every_direction(ratio):
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
 @pytest.mark.parametrize("shape", [(2, 2), (1, 4), (4, 1)], ids=str)
-def test_annealing_draws_every_pattern_of_four_cells_as_often_as_chance(ratio, shape):
+def test_annealing_patterns_of_four_cells(ratio, shape):
     rows, columns = shape
     bits = annealed_bits(ratio).reshape(-1, N // rows, rows, N // columns, columns)
     patterns = bits.swapaxes(2, 3).reshape(-1, 4) @ (1 << np.arange(4))
@@ -84,18 +85,18 @@ def test_annealing_draws_every_pattern_of_four_cells_as_often_as_chance(ratio, s
     assert abs(chi_square - 15) < 5 * np.sqrt(30)
 
 
-def test_annealing_says_nothing_about_dropout():
-    bits = standardised(annealed_bits(0.5), 0.5)
+def test_annealing_is_independent_of_dropout():
+    bits = standardized(annealed_bits(0.5), 0.5)
     seeds = dropout_seeds(SEED, jnp.arange(EXAMPLES))
     for layer in range(2):
-        ones = jnp.ones((EXAMPLES, 1, 2, N, 2 * N))  # as in dense attention: [batch, kv_heads, groups, Q, K]
+        ones = jnp.ones((EXAMPLES, 1, 2, N, 2 * N))  # as in xla_attention: [batch, kv_heads, groups, Q, K]
         dropped = np.asarray(dropout(ones, 0.5, counter_hash(seeds, layer, 0)))[:, 0, :, :, N:] == 0
-        product = bits[:, :, None] * standardised(dropped, 0.5)  # [step, example, group, Q, K]
+        product = bits[:, :, None] * standardized(dropped, 0.5)  # [step, example, group, Q, K]
         deviations = product.sum((1, 3, 4)) / np.sqrt(EXAMPLES * N * N)
         assert abs(deviations).max() < 5
 
 
-def test_a_tile_is_the_slice_of_the_square():
+def test_tile_is_a_slice_of_the_square():
     segments = jnp.asarray(np.repeat(np.arange(8), N // 8)[None].repeat(2, 0))
     mask = AttentionMask.annealed(0.4, 11, jnp.array([5, 9])).with_segments(segments).with_lengths(
         jnp.array([N, 100])).with_window(90)
@@ -103,7 +104,7 @@ def test_a_tile_is_the_slice_of_the_square():
     np.testing.assert_array_equal(tile, square(mask)[:, 64:128, 32:160])
 
 
-def test_per_example_pattern_follows_the_example_not_its_place():
+def test_annealing_depends_on_the_example_not_its_row():
     both = square(AttentionMask.annealed(0.5, 1, jnp.array([8, 21])))
     alone = square(AttentionMask.annealed(0.5, 1, jnp.array([21])))
     np.testing.assert_array_equal(both[1], alone[0])
@@ -132,9 +133,10 @@ def test_ratio_and_seed_may_be_traced():
 
 @pytest.mark.parametrize("bidirectional_clean", [False, True])
 @pytest.mark.parametrize("size, views", [(1, 1), (3, 1), (4, 2), (9, 1), (20, 2)])
-def test_a_noised_block_sees_itself_and_what_is_clean_before_it(size, views, bidirectional_clean):
+def test_block_diffusion(size, views, bidirectional_clean):
     n = 9
-    found = square(AttentionMask.block_diffusion(size, n, views, bidirectional_clean=bidirectional_clean), n * (views + 1))[0]
+    mask = AttentionMask.block_diffusion(size, n, views, bidirectional_clean=bidirectional_clean)
+    found = square(mask, n * (views + 1))[0]
     for q, k in np.ndindex(found.shape):
         (q_copy, q_at), (k_copy, k_at) = divmod(q, n), divmod(k, n)
         if q_copy == views:
@@ -146,10 +148,39 @@ def test_a_noised_block_sees_itself_and_what_is_clean_before_it(size, views, bid
         assert found[q, k] == expected, (q, k)
 
 
-def test_the_window_of_copies_is_one_in_the_text():
+def test_window_of_block_diffusion_is_within_the_text():
     n = 8
     wide, narrow = (square(AttentionMask.block_diffusion(4, n).with_window(w), 2 * n)[0] for w in (None, 3))
     at = np.arange(2 * n) % n
     np.testing.assert_array_equal(narrow, wide & (abs(at[:, None] - at) < 3))
-    with pytest.raises(ConfigError, match="takes no lengths"):
+    with pytest.raises(ConfigError, match="block_diffusion"):
         AttentionMask.block_diffusion(4, n).with_lengths(jnp.array([3]))
+
+
+@pytest.mark.parametrize("spec", [
+    MaskSpec("causal"), MaskSpec("bidirectional", lengths=True), MaskSpec("annealed"),
+    MaskSpec("block_causal", block_size=6), MaskSpec("causal", window=20), MaskSpec("bidirectional", segments=True),
+    MaskSpec("block_diffusion", block_size=12, text_length=32, views=1),
+    MaskSpec("block_diffusion", block_size=9, window=28, text_length=28, views=1),
+    MaskSpec("block_diffusion", block_size=9, text_length=28, views=1, bidirectional_clean=True),
+    MaskSpec("block_diffusion", block_size=9, lengths=True, text_length=28, views=1, bidirectional_clean=True),
+], ids=str)
+def test_tile_coverage_bounds_the_rule(spec):
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(0, 5, 64))
+    seen = set()
+    for ratio in (0.0, 0.3, 1.0):
+        params = AttentionMask.annealed(ratio, 1).params()._replace(length=jnp.array([40]))
+        for q, k in rng.integers(0, 56, (40, 2)):
+            queries, keys = np.arange(q, q + 8)[:, None], np.arange(k, k + 8)[None]
+            allowed = np.asarray(spec.allowed(queries, keys, params, segments[queries], segments[keys]))
+            some, every = spec.tile_coverage(*(Span(x.min(), x.max()) for x in (queries, keys)), params,
+                                             *(Span(x.min(), x.max()) for x in (segments[queries], segments[keys])))
+            assert some or not allowed.any()
+            assert not every or allowed.all()
+            seen.add((bool(some), bool(every)))
+            across_copies = spec.kind == "block_diffusion" and any(
+                x // spec.text_length != (x + 7) // spec.text_length for x in (q, k))
+            if not across_copies and (spec.kind != "annealed" or ratio == 0):  # the bound is exact
+                assert some == allowed.any() and every == allowed.all()
+    assert seen == {(False, False), (True, False), (True, True)}

@@ -1,4 +1,4 @@
-"""LoRA in the layers: what is new computes what the base does, what is learned counts, and nothing else is touched."""
+"""LoRA and DoRA on full and quantized kernels: initial factors, training, merging, storage."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask
@@ -20,29 +21,40 @@ from dlm_jax.models import (
     Transformer,
     abstract_model,
     add_lora,
+    base_shapes,
+    fingerprint,
+    freeze_base,
     init_lora_factors,
     merge_lora,
     split_lora,
     split_trainable,
 )
+from dlm_jax.models.lora import dequantize, quantize_kernel
+from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings
 from tests.models.test_transformer import GPT2, QWEN3
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 20)))
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 LORA = LoRAConfig(rank=4, alpha=6.0, frozen_dtype="float32")
+CODES = {"int8": jnp.int8, "nf4": jnp.uint4}
 CASES = {"gpt2": (GPT2, ("q", "k", "v", "out", "up", "down")), "qwen3": (QWEN3, LORA.targets)}
 
 
-def build(case, seed=0, base=None, **changes):
-    """A base and the same with LoRA beside it."""
+@functools.cache
+def base_of(config):
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+def build(case, base=None, **changes):
+    """Returns a base, and the same with LoRA."""
     config, targets = CASES[case]
     lora = dataclasses.replace(LORA, **{"targets": targets} | changes)
-    base = base or Transformer(config, rngs=nnx.Rngs(0))
-    return base, add_lora(base, lora, seed, "float32", ONE_DEVICE)
+    base = base or base_of(config)
+    return base, add_lora(base, lora, 0, "float32", ONE_DEVICE)
 
 
-def learned(model, seed=1):
-    """The model with factors b that are not zero."""
+def with_noise(model, seed=1):
+    """Returns the model with random noise added to its factors."""
     graphdef, factors, rest = nnx.split(model, LoRAFactor, ...)
     keys = iter(jax.random.split(jax.random.key(seed), 99))
     factors = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), factors)
@@ -59,15 +71,15 @@ def _logits(graphdef, state):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_new_factors_change_no_bit_and_learned_ones_are_what_merging_adds(case):
+def test_new_factors_are_exact_and_trained_ones_merge(case):
     base, model = build(case)
     np.testing.assert_array_equal(logits(model), logits(base))
-    model = learned(model)
+    model = with_noise(model)
     assert jnp.abs(logits(model) - logits(base)).max() > 0.1
     merged = merge_lora(model, "float32")
     assert nnx.graphdef(merged) == nnx.graphdef(base)
     np.testing.assert_allclose(logits(merged), logits(model), atol=2e-5)
-    # by another road: the product of one layer of one projection
+    # one layer of one projection, by numpy
     q, layer = model.blocks.attention.q, 1
     product = np.einsum("dr,rhk->dhk", q.factors.a[...][layer], q.factors.b[...][layer]) * 6.0 / 4
     np.testing.assert_allclose(merged.blocks.attention.q.kernel[...][layer],
@@ -76,7 +88,7 @@ def test_new_factors_change_no_bit_and_learned_ones_are_what_merging_adds(case):
 
 
 @pytest.mark.parametrize("targets", [("q",), ("out",), ("down", "k")])
-def test_only_targets_have_factors_and_all_of_them_matter(targets):
+def test_every_target_has_factors_that_matter(targets):
     base, model = build("qwen3", targets=targets)
     _, _, factors = split_lora(model)
     assert {path[-3] for path, _ in nnx.to_flat_state(factors)} == set(targets)
@@ -88,13 +100,13 @@ def test_only_targets_have_factors_and_all_of_them_matter(targets):
             assert jnp.abs(logits(nnx.merge(graphdef, nnx.from_flat_state(flat))) - logits(base)).max() > 1e-3, path
 
 
-def test_new_factors_are_kaiming_uniform_and_depend_on_the_seed_alone():
+def test_initial_factors_are_kaiming_uniform_by_seed():
     config = dataclasses.replace(GPT2, hidden_size=64, mlp_size=256, num_layers=6)
     lora = dataclasses.replace(LORA, rank=8, targets=CASES["gpt2"][1])
-    factors, remat, other = (dict(nnx.to_flat_state(init_lora_factors(config, lora, seed, "float32", ONE_DEVICE)))
+    factors, repeated, other = (dict(nnx.to_flat_state(init_lora_factors(config, lora, seed, "float32", ONE_DEVICE)))
                              for seed in (0, 0, 1))
     for path, value in factors.items():
-        assert np.array_equal(value[...], remat[path][...])
+        assert np.array_equal(value[...], repeated[path][...])
         if path[-1] == "b":
             assert not value[...].any()
             continue
@@ -107,11 +119,11 @@ def test_new_factors_are_kaiming_uniform_and_depend_on_the_seed_alone():
     assert len({tuple(np.round(first / np.abs(first).max(), 5)) for first in firsts}) == len(firsts)
 
 
-def test_scale_by_rank_and_by_its_root():
+def test_scale():
     assert LORA.scale == 1.5 and dataclasses.replace(LORA, rslora=True).scale == 3.0
 
 
-def test_what_is_trained_is_told_by_type_and_what_is_not_is_stored_small():
+def test_split_trainable_and_frozen_dtypes():
     config = dataclasses.replace(QWEN3, tie_embeddings=False)
     lora = dataclasses.replace(LORA, embedding=True, frozen_dtype="bfloat16")
     _, trained, frozen = split_trainable(abstract_model(config, Compute(), "float32", lora))
@@ -127,10 +139,10 @@ def test_what_is_trained_is_told_by_type_and_what_is_not_is_stored_small():
     assert not jax.tree.leaves(rest)
 
 
-def test_gradients_by_factors_alone_make_no_gradient_of_a_kernel():
-    """No product in the backward pass has a kernel's shape, where the gradient by everything has one of each."""
+def test_frozen_kernels_get_no_gradient():
+    """No product in the backward pass has a kernel's shape; the gradient of all parameters has one of each."""
     _, model = build("gpt2")
-    graphdef, trained, frozen = split_trainable(learned(model))
+    graphdef, trained, frozen = split_trainable(with_noise(model))
     shapes = {leaf.shape[1:] for path, leaf in nnx.to_flat_state(frozen) if path[-1] == "kernel"}
 
     def products(by_all):
@@ -156,10 +168,10 @@ def test_gradients_by_factors_alone_make_no_gradient_of_a_kernel():
     assert products(by_all=False) == set()
 
 
-def test_dropout_of_factors_is_per_example_and_counts_on_average():
+def test_dropout_of_factors():
     base = Transformer(dataclasses.replace(GPT2, embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0),
                        rngs=nnx.Rngs(0))
-    model = learned(build("gpt2", base=base, dropout=0.5)[1])
+    model = with_noise(build("gpt2", base=base, dropout=0.5)[1])
     seeds = jnp.array([4, 5, 6], jnp.uint32)
     run = lambda rows, **seeded: model.hidden(TOKENS[rows], AttentionMask.causal(), **seeded)  # noqa: E731
     everything = run(np.arange(3), dropout_seeds=seeds)
@@ -176,13 +188,13 @@ def test_dropout_of_factors_is_per_example_and_counts_on_average():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_dora_begins_at_the_norms_of_the_base_and_merges_to_the_norms_it_learned(case):
+def test_dora_norms_initial_and_merged(case):
     base, model = build(case, dora=True)
     out, kernel = model.blocks.attention.out, base.blocks.attention.out.kernel[...]
     np.testing.assert_allclose(out.factors.magnitude[...], np.linalg.norm(kernel.reshape(len(kernel), -1, 32), axis=1),
                                rtol=1e-5)
     np.testing.assert_allclose(logits(model), logits(base), atol=2e-5)
-    model = learned(model)
+    model = with_noise(model)
     assert jnp.abs(logits(model) - logits(base)).max() > 0.1
     merged = merge_lora(model, "float32")
     assert nnx.graphdef(merged) == nnx.graphdef(base)
@@ -191,8 +203,8 @@ def test_dora_begins_at_the_norms_of_the_base_and_merges_to_the_norms_it_learned
     np.testing.assert_allclose(norms, np.abs(model.blocks.attention.out.factors.magnitude[...]), rtol=1e-5)
 
 
-def test_doras_gradient_takes_the_norms_it_divides_by_as_constants():
-    factors = learned(build("gpt2", dora=True)[1]).blocks.mlp.down.factors
+def test_dora_gradient_ignores_the_divisor():
+    factors = with_noise(build("gpt2", dora=True)[1]).blocks.mlp.down.factors
     for name in ("a", "b", "magnitude"):
         setattr(factors, name, nnx.Param(getattr(factors, name)[...][0]))
     graphdef, values = nnx.split(factors)
@@ -214,18 +226,121 @@ def test_doras_gradient_takes_the_norms_it_divides_by_as_constants():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"rank": 33}, "lora.rank 33 is larger than the 32 inputs of the projection 'q'"),
-    ({"rank": 25, "targets": ("k",)}, "lora.rank 25 is larger than the 24 outputs of the projection 'k'"),
-    ({"rank": 0}, "must be positive"), ({"alpha": 0.0}, "must be positive"), ({"dropout": 1.0}, "lora.dropout"),
+    ({"rank": 33}, "lora.rank.*'q'"), ({"rank": 25, "targets": ("k",)}, "lora.rank.*'k'"),
+    ({"rank": 0}, "lora.rank"), ({"alpha": 0.0}, "lora.alpha"), ({"dropout": 1.0}, "lora.dropout"),
     ({"targets": ("q", "qq")}, "lora.targets qq"), ({"targets": ()}, "lora.targets"),
-    ({"frozen_dtype": "int4"}, "int4"), ({"head": True}, "lora.embedding, which trains both")])
-def test_what_cannot_be_is_refused_in_a_sentence(changes, message):
+    ({"frozen_dtype": "int4"}, "int4"), ({"head": True}, "lora.embedding")])
+def test_refused_configs(changes, message):
     config = dataclasses.replace(QWEN3, tie_embeddings=True)
     with pytest.raises(ConfigError, match=message) as caught:
         abstract_model(config, lora=dataclasses.replace(LORA, **changes))
     assert "\n" not in str(caught.value)
-
-
-def test_a_gate_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="no gated MLP"):
+    with pytest.raises(ConfigError, match="gate"):
         abstract_model(GPT2, lora=LORA)
+
+
+def distance(x, kind):
+    """Returns each value's distance to the nearest level of its block of 64 rows; `x` [rows, columns]."""
+    if kind == "nf4":  # quantiles of the normal distribution, an exact zero, one level more above it (arXiv 2305.14314)
+        above, below = (scipy.stats.norm.ppf(np.linspace(0.9677083, 0.5, n)[:-1]) for n in (9, 8))
+        levels = np.sort(np.concatenate([above, -below, [0.0]])) / above.max()
+    else:
+        levels = np.arange(-128, 128) / 127.5
+    blocks = x.reshape(-1, 64, x.shape[1])
+    largest = np.abs(blocks).max(1, keepdims=True)
+    return (np.abs((blocks / largest)[..., None] - levels).min(-1) * largest).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_are_the_nearest_levels(kind):
+    x = np.random.default_rng(0).normal(size=(2, 5, 128)).astype(np.float32)
+    codes, scales = quantize_kernel(nnx.Param(jnp.asarray(x), axes=("layers", "mlp", "embed")), kind)
+    assert codes.shape == x.shape and codes.dtype == CODES[kind] and codes.axes == ("layers", "mlp", "embed")
+    assert scales.shape == (2, 5, 2) and scales.dtype == jnp.float32
+    assert scales.axes == ("layers", "mlp", "embed_blocks")
+    expected = np.stack([distance(layer.T.astype(np.float64), kind).T for layer in x])
+    np.testing.assert_allclose(np.abs(dequantize(codes[...], scales[...]) - x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, blocks", [(64, 1), (192, 3), (100, 2), (16, 1), (67, 67)])
+def test_quantization_blocks_divide_any_size(size, blocks):
+    x = jax.random.normal(jax.random.key(0), (1, size, 3))
+    codes, scales = quantize_kernel(nnx.Param(x, axes=("layers", "embed", "mlp")), "int8")
+    assert scales.shape == (1, blocks, 3)
+    np.testing.assert_allclose(dequantize(codes[...], scales[...]), x, atol=float(jnp.abs(x).max()) / 127)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", CODES)
+def test_quantized_model_computes_with_dequantized_kernels(kind, case):
+    base, model = build(case, frozen_dtype=kind)
+    model = with_noise(model)
+    merged = merge_lora(model, "float32")
+    assert nnx.graphdef(merged) == nnx.graphdef(base)
+    np.testing.assert_allclose(logits(model), logits(merged), atol=2e-5)
+    kernel = base.blocks.mlp.down.kernel[...]
+    rounded = dequantize(model.blocks.mlp.down.kernel[...], model.blocks.mlp.down.kernel_scale[...])
+    error = jnp.linalg.norm(rounded - kernel) / jnp.linalg.norm(kernel)
+    low, high = {"int8": (0.003, 0.008), "nf4": (0.06, 0.1)}[kind]  # blocks of 32 of a normal distribution
+    assert low < error < high
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_only_kernels_of_blocks_are_codes(kind):
+    config = dataclasses.replace(QWEN3, tie_embeddings=False)
+    lora = dataclasses.replace(LORA, targets=("q",), frozen_dtype=kind)
+    _, trained, frozen = split_trainable(abstract_model(config, Compute(), "float32", lora))
+    assert {path[-1] for path, _ in nnx.to_flat_state(trained)} == {"a", "b"}
+    for path, leaf in nnx.to_flat_state(frozen):
+        table = path[-1] in ("kernel", "embedding")
+        kernel = path[0] == "blocks" and path[-1] == "kernel"
+        assert leaf.dtype == (CODES[kind] if kernel else jnp.bfloat16 if table else jnp.float32), path
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_quantized_gradients_match_and_save_no_kernel(kind):
+    base, model = build("qwen3", frozen_dtype=kind)
+    plain = add_lora(merge_lora(model, "float32"), dataclasses.replace(model.lora, frozen_dtype="float32"), 0,
+                     "float32", ONE_DEVICE)
+
+    def gradient(model):
+        graphdef, trained, frozen = split_trainable(with_noise(model))
+
+        def loss(trained, frozen):
+            return (nnx.merge(graphdef, trained, frozen).hidden(TOKENS, AttentionMask.causal()) ** 2).mean()
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(trained, frozen)
+        forward = next(equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+        return jax.jit(jax.grad(loss))(trained, frozen), [out.aval.shape for out in forward.outvars]
+
+    (found, saved), (expected, _) = gradient(model), gradient(plain)
+    for (path, a), (_, b) in zip(nnx.to_flat_state(found), nnx.to_flat_state(expected), strict=True):
+        np.testing.assert_allclose(a[...], b[...], atol=1e-5, err_msg=str(path))
+    kernels = {leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(base)) if path[-1] == "kernel"}
+    assert len(saved) > 5 and not kernels & set(saved)
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_split_kernels_are_dequantized_without_communication(kind):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    config = dataclasses.replace(QWEN3, hidden_size=128)  # two blocks
+    full = nnx.state(Transformer(config, rngs=nnx.Rngs(0)))
+    lora = dataclasses.replace(LORA, frozen_dtype=kind)
+    _, shapes = base_shapes(config, Compute(), "float32", lora)
+    params = [(path, shape.replace(value[...].astype(shape.dtype)))
+              for (path, shape), (_, value) in zip(nnx.to_flat_state(shapes), nnx.to_flat_state(full), strict=True)]
+    expected, originals = freeze_base(params, lora)
+    read = nnx.from_flat_state(params)
+    split, split_originals = freeze_base(nnx.to_flat_state(jax.device_put(read, param_shardings(read, mesh))), lora)
+    assert originals == split_originals == (fingerprint(read),)
+    jax.tree.map(np.testing.assert_array_equal, split, expected)
+    placed = jax.device_put(expected, param_shardings(expected, mesh))
+    for name, axis in (("q", 1), ("k", 1), ("out", 3)):
+        linear = placed["blocks"]["attention"][name]
+        codes, scales = linear["kernel"][...], linear["kernel_scale"][...]
+        assert codes.sharding.spec[axis] == scales.sharding.spec[axis] == ("fsdp", "context")
+        assert scales.addressable_shards[0].data.size * 4 == scales.size
+        program = dequantize.lower(codes, scales).compile().as_text()
+        assert "all-" not in program and "collective" not in program
+        np.testing.assert_array_equal(dequantize(codes, scales), dequantize(
+            *(expected["blocks"]["attention"][name][part][...] for part in ("kernel", "kernel_scale"))))

@@ -33,7 +33,7 @@ def test_causal_logits_ignore_the_future_and_bidirectional_do_not(config):
 
 
 @pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
-def test_every_parameter_matters_and_names_its_axes(config):
+def test_every_parameter_has_a_gradient_and_axes(config):
     model = build(config)
     grads = jax.grad(lambda m: jnp.sum(m(TOKENS, AttentionMask.causal()) * jnp.arange(61.0)))(model)
     for path, grad in nnx.to_flat_state(nnx.state(grads)):
@@ -50,7 +50,7 @@ def test_remat_changes_nothing():
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_dropout_acts_per_example_and_only_with_seeds():
+def test_dropout_is_per_example_and_needs_seeds():
     model, seeds = build(GPT2), jnp.array([4, 5, 6], jnp.uint32)
     run = lambda rows: model.hidden(TOKENS[rows], AttentionMask.causal(), dropout_seeds=seeds[rows])  # noqa: E731
     everything = run(np.arange(3))
@@ -60,7 +60,7 @@ def test_dropout_acts_per_example_and_only_with_seeds():
     np.testing.assert_array_equal(plain, model.hidden(TOKENS, AttentionMask.causal()))
 
 
-def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones():
+def test_bfloat16_compute_gives_float32_logits():
     reference = build(QWEN3)(TOKENS, AttentionMask.causal())
     model = build(QWEN3, compute=Compute(dtype="bfloat16"))
     logits = model(TOKENS, AttentionMask.causal())
@@ -68,7 +68,7 @@ def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones():
     np.testing.assert_allclose(logits, reference, atol=0.05)
 
 
-def test_positions_restart_where_told():
+def test_given_positions():
     model = build(GPT2)
     segments = jnp.asarray([[0] * 8 + [1] * 12] * 3)
     positions = jnp.concatenate([jnp.arange(8), jnp.arange(12)])
@@ -76,7 +76,7 @@ def test_positions_restart_where_told():
     np.testing.assert_allclose(packed[:, 8:], model(TOKENS[:, 8:], AttentionMask.causal()), atol=1e-5)
 
 
-def test_the_window_of_the_model_is_honoured():
+def test_sliding_window():
     config = dataclasses.replace(QWEN3, sliding_window=4, num_layers=1)
     model = build(config)
     changed = TOKENS.at[:, 5].add(1)
@@ -84,18 +84,11 @@ def test_the_window_of_the_model_is_honoured():
     np.testing.assert_array_equal(np.flatnonzero(moved), [5, 6, 7, 8])
 
 
-def test_a_sequence_past_the_learned_positions_is_refused():
-    with pytest.raises(ConfigError, match="30 tokens, but the model has 24"):
+def test_sequence_past_the_learned_positions_is_refused():
+    with pytest.raises(ConfigError, match="30.*24"):
         build(GPT2)(jnp.zeros((1, 30), int), AttentionMask.causal())
 
 
-def test_impossible_configs_are_refused():
-    with pytest.raises(ConfigError, match="not a multiple"):
-        dataclasses.replace(QWEN3, num_kv_heads=3)
-    with pytest.raises(ConfigError, match="activation 'swish' is unknown"):
-        dataclasses.replace(QWEN3, activation="swish")
-
-
-def test_the_abstract_model_has_the_shapes_of_the_real_one():
+def test_abstract_model_has_the_shapes_of_a_real_one():
     shapes = lambda m: [(path, leaf.shape, leaf.dtype) for path, leaf in nnx.to_flat_state(nnx.state(m))]  # noqa: E731
     assert shapes(abstract_model(QWEN3)) == shapes(build(QWEN3))

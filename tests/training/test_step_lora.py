@@ -22,7 +22,7 @@ from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.training.metrics import count_params
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import TrainState, create_state, make_train_step
-from tests.models.test_quantized import STORED
+from tests.models.test_lora import CODES
 from tests.training.test_step import MASK, batch_of, one_device
 
 MODEL = ModelConfig("llama", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
@@ -95,7 +95,7 @@ def test_quantized_base_on_every_mesh(reference, kind, mesh, capfd):
     for found, one, exact in zip(metrics, expected, reference[0], strict=False):
         np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-5)
         assert 1e-7 < abs(one["loss"] - exact["loss"]) < 0.02
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen["blocks"]["mlp"])} >= {jnp.dtype(STORED[kind])}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen["blocks"]["mlp"])} >= {jnp.dtype(CODES[kind])}
     assert "rematerialization" not in capfd.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""What is computed a few positions at a time, with cached keys and values, is what is computed at once."""
+"""Rotary embedding, and the cache: computing a few positions at a time gives what computing all at once does."""
 
 import functools
 
@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.models import Cache, ModelConfig, Transformer
+from dlm_jax.models import Cache, ModelConfig, RopeScaling, Transformer
+from dlm_jax.models.layers import frequencies, rotate, rotation
 from tests.compilation import quick
 
 LENGTH, WIDTH = 20, 8
@@ -39,35 +40,35 @@ def hidden(network, tokens, attention):
 
 @jit
 def some_hidden(network, tokens, attention, positions, cache):
-    """The states at `positions` of the rows `tokens` [batch, length], a position past the end being nothing."""
-    part = jnp.take_along_axis(tokens, jnp.minimum(positions, LENGTH - 1), axis=1)
-    return network.cached_hidden(part, attention, positions, cache)
+    """Returns the states at `positions` of the rows `tokens` [batch, length]; positions past the end are padding."""
+    tokens = jnp.take_along_axis(tokens, jnp.minimum(positions, LENGTH - 1), axis=1)
+    return network.cached_hidden(tokens, attention, positions, cache)
 
 
 def empty(kind, num_layers=2):
-    """With garbage where nothing has been written."""
+    """Returns a cache with garbage where nothing has been written."""
     cache = Cache.empty(model(kind, num_layers).config, len(TOKENS), LENGTH, "float32")
     return jax.tree.map(lambda x: x + 3.0, cache)
 
 
-def parts(seed, unit=1):
-    """Consecutive parts of at most WIDTH positions, each row's its own, filled up with what is past the end."""
-    rng, begin = np.random.default_rng(seed), np.zeros(len(TOKENS), int)
-    while (begin < LENGTH).any():
-        end = np.minimum(begin + unit * rng.integers(0, WIDTH // unit + 1, len(TOKENS)), LENGTH)
-        at = begin[:, None] + np.arange(WIDTH)
-        yield np.where(at < end[:, None], at, LENGTH + at)
-        begin = end
+def position_chunks(seed, unit=1):
+    """Yields consecutive chunks of at most WIDTH positions, random per row, padded with positions past the end."""
+    rng, start = np.random.default_rng(seed), np.zeros(len(TOKENS), int)
+    while (start < LENGTH).any():
+        stop = np.minimum(start + unit * rng.integers(0, WIDTH // unit + 1, len(TOKENS)), LENGTH)
+        positions = start[:, None] + np.arange(WIDTH)
+        yield np.where(positions < stop[:, None], positions, LENGTH + positions)
+        start = stop
 
 
 @every_kind
 @pytest.mark.parametrize(("mask", "unit"), [(AttentionMask.causal(), 1), (AttentionMask.block_causal(4), 4)],
                          ids=["causal", "blocks"])
-def test_any_split_into_parts_gives_the_states_of_the_whole(kind, mask, unit):
+def test_any_chunks_give_the_states_of_one_pass(kind, mask, unit):
     expected = hidden(model(kind), TOKENS, mask)
     for seed in range(3):
         cache, found = empty(kind), np.zeros(expected.shape)
-        for positions in parts(seed, unit):
+        for positions in position_chunks(seed, unit):
             states, cache = some_hidden(model(kind), TOKENS, mask, positions, cache)
             for row, (at, state) in enumerate(zip(positions, states, strict=True)):
                 found[row, at[at < LENGTH]] = state[at < LENGTH]
@@ -75,22 +76,22 @@ def test_any_split_into_parts_gives_the_states_of_the_whole(kind, mask, unit):
 
 
 @every_kind
-def test_positions_seen_again_in_any_order_give_the_same_states_and_cache(kind):
-    """Bidirectionally, when every key has been written; what lies behind a row's length is never seen."""
+def test_recomputed_positions_give_the_same_states_and_cache(kind):
+    """The mask is bidirectional and every key has been written; keys past a row's length are never seen."""
     mask, network = AttentionMask.bidirectional().with_lengths(LENGTHS), model(kind)
     expected = hidden(network, TOKENS, mask)
     every = np.tile(np.arange(LENGTH), (3, 1))
-    states, whole = some_hidden(network, TOKENS, mask, every, empty(kind))
+    states, cache = some_hidden(network, TOKENS, mask, every, empty(kind))
     np.testing.assert_allclose(states, expected, atol=2e-5)
     positions = np.stack([np.random.default_rng(row).permutation(LENGTH)[:WIDTH] for row in range(3)])
-    states, remat = some_hidden(network, TOKENS, mask, positions, whole)
+    states, rewritten = some_hidden(network, TOKENS, mask, positions, cache)
     np.testing.assert_allclose(states, np.take_along_axis(np.asarray(expected), positions[..., None], 1), atol=2e-5)
-    for new, old in zip(remat, whole, strict=True):
+    for new, old in zip(rewritten, cache, strict=True):
         np.testing.assert_allclose(new, old, atol=2e-5)
 
 
 @every_kind
-def test_with_one_layer_a_new_token_is_all_that_needs_computing(kind):
+def test_one_layer_needs_only_changed_tokens_recomputed(kind):
     mask, network = AttentionMask.bidirectional().with_lengths(LENGTHS), model(kind, 1)
     _, cache = some_hidden(network, TOKENS, mask, np.tile(np.arange(LENGTH), (3, 1)), empty(kind, 1))
     positions = np.array([[3, 9, 4], [12, 0, 1], [0, 5, 19]])
@@ -101,21 +102,39 @@ def test_with_one_layer_a_new_token_is_all_that_needs_computing(kind):
     np.testing.assert_allclose(states, np.take_along_axis(expected, positions[..., None], 1), atol=2e-5)
 
 
-def test_what_is_written_past_the_end_is_dropped_and_the_rest_is_put_where_it_belongs():
+def test_write_drops_positions_past_the_end():
     cache = empty("llama")
     key, value = (jax.random.normal(jax.random.key(i), (3, 3, 2, 8)) for i in range(2))
     positions = jnp.array([[0, 20, 19], [7, 21, 40], [4, 3, 20]])
     written = cache.write(jnp.int32(1), positions, key, value)
-    for old, new, part in zip(cache, written, (key, value), strict=True):
+    for old, new, values in zip(cache, written, (key, value), strict=True):
         expected = np.array(old)
         for row, slot in np.argwhere(positions < LENGTH):
-            expected[1, row, positions[row, slot]] = part[row, slot]
+            expected[1, row, positions[row, slot]] = values[row, slot]
         np.testing.assert_array_equal(new, expected)
     for read, stored in zip(written.read(jnp.int32(1)), written, strict=True):
         np.testing.assert_array_equal(read, stored[1])
 
 
-def test_a_cache_keeps_its_type():
+def test_cache_keeps_its_dtype():
     cache = Cache.empty(model("llama").config, 3, LENGTH, "bfloat16")
     written = cache.write(jnp.int32(0), jnp.zeros((3, 1), int), jnp.ones((3, 1, 2, 8)), jnp.ones((3, 1, 2, 8)))
     assert {x.dtype.name for x in (*cache, *written)} == {"bfloat16"}
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    rng, freqs = np.random.default_rng(0), frequencies(8, 10000.0, None)
+    query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+    score = lambda q, k: jnp.sum(rotate(query, rotation(jnp.array([q]), freqs))  # noqa: E731
+                                 * rotate(key, rotation(jnp.array([k]), freqs)))
+    np.testing.assert_allclose(score(9, 4), score(25, 20), atol=1e-5)
+    assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_rotary_scaling():
+    plain = frequencies(64, 500000.0, None)
+    np.testing.assert_allclose(frequencies(64, 500000.0, RopeScaling("linear", 4.0)), plain / 4, rtol=1e-6)
+    scaled = frequencies(64, 500000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
+    wavelengths = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[wavelengths < 8192 / 4], plain[wavelengths < 8192 / 4])
+    np.testing.assert_allclose(scaled[wavelengths > 8192], plain[wavelengths > 8192] / 8, rtol=1e-6)

@@ -1,0 +1,74 @@
+"""Inputs, gradients and comparisons for tests of an attention backend against the dense reference."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.parallel import MeshConfig, make_mesh
+from tests.compilation import quick
+
+ON_GPU = jax.default_backend() == "gpu"
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0} if ON_GPU else quick())
+
+TEXT = 10  # of block diffusion
+TEXT_SEGMENTS = np.array([[0] * 3 + [1] * 7, [0] * 6 + [1] * 4])
+BLOCK_MASKS = {
+    "size 1": AttentionMask.block_diffusion(1, TEXT),
+    "bidirectional clean": AttentionMask.block_diffusion(3, TEXT, bidirectional_clean=True),
+    "two views, segments": AttentionMask.block_diffusion(5, TEXT, 2).with_segments(TEXT_SEGMENTS),
+    "narrowed": AttentionMask.block_diffusion(4, TEXT, bidirectional_clean=True).with_window(3).with_segments(
+        TEXT_SEGMENTS),
+    "one block": AttentionMask.block_diffusion(TEXT, TEXT),
+    "block longer than the text": AttentionMask.block_diffusion(64, TEXT, 2).with_window(6),
+}
+MESHES = [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, tensor=2, context=2)]
+
+
+def mesh_id(mesh):
+    return "x".join(map(str, mesh.sizes()))
+
+
+def inputs(batch, length, heads=4, kv_heads=2, head_dim=8, dtype=jnp.float32):
+    """Returns query, key, value, and the weights of the output in a loss."""
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.normal(size=(batch, length, n, head_dim)), dtype)
+                 for n in (heads, kv_heads, kv_heads, heads))
+
+
+def value_and_gradients(attention, tensors, mask, **options):
+    """Returns output and gradients; queries that see nothing are left out, because backends differ there."""
+    def loss(query, key, value):
+        positions = jnp.arange(query.shape[1])
+        sees = mask.allowed(positions, positions).any(-1)[:, :, None, None]
+        out = jnp.where(sees, attention(query, key, value, mask, **options), 0)
+        return jnp.sum(out.astype(jnp.float32) * tensors[3].astype(jnp.float32)), out
+    gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*tensors[:3])
+    return out, *gradients
+
+
+def on_mesh(config, attention, tensors, mask, **options):
+    """Returns `value_and_gradients` computed on a mesh over which the tensors are split."""
+    mesh = make_mesh(config)
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context", "tensor"))
+    with jax.set_mesh(mesh):
+        tensors = tuple(jax.device_put(tensor, split) for tensor in tensors)
+        return jit(functools.partial(value_and_gradients, attention))(tensors, mask, **options)
+
+
+def assert_close(found, expected, tolerance):
+    """Compares outputs and gradients relative to the largest value of each."""
+    for name, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=name)
+
+
+def lowered_cudnn_calls(function, *args):
+    """Returns cuDNN's calls in a program lowered for CUDA: the target, and its number of results without workspace."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return [(name, int(results) - 1)
+            for results, name in re.findall(r":(\d+) = stablehlo.custom_call @__cudnn\$(\w+)", text)]
