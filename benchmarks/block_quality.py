@@ -1,63 +1,59 @@
-"""What blocks are worth: one base adapted at one budget to full diffusion and to blocks of several sizes, over seeds.
+"""How block size affects quality and speed: one base adapted at one budget to full and to block diffusion, over seeds.
 
     python benchmarks/block_quality.py --base=assets/stories-gpt2 --data assets/stories/train.jsonl \\
         --validation assets/stories/heldout.jsonl
 
-adapts the base by each of the variants (the parent trained on as it is, full diffusion with annealed attention, blocks
-at their size from the start, blocks that grow from one token, blocks that are read whole when clean), with the same
-rows in the same order for each seed. Of every run it takes the held-out bound, and of its samples the perplexity under
-the base and distinct-2; when all have been trained, of the first seed's the tokens a second, one row at a time and
-eight together. It writes docs/figures/block_quality-NAME.png and benchmarks/results/block_quality-NAME.json, and
-prints the table. Runs that are done are not repeated; one that was cut short resumes. Variants that the results
-already hold, at the same settings, stay in them.
+adapts the base by each of the variants (the parent trained further, full diffusion with annealed attention, blocks of a
+constant size, blocks that grow from one token, blocks whose clean tokens attend to each other in both directions), with
+the same rows in the same order for each seed. It measures the held-out bound of every run, and the perplexity under the
+base and distinct-2 of its samples; and for the first seed the tokens per second, for one row and for eight at a time.
+It writes docs/figures/block_quality-NAME.png and benchmarks/results/block_quality-NAME.json, and prints the table. Runs
+that are done are not repeated; one that was cut short resumes. Variants that the results already hold, at the same
+settings, stay in them.
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
-import time
 
-import jax
+import harness
 import numpy as np
 
 from dlm_jax import DiffusionLM
 from dlm_jax.data.config import DataConfig
 from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.evaluation import autoregressive_nll
-from dlm_jax.random import example_keys
-from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
+from dlm_jax.sampling import SamplerConfig
 from dlm_jax.storage import write_json
 from dlm_jax.training import TrainConfig, read_records, train
 from dlm_jax.training.config import CheckpointConfig, LogConfig, ModelSource, ValidationConfig
 from dlm_jax.training.optimizer import OptimizerConfig
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
 SIZES = (4, 8, 16, 32)
-KINDS = ("", ", grown", ", read whole")
+KINDS = ("", ", grown", ", block-bidirectional clean")
+OLD_KIND = ", read whole"  # how older results name the last of them
 VARIANTS = ("parent", "full diffusion", *(f"blocks of {size}{kind}" for kind in KINDS for size in SIZES))
 THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-COLOURS = ("#222222", "#888888", "#00798c", "#1b6ca8", "#edae49", "#d1495b")
+COLORS = ("#222222", "#888888", "#00798c", "#1b6ca8", "#edae49", "#d1495b")
 
 
 def objective_of(variant: str, num_steps: int) -> ObjectiveConfig:
-    """Blocks that grow double over the first half of the run, as full diffusion's attention opens over its third."""
+    """Returns the objective; growing blocks double over the first half of the run, annealing takes a third."""
     if variant == "parent":
         return ObjectiveConfig(name="autoregressive")
     if variant == "full diffusion":
         return ObjectiveConfig(anneal_steps=num_steps // 3)
-    size, stages = int(variant.split()[2].rstrip(",")), ()
+    size, schedule = int(variant.split()[2].rstrip(",")), ()
     if variant.endswith("grown"):
         sizes = [2**power for power in range(size.bit_length())]
-        stages = tuple((number * num_steps // 2 // (len(sizes) - 1), one) for number, one in enumerate(sizes))
-    clean = "block_bidirectional" if variant.endswith("read whole") else "causal"
-    return ObjectiveConfig(name="block_diffusion", block_size=size, block_size_schedule=stages, clean_attention=clean)
+        schedule = tuple((number * num_steps // 2 // (len(sizes) - 1), one) for number, one in enumerate(sizes))
+    clean = "block_bidirectional" if variant.endswith(KINDS[2]) else "causal"
+    return ObjectiveConfig(name="block_diffusion", block_size=size, block_size_schedule=schedule, clean_attention=clean)
 
 
 def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
-    """One run; only what the variant names differs between variants."""
+    """Returns the config of a run; variants differ only in what they are named after."""
     num_steps = args.tokens // (args.batch_size * args.length)
     return TrainConfig(
         seed=seed, num_steps=num_steps, model=ModelSource(source=args.base, mask_token=args.mask_token),
@@ -70,48 +66,27 @@ def configure(args: argparse.Namespace, variant: str, seed: int) -> TrainConfig:
         log=LogConfig(every=max(1, num_steps // 20), tensorboard=False))
 
 
-def draw_tokens(lm: DiffusionLM, config: SamplerConfig, rows: int, count: int, args: argparse.Namespace) -> dict:
-    """`count` texts from nothing, `rows` at a time: their tokens, forward passes a text, and tokens a second without
-    compilation."""
-    tokens = np.full((rows, args.length), lm.pretrained.bos_token_id, np.int32)
-    fixed, lengths = np.broadcast_to(np.arange(args.length) == 0, tokens.shape), np.full(rows, args.length)
-    spec = SamplingSpec(config, lm.pretrained.diffusion)
-
-    def run(start: int) -> object:
-        keys = example_keys(args.sample_seed, np.arange(start, start + rows, dtype=np.uint32))
-        return jax.block_until_ready(sample(lm.model, tokens, fixed, lengths, keys, spec))
-
-    run(0)
-    began = time.perf_counter()
-    parts = [run(start) for start in range(0, count, rows)]
-    seconds = time.perf_counter() - began
-    return {"tokens": np.concatenate([part.tokens for part in parts]), "forwards": float(np.mean(
-        [part.steps for part in parts])), "tokens_per_second": len(parts) * rows * (args.length - 1) / seconds}
-
-
 def samplers(variant: str, args: argparse.Namespace) -> dict[str, SamplerConfig]:
-    """How a variant writes: the parent from left to right, the others at several thresholds, low ones for speed."""
+    """Returns the samplers of a variant: autoregressive for the parent, several thresholds for the others."""
     choice = {"temperature": args.temperature, "top_p": args.top_p}
     if variant == "parent":
         ways = {"left to right": SamplerConfig("autoregressive", **choice)}
     else:
-        thresholds = THRESHOLDS[3:] if variant.endswith(KINDS[1:]) else THRESHOLDS  # all kinds write at one speed
+        thresholds = THRESHOLDS[3:] if variant.endswith(KINDS[1:]) else THRESHOLDS
         ways = {f"threshold {threshold}": SamplerConfig("threshold", threshold=threshold, **choice)
                 for threshold in thresholds}
-    colder = {f"{name}, temperature {temperature}": dataclasses.replace(config, temperature=temperature)
-              for name, config in ways.items() for temperature in args.colder}
-    return ways | colder
+    return ways | {f"{name}, temperature {temperature}": dataclasses.replace(config, temperature=temperature)
+              for name, config in ways.items() for temperature in args.temperatures}
 
 
-def written(lm: DiffusionLM, judge: DiffusionLM, ways: dict[str, SamplerConfig],
+def score_samples(lm: DiffusionLM, judge: DiffusionLM, ways: dict[str, SamplerConfig],
             args: argparse.Namespace) -> dict[str, dict]:
-    """Of each way of writing the perplexity under the judge, distinct-2, and forward passes a text."""
+    """Returns for each sampler the perplexity under the judge, distinct-2, and forward passes per text."""
     found = {}
     for name, config in ways.items():
-        texts = draw_tokens(lm, config, 8, args.num_samples, args)
+        texts = harness.sample_texts(lm, config, args.length, args.num_samples, 8, args.sample_seed)
         nats = autoregressive_nll(judge.model, texts["tokens"], np.ones(texts["tokens"].shape, bool)).nats_per_token
-        pairs = np.lib.stride_tricks.sliding_window_view(texts["tokens"][:, 1:], 2, axis=1).reshape(-1, 2)
-        found[name] = {"perplexity": float(np.exp(nats)), "distinct_2": len(np.unique(pairs, axis=0)) / len(pairs),
+        found[name] = {"perplexity": float(np.exp(nats)), "distinct_2": harness.distinct(texts["tokens"][:, 1:], 2),
                        "forwards": texts["forwards"]}
     return found
 
@@ -121,76 +96,68 @@ def workdir_of(args: argparse.Namespace, variant: str, seed: int) -> pathlib.Pat
 
 
 def measure(args: argparse.Namespace, variant: str, seed: int, judge: DiffusionLM) -> dict:
-    """A run, taken as far as it goes, and what came of it."""
+    """Trains a run unless it is done, and returns its measurements."""
     workdir = workdir_of(args, variant, seed)
     path = workdir / "measured.json"
     done = json.loads(path.read_text()) if path.exists() else {"bounds": [], "written": {}}
     if not done["bounds"]:
         if train(configure(args, variant, seed), workdir)["interrupted"]:
-            raise SystemExit("stopped; the same command goes on from there")
+            raise SystemExit("interrupted; the same command resumes it")
         done["bounds"] = [(record["step"], record["bound"]) for record in read_records(workdir, "validation")]
     missing = {name: way for name, way in samplers(variant, args).items() if name not in done["written"]}
     if missing:
-        done["written"] |= written(DiffusionLM.from_pretrained(workdir), judge, missing, args)
+        done["written"] |= score_samples(DiffusionLM.from_pretrained(workdir), judge, missing, args)
         write_json(path, done)
     return done
 
 
 def speeds(args: argparse.Namespace, variant: str) -> dict[str, dict[str, float]]:
-    """Tokens a second of each way of writing, by the number of rows."""
+    """Returns the tokens per second of each sampler, by the number of rows."""
     lm = DiffusionLM.from_pretrained(workdir_of(args, variant, seed=0))
-    return {name: {str(rows): draw_tokens(lm, config, rows, args.num_timed * rows, args)["tokens_per_second"]
+    return {name: {str(rows): harness.sample_texts(
+        lm, config, args.length, args.num_timed * rows, rows, args.sample_seed)["tokens_per_second"]
                    for rows in (1, 8)} for name, config in samplers(variant, args).items()}
 
 
 def plot(found: dict[str, list[dict]], speed: dict[str, dict], path: pathlib.Path) -> None:
-    """Held-out bound by size of block, and perplexity against tokens a second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Plots the held-out bound by block size, and perplexity against tokens per second."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, (left, *rest) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
-    final = {variant: np.array([run["bounds"][-1][1] for run in runs]) for variant, runs in found.items()}
-    for kind, colour in zip(KINDS, ("#1b6ca8", "#d1495b", "#edae49"), strict=True):
-        sizes = [size for size in SIZES if f"blocks of {size}{kind}" in final]
-        values = [final[f"blocks of {size}{kind}"] for size in sizes]
-        if sizes:
-            left.errorbar(sizes, [x.mean() for x in values], [x.std() for x in values], marker="o", color=colour,
-                          label=f"blocks{kind or ', at once'}", capsize=3)
-    for variant, style in (("parent", ":"), ("full diffusion", "--")):
-        if variant in final:
-            left.axhline(final[variant].mean(), color="black", linestyle=style, linewidth=1, label=variant)
-    left.set_xscale("log", base=2)
-    left.set_xticks(SIZES, map(str, SIZES))
-    left.set(xlabel="tokens a block", ylabel="held-out bound (nats per token)")
-    shown = [variant for variant in found if not variant.endswith(KINDS[1:])]  # all kinds write at one speed
-    for rows, axes in zip(("1", "8"), rest, strict=True):
-        for variant in shown:
-            runs = found[variant]
-            ways = {name: rates for name, rates in speed[variant].items() if "temperature" not in name}
-            axes.plot([ways[way][rows] for way in ways],
-                      [np.mean([run["written"][way]["perplexity"] for run in runs]) for way in ways], "o-",
-                      label=variant, color=COLOURS[VARIANTS.index(variant)], linewidth=1.5, markersize=4)
-        axes.set(xlabel=f"tokens a second, {rows} row{'s' * (rows != '1')} at a time", xscale="log", yscale="log",
-                 ylabel="perplexity of what is written, under the base")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:,.0f}")
-            axis.set_minor_locator(NullLocator())
-    for axes in (left, *rest):
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=8)
-    rest[0].legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    with harness.figure(path, 3, (14, 4.2)) as (left, *rest):
+        final = {variant: np.array([run["bounds"][-1][1] for run in runs]) for variant, runs in found.items()}
+        for kind, color in zip(KINDS, ("#1b6ca8", "#d1495b", "#edae49"), strict=True):
+            sizes = [size for size in SIZES if f"blocks of {size}{kind}" in final]
+            values = [final[f"blocks of {size}{kind}"] for size in sizes]
+            if sizes:
+                left.errorbar(sizes, [x.mean() for x in values], [x.std() for x in values], marker="o", color=color,
+                              label=f"blocks{kind or ', at once'}", capsize=3)
+        for variant, style in (("parent", ":"), ("full diffusion", "--")):
+            if variant in final:
+                left.axhline(final[variant].mean(), color="black", linestyle=style, linewidth=1, label=variant)
+        left.set_xscale("log", base=2)
+        left.set_xticks(SIZES, map(str, SIZES))
+        left.set(xlabel="tokens per block", ylabel="held-out bound (nats per token)")
+        shown = [variant for variant in found if not variant.endswith(KINDS[1:])]
+        for rows, axes in zip(("1", "8"), rest, strict=True):
+            for variant in shown:
+                runs = found[variant]
+                ways = {name: rates for name, rates in speed[variant].items() if "temperature" not in name}
+                axes.plot([ways[way][rows] for way in ways],
+                          [np.mean([run["written"][way]["perplexity"] for run in runs]) for way in ways], "o-",
+                          label=variant, color=COLORS[VARIANTS.index(variant)], linewidth=1.5, markersize=4)
+            axes.set(xlabel=f"tokens a second, {rows} row{'s' * (rows != '1')} at a time", xscale="log", yscale="log",
+                     ylabel="perplexity of samples under the base")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:,.0f}")
+                axis.set_minor_locator(NullLocator())
+        left.legend(frameon=False, fontsize=8)
+        rest[0].legend(frameon=False, fontsize=8)
 
 
 def table(found: dict[str, list[dict]], speed: dict[str, dict]) -> str:
-    lines = ["| variant | bound | written | perplexity | distinct-2 | forwards | tokens/s, 1 row | tokens/s, 8 rows |",
-             "| --- " * 8 + "|"]
+    lines = [harness.table_head("variant", "bound", "sampler", "perplexity", "distinct-2", "forward passes",
+                                "tokens/s, 1 row", "tokens/s, 8 rows")]
     for variant, runs in found.items():
         bounds = np.array([run["bounds"][-1][1] for run in runs])
         for way in runs[0]["written"]:
@@ -202,7 +169,9 @@ def table(found: dict[str, list[dict]], speed: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, seeds=3, tokens=300000, batch_size=8, length=128, validation_rows=64,
+                            num_samples=32, num_timed=4, sample_seed=0, learning_rate=0.0015, temperature=1.0,
+                            top_p=0.95)
     parser.add_argument("--base", required=True, help="the AR base model: a directory or hub id")
     parser.add_argument("--data", nargs="+", required=True, help="paths or globs of text")
     parser.add_argument("--validation", nargs="+", required=True, help="paths or globs of held-out text")
@@ -210,20 +179,17 @@ def main() -> None:
     parser.add_argument("--name", help="of the figure and the results (default: the base's)")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/block_quality"))
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    for name, default in (("seeds", 3), ("tokens", 300_000), ("batch_size", 8), ("length", 128),
-                          ("validation_rows", 64), ("num_samples", 32), ("num_timed", 4), ("sample_seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("learning_rate", 1.5e-3), ("temperature", 1.0), ("top_p", 0.95)):
-        parser.add_argument(f"--{name}", type=float, default=default)
-    parser.add_argument("--colder", nargs="*", type=float, default=[], help="further temperatures, lower ones")
+    parser.add_argument("--temperatures", nargs="*", type=float, default=[], help="further temperatures")
     args = parser.parse_args()
     args.name = args.name or pathlib.Path(args.base).name
     about = {"settings": {key: value for key, value in vars(args).items() if isinstance(value, int | float)},
              "files": [pathlib.Path(path).name for path in (args.base, *args.data, *args.validation)]}
-    results = RESULTS / f"block_quality-{args.name}.json"
-    known = json.loads(results.read_text()) if results.exists() else about | {"runs": {}, "tokens_per_second": {}}
+    name = f"block_quality-{args.name}"
+    known = harness.read_json(name, about | {"runs": {}, "tokens_per_second": {}})
+    for key in ("runs", "tokens_per_second"):
+        known[key] = {variant.replace(OLD_KIND, KINDS[2]): value for variant, value in known[key].items()}
     if any(known[key] != about[key] for key in about):
-        parser.error(f"{results} is of other settings or files; give these runs another --name")
+        parser.error(f"results/{name}.json has other settings or files; give these runs another --name")
 
     judge = DiffusionLM.from_pretrained(args.base)
     found: dict[str, list[dict]] = {variant: [] for variant in args.variants}
@@ -233,10 +199,8 @@ def main() -> None:
             print(f"{variant}, seed {seed}: {found[variant][-1]['bounds'][-1][1]:.3f} nats per token", flush=True)
     speed = {variant: speeds(args, variant) for variant in args.variants}
     found, speed = known["runs"] | found, known["tokens_per_second"] | speed
-    write_json(results, about | {
-        "runs": found, "tokens_per_second": speed, "device": str(jax.devices()[0]),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}})
-    plot(found, speed, FIGURES / f"block_quality-{args.name}.png")
+    harness.write_results(name, about | {"runs": found, "tokens_per_second": speed}, "jax", "flax", "optax")
+    plot(found, speed, harness.FIGURES / f"{name}.png")
     print(table(found, speed))
 
 

@@ -8,20 +8,18 @@ the tokens per second that the loader gives on one core, shuffled, at several ro
 benchmarks/results/data.json.
 """
 
-import argparse
-import importlib.metadata
 import json
 import os
-import pathlib
 import platform
 import resource
 import shutil
 import tempfile
 import time
 
+import harness
+
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for the plain loop; workers use one each anyway
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "data.json"
 TARGET = 20 * 500_000  # twenty times the estimated consumption of GPT-2 small on an H200, tokens per second
 LOADERS = ((512, "concat", False), (1024, "concat", False), (2048, "concat", False), (512, "document_mask", False),
            (512, "concat", True))  # length, packing, mixture
@@ -91,11 +89,9 @@ def measure_loader(length: int, packing: str, mixture: bool, folder: str, second
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, repeat=40, seconds=5.0)
     parser.add_argument("--tokenizer", required=True, help="a directory with a fast tokenizer")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files")
-    parser.add_argument("--repeat", type=int, default=40, help="copies of the files, to outweigh the start-up")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each loader measurement")
     args = parser.parse_args()
 
     from transformers import AutoTokenizer
@@ -119,19 +115,17 @@ def main() -> None:
             print(f"dlm prepare, {run['workers']} workers: {run['ratio'] * baseline / 1e6:.3f} million tokens per CPU "
                   f"second, {run['ratio']:.2f} of the loop; {run['tokens'] / run['seconds'] / 1e6:.3f} per second")
         loaders = [measure_loader(*loader, folder, args.seconds) for loader in LOADERS]
-    print("\n| row | packing | sources | million tokens per second, one core | of the target |\n"
-          "| --- | --- | --- | --- | --- |")
-    for row in loaders:
-        speed = row["tokens_per_cpu_second"]
-        print(f"| {row['length']} | {row['packing']} | {2 if row['mixture'] else 1} | {speed / 1e6:.1f} | "
-              f"{speed / TARGET:.1f} x |")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({
+    print("\n" + harness.table_head("row", "packing", "sources", "million tokens per second, one core",
+                                    "of the target"))
+    for loader in loaders:
+        speed = loader["tokens_per_cpu_second"]
+        print(harness.row(loader["length"], loader["packing"], 2 if loader["mixture"] else 1, f"{speed / 1e6:.1f}",
+                          f"{speed / TARGET:.1f} x"))
+    harness.write_results("data", {
         "plain_loop_tokens_per_cpu_second": baseline, "prepare": runs, "loader": loaders,
-        "target_tokens_per_second": TARGET, "cores": os.cpu_count(), "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "grain",
-                                                                         "array_record", "numpy")}}, indent=1) + "\n")
+        "target_tokens_per_second": TARGET, "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine()},
+        "tokenizers", "transformers", "grain", "array_record", "numpy")
 
 
 if __name__ == "__main__":

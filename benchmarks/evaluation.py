@@ -1,11 +1,11 @@
-"""Multiple choice, ours and a PyTorch loop that scores as the DiffuLLaMA release does; and what a score's error costs.
+"""Multiple choice: speed compared with a PyTorch loop like the DiffuLLaMA reference, and the error of a score.
 
     python benchmarks/evaluation.py speed                                       GPT-2 small with random weights: a CPU
     python benchmarks/evaluation.py speed --model=assets/stories-gpt2 --items=16         a model in HF layout
     python benchmarks/evaluation.py error --model=WORKDIR --data=hellaswag.jsonl            needs an adapted model
 
 `speed`: the same weights, items and noise on both sides, 32 forward passes an option. PyTorch takes them one by one
-and computes full logits, as the release does; ours takes them in batches and computes logits where a token is masked.
+and computes full logits, as the reference does; ours takes them in batches and computes logits where a token is masked.
 Both give the same scores, which is checked. The sides take turns; the first run of each does not count.
 
 `error`: scores of real items under different noise. What decides an item is the difference between two options, so its
@@ -15,26 +15,23 @@ Writes benchmarks/results/evaluation-{speed-MODEL,error}.json.
 """
 
 import argparse
-import importlib.metadata
-import json
 import pathlib
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
+import harness
 import numpy as np
+from harness import MASK_TOKEN_ID
 
 from dlm_jax.evaluation.eval_model import Pair
 from dlm_jax.evaluation.scoring import Draw, bound_draw, release_draw
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-NUM_PASSES, MASK_TOKEN_ID = 32, 811
+NUM_PASSES = 32
 
 
 def noise_of(pair: Pair, seed: int) -> np.ndarray:
-    """Drawn afresh for every option, as in the release."""
+    """Returns noise, sampled anew for every option, as in the reference."""
     return np.random.default_rng([seed, pair.item, pair.option]).random((NUM_PASSES, len(pair.continuation)))
 
 
@@ -89,15 +86,13 @@ def speed(args: argparse.Namespace) -> dict:
     score = diffusion_score(ours, lambda pair: release_draw(noise_of(pair, 0)), mask_token_id=MASK_TOKEN_ID,
                             batch_size=args.batch_size)
     sides: dict[str, Callable[[], np.ndarray]] = {"ours": lambda: score(pairs), "pytorch": pytorch}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(args.repeats + 1):
-        found = {}
-        for name, run in sides.items():
-            began = time.perf_counter()
-            found[name] = run()
-            if repeat:
-                seconds[name].append(time.perf_counter() - began)
-        np.testing.assert_allclose(found["ours"], found["pytorch"], rtol=2e-4)
+    found: dict[str, np.ndarray] = {}
+
+    def run(name: str) -> None:
+        found[name] = sides[name]()
+
+    seconds = harness.time_in_turns({name: lambda _, name=name: run(name) for name in sides}, args.repeats)
+    np.testing.assert_allclose(found["ours"], found["pytorch"], rtol=2e-4)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     passes = sum(len(release_draw(noise_of(pair, 0)).masked) for pair in pairs)
     result = {"seconds": seconds, "items_per_second": {name: args.items / value for name, value in median.items()},
@@ -156,12 +151,10 @@ def error(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, batch_size=32, threads=2)
     parser.add_argument("part", choices=("speed", "error"))
     parser.add_argument("--items", type=int, help="default 3 for speed, 16 for error")
     parser.add_argument("--repeats", type=int, help="default 2 for speed, 10 for error")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2, help="PyTorch's, on a CPU")
     parser.add_argument("--model", help="for error: a diffusion model; for speed: in HF layout (default: GPT-2 small)")
     parser.add_argument("--data", help="for error: the task's file")
     parser.add_argument("--task", default="hellaswag")
@@ -171,17 +164,10 @@ def main() -> None:
     args.items = args.items or {"speed": 3, "error": 16}[args.part]
     args.repeats = args.repeats or {"speed": 2, "error": 10}[args.part]
 
-    import jax
-
     result = (speed if args.part == "speed" else error)(args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("model", "data")}
-    RESULTS.mkdir(exist_ok=True)
     name = f"{args.part}-{pathlib.Path(args.model or 'gpt2-small').name}" if args.part == "speed" else args.part
-    (RESULTS / f"evaluation-{name}.json").write_text(json.dumps({
-        "settings": settings, "results": result, "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
-    }, indent=1) + "\n")
+    content = {"settings": harness.settings(args, "model", "data"), "results": result}
+    harness.write_results(f"evaluation-{name}", content, "jax", "flax", "torch", "transformers")
 
 
 if __name__ == "__main__":

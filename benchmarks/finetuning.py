@@ -1,34 +1,34 @@
-"""What fine-tuning on GSM8K's steps teaches a small model, by diffusion and from left to right, at one budget.
+"""How well a small model learns GSM8K's steps by diffusion and autoregressively, at one budget.
 
     dlm train --config=quickstart --workdir=build/adapted
     python benchmarks/finetuning.py --adapted=build/adapted --data TRAIN.txt --validation VALID.txt \\
         --test TEST.txt
 
 fine-tunes, on lines `question||<<a*b=c>> #### answer`, the shipped small model adapted to diffusion, the same model by
-diffusion without having been adapted, and from left to right; and asks each of them the questions of the test.
+diffusion without having been adapted, and autoregressively; and asks each of them the questions of the test.
 It writes docs/figures/finetuning.png and benchmarks/results/finetuning.json, and prints the table. Runs that are done
 are not repeated; one that was cut short resumes.
 """
 
 import argparse
-import importlib.metadata
 import json
 import pathlib
+
+import harness
 
 from dlm_jax.cli.config import build_config, load_recipe
 from dlm_jax.cli.main import main as command_line
 from dlm_jax.cli.train import make_hooks
-from dlm_jax.storage import write_json
 from dlm_jax.training import TrainConfig, read_records, train
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "finetuning.json"
-FIGURE = pathlib.Path(__file__).parents[1] / "docs" / "figures" / "finetuning.png"
 VARIANTS = {"adapted, by diffusion": "#1b6ca8", "parent, by diffusion": "#edae49", "parent, left to right": "#d1495b"}
 
 
 def configure(args: argparse.Namespace, variant: str) -> TrainConfig:
-    """One run; only what the variant names differs between variants. What fills a row behind the answer is learnt from
-    left to right too, so that losses are of the same tokens."""
+    """Returns the config of a run; variants differ only in what they are named after.
+
+    Padding is trained on, autoregressively too, so that all losses are of the same tokens.
+    """
     recipe = load_recipe("sft_addition")
     recipe.num_steps = args.num_steps
     if variant.startswith("adapted"):
@@ -44,8 +44,8 @@ def configure(args: argparse.Namespace, variant: str) -> TrainConfig:
     return build_config(TrainConfig, recipe)
 
 
-def asked(args: argparse.Namespace, workdir: pathlib.Path) -> dict:
-    """What the finished run makes of the test's questions."""
+def answers(args: argparse.Namespace, workdir: pathlib.Path) -> dict:
+    """Returns the scores of the finished run on the test's questions."""
     out = workdir / "answers.json"
     command = ["evaluate", f"--model={workdir}", "--examples", *args.test, f"--limit={args.limit}", "--batch_size=32",
                f"--json={out}"]
@@ -56,30 +56,20 @@ def asked(args: argparse.Namespace, workdir: pathlib.Path) -> dict:
             "shown": found["records"][:3]}
 
 
-def draw(curves: dict[str, dict[str, list[dict]]], path: pathlib.Path) -> None:
-    """Loss and share of answers in form against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    for variant, curve in curves.items():
-        for axes, kind, name in ((left, "validation", "bound"), (right, "generation", "in_form")):
-            axes.plot([record["step"] for record in curve[kind]], [record[name] for record in curve[kind]], "o-",
-                      color=VARIANTS[variant], label=variant, linewidth=2, markersize=4)
-    left.set(xlabel="steps", ylabel="held-out answers, nats per token", yscale="log")
-    right.set(xlabel="steps", ylabel="share of held-out answers in form", ylim=(-0.03, 1.03))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+def plot(curves: dict[str, dict[str, list[dict]]], path: pathlib.Path) -> None:
+    """Plots the loss, and the share of answers in the right format, against steps."""
+    with harness.figure(path, 2, (9, 3.6)) as (left, right):
+        for variant, curve in curves.items():
+            for axes, kind, name in ((left, "validation", "bound"), (right, "generation", "in_form")):
+                axes.plot([record["step"] for record in curve[kind]], [record[name] for record in curve[kind]], "o-",
+                          color=VARIANTS[variant], label=variant, linewidth=2, markersize=4)
+        left.set(xlabel="steps", ylabel="held-out answers, nats per token", yscale="log")
+        right.set(xlabel="steps", ylabel="share of held-out answers in the right format", ylim=(-0.03, 1.03))
+        left.legend(frameon=False)
 
 
 def table(found: dict[str, dict]) -> str:
-    lines = ["| model | nats per token | in form | right number | same text |", "| --- | --- | --- | --- | --- |"]
+    lines = [harness.table_head("model", "nats per token", "right format", "right number", "same text")]
     for variant, row in found.items():
         cells = [f"{row[name]['mean']:.3f} ± {row[name]['standard_error']:.3f}"
                  for name in ("in_form", "marked_number", "exact_match")]
@@ -88,16 +78,11 @@ def table(found: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, num_steps=3000, batch_size=24, length=128, learning_rate=0.0015, limit=200)
     parser.add_argument("--adapted", required=True, help="the small model adapted to diffusion: a workdir")
     for name in ("data", "validation", "test"):
         parser.add_argument(f"--{name}", nargs="+", required=True, help="files of lines")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/finetuning"))
-    parser.add_argument("--num_steps", type=int, default=3000)
-    parser.add_argument("--batch_size", type=int, default=24)
-    parser.add_argument("--length", type=int, default=128, help="longer examples are left out")
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--limit", type=int, default=200, help="questions of the test")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     args = parser.parse_args()
 
@@ -105,15 +90,14 @@ def main() -> None:
     for variant in args.variants:
         workdir = args.work / variant.replace(", ", "-").replace(" ", "_")
         if train(config := configure(args, variant), workdir, make_hooks(config))["interrupted"]:
-            raise SystemExit("stopped; the same command goes on from there")
+            raise SystemExit("interrupted; the same command resumes it")
         curves[variant] = {kind: read_records(workdir, kind) for kind in ("validation", "generation")}
-        found[variant] = asked(args, workdir)
-    write_json(RESULTS, {
+        found[variant] = answers(args, workdir)
+    harness.write_results("finetuning", {
         "settings": {key: value for key, value in vars(args).items() if isinstance(value, int | float)},
         "files": [pathlib.Path(path).name for path in (*args.data, *args.validation, *args.test)],
-        "test": found, "curves": curves,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}})
-    draw(curves, FIGURE)
+        "test": found, "curves": curves}, "jax", "flax", "optax")
+    plot(curves, harness.FIGURES / "finetuning.png")
     print(table(found))
 
 

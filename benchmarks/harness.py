@@ -9,12 +9,28 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from dlm_jax import DiffusionLM
+    from dlm_jax.sampling import SamplerConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
+HF_CONFIGS = {  # models that benchmarks build with random weights
+    "gpt2-small": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
+                   "vocab_size": 50257},
+    "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024,
+                    "vocab_size": 50257},
+    "llama2-7b": {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 32, "intermediate_size": 11008, "max_position_embeddings": 4096,
+                  "rms_norm_eps": 1e-5, "vocab_size": 32000, "tie_word_embeddings": False},
+}
+MASK_TOKEN_ID = 811
 
 
 def parser(doc: str, **numbers: float) -> argparse.ArgumentParser:
@@ -50,6 +66,41 @@ def time_in_turns(runs: Mapping[str, Callable[[int], object]], repeats: int, war
 def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
     """Returns the median ratio of neighboring calls."""
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+
+
+def sample_texts(lm: "DiffusionLM", config: "SamplerConfig", length: int, num_samples: int, batch_size: int,
+                 seed: int) -> dict[str, object]:
+    """Samples unconditionally.
+
+    Returns:
+      `tokens` int [num_samples, length], `seconds` and `tokens_per_second` without compilation, and `forwards`, the
+      mean number of forward passes per row.
+    """
+    from dlm_jax.random import example_keys
+    from dlm_jax.sampling import SamplingSpec, sample
+
+    first = lm.pretrained.bos_token_id or lm.pretrained.eos_token_id or 0
+    tokens = np.full((batch_size, length), first, np.int32)
+    fixed, lengths = np.broadcast_to(np.arange(length) == 0, tokens.shape), np.full(batch_size, length)
+    spec = SamplingSpec(config, lm.pretrained.diffusion)
+
+    def run(start: int):
+        keys = example_keys(seed, np.arange(start, start + batch_size, dtype=np.uint32))
+        return jax.block_until_ready(sample(lm.model, tokens, fixed, lengths, keys, spec))
+
+    run(0)
+    started = time.perf_counter()
+    batches = [run(start) for start in range(0, num_samples, batch_size)]
+    seconds = time.perf_counter() - started
+    return {"tokens": np.concatenate([batch.tokens for batch in batches])[:num_samples], "seconds": seconds,
+            "forwards": float(np.mean([batch.steps for batch in batches])),
+            "tokens_per_second": len(batches) * batch_size * (length - 1) / seconds}
+
+
+def distinct(tokens: np.ndarray, n: int) -> float:
+    """Returns the number of different n-grams divided by the number of n-grams of all rows [rows, length]."""
+    grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
+    return len(np.unique(grams, axis=0)) / len(grams)
 
 
 def device_name() -> str:

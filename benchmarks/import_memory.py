@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,13 +28,12 @@ from dlm_jax.checkpoints import config_from_hf, hf_names, load_pretrained
 from dlm_jax.checkpoints.hf_tensors import write_tensors
 from dlm_jax.models import abstract_model
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "import_memory.json"
 LIMIT = 1.25
 NUM_LAYERS = {"float32": 3, "bfloat16": 8, "float16": 8}  # 1 GB each
 
 
 def write_checkpoint(directory: pathlib.Path, dtype: str) -> None:
-    """A LLaMA of random weights, untied, in shards of 200 MB."""
+    """Writes an untied LLaMA with random weights in shards of 200 MB."""
     hf = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": NUM_LAYERS[dtype],
           "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 5632,
           "max_position_embeddings": 2048, "torch_dtype": dtype}
@@ -48,7 +48,7 @@ def write_checkpoint(directory: pathlib.Path, dtype: str) -> None:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
+    """Returns the memory of this process that is not backed by a file."""
     status = pathlib.Path("/proc/self/status").read_text()
     return sum(int(line.split()[1]) * 1024 for line in status.splitlines()
                if line.startswith(("RssAnon:", "RssShmem:")))
@@ -77,15 +77,15 @@ def measure(directory: str) -> dict[str, float]:
 
 def main() -> None:
     """Makes the checkpoints, measures each in a fresh process, reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return
     results = {}
-    print("| source | checkpoint, GB | parameters, GiB | peak, GiB | peak / parameters | seconds |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(harness.table_head("source", "checkpoint, GB", "parameters, GiB", "peak, GiB", "peak / parameters",
+                             "seconds"))
     for dtype in NUM_LAYERS:
         with tempfile.TemporaryDirectory() as directory:
             write_checkpoint(pathlib.Path(directory), dtype)
@@ -95,10 +95,9 @@ def main() -> None:
         results[dtype] = {"checkpoint_bytes": stored} | result
         print(f"| {dtype} | {stored / 1e9:.2f} | {result['parameter_bytes'] / 2**30:.2f} | "
               f"{result['peak_bytes'] / 2**30:.2f} | {result['ratio']:.3f} | {result['seconds']:.1f} |", flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
     machine = f"{platform.system()} {platform.machine()}"
-    report = {"limit": LIMIT, "platform": machine, "jax": jax.__version__, "to_float32_from": results}
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write_json("import_memory", {"limit": LIMIT, "platform": machine, "jax": jax.__version__,
+                                         "to_float32_from": results})
     if worst := [dtype for dtype, result in results.items() if result["ratio"] > LIMIT]:
         sys.exit(f"importing from {', '.join(worst)} takes more than {LIMIT} times the parameters' memory")
 

@@ -1,21 +1,18 @@
-"""What the fused loss saves: memory of loss and gradients, and of the whole training step, against full logits.
+"""How much memory the fused loss saves against full logits: in loss and gradients, and in the training step.
 
     python benchmarks/loss_memory.py                                                       compiled for this CPU
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/loss_memory.py --topology=v5e:2x2     for one TPU chip
 
 GPT-2 small, 8 x 1024, in float32 and in bfloat16. "Full logits" is the plain function: logits [batch, length, vocab] of
-all positions and their log_softmax. "Loss" is the loss with its gradients by hidden states and head, "step" a whole
+all positions and their log_softmax. "Loss" is the loss with its gradients by hidden states and head, "step" a
 training step with AdamW. Nothing runs: prints XLA's memory analysis of the compiled programs, temporary memory and
 (for a TPU, where it decides whether a program fits) the peak, and adds it to benchmarks/results/loss_memory.json.
 A TPU is compiled for without one; that needs `pip install jax[tpu]`.
 """
 
-import argparse
-import importlib.metadata
-import json
-import pathlib
 from unittest import mock
 
+import harness
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,24 +23,21 @@ from dlm_jax.checkpoints import config_from_hf
 from dlm_jax.diffusion import Batch, HeadPlan, LossSums, NoisyBatch, ObjectiveConfig, loss_sums
 from dlm_jax.models import Compute, ModelConfig, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, array_sharding, make_mesh
+from dlm_jax.parallel.chips import GIB
 from dlm_jax.training import step as step_module
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import state_layout
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "loss_memory.json"
-GPT2_SMALL = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
-              "vocab_size": 50257}
 ROWS, LENGTH = 8, 1024
-GIB = 1 << 30
 
 
 def full_loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: NoisyBatch, *,
                    weights: jax.Array | None = None, shift: bool = True) -> LossSums:
-    """`loss_sums` from the logits of all positions."""
+    """Computes `loss_sums` from the logits of all positions."""
     logits = jnp.einsum("ble,ve->blv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
     weights, skip = batch.weights if weights is None else weights, int(shift)
-    logits, targets, loss_mask, weights = (logits[:, :LENGTH - skip], batch.targets[:, skip:], batch.loss_mask[:, skip:],
-                                        weights[:, skip:])
+    logits, weights = logits[:, :LENGTH - skip], weights[:, skip:]
+    targets, loss_mask = batch.targets[:, skip:], batch.loss_mask[:, skip:]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0] * loss_mask
     correct = (jnp.argmax(logits, axis=-1) == targets) & loss_mask
     loss = jnp.sum(weights * nll)
@@ -77,13 +71,13 @@ def lower_step(config: ModelConfig, mesh: Mesh, dtype: str, loss: object, attent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--topology", default="", help="a TPU slice, such as v5e:2x2; its first chip is used")
     args = parser.parse_args()
     tpu = args.topology
     devices = topologies.get_topology_desc(platform="tpu", topology_name=tpu).devices if tpu else jax.devices("cpu")
     mesh = make_mesh(MeshConfig(), devices[:1])
-    config = config_from_hf(GPT2_SMALL)
+    config = config_from_hf(harness.HF_CONFIGS["gpt2-small"])
     results = []
     print(f"GPT-2 small, {ROWS} x {LENGTH}, {devices[0].device_kind}; GiB\n\n"
           "| program | type | loss | temp | peak | arguments |\n| --- | --- | --- | --- | --- | --- |")
@@ -104,11 +98,10 @@ def main() -> None:
                 peak = f"{row['peak_gib']:.2f}" if tpu else ""
                 print(f"| {program} | {dtype} | {name} | {row['temp_gib']:.2f} | {peak} | {row['argument_gib']:.2f} |",
                       flush=True)
-    known = [entry for entry in (json.loads(RESULTS.read_text()) if RESULTS.exists() else [])
-             if entry["device"] != devices[0].device_kind]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")[:2 if tpu else 1]}
-    RESULTS.write_text(json.dumps([*known, {"device": devices[0].device_kind, "rows": ROWS, "length": LENGTH,
-                                            "results": results, "versions": versions}], indent=1) + "\n")
+    known = [entry for entry in harness.read_json("loss_memory", []) if entry["device"] != devices[0].device_kind]
+    versions = harness.versions("jax", "libtpu") if tpu else harness.versions("jax")
+    harness.write_json("loss_memory", [*known, {"device": devices[0].device_kind, "rows": ROWS, "length": LENGTH,
+                                                "results": results, "versions": versions}])
 
 
 if __name__ == "__main__":

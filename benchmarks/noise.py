@@ -1,10 +1,10 @@
-"""What the noise costs: the variance of the training loss, of its gradient and of the bound under different draws.
+"""What the noise costs: the variance of the training loss, its gradient and the bound under different samples of it.
 
     python benchmarks/noise.py --model=WORKDIR --data=heldout.jsonl        an adapted model; minutes on two cores
 
-Everything but the draws is fixed: the model, the rows, the number of forward passes, the weights 1 / t of the bound.
+Everything but the noise is fixed: the model, the rows, the number of forward passes, the weights 1 / t of the bound.
 
-`loss`: one global batch, noised again and again. `the release` draws as its training script does: every device begins
+`loss`: one global batch, noised many times. `the reference` samples as its training script does: every device starts
 with the same seed, so the rows of 8 devices share 1/8 as many times and noises. `its own loss` divides by the number of
 masked tokens, whose mean is another, so that only errors relative to the mean compare. The gradient's error is the
 root of the summed variances of its entries, in units of the length of the mean gradient.
@@ -12,14 +12,10 @@ root of the summed variances of its entries, in units of the length of the mean 
 `bound`: rows of held-out text, each with its own estimate from so many passes. Writes benchmarks/results/noise.json.
 """
 
-import argparse
-import importlib.metadata
-import json
-import pathlib
-import platform
 import tempfile
 from collections.abc import Callable
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,15 +28,13 @@ from dlm_jax.data.config import DataConfig
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.diffusion import HeadPlan, corrupt, loss_sums, sample_times
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.scoring import Draw, bound_draw, sample_time_masks
-from dlm_jax.evaluation.scoring import diffusion_score
+from dlm_jax.evaluation.scoring import Draw, bound_draw, diffusion_score, sample_time_masks
 
-RESULT = pathlib.Path(__file__).parent / "results" / "noise.json"
 DEVICES, LOW = 8, 1e-3
 
 
 def released(key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """(times, keys) of a batch over devices that all begin with one seed."""
+    """Returns (times, keys) of a batch over devices that all start with one seed."""
     times, keys = independent(key, rows // DEVICES)
     return jnp.tile(times, DEVICES), jnp.tile(keys, DEVICES)
 
@@ -51,13 +45,13 @@ def independent(key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
 
 
 def stratified(key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Ours."""
+    """dlm_jax's."""
     first, second = jax.random.split(key)
     seed = jax.random.randint(first, (), 0, 2**31 - 1)
     return sample_times(seed, 0, jnp.arange(rows), rows, low=LOW), jax.random.split(second, rows)
 
 
-DRAWS = {"the release": (released, "noisable_mask"), "the release, its own loss": (released, "masked"),
+DRAWS = {"the reference": (released, "noisable_mask"), "the reference, its own loss": (released, "masked"),
          "independent times": (independent, "noisable_mask"), "stratified times (ours)": (stratified, "noisable_mask")}
 
 
@@ -110,7 +104,7 @@ def from_counts(length: int, fractions: np.ndarray, rng: np.random.Generator) ->
 RULES: dict[str, Callable[[int, int, int, int], Draw]] = {
     "independent times": lambda length, passes, seed, row: from_times(
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),
-    "the release's evaluation, a grid of times": lambda length, passes, seed, row: from_times(
+    "the reference's evaluation, a grid of times": lambda length, passes, seed, row: from_times(
         length, (np.arange(passes) + 1) / passes, np.random.default_rng([seed, row])),
     "stratified times (tasks, --mc_estimator=time)": lambda length, passes, seed, row: sample_time_masks(
         length, passes, seed, row),
@@ -142,14 +136,9 @@ def of_bound(lm: DiffusionLM, tokens: np.ndarray, num_draws: int, passes: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, length=128, batch_size=32, rows=32, passes=16, draws=100)
     parser.add_argument("--model", required=True, help="a diffusion model")
     parser.add_argument("--data", required=True, help="text")
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=32, help="rows of the loss")
-    parser.add_argument("--rows", type=int, default=32, help="rows of the bound")
-    parser.add_argument("--passes", type=int, default=16, help="forward passes a row of the bound")
-    parser.add_argument("--draws", type=int, default=100)
     args = parser.parse_args()
     if args.batch_size % DEVICES:
         parser.error(f"--batch_size must be a multiple of {DEVICES}")
@@ -170,12 +159,8 @@ def main() -> None:
     for name, row in bound.items():
         print(f"| {name} | {row['mean']:.4f} ± {row['error_of_mean']:.4f} | {row['error']:.4f} | "
               f"{row['passes_for_equal_error']:.1f} |")
-    settings = {name: value for name, value in vars(args).items() if name not in ("model", "data")}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({
-        "settings": settings, "loss": loss, "bound": bound, "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}}, indent=1) + "\n")
+    harness.write_results("noise", {"settings": harness.settings(args, "model", "data"), "loss": loss, "bound": bound},
+                          "jax", "flax", "numpy")
 
 
 if __name__ == "__main__":

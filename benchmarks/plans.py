@@ -1,22 +1,22 @@
 """The tables of docs/plans.md: recipes of the paper on slices and GPUs, by `dlm plan`; no TPU is needed.
 
     python benchmarks/plans.py              plans what is not yet in benchmarks/results/plans.json, minutes each
-    python benchmarks/plans.py --one        the next of it; exit status 1 where nothing is left
+    python benchmarks/plans.py --one        the next of them; exit status 1 if nothing remains
     python benchmarks/plans.py --table      prints the tables from the results there are
 """
 
-import argparse
 import json
 import pathlib
 import sys
 import tempfile
 
+import harness
+
 from dlm_jax.cli.main import main as dlm
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "plans.json"
 ACCUMULATE = "--config.optimizer.accumulate_steps"
 
-# Recipe, devices, settings: what fits, then what does not as it is.
+# Recipe, devices, settings: first those that fit, then those that do not without changes.
 TPU = [
     ("diffugpt_s", "v5e:2x2", ()), ("diffugpt_s", "v5e:4x4", ()), ("diffugpt_s", "v4:2x2x1", ()),
     ("diffugpt_s", "v5p:2x2x1", ()), ("diffugpt_s", "v6e:2x2", ()), ("diffugpt_s", "v6e:2x4", ()),
@@ -43,7 +43,7 @@ def key(recipe: str, devices: str, settings: tuple[str, ...]) -> str:
 
 
 def plan(command: str) -> dict:
-    """The JSON of a command."""
+    """Returns the JSON of a command."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         code = dlm([*command.split()[1:], f"--json={file.name}"])
         if code not in (0, 3):
@@ -52,26 +52,27 @@ def plan(command: str) -> dict:
 
 
 def known() -> dict[str, dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return harness.read_json("plans", {})
 
 
 def row(result: dict) -> str:
-    """One line of a table."""
+    """Returns a row of a table."""
     entry = result["plans"][0]
     plan, memory, time = entry["plan"], entry["plan"]["memory"], entry["plan"]["time"]
+    estimate = sum((plan.get("memory_estimate") or plan["parts"]).values())  # parts, advice, utilisation: older results
     batch = f"{plan['batch_size']} x {plan['length']}"
     cells = [f"`{plan['target']}`", batch + (f" in {plan['micro_batches']}" if plan["micro_batches"] > 1 else ""),
              f"{memory['needed']:.2f} of {memory['limit']:g}" if plan["is_compiled"] else f"of {memory['limit']:g}",
-             f"{sum((plan.get('memory_estimate') or plan['parts']).values()):.2f}", "yes" if memory["fits"] else "**no**"]
+             f"{estimate:.2f}", "yes" if memory["fits"] else "**no**"]
     if time is None:
-        return "| " + " | ".join([*cells, "", "", "", "", "", _remedy(entry)]) + " |"
+        return harness.row(*cells, "", "", "", "", "", _trials(entry))
     sent = "" if plan["sent"] is None else f"{sum(kind['bytes'] for kind in plan['sent'].values()) / 1e9:.1f}"
-    cells += [sent, f"{time['floor']:.3g}", f"{time['seconds']:.3g}", f"{time.get('utilization', time.get('utilisation')):.0%}",
-              f"{time['days']:.1f} / {time['chip_hours']:,.0f}", _remedy(entry)]
-    return "| " + " | ".join(cells) + " |"
+    utilization = time.get("utilization", time.get("utilisation"))
+    return harness.row(*cells, sent, f"{time['floor']:.3g}", f"{time['seconds']:.3g}", f"{utilization:.0%}",
+                       f"{time['days']:.1f} / {time['chip_hours']:,.0f}", _trials(entry))
 
 
-def _remedy(entry: dict) -> str:
+def _trials(entry: dict) -> str:
     if largest := entry.get("largest_batch"):
         return f"largest batch {largest['batch_size']}"
     trials = entry.get("suggestions", entry.get("advice", []))
@@ -90,20 +91,20 @@ def _seconds(seconds: float) -> str:
 
 
 def tables() -> str:
-    heads = ["devices", "batch", "GiB a chip", "added up", "fits", "sent, GB", "at least, s", "about, s", "utilisation",
-             "days / chip-hours", "what else was tried"]
+    heads = ["devices", "batch", "GiB per chip", "estimate", "fits", "sent, GB", "at least, s", "about, s",
+             "utilization", "days / chip-hours", "other settings tried"]
     lines, results = [], known()
-    for name, cases in (("TPU slices, compiled", TPU), ("GPUs, by description", GPU)):
+    for name, cases in (("TPU slices, compiled", TPU), ("GPUs, estimated", GPU)):
         for recipe in dict.fromkeys(case[0] for case in cases):
             done = [results[key(*case)] for case in cases if case[0] == recipe and key(*case) in results]
             if done:
-                lines += ["", f"**{recipe}, {name}**", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|",
+                lines += ["", f"**{recipe}, {name}**", "", harness.table_head(*heads),
                           *map(row, done)]
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--one", action="store_true")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -114,7 +115,7 @@ def main() -> int:
     for command in waiting[:1] if arguments.one else waiting:
         print(command, flush=True)
         result = plan(command)
-        RESULTS.write_text(json.dumps(known() | {command: result}, indent=1) + "\n")
+        harness.write_json("plans", known() | {command: result})
     return 0 if waiting else 1
 
 

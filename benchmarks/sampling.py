@@ -11,24 +11,12 @@ benchmarks/results/sampling-MODEL-DEVICE.json.
 """
 
 import argparse
-import importlib.metadata
-import json
-import pathlib
-import platform
 import statistics
-import time
 from collections.abc import Callable
 
+import harness
 import numpy as np
-
-RESULTS = pathlib.Path(__file__).parent / "results"
-HF_CONFIGS = {
-    "gpt2-small": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
-                   "vocab_size": 50257},
-    "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024,
-                    "vocab_size": 50257},
-}
-MASK_TOKEN_ID = 811
+from harness import HF_CONFIGS, MASK_TOKEN_ID
 
 
 def run_dlm_jax(args: argparse.Namespace, policy: str, cache: str = "none") -> Callable[[int], None]:
@@ -107,30 +95,12 @@ def run_pytorch(args: argparse.Namespace, policy: str) -> Callable[[int], None]:
     return run
 
 
-def measure(runs: dict[str, Callable[[int], None]], repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds of each run, in turns; the first run of each does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(repeat)
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=HF_CONFIGS, default="gpt2-small")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--num_steps", type=int, default=32)
-    parser.add_argument("--temperature", type=float, default=0.95)
-    parser.add_argument("--top_p", type=float, default=0.9)
+    parser = harness.parser(__doc__, batch_size=1, length=256, num_steps=32, temperature=0.95, top_p=0.9,
+                            repeats=3, threads=2)
+    parser.add_argument("--model", choices=("gpt2-small", "gpt2-medium"), default="gpt2-small")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--policies", nargs="+", default=["random", "confidence"], choices=("random", "confidence"))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="PyTorch's, on a CPU")
     parser.add_argument("--only", choices=("dlm_jax", "pytorch"), help="run one side alone")
     args = parser.parse_args()
 
@@ -143,7 +113,7 @@ def main() -> None:
                  if args.only in (None, name)}
         if policy == "confidence" and args.only != "pytorch":
             sides |= {f"dlm_jax, {cache} cache": run_dlm_jax(args, policy, cache) for cache in ("prefix", "dual")}
-        for name, seconds in measure(sides, args.repeats).items():
+        for name, seconds in harness.time_in_turns(sides, args.repeats).items():
             median = statistics.median(seconds)
             results.append({"side": name, "policy": policy, "seconds": seconds, "median": median,
                             "tokens_per_second": generated / median})
@@ -156,11 +126,8 @@ def main() -> None:
         row["ratio"] = row["tokens_per_second"] / other[0]["tokens_per_second"] if other else None
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         print(f"| {row['policy']} | {row['side']} | {row['median']:.2f} | {row['tokens_per_second']:.1f} | {ratio} |")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"sampling-{args.model}-{device.replace(' ', '-').lower()}.json").write_text(json.dumps({
-        "settings": vars(args), "results": results, "device": device, "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
-    }, indent=1) + "\n")
+    harness.write_results(f"sampling-{args.model}-{harness.device_name()}",
+                          {"settings": vars(args), "results": results}, "jax", "flax", "torch", "transformers")
 
 
 if __name__ == "__main__":

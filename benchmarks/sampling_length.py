@@ -7,62 +7,47 @@ its own program; the settings run in turns. Prints a table and writes benchmarks
 docs/figures/sampling_length.png.
 """
 
-import argparse
-import importlib.metadata
-import json
 import pathlib
-import platform
 import statistics
-import time
+from collections.abc import Callable
 
+import harness
 import jax
 import numpy as np
 
 from dlm_jax import DiffusionLM
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
-HERE = pathlib.Path(__file__).parent
 COLORS = ("#1b6ca8", "#2a9d8f", "#edae49", "#d1495b", "#8d96a3")
 
 
-def time_text(lm: DiffusionLM, config: SamplerConfig, length: int, seed: int) -> float:
-    """Returns the seconds for one text of `length` tokens."""
+def text_sampler(lm: DiffusionLM, config: SamplerConfig, length: int) -> Callable[[int], None]:
+    """Returns a function of a seed that samples one text of `length` tokens."""
     tokens, fixed = np.zeros((1, length), np.int32), np.arange(length)[None] == 0
-    keys = jax.random.split(jax.random.key(seed), 1)
     spec = SamplingSpec(config, lm.pretrained.diffusion)
-    start = time.perf_counter()
-    jax.block_until_ready(sample(lm.model, tokens, fixed, np.array([length]), keys, spec))
-    return time.perf_counter() - start
+    return lambda seed: jax.block_until_ready(
+        sample(lm.model, tokens, fixed, np.array([length]), jax.random.split(jax.random.key(seed), 1), spec))
 
 
 def plot(results: dict[str, list[float]], lengths: list[int], device: str, path: pathlib.Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     colors = iter(COLORS)
-    for name, seconds in results.items():
-        parent = name.startswith("parent")
-        axis.plot(lengths, seconds, marker="o", markersize=4, label=name, color="black" if parent else next(colors),
-                  linestyle="--" if parent else "-")
-    axis.set(xlabel="tokens", ylabel="seconds per text", title=f"One text at a time, {device}", ylim=(0, None))
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with harness.figure(path, size=(6.4, 4.2)) as (axis,):
+        for name, seconds in results.items():
+            style = ("black", "--") if name.startswith("parent") else (next(colors), "-")
+            axis.plot(lengths, seconds, marker="o", markersize=4, label=name, color=style[0], linestyle=style[1])
+        axis.set(xlabel="tokens", ylabel="seconds per text", title=f"One text at a time, {device}", ylim=(0, None))
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=9)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, repeats=5)
     parser.add_argument("--model", required=True, help="a diffusion model")
     parser.add_argument("--parent", required=True, help="the autoregressive model it was adapted from")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 96, 128, 160, 192, 224, 256])
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--policy", default="random")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--figures", type=pathlib.Path, default=HERE.parent / "docs" / "figures")
+    parser.add_argument("--figures", type=pathlib.Path, default=harness.FIGURES)
     args = parser.parse_args()
 
     lm, parent = DiffusionLM.from_pretrained(args.model), DiffusionLM.from_pretrained(args.parent)
@@ -72,22 +57,15 @@ def main() -> None:
     settings["diffusion, blocks of 32, threshold 0.7, dual cache"] = (lm, SamplerConfig(
         policy="threshold", threshold=0.7, block_length=32, cache="dual"))
     results: dict[str, list[float]] = {name: [] for name in settings}
-    print("| tokens | " + " | ".join(settings) + " |\n" + "| --- " * (len(settings) + 1) + "|")
+    print(harness.table_head("tokens", *settings))
     for length in args.lengths:
-        seconds = {name: [] for name in settings}
-        for repeat in range(args.repeats + 1):
-            for name, (model, config) in settings.items():
-                seconds[name].append(time_text(model, config, length, repeat))
-        for name, values in seconds.items():
-            results[name].append(statistics.median(values[1:]))  # the first of each compiles
-        print(f"| {length} | " + " | ".join(f"{values[-1]:.3f}" for values in results.values()) + " |", flush=True)
-    device = jax.devices()[0].device_kind
-    plot(results, args.lengths, device, args.figures / "sampling_length.png")
-    (HERE / "results" / "sampling_length.json").write_text(json.dumps({
-        "settings": {key: str(value) for key, value in vars(args).items()}, "lengths": args.lengths,
-        "seconds": results, "device": device, "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-    }, indent=1) + "\n")
+        runs = {name: text_sampler(model, config, length) for name, (model, config) in settings.items()}
+        for name, seconds in harness.time_in_turns(runs, args.repeats).items():
+            results[name].append(statistics.median(seconds))
+        print(harness.row(length, *(f"{values[-1]:.3f}" for values in results.values())), flush=True)
+    plot(results, args.lengths, jax.devices()[0].device_kind, args.figures / "sampling_length.png")
+    harness.write_results("sampling_length", {"settings": {key: str(value) for key, value in vars(args).items()},
+                                              "lengths": args.lengths, "seconds": results}, "jax", "flax")
 
 
 if __name__ == "__main__":

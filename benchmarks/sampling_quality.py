@@ -10,45 +10,23 @@ tables and writes benchmarks/results/sampling_quality.json and docs/figures/samp
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
 import pathlib
-import platform
-import time
 
+import harness
 import jax
 import numpy as np
 
 from dlm_jax import DiffusionLM
 from dlm_jax.evaluation import autoregressive_nll
-from dlm_jax.random import example_keys
-from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
+from dlm_jax.sampling import SamplerConfig
 
-HERE = pathlib.Path(__file__).parent
 COLORS = {"random": "#8d96a3", "first_hitting": "#5c6470", "confidence": "#1b6ca8", "margin": "#2a9d8f",
            "entropy": "#edae49", "threshold": "#d1495b"}
 BLOCK = 32
 
 
 def sample_texts(lm: DiffusionLM, config: SamplerConfig, args: argparse.Namespace, batch_size: int) -> dict:
-    """Samples unconditionally: tokens [num_samples, length], seconds without compilation, forward passes per row."""
-    first = lm.pretrained.bos_token_id or lm.pretrained.eos_token_id or 0
-    tokens = np.full((batch_size, args.length), first, np.int32)
-    fixed = np.broadcast_to(np.arange(args.length) == 0, tokens.shape)
-    lengths = np.full(batch_size, args.length)
-    spec = SamplingSpec(config, lm.pretrained.diffusion)
-
-    def run(start: int):
-        index = np.arange(start, start + batch_size, dtype=np.uint32)
-        return jax.block_until_ready(sample(lm.model, tokens, fixed, lengths, example_keys(args.seed, index), spec))
-
-    run(0)
-    begin = time.perf_counter()
-    batches = [run(start) for start in range(0, args.num_samples, batch_size)]
-    seconds = time.perf_counter() - begin
-    return {"tokens": np.concatenate([batch.tokens for batch in batches])[: args.num_samples],
-            "seconds": seconds, "forwards": float(np.mean([batch.steps for batch in batches])),
-            "tokens_per_second": len(batches) * batch_size * (args.length - 1) / seconds}
+    return harness.sample_texts(lm, config, args.length, args.num_samples, batch_size, args.seed)
 
 
 def score(parent: DiffusionLM, tokens: np.ndarray) -> dict:
@@ -57,12 +35,7 @@ def score(parent: DiffusionLM, tokens: np.ndarray) -> dict:
     per_row = np.array([row.nats_per_token for row in estimate.rows])
     perplexity = float(np.exp(per_row.mean()))
     return {"perplexity": perplexity, "perplexity_error": perplexity * per_row.std() / len(per_row) ** 0.5,
-            **{f"distinct_{n}": distinct(tokens[:, 1:], n) for n in (1, 2, 3)}}
-
-
-def distinct(tokens: np.ndarray, n: int) -> float:
-    grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
-    return len(np.unique(grams, axis=0)) / len(grams)
+            **{f"distinct_{n}": harness.distinct(tokens[:, 1:], n) for n in (1, 2, 3)}}
 
 
 def policies(lm: DiffusionLM, parent: DiffusionLM, args: argparse.Namespace) -> list[dict]:
@@ -108,46 +81,35 @@ def format_row(row: dict) -> str:
 
 
 def plot(rows: list[dict], baseline: dict, path: pathlib.Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, key, title in zip(axes, ("perplexity", "distinct_2"),
-                                ("Generative perplexity under the parent", "distinct-2"), strict=True):
-        for policy in dict.fromkeys(row["policy"] for row in rows):
-            points = sorted((row["forwards"], row[key]) for row in rows if row["policy"] == policy)
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=policy.replace("_", " "),
-                      color=COLORS[policy])
-        axis.axhline(baseline[key], color="black", linestyle=":", linewidth=1)
-        axis.annotate("parent, left to right", (0.02, baseline[key]), xycoords=("axes fraction", "data"), fontsize=8,
-                      xytext=(0, 3), textcoords="offset points")
-        axis.set(xscale="log", xlabel="forward passes", title=title)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    axes[0].yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axes[1].legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with harness.figure(path, 2, (11, 4.2)) as axes:
+        for axis, key, title in zip(axes, ("perplexity", "distinct_2"),
+                                    ("Generative perplexity under the parent", "distinct-2"), strict=True):
+            for policy in dict.fromkeys(row["policy"] for row in rows):
+                points = sorted((row["forwards"], row[key]) for row in rows if row["policy"] == policy)
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=policy.replace("_", " "),
+                          color=COLORS[policy])
+            axis.axhline(baseline[key], color="black", linestyle=":", linewidth=1)
+            axis.annotate("parent, left to right", (0.02, baseline[key]), xycoords=("axes fraction", "data"),
+                          fontsize=8, xytext=(0, 3), textcoords="offset points")
+            axis.set(xscale="log", xlabel="forward passes", title=title)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.grid(alpha=0.25)
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter(ScalarFormatter())
+        axes[0].yaxis.set_minor_formatter(NullFormatter())
+        axes[1].legend(frameon=False, fontsize=9)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, length=128, num_samples=32, batch_size=16, temperature=1.0, top_p=0.95,
+                            threshold=0.3, seed=0)
     parser.add_argument("--model", required=True, help="a diffusion model")
     parser.add_argument("--parent", required=True, help="the autoregressive model it was adapted from")
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--num_samples", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64, 127])
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--threshold", type=float, default=0.3, help="of the cached decoding")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figures", type=pathlib.Path, default=HERE.parent / "docs" / "figures")
+    parser.add_argument("--figures", type=pathlib.Path, default=harness.FIGURES)
     args = parser.parse_args()
 
     lm, parent = DiffusionLM.from_pretrained(args.model), DiffusionLM.from_pretrained(args.parent)
@@ -165,11 +127,9 @@ def main() -> None:
           f"{baseline['tokens_per_second']:,.0f} |")
     by_policy = policies(lm, parent, args)
     plot(by_policy, baseline, args.figures / "sampling_quality.png")
-    (HERE / "results" / "sampling_quality.json").write_text(json.dumps({
+    harness.write_results("sampling_quality", {
         "settings": {key: str(value) for key, value in vars(args).items()}, "parent": baseline, "policies": by_policy,
-        "caches": by_cache, "device": jax.devices()[0].device_kind, "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-    }, indent=1) + "\n")
+        "caches": by_cache}, "jax", "flax")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the time of a compiled step goes on a CPU, by the lines of source that its instructions come from.
+"""Where a compiled step spends its time on a CPU, by the source lines of its instructions.
 
 `train_step.py --profile=DIR` prints it: seconds a step of each part, matrix products apart from the rest, forward apart
 from backward, and the rate of the products beside that of one large product alone.
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 PARTS = {"layers.py": "blocks", "transformer.py": "the scan's slices and stacks, embedding",
-         "xla.py": "attention", "hashing.py": "dropout", "fused.py": "loss and head", "head_loss.py": "loss and head",
+         "xla.py": "attention", "random.py": "dropout", "fused_loss.py": "loss and head",
          "loss.py": "loss and head", "step.py": "AdamW"}
 SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 

@@ -12,6 +12,7 @@ import json
 import pathlib
 import sys
 
+import harness
 import jax
 
 from dlm_jax.cli.main import main as dlm
@@ -19,8 +20,7 @@ from dlm_jax.errors import DataError
 from dlm_jax.evaluation.report import EXPLANATION, table
 from dlm_jax.evaluation.tasks import TASKS, find_file
 
-HERE = pathlib.Path(__file__).parent
-RESULT, PAGE = HERE / "results" / "tasks.json", HERE.parent / "docs" / "tasks.md"
+PAGE = harness.ROOT / "docs" / "tasks.md"
 DEAR = {"rocstories": 5, "humaneval_infilling": 15}  # by how much fewer items are taken
 OWN_TEXT = ("text", "reconstruction", "generation")
 HEAD = """# The shipped small model on every task
@@ -48,14 +48,12 @@ def evaluate(names: list[str], out: pathlib.Path, limit: int, args: argparse.Nam
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, limit=300, num_steps=32)
     parser.add_argument("--model", required=True, help="a diffusion model")
     parser.add_argument("--parent", required=True, help="the autoregressive model it was made of")
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder for what each task leaves")
     parser.add_argument("--text", default="assets/stories/heldout.jsonl", help="for tasks on plain text")
-    parser.add_argument("--limit", type=int, default=300, help="items a task")
-    parser.add_argument("--num_steps", type=int, default=32, help="forward passes of writing")
     args = parser.parse_args()
     there, missing = [], []
     for name, task in TASKS.items():
@@ -79,9 +77,9 @@ def main() -> None:
     page = (f"{HEAD}{table(tasks, names, markdown=True)}\n\n{EXPLANATION} {args.num_steps} forward passes of writing. "
             f"Without local data: {', '.join(missing) or 'none'}.\n")
     PAGE.write_text(page)
-    RESULT.write_text(json.dumps({
+    harness.write_json("tasks", {
         "settings": {name: getattr(args, name) for name in ("limit", "num_steps")} | {"fewer": DEAR}, "data": data,
-        "versions": result["versions"], "device": jax.devices()[0].device_kind, "tasks": tasks}, indent=1) + "\n")
+        "versions": result["versions"], "device": jax.devices()[0].device_kind, "tasks": tasks})
     print(page)
 
 

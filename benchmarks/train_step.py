@@ -1,13 +1,13 @@
-"""A whole training step (noise, forward, backward, AdamW), ours and PyTorch's, side by side in one run.
+"""The time of a training step (noise, forward, backward, AdamW), dlm_jax compared with PyTorch, in turns in one run.
 
     python benchmarks/train_step.py                                             GPT-2 small, 2 x 512, float32: a CPU
     python benchmarks/train_step.py --model=gpt2-medium --batch_size=32 --length=1024 --dtype=bfloat16      a GPU
     python benchmarks/train_step.py --model=llama2-7b --layers=8 --batch_size=8 --length=2048 --dtype=bfloat16
 
-Both start from random weights and see the same random tokens; times are drawn from U(0, 1) on both sides, half of the
+Both start from random weights and see the same random tokens; times are sampled from U(0, 1) on both sides, half of the
 tokens are masked on average. PyTorch runs transformers' model with a 4-D attention mask under SDPA, full logits and its
-own AdamW, as the DiffuLLaMA release does. The two take turns, so that what else the machine does falls on both.
-Prints a table of seconds a step, and writes benchmarks/results/train_step-MODEL-DEVICE-dropoutRATE.json.
+own AdamW, as the DiffuLLaMA reference does. The two take turns, so that other load affects both. Prints a
+table of seconds per step, and writes benchmarks/results/train_step-MODEL-DEVICE-dropoutRATE.json.
 
     python benchmarks/train_step.py --annealed=off --profile=/tmp/trace         where our time goes on a CPU, as a table
 """
@@ -15,28 +15,14 @@ Prints a table of seconds a step, and writes benchmarks/results/train_step-MODEL
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
-import json
-import pathlib
-import platform
 import statistics
-import time
 from collections.abc import Callable
 
+import harness
 import numpy as np
+from harness import HF_CONFIGS, MASK_TOKEN_ID
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-HF_CONFIGS = {
-    "gpt2-small": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
-                   "vocab_size": 50257},
-    "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024,
-                    "vocab_size": 50257},
-    "llama2-7b": {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 32, "intermediate_size": 11008, "max_position_embeddings": 4096,
-                  "rms_norm_eps": 1e-5, "vocab_size": 32000, "tie_word_embeddings": False},
-}
-MASK_TOKEN_ID = 811
-ANNEAL_RATIO = 0.5  # of the annealed variants: as far from causal as from bidirectional
+ANNEAL_RATIO = 0.5  # halfway between causal and bidirectional
 
 
 def hf_config(args: argparse.Namespace) -> dict:
@@ -52,8 +38,8 @@ def tokens_of(args: argparse.Namespace) -> np.ndarray:
     return np.random.default_rng(0).integers(0, HF_CONFIGS[args.model]["vocab_size"], (args.batch_size, args.length))
 
 
-def ours(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
-    """A function that takes one step and waits for it; its `program` gives the compiled step as text."""
+def ours(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
+    """Returns a function that runs one step and waits for it; its `program` returns the compiled step as text."""
     import jax
     from flax import nnx
 
@@ -78,22 +64,21 @@ def ours(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
                            num_steps=10**6, seed=0, mask_token_id=MASK_TOKEN_ID)
     tokens = tokens_of(args).astype(np.int32)
     noisable_mask = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
-    number = iter(range(10**9))
 
-    def batch() -> Batch:
-        return Batch(tokens, noisable_mask, np.arange(args.batch_size, dtype=np.uint32) + next(number) * args.batch_size)
+    def batch(number: int) -> Batch:
+        return Batch(tokens, noisable_mask, np.arange(args.batch_size, dtype=np.uint32) + number * args.batch_size)
 
-    def run() -> None:
+    def run(number: int) -> None:
         nonlocal state
-        state, metrics = step(state, batch())
+        state, metrics = step(state, batch(number))
         jax.block_until_ready((state, metrics))
 
-    run.program = lambda: step.lower(state, batch()).compile().as_text()
+    run.program = lambda: step.lower(state, batch(0)).compile().as_text()
     return run
 
 
-def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
-    """The same step as the release's code takes it."""
+def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
+    """Returns the same step as the reference implementation runs it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -111,7 +96,7 @@ def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
     mixed = args.dtype != args.param_dtype
     autocast = torch.autocast(device, getattr(torch, args.dtype)) if mixed else contextlib.nullcontext()
 
-    def run() -> None:
+    def run(_: int) -> None:
         with torch.no_grad():
             t = 1e-3 + (1 - 1e-3) * torch.rand(tokens.shape[0], 1, device=device)
             masked = torch.rand(tokens.shape, device=device) < t
@@ -136,36 +121,14 @@ def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[], None]:
     return run
 
 
-def measure(runs: dict[str, Callable[[], None]], steps: int, turns: int) -> dict[str, list[float]]:
-    """Seconds of each step, the contenders taking turns of a few steps; the first two of each do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-        run()
-    for _ in range(turns):
-        for name, run in runs.items():
-            for _ in range(-(-steps // turns)):
-                began = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, layers=0, batch_size=2, length=512, dropout=0.1, steps=20, threads=2)
     parser.add_argument("--model", choices=HF_CONFIGS, default="gpt2-small")
-    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the model has, for small memories")
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--param_dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--dropout", type=float, default=0.1, help="of GPT-2, on both sides")
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
     parser.add_argument("--attention", default="auto", help="our backend")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2, help="PyTorch's, on a CPU")
-    parser.add_argument("--only", choices=("ours", "pytorch"), help="leave the other out")
+    parser.add_argument("--only", choices=("ours", "pytorch"), help="run only this side")
     parser.add_argument("--annealed", choices=("both", "off", "on"), default="both")
     parser.add_argument("--profile", metavar="DIR", help="trace our steps into DIR and print where their time goes, "
                         "instead of the comparison")
@@ -174,8 +137,8 @@ def main() -> None:
         from step_profile import profile
 
         run = ours(args, args.annealed == "on")
-        measure({"ours": run}, 0, 1)
-        return profile(run, run.program(), args.profile)
+        harness.time_in_turns({"ours": run}, 0, warmup=2)
+        return profile(lambda: run(2), run.program(), args.profile)
 
     import jax
 
@@ -186,7 +149,7 @@ def main() -> None:
     for annealed in {"both": (False, True), "off": (False,), "on": (True,)}[args.annealed]:
         contenders = {name: make(args, annealed) for name, make in (("ours", ours), ("pytorch", pytorch))
                       if args.only in (None, name)}
-        for name, seconds in measure(contenders, args.steps, args.turns).items():
+        for name, seconds in harness.time_in_turns(contenders, args.steps, warmup=2).items():
             median = statistics.median(seconds)
             results.append({"side": name, "annealed": annealed, "seconds_per_step": median,
                             "tokens_per_second": args.batch_size * args.length / median, "seconds": seconds})
@@ -206,13 +169,8 @@ def main() -> None:
         print(f"| {kind} | {row['side']} | {row['seconds_per_step']:.3f} | "
               f"{row['tokens_per_second']:,.0f} | {ratio} |"
               + (f" {row['mfu']:.1%} |" if peak else ""))
-    device = jax.devices()[0].device_kind.replace(" ", "-").lower()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"train_step-{args.model}-{device}-dropout{args.dropout:g}.json").write_text(json.dumps({
-        "settings": vars(args), "results": results, "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
-    }, indent=1) + "\n")
+    harness.write_results(f"train_step-{args.model}-{harness.device_name()}-dropout{args.dropout:g}",
+                          {"settings": vars(args), "results": results}, "jax", "flax", "torch", "transformers")
 
 
 if __name__ == "__main__":
