@@ -49,6 +49,7 @@ def speed(args: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     from dlm_jax.checkpoints import load_pretrained
+    from dlm_jax.diffusion import DiffusionSpec
     from dlm_jax.evaluation.scoring import diffusion_score
 
     torch.set_num_threads(args.threads)
@@ -83,8 +84,8 @@ def speed(args: argparse.Namespace) -> dict:
             scores.append(total / NUM_PASSES)
         return np.array(scores)
 
-    score = diffusion_score(ours, lambda pair: release_draw(noise_of(pair, 0)), mask_token_id=MASK_TOKEN_ID,
-                            batch_size=args.batch_size)
+    score = diffusion_score(ours, lambda pair: release_draw(noise_of(pair, 0)),
+                            diffusion=DiffusionSpec(MASK_TOKEN_ID), batch_size=args.batch_size)
     sides: dict[str, Callable[[], np.ndarray]] = {"ours": lambda: score(pairs), "pytorch": pytorch}
     found: dict[str, np.ndarray] = {}
 
@@ -133,7 +134,7 @@ def error(args: argparse.Namespace) -> dict:
     result: dict[str, dict[str, float]] = {}
     for name, (count, rule, scale) in rules.items():
         found = np.stack([diffusion_score(
-            lm.model, rule(seed), mask_token_id=lm.mask_token_id, shift=lm.pretrained.shift,
+            lm.model, rule(seed), diffusion=lm.diffusion,
             bos_token_id=lm.pretrained.bos_token_id, batch_size=args.batch_size)(pairs) * scale
             for seed in range(args.repeats)])  # nats a token, [repeats, pairs]
         gaps = found[:, first] - found[:, zero]

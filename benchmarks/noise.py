@@ -125,7 +125,7 @@ def of_bound(lm: DiffusionLM, tokens: np.ndarray, num_draws: int, passes: int) -
     for name, rule in RULES.items():
         found = np.stack([diffusion_score(
             lm.model, lambda pair, seed=seed, rule=rule: rule(length, passes, seed, pair.item),
-            mask_token_id=lm.mask_token_id, shift=lm.pretrained.shift, batch_size=32)(pairs) / length
+            diffusion=lm.diffusion, batch_size=32)(pairs) / length
             for seed in tqdm(range(num_draws), desc=name, leave=False, disable=None)])  # [draws, rows]
         variance = found.var(axis=0, ddof=1).mean()
         result[name] = {"mean": float(found.mean()), "error": float(variance**0.5),

@@ -187,8 +187,7 @@ class DiffusionLM:
         padded = pad_rows(rows, self.config.max_length)
         padding = np.arange(padded.tokens.shape[1]) >= padded.lengths[:, None]
         with self._mesh_context():
-            estimate = bound(self.model, padded.tokens, ~padding, mask_token_id=diffusion.mask_token_id,
-                             shift=diffusion.shift, blocks=diffusion.blocks, num_samples=num_samples, seed=seed,
+            estimate = bound(self.model, padded.tokens, ~padding, diffusion=diffusion, num_samples=num_samples, seed=seed,
                              batch_size=batch_size, segment_ids=padding)
         return list(estimate.rows)
 

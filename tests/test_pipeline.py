@@ -148,7 +148,7 @@ def test_score_is_the_bound(lm):
     scores = lm.score(texts, num_samples=16)
     assert [score.num_tokens for score in scores] == [len(text) for text in texts]
     row = np.array([[256, *lm.tokenizer(texts[0])["input_ids"]]])
-    alone = bound(lm.model, row, np.ones_like(row, bool), mask_token_id=lm.mask_token_id, shift=True, num_samples=16)
+    alone = bound(lm.model, row, np.ones_like(row, bool), diffusion=lm.diffusion, num_samples=16)
     assert scores[0].nats == pytest.approx(alone.nats, rel=1e-4)
     assert scores[0].nats_per_token == pytest.approx(alone.nats / len(texts[0]), rel=1e-4)
     assert 0 < scores[0].standard_error < scores[0].nats_per_token

@@ -49,12 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
     if autoregressive:
         estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, **scored)
     else:
-        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, mask_token_id=lm.mask_token_id, seed=arguments.seed,
-                         shift=lm.pretrained.shift, blocks=lm.pretrained.blocks,
+        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, diffusion=lm.diffusion, seed=arguments.seed,
                          num_samples=arguments.num_samples or 16, **scored)
     questions = questions_of(rows, form)
-    texts = answer(lm.model, questions, form, sampler, mask_token_id=lm.pretrained.mask_token_id,
-                   shift=lm.pretrained.shift, blocks=lm.pretrained.blocks, seed=arguments.seed,
+    texts = answer(lm.model, questions, form, sampler, diffusion=lm.pretrained.diffusion, seed=arguments.seed,
                    batch_size=arguments.batch_size, mesh=lm.mesh, progress=True)
     values = judge(texts, questions, form)
     records = [{"prompt": lm.tokenizer.decode(question.prompt, skip_special_tokens=True), "answer": question.answer,

@@ -41,9 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, segment_ids=batch.segment_ids,
                                       batch_size=arguments.batch_size)
     else:
-        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, mask_token_id=lm.mask_token_id,
-                         shift=lm.pretrained.shift, blocks=lm.pretrained.blocks,
-                         segment_ids=batch.segment_ids, num_samples=num_samples, seed=arguments.seed,
+        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, diffusion=lm.diffusion, segment_ids=batch.segment_ids, num_samples=num_samples, seed=arguments.seed,
                          batch_size=arguments.batch_size)
     result = {"model": lm.pretrained.source, "objective": arguments.objective, "data": arguments.data,
               "num_rows": len(batch.tokens), "length": length, "num_tokens": estimate.num_tokens,

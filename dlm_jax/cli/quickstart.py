@@ -115,8 +115,8 @@ def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> 
     results = {"the AR parent, exact": autoregressive_nll(start.model, tokens, noisable_mask).nats_per_token}
     for name, source in {"before adaptation": None, **runs}.items():
         lm = start if source is None else DiffusionLM.from_pretrained(source)
-        results[name] = bound(lm.model, tokens, noisable_mask, mask_token_id=lm.mask_token_id,
-                              shift=lm.pretrained.shift, num_samples=BOUND_SAMPLES).nats_per_token
+        results[name] = bound(lm.model, tokens, noisable_mask, diffusion=lm.diffusion,
+                              num_samples=BOUND_SAMPLES).nats_per_token
     return results
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlm_jax.checkpoints import Pretrained
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.generation import make_greedy, make_write
@@ -69,23 +70,20 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
         score = autoregressive_score(pretrained.model, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
     else:
         rule = released_rule(num_samples, seed) if release else bound_rule(num_samples, seed, mc_estimator)
-        score = diffusion_score(pretrained.model, rule, mask_token_id=pretrained.mask_token_id,
-                                shift=pretrained.shift, bos_token_id=scored_from, blocks=pretrained.blocks,
+        score = diffusion_score(pretrained.model, rule, diffusion=pretrained.diffusion, bos_token_id=scored_from,
                                 batch_size=batch_size, mesh=mesh)
     special = functools.partial(_encode, tokenizer, True)
     write = make_write(pretrained.model, tokenizer,
                        sampler or SamplerConfig("autoregressive" if autoregressive else "confidence"),
-                       mask_token_id=pretrained.mask_token_id, bos_token_id=bos_token_id,
-                       eos_token_id=pretrained.eos_token_id, shift=pretrained.shift,
-                       blocks=pretrained.blocks, seed=seed, batch_size=batch_size, mesh=mesh,
+                       diffusion=pretrained.diffusion, bos_token_id=bos_token_id,
+                       eos_token_id=pretrained.eos_token_id, seed=seed, batch_size=batch_size, mesh=mesh,
                        keep_bos=not release or special("a")[0] == bos_token_id)
-    greedy = make_greedy(pretrained.model, autoregressive=autoregressive, mask_token_id=pretrained.mask_token_id,
-                         bos_token_id=scored_from, shift=pretrained.shift, blocks=pretrained.blocks,
-                         batch_size=batch_size, mesh=mesh)
-    guess = None  # a model of blocks does not see what stands behind
+    greedy = make_greedy(pretrained.model, autoregressive=autoregressive, diffusion=pretrained.diffusion,
+                         bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
+    guess = None  # a block diffusion model does not attend to later blocks
     if autoregressive or pretrained.blocks is None:
-        guess = make_guess(pretrained.model, mask_token_id=None if autoregressive else pretrained.mask_token_id,
-                           shift=pretrained.shift, bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
+        guess = make_guess(pretrained.model, diffusion=DiffusionSpec(None) if autoregressive else pretrained.diffusion,
+                           bos_token_id=scored_from, batch_size=batch_size, mesh=mesh)
     return EvalModel(name, functools.partial(_encode, tokenizer, False), score, write, config.max_length,
                      autoregressive, 0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95,
                      special, greedy, guess)

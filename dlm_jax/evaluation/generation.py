@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlm_jax.data.records import BadRecord, get_text
-from dlm_jax.diffusion import BlockSpec, DiffusionSpec
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import GenerationRequest, Greedy, Pair, Write
 from dlm_jax.evaluation.items import Fields, Item, cut
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 
 def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config: SamplerConfig, *,
-               mask_token_id: int | None, bos_token_id: int, eos_token_id: int | None, shift: bool = True,
-               blocks: BlockSpec | None = None, seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None,
-               keep_bos: bool = True) -> Write:
+               diffusion: DiffusionSpec, bos_token_id: int, eos_token_id: int | None, seed: int = 0,
+               batch_size: int = 16, mesh: Mesh | None = None, keep_bos: bool = True) -> Write:
     """A `Write` by sampling. What follows an end of text is cut off.
 
     Prompts that are too long lose their beginning; where both a text before a blank and one behind it are, they lose
@@ -40,7 +39,7 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
     none is.
 
     Args:
-      blocks: of a model that writes one block after another; None: it sees whole rows.
+      diffusion: mask token, shift and blocks of the model.
       keep_bos: whether BOS stands at position 0; else it is the prompt's first token that is context there.
 
     Raises:
@@ -48,7 +47,6 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
     """
     encoder = functools.partial(encode, tokenizer, bos_token_id=bos_token_id)
     ends = () if eos_token_id is None else (eos_token_id,)
-    diffusion = DiffusionSpec(mask_token_id, shift, blocks)
 
     def in_use() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -137,9 +135,8 @@ def _settled(segments: list[list[Segment]], settle: Callable[[list[list[Segment]
 # ---- Whether a model of ours, at the likeliest tokens, writes a given continuation: what lm-eval calls `is_greedy`.
 
 
-def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int | None, bos_token_id: int | None = None,
-                shift: bool = True, blocks: BlockSpec | None = None, batch_size: int = 16,
-                mesh: Mesh | None = None) -> Greedy:
+def make_greedy(model: Transformer, *, autoregressive: bool, diffusion: DiffusionSpec,
+                bos_token_id: int | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> Greedy:
     """A `Greedy` by writing as many tokens as each continuation has, and comparing.
 
     From left to right the likeliest token is taken each time. A diffusion model begins with that many masks behind the
@@ -158,7 +155,7 @@ def make_greedy(model: Transformer, *, autoregressive: bool, mask_token_id: int 
     length = model.config.max_length
     config = (SamplerConfig(policy="autoregressive", temperature=0.0) if autoregressive
               else SamplerConfig(policy="confidence", temperature=0.0, num_steps=length))  # at most one a token
-    spec = SamplingSpec(config, DiffusionSpec(mask_token_id, shift, blocks))
+    spec = SamplingSpec(config, diffusion)
     head = [] if bos_token_id is None else [bos_token_id]
 
     def greedy(pairs: Sequence[Pair]) -> list[bool]:

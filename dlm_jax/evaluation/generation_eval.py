@@ -13,7 +13,7 @@ from dlm_jax.checkpoints import Pretrained
 from dlm_jax.data.config import DataConfig
 from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.data.rows import Rows, RowSource
-from dlm_jax.diffusion import BlockSpec, DiffusionSpec
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.metrics import METRICS
 from dlm_jax.models import Transformer
@@ -55,7 +55,7 @@ def questions_of(rows: Rows, prompt_format: PromptFormat) -> list[Question]:
 
 
 def answer(model: Transformer, questions: Sequence[Question], prompt_format: PromptFormat, config: SamplerConfig, *,
-           mask_token_id: int | None, shift: bool = True, blocks: BlockSpec | None = None, seed: int = 0,
+           diffusion: DiffusionSpec, seed: int = 0,
            batch_size: int = 16, mesh: Mesh | None = None, progress: bool = False) -> list[str]:
     """What the model writes behind each prompt, in rows as long as the prompt format's.
 
@@ -64,8 +64,7 @@ def answer(model: Transformer, questions: Sequence[Question], prompt_format: Pro
     Raises:
       ConfigError: the sampler cannot do it; see `sampling.sample`.
     """
-    spec = SamplingSpec(config, DiffusionSpec(mask_token_id, shift, blocks), prompt_format.end_token_ids,
-                        stop_at_eos=True)
+    spec = SamplingSpec(config, diffusion, prompt_format.end_token_ids, stop_at_eos=True)
     rows = [[*question.prompt, *[GAP] * (prompt_format.length - len(question.prompt))] for question in questions]
     keys = example_keys(seed, jnp.arange(len(rows), dtype=jnp.uint32))
     filled = sample_rows(model, rows, keys, spec, batch_size=batch_size, mesh=mesh, progress=progress)
@@ -125,8 +124,7 @@ class GenerationEval:
     def __call__(self, params: nnx.State) -> tuple[dict[str, float | str], str]:
         """Returns the mean of each judgment with the first answer as `text`, and the same as a line for people."""
         model = nnx.merge(nnx.graphdef(self._base.model), params)
-        texts = answer(model, self._questions, self._format, self._sampler, mask_token_id=self._base.mask_token_id,
-                       shift=self._base.shift, blocks=self._base.blocks, mesh=self._mesh,
+        texts = answer(model, self._questions, self._format, self._sampler, diffusion=self._base.diffusion, mesh=self._mesh,
                        batch_size=max(min(len(self._questions), _BATCH), num_batch_shards(self._mesh)))
         values = judge(texts, self._questions, self._format)
         means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}

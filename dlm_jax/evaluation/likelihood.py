@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.data.rows import positions_from_starts
-from dlm_jax.diffusion import Batch, BlockSpec, NoisyBatch, concat_noisy_and_clean, token_nll
+from dlm_jax.diffusion import Batch, DiffusionSpec, NoisyBatch, concat_noisy_and_clean, token_nll
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.models import Transformer
 from dlm_jax.random import example_keys
@@ -66,41 +66,39 @@ class BoundEstimate:
 BoundFn = Callable[[nnx.State, Batch, jax.Array | int], jax.Array]
 
 
-def make_bound_fn(graphdef: nnx.GraphDef, *, mask_token_id: int, shift: bool, num_samples: int, seed: int,
-                  blocks: BlockSpec | None = None) -> BoundFn:
+def make_bound_fn(graphdef: nnx.GraphDef, *, diffusion: DiffusionSpec, num_samples: int, seed: int) -> BoundFn:
     """A function of (params, batch, sample) that gives each row's estimate, float32 [batch] in nats.
 
     `sample`, an int or int32 [batch], picks one of `num_samples` strata of the number of masked tokens; the mean
     over all of them is an unbiased estimate of the bound. Noise is fixed by (seed, batch.example_index, sample).
     It is compiled once a shape and runs where its arguments lie, on one device or under a mesh. Attention is
-    bidirectional always, within segments if the batch has them. With `blocks` the bound is that of a model which writes
-    one after another (see `diffusion.blocks`), and numbers are drawn for each block.
+    bidirectional, within segments if the batch has them. For a block diffusion model the bound is that of its blocks,
+    and each block has its own number of masked tokens.
     """
     if num_samples < 2:
         raise ConfigError(f"num_samples must be at least 2, so that an error can be given, got {num_samples}")
-    return functools.partial(_bound_values, graphdef, mask_token_id=mask_token_id, shift=shift,
-                             num_samples=num_samples, seed=seed, blocks=blocks)
+    return functools.partial(_bound_values, graphdef, diffusion=diffusion, num_samples=num_samples, seed=seed)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mask_token_id", "shift", "num_samples", "seed", "blocks"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "diffusion", "num_samples", "seed"))
 def _bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sample: jax.Array, *,
-                  mask_token_id: int, shift: bool, num_samples: int, seed: int, blocks: BlockSpec | None) -> jax.Array:
+                  diffusion: DiffusionSpec, num_samples: int, seed: int) -> jax.Array:
     sample = jnp.broadcast_to(sample, batch.example_index.shape)
     keys = jax.vmap(jax.random.fold_in)(example_keys(seed, batch.example_index), sample)
-    if blocks is not None:
-        return _block_values(nnx.merge(graphdef, params), batch, keys, sample, mask_token_id, shift, num_samples,
-                             blocks)
+    if diffusion.blocks is not None:
+        return _block_values(nnx.merge(graphdef, params), batch, keys, sample, diffusion, num_samples)
     draw = functools.partial(_masked, num_samples=num_samples)
     masked, weight = jax.vmap(draw)(batch.noisable_mask, keys, sample)
-    noised = dataclasses.replace(batch, tokens=jnp.where(masked, mask_token_id, batch.tokens))
-    nll = _nll(nnx.merge(graphdef, params), noised, batch.tokens, masked, AttentionMask.bidirectional(), shift)
+    noised = dataclasses.replace(batch, tokens=jnp.where(masked, diffusion.mask_token_id, batch.tokens))
+    nll = _nll(nnx.merge(graphdef, params), noised, batch.tokens, masked, AttentionMask.bidirectional(),
+               diffusion.shift)
     return weight * nll.sum(axis=1)
 
 
-def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax.Array, mask_token_id: int, shift: bool,
-                  num_samples: int, blocks: BlockSpec) -> jax.Array:
-    """The bound block by block: in each, a number of tokens is masked, drawn from a stratum of its own."""
-    rows, length = batch.tokens.shape
+def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax.Array,
+                  diffusion: DiffusionSpec, num_samples: int) -> jax.Array:
+    """Returns the bound block by block; each block has a stratum of its own for its number of masked tokens."""
+    (rows, length), blocks = batch.tokens.shape, diffusion.blocks
     count = -(-length // blocks.size)
     filled = ((0, 0), (0, count * blocks.size - length))
     noisable_mask = jnp.pad(batch.noisable_mask, filled).reshape(rows, count, blocks.size)
@@ -111,15 +109,17 @@ def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax
     masked, weight = jax.vmap(jax.vmap(draw))(noisable_mask, block_keys, strata)
     masked = masked.reshape(rows, -1)[:, :length]
     weights = jnp.repeat(weight, blocks.size, axis=1)[:, :length]
-    both = concat_noisy_and_clean([NoisyBatch(jnp.where(masked, mask_token_id, batch.tokens), batch.tokens, masked,
-                                        batch.noisable_mask, weights, batch.positions)], blocks.size, shift=shift)
+    noisy = NoisyBatch(jnp.where(masked, diffusion.mask_token_id, batch.tokens), batch.tokens, masked,
+                       batch.noisable_mask, weights, batch.positions)
+    both = concat_noisy_and_clean([noisy], blocks.size, shift=diffusion.shift)
     noised = dataclasses.replace(batch, tokens=both.tokens, positions=both.positions)
-    nll = _nll(model, noised, both.targets, both.loss_mask, blocks.training_mask(length), shift)
+    nll = _nll(model, noised, both.targets, both.loss_mask, blocks.training_mask(length), diffusion.shift)
     return jnp.sum(both.weights * nll, axis=1)
 
 
-def _masked(noisable_mask: jax.Array, key: jax.Array, sample: jax.Array, *, num_samples: int) -> tuple[jax.Array, jax.Array]:
-    """One row's masked positions bool [length] and weight n / l, for a number l from the given stratum of 1 .. n."""
+def _masked(noisable_mask: jax.Array, key: jax.Array, sample: jax.Array, *,
+            num_samples: int) -> tuple[jax.Array, jax.Array]:
+    """Returns a row's masked positions, bool [length], and weight n / l, for l from the given stratum of 1 .. n."""
     total = noisable_mask.sum()
     count_key, order_key = jax.random.split(key)
     fraction = (sample + jax.random.uniform(count_key)) / num_samples
@@ -139,23 +139,22 @@ def _nll(model: Transformer, batch: Batch, targets: jax.Array, wanted: jax.Array
     return token_nll(hidden, model.unembed, targets, wanted, shift=shift)
 
 
-def bound(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, mask_token_id: int, shift: bool = True,
+def bound(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, diffusion: DiffusionSpec,
           num_samples: int = 128, seed: int = 0, batch_size: int = 16,
-          segment_ids: np.ndarray | None = None, blocks: BlockSpec | None = None) -> BoundEstimate:
-    """The diffusion model's upper bound on the negative log-likelihood of rows.
+          segment_ids: np.ndarray | None = None) -> BoundEstimate:
+    """Returns the diffusion model's upper bound on the negative log-likelihood of rows.
 
     Args:
       tokens: int [num_rows, length].
-      maskable: bool [num_rows, length], the tokens to score; the others, position 0 among them, are context.
-      num_samples: forward passes a row, at least 2.
+      noisable_mask: bool [num_rows, length], the tokens to score; the others and position 0 are context.
+      diffusion: mask token, shift and blocks of the model.
+      num_samples: forward passes per row, at least 2.
       batch_size: rows in one forward pass; it does not change the result.
       segment_ids: int [num_rows, length]; a token sees its own segment only, and positions restart with each. Give
         padding one of its own.
-      blocks: of a model that writes one after another; None: it sees whole rows.
     """
     graphdef, params = nnx.split(model)
-    values_of = make_bound_fn(graphdef, mask_token_id=mask_token_id, shift=shift, num_samples=num_samples, seed=seed,
-                              blocks=blocks)
+    values_of = make_bound_fn(graphdef, diffusion=diffusion, num_samples=num_samples, seed=seed)
     noisable_mask = _scorable(noisable_mask)
     row, sample = (x.ravel() for x in np.meshgrid(np.arange(len(tokens)), np.arange(num_samples)))
     values = _in_batches(lambda batch, picked: values_of(params, batch, picked), tokens, noisable_mask, segment_ids,
@@ -165,7 +164,7 @@ def bound(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, 
 
 def autoregressive_nll(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, batch_size: int = 16,
                        segment_ids: np.ndarray | None = None) -> BoundEstimate:
-    """The exact negative log-likelihood under causal attention; arguments as in `bound`."""
+    """Returns the exact negative log-likelihood under causal attention; arguments as in `bound`."""
     graphdef, params = nnx.split(model)
     noisable_mask = _scorable(noisable_mask)
     row = np.arange(len(tokens))

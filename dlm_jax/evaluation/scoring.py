@@ -9,6 +9,7 @@ host; so the options of an item meet the same noise (common random numbers), and
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import BlockSpec, NoisyBatch, concat_noisy_and_clean, cross_entropy, token_nll, top1_correct
+from dlm_jax.diffusion import DiffusionSpec, NoisyBatch, concat_noisy_and_clean, cross_entropy, token_nll, top1_correct
 from dlm_jax.diffusion.loss import Measure
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import MaskedPrediction, Pair, Score
@@ -149,32 +150,32 @@ class _Pass(NamedTuple):
     weights: np.ndarray
 
 
-def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int | None, shift: bool = True,
-                    bos_token_id: int | None = None, blocks: BlockSpec | None = None, batch_size: int = 16,
-                    mesh: Mesh | None = None) -> Score:
+def diffusion_score(model: Transformer, draw: DrawRule, *, diffusion: DiffusionSpec,
+                    bos_token_id: int | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> Score:
     """A `Score` by masking: the sum of `draw(pair)`'s passes, bidirectional attention, the context never masked.
 
     A pair's score does not depend on the other pairs or the batch size.
 
     Args:
-      mask_token_id: None: nothing is masked, and attention is causal.
-      draw: `masks.bound_draw` for the bound, `masks.release_draw` for the release's score.
-      bos_token_id: stands before every context; None: nothing does, and position 0 is the context's own first token.
-      blocks: of a model that writes one block after another: the bound is that of its blocks, each by a draw of
-        its own. None: it sees whole rows.
+      draw: returns the masks of a pair: `bound_draw` for the bound, `release_draw` for the reference's score.
+      diffusion: mask token, shift and blocks of the model. Without a mask token nothing is masked, and attention is
+        causal. With blocks the bound is that of the blocks, each with masks of its own.
+      bos_token_id: precedes every context; None: position 0 is the context's own first token.
       mesh: splits a batch over devices.
     """
+    blocks = diffusion.blocks
+
     def draw_of(pair: Pair) -> Draw:
         if blocks is None:
             return draw(pair)
         begin = (bos_token_id is not None) + len(pair.context)
         return in_blocks(lambda block, length: draw(pair._replace(
             continuation=pair.continuation[:length], item=pair.item + _BLOCK_ITEMS * block)), begin,
-            len(pair.continuation), blocks.size, shift=shift)
+            len(pair.continuation), blocks.size, shift=diffusion.shift)
 
     def score(pairs: Sequence[Pair]) -> np.ndarray:
-        return _score(model, pairs, list(map(draw_of, pairs)), mask_token_id=mask_token_id, shift=shift,
-                      bos_token_id=bos_token_id, blocks=blocks, batch_size=batch_size, mesh=mesh)
+        return _score(model, pairs, list(map(draw_of, pairs)), diffusion=diffusion, bos_token_id=bos_token_id,
+                      batch_size=batch_size, mesh=mesh)
 
     return score
 
@@ -182,24 +183,28 @@ def diffusion_score(model: Transformer, draw: DrawRule, *, mask_token_id: int | 
 def autoregressive_score(model: Transformer, *, bos_token_id: int | None = None, batch_size: int = 16,
                          mesh: Mesh | None = None) -> Score:
     """A `Score` that is exact: one pass under causal attention; arguments as in `diffusion_score`."""
-    return diffusion_score(model, lambda pair: mask_all(len(pair.continuation)), mask_token_id=None,
+    return diffusion_score(model, lambda pair: mask_all(len(pair.continuation)), diffusion=DiffusionSpec(None),
                            bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
 
 
-def make_guess(model: Transformer, *, mask_token_id: int | None, shift: bool = True, bos_token_id: int | None = None,
-               batch_size: int = 16, mesh: Mesh | None = None) -> MaskedPrediction:
-    """A `MaskedPrediction` by one forward pass each, in which all asked for are masked; an autoregressive model (`mask_token_id`
-    None) sees what stands before each, and nothing is masked."""
+def make_guess(model: Transformer, *, diffusion: DiffusionSpec, bos_token_id: int | None = None, batch_size: int = 16,
+               mesh: Mesh | None = None) -> MaskedPrediction:
+    """Returns a `MaskedPrediction` with one forward pass per text, in which all tokens asked for are masked.
+
+    An autoregressive model (no mask token) predicts each from the tokens before it, and nothing is masked.
+    """
+    diffusion = dataclasses.replace(diffusion, blocks=None)
+
     def guess(pairs: Sequence[Pair], asked: Sequence[np.ndarray]) -> np.ndarray:
         draws = [Draw(masked[None], np.array([1 / masked.sum()])) for masked in asked]
-        return _score(model, pairs, draws, mask_token_id=mask_token_id, shift=shift, bos_token_id=bos_token_id,
+        return _score(model, pairs, draws, diffusion=diffusion, bos_token_id=bos_token_id,
                       batch_size=batch_size, mesh=mesh, measure=top1_correct)
 
     return guess
 
 
-def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, mask_token_id: int | None, shift: bool,
-           bos_token_id: int | None, batch_size: int, mesh: Mesh | None, blocks: BlockSpec | None = None,
+def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, diffusion: DiffusionSpec,
+           bos_token_id: int | None, batch_size: int, mesh: Mesh | None,
            measure: Measure = cross_entropy) -> np.ndarray:
     """float64 [pairs], each the weighted sum over its passes of `measure` at the masked; no mask token: causal."""
     if batch_size < 1:
@@ -219,12 +224,12 @@ def _score(model: Transformer, pairs: Sequence[Pair], draws: Sequence[Draw], *, 
     scores = np.zeros(len(pairs))
     waiting: list[tuple[list[_Pass], jax.Array]] = []
     for batch in _batches(passes, width, batch_size):
-        arrays = _arrays([(rows[one.pair], one) for one in batch], width[batch[0].pair], batch_size, mask_token_id)
+        arrays = _arrays([(rows[one.pair], one) for one in batch], width[batch[0].pair], batch_size,
+                         diffusion.mask_token_id)
         arrays = jax.tree.map(jnp.asarray, arrays) if mesh is None else jax.device_put(
             arrays, array_sharding(mesh, "batch"))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            nll = _nll(graphdef, params, *arrays, causal=mask_token_id is None, shift=shift, blocks=blocks,
-                       measure=measure)
+            nll = _nll(graphdef, params, *arrays, diffusion=diffusion, measure=measure)
         waiting.append((batch, nll))  # the next batch is made while this one runs
         if len(waiting) > 1:
             _add(scores, *waiting.pop(0))
@@ -269,17 +274,17 @@ def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: in
     return tokens, targets, weights, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "causal", "shift", "blocks", "measure"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "diffusion", "measure"))
 def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, weights: jax.Array,
-         lengths: jax.Array, *, causal: bool, shift: bool, blocks: BlockSpec | None, measure: Measure) -> jax.Array:
-    """Each row's weighted sum of the cross-entropy, or of another measure, float32 [batch]."""
-    model, wanted = nnx.merge(graphdef, params), weights > 0
+         lengths: jax.Array, *, diffusion: DiffusionSpec, measure: Measure) -> jax.Array:
+    """Returns each row's weighted sum of the cross-entropy, or of another measure, float32 [batch]."""
+    model, scored, shift, blocks = nnx.merge(graphdef, params), weights > 0, diffusion.shift, diffusion.blocks
     nll_of = functools.partial(token_nll, unembed=model.unembed, shift=shift, chunk_size=_HEAD_CHUNK, measure=measure)
     if blocks is None:
-        attention = AttentionMask.causal() if causal else AttentionMask.bidirectional()
+        attention = AttentionMask.causal() if diffusion.mask_token_id is None else AttentionMask.bidirectional()
         hidden = model.hidden(tokens, attention.with_lengths(lengths))
-        return jnp.sum(weights * nll_of(hidden, targets=targets, wanted=wanted), axis=1)
-    both = concat_noisy_and_clean([NoisyBatch(tokens, targets, wanted, wanted, weights)], blocks.size, shift=shift)
+        return jnp.sum(weights * nll_of(hidden, targets=targets, wanted=scored), axis=1)
+    both = concat_noisy_and_clean([NoisyBatch(tokens, targets, scored, scored, weights)], blocks.size, shift=shift)
     padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
     attention = blocks.training_mask(tokens.shape[1]).with_segments(padding)
     hidden = model.hidden(both.tokens, attention, positions=both.positions)

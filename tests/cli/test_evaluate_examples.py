@@ -51,7 +51,7 @@ def test_it_finds_what_the_run_found(run, objective, files, tmp_path, capsys):
     steps = ("--num_steps=3",) if objective == "diffusion" else ()
     assert main(["evaluate", f"--model={run}", "--examples", str(files / "test.txt"), *steps, "--num_samples=8",
                  f"--json={out}"]) == 0
-    shown, result, recorded = capsys.readouterr().out, json.loads(out.read_text()), read_records(run, "answers")[-1]
+    shown, result, recorded = capsys.readouterr().out, json.loads(out.read_text()), read_records(run, "generation")[-1]
     assert result["num_examples"] == len(result["records"]) == 8 and result["length"] == 16
     for name in ("exact_match", "marked_number", "in_form"):
         assert result["values"][name]["mean"] == recorded[name] and name in shown

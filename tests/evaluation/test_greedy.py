@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dlm_jax import AttentionMask, DiffusionLM
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.eval_model import Pair
 from dlm_jax.evaluation.generation import make_greedy
@@ -50,7 +51,7 @@ def test_what_is_written_is_greedy_and_nothing_else_is(lm, autoregressive):
             changed = [token + (n == place) for n, token in enumerate(written)]
             pairs.append(Pair(tuple(tokens), tuple(changed)))
             expected.append(place is None)
-    settings = {"autoregressive": autoregressive, "mask_token_id": None if autoregressive else lm.mask_token_id,
+    settings = {"autoregressive": autoregressive, "diffusion": DiffusionSpec(None) if autoregressive else lm.diffusion,
                 "bos_token_id": bos}
     assert make_greedy(lm.model, **settings)(pairs) == expected
     assert make_greedy(lm.model, **settings, batch_size=5)(pairs[::-1]) == expected[::-1]
@@ -58,7 +59,7 @@ def test_what_is_written_is_greedy_and_nothing_else_is(lm, autoregressive):
 
 
 def test_what_does_not_fit_is_refused(lm):
-    greedy = make_greedy(lm.model, autoregressive=True, mask_token_id=None)
+    greedy = make_greedy(lm.model, autoregressive=True, diffusion=DiffusionSpec(None))
     with pytest.raises(DataError, match="begins with a gap"):
         greedy([Pair((), (5,))])
     with pytest.raises(DataError, match="takes at most"):

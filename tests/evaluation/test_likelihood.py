@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import beta
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import Batch, BlockSpec
+from dlm_jax.diffusion import Batch, BlockSpec, DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import autoregressive_nll, bound, make_bound_fn
 from dlm_jax.evaluation.eval_model import Pair
@@ -53,7 +53,7 @@ def enumerated_bound(model, row, shift):
 def test_the_bound_is_unbiased_and_its_error_honest(model, shift):
     (row,), _ = rows_of(1)
     copies = 2000
-    estimate = bound(model, np.tile(row, (copies, 1)), np.ones((copies, 5), bool), mask_token_id=MASK, shift=shift,
+    estimate = bound(model, np.tile(row, (copies, 1)), np.ones((copies, 5), bool), diffusion=DiffusionSpec(MASK, shift),
                      num_samples=3, batch_size=1000)
     expected = enumerated_bound(model, row, shift)
     spread = np.std([r.nats for r in estimate.rows]) / copies**0.5
@@ -90,8 +90,8 @@ def enumerated_block_bound(model, row, blocks, shift):
 def test_the_bound_of_blocks_is_unbiased(model, blocks, shift):
     (row,), _ = rows_of(1, length=7)
     copies = 1000
-    estimate = bound(model, np.tile(row, (copies, 1)), np.ones((copies, 7), bool), mask_token_id=MASK, shift=shift,
-                     num_samples=3, batch_size=1000, blocks=blocks)
+    estimate = bound(model, np.tile(row, (copies, 1)), np.ones((copies, 7), bool), diffusion=DiffusionSpec(MASK, shift, blocks),
+                     num_samples=3, batch_size=1000)
     expected = enumerated_block_bound(model, row, blocks, shift)
     spread = np.std([r.nats for r in estimate.rows]) / copies**0.5
     assert abs(estimate.nats / copies - expected) < 4 * spread + 1e-4
@@ -106,7 +106,7 @@ def test_the_score_of_a_continuation_is_the_bound_of_its_blocks(model, blocks, s
     """Exact, as every mask of a short block is tried: from the beginning, and behind a context of whole blocks."""
     (row,), _ = rows_of(1, length=9)
     score = diffusion_score(model, lambda pair: bound_draw(len(pair.continuation), 7, 0, pair.item),
-                            mask_token_id=MASK, shift=shift, bos_token_id=int(row[0]), blocks=blocks, batch_size=4)
+                            diffusion=DiffusionSpec(MASK, shift, blocks), bos_token_id=int(row[0]), batch_size=4)
     whole, rest = score([Pair((), tuple(row[1:])), Pair(tuple(row[1:6]), tuple(row[6:]))])
     expected = enumerated_block_bound(model, row, blocks, shift)
     np.testing.assert_allclose(whole, expected, rtol=1e-5)
@@ -116,7 +116,7 @@ def test_the_score_of_a_continuation_is_the_bound_of_its_blocks(model, blocks, s
 def test_the_bound_exceeds_zero_and_depends_on_the_seed_only(model):
     tokens, noisable_mask = rows_of(7, length=9)
     first, again, batched, other = (
-        bound(model, tokens, noisable_mask, mask_token_id=MASK, num_samples=4, seed=seed, batch_size=size)
+        bound(model, tokens, noisable_mask, diffusion=DiffusionSpec(MASK), num_samples=4, seed=seed, batch_size=size)
         for seed, size in ((0, 5), (0, 5), (0, 28), (1, 5)))
     assert first == again
     assert first.num_tokens == 56
@@ -130,7 +130,7 @@ def test_padding_with_a_segment_of_its_own_changes_nothing(model):
     tokens, noisable_mask = rows_of(3, length=9)
     wide = np.pad(tokens, ((0, 0), (0, 7)), constant_values=3)
     padding = np.tile(np.arange(16) >= 9, (3, 1))
-    options = {"mask_token_id": MASK, "num_samples": 4}
+    options = {"diffusion": DiffusionSpec(MASK), "num_samples": 4}
     plain = bound(model, tokens, noisable_mask, **options)
     padded = bound(model, wide, ~padding, segment_ids=padding, **options)
     np.testing.assert_allclose([r.nats for r in padded.rows], [r.nats for r in plain.rows], rtol=1e-5)
@@ -141,7 +141,7 @@ def test_padding_with_a_segment_of_its_own_changes_nothing(model):
 def test_only_maskable_tokens_are_noised_and_scored(model):
     tokens, noisable_mask = rows_of(2)
     noisable_mask[:, 1:4] = False
-    estimate = bound(model, tokens, noisable_mask, mask_token_id=MASK, num_samples=2)
+    estimate = bound(model, tokens, noisable_mask, diffusion=DiffusionSpec(MASK), num_samples=2)
     noised = tokens.copy()
     noised[:, 4] = MASK
     logp = log_probabilities(model, noised, AttentionMask.bidirectional())
@@ -154,7 +154,7 @@ def test_one_device_and_eight_agree(model):
     tokens, noisable_mask = rows_of(8, length=9)
     batch = Batch(jnp.asarray(tokens), jnp.asarray(noisable_mask).at[:, 0].set(False), jnp.arange(8, dtype=jnp.uint32))
     graphdef, params = nnx.split(model)
-    values_of = make_bound_fn(graphdef, mask_token_id=MASK, shift=True, num_samples=4, seed=0)
+    values_of = make_bound_fn(graphdef, diffusion=DiffusionSpec(MASK), num_samples=4, seed=0)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -175,6 +175,6 @@ def test_the_autoregressive_value_is_the_definition(model):
 def test_impossible_requests_are_refused(model):
     tokens, noisable_mask = rows_of(2)
     with pytest.raises(ConfigError, match="num_samples must be at least 2"):
-        bound(model, tokens, noisable_mask, mask_token_id=MASK, num_samples=1)
+        bound(model, tokens, noisable_mask, diffusion=DiffusionSpec(MASK), num_samples=1)
     with pytest.raises(DataError, match="no token to score"):
-        bound(model, tokens, np.zeros((2, 5), bool), mask_token_id=MASK)
+        bound(model, tokens, np.zeros((2, 5), bool), diffusion=DiffusionSpec(MASK))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.evaluation.eval_model import Pair
 from dlm_jax.evaluation.scoring import RATIOS, chosen, make_guess, reconstructed
 from tests.sampling.tiny_models import MASK, tiny
@@ -46,7 +47,7 @@ def test_a_network_is_asked_for_its_likeliest_tokens(causal, shift):
     pairs = [Pair((7,) * (n % 3), tuple(map(int, rng.integers(0, 60, 5 + 3 * n))), n) for n in range(6)]
     asked = [chosen(len(pair.continuation), 0.5, 0, pair.item) for pair in pairs]
     # The network's own likeliest tokens stand at some places, so that some are found.
-    found = make_guess(model, mask_token_id=None if causal else MASK, shift=shift, bos_token_id=BOS, batch_size=4)
+    found = make_guess(model, diffusion=DiffusionSpec(None if causal else MASK, shift), bos_token_id=BOS, batch_size=4)
     mask = AttentionMask.causal() if causal else AttentionMask.bidirectional()
     some = False
     for _turn in range(2):

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import GenerationRequest
 from dlm_jax.evaluation.generation import make_write
@@ -31,7 +32,7 @@ def text_of(tokens):
 
 
 def writer(tokenizer, kind="gpt2", policy="confidence", **settings):
-    return make_write(tiny(kind), tokenizer, SamplerConfig(policy=policy), mask_token_id=MASK, bos_token_id=BOS,
+    return make_write(tiny(kind), tokenizer, SamplerConfig(policy=policy), diffusion=DiffusionSpec(MASK), bos_token_id=BOS,
                       eos_token_id=EOS, seed=3, **settings)
 
 
