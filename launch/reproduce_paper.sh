@@ -18,7 +18,7 @@
 #   --reference=DIR          a checkout of github.com/HKUNLP/DiffuLLaMA
 #   --reference_python=PYTHON  an interpreter with its requirements (default python3)
 #   --output=DIR             results, and the table in table.md (default reproduction)
-#   --batch_size=N, --dtype=, --mesh=, and for --data --num_rows=N, --num_samples=N, --length=N: as in `dlm evaluate`
+#   --batch_size=N, --dtype=, --mesh=, and for --data --num_rows=N, --num_masks=N, --length=N: as in `dlm evaluate`
 #   --dry-run                print the commands, one per line, and run none
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -28,11 +28,11 @@ source "$root/launch/lib.sh"
 # shellcheck disable=SC2034
 data='' models=diffugpt-s,diffugpt-m,diffullama checkpoints='' reference='' reference_python=python3 \
     output=reproduction tasks=hellaswag,winogrande,siqa,piqa,lambada,triviaqa data_dir='' \
-    limit='' allow_code_execution='' batch_size='' num_rows='' num_samples='' length='' dtype='' mesh='' dry_run=''
+    limit='' allow_code_execution='' batch_size='' num_rows='' num_masks='' length='' dtype='' mesh='' dry_run=''
 parse_flags "data models checkpoints reference reference_python output tasks data_dir limit batch_size num_rows \
-    num_samples length dtype mesh" "dry_run allow_code_execution" "" "$@"
+    num_masks length dtype mesh" "dry_run allow_code_execution" "" "$@"
 [ ${#train[@]} = 0 ] || misuse "there are no arguments after --"
-for flag in num_rows num_samples length; do
+for flag in num_rows num_masks length; do
     [ -z "${!flag}" ] || [ -n "$data" ] || misuse "--$flag is for the text of --data, which is not given"
 done
 [ -z "$reference" ] || [ -e "$reference/model.py" ] ||
@@ -97,7 +97,7 @@ for name in "${names[@]}"; do
     fi
     if [ -n "$data" ]; then
         likelihood "$base" autoregressive "$output/$name.text.parent.json"
-        likelihood "$model" diffusion "$output/$name.text.json" ${num_samples:+--num_samples="$num_samples"}
+        likelihood "$model" diffusion "$output/$name.text.json" ${num_masks:+--num_masks="$num_masks"}
     fi
     for protocol in reference default; do scores "$model" "$base" "$protocol" "$output/$name.$protocol.json"; done
 done

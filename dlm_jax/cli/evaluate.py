@@ -16,38 +16,61 @@ metrics.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import json
+import logging
+import math
+import pathlib
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from dlm_jax.cli import evaluate_examples, evaluate_lm_eval, evaluate_tasks, evaluate_text, evaluate_writing
-from dlm_jax.cli.shared import add_json_argument, add_model_arguments
-from dlm_jax.errors import ConfigError
+from dlm_jax.cli.evaluate_tasks import (
+    PACKAGES,
+    WRITING_FLAGS,
+    add_task_arguments,
+    add_writing_arguments,
+    check_used,
+    load_candidates,
+    run_tasks,
+    sampler_of,
+)
+from dlm_jax.cli.shared import add_json_argument, add_model_arguments, check_output, load_model, write_result
+from dlm_jax.errors import ConfigError, DataError, did_you_mean
 
-_MODES = {"tasks": evaluate_tasks, "data": evaluate_text, "examples": evaluate_examples,
-          "lm_eval": evaluate_lm_eval}
-# What each takes beside the arguments of all, with the defaults.
-_WRITING = dict.fromkeys(evaluate_writing.FLAGS)
-_BOTH = {"limit": None, "parent": None, "shots": None, "out": None} | _WRITING
+# The flags of each mode beside those of all modes, with their defaults.
+_WRITING = dict.fromkeys(WRITING_FLAGS)
+_TASKS = {"limit": None, "parent": None, "shots": None, "out": None} | _WRITING
 _OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "mc_estimator": "mask_count",
                   "prompt_file": None, "samples": 1, "temperature": None, "judge": None,
-                  "allow_code_execution": False} | _BOTH,
+                  "allow_code_execution": False} | _TASKS,
         "data": {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"},
         "examples": {"limit": None} | _WRITING,
-        "lm_eval": {"lm_eval_dir": None} | _BOTH}
+        "lm_eval": {"lm_eval_dir": None} | _TASKS}
+_BOOTSTRAPS = 1000  # for the errors of perplexities and the like; the harness's 100000 take minutes
+_LM_EVAL_SETTINGS = ("model", "parent", "objective", "mask_token", "dtype", "lm_eval", "lm_eval_dir", "limit", "shots",
+             "num_masks", "seed", *WRITING_FLAGS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--objective", choices=("diffusion", "autoregressive"), default="diffusion",
                         help="what the model is evaluated as (default %(default)s)")
-    parser.add_argument("--num_samples", type=int, help="maskings of each row or option (default 16; under the "
-                        "protocol release its T, 32)")
+    parser.add_argument("--num_masks", type=int, help="random maskings of each row or option (default 16; under the "
+                        "protocol reference its T, 32)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="rows at a time (default %(default)s)")
     add_json_argument(parser)
-    evaluate_tasks.add_arguments(parser.add_argument_group("tasks"))
-    evaluate_text.add_arguments(parser.add_argument_group("held-out text"))
-    evaluate_examples.add_arguments(parser.add_argument_group("examples of fine-tuning"))
-    evaluate_lm_eval.add_arguments(parser.add_argument_group("the field's harness"))
-    evaluate_writing.add_arguments(parser.add_argument_group("how texts are written: tasks, examples, harness"))
+    add_task_arguments(parser.add_argument_group("tasks"))
+    _add_text_arguments(parser.add_argument_group("held-out text"))
+    _add_examples_arguments(parser.add_argument_group("examples of fine-tuning"))
+    _add_lm_eval_arguments(parser.add_argument_group("lm-eval"))
+    add_writing_arguments(parser.add_argument_group("how texts are written: tasks, examples, lm-eval"))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -64,4 +87,279 @@ def run(arguments: argparse.Namespace) -> None:
     for name, default in _OWN[mode].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
-    _MODES[mode].run(arguments)
+    _MODES[mode](arguments)
+
+
+def _add_text_arguments(parser: argparse._ArgumentGroup) -> None:
+    """What is not given stays None; `evaluate` knows the defaults."""
+    parser.add_argument("--data", nargs="+", action="extend", metavar="FILE",
+                        help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME")
+    parser.add_argument("--num_rows", type=int, help="rows, from the first (default 256)")
+    parser.add_argument("--length", type=int, help="tokens a row (default: as many as the model takes, at most 512)")
+    parser.add_argument("--document_separator", help="what parts the documents of a .txt file")
+    parser.add_argument("--text_key", help="the key of the text in JSON (default text)")
+
+
+def _run_text(arguments: argparse.Namespace) -> None:
+    from dlm_jax.data.config import DataConfig
+    from dlm_jax.data.corpus import load_rows
+    from dlm_jax.data.loader import Loader
+    from dlm_jax.evaluation import autoregressive_nll, bound
+
+    if arguments.num_rows < 1:
+        raise ConfigError(f"--num_rows must be at least 1, got {arguments.num_rows}")
+    num_masks = 16 if arguments.num_masks is None else arguments.num_masks
+    lm = load_model(arguments)
+    length = arguments.length or min(lm.config.max_length, 512)
+    if length > lm.config.max_length:
+        raise ConfigError(f"--length={length} is more than the {lm.config.max_length} tokens the model takes")
+    data = DataConfig(train=tuple(arguments.data), validation_fraction=0.0, length=length,
+                      text_key=arguments.text_key, document_separator=arguments.document_separator)
+    with tempfile.TemporaryDirectory() as folder:
+        (rows,), held_out = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
+        rows = rows if held_out is None else held_out  # prepared rows may have a held-out part
+        batch = Loader([rows], min(len(rows), arguments.num_rows), shuffle=False).batch(0)
+    if arguments.objective == "autoregressive":
+        estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, segment_ids=batch.segment_ids,
+                                      batch_size=arguments.batch_size)
+    else:
+        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, diffusion=lm.diffusion,
+                         segment_ids=batch.segment_ids, num_samples=num_masks, seed=arguments.seed,
+                         batch_size=arguments.batch_size)
+    result = {"model": lm.pretrained.source, "objective": arguments.objective, "data": arguments.data,
+              "num_rows": len(batch.tokens), "length": length, "num_tokens": estimate.num_tokens,
+              "nats_per_token": estimate.nats_per_token, "standard_error": estimate.standard_error,
+              "perplexity": math.exp(estimate.nats_per_token)}
+    if arguments.objective == "diffusion":
+        result |= {"num_masks": num_masks, "seed": arguments.seed}
+    write_result(arguments.json, result, _text_table(result))
+
+
+def _text_table(result: dict) -> str:
+    at_most = "at most " if result["objective"] == "diffusion" else ""
+    error = f" +- {result['standard_error']:.4f}" if at_most else ""
+    lines = {"model": f"{result['model']}, {result['objective']}",
+             "text": f"{result['num_tokens']} tokens in {result['num_rows']} rows of {result['length']}",
+             "nats per token": f"{at_most}{result['nats_per_token']:.4f}{error}",
+             "perplexity": f"{at_most}{result['perplexity']:.2f}"}
+    return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
+
+
+def _add_examples_arguments(parser: argparse._ArgumentGroup) -> None:
+    """What is not given stays None; `evaluate` knows the defaults."""
+    parser.add_argument("--examples", nargs="+", action="extend", metavar="FILE",
+                        help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME; --limit "
+                        "and --num_masks hold here too")
+
+
+def _run_examples(arguments: argparse.Namespace) -> None:
+    from dlm_jax.data.config import DataConfig
+    from dlm_jax.data.corpus import load_rows
+    from dlm_jax.data.loader import Loader
+    from dlm_jax.evaluation import autoregressive_nll, bound
+    from dlm_jax.evaluation.generation_eval import answer, judge, questions_of
+    from dlm_jax.evaluation.report import mean_of
+
+    for name in ("limit", "num_steps", "num_masks"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    lm = load_model(arguments)
+    recipe = lm.pretrained.recipe or {}
+    if recipe.get("data.examples.format", "none") == "none":
+        raise ConfigError(f"{arguments.model} has not been fine-tuned on examples, so that it is not on record how to "
+                          "ask it; evaluate it with --tasks or --data")
+    autoregressive = arguments.objective == "autoregressive" or lm.pretrained.is_autoregressive
+    sampler = sampler_of(arguments, autoregressive)
+    form = dataclasses.replace(lm.prompt_format(), length=recipe["data.length"])
+    data = DataConfig(train=tuple(arguments.examples), validation_fraction=0.0, length=form.length,
+                      examples=form.config)
+    with tempfile.TemporaryDirectory() as folder:
+        (source,), held_out = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
+        source = source if held_out is None else held_out  # prepared rows may have a held-out part
+        number = min(len(source), arguments.limit or len(source))
+        rows, batch = source[slice(0, number)], Loader([source], number, shuffle=False).batch(0)
+    scored = {"segment_ids": batch.segment_ids, "batch_size": arguments.batch_size}
+    if autoregressive:
+        estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, **scored)
+    else:
+        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, diffusion=lm.diffusion, seed=arguments.seed,
+                         num_samples=arguments.num_masks or 16, **scored)
+    questions = questions_of(rows, form)
+    texts = answer(lm.model, questions, form, sampler, diffusion=lm.pretrained.diffusion, seed=arguments.seed,
+                   batch_size=arguments.batch_size, mesh=lm.mesh, progress=True)
+    values = judge(texts, questions, form)
+    records = [{"prompt": lm.tokenizer.decode(question.prompt, skip_special_tokens=True), "answer": question.answer,
+                "text": text, "values": value}
+               for question, text, value in zip(questions, texts, values, strict=True)]
+    result = {"model": lm.pretrained.source, "objective": "autoregressive" if autoregressive else "diffusion",
+              "examples": arguments.examples, "num_examples": number, "length": form.length,
+              "policy": sampler.policy, "num_steps": sampler.steps, "threshold": sampler.reveal_threshold,
+              "block_length": sampler.block_length, "nats_per_token": estimate.nats_per_token,
+              "standard_error": estimate.standard_error,
+              "values": {name: dataclasses.asdict(mean_of([value[name] for value in values]))
+                         for name in values[0]}}
+    write_result(arguments.json, {**result, "records": records}, _examples_table(result))
+
+
+def _examples_table(result: dict) -> str:
+    at_most = "at most " if result["objective"] == "diffusion" else ""
+    lines = {"model": f"{result['model']}, {result['objective']}",
+             "examples": f"{result['num_examples']}, in rows of {result['length']}",
+             "nats per token": f"{at_most}{result['nats_per_token']:.4f}"}
+    for name, value in result["values"].items():
+        error = "" if value["standard_error"] is None else f" +- {value['standard_error']:.3f}"
+        lines[name] = f"{value['mean']:.3f}{error}"
+    return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
+
+
+def _add_lm_eval_arguments(parser: argparse._ArgumentGroup) -> None:
+    """What is not given stays None; `evaluate` knows the defaults."""
+    parser.add_argument("--lm_eval", metavar="TASK,...", help="tasks, groups and tags of lm-eval; --limit, --shots, "
+                        "--parent and --out are as for --tasks")
+    parser.add_argument("--lm_eval_dir", metavar="DIR", help="holds tasks of your own, as YAML files; their relative "
+                        "data_files are found from the current folder")
+
+
+def _run_lm_eval(arguments: argparse.Namespace) -> None:
+    names = _check_lm_eval(arguments)
+    from dlm_jax.evaluation.lm_eval import HarnessLM  # refuses where lm-eval is missing
+    from dlm_jax.storage import write_json
+
+    if arguments.num_masks is None:
+        arguments.num_masks = 16
+    with _quiet():
+        tasks = _load_tasks(names, arguments.lm_eval_dir)
+    writes = any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values())
+    check_used(arguments, writes, f"--lm_eval={arguments.lm_eval}")
+    _set_shots(tasks["tasks"], arguments.shots)
+    found, shortened = {}, {}
+    for eval_model in load_candidates(arguments):
+        # In a multiple choice only exact_match is made of what is greedy.
+        exact = any(task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in task.aggregation()
+                    for task in tasks["tasks"].values())
+        lm = HarnessLM(eval_model, num_steps=arguments.num_steps, greedy=exact or None)
+        with _quiet():
+            found[eval_model.name] = _evaluate(lm, tasks, arguments.limit, samples=arguments.out is not None)
+        shortened |= lm.shortened
+    result = {"models": list(found), "settings": {name: getattr(arguments, name) for name in _LM_EVAL_SETTINGS},
+              "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, "lm-eval")},
+              "shortened": shortened, "lm_eval": found}
+    if arguments.out:
+        write_json(pathlib.Path(arguments.out), result)
+    for one in found.values():
+        one.pop("samples", None)
+    write_result(arguments.json, result, _lm_eval_table(result, arguments.objective))
+
+
+def _check_lm_eval(arguments: argparse.Namespace) -> list[str]:
+    """The tasks' names. What can be known to be wrong before anything is loaded is refused."""
+    for name, least in (("limit", 1), ("shots", 0), ("num_steps", 1), ("num_masks", 1), ("batch_size", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {value}")
+    names = arguments.lm_eval.split(",")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--lm_eval={arguments.lm_eval} names a task twice")
+    if arguments.lm_eval_dir is not None and not pathlib.Path(arguments.lm_eval_dir).is_dir():
+        raise ConfigError(f"there is no folder {arguments.lm_eval_dir}; name the one that holds your tasks' YAML files "
+                          "with --lm_eval_dir")
+    if arguments.out:
+        if pathlib.Path(arguments.out).suffix != ".json":
+            raise ConfigError(f"--out={arguments.out} must end in .json")
+        check_output(arguments.out)
+    return names
+
+
+def _load_tasks(names: Sequence[str], folder: str | None) -> dict[str, Any]:
+    """The harness's tasks and groups, with their data."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # local files are no one else's business
+    manager = None if folder is None else TaskManager(include_path=folder, include_defaults=False)
+    if manager is None or not set(names) <= set(manager.all_subtasks):  # else the thousands of others need no reading
+        manager = TaskManager(include_path=folder)
+    for name in names:
+        if name not in manager.all_tasks:
+            where = "" if folder is None else f", nor is there a sound YAML file of it in {folder}"
+            raise ConfigError(f"lm-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}{where}; `lm_eval ls "
+                              "tasks` lists them, and --lm_eval_dir names a folder with your own")
+    try:
+        loaded = manager.load(list(names))
+    except Exception as error:  # of the hub, the network, a task's files or its code
+        raise DataError(f"--lm_eval={','.join(names)} cannot be loaded: {type(error).__name__}: "
+                        f"{' '.join(str(error).split())}") from error
+    for name, task in loaded["tasks"].items():
+        for flag, does in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "is not of text alone")):
+            if getattr(task, flag, False):
+                raise ConfigError(f"the task {name} {does}, which this command does not; leave it out")
+    return loaded
+
+
+def _set_shots(tasks: dict[str, Any], shots: int | None) -> None:
+    """As the harness does, but what it would pass over in silence is refused."""
+    for name, task in tasks.items():
+        own = task.get_config("num_fewshot")
+        if shots and own == 0:
+            raise ConfigError(f"--shots={shots}: the task {name} is defined without examples; leave --shots or the "
+                              "task out")
+        if shots:
+            _check_examples(name, task, shots)
+        task.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
+
+
+def _check_examples(name: str, task: Any, shots: int) -> None:
+    """There are enough, and a document is never its own example: the harness sees to it only in the test split."""
+    split, tested = task.fewshot_cfg.split, task.get_config("test_split")
+    apart = (task.has_training_docs() or task.fewshot_cfg.samples is not None if split is None
+             else tested is not None or split != task.get_config("validation_split"))
+    if not apart:
+        raise ConfigError(f"--shots={shots}: the task {name} takes examples from the documents it is tested on, so "
+                          "that one may be its own example; name another fewshot_split in its YAML file, or leave "
+                          "--shots out")
+    available = len(list(task.fewshot_docs())) - (split is not None and split == tested)
+    if shots > available:
+        raise ConfigError(f"--shots={shots}, and the task {name} has {available} examples; ask for fewer")
+
+
+def _evaluate(lm: Any, tasks: dict[str, Any], limit: int | None, *, samples: bool) -> dict[str, Any]:
+    """The harness's results, as JSON has them."""
+    import numpy as np
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002  # what tasks of the harness draw from
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    results = evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=samples)
+    return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+def _lm_eval_table(result: dict[str, Any], objective: str) -> str:
+    from lm_eval.utils import make_table
+
+    lines = []
+    for model, found in result["lm_eval"].items():
+        lines += [model, "", make_table(found).strip(), ""]
+        lines += [make_table(found, "groups").strip(), ""] if "groups" in found else []
+    if objective == "diffusion":
+        lines.append(f"Likelihoods of {result['models'][0]} are bounds: its perplexities are at most these.")
+    lines += [f"{task} asks for texts of {asked} tokens, and no more than {written} are written, half of a row."
+              for task, (asked, written) in result["shortened"].items()]
+    return "\n".join(lines).strip()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness says nothing of its own; only on a terminal does it show how far it is."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if not sys.stderr.isatty():
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+_MODES = {"tasks": run_tasks, "data": _run_text, "examples": _run_examples, "lm_eval": _run_lm_eval}

@@ -13,29 +13,32 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dlm_jax.cli import evaluate_writing
-from dlm_jax.cli.evaluate_data import make_job, read_prompt_file
 from dlm_jax.cli.shared import ResumeState, check_output, load_model, read_mesh, write_result
 from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from dlm_jax.evaluation.eval_model import EvalModel
+    from dlm_jax.evaluation.run import Job
     from dlm_jax.evaluation.tasks import Task
+    from dlm_jax.sampling import SamplerConfig
 
 PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+WRITING_FLAGS = ("num_steps", "policy", "threshold", "block_length")  # how a diffusion model writes texts
+_OLD_CHOICES = {"release": "reference", "counts": "mask_count", "times": "time"}
 
 
-def add_arguments(parser: argparse._ArgumentGroup) -> None:
+def add_task_arguments(parser: argparse._ArgumentGroup) -> None:
     """What is not given stays None; `evaluate` knows the defaults."""
     parser.add_argument("--tasks", metavar="NAME,...", help="which; see above")
     parser.add_argument("--data_dir", metavar="DIR", help="holds NAME.jsonl, or NAME/ with a validation or test file "
                         "(default: the tasks' datasets on the Hugging Face hub)")
     parser.add_argument("--data_files", nargs="+", action="extend", metavar="NAME=FILE", help="the file of a task: "
                         ".jsonl, .json (also .gz), .parquet, .arrow, .csv, .txt, or hf:NAME?name=&split=")
-    parser.add_argument("--protocol", choices=("default", "reference"), help="default: the one to trust; release: what "
-                        "the released scripts of the paper do, quirks included")
-    parser.add_argument("--mc_estimator", choices=("mask_count", "time"), help="of the bound: numbers of masked tokens, each "
-                        "token counting about equally, or stratified times with weights 1 / t (default mask_count)")
+    parser.add_argument("--protocol", type=_current_name, choices=("default", "reference"), help="default: unbiased "
+                        "estimates; reference: what the DiffuLLaMA reference implementation does, quirks included")
+    parser.add_argument("--mc_estimator", type=_current_name, choices=("mask_count", "time"), help="how the bound is "
+                        "estimated: by numbers of masked tokens, where each token counts about equally, or by "
+                        "stratified times with weights 1 / t (default mask_count)")
     parser.add_argument("--limit", type=int, help="items a task, from the first (default: all)")
     parser.add_argument("--parent", metavar="MODEL", help="an autoregressive model, evaluated on the same items")
     parser.add_argument("--judge", metavar="MODEL", help="an autoregressive model under which generation's perplexity "
@@ -53,17 +56,24 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--out", metavar="FILE.json", help="where results go; the command resumes")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def _current_name(value: str) -> str:
+    """Returns a choice; refuses one of the version before, with its new name."""
+    if value in _OLD_CHOICES:
+        raise argparse.ArgumentTypeError(f"{value} is now {_OLD_CHOICES[value]}; write that instead")
+    return value
+
+
+def run_tasks(arguments: argparse.Namespace) -> None:
     from dlm_jax.evaluation.code_execution import Sandbox
     from dlm_jax.evaluation.report import markdown_report, page, summarise, table
-    from dlm_jax.evaluation.run import run as run_tasks
+    from dlm_jax.evaluation.run import run
     from dlm_jax.evaluation.tasks import find_task
     from dlm_jax.storage import write_json
 
     _check(arguments)
     release = arguments.protocol == "reference"
-    if arguments.num_samples is None:
-        arguments.num_samples = 32 if release else 16
+    if arguments.num_masks is None:
+        arguments.num_masks = 32 if release else 16
     names = arguments.tasks.split(",")
     tasks = [find_task(name) for name in names]
     _check_tasks(tasks, arguments)
@@ -74,10 +84,10 @@ def run(arguments: argparse.Namespace) -> None:
     judge = _load_judge(arguments, eval_models) if any(task.kind == "free" for task in tasks) else None
     models = [eval_model.name for eval_model in eval_models]
     settings = {name: getattr(arguments, name) for name in (
-        "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_samples", "mc_estimator",
-        "samples", "temperature", "judge", "seed", *evaluate_writing.FLAGS)} | about_text | {"data": files}
+        "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_masks",
+        "mc_estimator", "samples", "temperature", "judge", "seed", *WRITING_FLAGS)} | about_text | {"data": files}
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
-        records = run_tasks(jobs, eval_models, release=release, num_steps=arguments.num_steps,
+        records = run(jobs, eval_models, release=release, num_steps=arguments.num_steps,
                             samples=arguments.samples, temperature=arguments.temperature, execute=execute, judge=judge,
                             seed=arguments.seed, done=done, add=add)
     result = {"models": models, "settings": settings,
@@ -93,16 +103,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """What can be known to be wrong before a model is loaded."""
-    for name in ("limit", "shots", "num_steps", "num_samples", "samples", "batch_size"):
+    for name in ("limit", "shots", "num_steps", "num_masks", "samples", "batch_size"):
         least, value = (0 if name == "shots" else 1), getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be at least {least}, got {value}")
-    for name in (*evaluate_writing.FLAGS, "shots", "prompt_file"):
+    for name in (*WRITING_FLAGS, "shots", "prompt_file"):
         if arguments.protocol == "reference" and getattr(arguments, name):
-            raise ConfigError(f"the protocol release has its own way of writing and no examples; leave --{name} out, "
+            raise ConfigError(f"the protocol reference has its own way of writing and no examples; leave --{name} out, "
                               "or choose --protocol=default")
     if arguments.protocol == "reference" and arguments.mc_estimator != "mask_count":
-        raise ConfigError("the protocol release has its own score; leave --mc_estimator out, or choose --protocol=default")
+        raise ConfigError("the protocol reference has its own score; leave --mc_estimator out, or choose "
+                          "--protocol=default")
     if arguments.shots and arguments.prompt_file:
         raise ConfigError("--shots and --prompt_file both say what stands before a prompt; leave one of them out")
     names = arguments.tasks.split(",")
@@ -120,7 +131,7 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
     from dlm_jax.evaluation.run import Setting, check, writes
 
     setting = Setting(arguments.protocol == "reference", arguments.num_steps, arguments.samples, arguments.temperature)
-    evaluate_writing.check_used(arguments, any(writes(task) for task in tasks), f"--tasks={arguments.tasks}")
+    check_used(arguments, any(writes(task) for task in tasks), f"--tasks={arguments.tasks}")
     for task in tasks:
         check(task, setting)
         if task.kind in ("text", "reconstruct") and (arguments.shots or arguments.prompt_file):
@@ -135,14 +146,14 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
 
 def load_candidates(arguments: argparse.Namespace, release: bool = False,
                     estimator: str = "mask_count") -> "list[EvalModel]":
-    """The model, and its parent if one is named."""
+    """Returns the model, and its parent if one is named."""
     from dlm_jax.evaluation.from_pretrained import make_eval_model
     from dlm_jax.pipeline import DiffusionLM
 
-    options = {"release": release, "mc_estimator": estimator, "num_samples": arguments.num_samples, "seed": arguments.seed,
-               "batch_size": arguments.batch_size}
+    options = {"release": release, "mc_estimator": estimator, "num_samples": arguments.num_masks,
+               "seed": arguments.seed, "batch_size": arguments.batch_size}
     autoregressive = arguments.objective == "autoregressive"
-    sampler = evaluate_writing.sampler_of(arguments, autoregressive)
+    sampler = sampler_of(arguments, autoregressive)
     lm = load_model(arguments)
     found = [make_eval_model(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
                             autoregressive=autoregressive)]
@@ -182,3 +193,102 @@ def _records_file(out: str | None, settings: dict[str, Any]):
 
 def _items_path(out: str) -> pathlib.Path:
     return pathlib.Path(out).with_suffix(".items.jsonl")
+
+
+def add_writing_arguments(parser: argparse._ArgumentGroup) -> None:
+    """What is not given stays None; `evaluate` knows the defaults."""
+    parser.add_argument("--num_steps", type=int, help="forward passes for each text that is written (default 64, for "
+                        "the policy threshold as many as it takes, and at most one a token)")
+    parser.add_argument("--policy", help="which tokens are revealed first, a policy of `dlm sample` (default: "
+                        "confidence, the surest)")
+    parser.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals "
+                        "(default 0.9)")
+    parser.add_argument("--block_length", type=int, help="write blocks of this many tokens from left to right")
+
+
+def sampler_of(arguments: argparse.Namespace, autoregressive: bool = False) -> "SamplerConfig":
+    """What the flags say, at the likeliest tokens.
+
+    Raises:
+      ConfigError: a value is wrong, or a flag is given and the model writes from left to right.
+    """
+    from dlm_jax.sampling import SamplerConfig
+
+    if autoregressive:
+        for name in WRITING_FLAGS:
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name} says how a diffusion model writes, and this one is evaluated from left to "
+                                  "right; leave it out")
+        return SamplerConfig("autoregressive", temperature=0.0)
+    if arguments.policy == "autoregressive":
+        raise ConfigError("--policy=autoregressive is how a diffusion model does not write; evaluate it from left to "
+                          "right with --objective=autoregressive")
+    return SamplerConfig(arguments.policy or SamplerConfig.policy, arguments.num_steps, threshold=arguments.threshold,
+                         block_length=arguments.block_length, temperature=0.0)
+
+
+def check_used(arguments: argparse.Namespace, writes: bool, where: str) -> None:
+    """Raises ConfigError if a flag is given and nothing is written."""
+    for name in WRITING_FLAGS:
+        if getattr(arguments, name) is not None and not writes:
+            raise ConfigError(f"--{name} says how texts are written, and {where} asks for none; leave it out")
+
+
+def read_prompt_file(path: str | None) -> tuple[str, dict[str, str]]:
+    """The text that stands before each prompt, and where it is from."""
+    from dlm_jax.evaluation.tasks import digest
+
+    if path is None:
+        return "", {}
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"--prompt_file={path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt_file={path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not text:
+        raise ConfigError(f"--prompt_file={path} is empty; write a text in it, or leave it out")
+    return text + "\n\n", {"prompt_file": path, "prompt_sha256": digest(path)}
+
+
+def make_job(task: "Task", arguments: argparse.Namespace, release: bool, prefix: str) -> "tuple[Job, dict[str, str]]":
+    """A task with its items, and the file they are of with its digest; without one, what the hub has of the task."""
+    from dlm_jax.evaluation.run import Job
+    from dlm_jax.evaluation.tasks import digest, hub_spec, load_items, shots_prefix
+
+    named = dict(_named_file(text) for text in arguments.data_files or ())
+    for name in named:
+        if name not in arguments.tasks.split(","):
+            raise ConfigError(f"--data_files {name}={named[name]}: {name} is not among --tasks={arguments.tasks}")
+    path = named.get(task.name) or _found(task, arguments.data_dir)
+    items = load_items(task, path, release=release, limit=arguments.limit)
+    about = {"task": task.name, "file": path, "sha256": digest(path)}
+    if arguments.shots:
+        if arguments.data_dir is None and (task.name in named or task.hub is None):
+            raise ConfigError("--shots needs --data_dir, where the tasks' training files are")
+        examples = hub_spec(task, "train") if arguments.data_dir is None else _found(task, arguments.data_dir, "train")
+        shown = load_items(task, examples, limit=arguments.shots)
+        if len(shown) < arguments.shots:
+            raise ConfigError(f"--shots={arguments.shots}, and {examples} has {len(shown)} items")
+        prefix = shots_prefix(shown)
+        about |= {"shots_file": examples, "shots_sha256": digest(examples)}
+    return Job(task, items, prefix), about
+
+
+def _found(task: "Task", data_dir: str | None, split: str | None = None) -> str:
+    """The task's file in a folder, or its dataset on the hub."""
+    from dlm_jax.evaluation.tasks import find_file, hub_spec
+
+    if data_dir is not None:
+        return find_file(task, data_dir, None if split is None else (split,))
+    if task.hub is None:
+        raise ConfigError(f"where is the data of the task {task.name}? Name a folder with --data_dir, or its file with "
+                          f"--data_files {task.name}=FILE")
+    return hub_spec(task, split)
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--data_files {text}: write TASK=FILE")
+    return name, path

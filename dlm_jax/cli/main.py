@@ -28,7 +28,7 @@ COMMANDS = {
 # Flags of the version before: refused, with the new name.
 OLD_FLAGS = {"--grid": "--step_schedule", "--guidance": "--cfg_scale", "--refresh_every": "--cache_refresh_interval",
              "--advise": "--suggest", "--harness": "--lm_eval", "--harness_dir": "--lm_eval_dir",
-             "--estimator": "--mc_estimator"}
+             "--estimator": "--mc_estimator", "--num_samples": "--num_masks"}
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
           "TOKENIZERS_PARALLELISM": "true"}
 

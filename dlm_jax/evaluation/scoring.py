@@ -283,13 +283,13 @@ def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array
     if blocks is None:
         attention = AttentionMask.causal() if diffusion.mask_token_id is None else AttentionMask.bidirectional()
         hidden = model.hidden(tokens, attention.with_lengths(lengths))
-        return jnp.sum(weights * nll_of(hidden, targets=targets, wanted=scored), axis=1)
+        return jnp.sum(weights * nll_of(hidden, targets=targets, mask=scored), axis=1)
     both = concat_noisy_and_clean([NoisyBatch(tokens, targets, scored, scored, weights)], blocks.size, shift=shift)
     padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
     attention = blocks.training_mask(tokens.shape[1]).with_segments(padding)
     hidden = model.hidden(both.tokens, attention, positions=both.positions)
     # A block's first token, from the clean copy, has the weight 1 there that it has in the pass that scores it.
-    return jnp.sum(both.weights * nll_of(hidden, targets=both.targets, wanted=both.loss_mask), axis=1)
+    return jnp.sum(both.weights * nll_of(hidden, targets=both.targets, mask=both.loss_mask), axis=1)
 
 
 def _add(scores: np.ndarray, batch: Sequence[_Pass], nll: jax.Array) -> None:

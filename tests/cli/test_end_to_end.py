@@ -10,7 +10,7 @@ from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.cli.main import main
 from tests.cli.conftest import RECIPE
 
-SCORED = ("--length=16", "--num_rows=8", "--num_samples=4", "--json=-")
+SCORED = ("--length=16", "--num_rows=8", "--num_masks=4", "--json=-")
 
 
 def run(capsys, *argv: object) -> str:

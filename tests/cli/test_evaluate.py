@@ -62,13 +62,13 @@ def evaluate(capsys, *argv):
 def test_a_table_of_a_model_beside_its_parent(capsys, parent, data_dir, tmp_path):
     out = tmp_path / "results.json"
     arguments = (f"--model={parent}", "--tasks=piqa,gsm8k,text", f"--data_dir={data_dir}", f"--parent={parent}",
-                 "--num_samples=3", "--num_steps=2", "--block_length=2", "--batch_size=4")
+                 "--num_masks=3", "--num_steps=2", "--block_length=2", "--batch_size=4")
     status, table, err = evaluate(capsys, *arguments, f"--out={out}")
     assert status == 0, err
     assert "accuracy normalised" in table and "marked number" in table and "bits per byte" in table
     result = json.loads(out.read_text())
     assert result["tasks"]["piqa"]["items"] == 5 and len(result["records"]) == 2 * (5 + 2 + 1)
-    assert result["settings"]["num_samples"] == 3 and result["settings"]["block_length"] == 2
+    assert result["settings"]["num_masks"] == 3 and result["settings"]["block_length"] == 2
     assert result["versions"]["jax"]
     assert set(result["tasks"]["text"]["differences"]) == {"bits_per_byte"}
     assert "| piqa | accuracy |" in out.with_suffix(".md").read_text()
@@ -129,7 +129,7 @@ def test_the_protocol_of_the_release_and_infilling(capsys, parent, data_dir):
                                 "--protocol=reference", "--json=-", "--limit=2")
     assert status == 0, err
     result = json.loads(out)
-    assert result["settings"]["num_samples"] == 32 and result["tasks"]["piqa"]["items"] == 2
+    assert result["settings"]["num_masks"] == 32 and result["tasks"]["piqa"]["items"] == 2
     assert list(result["tasks"]["piqa"]["models"][str(parent)]) == ["accuracy"]
     assert list(result["tasks"]["rocstories"]["models"][str(parent)]) == ["rouge1", "rouge2", "rougeL"]
 

@@ -49,7 +49,7 @@ def run(objective, base, files, tmp_path_factory):
 def test_it_finds_what_the_run_found(run, objective, files, tmp_path, capsys):
     out = tmp_path / "answers.json"
     steps = ("--num_steps=3",) if objective == "diffusion" else ()
-    assert main(["evaluate", f"--model={run}", "--examples", str(files / "test.txt"), *steps, "--num_samples=8",
+    assert main(["evaluate", f"--model={run}", "--examples", str(files / "test.txt"), *steps, "--num_masks=8",
                  f"--json={out}"]) == 0
     shown, result, recorded = capsys.readouterr().out, json.loads(out.read_text()), read_records(run, "generation")[-1]
     assert result["num_examples"] == len(result["records"]) == 8 and result["length"] == 16

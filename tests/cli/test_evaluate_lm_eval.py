@@ -55,7 +55,7 @@ def evaluate(capsys, *argv):
 
 def test_the_harness_s_table_of_a_model_and_its_parent(capsys, harness_dir, tmp_path):
     out = tmp_path / "results.json"
-    arguments = ("--lm_eval=own_choice,own_shown,own_writing", f"--lm_eval_dir={harness_dir}", "--num_samples=3",
+    arguments = ("--lm_eval=own_choice,own_shown,own_writing", f"--lm_eval_dir={harness_dir}", "--num_masks=3",
                  "--limit=3", "--shots=1")
     status, table, err = evaluate(capsys, *arguments, "--num_steps=2", "--mask_token=4000", f"--parent={SHIPPED}",
                                   f"--out={out}")
@@ -65,7 +65,7 @@ def test_the_harness_s_table_of_a_model_and_its_parent(capsys, harness_dir, tmp_
     assert "own_writing asks for texts of 256 tokens, and no more than 128 are written, half of a row." in table
     found = json.loads(out.read_text())
     assert found["models"] == [str(SHIPPED), f"{SHIPPED} (parent)"] and found["settings"]["seed"] == 0
-    assert found["versions"]["lm-eval"] and found["settings"]["num_samples"] == 3
+    assert found["versions"]["lm-eval"] and found["settings"]["num_masks"] == 3
     model, parent = (found["harness"][name] for name in found["models"])
     assert model["n-samples"]["own_choice"] == {"original": 4, "effective": 3} and model["n-shot"]["own_choice"] == 1
     asked, of_parent = ([sample["arguments"] for sample in one["samples"]["own_choice"]] for one in (model, parent))
@@ -90,7 +90,7 @@ def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--lm_eval=own_choise",), "the harness has no task 'own_choise' (did you mean own_choice?)"),
+    (("--lm_eval=own_choise",), "lm-eval has no task 'own_choise' (did you mean own_choice?)"),
     (("--lm_eval=own_broken",), "nor is there a sound YAML file of it in"),
     (("--lm_eval=own_lost",), "--lm_eval=own_lost cannot be loaded: FileNotFoundError"),
     (("--lm_eval=own_code",), "the task own_code runs code that the model writes, which this command does not"),

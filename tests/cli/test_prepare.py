@@ -46,7 +46,7 @@ def test_prepared_rows_train_like_the_raw_text(capsys, recipe, text, tmp_path):
                       + [record["bound"] for record in read_records(tmp_path / name, "validation")])
     assert losses[0] == losses[1] and len(losses[0]) >= 2
     capsys.readouterr()
-    evaluate = ("evaluate", f"--model={tmp_path / 'raw'}", "--length=16", "--num_samples=2", "--json=-", "--data")
+    evaluate = ("evaluate", f"--model={tmp_path / 'raw'}", "--length=16", "--num_masks=2", "--json=-", "--data")
     assert run(*evaluate, rows) == 0
     assert json.loads(capsys.readouterr().out)["num_rows"] == first["splits"]["validation"]["rows"]
 

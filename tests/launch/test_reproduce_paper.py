@@ -50,15 +50,15 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_dry_run_lists_the_measurements():
-    done = script("--data=some text.txt", "--models=diffugpt-m", "--num_rows=8", "--num_samples=4", "--dry-run")
+    done = script("--data=some text.txt", "--models=diffugpt-m", "--num_rows=8", "--num_masks=4", "--dry-run")
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     parent, own, reference, default = [line for line in lines if "evaluate" in line]
-    assert {"--model=gpt2-medium", "--objective=autoregressive"} <= set(parent) and "--num_samples=4" not in parent
-    assert {"--model=diffusionfamily/diffugpt-m", "--num_samples=4", "--num_rows=8", "some text.txt"} <= set(own)
+    assert {"--model=gpt2-medium", "--objective=autoregressive"} <= set(parent) and "--num_masks=4" not in parent
+    assert {"--model=diffusionfamily/diffugpt-m", "--num_masks=4", "--num_rows=8", "some text.txt"} <= set(own)
     for line, protocol in ((reference, "reference"), (default, "default")):
         assert {"--model=diffusionfamily/diffugpt-m", "--parent=gpt2-medium", f"--protocol={protocol}",
                 "--tasks=hellaswag,winogrande,siqa,piqa,lambada,triviaqa"} <= set(line)
-        assert not {"--num_rows=8", "--num_samples=4", "--data"} & set(line)
+        assert not {"--num_rows=8", "--num_masks=4", "--data"} & set(line)
 
 
 def test_without_a_text_only_tasks_are_measured():
@@ -100,7 +100,7 @@ def test_measures_a_published_checkpoint_and_its_parent(tmp_path):
                   f"--checkpoints={checkpoints}", f"--reference={tmp_path / 'reference'}",
                   f"--reference_python={sys.executable}", f"--output={output}",
                   f"--data_dir={tmp_path / 'tasks'}", "--tasks=piqa,lambada,rocstories", "--limit=2",
-                  "--num_rows=4", "--num_samples=2", "--length=64", PYTHON=sys.executable)
+                  "--num_rows=4", "--num_masks=2", "--length=64", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     assert json.loads((output / "diffugpt-s.parity.json").read_text())["max_difference"] < 1e-3
     own, parent = (json.loads((output / f"diffugpt-s.text{suffix}.json").read_text()) for suffix in ("", ".parent"))
@@ -109,7 +109,7 @@ def test_measures_a_published_checkpoint_and_its_parent(tmp_path):
     assert f"| diffugpt-s | {own['nats_per_token']:.4f} ± " in table
     found = {protocol: json.loads((output / f"diffugpt-s.{protocol}.json").read_text())
              for protocol in ("reference", "default")}
-    assert found["reference"]["settings"]["num_samples"] == 32
+    assert found["reference"]["settings"]["num_masks"] == 32
     rows = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in table.splitlines()}
     for which, column in ((0, 4), (1, 7)):
         for place, (protocol, metric) in enumerate((("reference", "stripped_match"), ("default", "first_word"))):
