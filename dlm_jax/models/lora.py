@@ -49,7 +49,7 @@ class LoRAConfig:
       targets: projections that get factors, of TARGETS.
       dora: whether the norm of each output's column is trained too.
       embedding, head: whether the full table is trained; a tied head is the embedding.
-      frozen_dtype: dtype of frozen matrices; one of QUANTIZED applies to the blocks alone, beside bfloat16 tables.
+      frozen_dtype: dtype of frozen matrices; one of QUANTIZED applies to blocks alone, and tables are bfloat16.
     """
 
     rank: int
@@ -171,7 +171,7 @@ def quantize_kernel(kernel: nnx.Param, kind: str) -> tuple[nnx.Param, nnx.Param]
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(kernel: jax.Array, axis: int, kind: str) -> tuple[jax.Array, jax.Array]:
-    import qwix  # imported lazily: it is young, and may lag behind a new JAX
+    import qwix  # imported lazily: it may not support the newest JAX yet
 
     size = kernel.shape[axis]
     block = next(block for block in range(_BLOCK, 0, -1) if size % block == 0)
