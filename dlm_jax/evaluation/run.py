@@ -198,7 +198,7 @@ def check(task: Task, setting: Setting) -> None:
     if setting.release and not task.released:
         raise ConfigError(f"the released scripts have no task {task.name}; choose the protocol default")
     if setting.release and (setting.samples > 1 or setting.temperature):
-        raise ConfigError("the protocol release writes one sample at temperatures of its own; leave samples and "
+        raise ConfigError("the protocol reference writes one sample at temperatures of its own; leave samples and "
                           "temperature out, or choose the protocol default")
     if scores and (setting.samples > 1 or setting.temperature):
         raise ConfigError(f"samples and a temperature are for tasks that write, and {task.name} scores; leave them out")

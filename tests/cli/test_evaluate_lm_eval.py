@@ -53,7 +53,7 @@ def evaluate(capsys, *argv):
     return status, *capsys.readouterr()
 
 
-def test_the_harness_s_table_of_a_model_and_its_parent(capsys, harness_dir, tmp_path):
+def test_table_with_parent(capsys, harness_dir, tmp_path):
     out = tmp_path / "results.json"
     arguments = ("--lm_eval=own_choice,own_shown,own_writing", f"--lm_eval_dir={harness_dir}", "--num_masks=3",
                  "--limit=3", "--shots=1")
@@ -66,7 +66,7 @@ def test_the_harness_s_table_of_a_model_and_its_parent(capsys, harness_dir, tmp_
     found = json.loads(out.read_text())
     assert found["models"] == [str(SHIPPED), f"{SHIPPED} (parent)"] and found["settings"]["seed"] == 0
     assert found["versions"]["lm-eval"] and found["settings"]["num_masks"] == 3
-    model, parent = (found["harness"][name] for name in found["models"])
+    model, parent = (found["lm_eval"][name] for name in found["models"])
     assert model["n-samples"]["own_choice"] == {"original": 4, "effective": 3} and model["n-shot"]["own_choice"] == 1
     asked, of_parent = ([sample["arguments"] for sample in one["samples"]["own_choice"]] for one in (model, parent))
     assert asked == of_parent and all("on and on." in argument[0][0] or "up." in argument[0][0] for argument in asked)
@@ -76,7 +76,7 @@ def test_the_harness_s_table_of_a_model_and_its_parent(capsys, harness_dir, tmp_
     # The parent as the model itself, the result as JSON alone.
     status, text, err = evaluate(capsys, *arguments, "--objective=autoregressive", "--json=-")
     assert status == 0 and not err, err
-    again = json.loads(text)["harness"][str(SHIPPED)]
+    again = json.loads(text)["lm_eval"][str(SHIPPED)]
     assert again["results"] == parent["results"] and "samples" not in again
 
 
@@ -84,7 +84,7 @@ def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
     status, text, err = evaluate(capsys, "--lm_eval=own_group,own_exact,own_word", f"--lm_eval_dir={harness_dir}",
                                  "--objective=autoregressive", "--json=-")
     assert status == 0 and not err, err
-    found = json.loads(text)["harness"][str(SHIPPED)]
+    found = json.loads(text)["lm_eval"][str(SHIPPED)]
     assert found["groups"]["own_group"]["acc,none"] == found["results"]["own_choice"]["acc,none"]
     assert found["results"]["own_exact"]["exact_match,none"] == 1.0
 
@@ -108,13 +108,13 @@ def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
     (("--lm_eval=own_choice", "--tasks=piqa"), "one of the four"),
     (("--lm_eval=own_choice",), "records no mask token"),
 ])
-def test_what_cannot_be_done_is_one_sentence(capsys, harness_dir, arguments, message):
+def test_refusals(capsys, harness_dir, arguments, message):
     own = () if "--data" in arguments else (f"--lm_eval_dir={harness_dir}",)
     status, out, err = evaluate(capsys, *own, *arguments)
     assert status == 1 and not out and message in err and err.count("\n") == 1
 
 
-def test_the_harness_may_not_be_installed(capsys, monkeypatch, harness_dir):
+def test_missing_lm_eval(capsys, monkeypatch, harness_dir):
     monkeypatch.delitem(sys.modules, "dlm_jax.evaluation.lm_eval", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     status, _, err = evaluate(capsys, "--lm_eval=own_choice", f"--lm_eval_dir={harness_dir}")
