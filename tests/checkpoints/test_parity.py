@@ -66,9 +66,10 @@ def test_reference_goldens(case, test_data):
     pretrained = load_pretrained(test_data / GOLDENS[case], mask_token=int(golden["mask_token_id"]))
     attention = AttentionMask.matrix(golden["allowed"])
     # The reference infers the loss mask from the tokens; position 0 drops out by the shift.
-    scored = jnp.asarray(golden["x_t"] == golden["mask_token_id"])
-    batch = NoisyBatch(tokens=jnp.asarray(golden["x_t"]), targets=jnp.asarray(golden["x"]), scored=scored,
-                           noisable_mask=scored, weights=jnp.broadcast_to(1 / golden["t"][:, None], scored.shape))
+    loss_mask = jnp.asarray(golden["x_t"] == golden["mask_token_id"])
+    batch = NoisyBatch(tokens=jnp.asarray(golden["x_t"]), targets=jnp.asarray(golden["x"]),
+                       loss_mask=loss_mask, noisable_mask=loss_mask,
+                       weights=jnp.broadcast_to(1 / golden["t"][:, None], loss_mask.shape))
 
     def loss(params):
         model = nnx.merge(graphdef, params)
