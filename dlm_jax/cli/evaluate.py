@@ -282,8 +282,8 @@ def _load_tasks(names: Sequence[str], folder: str | None) -> dict[str, Any]:
     for name in names:
         if name not in manager.all_tasks:
             where = "" if folder is None else f", nor is there a sound YAML file of it in {folder}"
-            raise ConfigError(f"lm-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}{where}; `lm_eval ls "
-                              "tasks` lists them, and --lm_eval_dir names a folder with your own")
+            raise ConfigError(f"lm-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}{where}; "
+                              "`lm_eval ls tasks` lists them, and --lm_eval_dir names a folder with your own")
     try:
         loaded = manager.load(list(names))
     except Exception as error:  # of the hub, the network, a task's files or its code

@@ -49,7 +49,8 @@ class Write(Protocol):
     None its own choice. A model without steps takes no notice of them.
     """
 
-    def __call__(self, blanks: Sequence[GenerationRequest], *, temperature: float, num_steps: int | None) -> Sequence[str]: ...
+    def __call__(self, blanks: Sequence[GenerationRequest], *, temperature: float,
+                 num_steps: int | None) -> Sequence[str]: ...
 
 
 class Greedy(Protocol):

@@ -37,7 +37,8 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
 
     Args:
       release: score by the released rule, with `num_samples` its T, and with no BOS but the tokenizer's own.
-      mc_estimator: of the bound, "mask_count" of masked tokens or "time"; see `masks.bound_draw` and `masks.sample_time_masks`.
+      mc_estimator: of the bound, "mask_count" of masked tokens or "time"; see `scoring.bound_draw` and
+        `scoring.sample_time_masks`.
       num_samples: forward passes for each option of a diffusion model; fewer where they would repeat themselves.
       sampler: how texts are written, but for temperature and steps, which the tasks know; None: the surest tokens
         first, or from left to right.

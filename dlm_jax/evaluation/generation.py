@@ -81,7 +81,8 @@ def make_write(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config:
         return [text[len(segment[0]) : len(text) - len(segment[2]) if len(segment) > 2 else None]
                 for text, segment in zip(texts, segments, strict=True)]
 
-    def fill(rows: Sequence[Sequence[int]], blanks: Sequence[GenerationRequest], config: SamplerConfig) -> list[np.ndarray]:
+    def fill(rows: Sequence[Sequence[int]], blanks: Sequence[GenerationRequest],
+             config: SamplerConfig) -> list[np.ndarray]:
         keys = _sample_keys(seed, blanks)
         result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
         # An infilling has text behind it, a continuation has none: two programs.
@@ -122,7 +123,8 @@ def _shortened(segments: list[Segment], encoder: Callable[[Sequence[Segment]], t
                       "takes")
 
 
-def _settled(segments: list[list[Segment]], settle: Callable[[list[list[Segment]]], list[list[Segment]]]) -> list[list[Segment]]:
+def _settled(segments: list[list[Segment]],
+             settle: Callable[[list[list[Segment]]], list[list[Segment]]]) -> list[list[Segment]]:
     """The pieces, ranges of one length as that length and others settled."""
     segments = [[segment[0] if isinstance(segment, range) and len(segment) == 1 else segment for segment in text]
               for text in segments]

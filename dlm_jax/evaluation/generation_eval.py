@@ -124,8 +124,8 @@ class GenerationEval:
     def __call__(self, params: nnx.State) -> tuple[dict[str, float | str], str]:
         """Returns the mean of each judgment with the first answer as `text`, and the same as a line for people."""
         model = nnx.merge(nnx.graphdef(self._base.model), params)
-        texts = answer(model, self._questions, self._format, self._sampler, diffusion=self._base.diffusion, mesh=self._mesh,
-                       batch_size=max(min(len(self._questions), _BATCH), num_batch_shards(self._mesh)))
+        texts = answer(model, self._questions, self._format, self._sampler, diffusion=self._base.diffusion,
+                       mesh=self._mesh, batch_size=max(min(len(self._questions), _BATCH), num_batch_shards(self._mesh)))
         values = judge(texts, self._questions, self._format)
         means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
         shares = "  ".join(f"{name} {value:.3f}" for name, value in means.items())

@@ -129,7 +129,7 @@ def _text_rows(file: pathlib.Path) -> Iterator[Row]:
 #                 with no space between; SQuAD's prompt says "Quesion"; a lone space ends the prompts of questions
 #   tokens        prompt and option are tokenised apart; a tokenizer with BOS puts one before each option of HellaSwag
 #                 and PIQA, which is then scored; without BOS nothing stands at position 0 but the prompt
-#   scores        the unweighted mean cross-entropy of T = 32 maskings, drawn afresh for every option (masks.release_draw)
+#   scores        the unweighted mean cross-entropy of T = 32 maskings, drawn afresh for every option (release_draw)
 #   writing       as many tokens as the reference has; for GSM8K a canvas of 256; temperature 1 (SQuAD, TriviaQA,
 #                 LAMBADA), 0.95 or for LLaMA 0.9 (ROCStories, HumanEval), none (GSM8K)
 #   parents       the sum of log-probabilities for PIQA and SIQA, their mean for HellaSwag and WinoGrande, where a space
@@ -142,7 +142,7 @@ def _text_rows(file: pathlib.Path) -> Iterator[Row]:
 #
 # Not done as the released scripts do it: writing is by our confidence policy, which ranks masked positions only and so
 # reveals as many as scheduled; what `eval-diffugpt.py` does when run whole, where LAMBADA's settings stay in force (T = 1
-# for multiple choice and gaps), is had by `--num_samples=1` for multiple choice only. How its LAMBADA prompt ends and how
+# for multiple choice and gaps), is had by `--num_masks=1` for multiple choice only. How its LAMBADA prompt ends and how
 # the parent writes under it could not be checked.
 
 

@@ -194,7 +194,7 @@ def test_the_help_names_every_task():
     (("--tasks=mawps", "--protocol=reference"), "the released scripts have no task mawps"),
     (("--tasks=mawps", "--protocol=reference", "--prompt_file=x"), "no examples; leave --prompt_file out"),
     (("--tasks=gsm8k", "--protocol=reference", "--num_steps=4"), "its own way of writing and no examples; leave --num_"),
-    (("--tasks=gsm8k", "--policy=surest"), "unknown reveal policy 'surest'"),
+    (("--tasks=gsm8k", "--policy=surest"), "got 'surest'"),
     (("--tasks=gsm8k", "--threshold=0.5"), "threshold belongs to the policy threshold"),
     (("--tasks=gsm8k", "--policy=autoregressive"), "evaluate it from left to right with --objective=autoregressive"),
     (("--tasks=gsm8k", "--objective=autoregressive", "--block_length=8"), "this one is evaluated from left to right"),
