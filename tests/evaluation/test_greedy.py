@@ -60,7 +60,7 @@ def test_what_is_written_is_greedy_and_nothing_else_is(lm, autoregressive):
 
 def test_what_does_not_fit_is_refused(lm):
     greedy = make_greedy(lm.model, autoregressive=True, diffusion=DiffusionSpec(None))
-    with pytest.raises(DataError, match="begins with a gap"):
+    with pytest.raises(DataError, match="text 0"):
         greedy([Pair((), (5,))])
     with pytest.raises(DataError, match="takes at most"):
         greedy([Pair((1,) * lm.config.max_length, (5,))])
