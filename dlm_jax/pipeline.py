@@ -187,8 +187,8 @@ class DiffusionLM:
         padded = pad_rows(rows, self.config.max_length)
         padding = np.arange(padded.tokens.shape[1]) >= padded.lengths[:, None]
         with self._mesh_context():
-            estimate = bound(self.model, padded.tokens, ~padding, diffusion=diffusion, num_samples=num_samples, seed=seed,
-                             batch_size=batch_size, segment_ids=padding)
+            estimate = bound(self.model, padded.tokens, ~padding, diffusion=diffusion, num_samples=num_samples,
+                             seed=seed, batch_size=batch_size, segment_ids=padding)
         return list(estimate.rows)
 
     def save_pretrained(self, directory: str | os.PathLike, layout: str = "hf") -> None:

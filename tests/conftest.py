@@ -1,8 +1,8 @@
-"""Eight host devices, CPU, exact float32 products, quick compilation: set before JAX starts.
+"""Sets eight host CPU devices, exact float32 products and quick compilation, before JAX starts.
 
-Eight devices on few cores may wait long for each other, where the default is to give up after 40 seconds. A collective
-blocks a thread of XLA's on each, and without NPROC there are as many threads as cores: two collectives at a time, and
-each waits for ever for devices whose threads the other holds.
+Eight devices on few cores may wait long for each other; XLA's default is to give up after 40 seconds. A collective
+blocks one of XLA's threads per device, and without NPROC there are only as many threads as cores: two collectives at a
+time would wait forever for threads that the other holds.
 """
 
 import importlib.metadata
@@ -11,24 +11,23 @@ import pathlib
 import shutil
 import tempfile
 
-# What one test compiles the next one reads back, in every process of the run and in the commands that tests start.
-_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-_CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"dlm_jax-tests-{_RUN}"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "64")
+# One compilation cache per run: the processes that it starts inherit it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"dlm_jax-tests-{os.getpid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Without fusion emitters, compilation takes half the time; JAX 0.12 lacks the flag.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
                            " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-                           " --xla_cpu_parallel_codegen_split_count=1")
-if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12):  # later ones lack the flag
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # halves the time that compiling takes
+                           " --xla_cpu_parallel_codegen_split_count=1"
+                           + " --xla_cpu_use_fusion_emitters=false" * (importlib.metadata.version("jax") < "0.12"))
 
 import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time here; programs are small
+jax.config.update("jax_disable_most_optimizations", True)  # compilation dominates; programs are small
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +50,9 @@ def test_data() -> pathlib.Path:
 
 def pytest_sessionfinish(session):
     """Removes the run's own compilation cache; one that the environment names is kept."""
-    if not hasattr(session.config, "workerinput") and os.path.basename(_CACHE) == f"dlm_jax-tests-{_RUN}":
-        shutil.rmtree(_CACHE, ignore_errors=True)
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if cache.endswith(f"dlm_jax-tests-{os.getpid()}"):
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
