@@ -18,7 +18,7 @@ import harness
 
 from dlm_jax.cli.config import build_config, load_recipe
 from dlm_jax.cli.main import main as command_line
-from dlm_jax.cli.train import make_hooks
+from dlm_jax.cli.train import extra_hooks
 from dlm_jax.training import TrainConfig, read_records, train
 
 VARIANTS = {"adapted, by diffusion": "#1b6ca8", "parent, by diffusion": "#edae49", "parent, left to right": "#d1495b"}
@@ -89,7 +89,7 @@ def main() -> None:
     curves, found = {}, {}
     for variant in args.variants:
         workdir = args.work / variant.replace(", ", "-").replace(" ", "_")
-        if train(config := configure(args, variant), workdir, make_hooks(config))["interrupted"]:
+        if train(config := configure(args, variant), workdir, extra_hooks(config))["interrupted"]:
             raise SystemExit("interrupted; the same command resumes it")
         curves[variant] = {kind: read_records(workdir, kind) for kind in ("validation", "generation")}
         found[variant] = answers(args, workdir)

@@ -36,7 +36,7 @@ class _Unsupported(NamedTuple):
 
 def choose_backend(name: str, spec: AttentionSpec, platform: str | None = None,
                    capability: tuple[int, int] | None = None) -> BackendChoice:
-    """Returns the backend that `name` stands for: one of BACKENDS, or "auto".
+    """Returns the backend that `name` means: one of BACKENDS, or "auto".
 
     Args:
       platform: JAX's name for the platform of the devices. None: for "auto" that of JAX's first device; a named backend

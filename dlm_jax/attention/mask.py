@@ -36,7 +36,7 @@ class Span(NamedTuple):
 class MaskSpec:
     """The static fields of a mask, known when a program is compiled, and its rule.
 
-    "block_diffusion" covers `views` noised copies of a text followed by a clean one, each of `text_length` positions.
+    "block_diffusion" covers `views` noisy copies of a text followed by a clean one, each of `text_length` positions.
     The clean copy is causal, or bidirectional within each block with `bidirectional_clean`.
     """
 
@@ -203,7 +203,7 @@ class AttentionMask:
     @classmethod
     def block_diffusion(cls, block_size: int, text_length: int, views: int = 1, *,
                         bidirectional_clean: bool = False) -> Self:
-        """Returns the mask of `views` noised copies of a text followed by a clean one, `text_length` positions each.
+        """Returns the mask of `views` noisy copies of a text followed by a clean one, `text_length` positions each.
 
         A noised block of `block_size` positions sees itself and the clean copy of every earlier block (block diffusion,
         arXiv 2503.09573). The clean copy is causal like the AR parent (NBDiff, arXiv 2512.06776), or with

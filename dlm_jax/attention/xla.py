@@ -53,7 +53,7 @@ def xla_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask
                         dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None) -> jax.Array:
     """Computes `xla_attention` of a mask from `AttentionMask.block_diffusion` without most of what it forbids.
 
-    Every query may see the clean copy, and a noised one its own block: instead of a square over all copies these are
+    Every query may see the clean copy, and a noisy one its own block: instead of a square over all copies these are
     `copies x text` rows against one text, and a diagonal of blocks. Their scores share one softmax.
 
     Args:

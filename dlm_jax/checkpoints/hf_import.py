@@ -58,9 +58,6 @@ def open_tensors(directory: Path, config: ModelConfig, mask_token_id: int | None
     return tensors, config, mask_token_id
 
 
-Bounds = tuple[tuple[int, int], ...]  # start and stop along each axis
-
-
 def check_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig, directory: Path) -> None:
     """Raises CheckpointError that names tensors that are missing, unknown, misshaped or not floating point."""
     expected = {name: hf_names.hf_shape(key, shape)
@@ -83,20 +80,20 @@ def check_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig, direct
 
 
 def stream_parameters(tensors: Mapping[str, np.ndarray], config: ModelConfig, shapes: nnx.State,
-                      places: list[Sharding], new_row: int | None) -> Iterator[tuple[tuple, nnx.Param]]:
+                      shardings: list[Sharding], new_row: int | None) -> Iterator[tuple[tuple, nnx.Param]]:
     """Yields the parameters' paths and sharded arrays, in the dtypes of `shapes`, one parameter in memory at a time.
 
     Args:
       tensors: from `open_tensors`.
-      places: one sharding per parameter.
+      shardings: one per parameter.
       new_row: index of a token that the checkpoint does not have; its row becomes the mean of all others.
     """
     flat = nnx.to_flat_state(shapes)
-    progress = tqdm(zip(flat, places, strict=True), "importing", len(flat), leave=False, disable=None, delay=3)
-    for (path, leaf), place in progress:
+    progress = tqdm(zip(flat, shardings, strict=True), "importing", len(flat), leave=False, disable=None, delay=3)
+    for (path, leaf), sharding in progress:
         key = hf_names.KEYS[config.family][".".join(path)]
         stored = _StoredParam(tensors, key, leaf, new_row)
-        yield path, leaf.replace(jax.make_array_from_callback(leaf.shape, place, stored.read))
+        yield path, leaf.replace(jax.make_array_from_callback(leaf.shape, sharding, stored.read))
 
 
 class _StoredParam:

@@ -34,7 +34,7 @@ _NOT_DATA = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)  # of Orbax, if something cannot be written
 
 
-class State(Protocol):
+class SavedState(Protocol):
     """The state of a run: a dataclass of arrays, of which `frozen` is not saved, and `ema` may be None."""
 
     step: jax.Array
@@ -69,7 +69,7 @@ class CheckpointWriter:
             best_mode="min", enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)))
 
-    def save(self, step: int, state: State, progress: dict, validation: float | None) -> None:
+    def save(self, step: int, state: SavedState, progress: dict, validation: float | None) -> None:
         """Starts saving; returns once the state has been copied and may be donated.
 
         Raises:
@@ -109,7 +109,7 @@ class CheckpointWriter:
                 f"({_first_line(error)}); {rest}; free some space there; the same command continues from it") from error
 
     def _write_checksums(self) -> None:
-        """Called in the background when all files of a step are written, before Orbax commits it."""
+        """Writes the checksums of a step in the background: its files are written, and Orbax has not committed it."""
         step = str(self._step)
         for path in checkpoint_directory(self._workdir).iterdir():
             if path.name == step or path.name.startswith(f"{step}.orbax-checkpoint-tmp"):
@@ -188,8 +188,8 @@ def resolve_step(workdir: epath.PathLike, step: str | None) -> int:
     return int(found)
 
 
-def restore_state(workdir: epath.PathLike, step: int, layout: State,
-                  frozen: nnx.State | None = None) -> tuple[State, dict]:
+def restore_state(workdir: epath.PathLike, step: int, layout: SavedState,
+                  frozen: nnx.State | None = None) -> tuple[SavedState, dict]:
     """Restores the state of a step, whose checksums `restore_latest` has verified, and its progress.
 
     Args:
@@ -197,12 +197,12 @@ def restore_state(workdir: epath.PathLike, step: int, layout: State,
       frozen: the parameters that no checkpoint holds; None without any.
     """
     ema = None if layout.ema is None else _restore(workdir, step, "ema", layout.ema)
+    frozen = jax.device_put(nnx.State({}) if frozen is None else frozen,
+                            jax.tree.map(lambda leaf: leaf.sharding, layout.frozen))
     state = dataclasses.replace(
-        layout, step=jax.device_put(jnp.int32(step), layout.step.sharding),
-                       params=_restore(workdir, step, "params", layout.params),
-                       opt_state=_restore(workdir, step, "optimizer", layout.opt_state), ema=ema,
-                       frozen=jax.device_put(nnx.State({}) if frozen is None else frozen,
-                                             jax.tree.map(lambda leaf: leaf.sharding, layout.frozen)))
+        layout, step=jax.device_put(jnp.int32(step), layout.step.sharding), ema=ema, frozen=frozen,
+        params=_restore(workdir, step, "params", layout.params),
+        opt_state=_restore(workdir, step, "optimizer", layout.opt_state))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return state, reader.restore(checkpoint_directory(workdir) / str(step) / "progress")
 

@@ -273,7 +273,7 @@ def format_value(value: Any) -> str:
 
 
 def _readings(text: str) -> Iterator[Any]:
-    """Yields the Python values that `text` can stand for."""
+    """Yields the Python values that `text` can mean."""
     if text.lower() in _WORDS:
         yield _WORDS[text.lower()]
     with contextlib.suppress(ValueError, SyntaxError):

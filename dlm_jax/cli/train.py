@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dlm_jax.training.loop import train
 
     try:
-        interrupted = train(config, arguments.workdir, make_hooks(config))["interrupted"]
+        interrupted = train(config, arguments.workdir, extra_hooks(config))["interrupted"]
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_STOPPED if interrupted else EXIT_OK
 
 
-def make_hooks(config: "TrainConfig") -> "list[HookFactory]":
+def extra_hooks(config: "TrainConfig") -> "list[HookFactory]":
     """Returns the hooks of a run that the training room does not have: generated answers to held-out examples."""
     if not config.validation.num_generations:
         return []

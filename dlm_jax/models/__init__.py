@@ -1,6 +1,9 @@
 """The network: its architecture, layers, cache and LoRA."""
 
-from dlm_jax.models.adapt import (
+from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
+from dlm_jax.models.layers import Cache
+from dlm_jax.models.lora import LoRAConfig, LoRAFactor, LoRAParam
+from dlm_jax.models.lora_ops import (
     add_dora_magnitudes,
     add_lora,
     base_shapes,
@@ -14,9 +17,6 @@ from dlm_jax.models.adapt import (
     split_lora,
     split_trainable,
 )
-from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
-from dlm_jax.models.layers import Cache
-from dlm_jax.models.lora import LoRAConfig, LoRAFactor, LoRAParam
 from dlm_jax.models.transformer import Transformer, abstract_model
 
 __all__ = ["Cache", "Compute", "LoRAConfig", "LoRAFactor", "LoRAParam", "ModelConfig", "RopeScaling", "Transformer",

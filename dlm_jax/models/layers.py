@@ -193,10 +193,10 @@ class Attention(nnx.Module):
         self.k_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
-                 dropout_seeds: jax.Array | None, factor_seeds: jax.Array | None,
+                 dropout_seeds: jax.Array | None, lora_seeds: jax.Array | None,
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         # [batch, length, heads or kv_heads, head_dim]
-        query, key, value = (project(x, factor_seeds) for project in (self.q, self.k, self.v))
+        query, key, value = (project(x, lora_seeds) for project in (self.q, self.k, self.v))
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if cos_sin is not None:
@@ -205,10 +205,10 @@ class Attention(nnx.Module):
             cache, layer, positions = layer_cache
             cache = cache.write(layer, positions, key, value)
             attended = xla_attention(query, *cache.read(layer), mask, query_positions=positions)
-            return self.out(attended, factor_seeds), cache
+            return self.out(attended, lora_seeds), cache
         attended = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
                           dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)
-        return self.out(attended, factor_seeds), None
+        return self.out(attended, lora_seeds), None
 
 
 class MLP(nnx.Module):
@@ -221,11 +221,11 @@ class MLP(nnx.Module):
         self.up = Linear("up", d, f, ("embed", "mlp"), n, config.mlp_bias, init)
         self.down = Linear("down", f, d, ("mlp", "embed"), n, config.mlp_bias, init, stddev=residual_stddev(config))
 
-    def __call__(self, x: jax.Array, factor_seeds: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, lora_seeds: jax.Array | None = None) -> jax.Array:
         # Only the activation's input is saved: recomputing what its gradient needs is cheaper than storing it.
         activate = jax.checkpoint(_ACTIVATIONS[self.activation], prevent_cse=False)
-        up = self.up(x, factor_seeds)
-        return self.down(activate(up) if self.gate is None else activate(self.gate(x, factor_seeds)) * up, factor_seeds)
+        up = self.up(x, lora_seeds)
+        return self.down(activate(up) if self.gate is None else activate(self.gate(x, lora_seeds)) * up, lora_seeds)
 
 
 class Block(nnx.Module):

@@ -149,10 +149,10 @@ def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> l
     with jax.set_mesh(mesh):
         if not config.optimizer.offload:
             return [step.trace(state, batch)]
-        first, second = step.programs
-        gradient = first.trace(state.params, state.frozen, batch, state.step)
+        compute_gradients, apply_gradients = step.programs
+        gradient = compute_gradients.trace(state.params, state.frozen, batch, state.step)
         grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
-        return [gradient, second.trace(state, grads, gradient.out_info[1])]
+        return [gradient, apply_gradients.trace(state, grads, gradient.out_info[1])]
 
 
 def abstract_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> TrainState:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, State, find_gaps, pending_mask
+from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState, find_gaps, pending_mask
 from dlm_jax.sampling.steppers import make_stepper
 from dlm_jax.sampling.text import bucket
 
@@ -52,7 +52,7 @@ def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
 
 
 def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
-           spec: SamplingSpec) -> Iterator[State]:
+           spec: SamplingSpec) -> Iterator[SamplingState]:
     """Does what `sample` does, one compiled step at a time: yields the state before the first step and after each."""
     spec = _resolve(spec, fixed, lengths)
     graphdef, params = nnx.split(model)
@@ -105,7 +105,7 @@ def _as_inputs(tokens: jax.Array, fixed: jax.Array, lengths: jax.Array) -> tuple
     return convert(tokens, np.int32), convert(fixed, bool), convert(lengths, np.int32)
 
 
-def _final_tokens(spec: SamplingSpec, state: State) -> jax.Array:
+def _final_tokens(spec: SamplingSpec, state: SamplingState) -> jax.Array:
     """Returns the tokens with EOS where a position is still masked, which is after the end of the text."""
     return jnp.where(state.masked, spec.eos_token_ids[0], state.tokens) if spec.stop_at_eos else state.tokens
 
@@ -123,13 +123,13 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
 # Unused parameters are kept so that the state is on their devices, as it is after a step: `_step` compiles once.
 @functools.partial(jax.jit, static_argnames=("graphdef", "spec"), keep_unused=True)
 def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
-           spec: SamplingSpec) -> tuple[SamplingInputs, State, jax.Array]:
+           spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState, jax.Array]:
     inputs, state = make_stepper(nnx.merge(graphdef, params), spec).start(tokens, fixed, lengths, keys)
     return inputs, state, pending_mask(spec, inputs, state).any()
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "spec"))
-def _step(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: State,
-          spec: SamplingSpec) -> tuple[State, jax.Array]:
+def _step(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: SamplingState,
+          spec: SamplingSpec) -> tuple[SamplingState, jax.Array]:
     state = make_stepper(nnx.merge(graphdef, params), spec).advance(inputs, state)
     return state, pending_mask(spec, inputs, state).any()

@@ -61,7 +61,7 @@ class DecodeFrontier(NamedTuple):
     pending: jax.Array  # bool [batch], whether the previous block is full and its keys and values are not yet cached
 
 
-class State(NamedTuple):
+class SamplingState(NamedTuple):
     """The loop's carry."""
 
     tokens: jax.Array  # int32 [batch, length], the mask token where masked
@@ -80,7 +80,7 @@ def find_gaps(fixed: jax.Array, lengths: jax.Array) -> jax.Array:
     return ~fixed & (positions > 0) & (positions < lengths[:, None])
 
 
-def pending_mask(spec: SamplingSpec, inputs: SamplingInputs, state: State) -> jax.Array:
+def pending_mask(spec: SamplingSpec, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
     """Returns where a token is still needed, bool [batch, length]: masked, and not after a sampled end of text."""
     if not spec.stop_at_eos:
         return state.masked

@@ -17,7 +17,7 @@ from dlm_jax.sampling.spec import (
     Network,
     SamplingInputs,
     SamplingSpec,
-    State,
+    SamplingState,
     block_ids,
     block_steps,
     find_gaps,
@@ -34,10 +34,10 @@ class Stepper(Protocol):
     """How a kind of model or policy fills gaps."""
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, State]:
+              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
         """Returns the state with every gap masked; arguments as in `sampler.sample`."""
 
-    def advance(self, inputs: SamplingInputs, state: State) -> State:
+    def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         """Returns the state after one forward pass of the batch."""
 
 
@@ -56,7 +56,7 @@ class DenoisingStepper:
     spec: SamplingSpec
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, State]:
+              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
         config, gaps = self.spec.config, find_gaps(fixed, lengths)
         inputs = SamplingInputs(gaps, block_ids(gaps, config.block_length), lengths, keys)
         cache = None
@@ -65,7 +65,7 @@ class DenoisingStepper:
             cache = Cache.empty(self.network.config, rows, tokens.shape[1], self.network.compute.dtype)
         return inputs, _masked_state(tokens, gaps, self.spec.diffusion.mask_token_id, jnp.int32(0), cache)
 
-    def advance(self, inputs: SamplingInputs, state: State) -> State:
+    def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         spec, config, policy = self.spec, self.spec.config, POLICIES[self.spec.config.policy]
         length = state.tokens.shape[1]
         plan_keys, step_keys = _fold(inputs.keys, 0), _fold(inputs.keys, 1)
@@ -116,11 +116,11 @@ class DenoisingStepper:
             frontier = frontier._replace(pending=moved)
         return state._replace(block=block, steps_in_block=jnp.where(moved, 0, state.steps_in_block), frontier=frontier)
 
-    def _current_block(self, inputs: SamplingInputs, state: State) -> jax.Array:
+    def _current_block(self, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
         """Returns the first block of any row that is not full, int32."""
         return _first_pending_block(self.spec, inputs, state).min()
 
-    def _predict(self, inputs: SamplingInputs, state: State,
+    def _predict(self, inputs: SamplingInputs, state: SamplingState,
                  here: jax.Array) -> tuple[jax.Array, jax.Array, Cache | None, None]:
         """Runs the network on the block, and on all that is not cached or not fresh.
 
@@ -183,7 +183,7 @@ class BlockStepper(DenoisingStepper):
     """
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, State]:
+              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
         blocks, gaps, width = self.spec.diffusion.blocks, find_gaps(fixed, lengths), self.spec.prompt_width
         ids = jnp.broadcast_to(jnp.arange(tokens.shape[1]) // blocks.size, gaps.shape)
         inputs = SamplingInputs(gaps, ids, lengths, keys)
@@ -195,11 +195,11 @@ class BlockStepper(DenoisingStepper):
                                   jnp.zeros(len(gaps), bool))
         return inputs, state._replace(block=block, cache=cache, frontier=frontier)
 
-    def _current_block(self, inputs: SamplingInputs, state: State) -> jax.Array:
+    def _current_block(self, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
         """Returns each row's first block that is not full, int32 [batch]."""
         return _first_pending_block(self.spec, inputs, state)
 
-    def _predict(self, inputs: SamplingInputs, state: State,
+    def _predict(self, inputs: SamplingInputs, state: SamplingState,
                  here: jax.Array) -> tuple[jax.Array, jax.Array, Cache, DecodeFrontier]:
         """Returns the positions of each row's block, the states that predict them, the cache and the frontier."""
         diffusion, frontier, length = self.spec.diffusion, state.frontier, state.tokens.shape[1]
@@ -237,13 +237,13 @@ class AutoregressiveStepper:
     spec: SamplingSpec
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, State]:
+              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
         gaps = find_gaps(fixed, lengths)
         state = _masked_state(tokens, gaps, 0, jnp.int32(0))
         _, cache = _prefill(self.network, state.tokens, self.spec.prompt_width, AttentionMask.causal())
         return SamplingInputs(gaps, jnp.zeros(gaps.shape, jnp.int32), lengths, keys), state._replace(cache=cache)
 
-    def advance(self, inputs: SamplingInputs, state: State) -> State:
+    def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         unfinished = pending_mask(self.spec, inputs, state).any(axis=1)
         at = jnp.argmax(state.masked, axis=1)[:, None]  # [batch, 1], the first position without a token
         last = jnp.maximum(at - 1, 0)
@@ -256,10 +256,11 @@ class AutoregressiveStepper:
 
 
 def _masked_state(tokens: jax.Array, gaps: jax.Array, mask_token_id: int, block: jax.Array,
-                  cache: Cache | None = None) -> State:
+                  cache: Cache | None = None) -> SamplingState:
     """Returns the state before the first step; `block` also has the shape of the count of steps."""
-    return State(jnp.where(gaps, mask_token_id, tokens), masked=gaps, confidence=jnp.zeros(gaps.shape),
-                 steps=jnp.zeros(len(gaps), jnp.int32), block=block, steps_in_block=jnp.zeros_like(block), cache=cache)
+    return SamplingState(
+        jnp.where(gaps, mask_token_id, tokens), masked=gaps, confidence=jnp.zeros(gaps.shape),
+        steps=jnp.zeros(len(gaps), jnp.int32), block=block, steps_in_block=jnp.zeros_like(block), cache=cache)
 
 
 def _prefill(network: Network, tokens: jax.Array, width: int, attention: AttentionMask) -> tuple[jax.Array, Cache]:
@@ -272,14 +273,15 @@ def _prefill(network: Network, tokens: jax.Array, width: int, attention: Attenti
     return network.cached_hidden(prompts, attention, jnp.broadcast_to(jnp.arange(width), prompts.shape), cache)
 
 
-def _reveal(state: State, reveal: jax.Array, tokens: jax.Array, confidence: jax.Array, unfinished: jax.Array) -> State:
+def _reveal(state: SamplingState, reveal: jax.Array, tokens: jax.Array, confidence: jax.Array,
+            unfinished: jax.Array) -> SamplingState:
     return state._replace(
         tokens=jnp.where(reveal, tokens, state.tokens), masked=state.masked & ~reveal,
         confidence=jnp.where(reveal, confidence, state.confidence), steps=state.steps + unfinished,
         steps_in_block=state.steps_in_block + 1)
 
 
-def _first_pending_block(spec: SamplingSpec, inputs: SamplingInputs, state: State) -> jax.Array:
+def _first_pending_block(spec: SamplingSpec, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
     pending = pending_mask(spec, inputs, state)
     return jnp.where(pending, inputs.block_ids, pending.shape[1]).min(axis=1)
 

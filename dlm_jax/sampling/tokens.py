@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax.sampling.config import POLICIES, SamplerConfig, log_prob
-from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, State
+from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState
 
 _MIN_HEAD_ROWS = 32  # with fewer rows the head's product takes as long as reading its kernel
 _CDF_BLOCK = 256  # tokens per block of the two-level inversion
 
 
 def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, active: jax.Array, positions: jax.Array,
-                  inputs: SamplingInputs, state: State, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+                  inputs: SamplingInputs, state: SamplingState,
+                  keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples a token at each `active` position.
 
     Args:
@@ -142,7 +143,7 @@ def invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     return jnp.argmax(edges > uniform * edges.max()).astype(jnp.int32)
 
 
-def _seen_tokens(vocab: int, inputs: SamplingInputs, state: State) -> jax.Array:
+def _seen_tokens(vocab: int, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
     """Returns which tokens each row has, bool [batch, vocab]."""
     batch, length = state.tokens.shape
     padding = jnp.arange(length) >= inputs.lengths[:, None]

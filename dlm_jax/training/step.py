@@ -137,7 +137,8 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums.zero()
         return jax.lax.scan(add, zero, micro_batches(batch, config.accumulate_steps, num_shards))[0]
 
-    def measure(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
+    def gradients_and_metrics(params: nnx.State, frozen: nnx.State, batch: Batch,
+                              step: jax.Array) -> tuple[nnx.State, Metrics]:
         """Returns the gradient for the optimizer, float32, and the metrics."""
         grads, sums = gradients(params, frozen, batch, step)
         count = sums.normalizer(objective.loss_normalization)
@@ -165,35 +166,36 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = measure(state.params, state.frozen, batch, state.step)
+        grads, metrics = gradients_and_metrics(state.params, state.frozen, batch, state.step)
         return update(state, grads, metrics), metrics
 
-    return _offloaded_step(measure, update, mesh) if config.offload else train_step
+    return _offloaded_step(gradients_and_metrics, update, mesh) if config.offload else train_step
 
 
-def _offloaded_step(measure: Callable, update: Callable, mesh: Mesh) -> Callable:
+def _offloaded_step(gradients_and_metrics: Callable, update: Callable, mesh: Mesh) -> Callable:
     """Returns a step whose optimizer state is in host memory while the gradient is computed.
 
     In a single program XLA would choose when to fetch the state: before the activations are freed, or after.
     """
-    def moved(state: TrainState, kind: str) -> TrainState:
+    def move_opt_state(state: TrainState, kind: str) -> TrainState:
         shardings = in_memory(state_shardings(state.opt_state, mesh), kind)
         return dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, shardings))
 
     @jax.jit
-    def first(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array) -> tuple[nnx.State, Metrics]:
-        grads, metrics = measure(params, frozen, batch, step)
+    def compute_gradients(params: nnx.State, frozen: nnx.State, batch: Batch,
+                          step: jax.Array) -> tuple[nnx.State, Metrics]:
+        grads, metrics = gradients_and_metrics(params, frozen, batch, step)
         return jax.lax.with_sharding_constraint(grads, param_shardings(grads, mesh)), metrics
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def second(state: TrainState, grads: nnx.State, metrics: Metrics) -> TrainState:
-        return moved(update(moved(state, DEVICE), grads, metrics), HOST)
+    def apply_gradients(state: TrainState, grads: nnx.State, metrics: Metrics) -> TrainState:
+        return move_opt_state(update(move_opt_state(state, DEVICE), grads, metrics), HOST)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = first(state.params, state.frozen, batch, state.step)
-        return second(state, grads, metrics), metrics
+        grads, metrics = compute_gradients(state.params, state.frozen, batch, state.step)
+        return apply_gradients(state, grads, metrics), metrics
 
-    train_step.programs = first, second
+    train_step.programs = compute_gradients, apply_gradients
     return train_step
 
 

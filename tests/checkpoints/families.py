@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models of every family, with biases and norms that are not what they are initialised to."""
+"""Tiny Hugging Face models of every family, with biases and norms that are not what they are initialized to."""
 
 import json
 from collections.abc import Callable

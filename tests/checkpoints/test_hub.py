@@ -31,10 +31,10 @@ def test_hub_id_without_network(monkeypatch, tmp_path):
 
 
 def test_weights_are_fetched_on_request(monkeypatch, tmp_path):
-    wanted = []
+    patterns = []
 
     def snapshot_download(name, allow_patterns, ignore_patterns):
-        wanted.append([pattern for pattern in allow_patterns if "safetensors" in pattern or "bin" in pattern])
+        patterns.append([pattern for pattern in allow_patterns if "safetensors" in pattern or "bin" in pattern])
         return tmp_path
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -42,4 +42,4 @@ def test_weights_are_fetched_on_request(monkeypatch, tmp_path):
     locate("gpt2")
     (tmp_path / "model.safetensors").touch()
     locate("gpt2")
-    assert wanted == [[], ["*.safetensors"], ["*.bin"], ["*.safetensors"]]
+    assert patterns == [[], ["*.safetensors"], ["*.bin"], ["*.safetensors"]]

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dlm_jax import DiffusionLM
-from dlm_jax.cli.train import make_hooks
+from dlm_jax.cli.train import extra_hooks
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.errors import ConfigError
@@ -44,7 +44,7 @@ def tuning(config, examples):  # noqa: F811
 
 
 def run(settings, workdir):
-    return train(settings, workdir, make_hooks(settings))
+    return train(settings, workdir, extra_hooks(settings))
 
 
 @pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])

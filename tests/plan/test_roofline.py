@@ -18,7 +18,7 @@ MODEL = ModelConfig("llama", 100, 8, 2, 2, 2, 4, 16, 64)
 BLOCKS = 2 * (4 * 8 * 8 + 3 * 8 * 16 + 2 * 8)
 CONFIG = TrainConfig(model=ModelSource(source="x"), data=DataConfig(length=32, batch_size=4), num_steps=1000,
                      objective=ObjectiveConfig(name="autoregressive"))
-TOKENS, PRODUCT = 128, 2 * 2 * 8 * 32 * 128  # of all heads over the whole square, over all layers
+TOKENS, PRODUCT = 128, 2 * 2 * 8 * 32 * 128  # of all heads over the full square, over all layers
 
 
 def with_model(**changes) -> TrainConfig:

@@ -42,8 +42,8 @@ def test_rows_do_not_depend_on_batch_size_callback_or_mesh():
     for found in (sample_rows(model, rows, keys, spec, batch_size=2),
                   sample_rows(model, rows, keys, spec, batch_size=3, on_step=seen.append),
                   sample_rows(split, rows, keys, spec, batch_size=3, mesh=mesh)):
-        for tokens, wanted in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(tokens, wanted)
+        for tokens, reference in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(tokens, reference)
     assert sorted(row for snapshot in seen if snapshot.step == 0 for row in snapshot.rows) == [0, 1, 2, 3, 4]
     last = {row: snapshot for snapshot in seen for row in snapshot.rows}
     assert not any(snapshot.masked.any() for snapshot in last.values())

@@ -1,4 +1,4 @@
-"""Adding LoRA to a model, splitting off what is trained, merging it back, and fingerprints of parameters."""
+"""LoRA on complete models: adding it, splitting off what is trained, merging it back; fingerprints of parameters."""
 
 import dataclasses
 import functools
