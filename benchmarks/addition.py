@@ -2,9 +2,9 @@
 
     python benchmarks/addition.py [--out build/addition]
 
-writes 20,000 sums to learn from, `What is 468+357?||<<8+7+0=15>> <<6+5+1=12>> <<4+3+1=8>> #### 825`, and 500
-of other pairs; fine-tunes by `configs/sft_addition.py`; and asks the 500. A table goes to standard output, the figures
-to benchmarks/results/addition.json.
+writes 20,000 sums for training, `What is 468+357?||<<8+7+0=15>> <<6+5+1=12>> <<4+3+1=8>> #### 825`, and 500
+of other pairs; fine-tunes by `configs/sft_addition.py`; and evaluates on the 500. It prints a table and writes
+benchmarks/results/addition.json.
 """
 
 import json

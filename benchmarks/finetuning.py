@@ -5,7 +5,7 @@
         --test TEST.txt
 
 fine-tunes, on lines `question||<<a*b=c>> #### answer`, the shipped small model adapted to diffusion, the same model by
-diffusion without having been adapted, and autoregressively; and asks each of them the questions of the test.
+diffusion without the adaptation, and autoregressively; and evaluates each on the questions of the test.
 It writes docs/figures/finetuning.png and benchmarks/results/finetuning.json, and prints the table. Runs that are done
 are not repeated; one that was cut short resumes.
 """

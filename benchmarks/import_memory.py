@@ -4,7 +4,7 @@
 
 writes sharded LLaMA checkpoints of 1 GB in float32, bfloat16 and float16, imports each as float32 in a process
 of its own, and compares the peak of its anonymous memory (RssAnon and RssShmem of /proc/self/status; mapped files are
-not counted, the system may drop them) above what it had before, with the bytes of the parameters. Prints a
+not counted, because the system may drop them) above what it had before, with the bytes of the parameters. Prints a
 table, writes benchmarks/results/import_memory.json, and fails above a ratio of 1.25.
 """
 

@@ -1,8 +1,8 @@
-"""The tables of docs/plans.md: recipes of the paper on slices and GPUs, by `dlm plan`; no TPU is needed.
+"""Makes the tables of docs/plans.md: recipes of the paper on TPU slices and GPUs, by `dlm plan`; no TPU is needed.
 
-    python benchmarks/plans.py              plans what is not yet in benchmarks/results/plans.json, minutes each
-    python benchmarks/plans.py --one        the next of them; exit status 1 if nothing remains
-    python benchmarks/plans.py --table      prints the tables from the results there are
+    python benchmarks/plans.py              makes the plans missing in benchmarks/results/plans.json, minutes each
+    python benchmarks/plans.py --one        makes the next of them; exit status 1 if none is missing
+    python benchmarks/plans.py --table      prints the tables of the results
 """
 
 import json

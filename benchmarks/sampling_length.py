@@ -1,4 +1,4 @@
-"""Times texts by length, one at a time: the parent from left to right with its cache, diffusion by number of steps.
+"""Times texts by length, one at a time: the parent, autoregressive with its cache, and diffusion by number of steps.
 
     python benchmarks/sampling_length.py --model=WORKDIR --parent=assets/stories-gpt2
 

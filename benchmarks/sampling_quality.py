@@ -4,7 +4,7 @@
 
 Unconditional samples are scored by generative perplexity under the autoregressive parent (lower is more likely, but
 repetition is likely, too) and by distinct-n, the number of different n-grams divided by the number of n-grams of all
-samples (higher is more diverse). The baseline of both is text that the parent samples from left to right. Prints two
+samples (higher is more diverse). The baseline of both is text that the parent samples autoregressively. Prints two
 tables and writes benchmarks/results/sampling_quality.json and docs/figures/sampling_quality.png.
 """
 
@@ -55,7 +55,7 @@ def policies(lm: DiffusionLM, parent: DiffusionLM, args: argparse.Namespace) -> 
 
 
 def caches(lm: DiffusionLM, parent: DiffusionLM, args: argparse.Namespace) -> list[dict]:
-    """Blocks from left to right, one row at a time, without and with caches."""
+    """Measures decoding in blocks, one row at a time, without and with caches."""
     base = SamplerConfig(policy="confidence", num_steps=args.length, temperature=args.temperature, top_p=args.top_p)
     quick = dataclasses.replace(base, policy="threshold", num_steps=None, block_length=BLOCK, threshold=args.threshold)
     settings = {"confidence, one token per step": base,

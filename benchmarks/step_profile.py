@@ -1,7 +1,8 @@
 """Where a compiled step spends its time on a CPU, by the source lines of its instructions.
 
-`train_step.py --profile=DIR` prints it: seconds a step of each part, matrix products apart from the rest, forward apart
-from backward, and the rate of the products beside that of one large product alone.
+`train_step.py --profile=DIR` prints the seconds per step of each component, with separate columns for matrix products
+and the rest and separate rows for forward and backward, and the rate of the products next to that of one large product
+alone.
 """
 
 import collections
@@ -20,7 +21,7 @@ SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
 class Program:
-    """The text of a compiled program, asked about its instructions."""
+    """The text of a compiled program, with what it says about its instructions."""
 
     def __init__(self, text: str):
         tables = {name: {int(i): rest for i, rest in re.findall(r"^(\d+) (.*)$", block, re.M)} for name, block in
@@ -34,7 +35,7 @@ class Program:
         self.bodies = dict(re.findall(r"^%([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
 
     def part(self, name: str) -> str:
-        """The innermost of our files that an instruction comes from, as a part of the step."""
+        """Returns the component of the step that an instruction is from, by the innermost of our files on its stack."""
         line = self.lines.get(name, "")
         found = re.search(r"stack_frame_id=(\d+)", line)
         frame, part = int(found[1]) if found else 0, "zeros for what is stacked, rest"
@@ -48,7 +49,7 @@ class Program:
         return part + (", backward" if "transpose(jvp" in line else "")
 
     def flops(self, name: str) -> int:
-        """Of the matrix products in an instruction."""
+        """Returns the FLOPs of the matrix products in an instruction."""
         line = self.lines.get(name, "")
         called = re.search(r"calls=%([\w.\-]+)", line)
         total = 0
@@ -94,10 +95,10 @@ def profile(run: Callable[[], None], compiled_text: str, folder: str, steps: int
 
 
 def wall_time(events: list[tuple[float, float, str]], program: Program) -> dict[tuple[str, bool], float]:
-    """Seconds by (part, matrix product or not): each moment is shared by the instructions that run in it.
+    """Returns seconds by (component, matrix product or not); instructions that run at the same time share that time.
 
-    XLA's own threads return from some products at once (Eigen works on): a moment without an instruction is counted
-    to the latest product begun.
+    XLA's own threads return from some products immediately, and Eigen computes on: time without an instruction counts
+    towards the product that started last.
     """
     kind = {name: (program.part(name), program.flops(name) > 0) for _, _, name in events}
     edges = sorted([(begin, 1, name) for begin, _, name in events] + [(end, -1, name) for _, end, name in events])
@@ -118,7 +119,7 @@ def wall_time(events: list[tuple[float, float, str]], program: Program) -> dict[
 
 
 def best_rate() -> float:
-    """Floating-point operations a second of one large float32 product."""
+    """Returns the floating-point operations per second of one large float32 product."""
     x = jnp.ones((2048, 2048))
     product = jax.jit(lambda x: x @ x)
     seconds = []

@@ -5,8 +5,8 @@
     python benchmarks/tpu_memory.py --context=8 --length=16384 --rows_a_chip=2
 
 Each chip has `rows_a_chip` times 2048 tokens whatever the length: with --context=8, rows of 16,384 tokens over eight
-chips. It compiles as `dlm plan` does, with `pip install "dlm_jax[tpu]"` and no TPU, and adds what the
-compiler says of a chip's memory (its peak decides whether a program fits) to benchmarks/results/tpu_memory.json.
+chips. It compiles as `dlm plan` does, which needs `pip install 'dlm-jax[tpu]'` and no TPU. It adds the compiler's
+figures for a chip's memory (the peak decides whether a program fits) to benchmarks/results/tpu_memory.json.
 """
 
 import argparse
