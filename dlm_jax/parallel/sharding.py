@@ -94,6 +94,8 @@ def state_shardings(state: object, mesh: Mesh) -> object:
     def sharding(node: object) -> object:
         if not is_param(node):
             return replicated
+        if not jax.tree.leaves(node):  # optax's MaskedNode: another optimizer has this parameter
+            return node
         shape = node.get_value().shape
         counts = [_axes_size(RULES[axis], mesh) for axis in node.axes]
         if len(shape) != len(counts) or any(size < count for size, count in zip(shape, counts, strict=True)):
