@@ -73,12 +73,14 @@ def test_errors_are_one_sentence(capsys, argv, mentions):
 
 
 def test_old_flags_are_gone_and_new_ones_exist():
-    known = set()
+    renamed = set()
     for command in COMMANDS:
         parser = Parser()
         importlib.import_module(f"dlm_jax.cli.{command}").add_arguments(parser)
-        known |= {option for action in parser._actions for option in action.option_strings}
-    assert set(OLD_FLAGS.values()) <= known and not known & set(OLD_FLAGS)
+        known = {option for action in parser._actions for option in action.option_strings}
+        renamed |= known & set(OLD_FLAGS.values())
+        assert not [old for old, new in OLD_FLAGS.items() if new in known and old in known]
+    assert renamed == set(OLD_FLAGS.values())
 
 
 def test_errors_and_interrupts_have_an_exit_status(capsys, monkeypatch):

@@ -258,7 +258,7 @@ def test_users_without_rights_have_it_as_well():
         pytest.skip(f"{python} is not of version 3.11 or later")
     package = pathlib.Path(code_execution.__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("errors.py", "evaluation/jail.py", "evaluation/code_execution.py"):
+        for name in ("errors.py", "evaluation/code_jail.py", "evaluation/code_execution.py"):
             copy = pathlib.Path(folder, "dlm_jax", name)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text((package / name).read_text())
