@@ -129,8 +129,10 @@ class DiffusionLM:
             on_step: called with a `sampling.Snapshot` before the first step of each batch and after every step.
         """
         check_at_least(max_new_tokens, 1, "max_new_tokens")
-        run = _Run.make(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, seed=seed, **options)
-        return self._fill([[prompt, max_new_tokens] for prompt in _as_list(prompts, "prompts")], run, stop_at_eos=True)
+        settings = _Settings.make(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, seed=seed,
+                                  **options)
+        segments = [[prompt, max_new_tokens] for prompt in _as_list(prompts, "prompts")]
+        return self._fill(segments, settings, stop_at_eos=True)
 
     def infill(self, texts: str | Sequence[str], gap_length: int = 16, **options: Any) -> list[str]:
         """Fills the gaps of each text: `<mask:12>` is a gap of 12 tokens, `<mask>` one of `gap_length`.
@@ -141,14 +143,14 @@ class DiffusionLM:
         Args:
           options: the keywords of `generate`, from `num_steps` on.
         """
-        run = _Run.make(**options)
+        settings = _Settings.make(**options)
         segments = [split_gaps(text, gap_length) for text in _as_list(texts, "texts")]
         if any(isinstance(segment, range) for text in segments for segment in text):
             encode_text = functools.partial(encode, self.tokenizer, bos_token_id=self._bos_token_id)
             with self._mesh_context():
                 segments = infer_gap_lengths(self.model, segments, encode_text, diffusion=self.diffusion,
-                                             batch_size=run.batch_size)
-        return self._fill(segments, run, stop_at_eos=False)
+                                             batch_size=settings.batch_size)
+        return self._fill(segments, settings, stop_at_eos=False)
 
     def respond(self, questions: str | Sequence[Prompt], max_new_tokens: int = 128, *,
                 prompt_format: PromptFormat | None = None, **options: Any) -> list[str]:
@@ -161,13 +163,13 @@ class DiffusionLM:
           options: the keywords of `generate`, from `num_steps` on.
         """
         check_at_least(max_new_tokens, 1, "max_new_tokens")
-        run = _Run.make(**options)
+        settings = _Settings.make(**options)
         prompt_format = self.prompt_format() if prompt_format is None else prompt_format
         is_conversation = not isinstance(questions, str) and questions and isinstance(questions[0], dict)
         questions = [questions] if is_conversation else _as_list(questions, "questions")
         prompts, ends = [prompt_format.encode_prompt(question) for question in questions], prompt_format.end_token_ids
         # Conversations grow from call to call: coarse lengths, so that not every turn needs a program of its own.
-        filled = self._sample([prompt + [GAP] * max_new_tokens for prompt in prompts], run, ends, stop_at_eos=True,
+        filled = self._sample([prompt + [GAP] * max_new_tokens for prompt in prompts], settings, ends, stop_at_eos=True,
                               coarse=True)
         return [prompt_format.decode_response(before_end(row[len(prompt) : len(prompt) + max_new_tokens], ends))
                 for prompt, row in zip(prompts, filled, strict=True)]
@@ -205,33 +207,33 @@ class DiffusionLM:
         raise ConfigError(f"{self.pretrained.source} has no BOS or EOS token for position 0; set bos_token "
                           "in its tokenizer_config.json")
 
-    def _fill(self, segments: Sequence[Sequence[Segment]], run: "_Run", *, stop_at_eos: bool) -> list[str]:
+    def _fill(self, segments: Sequence[Sequence[Segment]], settings: "_Settings", *, stop_at_eos: bool) -> list[str]:
         """Returns texts with their gaps filled."""
         eos_token_id = self.pretrained.eos_token_id
         ends = () if eos_token_id is None else (eos_token_id,)
         rows, gaps = zip(*(encode(self.tokenizer, text, self._bos_token_id) for text in segments), strict=True)
-        filled = self._sample(rows, run, ends, stop_at_eos=stop_at_eos)
+        filled = self._sample(rows, settings, ends, stop_at_eos=stop_at_eos)
         return [decode(self.tokenizer, text, gap, row, ends if stop_at_eos else ())
                 for text, gap, row in zip(segments, gaps, filled, strict=True)]
 
-    def _sample(self, rows: Sequence[Sequence[int]], run: "_Run", eos_token_ids: tuple[int, ...], *,
+    def _sample(self, rows: Sequence[Sequence[int]], settings: "_Settings", eos_token_ids: tuple[int, ...], *,
                 stop_at_eos: bool, coarse: bool = False) -> list[np.ndarray]:
         """Returns rows of tokens with their gaps filled, see `sampling.sample_rows`."""
-        index = np.arange(len(rows)) if run.example_index is None else np.asarray(run.example_index)
+        index = np.arange(len(rows)) if settings.example_index is None else np.asarray(settings.example_index)
         if len(index) != len(rows):
             raise ConfigError(f"example_index has {len(index)} entries for {len(rows)} texts")
-        diffusion = self.pretrained.diffusion if run.config.policy == "autoregressive" else self.diffusion
-        return sample_rows(self.model, rows, example_keys(run.seed, jnp.asarray(index, jnp.uint32)),
-                           SamplingSpec(run.config, diffusion, eos_token_ids, stop_at_eos and bool(eos_token_ids)),
-                           batch_size=min(run.batch_size, len(rows)), mesh=self.mesh, on_step=run.on_step,
-                           coarse=coarse, progress=run.on_step is None)
+        diffusion = self.pretrained.diffusion if settings.config.policy == "autoregressive" else self.diffusion
+        return sample_rows(self.model, rows, example_keys(settings.seed, jnp.asarray(index, jnp.uint32)),
+                           SamplingSpec(settings.config, diffusion, eos_token_ids, stop_at_eos and bool(eos_token_ids)),
+                           batch_size=min(settings.batch_size, len(rows)), mesh=self.mesh, on_step=settings.on_step,
+                           coarse=coarse, progress=settings.on_step is None)
 
     def _mesh_context(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class _Settings:
     """The settings that `generate`, `infill` and `respond` share."""
 
     config: SamplerConfig
@@ -242,9 +244,9 @@ class _Run:
 
     @classmethod
     def make(cls, *, seed: int = 0, batch_size: int = 16, example_index: Sequence[int] | None = None,
-             on_step: Callable[[Snapshot], None] | None = None, **settings: Any) -> Self:
+             on_step: Callable[[Snapshot], None] | None = None, **sampler: Any) -> Self:
         check_at_least(batch_size, 1, "batch_size")
-        return cls(sampler_config(**settings), seed, batch_size, example_index, on_step)
+        return cls(sampler_config(**sampler), seed, batch_size, example_index, on_step)
 
 
 def _as_list(texts: str | Sequence[str], name: str) -> list[str]:

@@ -113,15 +113,18 @@ Shardings = Callable[[ModelConfig], Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """How parameters are computed with, stored and placed; `seed` gives new ones."""
+    """The arguments of `load_pretrained` that hold for every kind of checkpoint."""
 
+    mask_token: str | int | None
+    init: str
+    lora: LoRASettings | LoRAConfig | None
+    seed: int
     compute: Compute
     param_dtype: str
     shardings: Shardings | None
-    seed: int
 
-    def places(self, config: ModelConfig, shapes: nnx.State) -> list[Sharding]:
-        """One sharding per parameter of the base."""
+    def param_shardings(self, config: ModelConfig, shapes: nnx.State) -> list[Sharding]:
+        """Returns one sharding per parameter of the base."""
         if self.shardings is not None:
             return jax.tree.leaves(self.shardings(config))
         return [SingleDeviceSharding(jax.local_devices()[0])] * len(jax.tree.leaves(shapes))
@@ -153,14 +156,14 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
     """
     if init not in INITS:
         raise ConfigError(f"init {init!r} is unknown; choose {', '.join(INITS)}")
-    options = _Options(compute, param_dtype or "float32", shardings, seed)
+    options = _Options(mask_token, init, lora, seed, compute, param_dtype or "float32", shardings)
     if is_workdir(source):
         if base is not None:
             raise ConfigError(f"{source} is a training workdir, which records its base; leave the base out")
         directory, step = split_step(source)
         recipe = read_run_config(directory)
         options = dataclasses.replace(options, param_dtype=param_dtype or recipe["model.param_dtype"])
-        return _load_workdir(directory, step, recipe, mask_token, merge, init, lora, options)
+        return _load_workdir(directory, step, recipe, merge, options)
     if not merge:
         raise ConfigError(f"{source} is not the workdir of a run with LoRA, so there is no LoRA to keep unmerged; "
                           "leave merge out")
@@ -168,10 +171,10 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
     if is_peft_adapter(directory):
         if init != "pretrained":
             raise ConfigError(f"{source} is an adapter, which has no architecture of its own; name its base instead")
-        return _load_peft(directory, str(source), mask_token, base, lora, options)
+        return _load_peft(directory, str(source), base, options)
     if base is not None:
         raise ConfigError(f"{source} is not an adapter, so it has no base; leave the base out")
-    return _load_hf(directory, str(source), mask_token, init, lora, options)
+    return _load_hf(directory, str(source), options)
 
 
 def load_lora_base(workdir: epath.Path, record: LoRABase, compute: Compute, shardings: Shardings | None) -> Pretrained:
@@ -181,9 +184,8 @@ def load_lora_base(workdir: epath.Path, record: LoRABase, compute: Compute, shar
         param_dtype=read_run_config(workdir)["model.param_dtype"], shardings=shardings)
 
 
-def _load_hf(directory: Path, source: str, mask_token: str | int | None, init: str,
-             lora: LoRASettings | LoRAConfig | None, options: _Options) -> Pretrained:
-    hf_config = read_config(directory)
+def _load_hf(directory: Path, source: str, options: _Options) -> Pretrained:
+    hf_config, init, mask_token = read_config(directory), options.init, options.mask_token
     config, tokenizer = config_from_hf(hf_config), load_tokenizer(directory)
     recorded = recorded_diffusion(hf_config)
     mask_token_id = recorded.mask_token_id
@@ -195,12 +197,12 @@ def _load_hf(directory: Path, source: str, mask_token: str | int | None, init: s
         mask_token_id, is_new = choose_mask_token(mask_token, mask_token_id, config.vocab_size, tokenizer)
     if is_new:
         config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
-    lora = resolve_lora(lora, config, is_new)
+    lora = resolve_lora(options.lora, config, is_new)
 
-    def read(shapes: nnx.State, places: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
+    def read(shapes: nnx.State, shardings: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
         if init == "pretrained":
-            return stream_parameters(tensors, config, shapes, places, mask_token_id if is_new else None)
-        initialize = jax.jit(_initialize, static_argnums=(1, 2, 3), out_shardings=places)
+            return stream_parameters(tensors, config, shapes, shardings, mask_token_id if is_new else None)
+        initialize = jax.jit(_initialize, static_argnums=(1, 2, 3), out_shardings=shardings)
         values = initialize(options.seed, config, options.compute, options.param_dtype)
         return nnx.to_flat_state(jax.tree.unflatten(jax.tree.structure(shapes), values))
 
@@ -215,27 +217,27 @@ def _load_hf(directory: Path, source: str, mask_token: str | int | None, init: s
                       read_metadata(directory).get("recipe"), provenance=provenance, new_mask_token=is_new)
 
 
-def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any], mask_token: str | int | None,
-                  merge: bool, init: str, lora: LoRASettings | LoRAConfig | None, options: _Options) -> Pretrained:
-    found = _load_hf(local_copy(directory / "model"), str(directory), mask_token,
-                     "random" if init == "random" else "abstract", lora, options)
-    found = dataclasses.replace(found, recipe=recipe)
-    if init != "pretrained":
-        return found
-    if found.new_mask_token:
-        raise ConfigError(f"model.mask_token {mask_token!r} is new to {directory}, and its vocabulary is fixed; "
-                          "export it first, and start from the export")
-    step, config, lora = resolve_step(directory, step), found.model.config, found.model.lora
-    found = dataclasses.replace(found, source=f"{directory}@{step}")
+def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any], merge: bool,
+                  options: _Options) -> Pretrained:
+    init = "random" if options.init == "random" else "abstract"
+    loaded = _load_hf(local_copy(directory / "model"), str(directory), dataclasses.replace(options, init=init))
+    loaded = dataclasses.replace(loaded, recipe=recipe)
+    if options.init != "pretrained":
+        return loaded
+    if loaded.new_mask_token:
+        raise ConfigError(f"model.mask_token {options.mask_token!r} is new to {directory}, and its vocabulary is "
+                          "fixed; export it first, and start from the export")
+    step, config, lora = resolve_step(directory, step), loaded.model.config, loaded.model.lora
+    loaded = dataclasses.replace(loaded, source=f"{directory}@{step}")
     record = read_lora_base(directory)
     if record is None:
-        def read(shapes: nnx.State, places: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
-            layout = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                                  shapes, jax.tree.unflatten(jax.tree.structure(shapes), places))
+        def read(shapes: nnx.State, shardings: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
+            layout = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding),
+                                  shapes, jax.tree.unflatten(jax.tree.structure(shapes), shardings))
             return nnx.to_flat_state(restore_params(directory, step, layout))
 
         model, provenance = _build_model(config, lora, options, read)
-        return dataclasses.replace(found, model=model, provenance=provenance)
+        return dataclasses.replace(loaded, model=model, provenance=provenance)
 
     base = load_lora_base(directory, record, options.compute, options.shardings)
     graphdef, trained, frozen = split_trainable(base.model)
@@ -244,37 +246,36 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trained))
     model = nnx.merge(graphdef, learned, frozen)
     if not merge and lora is None:
-        return dataclasses.replace(found, model=model, base=record.source)
+        return dataclasses.replace(loaded, model=model, base=record.source)
     model = merge_lora(model, options.param_dtype)
     if lora is not None:
         model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
-    return dataclasses.replace(found, model=model, provenance=(record.fingerprint, fingerprint(learned)))
+    return dataclasses.replace(loaded, model=model, provenance=(record.fingerprint, fingerprint(learned)))
 
 
-def _load_peft(directory: Path, source: str, mask_token: str | int | None, base: str | None,
-               lora: LoRASettings | LoRAConfig | None, options: _Options) -> Pretrained:
+def _load_peft(directory: Path, source: str, base: str | None, options: _Options) -> Pretrained:
     adapter = read_peft_adapter(directory)
-    metadata, named = adapter.metadata, base or adapter.base
+    metadata, base, mask_token = adapter.metadata, base or adapter.base, options.mask_token
     if mask_token is None:  # by text, if possible: the token may be new to the base
         mask_token = metadata.get("mask_token") or metadata.get("mask_token_id")
     try:
-        found = load_pretrained(find_base(named, directory), mask_token=mask_token, compute=options.compute,
-                                param_dtype=options.param_dtype, shardings=options.shardings)
+        loaded = load_pretrained(find_base(base, directory), mask_token=mask_token, compute=options.compute,
+                                 param_dtype=options.param_dtype, shardings=options.shardings)
     except CheckpointError as error:
-        raise CheckpointError(f"the base {named!r} of the adapter {directory} cannot be loaded: {error}; put it there "
+        raise CheckpointError(f"the base {base!r} of the adapter {directory} cannot be loaded: {error}; put it there "
                               "or beside the adapter, or say where it is (--base, or base=)") from error
     diffusion = dataclasses.replace(
-        found.diffusion, shift=metadata.get("shift", found.shift),
-        blocks=blocks_from_record(metadata) if "block_size" in metadata else found.blocks)
-    model = merge_peft_adapter(adapter, found.model, found.source, options.param_dtype)
-    is_new, provenance = found.new_mask_token and not adapter.has_embedding, found.provenance
-    lora = resolve_lora(lora, model.config, is_new)
+        loaded.diffusion, shift=metadata.get("shift", loaded.shift),
+        blocks=blocks_from_record(metadata) if "block_size" in metadata else loaded.blocks)
+    model = merge_peft_adapter(adapter, loaded.model, loaded.source, options.param_dtype)
+    is_new, provenance = loaded.new_mask_token and not adapter.has_embedding, loaded.provenance
+    lora = resolve_lora(options.lora, model.config, is_new)
     if lora is not None:
-        provenance = (*(provenance or (fingerprint(nnx.state(found.model)),)), adapter.digest())
+        provenance = (*(provenance or (fingerprint(nnx.state(loaded.model)),)), adapter.digest())
         model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
     return dataclasses.replace(
-        found, model=model, tokenizer=load_tokenizer(directory) or found.tokenizer, diffusion=diffusion, source=source,
-        recipe=metadata.get("recipe", found.recipe), provenance=provenance, new_mask_token=is_new)
+        loaded, model=model, tokenizer=load_tokenizer(directory) or loaded.tokenizer, diffusion=diffusion,
+        source=source, recipe=metadata.get("recipe", loaded.recipe), provenance=provenance, new_mask_token=is_new)
 
 
 def _build_model(config: ModelConfig, lora: LoRAConfig | None, options: _Options,
@@ -282,10 +283,10 @@ def _build_model(config: ModelConfig, lora: LoRAConfig | None, options: _Options
                  ) -> tuple[Transformer, tuple[str, ...]]:
     """Builds a model of the parameters that `read` gives, with new LoRA parameters; also returns its `provenance`."""
     graphdef, shapes = base_shapes(config, options.compute, options.param_dtype, lora)
-    places = options.places(config, shapes)
-    params, provenance = freeze_base(read(shapes, places), lora)
+    shardings = options.param_shardings(config, shapes)
+    params, provenance = freeze_base(read(shapes, shardings), lora)
     factors = nnx.State({}) if lora is None else init_lora_factors(
-        config, lora, options.seed, options.param_dtype, _replicated(places[0]))
+        config, lora, options.seed, options.param_dtype, _replicated(shardings[0]))
     return add_dora_magnitudes(nnx.merge(graphdef, params, factors)), provenance
 
 
@@ -299,5 +300,5 @@ def _replicated_like(model: Transformer) -> Sharding:
 
 
 def _replicated(sharding: Sharding) -> Sharding:
-    """A copy on every device of the same mesh, or on the same device."""
+    """Returns the sharding with a copy on every device of the same mesh, or on the same device."""
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding

@@ -97,12 +97,12 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     config = check(arguments)
     if arguments.prompts is None:
-        write_texts(arguments, config)
+        sample_texts(arguments, config)
     else:
-        write_file(arguments, config)
+        sample_to_file(arguments, config)
 
 
-def write_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
+def sample_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
     """Samples the texts of the command line and prints them."""
     lm = load_model(arguments)
     config = resolve_policy(config, arguments.policy, lm)
@@ -118,7 +118,7 @@ def write_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
                                   "batch_size": arguments.batch_size, "seconds": seconds, "samples": samples}, table)
 
 
-def write_file(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
+def sample_to_file(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
     """Samples the texts of a file into another file."""
     from dlm_jax.cli.sample_file import read_prompts, sample_file
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from dlm_jax.config_fields import check_at_least, check_range
 from dlm_jax.errors import EXIT_FAILURE, EXIT_PEER_LOST, EXIT_SIGNAL, ConfigError
 
 if TYPE_CHECKING:
@@ -77,13 +78,11 @@ def write_result(destination: str | None, result: object, table: str) -> None:
 
 def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+        check_at_least(getattr(arguments, name), 1, f"--{name}")
 
 
 def check_seed(name: str, seed: int) -> None:
-    if not 0 <= seed < 1 << 32:
-        raise ConfigError(f"{name} must be between 0 and {(1 << 32) - 1}, got {seed}")
+    check_range(seed, 0, (1 << 32) - 1, name)
 
 
 def check_output(path: str) -> None:
