@@ -52,16 +52,16 @@ class Loader:
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """Returns the batch of a step as NumPy arrays, or its rows at the slice `rows` of the global batch."""
         examples = np.arange(self.batch_size, dtype=np.int64)[rows or slice(None)] + step * self.batch_size
-        found = self.mixture[examples]
+        mixed = self.mixture[examples]
         if self.random_length:
-            found = truncate_rows(found, random_lengths(examples, self.random_length, found.length, self.seed))
-        noisable_mask = np.ones(found.tokens.shape, bool) if found.noisable_mask is None else found.noisable_mask.copy()
+            mixed = truncate_rows(mixed, random_lengths(examples, self.random_length, mixed.length, self.seed))
+        noisable_mask = np.ones(mixed.tokens.shape, bool) if mixed.noisable_mask is None else mixed.noisable_mask.copy()
         noisable_mask[:, 0] = False
         positions = segment_ids = None
-        if found.starts is not None:
-            positions, segment_ids = positions_from_starts(found.starts), segment_ids_from_starts(found.starts)
+        if mixed.starts is not None:
+            positions, segment_ids = positions_from_starts(mixed.starts), segment_ids_from_starts(mixed.starts)
             noisable_mask &= positions > 0  # the first position of a segment is its context
-        return Batch(tokens=found.tokens.astype(np.int32), noisable_mask=noisable_mask,
+        return Batch(tokens=mixed.tokens.astype(np.int32), noisable_mask=noisable_mask,
                      example_index=examples.astype(np.uint32), segment_ids=segment_ids, positions=positions)
 
     def batches(self, start_step: int = 0, place: Callable[[Callable[[slice], Batch]], Any] | None = None,

@@ -32,11 +32,10 @@ from dlm_jax.data.records import (
     RecordChunk,
     RecordEncoder,
     TextEncoder,
-    TokenSpan,
     boundary_tokens,
     tokenizer_fingerprint,
 )
-from dlm_jax.data.rows import RowPacker
+from dlm_jax.data.rows import RowPacker, TokenSpan
 from dlm_jax.data.shards import RowLayout, Shard, write_shard
 from dlm_jax.data.source_files import Source
 from dlm_jax.data.sources import read_chunks

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dlm_jax.data.config import ExampleConfig
-from dlm_jax.data.records import BadRecord, TokenSpan, get_text, tokenize
+from dlm_jax.data.records import BadRecord, get_text, tokenize
+from dlm_jax.data.rows import TokenSpan
 from dlm_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dlm_jax.data.rows import TokenSpan
 from dlm_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -82,21 +83,6 @@ def get_text(record: str | dict[str, Any], key: str) -> str:
     except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
         raise BadRecord(f"not valid Unicode ({error.reason})") from error
     return record
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenSpan:
-    """Concatenated documents or examples.
-
-    Attributes:
-      tokens: uint32 [tokens].
-      starts: bool [tokens]; True where a document starts.
-      noisable_mask: bool [tokens], where a token may be noised and scored; None: everywhere.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    noisable_mask: np.ndarray | None = None
 
 
 class RecordEncoder(Protocol):

@@ -6,8 +6,6 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from dlm_jax.data.records import TokenSpan
-
 ROW_MASKS = ("starts", "noisable_mask")
 
 
@@ -100,6 +98,21 @@ def gather_rows(sources: Sequence[RowSource], which: np.ndarray, indices: np.nda
     return Rows(*(None if name in ROW_MASKS and name not in row_masks
                   else np.concatenate([getattr(rows, name) for rows in found])[order]
                   for name in ("tokens", *ROW_MASKS)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSpan:
+    """Concatenated documents or examples.
+
+    Attributes:
+      tokens: uint32 [tokens].
+      starts: bool [tokens]; True where a document starts.
+      noisable_mask: bool [tokens], where a token may be noised and scored; None: everywhere.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    noisable_mask: np.ndarray | None = None
 
 
 class RowPacker:

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from dlm_jax.data.records import TokenSpan
 from dlm_jax.data.rows import (
     ConcatenatedRows,
     RowPacker,
     Rows,
+    TokenSpan,
     gather_rows,
     positions_from_starts,
     segment_ids_from_starts,
