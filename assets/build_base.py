@@ -124,7 +124,7 @@ def _contexts(text: str):
 
 
 class Truecaser:
-    """Puts capitals back by majority: of (gap, word, neighbour), else (gap, word), else gap or word.
+    """Puts capitals back by majority: of (gap, word, neighbor), else (gap, word), else gap or word.
 
     Names that the cased text does not know are found in the lower-cased one: introduced by "named", or the
     subject of a verb and hardly ever after a determiner.

@@ -1,4 +1,4 @@
-"""Options with which XLA compiles quickly and optimises little."""
+"""Options with which XLA compiles quickly and optimizes little."""
 
 import jax
 

@@ -47,7 +47,7 @@ def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: At
 
     A mask that cuDNN does not know (annealed, block-causal, segments, a window on both sides) costs the memory of its
     square as a bias: length^2 x 2 bytes per example, or once where the batch shares it. All layers share it: a scan
-    over them keeps one, and under rematerialisation it exists only while a layer runs. Where the mesh splits the
+    over them keeps one, and under rematerialization it exists only while a layer runs. Where the mesh splits the
     length, a device holds the rows of its queries and gathers the keys and values of all.
 
     Args:

@@ -49,7 +49,7 @@ class _Ring:
 
     def options(self, dropout_seeds: jax.Array | None, kv_head_offset: jax.Array, query: jax.Array, key: jax.Array,
                 hop: jax.Array | int) -> dict:
-        """Returns the kernel's keywords for keys that have travelled `hop` devices."""
+        """Returns the kernel's keywords for keys that have traveled `hop` devices."""
         device = jax.lax.axis_index(self.axis)
         offsets = Offsets(device * query.shape[1], (device + hop) % self.size * key.shape[1], kv_head_offset)
         return {"dropout_rate": self.dropout_rate, "dropout_seeds": dropout_seeds, "offsets": offsets,

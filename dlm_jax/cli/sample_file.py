@@ -24,12 +24,14 @@ KINDS = ("prompt", "infill")
 
 @dataclasses.dataclass(frozen=True)
 class PromptFile:
-    """Attributes:
-    kind: "prompt" or "infill": the key of each record that holds its text.
-    records: the objects of the file, in order.
-    lines: the line number of each record.
-    digest: hash of the file's content.
-    room: {"max_new_tokens" or "gap_length": tokens}, as the method for this kind takes it.
+    """The texts of a file.
+
+    Attributes:
+      kind: "prompt" or "infill": the key of each record that holds its text.
+      records: the objects of the file, in order.
+      lines: the line number of each record.
+      digest: hash of the file's content.
+      room: {"max_new_tokens" or "gap_length": tokens}, as the method for this kind takes it.
     """
 
     path: str

@@ -44,7 +44,7 @@ class Transformer(nnx.Module):
 
     Args:
       config: the architecture.
-      compute: dtypes, rematerialisation and attention backend.
+      compute: dtypes, rematerialization and attention backend.
       rngs: source of the initial weights.
       param_dtype: dtype of the parameters.
       lora: adds LoRA to a frozen base; None: every parameter is trained.

@@ -17,7 +17,7 @@ class Chip:
       flops: dense bfloat16 (V100, T4: float16) peak, FLOP/s.
       memory: GiB that a program can use: the limit of a TPU's compiler, or a GPU's memory without the driver's.
       memory_bandwidth: bytes/s.
-      interconnect: bytes/s sent to its neighbours: over all links of a TPU's torus at once, over NVLink within a host
+      interconnect: bytes/s sent to its neighbors: over all links of a TPU's torus at once, over NVLink within a host
         of GPUs, or over PCIe where there is no NVLink.
       network: bytes/s sent beyond those: a TPU's share of the data center's network, or a GPU's in the usual hosts of
         eight; None where nothing is published.

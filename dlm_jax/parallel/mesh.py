@@ -44,7 +44,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
 
 
 def _device_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Arranges the devices of a slice so that neighbours on a mesh axis are neighbours in the hardware."""
+    """Arranges the devices of a slice so that neighbors on a mesh axis are neighbors in the hardware."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices)
     except NotImplementedError:  # the sizes are not products of the torus's axes

@@ -60,7 +60,7 @@ def test_annealing_opens_monotonically():
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
-def test_annealing_is_independent_of_its_neighbours(ratio):
+def test_annealing_is_independent_of_its_neighbors(ratio):
     """Along steps, examples, rows, columns, and every diagonal of two to four of them."""
     bits = standardized(annealed_bits(ratio), ratio)
     directions = [d for d in itertools.product((-1, 0, 1), repeat=4) if d > (0, 0, 0, 0)]  # one of each pair d, -d
