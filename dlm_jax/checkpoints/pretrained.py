@@ -159,21 +159,21 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
     options = _Options(mask_token, init, lora, seed, compute, param_dtype or "float32", shardings)
     if is_workdir(source):
         if base is not None:
-            raise ConfigError(f"{source} is a training workdir, which records its base; leave the base out")
+            raise ConfigError(f"{source} is a training workdir, which records its base; omit the base")
         directory, step = split_step(source)
         recipe = read_run_config(directory)
         options = dataclasses.replace(options, param_dtype=param_dtype or recipe["model.param_dtype"])
         return _load_workdir(directory, step, recipe, merge, options)
     if not merge:
         raise ConfigError(f"{source} is not the workdir of a run with LoRA, so there is no LoRA to keep unmerged; "
-                          "leave merge out")
+                          "omit merge")
     directory = locate(source, weights=init == "pretrained")
     if is_peft_adapter(directory):
         if init != "pretrained":
             raise ConfigError(f"{source} is an adapter, which has no architecture of its own; name its base instead")
         return _load_peft(directory, str(source), base, options)
     if base is not None:
-        raise ConfigError(f"{source} is not an adapter, so it has no base; leave the base out")
+        raise ConfigError(f"{source} is not an adapter, so it has no base; omit the base")
     return _load_hf(directory, str(source), options)
 
 

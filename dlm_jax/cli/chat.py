@@ -102,9 +102,8 @@ class Conversation:
           ConfigError: the model's format has no messages.
         """
         if system is not None and not self.has_memory:
-            raise ConfigError(f"a system prompt is for messages, and this model's format is "
-                              f"{self.prompt_format.config.format}; "
-                              "leave it out")
+            raise ConfigError("a system prompt is for messages, and this model's format is "
+                              f"{self.prompt_format.config.format}; omit it")
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
     def reset_seed(self, seed: int) -> None:

@@ -77,11 +77,13 @@ def write_result(destination: str | None, result: object, table: str) -> None:
 
 
 def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises ConfigError unless every one of these flags is at least 1."""
     for name in names:
         check_at_least(getattr(arguments, name), 1, f"--{name}")
 
 
 def check_seed(name: str, seed: int) -> None:
+    """Raises ConfigError unless the seed fits uint32."""
     check_range(seed, 0, (1 << 32) - 1, name)
 
 

@@ -45,8 +45,8 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
     # Rows of a batch have the same width, which is the program's shape, and similar numbers of gaps, hence of steps.
     order = sorted(range(len(rows)), key=lambda i: (bucket(len(rows[i]), model.config.max_length, coarse=coarse),
                                                     sum(token == GAP for token in rows[i])))
-    parts = 1 if mesh is None else num_batch_shards(mesh)
-    size = -(-batch_size // parts) * parts
+    shards = 1 if mesh is None else num_batch_shards(mesh)
+    size = -(-batch_size // shards) * shards
     filled: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
     disable = None if progress and len(rows) > size else True  # None: shown on a terminal only
     for start in tqdm(range(0, len(rows), size), desc="sampling", leave=False, disable=disable):

@@ -96,7 +96,7 @@ class TrainConfig:
     data: DataConfig = field(DataConfig(), "the corpus and how it becomes batches")
     objective: ObjectiveConfig = field(ObjectiveConfig(), "what is minimized")
     optimizer: OptimizerConfig = field(OptimizerConfig(), "how it is minimized")
-    mesh: MeshConfig = field(MeshConfig(), "how devices share the computation; -1: all devices that the others leave")
+    mesh: MeshConfig = field(MeshConfig(), "how devices share the computation; -1: all remaining devices")
     checkpoint: CheckpointConfig = field(CheckpointConfig(), "what is saved")
     validation: ValidationConfig = field(ValidationConfig(), "what is measured on held-out rows")
     log: LogConfig = field(LogConfig(), "what is reported")

@@ -326,7 +326,7 @@ def _wandb_run(project: str, folder: epath.Path, name: str, config: Mapping[str,
     try:
         import wandb
     except ImportError:
-        raise ConfigError("log.wandb needs the package wandb; install it, or leave log.wandb empty") from None
+        raise ConfigError("log.wandb needs the package wandb; install it, or remove log.wandb") from None
     return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(folder), config=dict(config))
 
 
