@@ -10,7 +10,7 @@ Both give the same scores, which is checked. The sides take turns; the first run
 
 `error`: scores of real items under different noise. What decides an item is the difference between two options, so its
 error is what counts, in units of how far such differences spread over items, which makes rules with different
-expectations comparable; `bound, release's draws` has the same expectation as ours (but for its grid of 32 times).
+expectations comparable; `bound, reference's draws` has the same expectation as ours (but for its grid of 32 times).
 Writes benchmarks/results/evaluation-{speed-MODEL,error}.json.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from harness import MASK_TOKEN_ID
 
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.scoring import Draw, bound_draw, release_draw
+from dlm_jax.evaluation.scoring import MaskSample, bound_masks, reference_masks
 
 NUM_PASSES = 32
 
@@ -35,12 +35,12 @@ def noise_of(pair: Pair, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, pair.item, pair.option]).random((NUM_PASSES, len(pair.continuation)))
 
 
-def release_bound_draw(uniform: np.ndarray) -> Draw:
-    """The bound from the release's draws: iid masks at rates t / T, each pass with weight 1 / rate."""
+def reference_bound_masks(uniform: np.ndarray) -> MaskSample:
+    """The bound from the reference's draws: iid masks at rates t / T, each pass with weight 1 / rate."""
     rates = (NUM_PASSES - np.arange(NUM_PASSES)) / NUM_PASSES
     masked = uniform < rates[:, None]
     some = masked.any(axis=1)
-    return Draw(masked[some], 1 / (NUM_PASSES * rates[some]))
+    return MaskSample(masked[some], 1 / (NUM_PASSES * rates[some]))
 
 
 def speed(args: argparse.Namespace) -> dict:
@@ -84,7 +84,7 @@ def speed(args: argparse.Namespace) -> dict:
             scores.append(total / NUM_PASSES)
         return np.array(scores)
 
-    score = diffusion_score(ours, lambda pair: release_draw(noise_of(pair, 0)),
+    score = diffusion_score(ours, lambda pair: reference_masks(noise_of(pair, 0)),
                             diffusion=DiffusionSpec(MASK_TOKEN_ID), batch_size=args.batch_size)
     sides: dict[str, Callable[[], np.ndarray]] = {"ours": lambda: score(pairs), "pytorch": pytorch}
     found: dict[str, np.ndarray] = {}
@@ -95,7 +95,7 @@ def speed(args: argparse.Namespace) -> dict:
     seconds = harness.time_in_turns({name: lambda _, name=name: run(name) for name in sides}, args.repeats)
     np.testing.assert_allclose(found["ours"], found["pytorch"], rtol=2e-4)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    passes = sum(len(release_draw(noise_of(pair, 0)).masked) for pair in pairs)
+    passes = sum(len(reference_masks(noise_of(pair, 0)).masked) for pair in pairs)
     result = {"seconds": seconds, "items_per_second": {name: args.items / value for name, value in median.items()},
               "ratio": median["pytorch"] / median["ours"],
               "passes": {"pytorch": NUM_PASSES * len(pairs), "ours": passes}}
@@ -109,7 +109,7 @@ def speed(args: argparse.Namespace) -> dict:
 def error(args: argparse.Namespace) -> dict:
     """The variance of differences between options, per forward pass."""
     from dlm_jax import DiffusionLM
-    from dlm_jax.evaluation.from_pretrained import make_eval_model
+    from dlm_jax.evaluation.make_eval_model import make_eval_model
     from dlm_jax.evaluation.run import pairs_of
     from dlm_jax.evaluation.scoring import diffusion_score
     from dlm_jax.evaluation.tasks import TASKS, load_items
@@ -120,17 +120,17 @@ def error(args: argparse.Namespace) -> dict:
     asked = [pairs_of(eval_model, task, item, number) for number, item in enumerate(items)]
     pairs = [pair for item in asked for pair in item]
     lengths = np.array([len(pair.continuation) for pair in pairs])
-    rules: dict[str, tuple[int, Callable[[int], Callable[[Pair], Draw]], np.ndarray]] = {
-        "release": (NUM_PASSES, lambda seed: lambda pair: release_draw(noise_of(pair, seed)), np.ones(len(pairs))),
-        "bound, release's draws": (NUM_PASSES, lambda seed: lambda pair: release_bound_draw(noise_of(pair, seed)),
+    rules: dict[str, tuple[int, Callable[[int], Callable[[Pair], MaskSample]], np.ndarray]] = {
+        "reference": (NUM_PASSES, lambda seed: lambda pair: reference_masks(noise_of(pair, seed)), np.ones(len(pairs))),
+        "bound, reference's draws": (NUM_PASSES, lambda seed: lambda pair: reference_bound_masks(noise_of(pair, seed)),
                                    1 / lengths)}
     for count in (8, 16, 32):
-        rules[f"ours, {count}"] = (count, lambda seed, count=count: lambda pair: bound_draw(
+        rules[f"ours, {count}"] = (count, lambda seed, count=count: lambda pair: bound_masks(
             len(pair.continuation), count, seed, pair.item), 1 / lengths)
     first = np.array([place for place, pair in enumerate(pairs) if pair.option])  # each option against option 0
     zero = np.array([place - pairs[place].option for place in first])
     print("| rule | passes an option | error of a difference, nats a token | relative to the spread | "
-          "passes for the release's relative error |\n| --- | --- | --- | --- | --- |")
+          "passes for the reference's relative error |\n| --- | --- | --- | --- | --- |")
     result: dict[str, dict[str, float]] = {}
     for name, (count, rule, scale) in rules.items():
         found = np.stack([diffusion_score(
@@ -145,7 +145,7 @@ def error(args: argparse.Namespace) -> dict:
                         "relative_variance": noise / spread}
         row = result[name]
         row["passes_for_equal_error"] = (row["passes"] * row["relative_variance"]
-                                         / result["release"]["relative_variance"])
+                                         / result["reference"]["relative_variance"])
         print(f"| {name} | {row['passes']:.1f} | {row['error_nats_per_token']:.4f} | "
               f"{row['relative_variance'] ** 0.5:.3f} | {row['passes_for_equal_error']:.1f} |", flush=True)
     return result

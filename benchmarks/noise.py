@@ -28,12 +28,12 @@ from dlm_jax.data.config import DataConfig
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.diffusion import HeadPlan, corrupt, loss_sums, sample_times
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.scoring import Draw, bound_draw, diffusion_score, sample_time_masks
+from dlm_jax.evaluation.scoring import MaskSample, bound_masks, diffusion_score, time_masks
 
 DEVICES, LOW = 8, 1e-3
 
 
-def released(key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+def reference(key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Returns (times, keys) of a batch over devices that all start with one seed."""
     times, keys = independent(key, rows // DEVICES)
     return jnp.tile(times, DEVICES), jnp.tile(keys, DEVICES)
@@ -51,7 +51,7 @@ def stratified(key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     return sample_times(seed, 0, jnp.arange(rows), rows, low=LOW), jax.random.split(second, rows)
 
 
-DRAWS = {"the reference": (released, "noisable_mask"), "the reference, its own loss": (released, "masked"),
+DRAWS = {"the reference": (reference, "noisable_mask"), "the reference, its own loss": (reference, "masked"),
          "independent times": (independent, "noisable_mask"), "stratified times (ours)": (stratified, "noisable_mask")}
 
 
@@ -87,32 +87,32 @@ def of_loss(lm: DiffusionLM, tokens: np.ndarray, num_draws: int) -> dict[str, di
     return result
 
 
-def from_times(length: int, times: np.ndarray, rng: np.random.Generator) -> Draw:
+def from_times(length: int, times: np.ndarray, rng: np.random.Generator) -> MaskSample:
     """Independent masks at given rates, each pass with weight 1 / rate."""
     masked = rng.random((len(times), length)) < times[:, None]
     some = masked.any(axis=1)
-    return Draw(masked[some], 1 / (len(times) * times[some]))
+    return MaskSample(masked[some], 1 / (len(times) * times[some]))
 
 
-def from_counts(length: int, fractions: np.ndarray, rng: np.random.Generator) -> Draw:
+def from_counts(length: int, fractions: np.ndarray, rng: np.random.Generator) -> MaskSample:
     """l tokens of each pass, l the given fraction of 1 .. length; weight length / l."""
     number = np.minimum(1 + np.floor(fractions * length).astype(int), length)
     order = np.argsort(rng.random((len(number), length)), axis=1)
-    return Draw(order < number[:, None], length / number / len(number))
+    return MaskSample(order < number[:, None], length / number / len(number))
 
 
-RULES: dict[str, Callable[[int, int, int, int], Draw]] = {
+RULES: dict[str, Callable[[int, int, int, int], MaskSample]] = {
     "independent times": lambda length, passes, seed, row: from_times(
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),
     "the reference's evaluation, a grid of times": lambda length, passes, seed, row: from_times(
         length, (np.arange(passes) + 1) / passes, np.random.default_rng([seed, row])),
-    "stratified times (tasks, --mc_estimator=time)": lambda length, passes, seed, row: sample_time_masks(
+    "stratified times (tasks, --mc_estimator=time)": lambda length, passes, seed, row: time_masks(
         length, passes, seed, row),
     "exact numbers": lambda length, passes, seed, row: from_counts(
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),
     "exact numbers, stratified (dlm evaluate --data)": lambda length, passes, seed, row: from_counts(
         length, (np.arange(passes) + (rng := np.random.default_rng([seed, row])).random(passes)) / passes, rng),
-    "exact numbers, each token counting equally (tasks)": lambda length, passes, seed, row: bound_draw(
+    "exact numbers, each token counting equally (tasks)": lambda length, passes, seed, row: bound_masks(
         length, passes, seed, row),
 }
 

@@ -1,6 +1,6 @@
-"""How good a model is: on tasks, beside its parent, or by how probable it finds held-out text, in nats a token.
+"""Evaluates a model: on tasks, next to its parent, or by the likelihood of held-out text in nats per token.
 
-For a diffusion model probabilities are bounds, estimated from random maskings; for an autoregressive one exact.
+For a diffusion model likelihoods are bounds, estimated from random masks; for an autoregressive model they are exact.
 
   dlm evaluate --model=runs/first --tasks=hellaswag,lambada --data_dir=tasks --parent=gpt2 --out=results.json
   dlm evaluate --model=runs/first --tasks=gsm8k --data_files gsm8k=test.jsonl --shots=4 --limit=100
@@ -11,8 +11,8 @@ For a diffusion model probabilities are bounds, estimated from random maskings; 
 
 Tasks: hellaswag, winogrande, piqa, siqa, lambada, triviaqa, squad, gsm8k, gsm8k_cot, gsm8k_icot, mawps, mawps_cot,
 satmath, satmath_cot, rocstories, humaneval_infilling (it runs programs: --allow_code_execution), text,
-reconstruction, generation. Those of --lm_eval are the tasks of lm-eval, the field's harness, with its prompts and
-metrics.
+reconstruction, generation. --lm_eval runs the tasks of lm-eval, the LM Evaluation Harness, with its
+prompts and metrics.
 """
 
 import argparse
@@ -31,53 +31,53 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dlm_jax.cli.evaluate_tasks import (
+    GENERATION_FLAGS,
     PACKAGES,
-    WRITING_FLAGS,
+    add_generation_arguments,
     add_task_arguments,
-    add_writing_arguments,
     check_used,
-    load_candidates,
+    load_eval_models,
     run_tasks,
     sampler_of,
 )
 from dlm_jax.cli.shared import add_json_argument, add_model_arguments, check_output, load_model, write_result
 from dlm_jax.errors import ConfigError, DataError, did_you_mean
 
-# The flags of each mode beside those of all modes, with their defaults.
-_WRITING = dict.fromkeys(WRITING_FLAGS)
-_TASKS = {"limit": None, "parent": None, "shots": None, "out": None} | _WRITING
+# The flags of each mode, besides those of all modes, with their defaults.
+_GENERATION = dict.fromkeys(GENERATION_FLAGS)
+_TASKS = {"limit": None, "parent": None, "shots": None, "out": None} | _GENERATION
 _OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "mc_estimator": "mask_count",
                   "prompt_file": None, "samples": 1, "temperature": None, "judge": None,
                   "allow_code_execution": False} | _TASKS,
         "data": {"num_rows": 256, "length": None, "document_separator": "", "text_key": "text"},
-        "examples": {"limit": None} | _WRITING,
+        "examples": {"limit": None} | _GENERATION,
         "lm_eval": {"lm_eval_dir": None} | _TASKS}
-_BOOTSTRAPS = 1000  # for the errors of perplexities and the like; the harness's 100000 take minutes
+_BOOTSTRAPS = 1000  # for the errors of perplexities; lm-eval's 100000 take minutes
 _LM_EVAL_SETTINGS = ("model", "parent", "objective", "mask_token", "dtype", "lm_eval", "lm_eval_dir", "limit", "shots",
-             "num_masks", "seed", *WRITING_FLAGS)
+             "num_masks", "seed", *GENERATION_FLAGS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--objective", choices=("diffusion", "autoregressive"), default="diffusion",
                         help="what the model is evaluated as (default %(default)s)")
-    parser.add_argument("--num_masks", type=int, help="random maskings of each row or option (default 16; under the "
-                        "protocol reference its T, 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows at a time (default %(default)s)")
+    parser.add_argument("--num_masks", type=int, help="random masks per row or option (default 16; under the protocol "
+                        "reference 32, its T)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows per batch (default %(default)s)")
     add_json_argument(parser)
     add_task_arguments(parser.add_argument_group("tasks"))
     _add_text_arguments(parser.add_argument_group("held-out text"))
-    _add_examples_arguments(parser.add_argument_group("examples of fine-tuning"))
+    _add_examples_arguments(parser.add_argument_group("fine-tuning examples"))
     _add_lm_eval_arguments(parser.add_argument_group("lm-eval"))
-    add_writing_arguments(parser.add_argument_group("how texts are written: tasks, examples, lm-eval"))
+    add_generation_arguments(parser.add_argument_group("generation: tasks, examples, lm-eval"))
 
 
 def run(arguments: argparse.Namespace) -> None:
     given = [name for name in _MODES if getattr(arguments, name) is not None]
     if len(given) != 1:
         raise ConfigError("name what to evaluate on: --tasks=NAME,..., --data FILE, --examples FILE or "
-                          "--lm_eval=TASK,..., one of the four")
+                          "--lm_eval=TASK,..., exactly one of them")
     mode, = given
     for other in _OWN:
         for name in _OWN[other]:
@@ -91,12 +91,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _add_text_arguments(parser: argparse._ArgumentGroup) -> None:
-    """What is not given stays None; `evaluate` knows the defaults."""
+    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
     parser.add_argument("--data", nargs="+", action="extend", metavar="FILE",
                         help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME")
-    parser.add_argument("--num_rows", type=int, help="rows, from the first (default 256)")
-    parser.add_argument("--length", type=int, help="tokens a row (default: as many as the model takes, at most 512)")
-    parser.add_argument("--document_separator", help="what parts the documents of a .txt file")
+    parser.add_argument("--num_rows", type=int, help="number of rows (default 256)")
+    parser.add_argument("--length", type=int, help="tokens per row (default: the model's maximum, at most 512)")
+    parser.add_argument("--document_separator", help="separator of the documents of a .txt file")
     parser.add_argument("--text_key", help="the key of the text in JSON (default text)")
 
 
@@ -117,7 +117,7 @@ def _run_text(arguments: argparse.Namespace) -> None:
                       text_key=arguments.text_key, document_separator=arguments.document_separator)
     with tempfile.TemporaryDirectory() as folder:
         (rows,), held_out = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
-        rows = rows if held_out is None else held_out  # prepared rows may have a held-out part
+        rows = rows if held_out is None else held_out  # prepared rows may have held-out rows
         batch = Loader([rows], min(len(rows), arguments.num_rows), shuffle=False).batch(0)
     if arguments.objective == "autoregressive":
         estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, segment_ids=batch.segment_ids,
@@ -146,7 +146,7 @@ def _text_table(result: dict) -> str:
 
 
 def _add_examples_arguments(parser: argparse._ArgumentGroup) -> None:
-    """What is not given stays None; `evaluate` knows the defaults."""
+    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
     parser.add_argument("--examples", nargs="+", action="extend", metavar="FILE",
                         help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME; --limit "
                         "and --num_masks hold here too")
@@ -166,16 +166,16 @@ def _run_examples(arguments: argparse.Namespace) -> None:
     lm = load_model(arguments)
     recipe = lm.pretrained.recipe or {}
     if recipe.get("data.examples.format", "none") == "none":
-        raise ConfigError(f"{arguments.model} has not been fine-tuned on examples, so that it is not on record how to "
-                          "ask it; evaluate it with --tasks or --data")
+        raise ConfigError(f"{arguments.model} has not been fine-tuned on examples, so their prompt format is unknown; "
+                          "evaluate it with --tasks or --data")
     autoregressive = arguments.objective == "autoregressive" or lm.pretrained.is_autoregressive
     sampler = sampler_of(arguments, autoregressive)
-    form = dataclasses.replace(lm.prompt_format(), length=recipe["data.length"])
-    data = DataConfig(train=tuple(arguments.examples), validation_fraction=0.0, length=form.length,
-                      examples=form.config)
+    prompt_format = dataclasses.replace(lm.prompt_format(), length=recipe["data.length"])
+    data = DataConfig(train=tuple(arguments.examples), validation_fraction=0.0, length=prompt_format.length,
+                      examples=prompt_format.config)
     with tempfile.TemporaryDirectory() as folder:
         (source,), held_out = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
-        source = source if held_out is None else held_out  # prepared rows may have a held-out part
+        source = source if held_out is None else held_out  # prepared rows may have held-out rows
         number = min(len(source), arguments.limit or len(source))
         rows, batch = source[slice(0, number)], Loader([source], number, shuffle=False).batch(0)
     scored = {"segment_ids": batch.segment_ids, "batch_size": arguments.batch_size}
@@ -184,15 +184,15 @@ def _run_examples(arguments: argparse.Namespace) -> None:
     else:
         estimate = bound(lm.model, batch.tokens, batch.noisable_mask, diffusion=lm.diffusion, seed=arguments.seed,
                          num_samples=arguments.num_masks or 16, **scored)
-    questions = questions_of(rows, form)
-    texts = answer(lm.model, questions, form, sampler, diffusion=lm.pretrained.diffusion, seed=arguments.seed,
+    questions = questions_of(rows, prompt_format)
+    texts = answer(lm.model, questions, prompt_format, sampler, diffusion=lm.pretrained.diffusion, seed=arguments.seed,
                    batch_size=arguments.batch_size, mesh=lm.mesh, progress=True)
-    values = judge(texts, questions, form)
+    values = judge(texts, questions, prompt_format)
     records = [{"prompt": lm.tokenizer.decode(question.prompt, skip_special_tokens=True), "answer": question.answer,
                 "text": text, "values": value}
                for question, text, value in zip(questions, texts, values, strict=True)]
     result = {"model": lm.pretrained.source, "objective": "autoregressive" if autoregressive else "diffusion",
-              "examples": arguments.examples, "num_examples": number, "length": form.length,
+              "examples": arguments.examples, "num_examples": number, "length": prompt_format.length,
               "policy": sampler.policy, "num_steps": sampler.steps, "threshold": sampler.reveal_threshold,
               "block_length": sampler.block_length, "nats_per_token": estimate.nats_per_token,
               "standard_error": estimate.standard_error,
@@ -213,7 +213,7 @@ def _examples_table(result: dict) -> str:
 
 
 def _add_lm_eval_arguments(parser: argparse._ArgumentGroup) -> None:
-    """What is not given stays None; `evaluate` knows the defaults."""
+    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
     parser.add_argument("--lm_eval", metavar="TASK,...", help="tasks, groups and tags of lm-eval; --limit, --shots, "
                         "--parent and --out are as for --tasks")
     parser.add_argument("--lm_eval_dir", metavar="DIR", help="holds tasks of your own, as YAML files; their relative "
@@ -222,22 +222,22 @@ def _add_lm_eval_arguments(parser: argparse._ArgumentGroup) -> None:
 
 def _run_lm_eval(arguments: argparse.Namespace) -> None:
     names = _check_lm_eval(arguments)
-    from dlm_jax.evaluation.lm_eval import HarnessLM  # refuses where lm-eval is missing
+    from dlm_jax.evaluation.lm_eval import HarnessLM  # raises ConfigError without lm-eval
     from dlm_jax.storage import write_json
 
     if arguments.num_masks is None:
         arguments.num_masks = 16
     with _quiet():
         tasks = _load_tasks(names, arguments.lm_eval_dir)
-    writes = any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values())
-    check_used(arguments, writes, f"--lm_eval={arguments.lm_eval}")
+    generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values())
+    check_used(arguments, generates, f"--lm_eval={arguments.lm_eval}")
     _set_shots(tasks["tasks"], arguments.shots)
     found, shortened = {}, {}
-    for eval_model in load_candidates(arguments):
-        # In a multiple choice only exact_match is made of what is greedy.
+    for eval_model in load_eval_models(arguments):
+        # Of the metrics of a multiple choice only exact_match needs is_greedy.
         exact = any(task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in task.aggregation()
                     for task in tasks["tasks"].values())
-        lm = HarnessLM(eval_model, num_steps=arguments.num_steps, greedy=exact or None)
+        lm = HarnessLM(eval_model, num_steps=arguments.num_steps, is_greedy=exact or None)
         with _quiet():
             found[eval_model.name] = _evaluate(lm, tasks, arguments.limit, samples=arguments.out is not None)
         shortened |= lm.shortened
@@ -252,7 +252,7 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
 
 
 def _check_lm_eval(arguments: argparse.Namespace) -> list[str]:
-    """The tasks' names. What can be known to be wrong before anything is loaded is refused."""
+    """Checks the arguments before anything is loaded; returns the tasks' names."""
     for name, least in (("limit", 1), ("shots", 0), ("num_steps", 1), ("num_masks", 1), ("batch_size", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -271,17 +271,17 @@ def _check_lm_eval(arguments: argparse.Namespace) -> list[str]:
 
 
 def _load_tasks(names: Sequence[str], folder: str | None) -> dict[str, Any]:
-    """The harness's tasks and groups, with their data."""
+    """Loads lm-eval's tasks and groups with their data."""
     import datasets
     from lm_eval.tasks import TaskManager
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # local files are no one else's business
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # do not report local files to the hub
     manager = None if folder is None else TaskManager(include_path=folder, include_defaults=False)
-    if manager is None or not set(names) <= set(manager.all_subtasks):  # else the thousands of others need no reading
+    if manager is None or not set(names) <= set(manager.all_subtasks):  # the default tasks are thousands of files
         manager = TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
-            where = "" if folder is None else f", nor is there a sound YAML file of it in {folder}"
+            where = "" if folder is None else f", nor is there a valid YAML file of it in {folder}"
             raise ConfigError(f"lm-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}{where}; "
                               "`lm_eval ls tasks` lists them, and --lm_eval_dir names a folder with your own")
     try:
@@ -290,14 +290,14 @@ def _load_tasks(names: Sequence[str], folder: str | None) -> dict[str, Any]:
         raise DataError(f"--lm_eval={','.join(names)} cannot be loaded: {type(error).__name__}: "
                         f"{' '.join(str(error).split())}") from error
     for name, task in loaded["tasks"].items():
-        for flag, does in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "is not of text alone")):
+        for flag, does in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "is not text only")):
             if getattr(task, flag, False):
-                raise ConfigError(f"the task {name} {does}, which this command does not; leave it out")
+                raise ConfigError(f"the task {name} {does}, which is not supported; leave it out")
     return loaded
 
 
 def _set_shots(tasks: dict[str, Any], shots: int | None) -> None:
-    """As the harness does, but what it would pass over in silence is refused."""
+    """Sets the number of examples as lm-eval does, but raises ConfigError where it would ignore `shots`."""
     for name, task in tasks.items():
         own = task.get_config("num_fewshot")
         if shots and own == 0:
@@ -309,13 +309,13 @@ def _set_shots(tasks: dict[str, Any], shots: int | None) -> None:
 
 
 def _check_examples(name: str, task: Any, shots: int) -> None:
-    """There are enough, and a document is never its own example: the harness sees to it only in the test split."""
+    """Checks that there are enough examples, and that no document is its own (lm-eval checks the test split only)."""
     split, tested = task.fewshot_cfg.split, task.get_config("test_split")
     apart = (task.has_training_docs() or task.fewshot_cfg.samples is not None if split is None
              else tested is not None or split != task.get_config("validation_split"))
     if not apart:
-        raise ConfigError(f"--shots={shots}: the task {name} takes examples from the documents it is tested on, so "
-                          "that one may be its own example; name another fewshot_split in its YAML file, or leave "
+        raise ConfigError(f"--shots={shots}: the task {name} takes its examples from the documents that it tests, so "
+                          "a document may be its own example; name another fewshot_split in its YAML file, or leave "
                           "--shots out")
     available = len(list(task.fewshot_docs())) - (split is not None and split == tested)
     if shots > available:
@@ -323,14 +323,14 @@ def _check_examples(name: str, task: Any, shots: int) -> None:
 
 
 def _evaluate(lm: Any, tasks: dict[str, Any], limit: int | None, *, samples: bool) -> dict[str, Any]:
-    """The harness's results, as JSON has them."""
+    """Runs lm-eval; returns its results as JSON values."""
     import numpy as np
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.utils import handle_non_serializable
 
     random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002  # what tasks of the harness draw from
+    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002  # used by tasks of lm-eval
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     results = evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=samples)
@@ -346,14 +346,14 @@ def _lm_eval_table(result: dict[str, Any], objective: str) -> str:
         lines += [make_table(found, "groups").strip(), ""] if "groups" in found else []
     if objective == "diffusion":
         lines.append(f"Likelihoods of {result['models'][0]} are bounds: its perplexities are at most these.")
-    lines += [f"{task} asks for texts of {asked} tokens, and no more than {written} are written, half of a row."
-              for task, (asked, written) in result["shortened"].items()]
+    lines += [f"{task} asks for texts of {requested} tokens; {generated} are generated, half of a row."
+              for task, (requested, generated) in result["shortened"].items()]
     return "\n".join(lines).strip()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness says nothing of its own; only on a terminal does it show how far it is."""
+    """Silences lm-eval, except for its progress bars on a terminal."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

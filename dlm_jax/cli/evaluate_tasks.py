@@ -1,8 +1,7 @@
-"""`dlm evaluate --tasks`: tasks from local files or the hub, with the parent on the same items beside the model.
+"""`dlm evaluate --tasks`: tasks from local files or the hub, with the model and its parent on the same items.
 
---out=results.json writes four files: results.json, the same as pages in results.md and, with pictures, results.html,
-and a record an item in results.items.jsonl. The last grows as the items are done; a command that was stopped goes on
-from there.
+--out=results.json writes four files: results.json; pages of it in results.md and, with figures, results.html; and one
+record per item in results.items.jsonl, which grows during the run. A stopped command resumes from it.
 """
 
 import argparse
@@ -23,41 +22,41 @@ if TYPE_CHECKING:
     from dlm_jax.sampling import SamplerConfig
 
 PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
-WRITING_FLAGS = ("num_steps", "policy", "threshold", "block_length")  # how a diffusion model writes texts
+GENERATION_FLAGS = ("num_steps", "policy", "threshold", "block_length")  # how a diffusion model generates
 _OLD_CHOICES = {"release": "reference", "counts": "mask_count", "times": "time"}
 
 
 def add_task_arguments(parser: argparse._ArgumentGroup) -> None:
-    """What is not given stays None; `evaluate` knows the defaults."""
-    parser.add_argument("--tasks", metavar="NAME,...", help="which; see above")
-    parser.add_argument("--data_dir", metavar="DIR", help="holds NAME.jsonl, or NAME/ with a validation or test file "
+    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
+    parser.add_argument("--tasks", metavar="NAME,...", help="names of tasks, as listed above")
+    parser.add_argument("--data_dir", metavar="DIR", help="folder with NAME.jsonl, or NAME/ with a validation or test file "
                         "(default: the tasks' datasets on the Hugging Face hub)")
     parser.add_argument("--data_files", nargs="+", action="extend", metavar="NAME=FILE", help="the file of a task: "
                         ".jsonl, .json (also .gz), .parquet, .arrow, .csv, .txt, or hf:NAME?name=&split=")
     parser.add_argument("--protocol", type=_current_name, choices=("default", "reference"), help="default: unbiased "
-                        "estimates; reference: what the DiffuLLaMA reference implementation does, quirks included")
+                        "estimates; reference: as the DiffuLLaMA reference implementation, including its quirks")
     parser.add_argument("--mc_estimator", type=_current_name, choices=("mask_count", "time"), help="how the bound is "
-                        "estimated: by numbers of masked tokens, where each token counts about equally, or by "
+                        "estimated: by the number of masked tokens, where each token counts about equally, or by "
                         "stratified times with weights 1 / t (default mask_count)")
-    parser.add_argument("--limit", type=int, help="items a task, from the first (default: all)")
+    parser.add_argument("--limit", type=int, help="items per task (default: all)")
     parser.add_argument("--parent", metavar="MODEL", help="an autoregressive model, evaluated on the same items")
-    parser.add_argument("--judge", metavar="MODEL", help="an autoregressive model under which generation's perplexity "
-                        "is taken (default: the parent)")
+    parser.add_argument("--judge", metavar="MODEL", help="an autoregressive model that computes the perplexity of "
+                        "generated texts (default: the parent)")
     parser.add_argument("--shots", type=int, help="examples before each prompt, the first of the task's training file "
                         "in --data_dir (default 0)")
     parser.add_argument("--prompt_file", metavar="FILE", help="a text to put before each prompt, for instance examples "
                         "with their reasoning; a blank line follows it")
-    parser.add_argument("--samples", type=int, help="texts written for each item, whose mean is taken and which vote "
-                        "on an answer (default 1)")
-    parser.add_argument("--temperature", type=float, help="at which texts are written (default 0, the likeliest "
-                        "tokens, for generation 1); several samples need one above 0")
-    parser.add_argument("--allow_code_execution", action="store_true", default=None, help="run the programs that the "
-                        "model writes, shut in; without it tasks of programs are refused")
-    parser.add_argument("--out", metavar="FILE.json", help="where results go; the command resumes")
+    parser.add_argument("--samples", type=int, help="generated texts per item, which are averaged and vote on an "
+                        "answer (default 1)")
+    parser.add_argument("--temperature", type=float, help="sampling temperature (default 0, the most likely tokens; "
+                        "for generation 1); several samples need one above 0")
+    parser.add_argument("--allow_code_execution", action="store_true", default=None, help="run generated programs in "
+                        "a sandbox; without it tasks of programs are refused")
+    parser.add_argument("--out", metavar="FILE.json", help="file for results; a stopped command resumes")
 
 
 def _current_name(value: str) -> str:
-    """Returns a choice; refuses one of the version before, with its new name."""
+    """Returns a choice; refuses a former one and names its successor."""
     if value in _OLD_CHOICES:
         raise argparse.ArgumentTypeError(f"{value} is now {_OLD_CHOICES[value]}; write that instead")
     return value
@@ -65,34 +64,34 @@ def _current_name(value: str) -> str:
 
 def run_tasks(arguments: argparse.Namespace) -> None:
     from dlm_jax.evaluation.code_execution import Sandbox
-    from dlm_jax.evaluation.report import markdown_report, page, summarise, table
+    from dlm_jax.evaluation.report import markdown_report, page, summarize, table
     from dlm_jax.evaluation.run import run
     from dlm_jax.evaluation.tasks import find_task
     from dlm_jax.storage import write_json
 
     _check(arguments)
-    release = arguments.protocol == "reference"
+    reference = arguments.protocol == "reference"
     if arguments.num_masks is None:
-        arguments.num_masks = 32 if release else 16
+        arguments.num_masks = 32 if reference else 16
     names = arguments.tasks.split(",")
     tasks = [find_task(name) for name in names]
     _check_tasks(tasks, arguments)
     text, about_text = read_prompt_file(arguments.prompt_file)
-    jobs, files = zip(*(make_job(task, arguments, release, text) for task in tasks), strict=True)
+    jobs, files = zip(*(make_job(task, arguments, reference, text) for task in tasks), strict=True)
     execute = Sandbox() if any(task.executes for task in tasks) else None
-    eval_models = load_candidates(arguments, release, arguments.mc_estimator)
+    eval_models = load_eval_models(arguments, reference, arguments.mc_estimator)
     judge = _load_judge(arguments, eval_models) if any(task.kind == "free" for task in tasks) else None
     models = [eval_model.name for eval_model in eval_models]
     settings = {name: getattr(arguments, name) for name in (
         "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_masks",
-        "mc_estimator", "samples", "temperature", "judge", "seed", *WRITING_FLAGS)} | about_text | {"data": files}
+        "mc_estimator", "samples", "temperature", "judge", "seed", *GENERATION_FLAGS)} | about_text | {"data": files}
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
-        records = run(jobs, eval_models, release=release, num_steps=arguments.num_steps,
+        records = run(jobs, eval_models, reference=reference, num_steps=arguments.num_steps,
                             samples=arguments.samples, temperature=arguments.temperature, execute=execute, judge=judge,
                             seed=arguments.seed, done=done, add=add)
     result = {"models": models, "settings": settings,
               "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-              "tasks": summarise(records, names, models, arguments.seed)}
+              "tasks": summarize(records, names, models, arguments.seed)}
     if arguments.out:
         out = pathlib.Path(arguments.out)
         write_json(out, {**result, "records": records})
@@ -102,20 +101,20 @@ def run_tasks(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """What can be known to be wrong before a model is loaded."""
+    """Checks the arguments before a model is loaded."""
     for name in ("limit", "shots", "num_steps", "num_masks", "samples", "batch_size"):
         least, value = (0 if name == "shots" else 1), getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be at least {least}, got {value}")
-    for name in (*WRITING_FLAGS, "shots", "prompt_file"):
+    for name in (*GENERATION_FLAGS, "shots", "prompt_file"):
         if arguments.protocol == "reference" and getattr(arguments, name):
-            raise ConfigError(f"the protocol reference has its own way of writing and no examples; leave --{name} out, "
-                              "or choose --protocol=default")
+            raise ConfigError(f"the protocol reference has its own generation settings and no examples; leave --{name} "
+                              "out, or choose --protocol=default")
     if arguments.protocol == "reference" and arguments.mc_estimator != "mask_count":
         raise ConfigError("the protocol reference has its own score; leave --mc_estimator out, or choose "
                           "--protocol=default")
     if arguments.shots and arguments.prompt_file:
-        raise ConfigError("--shots and --prompt_file both say what stands before a prompt; leave one of them out")
+        raise ConfigError("--shots and --prompt_file both put text before a prompt; leave one of them out")
     names = arguments.tasks.split(",")
     if len(set(names)) < len(names):
         raise ConfigError(f"--tasks={arguments.tasks} names a task twice")
@@ -127,30 +126,30 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None:
-    """What of the settings does not go with a task."""
-    from dlm_jax.evaluation.run import Setting, check, writes
+    """Checks the settings against each task."""
+    from dlm_jax.evaluation.run import Setting, check, generates
 
     setting = Setting(arguments.protocol == "reference", arguments.num_steps, arguments.samples, arguments.temperature)
-    check_used(arguments, any(writes(task) for task in tasks), f"--tasks={arguments.tasks}")
+    check_used(arguments, any(generates(task) for task in tasks), f"--tasks={arguments.tasks}")
     for task in tasks:
         check(task, setting)
         if task.kind in ("text", "reconstruct") and (arguments.shots or arguments.prompt_file):
             raise ConfigError(f"the task {task.name} has no prompts; leave --shots and --prompt_file out")
         if task.kind == "free" and arguments.judge is None and arguments.parent is None:
-            raise ConfigError(f"the task {task.name} needs a model that judges what is written; name it with --judge, "
+            raise ConfigError(f"the task {task.name} needs a model that judges generated texts; name it with --judge, "
                               "or a --parent")
         if task.executes and not arguments.allow_code_execution:
-            raise ConfigError(f"the task {task.name} runs programs that a model wrote; allow it with "
-                              "--allow_code_execution, and read in docs/evaluation.md how they are shut in")
+            raise ConfigError(f"the task {task.name} runs generated programs; allow it with "
+                              "--allow_code_execution, and read in docs/evaluation.md how they are isolated")
 
 
-def load_candidates(arguments: argparse.Namespace, release: bool = False,
+def load_eval_models(arguments: argparse.Namespace, reference: bool = False,
                     estimator: str = "mask_count") -> "list[EvalModel]":
-    """Returns the model, and its parent if one is named."""
-    from dlm_jax.evaluation.from_pretrained import make_eval_model
+    """Returns the model, and its parent if there is one."""
+    from dlm_jax.evaluation.make_eval_model import make_eval_model
     from dlm_jax.pipeline import DiffusionLM
 
-    options = {"release": release, "mc_estimator": estimator, "num_samples": arguments.num_masks,
+    options = {"reference": reference, "mc_estimator": estimator, "num_samples": arguments.num_masks,
                "seed": arguments.seed, "batch_size": arguments.batch_size}
     autoregressive = arguments.objective == "autoregressive"
     sampler = sampler_of(arguments, autoregressive)
@@ -166,8 +165,8 @@ def load_candidates(arguments: argparse.Namespace, release: bool = False,
 
 
 def _load_judge(arguments: argparse.Namespace, eval_models: "Sequence[EvalModel]") -> "EvalModel":
-    """The model that is named, else the parent."""
-    from dlm_jax.evaluation.from_pretrained import make_eval_model
+    """Returns the judge that is named, else the parent."""
+    from dlm_jax.evaluation.make_eval_model import make_eval_model
     from dlm_jax.pipeline import DiffusionLM
 
     if arguments.judge is None:
@@ -180,7 +179,7 @@ def _load_judge(arguments: argparse.Namespace, eval_models: "Sequence[EvalModel]
 
 @contextlib.contextmanager
 def _records_file(out: str | None, settings: dict[str, Any]):
-    """The records there are, and a function that adds some; at the end they are all in their file."""
+    """Yields the existing records and a function that adds records; completes the file at the end."""
     if out is None:
         yield [], lambda records: None
         return
@@ -195,47 +194,47 @@ def _items_path(out: str) -> pathlib.Path:
     return pathlib.Path(out).with_suffix(".items.jsonl")
 
 
-def add_writing_arguments(parser: argparse._ArgumentGroup) -> None:
-    """What is not given stays None; `evaluate` knows the defaults."""
-    parser.add_argument("--num_steps", type=int, help="forward passes for each text that is written (default 64, for "
-                        "the policy threshold as many as it takes, and at most one a token)")
-    parser.add_argument("--policy", help="which tokens are revealed first, a policy of `dlm sample` (default: "
-                        "confidence, the surest)")
+def add_generation_arguments(parser: argparse._ArgumentGroup) -> None:
+    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
+    parser.add_argument("--num_steps", type=int, help="forward passes per generated text (default 64; for the policy "
+                        "threshold as many as needed, and at most one per token)")
+    parser.add_argument("--policy", help="which tokens are revealed first, a policy of `dlm sample` "
+                        "(default: confidence)")
     parser.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals "
                         "(default 0.9)")
-    parser.add_argument("--block_length", type=int, help="write blocks of this many tokens from left to right")
+    parser.add_argument("--block_length", type=int, help="generate blocks of this many tokens from left to right")
 
 
 def sampler_of(arguments: argparse.Namespace, autoregressive: bool = False) -> "SamplerConfig":
-    """What the flags say, at the likeliest tokens.
+    """Returns the sampler of the flags, at temperature 0.
 
     Raises:
-      ConfigError: a value is wrong, or a flag is given and the model writes from left to right.
+      ConfigError: a value is wrong, or a flag is given for an autoregressive model.
     """
     from dlm_jax.sampling import SamplerConfig
 
     if autoregressive:
-        for name in WRITING_FLAGS:
+        for name in GENERATION_FLAGS:
             if getattr(arguments, name) is not None:
-                raise ConfigError(f"--{name} says how a diffusion model writes, and this one is evaluated from left to "
-                                  "right; leave it out")
+                raise ConfigError(f"--{name} is for diffusion models, and this one is evaluated as autoregressive; "
+                                  "leave it out")
         return SamplerConfig("autoregressive", temperature=0.0)
     if arguments.policy == "autoregressive":
-        raise ConfigError("--policy=autoregressive is how a diffusion model does not write; evaluate it from left to "
-                          "right with --objective=autoregressive")
+        raise ConfigError("--policy=autoregressive is not for diffusion models; use "
+                          "--objective=autoregressive")
     return SamplerConfig(arguments.policy or SamplerConfig.policy, arguments.num_steps, threshold=arguments.threshold,
                          block_length=arguments.block_length, temperature=0.0)
 
 
-def check_used(arguments: argparse.Namespace, writes: bool, where: str) -> None:
-    """Raises ConfigError if a flag is given and nothing is written."""
-    for name in WRITING_FLAGS:
-        if getattr(arguments, name) is not None and not writes:
-            raise ConfigError(f"--{name} says how texts are written, and {where} asks for none; leave it out")
+def check_used(arguments: argparse.Namespace, generates: bool, where: str) -> None:
+    """Raises ConfigError if a generation flag is given and nothing is generated."""
+    for name in GENERATION_FLAGS:
+        if getattr(arguments, name) is not None and not generates:
+            raise ConfigError(f"--{name} is for generated texts, and {where} generates none; leave it out")
 
 
 def read_prompt_file(path: str | None) -> tuple[str, dict[str, str]]:
-    """The text that stands before each prompt, and where it is from."""
+    """Returns the text before each prompt, and its source."""
     from dlm_jax.evaluation.tasks import digest
 
     if path is None:
@@ -251,8 +250,8 @@ def read_prompt_file(path: str | None) -> tuple[str, dict[str, str]]:
     return text + "\n\n", {"prompt_file": path, "prompt_sha256": digest(path)}
 
 
-def make_job(task: "Task", arguments: argparse.Namespace, release: bool, prefix: str) -> "tuple[Job, dict[str, str]]":
-    """A task with its items, and the file they are of with its digest; without one, what the hub has of the task."""
+def make_job(task: "Task", arguments: argparse.Namespace, reference: bool, prefix: str) -> "tuple[Job, dict[str, str]]":
+    """Returns a task with its items, and the file or hub dataset of the items with its digest."""
     from dlm_jax.evaluation.run import Job
     from dlm_jax.evaluation.tasks import digest, hub_spec, load_items, shots_prefix
 
@@ -261,7 +260,7 @@ def make_job(task: "Task", arguments: argparse.Namespace, release: bool, prefix:
         if name not in arguments.tasks.split(","):
             raise ConfigError(f"--data_files {name}={named[name]}: {name} is not among --tasks={arguments.tasks}")
     path = named.get(task.name) or _found(task, arguments.data_dir)
-    items = load_items(task, path, release=release, limit=arguments.limit)
+    items = load_items(task, path, reference=reference, limit=arguments.limit)
     about = {"task": task.name, "file": path, "sha256": digest(path)}
     if arguments.shots:
         if arguments.data_dir is None and (task.name in named or task.hub is None):
@@ -276,7 +275,7 @@ def make_job(task: "Task", arguments: argparse.Namespace, release: bool, prefix:
 
 
 def _found(task: "Task", data_dir: str | None, split: str | None = None) -> str:
-    """The task's file in a folder, or its dataset on the hub."""
+    """Returns the task's file in a folder, or its dataset on the hub."""
     from dlm_jax.evaluation.tasks import find_file, hub_spec
 
     if data_dir is not None:

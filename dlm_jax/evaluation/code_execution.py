@@ -1,22 +1,24 @@
-"""Programs that a model wrote, run with their tests where they can do no harm, or not at all.
+"""Runs generated programs with their tests in a sandbox, or refuses; and HumanEval's infilling items.
 
-Each runs in a fresh Python (`-I -S`, empty environment, no input, output thrown away) inside namespaces of its own:
+Each program runs in a new Python (`-I -S`, empty environment, no input or output) in namespaces of its own:
 
-- no network: a network namespace without any device, not even loopback
-- no files: its root holds the system's libraries and Python, read-only, and an empty working folder in memory, which
-  is gone with it; the user's files are not there, and neither are /proc, /run and their sockets
-- no other processes: it sees those it starts, and when it ends, or its time is over, the kernel ends them all
-- no rights: no capability, no identity on the host (where root runs it: nobody), nothing that gives new rights
-- limits on processor time and memory of a process, the number of processes, files, and what is in them
+- no network: a network namespace without devices, not even loopback
+- no files: its root has the system's libraries and Python, read-only, and an empty working folder in memory, which is
+  deleted with it; the user's files, /proc, /run and their sockets are absent
+- no other processes: it sees only those it starts, and the kernel kills them all when it ends or its time is over
+- no privileges: no capabilities, no identity on the host (nobody, if root runs it), no way to gain new ones
+- limits on CPU time and memory per process, on the number of processes, and on the number and size of files
 
-What it does not prevent: what a hole in the kernel lets through; reading the system's libraries under /usr and
-Python's installation; sockets that network namespaces do not part (vsock in a virtual machine); several processes
-together taking several times the memory of one. `processes` counts for a user that is not root on the host; in a
-user namespace that root without its rights made, only time and memory are limited.
+It does not prevent: exploits of kernel bugs; reading the system's libraries under /usr and Python's installation;
+sockets that network namespaces do not separate (vsock in a virtual machine); several processes together using several
+times the memory of one. `processes` applies to a user that is not root on the host; in a user namespace made by a root
+without its privileges, only time and memory are limited.
 
-A pass is claimed by a random token that is written after the last test, so that a program which merely ends early has
-not passed. One that searches the interpreter's memory for the token can claim a pass: this is no defence against a
-model that was trained to cheat.
+A pass is a random token that is written after the last test, so that a program which exits early has not passed. A
+program that searches the interpreter's memory for the token can fake a pass: this does not stop a model that was
+trained to cheat.
+
+The infilling tasks are those of Bavarian et al. (arXiv 2207.14255).
 """
 
 import contextlib
@@ -42,8 +44,10 @@ from dlm_jax.evaluation import code_jail
 from dlm_jax.evaluation.items import Fields, Item
 
 _MIB = 1 << 20
-_SAID = 256  # bytes that are read of what a process says
-_START = 60.0  # seconds that a busy machine may take to begin
+_SAID = 256  # bytes read from a process
+_START = 60.0  # seconds that a busy machine may need to start
+# Tokens of a gap, by the prefix of task_id; long gaps try fewer lengths.
+_LENGTHS = {"SingleLine": None, "MultiLine": range(16, 241, 16), "RandomSpan": range(4, 97, 4)}
 _PROBE = """
 import os, socket
 for connect in (lambda: socket.create_connection(("127.0.0.1", {port}), 2), lambda: os.stat({file!r})):
@@ -57,31 +61,31 @@ for connect in (lambda: socket.create_connection(("127.0.0.1", {port}), 2), lamb
 
 
 class Program(NamedTuple):
-    """A program and what tests it afterwards, in the same module."""
+    """A program, and its tests, which run after it in the same module."""
 
     source: str
     tests: str
 
 
 class Outcome(NamedTuple):
-    """Whether the tests ran to their end without an error; `reason` is "passed", the error's name, or what ended it."""
+    """Whether all tests ran without an error; `reason` is "passed", the error's name, or what ended the program."""
 
     passed: bool
     reason: str
 
 
 class Sandbox:
-    """Runs programs, several at a time. Whether they can be shut in is found out when it is made.
+    """Runs programs, several at a time. Its constructor tests whether this machine can isolate them.
 
     Args:
-      seconds: of processor time for each process; the program as a whole has three times as long by the clock.
-      memory: bytes of address space for each process.
-      disk: bytes of all its files together.
-      processes: how many there may be, threads included.
-      workers: programs at a time; by default as many as there are processors, 8 at most.
+      seconds: CPU time per process; the program has three times as much wall-clock time.
+      memory: bytes of address space per process.
+      disk: bytes of all files together.
+      processes: number of processes, threads included.
+      workers: programs at a time; by default the number of CPUs, at most 8.
 
     Raises:
-      ConfigError: a limit is not positive, or this machine cannot shut a program in.
+      ConfigError: a limit is not positive, or this machine cannot isolate a program.
     """
 
     def __init__(self, *, seconds: float = 5.0, memory: int = 512 * _MIB, disk: int = 16 * _MIB, processes: int = 16,
@@ -94,10 +98,10 @@ class Sandbox:
         self._probe()
 
     def __call__(self, programs: Sequence[Program]) -> list[Outcome]:
-        """How each of them went, in their order.
+        """Returns the outcome of each program, in order.
 
         Raises:
-          ConfigError: one could not be started.
+          ConfigError: a program could not be started.
         """
         pool = ThreadPoolExecutor(self._workers)
         try:
@@ -106,7 +110,7 @@ class Sandbox:
             pool.shutdown(cancel_futures=True)
 
     def _probe(self) -> None:
-        """Tries what a program must not be able to do: a server that listens here, a file that is here."""
+        """Runs a program that tries to reach a local server and a local file, which must both fail."""
         if sys.platform != "linux":
             raise _unable(f"{sys.platform} has no namespaces")
         with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile() as file:
@@ -139,7 +143,7 @@ class Sandbox:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-                _listen(receiving, 5.0, most=1 << 17)  # more than a pipe holds: until all that could write are gone
+                _listen(receiving, 5.0, most=1 << 17)  # more than a pipe holds: until no writer remains
         finally:
             os.close(receiving)
             if sending is not None:
@@ -149,7 +153,7 @@ class Sandbox:
     def _outcome(self, said: bytes, begun: str, passed: str, ended: bool) -> Outcome:
         text = said.decode(errors="replace")
         if not text.startswith(begun):
-            raise _unable(text[:_SAID] or ("it ended before it began" if ended else f"not begun after {_START:g} s"))
+            raise _unable(text[:_SAID] or ("it ended before its start" if ended else f"no start after {_START:g} s"))
         rest = text.removeprefix(begun)
         if not ended:
             return Outcome(False, f"not done after {self._patience:g} s")
@@ -158,8 +162,41 @@ class Sandbox:
         return Outcome(False, rest.replace(passed, "")[:80] or "ended before its tests did")
 
 
+def humaneval_infilling(fields: Fields, reference: bool) -> Item:
+    """Reads {task_id, prompt, suffix, canonical_solution, test, entry_point}: a line, several lines or a random span.
+
+    The reference script for the parents asks for "the middle code" with prefix and suffix in the prompt.
+    """
+    kind = get_text(fields, "task_id").partition("Infilling")[0]
+    if kind not in _LENGTHS:
+        raise BadRecord(f"the task_id {fields['task_id']!r} does not start with {', '.join(_LENGTHS)}")
+    prompt, suffix = get_text(fields, "prompt"), get_text(fields, "suffix")
+    asked = f"The prefix is: {prompt} and the suffix is: {suffix}, please return the middle code: " if reference else ""
+    return Item(prompt=prompt, suffix=suffix, parent_prompt=asked, solution=get_text(fields, "canonical_solution"),
+                tests=f"{get_text(fields, 'test')}\ncheck({get_text(fields, 'entry_point')})\n",
+                one_line=kind == "SingleLine", lengths=_LENGTHS[kind])
+
+
+def completed(item: Item, text: str) -> Program:
+    """Returns the program with `text` in its gap, and its tests."""
+    return Program(item.prompt + text + item.suffix, item.tests)
+
+
+def truncate_code(item: Item, text: str) -> str:
+    """Returns the prefix of an autoregressive model's text that fills the gap.
+
+    A gap of one line takes the first line that is not blank. Another gap ends before the first line after the gap.
+    """
+    if not item.one_line:
+        next_line = next((line for line in item.suffix.split("\n") if line.strip()), None)
+        return text.partition(next_line)[0] if next_line else text
+    lines = text.split("\n")
+    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    return "\n".join(lines[: first + 1]) + "\n"
+
+
 def _listen(descriptor: int, seconds: float, most: int = _SAID) -> tuple[bytes, bool]:
-    """What comes, up to `most` bytes, and whether it came to its end within the time."""
+    """Returns up to `most` bytes, and whether the end of the stream was reached in time."""
     said, deadline = b"", time.monotonic() + seconds
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -175,47 +212,5 @@ def _listen(descriptor: int, seconds: float, most: int = _SAID) -> tuple[bytes, 
 
 
 def _unable(reason: str) -> ConfigError:
-    return ConfigError(f"programs that a model wrote cannot be shut in here ({reason}), so they are not run; leave out "
-                       "the tasks that run them, or use Linux 5.12 or later where user namespaces or root's rights are "
-                       "allowed")
-
-
-# ---- Programs with a gap: HumanEval's in-filling tasks (Bavarian et al., arXiv 2207.14255).
-
-
-# By how the names of the rows begin, how many tokens a gap may have; the longer the gaps, the fewer lengths are tried.
-_LENGTHS = {"SingleLine": None, "MultiLine": range(16, 241, 16), "RandomSpan": range(4, 97, 4)}
-
-
-def humaneval_infilling(fields: Fields, release: bool) -> Item:
-    """{task_id, prompt, suffix, canonical_solution, test, entry_point}, for a line, several lines or a random span.
-
-    The released script of the parents asks for "the middle code" with prefix and suffix in the prompt.
-    """
-    kind = get_text(fields, "task_id").partition("Infilling")[0]
-    if kind not in _LENGTHS:
-        raise BadRecord(f"the task_id {fields['task_id']!r} does not begin with {', '.join(_LENGTHS)}")
-    prompt, suffix = get_text(fields, "prompt"), get_text(fields, "suffix")
-    asked = f"The prefix is: {prompt} and the suffix is: {suffix}, please return the middle code: " if release else ""
-    return Item(prompt=prompt, suffix=suffix, parent_prompt=asked, solution=get_text(fields, "canonical_solution"),
-                tests=f"{get_text(fields, 'test')}\ncheck({get_text(fields, 'entry_point')})\n",
-                one_line=kind == "SingleLine", lengths=_LENGTHS[kind])
-
-
-def completed(item: Item, text: str) -> Program:
-    """The program with `text` in its gap, and its tests."""
-    return Program(item.prompt + text + item.suffix, item.tests)
-
-
-def cut_code(item: Item, text: str) -> str:
-    """What of a text that was written from left to right stands in the gap.
-
-    Of a gap that is a line it is the first line that is not blank; of others it ends where the first line behind the
-    gap comes.
-    """
-    if not item.one_line:
-        behind = next((line for line in item.suffix.split("\n") if line.strip()), None)
-        return text.partition(behind)[0] if behind else text
-    lines = text.split("\n")
-    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
-    return "\n".join(lines[: first + 1]) + "\n"
+    return ConfigError(f"generated programs cannot be isolated here ({reason}), so they are not run; leave out the "
+                       "tasks that run them, or use Linux 5.12 or later with user namespaces or root privileges")

@@ -1,4 +1,4 @@
-"""The script that `evaluation.sandbox` starts for each program: it shuts itself in, and then runs the program.
+"""The script that `code_execution.Sandbox` starts for each program: it shuts itself in, and then runs the program.
 
     this process                new namespaces, and in them a jail that holds Python and an empty folder
       the first one inside      only waits; when it ends, the kernel ends whatever else is left inside
@@ -29,7 +29,7 @@ _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64")
 
 
 def main() -> NoReturn:
-    """Runs the job in the folder of the first argument; what is said of it goes to the descriptor of the second."""
+    """Runs the job in the folder of the first argument; its outcome is written to the descriptor of the second."""
     folder, pipe = sys.argv[1], int(sys.argv[2])
     sys.argv = [""]
     try:
@@ -49,7 +49,7 @@ def main() -> NoReturn:
 
 
 def _leave_namespaces() -> bool:
-    """New ones, with root's rights where there are such, else by a user namespace; whether it was with root's."""
+    """Enters new namespaces, as root or through a user namespace; returns whether as root."""
     uid, gid = os.getuid(), os.getgid()
     try:
         _call("unshare", _NAMESPACES)
@@ -97,7 +97,7 @@ def _build(folder: str, job: dict[str, Any]) -> None:
 
 
 def _visible() -> list[str]:
-    """What stays in sight: none of it a user's own."""
+    """Returns the paths that remain visible, none of which belongs to a user."""
     with open("/proc/self/maps") as file:
         files = [line.split(maxsplit=5)[5].strip() for line in file if len(line.split(maxsplit=5)) == 6]
     libraries = sorted({os.path.dirname(name) for name in files if ".so" in os.path.basename(name)})
@@ -127,7 +127,7 @@ def _first_inside(job: dict[str, Any], pipe: int, root: bool) -> NoReturn:
 
 
 def _give_up_rights(job: dict[str, Any], root: bool) -> None:
-    """No capability, nobody's identity, and limits on what a process may take."""
+    """Drops all capabilities, becomes nobody, and limits the resources of a process."""
     seconds = job["seconds"]
     for limit, most in ((resource.RLIMIT_AS, job["memory"]), (resource.RLIMIT_FSIZE, job["disk"]),
                         (resource.RLIMIT_NPROC, job["processes"]), (resource.RLIMIT_CORE, 0),
@@ -144,23 +144,23 @@ def _give_up_rights(job: dict[str, Any], root: bool) -> None:
 
 
 def _run(program: str, tests: str, pipe: int, begun: bytes, passed: bytes,
-         write: Any = os.write, leave: Any = os._exit, own: Any = os.getpid) -> NoReturn:
-    """The program and then its tests, compiled apart so that neither can swallow the other in a string.
+         write: Any = os.write, exit_now: Any = os._exit, getpid: Any = os.getpid) -> NoReturn:
+    """Runs the program and then its tests, compiled separately so that an open string cannot include the other.
 
-    A child that it forked never gets to say how the tests went.
+    A forked child never writes the outcome.
     """
-    me = own()
+    pid = getpid()
     write(pipe, begun)
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         exec(compile(program, "program.py", "exec"), module.__dict__)
         exec(compile(tests, "tests.py", "exec"), module.__dict__)
         said = passed
-    except BaseException as error:  # whatever ends it: SystemExit and KeyboardInterrupt as well
+    except BaseException as error:  # includes SystemExit and KeyboardInterrupt
         said = type(error).__name__.encode(errors="replace")
-    if own() == me:
+    if getpid() == pid:
         write(pipe, said)
-    leave(0)
+    exit_now(0)
 
 
 def _die_with_parent() -> None:
@@ -168,7 +168,7 @@ def _die_with_parent() -> None:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """A function of the C library; its error as OSError, with its name."""
+    """Calls a function of the C library; raises its error as OSError."""
     if getattr(_LIBC, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")

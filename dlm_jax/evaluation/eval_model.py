@@ -1,4 +1,4 @@
-"""A model as the evaluation sees it: something that scores and something that writes, any Python callables."""
+"""A model as the evaluation sees it: functions that score and generate."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,11 +8,11 @@ import numpy as np
 
 
 class Pair(NamedTuple):
-    """Token ids of a context and of what is scored after it.
+    """Token ids of a context and of the continuation that is scored.
 
     Attributes:
-      item: the number of the item, from which noise is drawn, so that its options meet the same.
-      option: which of the item's options it is.
+      item: number of the item. Noise is a function of it, so that all options of an item get the same noise.
+      option: index of the option among the item's options.
     """
 
     context: tuple[int, ...]
@@ -22,11 +22,11 @@ class Pair(NamedTuple):
 
 
 class GenerationRequest(NamedTuple):
-    """A place to write at: after `before` and, for infilling, before `after`.
+    """A gap to fill: after `before` and, for infilling, before `after`.
 
     Attributes:
-      lengths: how many tokens, the model's own; several where the model is to settle it.
-      item, sample: the number of the item, and which of its samples it is; from the two random numbers are drawn.
+      lengths: lengths of the gap in tokens; where there are several, the model chooses.
+      item, sample: numbers of the item and of its sample, which determine the random numbers.
     """
 
     before: str
@@ -37,60 +37,63 @@ class GenerationRequest(NamedTuple):
 
 
 class Score(Protocol):
-    """Gives each pair's -log p(continuation | context) in nats, or a bound on it."""
+    """Returns -log p(continuation | context) of each pair in nats, or a bound on it."""
 
     def __call__(self, pairs: Sequence[Pair]) -> Sequence[float]: ...
 
 
-class Write(Protocol):
-    """Gives what it writes at each blank, without the text around it.
+class Generate(Protocol):
+    """Returns the text for each request, without the text around it.
 
-    `temperature` 0 takes the likeliest tokens; `num_steps` is the number of forward passes of a model that denoises,
-    None its own choice. A model without steps takes no notice of them.
+    `temperature` 0 takes the most likely tokens. `num_steps` is the number of forward passes of a diffusion model, None
+    its own choice; an autoregressive model ignores it.
     """
 
-    def __call__(self, blanks: Sequence[GenerationRequest], *, temperature: float,
+    def __call__(self, requests: Sequence[GenerationRequest], *, temperature: float,
                  num_steps: int | None) -> Sequence[str]: ...
 
 
-class Greedy(Protocol):
-    """Tells of each pair whether the model, at the likeliest tokens, writes just this continuation at its length."""
+class IsGreedy(Protocol):
+    """Returns for each pair whether greedy generation of the same length gives exactly this continuation."""
 
     def __call__(self, pairs: Sequence[Pair]) -> Sequence[bool]: ...
 
 
-class MaskedPrediction(Protocol):
-    """Of each pair the share of the continuation's tokens that the model takes to be the likeliest, among those asked
-    for: bool [length], not empty. A model that denoises sees all others, one from left to right what stands before."""
+class MaskedAccuracy(Protocol):
+    """Returns for each pair the share of the masked tokens whose top-1 prediction is right.
 
-    def __call__(self, pairs: Sequence[Pair], asked: Sequence[np.ndarray]) -> Sequence[float]: ...
+    `masked` has a bool [length] for each continuation, not all False. A diffusion model sees all other tokens, an
+    autoregressive model the tokens before each.
+    """
+
+    def __call__(self, pairs: Sequence[Pair], masked: Sequence[np.ndarray]) -> Sequence[float]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalModel:
-    """What is evaluated.
+    """A model to be evaluated.
 
     Attributes:
       name: as the table shows it.
-      encode: text to token ids, none of them special.
-      score: None: tasks that score cannot be run.
-      write: None: tasks that write cannot be run.
-      max_length: tokens of a row at most, with the one at position 0 that holds no text; contexts lose their beginning
-        to fit. None: no limit.
-      autoregressive: whether it goes from left to right, so that it sees nothing behind a blank.
-      release_temperature: at which the released scripts fill gaps with this family.
-      encode_special: as the tokenizer's own `encode`, special tokens included; the protocol `release` uses it.
-      greedy: None: metrics of the field's harness that are made of it cannot be had.
-      guess: None: texts cannot be reconstructed.
+      encode: text to token ids, without special tokens.
+      score: None: tasks that score are refused.
+      generate: None: tasks that generate are refused.
+      max_length: tokens per row at most, the context token at position 0 included; contexts are cut from the left to
+        fit. None: no limit.
+      autoregressive: whether it generates from left to right, and so ignores the text after a gap.
+      reference_temperature: temperature at which the reference scripts infill with this family.
+      encode_special: as the tokenizer encodes by default, with special tokens; for the protocol `reference`.
+      is_greedy: None: lm-eval's metrics that need it are refused.
+      masked_accuracy: None: reconstruction is refused.
     """
 
     name: str
     encode: Callable[[str], list[int]]
     score: Score | None = None
-    write: Write | None = None
+    generate: Generate | None = None
     max_length: int | None = None
     autoregressive: bool = False
-    release_temperature: float = 0.95
+    reference_temperature: float = 0.95
     encode_special: Callable[[str], list[int]] | None = None
-    greedy: Greedy | None = None
-    guess: MaskedPrediction | None = None
+    is_greedy: IsGreedy | None = None
+    masked_accuracy: MaskedAccuracy | None = None

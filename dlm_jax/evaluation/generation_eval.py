@@ -1,4 +1,4 @@
-"""Fine-tuning examples answered: a model writes behind prompts as it met them in training, and is judged."""
+"""Evaluation on fine-tuning examples: a model answers prompts in their training format, and answers are compared."""
 
 import re
 from collections.abc import Sequence
@@ -22,15 +22,16 @@ from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, sample_rows
 from dlm_jax.sampling.text import before_end
 
-_FORM = re.compile(r"#### \$?-?[\d,]*\.?\d+$")
+_BATCH_SIZE = 32
+_NUMBER_AT_END = re.compile(r"#### \$?-?[\d,]*\.?\d+$")
 
 
 class Question(NamedTuple):
     """An example.
 
     Attributes:
-      prompt: token ids, as training has them.
-      answer: the text to be found.
+      prompt: token ids, as in training.
+      answer: the expected text.
     """
 
     prompt: tuple[int, ...]
@@ -38,31 +39,31 @@ class Question(NamedTuple):
 
 
 def questions_of(rows: Rows, prompt_format: PromptFormat) -> list[Question]:
-    """The examples that fill `rows`, one each: what may be masked is the answer, with its end and perhaps padding.
+    """Returns the examples in `rows`, one per row: the noisable tokens are the answer with its end and padding.
 
     Raises:
-      DataError: the rows are running text.
+      DataError: the rows are plain text.
     """
     if rows.noisable_mask is None:
-        raise DataError("rows of running text hold no questions to answer; name a format in data.examples")
+        raise DataError("rows of plain text have no questions to answer; name a format in data.examples")
     found = []
     for tokens, noisable_mask in zip(rows.tokens.tolist(), rows.noisable_mask, strict=True):
-        begin = int(np.argmax(noisable_mask))
-        answer = tokens[begin : begin + int(noisable_mask.sum())]
+        start = int(np.argmax(noisable_mask))
+        answer = tokens[start : start + int(noisable_mask.sum())]
         text = prompt_format.decode_response(before_end(answer, prompt_format.end_token_ids))
-        found.append(Question(tuple(tokens[:begin]), text))
+        found.append(Question(tuple(tokens[:start]), text))
     return found
 
 
 def answer(model: Transformer, questions: Sequence[Question], prompt_format: PromptFormat, config: SamplerConfig, *,
-           diffusion: DiffusionSpec, seed: int = 0,
-           batch_size: int = 16, mesh: Mesh | None = None, progress: bool = False) -> list[str]:
-    """What the model writes behind each prompt, in rows as long as the prompt format's.
+           diffusion: DiffusionSpec, seed: int = 0, batch_size: int = 16, mesh: Mesh | None = None,
+           progress: bool = False) -> list[str]:
+    """Returns the generated answer to each prompt, in rows of the prompt format's length.
 
-    An answer depends on the seed and its question's place in the list, never on the batch size.
+    An answer depends on the seed and the question's index, never on the batch size.
 
     Raises:
-      ConfigError: the sampler cannot do it; see `sampling.sample`.
+      ConfigError: the sampler's settings do not fit; see `sampling.sample_rows`.
     """
     spec = SamplingSpec(config, diffusion, prompt_format.end_token_ids, stop_at_eos=True)
     rows = [[*question.prompt, *[GAP] * (prompt_format.length - len(question.prompt))] for question in questions]
@@ -73,40 +74,25 @@ def answer(model: Transformer, questions: Sequence[Question], prompt_format: Pro
 
 
 def judge(texts: Sequence[str], questions: Sequence[Question], prompt_format: PromptFormat) -> list[dict[str, float]]:
-    """Each text against the answer to its question, values between 0 and 1.
+    """Returns metrics of each text against the answer to its question, between 0 and 1.
 
-    `exact_match` is the same text. For GSM8K's formats `marked_number` is the same number after `####`, and `in_form`
-    whether there is a number after `####` at the end; for others `rougeL` says how near the text comes.
+    `exact_match` is the same text. GSM8K's formats have `marked_number`, the same number after `####`, and `in_form`,
+    whether the text ends with a number after `####`. Other formats have `rougeL`.
     """
-    about = _about_numbers if prompt_format.config.format.startswith("gsm8k") else _about_words
-    return [{"exact_match": float(text == question.answer), **about(text, question.answer)}
+    metrics_of = _number_metrics if prompt_format.config.format.startswith("gsm8k") else _word_metrics
+    return [{"exact_match": float(text == question.answer), **metrics_of(text, question.answer)}
             for text, question in zip(texts, questions, strict=True)]
 
 
-def _about_numbers(text: str, answer: str) -> dict[str, float]:
-    return {"marked_number": METRICS["marked_number"](text, [answer.rpartition("####")[2].strip()]),
-            "in_form": float(_FORM.search(text) is not None)}
-
-
-def _about_words(text: str, answer: str) -> dict[str, float]:
-    return {"rougeL": METRICS["rougeL"](text, [answer])}
-
-
-# ---- Held-out examples answered by sampling during training, the same ones each time.
-
-
-_BATCH = 32  # examples at a time
-
-
 class GenerationEval:
-    """The first held-out examples, answered greedily by the parameters of a run.
+    """Generates greedy answers to the first held-out examples with the parameters of a run, the same ones each time.
 
     Args:
-      base: the model of the run; only its shapes are used.
+      base: the model of the run; only its structure is used.
       held_out: the held-out rows.
       data: how examples become rows.
       num_examples: number of examples, at most.
-      sampler: how they are answered.
+      sampler: how answers are generated.
 
     Raises:
       ConfigError: nothing is held out.
@@ -122,11 +108,21 @@ class GenerationEval:
         self._questions = questions_of(held_out[np.arange(min(num_examples, len(held_out)))], self._format)
 
     def __call__(self, params: nnx.State) -> tuple[dict[str, float | str], str]:
-        """Returns the mean of each judgment with the first answer as `text`, and the same as a line for people."""
+        """Returns the mean of each metric with the first answer as `text`, and the same as a line of text."""
         model = nnx.merge(nnx.graphdef(self._base.model), params)
+        batch_size = max(min(len(self._questions), _BATCH_SIZE), num_batch_shards(self._mesh))
         texts = answer(model, self._questions, self._format, self._sampler, diffusion=self._base.diffusion,
-                       mesh=self._mesh, batch_size=max(min(len(self._questions), _BATCH), num_batch_shards(self._mesh)))
+                       mesh=self._mesh, batch_size=batch_size)
         values = judge(texts, self._questions, self._format)
         means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
         shares = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
         return {**means, "text": texts[0]}, f"answers  {shares}  first: {' '.join(texts[0].split())}"
+
+
+def _number_metrics(text: str, answer: str) -> dict[str, float]:
+    return {"marked_number": METRICS["marked_number"](text, [answer.rpartition("####")[2].strip()]),
+            "in_form": float(_NUMBER_AT_END.search(text) is not None)}
+
+
+def _word_metrics(text: str, answer: str) -> dict[str, float]:
+    return {"rougeL": METRICS["rougeL"](text, [answer])}

@@ -1,4 +1,11 @@
-"""Parts of a text."""
+"""Items: what a model is asked, from the fields of a row of a task's file.
+
+Each reader takes the fields of a row and whether the protocol is `reference`. Under `reference` prompts and options are
+those of the DiffuLLaMA reference scripts, including their spaces; `tasks` lists the differences.
+
+Tasks whose names end in `_cot` ask for the reasoning first (Kojima et al., arXiv 2205.11916), and their examples show
+it (Wei et al., arXiv 2201.11903).
+"""
 
 import dataclasses
 import re
@@ -11,24 +18,10 @@ from dlm_jax.evaluation.metrics import answer_after
 
 _SENTENCE = re.compile(r".*?[.!?][\"'”’]*(?=\s|$)", re.DOTALL)
 _NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q):")
-
-
-def cut(text: str, how: str) -> str:
-    """The first "line" of a text, its first "sentence", what stands before another question, or "all" of it."""
-    text = text.strip()
-    if how == "line":
-        return text.partition("\n")[0].strip()
-    if how == "answer":
-        return _NEXT_QUESTION.split(text, maxsplit=1)[0].strip()
-    sentence = _SENTENCE.match(text) if how == "sentence" else None
-    return sentence[0] if sentence else text
-
-
-# ---- From a row of a task's file to what a model is asked. Each function takes the fields of a row and the protocol.
-#
-# Under the protocol `release` prompts and options are those of the released scripts, their spaces included; see
-# `tasks` for where that differs from what is right.
-
+STEP_BY_STEP = " Let's think step by step."
+_CALCULATION = re.compile(r"<<.*?>>")
+_LETTERED = re.compile(r"^\(?[A-Z]\)\s*")
+_HUB_QUERY = re.compile(r"(?:Q:\s*)?(.*?)\s*Answer Choices:.*", re.DOTALL)
 
 Fields = Mapping[str, Any]
 
@@ -38,16 +31,16 @@ class Item:
     """One question.
 
     Attributes:
-      options: (context, continuation) of each option, of which the continuation is scored.
-      parent_options: the same where the released scripts ask the parent something else.
-      gold: the right option.
-      prompt, suffix: where something is to be written, after the one and before the other.
-      parent_prompt: the prompt where the released scripts ask the parent something else.
-      answers: what is accepted.
-      solution: what follows the prompt where the item is shown as an example; empty: it cannot be shown.
-      tests: where a program is completed, what runs after it.
+      options: (context, continuation) of each option; the continuation is scored.
+      parent_options: the options for the parent, where the reference scripts ask it differently.
+      gold: index of the right option.
+      prompt, suffix: the texts before and after the gap.
+      parent_prompt: the prompt for the parent, where the reference scripts ask it differently.
+      answers: the accepted answers.
+      solution: the text after the prompt in an example; empty: the item cannot be an example.
+      tests: code that runs after a completed program.
       one_line: whether the gap is a line.
-      lengths: how many tokens the gap may have, where the task's range does not suit it.
+      lengths: possible lengths of the gap in tokens, if the task's range does not fit.
     """
 
     options: tuple[tuple[str, str], ...] = ()
@@ -64,26 +57,26 @@ class Item:
 
     @property
     def shown(self) -> str:
-        """The item with its answer."""
+        """Returns the item with its solution, as an example shows it."""
         return "".join(self.options[self.gold]) if self.options else self.prompt + self.solution + self.suffix
 
 
-def hellaswag(fields: Fields, release: bool) -> Item:
-    """{activity_label, ctx_a, ctx_b, endings, label}, or {query, choices, gold} with the clean-up done."""
+def hellaswag(fields: Fields, reference: bool) -> Item:
+    """Reads {activity_label, ctx_a, ctx_b, endings, label}, or {query, choices, gold}, which are already cleaned."""
     if "query" in fields:
-        return _choice(fields, get_text(fields, "query"), texts_of(fields, "choices"), "gold", 0, release)
+        return _choice(fields, get_text(fields, "query"), texts_of(fields, "choices"), "gold", 0, reference)
     context = f"{get_text(fields, 'ctx_a')} {get_text(fields, 'ctx_b').capitalize()}"
     prompt = wikihow(f"{get_text(fields, 'activity_label')}: {context}")
-    return _choice(fields, prompt, [wikihow(ending) for ending in texts_of(fields, "endings")], "label", 0, release)
+    return _choice(fields, prompt, [wikihow(ending) for ending in texts_of(fields, "endings")], "label", 0, reference)
 
 
-def winogrande(fields: Fields, release: bool) -> Item:
-    """{sentence with a _, option1, option2, answer}, or {context_options, continuation, gold}.
+def winogrande(fields: Fields, reference: bool) -> Item:
+    """Reads {sentence with a _, option1, option2, answer}, or {context_options, continuation, gold}.
 
-    The rest of the sentence is scored after each option, so that how frequent a name is has no part in it (Trinh and
-    Le, arXiv 1806.02847). The release scores the option and the rest, joined without the space between them.
+    The rest of the sentence is scored after each option, so that the frequency of a name does not matter (Trinh and Le,
+    arXiv 1806.02847). The reference scores the option and the rest, joined without a space.
     """
-    if "context_options" in fields and not release:
+    if "context_options" in fields and not reference:
         rest = " " + get_text(fields, "continuation").strip()
         contexts = texts_of(fields, "context_options")
         return Item(tuple((context, rest) for context in contexts), gold=_index(fields, "gold", len(contexts)))
@@ -92,158 +85,99 @@ def winogrande(fields: Fields, release: bool) -> Item:
         raise BadRecord("no _ in the sentence")
     names = [get_text(fields, "option1"), get_text(fields, "option2")]
     gold = _index(fields, "answer", 2, first=1)
-    if release:
+    if reference:
         return Item(tuple((before, name + rest.strip()) for name in names),
                     tuple((before, f"{name} {rest.strip()}") for name in names), gold=gold)
     return Item(tuple((before + name, rest) for name in names), gold=gold)
 
 
-def piqa(fields: Fields, release: bool) -> Item:
-    """{goal, sol1, sol2, label}; the release puts two spaces before an option."""
+def piqa(fields: Fields, reference: bool) -> Item:
+    """Reads {goal, sol1, sol2, label}; the reference puts two spaces before an option."""
     prompt = f"Question: {get_text(fields, 'goal')}\nAnswer:"
     options = [get_text(fields, "sol1"), get_text(fields, "sol2")]
-    if release:
+    if reference:
         prompt, options = prompt + " ", [f" {option}" for option in options]
-    return _choice(fields, prompt, options, "label", 0, release)
+    return _choice(fields, prompt, options, "label", 0, reference)
 
 
-def siqa(fields: Fields, release: bool) -> Item:
-    """{context, question, answerA, answerB, answerC, label}."""
-    prompt = f"Question: {get_text(fields, 'context')} {get_text(fields, 'question')}\nAnswer:" + " " * release
-    return _choice(fields, prompt, [get_text(fields, f"answer{letter}") for letter in "ABC"], "label", 1, release)
+def siqa(fields: Fields, reference: bool) -> Item:
+    """Reads {context, question, answerA, answerB, answerC, label}."""
+    prompt = f"Question: {get_text(fields, 'context')} {get_text(fields, 'question')}\nAnswer:" + " " * reference
+    return _choice(fields, prompt, [get_text(fields, f"answer{letter}") for letter in "ABC"], "label", 1, reference)
 
 
-def lambada(fields: Fields, release: bool) -> Item:
-    """{text}, whose last word is to be found."""
-    del release
+def lambada(fields: Fields, reference: bool) -> Item:
+    """Reads {text}, whose last word is the answer."""
+    del reference
     before, _, word = get_text(fields, "text").strip().rpartition(" ")
     if not before:
-        raise BadRecord("not two words, of which the last would be asked for")
+        raise BadRecord("fewer than two words, and the last is the answer")
     return Item(prompt=before, answers=(word,), solution=" " + word)
 
 
-def triviaqa(fields: Fields, release: bool) -> Item:
-    """{question, answer: {value, aliases}}, or {context: the prompt, answer, aliases}."""
+def triviaqa(fields: Fields, reference: bool) -> Item:
+    """Reads {question, answer: {value, aliases}}, or {context: the prompt, answer, aliases}."""
     answer = fields.get("answer")
     holder = answer if isinstance(answer, dict) else fields
     value = get_text(holder, "value" if isinstance(answer, dict) else "answer")
     answers = tuple(dict.fromkeys([value, *(texts_of(holder, "aliases") if "aliases" in holder else [])]))
     prompt = (get_text(fields, "context") if "question" not in fields
               else f"Question: {get_text(fields, 'question').rstrip('?')}?\nAnswer:")
-    return _answered(prompt, answers, release)
+    return _answered(prompt, answers, reference)
 
 
-def squad(fields: Fields, release: bool) -> Item:
-    """{context, question, answers: {text}} or answers as a list of {text}; the release writes "Quesion"."""
+def squad(fields: Fields, reference: bool) -> Item:
+    """Reads {context, question, answers: {text}} or answers as a list of {text}; the reference writes "Quesion"."""
     answers = fields.get("answers")
     texts = texts_of(answers, "text") if isinstance(answers, dict) else [get_text(a, "text") for a in answers or []]
     if not texts:
         raise BadRecord("no answer under 'answers'")
     context, question = get_text(fields, "context"), get_text(fields, "question")
-    prompt = (f"{context}\nQuesion{question}?\nAnswer:" if release else f"{context}\nQuestion: {question}\nAnswer:")
-    return _answered(prompt, tuple(dict.fromkeys(texts)), release)
+    prompt = (f"{context}\nQuesion{question}?\nAnswer:" if reference else f"{context}\nQuestion: {question}\nAnswer:")
+    return _answered(prompt, tuple(dict.fromkeys(texts)), reference)
 
 
-def rocstories(fields: Fields, release: bool) -> Item:
-    """The cloze test's columns: the third sentence is missing, the fifth is the right ending."""
-    del release
+def rocstories(fields: Fields, reference: bool) -> Item:
+    """Reads the columns of the cloze test; the third sentence is the gap, and the fifth is the right ending."""
+    del reference
     one, two, three, four = (get_text(fields, f"InputSentence{n}").strip() for n in range(1, 5))
     endings = [get_text(fields, f"RandomFifthSentenceQuiz{n}").strip() for n in (1, 2)]
     five = endings[_index(fields, "AnswerRightEnding", 2, first=1)]
     return Item(prompt=f"{one} {two} ", suffix=f" {four} {five}", answers=(three,), solution=three)
 
 
-def text(fields: Fields, release: bool) -> Item:
-    """{text}, all of it scored."""
-    del release
+def text(fields: Fields, reference: bool) -> Item:
+    """Reads {text}, all of which is scored."""
+    del reference
     return Item(options=(("", get_text(fields, "text")),))
 
 
-def squad_questions(fields: Fields) -> Iterator[Fields]:
-    """The questions of SQuAD's own file, {data: [{paragraphs: [{context, qas}]}]}; any other row is a question."""
-    if "data" not in fields:
-        yield fields
-        return
-    try:
-        for article in fields["data"]:
-            for paragraph in article["paragraphs"]:
-                yield from ({**question, "context": paragraph["context"]} for question in paragraph["qas"])
-    except (KeyError, TypeError) as error:
-        raise BadRecord(f"not SQuAD's form ({error})") from error
-
-
-def wikihow(text: str) -> str:
-    """Without the marks that WikiHow's pages left in HellaSwag, as the common harnesses clean it."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def texts_of(fields: Fields, key: str) -> list[str]:
-    """A list of texts."""
-    values = fields.get(key)
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise BadRecord(f"no list of texts under {key!r} (it has {', '.join(map(str, fields))})")
-    return values
-
-
-def _choice(fields: Fields, prompt: str, options: list[str], key: str, first: int, release: bool) -> Item:
-    """Options after one prompt, a space before each but in the release."""
-    blank = "" if release else " "
-    return Item(tuple((prompt, blank + option) for option in options), gold=_index(fields, key, len(options), first))
-
-
-def _index(fields: Fields, key: str, count: int, first: int = 0) -> int:
-    """The right option, counted from 0; in the file it is counted from `first`, a number or its digits."""
-    value = fields.get(key)
-    if not (isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())):
-        raise BadRecord(f"{value!r} under {key!r} where the number of the right option was expected")
-    if not 0 <= int(value) - first < count:
-        raise BadRecord(f"{value} under {key!r}, and the options are {first} .. {first + count - 1}")
-    return int(value) - first
-
-
-def _answered(prompt: str, answers: tuple[str, ...], release: bool) -> Item:
-    return Item(prompt=prompt.removesuffix(" ") + " " * release, answers=answers,
-                solution=answers[0] if release else " " + answers[0])
-
-
-# ---- Problems that are answered by reasoning: from a row of a task's file to its question, directly or step by step.
-#
-# The tasks whose names end in `_cot` ask for the reasoning first (Kojima et al., arXiv 2205.11916), and their examples
-# show it (Wei et al., arXiv 2201.11903).
-
-
-STEP_BY_STEP = " Let's think step by step."
-_CALCULATION = re.compile(r"<<.*?>>")
-_LETTERED = re.compile(r"^\(?[A-Z]\)\s*")
-_HUB_QUERY = re.compile(r"(?:Q:\s*)?(.*?)\s*Answer Choices:.*", re.DOTALL)
-
-
-def gsm8k(fields: Fields, release: bool) -> Item:
-    """{question, answer}, reasoning with `#### number` at its end."""
+def gsm8k(fields: Fields, reference: bool) -> Item:
+    """Reads {question, answer}, where the answer is reasoning that ends with `#### number`."""
     question, solution = get_text(fields, "question"), get_text(fields, "answer")
-    prompt = question if release else f"Question: {question}\nAnswer:"
-    return _marked(prompt, solution if release else " " + solution)
+    prompt = question if reference else f"Question: {question}\nAnswer:"
+    return _marked(prompt, solution if reference else " " + solution)
 
 
-def gsm8k_cot(fields: Fields, release: bool) -> Item:
-    """The same step by step; examples say "The answer is", without the calculator's marks."""
-    item = gsm8k(fields, release)
+def gsm8k_cot(fields: Fields, reference: bool) -> Item:
+    """Reads GSM8K for reasoning; examples end with "The answer is", without calculator annotations."""
+    item = gsm8k(fields, reference)
     reasoning = _CALCULATION.sub("", item.solution.rpartition("####")[0]).strip()
     return _step_by_step(item, reasoning, item.answers[0])
 
 
-def gsm8k_symbolic(fields: Fields, release: bool) -> Item:
-    """{text: "question||<<a*b=c>> #### answer"}; the prompt is that of fine-tuning, a line break after the question."""
-    del release
+def gsm8k_symbolic(fields: Fields, reference: bool) -> Item:
+    """Reads {text: "question||<<a*b=c>> #### answer"}; as in fine-tuning, the prompt ends with a line break."""
+    del reference
     question, bar, solution = get_text(fields, "text").partition("||")
     if not bar:
         raise BadRecord("no || between question and answer")
     return _marked(question.strip() + "\n", solution.strip())
 
 
-def mawps(fields: Fields, release: bool) -> Item:
-    """{question, result} as on the hub (Calc-MAWPS), or {sQuestion, lSolutions} as MAWPS and MultiArith came out."""
-    del release
+def mawps(fields: Fields, reference: bool) -> Item:
+    """Reads {question, result} as on the hub (Calc-MAWPS), or the {sQuestion, lSolutions} of MAWPS and MultiArith."""
+    del reference
     if "sQuestion" in fields:
         question, values = get_text(fields, "sQuestion"), fields.get("lSolutions")
         answer = _number(values[0] if isinstance(values, list) and len(values) == 1 else values, "lSolutions")
@@ -254,18 +188,18 @@ def mawps(fields: Fields, release: bool) -> Item:
     return Item(prompt=f"Question: {question.strip()}\nAnswer:", answers=(answer,), solution=f" {answer}")
 
 
-def mawps_cot(fields: Fields, release: bool) -> Item:
-    """The same step by step; the files have no reasoning in words, so that none can be shown as an example."""
-    item = mawps(fields, release)
+def mawps_cot(fields: Fields, reference: bool) -> Item:
+    """Reads MAWPS for reasoning; the files have no reasoning in words, so no item can be an example."""
+    item = mawps(fields, reference)
     return _step_by_step(item, "", item.answers[0])
 
 
-def satmath(fields: Fields, release: bool) -> Item:
-    """{question, options, label: "B"} as AGIEval came out (arXiv 2304.06364), or {query, choices, gold} as on the hub.
+def satmath(fields: Fields, reference: bool) -> Item:
+    """Reads AGIEval's {question, options, label: "B"} (arXiv 2304.06364), or {query, choices, gold} as on the hub.
 
-    A passage, where there is one, stands before the question.
+    A passage, if there is one, precedes the question.
     """
-    del release
+    del reference
     if "query" in fields:
         found = _HUB_QUERY.fullmatch(get_text(fields, "query"))
         if found is None:
@@ -287,12 +221,70 @@ def satmath(fields: Fields, release: bool) -> Item:
     return Item(prompt=prompt, answers=(letters[gold],), solution=f" {letters[gold]}")
 
 
-def satmath_cot(fields: Fields, release: bool) -> Item:
-    """The same step by step; AGIEval's own solutions are what examples show."""
-    item = satmath(fields, release)
+def satmath_cot(fields: Fields, reference: bool) -> Item:
+    """Reads SATMath for reasoning; examples show AGIEval's solutions."""
+    item = satmath(fields, reference)
     other = fields.get("other")
     reasoning = other.get("solution") if isinstance(other, dict) else None
     return _step_by_step(item, reasoning if isinstance(reasoning, str) else "", item.answers[0])
+
+
+def truncate(text: str, how: str) -> str:
+    """Returns the first "line" or "sentence" of a text, its "answer" before another question, or "all" of it."""
+    text = text.strip()
+    if how == "line":
+        return text.partition("\n")[0].strip()
+    if how == "answer":
+        return _NEXT_QUESTION.split(text, maxsplit=1)[0].strip()
+    sentence = _SENTENCE.match(text) if how == "sentence" else None
+    return sentence[0] if sentence else text
+
+
+def squad_questions(fields: Fields) -> Iterator[Fields]:
+    """Yields the questions of SQuAD's original file, {data: [{paragraphs: [{context, qas}]}]}, or the row itself."""
+    if "data" not in fields:
+        yield fields
+        return
+    try:
+        for article in fields["data"]:
+            for paragraph in article["paragraphs"]:
+                yield from ({**question, "context": paragraph["context"]} for question in paragraph["qas"])
+    except (KeyError, TypeError) as error:
+        raise BadRecord(f"not SQuAD's format ({error})") from error
+
+
+def wikihow(text: str) -> str:
+    """Removes WikiHow's markup from a text of HellaSwag, as the common harnesses do."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def texts_of(fields: Fields, key: str) -> list[str]:
+    """Returns the list of texts under `key`."""
+    values = fields.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise BadRecord(f"no list of texts under {key!r} (it has {', '.join(map(str, fields))})")
+    return values
+
+
+def _choice(fields: Fields, prompt: str, options: list[str], key: str, first: int, reference: bool) -> Item:
+    """Returns a choice between options after one prompt, each after a space, except under `reference`."""
+    space = "" if reference else " "
+    return Item(tuple((prompt, space + option) for option in options), gold=_index(fields, key, len(options), first))
+
+
+def _index(fields: Fields, key: str, count: int, first: int = 0) -> int:
+    """Returns the index of the right option, a number or its digits, which the file counts from `first`."""
+    value = fields.get(key)
+    if not (isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())):
+        raise BadRecord(f"{value!r} under {key!r} where the number of the right option was expected")
+    if not 0 <= int(value) - first < count:
+        raise BadRecord(f"{value} under {key!r}, and the options are {first} .. {first + count - 1}")
+    return int(value) - first
+
+
+def _answered(prompt: str, answers: tuple[str, ...], reference: bool) -> Item:
+    return Item(prompt=prompt.removesuffix(" ") + " " * reference, answers=answers,
+                solution=answers[0] if reference else " " + answers[0])
 
 
 def _marked(prompt: str, solution: str) -> Item:
@@ -308,7 +300,7 @@ def _step_by_step(item: Item, reasoning: str, answer: str) -> Item:
 
 
 def _number(value: Any, key: str) -> str:
-    """A number of a file as text: 39.0 and "39" are both 39."""
+    """Returns a number of a file as text: 39.0 and "39" are both "39"."""
     try:
         return f"{float(str(value).replace(',', '')):.12g}"
     except ValueError:

@@ -1,6 +1,6 @@
-"""How probable a model finds given text: the diffusion bound by Monte Carlo, and the exact autoregressive value.
+"""The likelihood of text: the diffusion bound by Monte Carlo, and the exact autoregressive value.
 
-The bound of one row with n maskable tokens is the expectation over a number of masked tokens l, uniform on
+The bound of one row with n noisable tokens is the expectation over a number of masked tokens l, uniform on
 1 .. n, and over which l of them are masked, of (n / l) times the summed cross-entropy of the masked tokens.
 This is the integral over time of the training objective, for every noise schedule at once, without its
 variance from the number of masked tokens (LLaDA, arXiv 2502.09992, eq. 6; Ou et al., arXiv 2406.03736).
@@ -32,9 +32,9 @@ class BoundEstimate:
     Attributes:
       nats: summed over all tokens.
       nats_per_token: the same, divided by their number.
-      standard_error: Monte Carlo error of `nats_per_token` for these very rows; 0 for an exact value.
-      num_tokens: how many tokens were scored.
-      rows: the same for each row alone.
+      standard_error: Monte Carlo error of `nats_per_token` for these rows; 0 for an exact value.
+      num_tokens: number of scored tokens.
+      rows: the same for each row.
     """
 
     nats: float
@@ -45,9 +45,9 @@ class BoundEstimate:
 
     @classmethod
     def from_samples(cls, values: np.ndarray, row_tokens: np.ndarray) -> Self:
-        """From `values` [num_samples, num_rows] in nats, sample s of a row drawn from the s-th of equal strata.
+        """Makes an estimate of `values` [num_samples, num_rows] in nats; sample s is from the s-th of equal strata.
 
-        The error comes from differences between neighbouring strata, which if anything overstate it.
+        The error is computed from differences between adjacent strata, which may overstate it.
         """
         values = np.asarray(values, np.float64)
         variance = np.zeros(values.shape[1])
@@ -67,16 +67,16 @@ BoundFn = Callable[[nnx.State, Batch, jax.Array | int], jax.Array]
 
 
 def make_bound_fn(graphdef: nnx.GraphDef, *, diffusion: DiffusionSpec, num_samples: int, seed: int) -> BoundFn:
-    """A function of (params, batch, sample) that gives each row's estimate, float32 [batch] in nats.
+    """Returns a function of (params, batch, sample) to each row's estimate, float32 [batch] in nats.
 
     `sample`, an int or int32 [batch], picks one of `num_samples` strata of the number of masked tokens; the mean
     over all of them is an unbiased estimate of the bound. Noise is fixed by (seed, batch.example_index, sample).
-    It is compiled once a shape and runs where its arguments lie, on one device or under a mesh. Attention is
+    It is compiled once per shape and runs where its arguments are, on one device or a mesh. Attention is
     bidirectional, within segments if the batch has them. For a block diffusion model the bound is that of its blocks,
     and each block has its own number of masked tokens.
     """
     if num_samples < 2:
-        raise ConfigError(f"num_samples must be at least 2, so that an error can be given, got {num_samples}")
+        raise ConfigError(f"num_samples must be at least 2, for an error estimate, got {num_samples}")
     return functools.partial(_bound_values, graphdef, diffusion=diffusion, num_samples=num_samples, seed=seed)
 
 
@@ -87,8 +87,8 @@ def _bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sampl
     keys = jax.vmap(jax.random.fold_in)(example_keys(seed, batch.example_index), sample)
     if diffusion.blocks is not None:
         return _block_values(nnx.merge(graphdef, params), batch, keys, sample, diffusion, num_samples)
-    draw = functools.partial(_masked, num_samples=num_samples)
-    masked, weight = jax.vmap(draw)(batch.noisable_mask, keys, sample)
+    mask_row = functools.partial(_mask_row, num_samples=num_samples)
+    masked, weight = jax.vmap(mask_row)(batch.noisable_mask, keys, sample)
     noised = dataclasses.replace(batch, tokens=jnp.where(masked, diffusion.mask_token_id, batch.tokens))
     nll = _nll(nnx.merge(graphdef, params), noised, batch.tokens, masked, AttentionMask.bidirectional(),
                diffusion.shift)
@@ -103,10 +103,10 @@ def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax
     filled = ((0, 0), (0, count * blocks.size - length))
     noisable_mask = jnp.pad(batch.noisable_mask, filled).reshape(rows, count, blocks.size)
     block_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(count))
-    # Over the samples each block meets every stratum once; in one sample its blocks meet different ones.
+    # Over all samples each block uses every stratum once; within a sample the blocks use different ones.
     strata = (sample[:, None] + jnp.arange(count)) % num_samples
-    draw = functools.partial(_masked, num_samples=num_samples)
-    masked, weight = jax.vmap(jax.vmap(draw))(noisable_mask, block_keys, strata)
+    mask_row = functools.partial(_mask_row, num_samples=num_samples)
+    masked, weight = jax.vmap(jax.vmap(mask_row))(noisable_mask, block_keys, strata)
     masked = masked.reshape(rows, -1)[:, :length]
     weights = jnp.repeat(weight, blocks.size, axis=1)[:, :length]
     noisy = NoisyBatch(jnp.where(masked, diffusion.mask_token_id, batch.tokens), batch.tokens, masked,
@@ -117,7 +117,7 @@ def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax
     return jnp.sum(both.weights * nll, axis=1)
 
 
-def _masked(noisable_mask: jax.Array, key: jax.Array, sample: jax.Array, *,
+def _mask_row(noisable_mask: jax.Array, key: jax.Array, sample: jax.Array, *,
             num_samples: int) -> tuple[jax.Array, jax.Array]:
     """Returns a row's masked positions, bool [length], and weight n / l, for l from the given stratum of 1 .. n."""
     total = noisable_mask.sum()
@@ -130,13 +130,13 @@ def _masked(noisable_mask: jax.Array, key: jax.Array, sample: jax.Array, *,
     return noisable_mask & (rank < number), total / number
 
 
-def _nll(model: Transformer, batch: Batch, targets: jax.Array, wanted: jax.Array, attention: AttentionMask,
+def _nll(model: Transformer, batch: Batch, targets: jax.Array, loss_mask: jax.Array, attention: AttentionMask,
          shift: bool) -> jax.Array:
-    """Cross-entropy of `targets` where `wanted`, else 0: float32 [batch, length], after reading `batch.tokens`."""
+    """Returns the cross-entropy of `targets` given `batch.tokens`, 0 outside `loss_mask`: float32 [batch, length]."""
     if batch.segment_ids is not None:
         attention = attention.with_segments(batch.segment_ids)
     hidden = model.hidden(batch.tokens, attention, positions=batch.positions)
-    return token_nll(hidden, model.unembed, targets, wanted, shift=shift)
+    return token_nll(hidden, model.unembed, targets, loss_mask, shift=shift)
 
 
 def bound(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, diffusion: DiffusionSpec,
@@ -180,7 +180,7 @@ def _autoregressive_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Bat
 
 
 def _scorable(noisable_mask: np.ndarray) -> np.ndarray:
-    """The tokens to score: position 0 is context always."""
+    """Returns the tokens to score, without position 0, which is always context."""
     scorable = np.array(noisable_mask, bool)
     scorable[:, 0] = False
     if not scorable.any():

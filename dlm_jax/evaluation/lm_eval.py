@@ -1,7 +1,7 @@
-"""A candidate as a model of lm-eval, the field's harness: any of its tasks, by its own prompts, filters and metrics.
+"""Adapts an `EvalModel` to lm-eval, the LM Evaluation Harness: any of its tasks, with its prompts, filters and metrics.
 
     from lm_eval import simple_evaluate
-    simple_evaluate(HarnessLM(candidate), tasks=["hellaswag", "lambada_openai"], bootstrap_iters=1000)
+    simple_evaluate(HarnessLM(eval_model), tasks=["hellaswag", "lambada_openai"], bootstrap_iters=1000)
 
 It needs the package lm-eval; nothing else in the library imports this module.
 """
@@ -23,23 +23,23 @@ from dlm_jax.evaluation.tasks import Task
 try:
     from lm_eval.api.model import LM
 except ImportError as error:
-    raise ConfigError("the field's harness is not installed: pip install 'dlm-jax[evaluation]'") from error
+    raise ConfigError("lm-eval is not installed: pip install 'dlm-jax[evaluation]'") from error
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
-_SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # without effect where the likeliest tokens are taken
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
+_SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # no effect at temperature 0
 
 
 class _Question(NamedTuple):
-    """Requests that belong together: the options of a document, or one request alone.
+    """The requests of one document: the options of a choice, or a single request.
 
     Attributes:
-      task, document: as the harness names and numbers them.
-      noise: the number that random numbers are drawn from, in 0 .. 2**32 - 1.
-      places: where the requests stand in the call.
+      task, document: lm-eval's name and number.
+      noise: the item number that determines random numbers, in 0 .. 2**32 - 1.
+      places: indices of the requests in the call.
     """
 
     task: str
@@ -49,7 +49,7 @@ class _Question(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What `generation_kwargs` ask for; `length` in tokens."""
+    """The settings in `generation_kwargs`; `length` in tokens."""
 
     until: tuple[str, ...]
     length: int
@@ -57,30 +57,30 @@ class _Settings(NamedTuple):
 
 
 class HarnessLM(LM):
-    """A candidate as lm-eval's `LM`. Every call hands all its requests to the candidate at once.
+    """Implements lm-eval's `LM` with an `EvalModel`, which gets all requests of a call at once.
 
-    Likelihoods are in nats: minus the candidate's scores, so that a diffusion model's are lower bounds. Context and
-    continuation are tokenised as under the protocol `default` (`run.pairs_of`). Noise depends on the task's name and
-    the document's number alone, so that the options of a question meet the same. Repetitions of a request
-    (`repeats: N`) meet noise of their own.
+    Log-likelihoods are the negative scores, in nats; for a diffusion model they are lower bounds. Context and
+    continuation are tokenized as under the protocol `default` (`run.pairs_of`). Noise depends on the task's name and
+    the document's number alone, so all options of a question get the same. Repetitions of a request (`repeats: N`) get
+    noise of their own.
 
     Attributes:
-      shortened: of each task whose texts are shorter than it asks, (tokens asked for, tokens written).
+      shortened: (requested tokens, generated tokens) of each task whose texts are shorter than it asks for.
     """
 
     def __init__(self, eval_model: EvalModel, *, tokenizer: "PreTrainedTokenizerBase | None" = None,
-                 num_steps: int | None = None, max_gen_toks: int = 256, greedy: bool | None = None):
-        """Wraps a candidate.
+                 num_steps: int | None = None, max_gen_toks: int = 256, is_greedy: bool | None = None):
+        """Wraps a model.
 
         Args:
-          tokenizer: for chat templates; `eval_model.encode` is what tokenises.
-          num_steps: forward passes for each text that is written; None leaves it to the candidate.
-          max_gen_toks: how many tokens are written where a task does not say. At most half of the candidate's row is
-            written, whatever the task says.
-          greedy: for which requests `is_greedy` is found out; for the others it is False. It costs about as much as
-            their scores. None: for those that stand alone in their document, of which the metric `acc` is made (as
-            lambada_openai's); the options of a multiple choice need it for the metric `exact_match` only. False: for
-            none, and metrics made of it are not to be trusted. True: for all.
+          tokenizer: for chat templates; text is tokenized by `eval_model.encode`.
+          num_steps: forward passes per generated text; None: the model's default.
+          max_gen_toks: tokens to generate if a task does not say. The length is at most half of `max_length`, whatever
+            the task says.
+          is_greedy: for which requests `is_greedy` is computed, at about the cost of their scores; it is False for the
+            others. None: for single requests, whose metric `acc` needs it (as lambada_openai's); the options of a
+            multiple choice need it for the metric `exact_match` only. True: for all. False: for none, and metrics that
+            need it are wrong.
 
         Raises:
           ConfigError: a number is less than 1.
@@ -90,48 +90,48 @@ class HarnessLM(LM):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         self.eval_model, self.tokenizer, self.shortened = eval_model, tokenizer, {}
-        self._num_steps, self._max_gen_toks, self._greedy = num_steps, max_gen_toks, greedy
-        # Bootstraps of the harness would fork, which the threads of JAX do not survive.
+        self._num_steps, self._max_gen_toks, self._is_greedy = num_steps, max_gen_toks, is_greedy
+        # lm-eval's bootstrap would fork, which breaks JAX's threads.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of a row at most; None: no limit."""
+        """Returns the largest number of tokens per row; None: no limit."""
         return self.eval_model.max_length
 
     def loglikelihood(self, requests: "Sequence[Instance]") -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log p(continuation | context) in nats or a bound, and `is_greedy`.
+        """Returns log p(continuation | context) in nats, or a bound, and `is_greedy` for each (context, continuation).
 
         Raises:
-          ConfigError: the candidate does not score, or does not know what is greedy and is asked.
+          ConfigError: the model has no `score`, or no `is_greedy` where it is needed.
           DataError: a continuation has no token, or more than the model takes.
         """
         self._check("score", requests)
         pairs: list[Pair] = [Pair((), ())] * len(requests)
-        asked = []
+        checked = []  # the requests whose is_greedy is computed
         for question in _questions(requests):
             item = Item(tuple(requests[place].args[:2] for place in question.places))
             task = Task(question.task, "choice", items.text)
             for place, pair in zip(question.places, pairs_of(self.eval_model, task, item, question.document),
                                    strict=True):
                 pairs[place] = pair._replace(item=question.noise)
-            if self._greedy or (self._greedy is None and len(question.places) == 1):
-                asked += question.places
-        if asked and self.eval_model.greedy is None:
-            raise ConfigError(f"{self.eval_model.name} does not say what is greedy, which metrics of the task "
-                              f"{requests[asked[0]].task_name} may be made of; give the Candidate a `greedy`, or the "
-                              "HarnessLM greedy=False and do not trust them")
+            if self._is_greedy or (self._is_greedy is None and len(question.places) == 1):
+                checked += question.places
+        if checked and self.eval_model.is_greedy is None:
+            raise ConfigError(f"{self.eval_model.name} has no is_greedy, which metrics of the task "
+                              f"{requests[checked[0]].task_name} may need; give the EvalModel one, or pass "
+                              "is_greedy=False to HarnessLM and ignore these metrics")
         scores = self.eval_model.score(pairs)
-        greedy = dict(zip(asked, self.eval_model.greedy([pairs[place] for place in asked]) if asked else (),
-                          strict=True))
+        found = self.eval_model.is_greedy([pairs[place] for place in checked]) if checked else ()
+        is_greedy = dict(zip(checked, found, strict=True))
         return self._answer("loglikelihood", requests, [
-            (-float(score), bool(greedy.get(place))) for place, score in enumerate(scores)])
+            (-float(score), bool(is_greedy.get(place))) for place, score in enumerate(scores)])
 
     def loglikelihood_rolling(self, requests: "Sequence[Instance]") -> list[float]:
-        """Of each (text,): its log-probability in nats, or a bound.
+        """Returns the log-probability of each (text,) in nats, or a bound.
 
-        What is longer than a row goes in windows: every token is scored once, windows after the first have one token
-        of context, and the last as many as there is room for.
+        A text longer than a row is split into windows. Every token is scored once; windows after the first have one
+        token of context, and the last has as many as fit.
         """
         self._check("score", requests)
         pairs, owner = [], []
@@ -148,31 +148,33 @@ class HarnessLM(LM):
         return self._answer("loglikelihood_rolling", requests, [-math.fsum(scores) for scores in found])
 
     def generate_until(self, requests: "Sequence[Instance]") -> list[str]:
-        """Of each (context, generation_kwargs): what is written after the context, up to the first of `until`.
+        """Returns the text generated after each (context, generation_kwargs), up to the first of `until`.
 
-        `do_sample`, `temperature` and the number of tokens are heeded. A prompt that is too long loses its beginning.
+        `do_sample`, `temperature` and the number of tokens are respected. A prompt that is too long is cut from the
+        left.
 
         Raises:
-          ConfigError: the candidate does not write, or is asked for something that no candidate does.
+          ConfigError: the model has no `generate`, or generation_kwargs contain an unsupported setting.
         """
-        self._check("write", requests)
+        self._check("generate", requests)
         settings = [self._settings(request) for request in requests]
-        blanks = [GenerationRequest("", "", range(0))] * len(requests)
+        prompts = [GenerationRequest("", "", range(0))] * len(requests)
         for question in _questions(requests):
             for place in question.places:
                 length = settings[place].length
-                blanks[place] = GenerationRequest(requests[place].args[0], "", range(length, length + 1), question.noise)
+                prompts[place] = GenerationRequest(requests[place].args[0], "", range(length, length + 1),
+                                                   question.noise)
         texts = [""] * len(requests)
         for temperature in sorted({setting.temperature for setting in settings}):
             members = [place for place, setting in enumerate(settings) if setting.temperature == temperature]
-            written = self.eval_model.write([blanks[place] for place in members], temperature=temperature,
-                                           num_steps=self._num_steps)
-            for place, text in zip(members, written, strict=True):
-                texts[place] = _cut(text, settings[place].until)
+            generated = self.eval_model.generate([prompts[place] for place in members], temperature=temperature,
+                                                 num_steps=self._num_steps)
+            for place, text in zip(members, generated, strict=True):
+                texts[place] = _truncate(text, settings[place].until)
         return self._answer("generate_until", requests, texts)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages as one prompt, without the BOS token that stands before every row anyway.
+        """Returns the messages as one prompt, without the BOS token, which is added to every row.
 
         Raises:
           ConfigError: there is no chat template.
@@ -184,7 +186,7 @@ class HarnessLM(LM):
         return text.removeprefix(self.tokenizer.bos_token or "")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The tokenizer's chat template, for the harness's records; "" where none is wanted.
+        """Returns the tokenizer's chat template for lm-eval's records; "" if `chat_template` is False.
 
         Raises:
           ConfigError: there is none, or more than one.
@@ -193,23 +195,24 @@ class HarnessLM(LM):
             return ""
         found = getattr(self.tokenizer, "chat_template", None)
         if not isinstance(found, str):
-            raise ConfigError(f"{self.eval_model.name} has {'several chat templates' if found else 'no chat template'}; "
-                              "give the HarnessLM a tokenizer with one, or leave apply_chat_template out")
+            number = "several chat templates" if found else "no chat template"
+            raise ConfigError(f"{self.eval_model.name} has {number}; give the HarnessLM a tokenizer with one, or leave "
+                              "apply_chat_template out")
         return found
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's cache of prompts goes by."""
+        """Returns the key of lm-eval's prompt cache."""
         return str(getattr(self.tokenizer, "name_or_path", self.eval_model.name)).replace("/", "__")
 
     def get_model_info(self) -> dict[str, str]:
-        """What the harness's results say of the model."""
+        """Returns the model's entry in lm-eval's results."""
         return {"model": self.eval_model.name}
 
-    def _check(self, ability: str, requests: "Sequence[Instance]") -> None:
-        if getattr(self.eval_model, ability) is None:
-            raise ConfigError(f"{self.eval_model.name} cannot {ability}, which the task {requests[0].task_name} asks "
-                              "for")
+    def _check(self, capability: str, requests: "Sequence[Instance]") -> None:
+        if getattr(self.eval_model, capability) is None:
+            raise ConfigError(f"{self.eval_model.name} has no {capability}, which the task {requests[0].task_name} "
+                              "needs")
 
     def _answer(self, kind: str, requests: "Sequence[Instance]", answers: list) -> list:
         for request, answer in zip(requests, answers, strict=True):
@@ -225,7 +228,7 @@ class HarnessLM(LM):
 
 
 def _questions(requests: "Iterable[Instance]") -> Iterator[_Question]:
-    """The requests by task, document and repetition. Those made by hand, with no document, go by their context."""
+    """Groups requests by task, document and repetition; a request without a document is grouped by its context."""
     found: dict[tuple, list[int]] = {}
     times: collections.Counter = collections.Counter()
     for place, request in enumerate(requests):
@@ -239,12 +242,12 @@ def _questions(requests: "Iterable[Instance]") -> Iterator[_Question]:
 
 
 def _noise(*key: object) -> int:
-    """The same number for the same key, in every process and version."""
+    """Returns the same number for the same key, in every process and version."""
     return zlib.crc32(repr(key).encode())
 
 
 def _windows(tokens: Sequence[int], size: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(context, continuation) of a text in rows of `size` tokens, every token in one continuation."""
+    """Yields (context, continuation) of a text in rows of `size` tokens; each token is in one continuation."""
     start, stop = 0, min(size, len(tokens))
     while start < len(tokens):
         yield tuple(tokens[max(stop - size, 0) : start]), tuple(tokens[start:stop])
@@ -261,14 +264,14 @@ def _settings(asked: Mapping[str, Any], length: int, task: str) -> _Settings:
     for name, value in asked.items():
         fine = (name == "num_beams" and value == 1) or (name in _SAMPLING and temperature == 0)
         if not (fine or (name, value) in (("top_p", 1), ("top_k", 0))):
-            raise ConfigError(f"the task {task} asks for {name}={value} in its generation_kwargs, which is not done "
-                              "here; leave it out, or give others with gen_kwargs")
+            raise ConfigError(f"the task {task} asks for {name}={value} in its generation_kwargs, which is not "
+                              "supported; leave it out, or override it with gen_kwargs")
     length = (lengths or [length])[0]
     if length < 1:
         raise DataError(f"the task {task} asks for texts of {length} tokens; set max_gen_toks to 1 or more")
     return _Settings((until,) if isinstance(until, str) else tuple(until), length, temperature)
 
 
-def _cut(text: str, until: Iterable[str]) -> str:
-    """`text` before the first of `until` in it."""
+def _truncate(text: str, until: Iterable[str]) -> str:
+    """Returns `text` up to the first occurrence of any of `until`."""
     return text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]

@@ -1,6 +1,11 @@
-"""How near a text comes to what was asked for: pure functions of strings, each between 0 and 1.
+"""Metrics of generated texts: pure functions of strings with values between 0 and 1, and functions for prompting.
 
-Where an answer can be told apart from the rest of a text, ANSWERS says how, so that samples can vote.
+`METRICS` compares a text with accepted answers. `ANSWERS` extracts the answer from a text, so that samples can vote:
+self-consistency (Wang et al., arXiv 2203.11171) samples one prompt several times and takes the majority.
+
+    prompt = few_shot(examples, question)
+    texts = lm.generate([prompt] * 3, max_new_tokens=128)
+    answer = majority([answer_after(text.removeprefix(prompt)) for text in texts])
 """
 
 import math
@@ -15,79 +20,82 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _STATED = re.compile(r"answer is[^\d\n]*?(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
-# A letter: as the answer that is stated; alone, or with a mark behind it, at the beginning; at last in parentheses.
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
+# A letter after "answer is"; alone or before punctuation at the start; the last one in parentheses.
 _LETTERS = (re.compile(r"[Aa]nswer is:?\s*\(?([A-Z])\b"), re.compile(r"\W*([A-Z])(?=[).:,]|\s*\n|\s*$)"),
             re.compile(r".*\(([A-Z])\)", re.DOTALL))
 
 
-def normalise(text: str) -> str:
-    """Lower case without punctuation, articles and surplus spaces, as SQuAD's evaluation has it (arXiv 1606.05250)."""
+def normalize(text: str) -> str:
+    """Lower-cases and removes punctuation, articles and extra spaces, as SQuAD's evaluation does (arXiv 1606.05250)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Whether it is one of the answers, both normalised; one of which nothing is left then is none."""
-    return float(normalise(prediction) in {normalise(answer) for answer in answers} - {""})
+    """Returns whether it is one of the answers, all normalized; answers that become empty are dropped."""
+    return float(normalize(prediction) in {normalize(answer) for answer in answers} - {""})
 
 
 def contains(prediction: str, answers: Sequence[str]) -> float:
-    """Whether one of the answers stands somewhere in it, both normalised: what the release calls exact match."""
-    return float(any(answer in normalise(prediction) for answer in {normalise(answer) for answer in answers} - {""}))
+    """Returns whether it contains one of the answers, all normalized: what the reference calls exact match."""
+    return float(any(answer in normalize(prediction) for answer in {normalize(answer) for answer in answers} - {""}))
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """The best harmonic mean of precision and recall of words over the answers, normalised, as SQuAD has it."""
-    return best(lambda answer: f_measure(*_overlap(normalise(prediction).split(), normalise(answer).split())), answers)
+    """Returns the best F1 of words over the answers, normalized, as in SQuAD."""
+    return best(lambda answer: f_measure(*_overlap(normalize(prediction).split(), normalize(answer).split())), answers)
 
 
 def first_word(prediction: str, answers: Sequence[str]) -> float:
-    """Whether its first word, without punctuation around it, is one of the answers (LAMBADA, arXiv 1606.06031)."""
+    """Returns whether its first word, without outer punctuation, is one of the answers (LAMBADA, arXiv 1606.06031)."""
     return float(_first_word(prediction) in {answer.strip(string.punctuation) for answer in answers})
 
 
 def stripped_match(prediction: str, answers: Sequence[str]) -> float:
-    """Whether it is one of the answers but for space around it."""
+    """Returns whether it is one of the answers, ignoring spaces at both ends."""
     return float(prediction.strip() in {answer.strip() for answer in answers})
 
 
 def marked_number(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the number after `####` is an answer: 18, 18.0 and $18 are the same (GSM8K, arXiv 2110.14168)."""
+    """Returns whether the number after `####` is an answer: 18, 18.0 and $18 are the same (GSM8K, arXiv 2110.14168)."""
     return _is_among(_marked(prediction), answers)
 
 
 def last_number(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the last number in it, wherever that stands, is an answer."""
+    """Returns whether the last number in it is an answer."""
     return _is_among(_last(prediction), answers)
 
 
 def stated_number(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the number after "The answer is" is an answer (Wei et al., arXiv 2201.11903)."""
+    """Returns whether the number after "The answer is" is an answer (Wei et al., arXiv 2201.11903)."""
     return _is_among(_stated(prediction), answers)
 
 
 def chosen_letter(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the letter it chooses is an answer: that after "The answer is"; else one it begins with; else the last
-    in parentheses."""
+    """Returns whether the chosen letter is an answer.
+
+    It is the letter after "The answer is"; else one at the start; else the last one in parentheses.
+    """
     return float(_letter(prediction) in answers)
 
 
 def marked_text(prediction: str, answers: Sequence[str]) -> float:
-    """Whether what follows `####` is an answer letter by letter, commas removed: the release's GSM8K."""
+    """Returns whether the text after `####` equals an answer without commas, as in the reference's GSM8K."""
     after = prediction.partition("####")[2].replace(",", "").strip()
     return float(after in {answer.replace(",", "").strip() for answer in answers})
 
 
 def rouge_n(prediction: str, reference: str, n: int) -> float:
-    """ROUGE-n: F1 of n-grams, counted as often as both hold them (Lin, 2004)."""
+    """Returns ROUGE-n: F1 of n-grams with their counts (Lin, 2004)."""
     grams = [Counter(zip(*(words[start:] for start in range(n)), strict=False))
              for words in (_words(prediction), _words(reference))]
     return f_measure((grams[0] & grams[1]).total(), grams[0].total(), grams[1].total())
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L: F1 of the longest common subsequence of words (Lin, 2004)."""
+    """Returns ROUGE-L: F1 of the longest common subsequence of words (Lin, 2004)."""
     words, reference_words = _words(prediction), _words(reference)
-    longest = [0] * (len(reference_words) + 1)  # with the words so far and each beginning of the reference
+    longest = [0] * (len(reference_words) + 1)  # common with each prefix of the reference
     for word in words:
         before = longest.copy()
         for place, other in enumerate(reference_words):
@@ -95,16 +103,68 @@ def rouge_l(prediction: str, reference: str) -> float:
     return f_measure(longest[-1], len(words), len(reference_words))
 
 
-def f_measure(common: int, predicted: int, wanted: int) -> float:
-    """The harmonic mean of common / predicted and common / wanted; 0 where nothing is common."""
-    return 2 * common / (predicted + wanted) if common else 0.0
+def f_measure(common: int, predicted: int, expected: int) -> float:
+    """Returns the harmonic mean of common / predicted and common / expected; 0 if `common` is 0."""
+    return 2 * common / (predicted + expected) if common else 0.0
 
 
 def best(score: Callable[[str], float], answers: Sequence[str]) -> float:
-    """The best score of any answer."""
+    """Returns the best score of any answer."""
     if not answers:
         raise DataError("there is no answer to compare with")
     return max(map(score, answers))
+
+
+def few_shot(examples: Sequence[tuple[str, str]], question: str,
+             template: str = "Question: {question}\nAnswer: {answer}", separator: str = "\n\n") -> str:
+    """Returns a prompt of (question, answer) pairs and a last question, which ends where its answer starts.
+
+    Without examples it is a zero-shot prompt from the same template.
+
+    Raises:
+      ConfigError: the template lacks {question}, or {answer} after it.
+    """
+    before, found, after = template.partition("{answer}")
+    if not found or "{question}" not in before:
+        raise ConfigError(f"the template {template!r} must hold {{question}} and, after it, {{answer}}")
+    shown = [before.replace("{question}", asked) + answer + after for asked, answer in examples]
+    return separator.join([*shown, before.replace("{question}", question)])
+
+
+def answer_after(text: str, marker: str = "####") -> str | None:
+    """Returns the text after the first marker up to the end of its line, as in GSM8K: "#### 1,250" gives "1250".
+
+    Spaces around it and commas between thousands are removed. None: there is no marker, or nothing after it.
+    """
+    _, _, rest = text.partition(marker)
+    return _THOUSANDS.sub("", rest.partition("\n")[0].strip()) or None
+
+
+def majority(answers: Sequence[str | None]) -> str | None:
+    """Returns the most frequent answer, the first of equally frequent ones; None, which does not vote, if alone."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def hit_at_k(samples_correct: Sequence[Sequence[bool]], k: int) -> float:
+    """Returns the unbiased pass@k: the probability that at least one of k samples is correct, averaged over questions.
+
+    With c of n samples correct it is 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374, eq. 1).
+
+    Args:
+      samples_correct: for each question, whether each of its samples is correct; their numbers may differ.
+
+    Raises:
+      DataError: there is no question.
+      ConfigError: k is less than 1 or exceeds a question's number of samples.
+    """
+    if not samples_correct:
+        raise DataError("there are no questions to count hits for")
+    fewest = min(map(len, samples_correct))
+    if not 1 <= k <= fewest:
+        raise ConfigError(f"hit@k needs 1 <= k <= the number of samples, got k = {k} where a question has {fewest}")
+    chances = [1 - math.comb(len(row) - sum(map(bool, row)), k) / math.comb(len(row), k) for row in samples_correct]
+    return math.fsum(chances) / len(chances)
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -153,93 +213,29 @@ def _letter(text: str) -> str | None:
     return found[1] if found else None
 
 
-# By metric, what an answer of a text is that the metric judges; two texts of one answer have one value. None: none.
-ANSWERS: dict[str, Callable[[str], str | None]] = {
-    "exact_match": lambda text: normalise(text) or None,
-    "first_word": _first_word,
-    "marked_number": _marked,
-    "last_number": _last,
-    "stated_number": _stated,
-    "chosen_letter": _letter,
-}
-
-
 def _is_among(value: str | None, answers: Sequence[str]) -> float:
     return float(value is not None and value in map(_value, answers))
 
 
 def _words(text: str) -> list[str]:
-    """Runs of a-z and 0-9 in lower case, as the reference implementation of ROUGE takes them, without stemming."""
+    """Returns runs of a-z and 0-9 in lower case, as the reference implementation of ROUGE does without stemming."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
 def _value(text: str | None) -> str | None:
-    """A number as it is compared and voted on: 18, 18.0 and $18 are "18.0"."""
+    """Returns a number as it is compared and voted on: 18, 18.0 and $18 are "18.0"."""
     try:
         return str(float((text or "").replace(",", "").strip().strip("$%").rstrip(".")) + 0.0)  # -0.0 is 0.0
     except ValueError:
         return None
 
 
-# ---- Learning in context: a prompt made of examples, the answer in a text, and what several samples say together.
-#
-# Self-consistency (Wang et al., arXiv 2203.11171) is one prompt sampled several times and a vote:
-#
-#     prompt = few_shot(examples, question)
-#     texts = lm.generate([prompt] * 3, max_new_tokens=128)
-#     answer = majority([answer_after(text.removeprefix(prompt)) for text in texts])
-
-
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
-
-
-def few_shot(examples: Sequence[tuple[str, str]], question: str,
-             template: str = "Question: {question}\nAnswer: {answer}", separator: str = "\n\n") -> str:
-    """A prompt of (question, answer) pairs and a last question, which ends where its answer would begin.
-
-    No examples give a zero-shot prompt in the same form.
-
-    Raises:
-      ConfigError: the template lacks {question}, or {answer} after it.
-    """
-    before, found, after = template.partition("{answer}")
-    if not found or "{question}" not in before:
-        raise ConfigError(f"the template {template!r} must hold {{question}} and, after it, {{answer}}")
-    shown = [before.replace("{question}", asked) + answer + after for asked, answer in examples]
-    return separator.join([*shown, before.replace("{question}", question)])
-
-
-def answer_after(text: str, marker: str = "####") -> str | None:
-    """What stands after the first marker, up to the end of its line, as GSM8K writes it: "#### 1,250" gives "1250".
-
-    Spaces around it and commas between thousands go. None: there is no marker, or nothing after it.
-    """
-    _, _, rest = text.partition(marker)
-    return _THOUSANDS.sub("", rest.partition("\n")[0].strip()) or None
-
-
-def majority(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer, of equals the one seen first; None, which is no answer, if there is no other."""
-    votes = Counter(answer for answer in answers if answer is not None)
-    return votes.most_common(1)[0][0] if votes else None
-
-
-def hit_at_k(samples_correct: Sequence[Sequence[bool]], k: int) -> float:
-    """The chance that at least one of k samples is correct, averaged over questions: pass@k without bias.
-
-    With c of n samples correct it is 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374, eq. 1).
-
-    Args:
-      samples_correct: for each question, whether each of its samples is correct; their numbers may differ.
-
-    Raises:
-      DataError: there is no question.
-      ConfigError: k is less than 1 or exceeds a question's number of samples.
-    """
-    if not samples_correct:
-        raise DataError("there are no questions to count hits for")
-    fewest = min(map(len, samples_correct))
-    if not 1 <= k <= fewest:
-        raise ConfigError(f"hit@k needs 1 <= k <= the number of samples, got k = {k} where a question has {fewest}")
-    chances = [1 - math.comb(len(row) - sum(map(bool, row)), k) / math.comb(len(row), k) for row in samples_correct]
-    return math.fsum(chances) / len(chances)
+# By metric: extracts from a text the answer that the metric judges, or None. Equal answers have equal values.
+ANSWERS: dict[str, Callable[[str], str | None]] = {
+    "exact_match": lambda text: normalize(text) or None,
+    "first_word": _first_word,
+    "marked_number": _marked,
+    "last_number": _last,
+    "stated_number": _stated,
+    "chosen_letter": _letter,
+}

@@ -65,7 +65,7 @@ def test_table_with_parent(capsys, parent, data_dir, tmp_path):
                  "--num_masks=3", "--num_steps=2", "--block_length=2", "--batch_size=4")
     status, table, err = evaluate(capsys, *arguments, f"--out={out}")
     assert status == 0, err
-    assert "accuracy normalised" in table and "marked number" in table and "bits per byte" in table
+    assert "accuracy normalized" in table and "marked number" in table and "bits per byte" in table
     result = json.loads(out.read_text())
     assert result["tasks"]["piqa"]["items"] == 5 and len(result["records"]) == 2 * (5 + 2 + 1)
     assert result["settings"]["num_masks"] == 3 and result["settings"]["block_length"] == 2
@@ -191,7 +191,7 @@ def test_the_help_names_every_task():
     (("--tasks=gsm8k", "--temperature=nan"), "a temperature of 0 or more"),
     (("--tasks=gsm8k,piqa", "--samples=3", "--temperature=1"), "are for tasks that write, and piqa scores"),
     (("--tasks=gsm8k", "--samples=3", "--temperature=1", "--protocol=reference"), "writes one sample"),
-    (("--tasks=mawps", "--protocol=reference"), "the released scripts have no task mawps"),
+    (("--tasks=mawps", "--protocol=reference"), "the reference scripts have no task mawps"),
     (("--tasks=mawps", "--protocol=reference", "--prompt_file=x"), "no examples; leave --prompt_file out"),
     (("--tasks=gsm8k", "--protocol=reference", "--num_steps=4"), "its own way of writing and no examples; leave --num_"),
     (("--tasks=gsm8k", "--policy=surest"), "got 'surest'"),

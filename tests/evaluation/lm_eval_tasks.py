@@ -67,20 +67,20 @@ class Scripted:
     """A model that finds a text as unlikely as it is long, and writes what it is given; it keeps what it is asked."""
 
     def __init__(self, answers=None, **settings):
-        self.pairs, self.blanks, self.calls, self.looked = [], [], [], []
+        self.pairs, self.requests, self.calls, self.looked = [], [], [], []
         self.answers = answers or {}
-        self.eval_model = EvalModel("scripted", encode, self.score, self.write, greedy=self.greedy, **settings)
+        self.eval_model = EvalModel("scripted", encode, self.score, self.generate, is_greedy=self.is_greedy, **settings)
 
     def score(self, pairs):
         self.pairs.append(list(pairs))
         return [self.cost(decode(pair.continuation)) for pair in pairs]
 
-    def write(self, blanks, **settings):
-        self.blanks.append(list(blanks))
+    def generate(self, requests, **settings):
+        self.requests.append(list(requests))
         self.calls.append(settings)
-        return [self.answers[blank.before] for blank in blanks]
+        return [self.answers[request.before] for request in requests]
 
-    def greedy(self, pairs):
+    def is_greedy(self, pairs):
         self.looked.append(list(pairs))
         return [decode(pair.continuation) == " boy." for pair in pairs]
 

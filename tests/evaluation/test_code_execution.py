@@ -6,9 +6,9 @@ import json
 import pytest
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.code_execution import Sandbox, completed, cut_code
+from dlm_jax.evaluation.code_execution import Sandbox, completed, truncate_code
 from dlm_jax.evaluation.eval_model import EvalModel
-from dlm_jax.evaluation.run import Job, blank_of, run
+from dlm_jax.evaluation.run import Job, request_of, run
 from dlm_jax.evaluation.tasks import TASKS, find_file, load_items
 
 ROW = {"task_id": "SingleLineInfilling/HumanEval/0/L0", "entry_point": "double", "prompt": "def double(x):\n",
@@ -17,10 +17,10 @@ ROW = {"task_id": "SingleLineInfilling/HumanEval/0/L0", "entry_point": "double",
 TASK = TASKS["humaneval_infilling"]
 
 
-def items_of(tmp_path, *rows, release=False):
+def items_of(tmp_path, *rows, reference=False):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    return load_items(TASK, str(path), release=release)
+    return load_items(TASK, str(path), reference=reference)
 
 
 @pytest.fixture(scope="module")
@@ -42,45 +42,45 @@ def test_what_is_asked_and_what_is_run(tmp_path):
     assert program.source == "def double(x):\n    y = 0\n    return y\n"
     assert program.tests == ROW["test"] + "\ncheck(double)\n"
     model, parent = EvalModel("model", words), EvalModel("parent", words, autoregressive=True)
-    blank = blank_of(model, TASK, item, 3, sample=2)
-    assert (blank.before, blank.after, blank.lengths) == (ROW["prompt"], ROW["suffix"], range(3, 41))
-    assert (blank.item, blank.sample) == (3, 2)
-    blank = blank_of(parent, TASK, item, 0)
-    assert (blank.before, blank.after, blank.lengths) == (ROW["prompt"], "", range(40, 41))
+    request = request_of(model, TASK, item, 3, sample=2)
+    assert (request.before, request.after, request.lengths) == (ROW["prompt"], ROW["suffix"], range(3, 41))
+    assert (request.item, request.sample) == (3, 2)
+    request = request_of(parent, TASK, item, 0)
+    assert (request.before, request.after, request.lengths) == (ROW["prompt"], "", range(40, 41))
     small = EvalModel("small", words, max_length=20)
-    assert blank_of(small, TASK, item, 0).lengths == range(3, 11)
+    assert request_of(small, TASK, item, 0).lengths == range(3, 11)
 
 
 def test_longer_gaps_try_fewer_lengths(tmp_path):
     several, span = items_of(tmp_path, {**ROW, "task_id": "MultiLineInfilling/HumanEval/0/L0_L0"},
                              {**ROW, "task_id": "RandomSpanInfilling/HumanEval/0/1"})
     model = EvalModel("model", words)
-    assert blank_of(model, TASK, several, 0).lengths == range(16, 241, 16) and not several.one_line
-    assert blank_of(model, TASK, span, 0).lengths == range(4, 97, 4)
-    assert blank_of(EvalModel("small", words, max_length=40), TASK, several, 0).lengths == range(16, 21, 16)
+    assert request_of(model, TASK, several, 0).lengths == range(16, 241, 16) and not several.one_line
+    assert request_of(model, TASK, span, 0).lengths == range(4, 97, 4)
+    assert request_of(EvalModel("small", words, max_length=40), TASK, several, 0).lengths == range(16, 21, 16)
     with pytest.raises(DataError, match="rows.jsonl.gz, line 1: the task_id 'HumanEval/0' does not begin with"):
         items_of(tmp_path, {**ROW, "task_id": "HumanEval/0"})
 
 
 def test_what_is_written_from_left_to_right_ends_with_the_gap(tmp_path):
     line, = items_of(tmp_path, ROW)
-    assert cut_code(line, "    y = 1\n    return 0\n") == "    y = 1\n"
-    assert cut_code(line, "\n    y = 1") == "\n    y = 1\n"
-    assert cut_code(line, "  \n") == "  \n"
+    assert truncate_code(line, "    y = 1\n    return 0\n") == "    y = 1\n"
+    assert truncate_code(line, "\n    y = 1") == "\n    y = 1\n"
+    assert truncate_code(line, "  \n") == "  \n"
     several, = items_of(tmp_path, {**ROW, "task_id": "MultiLineInfilling/HumanEval/0/L0_L0"})
-    assert cut_code(several, "    y = 1\n    y += 1\n    return y\nmore") == "    y = 1\n    y += 1\n"
-    assert cut_code(several, "    y = 1\n") == "    y = 1\n"
+    assert truncate_code(several, "    y = 1\n    y += 1\n    return y\nmore") == "    y = 1\n    y += 1\n"
+    assert truncate_code(several, "    y = 1\n") == "    y = 1\n"
 
 
 def test_a_scripted_model_and_its_parent(tmp_path, sandbox):
-    def write(blanks, *, temperature, num_steps):
-        return [["    y = x + x\n", "    y = 9\n", "    y = \n"][blank.item] for blank in blanks]
+    def generate(requests, *, temperature, num_steps):
+        return [["    y = x + x\n", "    y = 9\n", "    y = \n"][request.item] for request in requests]
 
-    def go_on(blanks, **settings):
-        return ["    y = 2 * x\n    return 3\n" for _ in blanks]
+    def go_on(requests, **settings):
+        return ["    y = 2 * x\n    return 3\n" for _ in requests]
 
     items = items_of(tmp_path, *[ROW] * 3)
-    eval_models = [EvalModel("model", words, write=write), EvalModel("parent", words, write=go_on, autoregressive=True)]
+    eval_models = [EvalModel("model", words, generate=generate), EvalModel("parent", words, generate=go_on, autoregressive=True)]
     records = run([Job(TASK, items, "An example.\n\n")], eval_models, execute=sandbox)
     assert [record["values"]["pass_at_1"] for record in records] == [1, 0, 0, 1, 1, 1]
     assert [record["outcomes"] for record in records[:3]] == [["passed"], ["AssertionError"], ["SyntaxError"]]
@@ -90,12 +90,12 @@ def test_a_scripted_model_and_its_parent(tmp_path, sandbox):
 
 
 def test_samples_pass_on_average_and_together(tmp_path, sandbox):
-    def write(blanks, *, temperature, num_steps):
+    def generate(requests, *, temperature, num_steps):
         assert temperature == 0.5
         right = {(0, 1), (0, 3)}
-        return ["    y = 2 * x\n" if (blank.item, blank.sample) in right else "    y = 0\n" for blank in blanks]
+        return ["    y = 2 * x\n" if (request.item, request.sample) in right else "    y = 0\n" for request in requests]
 
-    records = run([Job(TASK, items_of(tmp_path, ROW, ROW))], [EvalModel("model", words, write=write)], samples=4,
+    records = run([Job(TASK, items_of(tmp_path, ROW, ROW))], [EvalModel("model", words, generate=generate)], samples=4,
                   temperature=0.5, execute=sandbox)
     assert [record["values"] for record in records] == [{"pass_at_1": 0.5, "hit": 1}, {"pass_at_1": 0, "hit": 0}]
 
@@ -103,26 +103,26 @@ def test_samples_pass_on_average_and_together(tmp_path, sandbox):
 def test_the_release_knows_the_length_and_leaves_out_what_is_long(tmp_path, sandbox):
     asked = []
 
-    def write(blanks, **settings):
-        asked.extend((blank, settings) for blank in blanks)
-        return [ROW["canonical_solution"]] * len(blanks)
+    def generate(requests, **settings):
+        asked.extend((request, settings) for request in requests)
+        return [ROW["canonical_solution"]] * len(requests)
 
     long = {**ROW, "prompt": "# " + "a " * 982 + "\n" + ROW["prompt"]}
     longer = {**ROW, "prompt": "# " + "a " * 983 + "\n" + ROW["prompt"]}
-    items = items_of(tmp_path, longer, ROW, long, release=True)
-    eval_models = [EvalModel("model", words, write=write, release_temperature=0.9),
-                  EvalModel("parent", words, write=write, autoregressive=True)]
-    records = run([Job(TASK, items)], eval_models, release=True, execute=sandbox)
+    items = items_of(tmp_path, longer, ROW, long, reference=True)
+    eval_models = [EvalModel("model", words, generate=generate, reference_temperature=0.9),
+                  EvalModel("parent", words, generate=generate, autoregressive=True)]
+    records = run([Job(TASK, items)], eval_models, reference=True, execute=sandbox)
     assert [(record["model"], record["item"]) for record in records] == [
         ("model", 1), ("model", 2), ("parent", 1), ("parent", 2)]
     assert [record["values"] for record in records] == [{"pass_at_1": 1.0}] * 4
-    (blank, settings), (parents, parent_settings) = asked[0], asked[2]
-    assert blank.lengths == range(9, 10) and settings == {"temperature": 0.9, "num_steps": 32}
+    (request, settings), (parents, parent_settings) = asked[0], asked[2]
+    assert request.lengths == range(9, 10) and settings == {"temperature": 0.9, "num_steps": 32}
     assert parents.lengths == range(14, 15) and parent_settings["temperature"] == 0  # characters of the solution
     assert parents.before == (f"The prefix is: {ROW['prompt']} and the suffix is: {ROW['suffix']}, please return the "
                               "middle code: ")
     with pytest.raises(DataError, match="all items of humaneval_infilling have more than 1000 tokens"):
-        run([Job(TASK, items[:1])], eval_models, release=True, execute=sandbox)
+        run([Job(TASK, items[:1])], eval_models, reference=True, execute=sandbox)
 
 
 def test_the_real_files(test_data, sandbox):

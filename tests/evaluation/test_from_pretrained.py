@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from dlm_jax import AttentionMask, DiffusionLM
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import GenerationRequest
-from dlm_jax.evaluation.from_pretrained import make_eval_model
+from dlm_jax.evaluation.make_eval_model import make_eval_model
 from dlm_jax.evaluation.run import Job, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
 from dlm_jax.sampling import SamplerConfig
@@ -33,7 +33,7 @@ def lm():
 
 
 def released_score(lm, prompt, option, uniform):
-    """The rule of the release, in numpy but for the network."""
+    """The rule of the reference, in numpy but for the network."""
     row = np.array([*prompt, *option])
     masked = np.zeros((STEPS, len(row)), bool)
     for step in range(STEPS):
@@ -48,14 +48,14 @@ def released_score(lm, prompt, option, uniform):
 def test_the_release_token_by_token(lm, name):
     task, encode = TASKS[name], lm.tokenizer.encode
     item = task.read(ROWS[name], True)
-    eval_model = make_eval_model(lm.pretrained, "model", release=True, num_samples=STEPS, seed=SEED)
+    eval_model = make_eval_model(lm.pretrained, "model", reference=True, num_samples=STEPS, seed=SEED)
     expected = []
-    for option, (pair, (prompt, text)) in enumerate(zip(pairs_of(eval_model, task, item, 0, release=True), TEXTS[name],
+    for option, (pair, (prompt, text)) in enumerate(zip(pairs_of(eval_model, task, item, 0, reference=True), TEXTS[name],
                                                         strict=True)):
         assert (list(pair.context), list(pair.continuation)) == (encode(prompt), encode(text))
         uniform = np.random.default_rng([SEED, 0, option]).random((STEPS, len(pair.continuation)))
         expected.append(released_score(lm, encode(prompt), encode(text), uniform))
-    record, = run([Job(task, [item])], [eval_model], release=True)
+    record, = run([Job(task, [item])], [eval_model], reference=True)
     np.testing.assert_allclose(record["scores"], expected, rtol=1e-4)
     assert record["picks"] == [int(np.argmin(expected))]
 
@@ -76,9 +76,9 @@ def test_the_parent_is_asked_the_same_and_scored_exactly(lm):
 
 
 def test_texts_are_written_as_the_sampler_says(lm):
-    blank, prompt = GenerationRequest("Tom saw a", "", range(8, 9), 0), "Tom saw a"
+    request, prompt = GenerationRequest("Tom saw a", "", range(8, 9), 0), "Tom saw a"
     for sampler in (None, SamplerConfig("margin", block_length=2), SamplerConfig("threshold", threshold=0.3)):
-        found, = make_eval_model(lm.pretrained, "model", sampler=sampler).write([blank], temperature=0.0, num_steps=None)
+        found, = make_eval_model(lm.pretrained, "model", sampler=sampler).generate([request], temperature=0.0, num_steps=None)
         how = {} if sampler is None else dataclasses.asdict(sampler)
         expected, = lm.generate([prompt], max_new_tokens=8, **how | {"temperature": 0.0})
         assert found == expected.removeprefix(prompt)

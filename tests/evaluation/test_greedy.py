@@ -1,4 +1,4 @@
-"""What is greedy, against both definitions written out: the likeliest token each time, the surest token each time."""
+"""What is greedy, against both definitions written out: the most likely token each time, the surest token each time."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from dlm_jax import AttentionMask, DiffusionLM
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.generation import make_greedy
+from dlm_jax.evaluation.generation import make_is_greedy
 
 SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
 CONTEXTS = ["The little girl was", "", "Tom"]
@@ -53,13 +53,13 @@ def test_what_is_written_is_greedy_and_nothing_else_is(lm, autoregressive):
             expected.append(place is None)
     settings = {"autoregressive": autoregressive, "diffusion": DiffusionSpec(None) if autoregressive else lm.diffusion,
                 "bos_token_id": bos}
-    assert make_greedy(lm.model, **settings)(pairs) == expected
-    assert make_greedy(lm.model, **settings, batch_size=5)(pairs[::-1]) == expected[::-1]
-    assert make_greedy(lm.model, **settings)([]) == []
+    assert make_is_greedy(lm.model, **settings)(pairs) == expected
+    assert make_is_greedy(lm.model, **settings, batch_size=5)(pairs[::-1]) == expected[::-1]
+    assert make_is_greedy(lm.model, **settings)([]) == []
 
 
 def test_what_does_not_fit_is_refused(lm):
-    greedy = make_greedy(lm.model, autoregressive=True, diffusion=DiffusionSpec(None))
+    greedy = make_is_greedy(lm.model, autoregressive=True, diffusion=DiffusionSpec(None))
     with pytest.raises(DataError, match="text 0"):
         greedy([Pair((), (5,))])
     with pytest.raises(DataError, match="takes at most"):

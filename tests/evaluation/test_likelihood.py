@@ -13,7 +13,7 @@ from dlm_jax.diffusion import Batch, BlockSpec, DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import autoregressive_nll, bound, make_bound_fn
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.scoring import bound_draw, diffusion_score
+from dlm_jax.evaluation.scoring import bound_masks, diffusion_score
 from dlm_jax.models import ModelConfig, Transformer
 
 MASK = 12
@@ -105,7 +105,7 @@ def test_the_bound_of_blocks_is_unbiased(model, blocks, shift):
 def test_the_score_of_a_continuation_is_the_bound_of_its_blocks(model, blocks, shift):
     """Exact, as every mask of a short block is tried: from the beginning, and behind a context of whole blocks."""
     (row,), _ = rows_of(1, length=9)
-    score = diffusion_score(model, lambda pair: bound_draw(len(pair.continuation), 7, 0, pair.item),
+    score = diffusion_score(model, lambda pair: bound_masks(len(pair.continuation), 7, 0, pair.item),
                             diffusion=DiffusionSpec(MASK, shift, blocks), bos_token_id=int(row[0]), batch_size=4)
     whole, rest = score([Pair((), tuple(row[1:])), Pair(tuple(row[1:6]), tuple(row[6:]))])
     expected = enumerated_block_bound(model, row, blocks, shift)

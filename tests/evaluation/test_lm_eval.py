@@ -14,9 +14,9 @@ from dlm_jax import DiffusionLM
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
-from dlm_jax.evaluation.from_pretrained import make_eval_model
 from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.lm_eval import HarnessLM
+from dlm_jax.evaluation.make_eval_model import make_eval_model
 from dlm_jax.evaluation.run import Job, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
 from tests.evaluation.lm_eval_tasks import CHOICES, TEXTS, Scripted, by_hand, decode, encode, evaluate
@@ -59,7 +59,7 @@ def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, au
         assert [answer[0] for answer in sample["filtered_resps"]] == pytest.approx(
             [-score for score in record["scores"]], rel=1e-5)
         assert sample["acc"] == record["values"]["accuracy"]
-        assert sample["acc_bytes"] == pytest.approx(record["values"]["accuracy_normalised"])
+        assert sample["acc_bytes"] == pytest.approx(record["values"]["accuracy_normalized"])
 
 
 def test_blocks_of_one_token_answer_as_the_parent(lm):
@@ -94,12 +94,12 @@ def test_a_bound_depends_on_neither_batch_size_nor_company(harness_folder, lm):
     arguments = [("Once", " upon a time there was a little girl who was very happy."), ("Tom", " ran home to his mum."),
                  ("Sue sat on the big red mat and", " Tom did not like it one bit, so he ran off.")]
     requests = [Instance("loglikelihood", {}, one, 0, ("made", number, 1)) for number, one in enumerate(arguments)]
-    found = [HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5, batch_size=size), greedy=False)
+    found = [HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5, batch_size=size), is_greedy=False)
              .loglikelihood(requests) for size in (16, 3)]
-    alone = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5), greedy=False).loglikelihood(requests[2:])
+    alone = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5), is_greedy=False).loglikelihood(requests[2:])
     np.testing.assert_allclose([score for score, _ in found[0]], [score for score, _ in found[1]], rtol=1e-5)
     np.testing.assert_allclose(found[0][2][0], alone[0][0], rtol=1e-5)
-    other = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5, seed=1), greedy=False)
+    other = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5, seed=1), is_greedy=False)
     assert abs(other.loglikelihood(requests)[2][0] - alone[0][0]) > 1e-3
 
 
@@ -139,7 +139,7 @@ def test_the_rolling_likelihood_of_a_model_of_ours(harness_folder, lm):
 
 def test_a_context_that_is_too_long_loses_its_beginning():
     model = Scripted(max_length=5)
-    lm = HarnessLM(model.eval_model, greedy=False)
+    lm = HarnessLM(model.eval_model, is_greedy=False)
     lm.loglikelihood(by_hand("loglikelihood", ("a b c d", " e f"), ("", "a b")))
     assert [(decode(pair.context), decode(pair.continuation)) for pair in model.pairs[0]] == [
         (" c d", " e f"), ("", "a b")]
@@ -158,9 +158,9 @@ def test_accuracy_of_a_completion_is_what_is_greedy(harness_folder):
     assert found["last_word"]["perplexity,none"] == pytest.approx(
         math.exp((Scripted.cost(" boy.") + Scripted.cost(" be.")) / 2))
     assert [decode(pair.continuation) for pair in model.looked[0]] == [" boy.", " be."]  # and no option
-    asked = evaluate(HarnessLM(model.eval_model, greedy=True), harness_folder, "last_word", "choice")
+    asked = evaluate(HarnessLM(model.eval_model, is_greedy=True), harness_folder, "last_word", "choice")
     assert len(model.looked[1]) == 8 and asked["results"]["last_word"]["acc,none"] == 0.5
-    never = evaluate(HarnessLM(model.eval_model, greedy=False), harness_folder, "last_word")["results"]["last_word"]
+    never = evaluate(HarnessLM(model.eval_model, is_greedy=False), harness_folder, "last_word")["results"]["last_word"]
     assert len(model.looked) == 2 and never["acc,none"] == 0.0
 
 
@@ -174,20 +174,20 @@ def test_a_model_of_ours_knows_what_is_greedy(lm):
 
 
 def test_a_candidate_that_cannot_do_what_a_task_asks_is_refused(harness_folder):
-    with pytest.raises(ConfigError, match="mute cannot write, which the task sums asks for"):
+    with pytest.raises(ConfigError, match="mute cannot generate, which the task sums asks for"):
         evaluate(HarnessLM(EvalModel("mute", encode, lambda pairs: [0.0] * len(pairs))), harness_folder, "sums")
     with pytest.raises(ConfigError, match="blind cannot score, which the task text asks for"):
         evaluate(HarnessLM(EvalModel("blind", encode)), harness_folder, "text")
     plain = EvalModel("plain", encode, lambda pairs: [1.0] * len(pairs))
     with pytest.raises(ConfigError, match="plain does not say what is greedy, .* the task last_word"):
         evaluate(HarnessLM(plain), harness_folder, "last_word")
-    found = evaluate(HarnessLM(plain, greedy=False), harness_folder, "last_word")["results"]["last_word"]
+    found = evaluate(HarnessLM(plain, is_greedy=False), harness_folder, "last_word")["results"]["last_word"]
     assert found["perplexity,none"] == pytest.approx(math.e)
     with pytest.raises(ConfigError, match="max_gen_toks must be at least 1, got 0"):
         HarnessLM(plain, max_gen_toks=0)
 
 
 def test_nothing_else_needs_the_harness():
-    code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.from_pretrained, dlm_jax.evaluation.run, dlm_jax.cli.evaluate\n"
+    code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.make_eval_model, dlm_jax.evaluation.run, dlm_jax.cli.evaluate\n"
             "assert not {'lm_eval', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)

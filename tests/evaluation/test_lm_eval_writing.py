@@ -7,8 +7,8 @@ from lm_eval.api.instance import Instance
 
 from dlm_jax import DiffusionLM
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.from_pretrained import make_eval_model
 from dlm_jax.evaluation.lm_eval import HarnessLM
+from dlm_jax.evaluation.make_eval_model import make_eval_model
 from tests.evaluation.lm_eval_tasks import SUMS, Scripted, by_hand, evaluate
 
 SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
@@ -26,8 +26,8 @@ def test_answers_that_are_written(harness_folder):
     results = evaluate(lm, harness_folder, "sums")
     assert results["results"]["sums"]["exact_match,number"] == 0.5
     assert [sample["resps"] for sample in results["samples"]["sums"]] == [[["It is #### 2"]], [["#### 5 "]]]
-    blanks, = model.blanks
-    assert [(blank.before, blank.after, blank.lengths) for blank in blanks] == [
+    requests, = model.requests
+    assert [(request.before, request.after, request.lengths) for request in requests] == [
         ("one and one", "", range(7, 8)), ("two and two", "", range(7, 8))]
     assert model.calls == [{"temperature": 0.0, "num_steps": 9}] and lm.shortened == {}
 
@@ -36,19 +36,19 @@ def test_repetitions_are_drawn_apart_and_long_texts_are_shortened(harness_folder
     model = Scripted({row["q"]: "x" for row in SUMS}, max_length=64)
     lm = HarnessLM(model.eval_model)
     evaluate(lm, harness_folder, "drawn")
-    blanks, = model.blanks
-    assert len({blank.item for blank in blanks}) == len(blanks) == 6
-    assert {blank.lengths for blank in blanks} == {range(32, 33)} and lm.shortened == {"drawn": (256, 32)}
+    requests, = model.requests
+    assert len({request.item for request in requests}) == len(requests) == 6
+    assert {request.lengths for request in requests} == {range(32, 33)} and lm.shortened == {"drawn": (256, 32)}
     assert model.calls == [{"temperature": 0.7, "num_steps": None}]
     evaluate(HarnessLM(model.eval_model, max_gen_toks=5), harness_folder, "drawn")
-    assert {blank.lengths for blank in model.blanks[1]} == {range(5, 6)}
+    assert {request.lengths for request in model.requests[1]} == {range(5, 6)}
 
 
 def test_what_a_task_may_ask_of_writing():
     def ask(**settings):
         model = Scripted({"": "some words here"})
         text, = HarnessLM(model.eval_model).generate_until(by_hand("generate_until", ("", settings)))
-        return text, model.blanks[0][0].lengths[-1], model.calls[0]["temperature"]
+        return text, model.requests[0][0].lengths[-1], model.calls[0]["temperature"]
 
     assert ask() == ("some words here", 256, 0.0)
     assert ask(until=" here", max_new_tokens=3, temperature=0.5) == ("some words", 3, 0.5)
@@ -71,7 +71,7 @@ def test_a_model_of_ours_writes(harness_folder, lm, autoregressive):
     found = harness.generate_until(by_hand("generate_until", *arguments))
     assert found[1] == found[2] and all("." not in text for text in found) and found[0] != found[1]
     together = [Instance("generate_until", {}, one, 0, ("a", n, 1)) for n, one in enumerate(arguments)]
-    assert harness.generate_until(together[::-1])[::-1] == found  # the likeliest tokens: no noise
+    assert harness.generate_until(together[::-1])[::-1] == found  # the most likely tokens: no noise
 
 
 def test_answers_are_kept_in_the_harness_s_cache(harness_folder, tmp_path):
@@ -79,9 +79,9 @@ def test_answers_are_kept_in_the_harness_s_cache(harness_folder, tmp_path):
     cache = str(tmp_path / "answers")
     tasks = ("choice", "text", "last_word", "sums")
     first = evaluate(HarnessLM(model.eval_model), harness_folder, *tasks, use_cache=cache)
-    asked = len(model.pairs), len(model.blanks)
+    asked = len(model.pairs), len(model.requests)
     again = evaluate(HarnessLM(model.eval_model), harness_folder, *tasks, use_cache=cache)
-    assert (len(model.pairs), len(model.blanks)) == asked and again["results"] == first["results"]
+    assert (len(model.pairs), len(model.requests)) == asked and again["results"] == first["results"]
 
 
 def test_chat_templates(harness_folder, lm):

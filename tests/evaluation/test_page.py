@@ -6,7 +6,7 @@ import pytest
 
 from dlm_jax.evaluation.eval_model import EvalModel
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.report import chance_of, margin, page, summarise
+from dlm_jax.evaluation.report import chance_of, margin, page, summarize
 from dlm_jax.evaluation.run import Job, run
 from dlm_jax.evaluation.tasks import TASKS
 from tests.evaluation.test_run import ITEMS, encode, scripted
@@ -44,7 +44,7 @@ class Elements(HTMLParser):
 
 def evaluated(*names: str):
     models = [scripted("a<b", len), scripted("even", lambda text: len(text) ** 0.5)]
-    writer = [EvalModel(model.name, encode, model.score, lambda blanks, **_: ["<script>1</script>"] * len(blanks))
+    writer = [EvalModel(model.name, encode, model.score, lambda requests, **_: ["<script>1</script>"] * len(requests))
               for model in models]
     jobs = [Job(TASKS["piqa"], ITEMS), Job(TASKS["lambada"], [Item(prompt="one", answers=("&amp;",))]),
             Job(TASKS["text"], [Item(options=(("", "some words"),))])]
@@ -52,7 +52,7 @@ def evaluated(*names: str):
     records = run(jobs, writer)
     models = [model.name for model in writer]
     return {"models": models, "settings": {"seed": 3}, "versions": {"jax": "1.2"},
-            "tasks": summarise(records, names, models)}, records
+            "tasks": summarize(records, names, models)}, records
 
 
 def test_a_page_needs_nothing_from_elsewhere_and_says_what_the_table_says():
@@ -80,7 +80,7 @@ def test_what_was_written_is_shown_whatever_the_task():
         {"task": "generation", "model": "m", "item": 0, "text": "<free>",
          "values": {"judged_nats": 2.0, "judged_tokens": 4, "words": 1.0}}]
     names = ["humaneval_infilling", "mawps", "generation"]
-    found = Elements(page({"models": ["m"], "settings": {}, "versions": {}, "tasks": summarise(records, names, ["m"])},
+    found = Elements(page({"models": ["m"], "settings": {}, "versions": {}, "tasks": summarize(records, names, ["m"])},
                           records))
     shown = "\n".join(found.texts)
     assert "x = 1\noutcome: passed" in shown and "a 1\nb 2\nwanted: 2" in shown and "<free>\n" in shown

@@ -75,10 +75,10 @@ def test_examples_show_their_reasoning_or_are_refused(tmp_path):
 
 
 def scripted(*texts):
-    def write(blanks, *, temperature, num_steps):
-        return [texts[blank.item][blank.sample] for blank in blanks]
+    def generate(requests, *, temperature, num_steps):
+        return [texts[request.item][request.sample] for request in requests]
 
-    return EvalModel("model", list, write=write)
+    return EvalModel("model", list, generate=generate)
 
 
 def test_numbers_by_hand(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.scoring import RATIOS, chosen, make_guess, reconstructed
+from dlm_jax.evaluation.scoring import RECONSTRUCTION_RATIOS, reconstruction_mask, make_masked_accuracy, reconstruct
 from tests.sampling.tiny_models import MASK, tiny
 
 BOS = 3
@@ -15,23 +15,23 @@ BOS = 3
 
 def test_as_many_are_masked_as_the_ratio_says_whatever_the_model():
     for length in (1, 7, 40):
-        for ratio in RATIOS:
-            masked = chosen(length, ratio, 0, 5)
+        for ratio in RECONSTRUCTION_RATIOS:
+            masked = reconstruction_mask(length, ratio, 0, 5)
             assert masked.sum() == max(round(ratio * length), 1)
-            np.testing.assert_array_equal(masked, chosen(length, ratio, 0, 5))
-    for other in (chosen(40, 0.5, 0, 6), chosen(40, 0.5, 1, 5)):
-        assert (chosen(40, 0.5, 0, 5) != other).any()
-    counts = sum(chosen(10, 0.3, 0, item) for item in range(2000)) / 2000
+            np.testing.assert_array_equal(masked, reconstruction_mask(length, ratio, 0, 5))
+    for other in (reconstruction_mask(40, 0.5, 0, 6), reconstruction_mask(40, 0.5, 1, 5)):
+        assert (reconstruction_mask(40, 0.5, 0, 5) != other).any()
+    counts = sum(reconstruction_mask(10, 0.3, 0, item) for item in range(2000)) / 2000
     np.testing.assert_allclose(counts, 0.3, atol=0.05)  # 5 standard errors
 
 
 def test_shares_by_hand():
-    def guess(pairs, asked):
+    def masked_accuracy(pairs, asked):
         """Finds even tokens."""
         return [np.mean([token % 2 == 0 for token in np.array(pair.continuation)[masked]])
                 for pair, masked in zip(pairs, asked, strict=True)]
 
-    even, both = reconstructed(guess, [Pair((), (2, 4, 6), 0), Pair((), tuple(range(10)), 1)])
+    even, both = reconstruct(masked_accuracy, [Pair((), (2, 4, 6), 0), Pair((), tuple(range(10)), 1)])
     assert set(even.values()) == {1.0} and list(even) == ["10% masked", "30% masked", "50% masked", "70% masked",
                                                          "90% masked"]
     assert both["90% masked"] in (pytest.approx(4 / 9), pytest.approx(5 / 9)) and both["10% masked"] in (0.0, 1.0)
@@ -45,9 +45,9 @@ def test_a_network_is_asked_for_its_likeliest_tokens(causal, shift):
     model = tiny("llama")
     rng = np.random.default_rng(0)
     pairs = [Pair((7,) * (n % 3), tuple(map(int, rng.integers(0, 60, 5 + 3 * n))), n) for n in range(6)]
-    asked = [chosen(len(pair.continuation), 0.5, 0, pair.item) for pair in pairs]
-    # The network's own likeliest tokens stand at some places, so that some are found.
-    found = make_guess(model, diffusion=DiffusionSpec(None if causal else MASK, shift), bos_token_id=BOS, batch_size=4)
+    asked = [reconstruction_mask(len(pair.continuation), 0.5, 0, pair.item) for pair in pairs]
+    # The network's own most likely tokens stand at some places, so that some are found.
+    found = make_masked_accuracy(model, diffusion=DiffusionSpec(None if causal else MASK, shift), bos_token_id=BOS, batch_size=4)
     mask = AttentionMask.causal() if causal else AttentionMask.bidirectional()
     some = False
     for _turn in range(2):

@@ -7,8 +7,8 @@ import pytest
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.report import markdown_report, summarise, table
-from dlm_jax.evaluation.run import Job, blank_of, pairs_of, run
+from dlm_jax.evaluation.report import markdown_report, summarize, table
+from dlm_jax.evaluation.run import Job, pairs_of, request_of, run
 from dlm_jax.evaluation.tasks import TASKS
 
 WORDS = ["<bos>"]
@@ -44,13 +44,13 @@ def test_accuracies_by_hand():
     records = run([JOB], [short, even])
     assert [record["picks"] for record in records[:3]] == [[0, 0], [0, 0], [0, 0]]
     assert [record["picks"] for record in records[3:]] == [[0, 1], [0, 1], [0, 1]]
-    found = summarise(records, ["piqa"], ["short", "even"])["piqa"]
+    found = summarize(records, ["piqa"], ["short", "even"])["piqa"]
     assert found["items"] == 3
     assert found["models"]["short"]["accuracy"]["mean"] == pytest.approx(2 / 3)
     assert found["models"]["short"]["accuracy"]["standard_error"] == pytest.approx((2 / 9 / 2) ** 0.5)
-    assert found["models"]["even"]["accuracy_normalised"]["mean"] == pytest.approx(1 / 3)
+    assert found["models"]["even"]["accuracy_normalized"]["mean"] == pytest.approx(1 / 3)
     assert found["differences"]["accuracy"]["mean"] == found["differences"]["accuracy"]["standard_error"] == 0
-    difference = found["differences"]["accuracy_normalised"]  # 1, -1, 1
+    difference = found["differences"]["accuracy_normalized"]  # 1, -1, 1
     assert difference["mean"] == pytest.approx(1 / 3)
     assert difference["standard_error"] == pytest.approx(((2 * (2 / 3) ** 2 + (4 / 3) ** 2) / 2 / 3) ** 0.5)
     assert difference["low"] == -1 and difference["high"] == 1
@@ -69,21 +69,21 @@ def test_the_release_takes_means_for_two_tasks_and_sums_for_the_others():
     parent = scripted("parent", lambda text: 10.0 - text.count(" w"), autoregressive=True)
     item = Item((("Q:", " v"), ("Q:", " w w")), gold=1)
     for name, values in (("hellaswag", {"accuracy": 1.0}), ("piqa", {"accuracy": 1.0})):
-        assert run([Job(TASKS[name], [item])], [parent], release=True)[0]["values"] == values
+        assert run([Job(TASKS[name], [item])], [parent], reference=True)[0]["values"] == values
     long = scripted("parent", lambda text: 3.0 * text.count(" "), autoregressive=True)
     item = Item((("Q:", " v"), ("Q:", " w w")), gold=0)
-    assert run([Job(TASKS["piqa"], [item])], [long], release=True)[0]["picks"] == [0]
+    assert run([Job(TASKS["piqa"], [item])], [long], reference=True)[0]["picks"] == [0]
     costly = scripted("parent", lambda text: 2.0 + text.count(" "), autoregressive=True)
-    assert run([Job(TASKS["hellaswag"], [item])], [costly], release=True)[0]["picks"] == [1]  # 4 / 2 < 3 / 1
+    assert run([Job(TASKS["hellaswag"], [item])], [costly], reference=True)[0]["picks"] == [1]  # 4 / 2 < 3 / 1
 
 
 def test_writing_by_hand():
-    def write(blanks, *, temperature, num_steps):
+    def generate(requests, *, temperature, num_steps):
         assert (temperature, num_steps) == (0.0, 5)
-        return [{"one": " signs, more\nsigns", "two": "\n\nsign"}[blank.before] for blank in blanks]
+        return [{"one": " signs, more\nsigns", "two": "\n\nsign"}[request.before] for request in requests]
 
     items = [Item(prompt=prompt, answers=("signs",), solution=" signs") for prompt in ("one", "two")]
-    records = run([Job(TASKS["lambada"], items)], [EvalModel("written", encode, write=write)], num_steps=5)
+    records = run([Job(TASKS["lambada"], items)], [EvalModel("written", encode, generate=generate)], num_steps=5)
     assert [record["values"]["first_word"] for record in records] == [1, 0]
     assert [record["prediction"] for record in records] == ["signs, more", "sign"]
 
@@ -91,18 +91,18 @@ def test_writing_by_hand():
 def test_a_left_to_right_model_sees_nothing_behind_a_gap_and_its_first_sentence_counts():
     seen = []
 
-    def write(blanks, **settings):
-        seen.extend(blanks)
+    def generate(requests, **settings):
+        seen.extend(requests)
         return ['He ran. He sat. "']
 
     item = Item(prompt="One. ", suffix=" Four.", answers=("He ran!",), solution="He ran!")
-    parent = EvalModel("parent", encode, write=write, autoregressive=True)
+    parent = EvalModel("parent", encode, generate=generate, autoregressive=True)
     record, = run([Job(TASKS["rocstories"], [item])], [parent])
     assert seen[0].after == "" and list(seen[0].lengths) == [20]
     assert record["prediction"] == "He ran." and record["values"] == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
-    assert blank_of(EvalModel("model", encode), TASKS["rocstories"], item, 0).lengths == range(4, 21)
-    assert blank_of(EvalModel("model", encode), TASKS["rocstories"], item, 0, release=True).lengths == range(2, 3)
-    assert blank_of(parent, TASKS["rocstories"], item, 0, release=True).lengths == range(7, 8)
+    assert request_of(EvalModel("model", encode), TASKS["rocstories"], item, 0).lengths == range(4, 21)
+    assert request_of(EvalModel("model", encode), TASKS["rocstories"], item, 0, reference=True).lengths == range(2, 3)
+    assert request_of(parent, TASKS["rocstories"], item, 0, reference=True).lengths == range(7, 8)
 
 
 def test_text_is_cut_where_the_model_ends_and_counted_in_bytes_and_tokens():
@@ -111,7 +111,7 @@ def test_text_is_cut_where_the_model_ends_and_counted_in_bytes_and_tokens():
     records = run([job], [model])
     assert [list(map(len, pairs)) for pairs in [pairs_of(model, job.task, job.items[0], 0)]] == [[4, 4, 4]]
     assert records[0]["values"] == {"nats": pytest.approx(5 * math.log(2)), "tokens": 5, "bytes": 9}
-    found = summarise(records, ["text"], ["model"])["text"]["models"]["model"]
+    found = summarize(records, ["text"], ["model"])["text"]["models"]["model"]
     assert found["bits_per_byte"]["mean"] == pytest.approx(5 / 11)
     assert found["nats_per_token"]["mean"] == pytest.approx(5 * math.log(2) / 6)
 
@@ -126,14 +126,14 @@ def test_context_and_continuation_are_parted_where_the_text_is():
     item = Item((("a b", " c d"),))
     pair, = pairs_of(EvalModel("model", merging), TASKS["piqa"], item, 0)
     assert [WORDS[token] for token in pair.continuation] == [" b_c", " d"]
-    pair, = pairs_of(EvalModel("model", merging), TASKS["piqa"], item, 0, release=True)
+    pair, = pairs_of(EvalModel("model", merging), TASKS["piqa"], item, 0, reference=True)
     assert [WORDS[token] for token in pair.continuation] == [" c", " d"]
 
 
 def test_bos_before_an_option_is_the_releases_for_two_tasks():
     model = EvalModel("model", encode, encode_special=lambda text: [0, *encode(text)])
     for name, expected in (("hellaswag", (0, *encode(" v"))), ("siqa", tuple(encode(" v")))):
-        pair, = pairs_of(model, TASKS[name], Item((("Q:", " v"),)), 0, release=True)
+        pair, = pairs_of(model, TASKS[name], Item((("Q:", " v"),)), 0, reference=True)
         assert pair.continuation == expected and pair.context[0] == 0
 
 
@@ -158,23 +158,23 @@ def test_a_stopped_run_goes_on_and_gives_the_same(done):
 
 
 def test_a_model_that_cannot_do_a_task_is_refused_before_any_work():
-    with pytest.raises(ConfigError, match="mute cannot write, which the task lambada asks for"):
+    with pytest.raises(ConfigError, match="mute cannot generate, which the task lambada asks for"):
         run([JOB, Job(TASKS["lambada"], [Item(prompt="a", answers=("b",))])], [scripted("mute", len)])
 
 
 def test_samples_are_asked_for_one_by_one_and_a_stopped_run_goes_on():
     asked = []
 
-    def write(blanks, *, temperature, num_steps):
-        asked.extend((blank.item, blank.sample) for blank in blanks)
-        return [f"{blank.item + blank.sample}" for blank in blanks]
+    def generate(requests, *, temperature, num_steps):
+        asked.extend((request.item, request.sample) for request in requests)
+        return [f"{request.item + request.sample}" for request in requests]
 
     items = [Item(prompt="a", answers=("1",)) for _ in range(3)]
-    model, task = EvalModel("model", encode, write=write), TASKS["mawps"]
+    model, task = EvalModel("model", encode, generate=generate), TASKS["mawps"]
     whole = run([Job(task, items)], [model], samples=2, temperature=1.0)
     assert asked == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [record["values"]["last_number"] for record in whole] == [0.5, 0.5, 0]
-    found = summarise(whole, ["mawps"], ["model"])["mawps"]["models"]["model"]
+    found = summarize(whole, ["mawps"], ["model"])["mawps"]["models"]["model"]
     assert found["hit"]["mean"] == pytest.approx(2 / 3) and found["majority"]["mean"] == pytest.approx(1 / 3)
     for size in (1, 2, 32):
         assert run([Job(task, items)], [model], samples=2, temperature=1.0, done=whole[:1], chunk_size=size) == whole
@@ -185,8 +185,8 @@ def test_samples_are_asked_for_one_by_one_and_a_stopped_run_goes_on():
     ("gsm8k", {"samples": 0}, "there must be a sample"),
     ("gsm8k", {"temperature": -0.1}, "a temperature of 0 or more, got 1 and -0.1"),
     ("gsm8k", {"temperature": math.nan}, "a temperature of 0 or more"),
-    ("gsm8k", {"samples": 2, "temperature": 1.0, "release": True}, "the protocol release writes one sample"),
-    ("mawps", {"release": True}, "the released scripts have no task mawps; choose the protocol default"),
+    ("gsm8k", {"samples": 2, "temperature": 1.0, "reference": True}, "the protocol reference writes one sample"),
+    ("mawps", {"reference": True}, "the reference scripts have no task mawps; choose the protocol default"),
     ("piqa", {"temperature": 0.5}, "are for tasks that write, and piqa scores"),
     ("text", {"samples": 2, "temperature": 0.5}, "are for tasks that write, and text scores"),
 ])
@@ -198,5 +198,5 @@ def test_settings_that_do_not_go_together_are_refused(name, settings, message):
 def test_a_page_says_what_it_rests_on():
     records = run([JOB], [scripted("a", len)])
     page = markdown_report({"models": ["a"], "settings": {"seed": 3}, "versions": {"jax": "1"},
-                            "tasks": summarise(records, ["piqa"], ["a"])})
+                            "tasks": summarize(records, ["piqa"], ["a"])})
     assert "| piqa | accuracy | 3 | 66.7 ± 33.3 |" in page and "- seed: 3" in page and "jax 1" in page

@@ -1,4 +1,4 @@
-"""Scores of continuations against the definition, the enumerated bound and the released rule."""
+"""Scores of continuations against the definition, the enumerated bound and the reference rule."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.scoring import autoregressive_score, bound_draw, diffusion_score, release_draw
+from dlm_jax.evaluation.scoring import autoregressive_score, bound_masks, diffusion_score, reference_masks
 from tests.sampling.tiny_models import MASK, tiny
 
 BOS = 7
@@ -43,7 +43,7 @@ def test_a_short_continuation_has_its_enumerated_bound(shift):
     masks = np.array([mask for mask in itertools.product([False, True], repeat=4) if any(mask)])
     sizes = masks.sum(axis=1)
     expected = (beta(sizes, 4 - sizes + 1) * masked_nll(model, pair, masks, shift)).sum()
-    score = diffusion_score(model, lambda pair: bound_draw(4, 15, 0, pair.item), diffusion=DiffusionSpec(MASK, shift),
+    score = diffusion_score(model, lambda pair: bound_masks(4, 15, 0, pair.item), diffusion=DiffusionSpec(MASK, shift),
                             bos_token_id=BOS)
     np.testing.assert_allclose(score([pair]), expected, rtol=1e-5)
 
@@ -53,7 +53,7 @@ def test_the_estimate_of_a_longer_one_is_unbiased():
     masks = np.array([mask for mask in itertools.product([False, True], repeat=5) if any(mask)])
     sizes = masks.sum(axis=1)
     expected = (beta(sizes, 5 - sizes + 1) * masked_nll(model, pair, masks)).sum()
-    score = diffusion_score(model, lambda pair: bound_draw(5, 4, 0, pair.item), diffusion=DiffusionSpec(MASK), bos_token_id=BOS,
+    score = diffusion_score(model, lambda pair: bound_masks(5, 4, 0, pair.item), diffusion=DiffusionSpec(MASK), bos_token_id=BOS,
                             batch_size=256)
     found = score([pair._replace(item=item) for item in range(600)])
     assert abs(found.mean() - expected) < 4 * found.std() / len(found) ** 0.5
@@ -61,7 +61,7 @@ def test_the_estimate_of_a_longer_one_is_unbiased():
 
 def test_a_score_depends_on_its_own_pair_alone():
     model, pairs = tiny("gpt2"), pairs_of((5, 9), (25, 6), (1, 1), (12, 20), (0, 3))
-    scores = [diffusion_score(model, lambda pair: bound_draw(len(pair.continuation), 6, 0, pair.item),
+    scores = [diffusion_score(model, lambda pair: bound_masks(len(pair.continuation), 6, 0, pair.item),
                               diffusion=DiffusionSpec(MASK), bos_token_id=BOS, batch_size=size) for size in (1, 4, 64)]
     found = [score(pairs) for score in scores]
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
@@ -71,7 +71,7 @@ def test_a_score_depends_on_its_own_pair_alone():
 
 def test_options_that_are_equal_score_equally():
     model, (pair,) = tiny("llama"), pairs_of((6, 12))
-    score = diffusion_score(model, lambda pair: bound_draw(12, 5, 0, pair.item), diffusion=DiffusionSpec(MASK), bos_token_id=BOS)
+    score = diffusion_score(model, lambda pair: bound_masks(12, 5, 0, pair.item), diffusion=DiffusionSpec(MASK), bos_token_id=BOS)
     first, second = score([pair, pair._replace(option=1)])
     assert first == pytest.approx(second, rel=1e-6)
 
@@ -79,7 +79,7 @@ def test_options_that_are_equal_score_equally():
 def test_the_released_score_with_given_noise():
     model, pairs = tiny("gpt2"), pairs_of((6, 5), (6, 2))
     noise = [np.random.default_rng(n).random((32, len(pair.continuation))) for n, pair in enumerate(pairs)]
-    score = diffusion_score(model, lambda pair: release_draw(noise[pair.item]), diffusion=DiffusionSpec(MASK))
+    score = diffusion_score(model, lambda pair: reference_masks(noise[pair.item]), diffusion=DiffusionSpec(MASK))
     for pair, uniform, found in zip(pairs, noise, score(pairs), strict=True):
         row = np.array([*pair.context, *pair.continuation])  # no BOS
         masked = np.array([[False] * len(pair.context) + list(uniforms < t / 32)
@@ -106,7 +106,7 @@ def test_devices_of_a_mesh_agree_with_one():
 
     model, pairs = tiny("llama"), pairs_of((5, 9), (3, 6), (1, 11))
     settings = {"diffusion": DiffusionSpec(MASK), "bos_token_id": BOS, "batch_size": 12}
-    alone, spread = (diffusion_score(model, lambda pair: bound_draw(len(pair.continuation), 6, 0, pair.item),
+    alone, spread = (diffusion_score(model, lambda pair: bound_masks(len(pair.continuation), 6, 0, pair.item),
                                      mesh=mesh, **settings)(pairs) for mesh in (None, make_mesh(MeshConfig())))
     np.testing.assert_allclose(spread, alone, rtol=1e-5)
 

@@ -16,13 +16,13 @@ SQUAD = {"context": "Rome fell.", "question": "What fell?",
          "answers": {"text": ["Rome", "Rome", "It"], "answer_start": [0]}}
 
 
-def items_of(tmp_path, name, *rows, release=False):
+def items_of(tmp_path, name, *rows, reference=False):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_items(find_task(name), str(path), release=release)
+    return load_items(find_task(name), str(path), reference=reference)
 
 
-@pytest.mark.parametrize(("name", "row", "options", "released"), [
+@pytest.mark.parametrize(("name", "row", "options", "reference"), [
     ("hellaswag", HELLASWAG,
      [("Cooking: A man stirs. He", " sleeps well."), ("Cooking: A man stirs. He", " eats.")],
      [("Cooking: A man stirs. He", "sleeps well."), ("Cooking: A man stirs. He", "eats.")]),
@@ -37,16 +37,16 @@ def items_of(tmp_path, name, *rows, release=False):
      [("Question: Al ran. Why?\nAnswer:", f" {answer}") for answer in ("fun", "fear", "no")],
      [("Question: Al ran. Why?\nAnswer: ", answer) for answer in ("fun", "fear", "no")]),
 ])
-def test_options_of_the_original_fields(tmp_path, name, row, options, released):
+def test_options_of_the_original_fields(tmp_path, name, row, options, reference):
     item, = items_of(tmp_path, name, row)
     assert list(item.options) == options
     assert item.gold == {"hellaswag": 1, "winogrande": 0, "piqa": 0, "siqa": 1}[name]
-    item, = items_of(tmp_path, name, row, release=True)
-    assert list(item.options) == released
+    item, = items_of(tmp_path, name, row, reference=True)
+    assert list(item.options) == reference
 
 
 def test_the_released_script_puts_a_space_after_the_option_for_the_parent(tmp_path):
-    item, = items_of(tmp_path, "winogrande", WINOGRANDE, release=True)
+    item, = items_of(tmp_path, "winogrande", WINOGRANDE, reference=True)
     assert item.parent_options == (("Ann beat Eve so ", "Ann was glad."), ("Ann beat Eve so ", "Eve was glad."))
 
 
@@ -69,7 +69,7 @@ def test_squads_own_file_and_the_released_prompt(tmp_path):
     whole = {"data": [{"paragraphs": [{"context": "Rome fell.", "qas": [
         {"question": "What fell?", "answers": [{"text": "Rome", "answer_start": 0}]},
         {"question": "How?", "answers": [{"text": "fell"}]}]}]}]}
-    first, second = items_of(tmp_path, "squad", whole, release=True)
+    first, second = items_of(tmp_path, "squad", whole, reference=True)
     assert first.prompt == "Rome fell.\nQuesionWhat fell??\nAnswer: " and second.answers == ("fell",)
 
 

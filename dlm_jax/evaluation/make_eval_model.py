@@ -1,0 +1,111 @@
+"""Makes an `EvalModel` of a pretrained model: its scores, its generation and its special tokens."""
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dlm_jax.checkpoints import Pretrained
+from dlm_jax.diffusion import DiffusionSpec
+from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation.eval_model import EvalModel, Pair
+from dlm_jax.evaluation.generation import make_generate, make_is_greedy
+from dlm_jax.evaluation.scoring import (
+    MaskRule,
+    MaskSample,
+    autoregressive_score,
+    bound_masks,
+    diffusion_score,
+    make_masked_accuracy,
+    reference_masks,
+    time_masks,
+)
+from dlm_jax.sampling import SamplerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+MC_ESTIMATORS = {"mask_count": bound_masks, "time": time_masks}
+
+
+def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool = False, reference: bool = False,
+                    num_samples: int = 16, seed: int = 0, mc_estimator: str = "mask_count",
+                    sampler: SamplerConfig | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> EvalModel:
+    """Returns a pretrained model as an `EvalModel`, either as a diffusion or as an autoregressive model.
+
+    An autoregressive model has exact scores and generates from left to right.
+
+    Args:
+      reference: score as the reference implementation does (`reference_masks`, with `num_samples` as its T), with no
+        BOS but the tokenizer's own.
+      mc_estimator: "mask_count" (`scoring.bound_masks`) or "time" (`scoring.time_masks`).
+      num_samples: forward passes per option of a diffusion model; fewer where masks repeat.
+      sampler: how texts are generated. The tasks set its temperature and number of steps. None: by confidence, or from
+        left to right.
+
+    Raises:
+      ConfigError: the checkpoint has no tokenizer, no BOS or EOS token for position 0, or, for a diffusion model, no
+        mask token; or an autoregressive model was trained without the shift.
+    """
+    source, tokenizer, config = pretrained.source, pretrained.tokenizer, pretrained.model.config
+    if tokenizer is None:
+        raise ConfigError(f"{source} has no tokenizer; put its tokenizer files beside the weights")
+    if num_samples < 1:
+        raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
+    if autoregressive and not pretrained.shift:
+        raise ConfigError(f"{source} was trained without the shift, so its outputs do not predict the next token; "
+                          "evaluate it as a diffusion model")
+    if not autoregressive and pretrained.mask_token_id is None:
+        raise ConfigError(f"{source} records no mask token, which a diffusion model needs; name one with --mask_token, "
+                          "or evaluate it with --objective=autoregressive")
+    if reference and pretrained.blocks is not None:
+        raise ConfigError(f"{source} generates in blocks, which the reference implementation does not support; choose "
+                          "the protocol default")
+    bos_token_id = next((token for token in (pretrained.bos_token_id, pretrained.eos_token_id)
+                         if token is not None and token < config.vocab_size), None)
+    if bos_token_id is None:
+        raise ConfigError(f"{source} has no BOS or EOS token for position 0; set bos_token in its "
+                          "tokenizer_config.json")
+    diffusion = pretrained.diffusion
+    rows = {"batch_size": batch_size, "mesh": mesh}
+    scored = {"bos_token_id": None if reference else bos_token_id, **rows}  # the reference's tokenizer adds its own
+    if autoregressive:
+        score = autoregressive_score(pretrained.model, **scored)
+    else:
+        rule = reference_rule(num_samples, seed) if reference else bound_rule(num_samples, seed, mc_estimator)
+        score = diffusion_score(pretrained.model, rule, diffusion=diffusion, **scored)
+    encode, encode_special = (functools.partial(_encode, tokenizer, special) for special in (False, True))
+    generate = make_generate(pretrained.model, tokenizer,
+                             sampler or SamplerConfig("autoregressive" if autoregressive else "confidence"),
+                             diffusion=diffusion, bos_token_id=bos_token_id, eos_token_id=pretrained.eos_token_id,
+                             seed=seed, keep_bos=not reference or encode_special("a")[0] == bos_token_id, **rows)
+    is_greedy = make_is_greedy(pretrained.model, autoregressive=autoregressive, diffusion=diffusion, **scored)
+    masked_accuracy = None  # a block diffusion model does not attend to later blocks
+    if autoregressive or pretrained.blocks is None:
+        masked_accuracy = make_masked_accuracy(
+            pretrained.model, diffusion=DiffusionSpec(None) if autoregressive else diffusion, **scored)
+    return EvalModel(name, encode, score, generate, config.max_length, autoregressive,
+                     0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95, encode_special, is_greedy,
+                     masked_accuracy)
+
+
+def bound_rule(num_samples: int, seed: int, mc_estimator: str = "mask_count") -> MaskRule:
+    """Returns the rule of the bound, under which all options of an item get the same noise."""
+    masks = MC_ESTIMATORS[mc_estimator]
+    return lambda pair: masks(len(pair.continuation), num_samples, seed, pair.item)
+
+
+def reference_rule(num_samples: int, seed: int) -> MaskRule:
+    """Returns the reference implementation's rule, under which each option gets noise of its own."""
+
+    def masks(pair: Pair) -> MaskSample:
+        rng = np.random.default_rng([seed, pair.item, pair.option])
+        return reference_masks(rng.random((num_samples, len(pair.continuation))))
+
+    return masks
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", special: bool, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
