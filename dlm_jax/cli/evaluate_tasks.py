@@ -29,7 +29,7 @@ _OLD_CHOICES = {"release": "reference", "counts": "mask_count", "times": "time"}
 def add_task_arguments(parser: argparse._ArgumentGroup) -> None:
     """Adds flags whose values are None if not given; `evaluate` has their defaults."""
     parser.add_argument("--tasks", metavar="NAME,...", help="names of tasks, as listed above")
-    parser.add_argument("--data_dir", metavar="DIR", help="folder with NAME.jsonl, or NAME/ with a validation or test file "
+    parser.add_argument("--data_dir", metavar="DIR", help="folder with NAME.jsonl, or with NAME/ and a test file in it "
                         "(default: the tasks' datasets on the Hugging Face hub)")
     parser.add_argument("--data_files", nargs="+", action="extend", metavar="NAME=FILE", help="the file of a task: "
                         ".jsonl, .json (also .gz), .parquet, .arrow, .csv, .txt, or hf:NAME?name=&split=")

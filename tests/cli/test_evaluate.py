@@ -151,14 +151,14 @@ def test_programs_are_refused_before_a_model_is_loaded(capsys, data_dir, monkeyp
     arguments = ("--model=none", "--tasks=humaneval_infilling", f"--data_dir={data_dir}")
     status, _, err = evaluate(capsys, *arguments)
     assert status == 1 and err.count("\n") == 1
-    assert "humaneval_infilling runs programs that a model wrote; allow it with --allow_code_execution" in err
+    assert "--allow_code_execution" in err
 
     def fails(self):
-        raise ConfigError("cannot be shut in here")
+        raise ConfigError("not isolated")
 
     monkeypatch.setattr(Sandbox, "_probe", fails)
     status, _, err = evaluate(capsys, *arguments, "--allow_code_execution")
-    assert status == 1 and "cannot be shut in here" in err and err.count("\n") == 1
+    assert status == 1 and "not isolated" in err and err.count("\n") == 1
 
 
 def test_samples_and_a_text_before_each_prompt(capsys, parent, data_dir, tmp_path):
@@ -183,56 +183,56 @@ def test_the_help_names_every_task():
     assert all(f" {task}," in f" {named}" or f" {task} (" in named or f" {task}." in named for task in TASKS)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--tasks=piqa", "--protocol=reference", "--mc_estimator=time"), "leave --mc_estimator out"),
-    (("--tasks=gsm8k", "--samples=3"), "3 samples at temperature 0 would all be the same"),
-    (("--tasks=gsm8k", "--samples=0"), "--samples must be at least 1"),
-    (("--tasks=gsm8k", "--temperature=-1"), "a temperature of 0 or more"),
-    (("--tasks=gsm8k", "--temperature=nan"), "a temperature of 0 or more"),
-    (("--tasks=gsm8k,piqa", "--samples=3", "--temperature=1"), "are for tasks that write, and piqa scores"),
-    (("--tasks=gsm8k", "--samples=3", "--temperature=1", "--protocol=reference"), "writes one sample"),
-    (("--tasks=mawps", "--protocol=reference"), "the reference scripts have no task mawps"),
-    (("--tasks=mawps", "--protocol=reference", "--prompt_file=x"), "no examples; leave --prompt_file out"),
-    (("--tasks=gsm8k", "--protocol=reference", "--num_steps=4"), "its own way of writing and no examples; leave --num_"),
-    (("--tasks=gsm8k", "--policy=surest"), "got 'surest'"),
-    (("--tasks=gsm8k", "--threshold=0.5"), "threshold belongs to the policy threshold"),
-    (("--tasks=gsm8k", "--policy=autoregressive"), "evaluate it from left to right with --objective=autoregressive"),
-    (("--tasks=gsm8k", "--objective=autoregressive", "--block_length=8"), "this one is evaluated from left to right"),
-    (("--tasks=piqa", "--block_length=8"), "--block_length says how texts are written, and --tasks=piqa asks for none"),
-    (("--data", "x.jsonl", "--policy=random"), "--policy belongs to --tasks or --examples or --lm_eval"),
-    (("--tasks=mawps", "--prompt_file=none.txt"), "--prompt_file=none.txt cannot be read (No such file"),
-    (("--tasks=mawps", "--prompt_file=empty.txt"), "--prompt_file=empty.txt is empty"),
-    (("--tasks=mawps", "--prompt_file=bytes.txt"), "--prompt_file=bytes.txt is not UTF-8 text"),
-    (("--tasks=mawps", "--prompt_file=."), "--prompt_file=. cannot be read"),
-    (("--tasks=mawps", "--prompt_file=empty.txt", "--shots=1"), "leave one of them out"),
-    (("--tasks=text", "--prompt_file=empty.txt"), "the task text has no prompts"),
-    (("--tasks=mawps_cot", "--shots=1"), "has no reasoning to show"),
-    (("--tasks=humaneval_infilling",), "allow it with --allow_code_execution"),
-    (("--data", "x.jsonl", "--allow_code_execution"), "belongs to --tasks"),
-    (("--data", "x.jsonl", "--samples=2"), "belongs to --tasks"),
-    (("--tasks=mawps", "--data_files", "mawps=x.tsv"), "there is no file x.tsv"),
-    (("--tasks=pika",), "there is no task 'pika'"),
-    (("--tasks=lambada",), "no file of the task lambada"),
-    (("--tasks=piqa", "--data_files", "piqa=none.jsonl"), "there is no file none.jsonl"),
-    (("--tasks=piqa", "--data_files", "gsm8k=x.jsonl"), "gsm8k is not among --tasks=piqa"),
-    (("--tasks=piqa", "--data_files", "piqa"), "write TASK=FILE"),
-    (("--tasks=piqa,piqa",), "names a task twice"),
-    (("--tasks=piqa", "--limit=0"), "--limit must be at least 1"),
-    (("--tasks=piqa", "--length=8"), "--length belongs to --data"),
-    (("--data", "x.jsonl", "--limit=8"), "--data_dir belongs to --tasks"),
-    (("--tasks=piqa", "--data", "x.jsonl"), "one of the four"),
-    (("--tasks=piqa", "--out=results.txt"), "must end in .json"),
-    (("--tasks=gsm8k", "--shots=2"), "--shots=2, and"),
-    (("--tasks=piqa", "--shots=1"), "no file of the task piqa"),
-    (("--tasks=piqa", "--shots=1", "--protocol=reference"), "no examples"),
+@pytest.mark.parametrize(("arguments", "named"), [
+    (("--tasks=piqa", "--protocol=reference", "--mc_estimator=time"), "--mc_estimator"),
+    (("--tasks=gsm8k", "--samples=3"), "temperature"),
+    (("--tasks=gsm8k", "--samples=0"), "--samples"),
+    (("--tasks=gsm8k", "--temperature=-1"), "temperature"),
+    (("--tasks=gsm8k", "--temperature=nan"), "temperature"),
+    (("--tasks=gsm8k,piqa", "--samples=3", "--temperature=1"), "piqa"),
+    (("--tasks=gsm8k", "--samples=3", "--temperature=1", "--protocol=reference"), "samples"),
+    (("--tasks=mawps", "--protocol=reference"), "mawps"),
+    (("--tasks=mawps", "--protocol=reference", "--prompt_file=x"), "--prompt_file"),
+    (("--tasks=gsm8k", "--protocol=reference", "--num_steps=4"), "--num_steps"),
+    (("--tasks=gsm8k", "--policy=surest"), "surest"),
+    (("--tasks=gsm8k", "--threshold=0.5"), "threshold"),
+    (("--tasks=gsm8k", "--policy=autoregressive"), "--objective=autoregressive"),
+    (("--tasks=gsm8k", "--objective=autoregressive", "--block_length=8"), "--block_length"),
+    (("--tasks=piqa", "--block_length=8"), "--block_length"),
+    (("--data", "x.jsonl", "--policy=random"), "--policy"),
+    (("--tasks=mawps", "--prompt_file=none.txt"), "none.txt"),
+    (("--tasks=mawps", "--prompt_file=empty.txt"), "empty.txt"),
+    (("--tasks=mawps", "--prompt_file=bytes.txt"), "bytes.txt"),
+    (("--tasks=mawps", "--prompt_file=."), "--prompt_file=."),
+    (("--tasks=mawps", "--prompt_file=empty.txt", "--shots=1"), "--shots"),
+    (("--tasks=text", "--prompt_file=empty.txt"), "text"),
+    (("--tasks=mawps_cot", "--shots=1"), "example 0"),
+    (("--tasks=humaneval_infilling",), "--allow_code_execution"),
+    (("--data", "x.jsonl", "--allow_code_execution"), "--tasks"),
+    (("--data", "x.jsonl", "--samples=2"), "--tasks"),
+    (("--tasks=mawps", "--data_files", "mawps=x.tsv"), "x.tsv"),
+    (("--tasks=pika",), "pika"),
+    (("--tasks=lambada",), "lambada"),
+    (("--tasks=piqa", "--data_files", "piqa=none.jsonl"), "none.jsonl"),
+    (("--tasks=piqa", "--data_files", "gsm8k=x.jsonl"), "gsm8k"),
+    (("--tasks=piqa", "--data_files", "piqa"), "TASK=FILE"),
+    (("--tasks=piqa,piqa",), "piqa,piqa"),
+    (("--tasks=piqa", "--limit=0"), "--limit"),
+    (("--tasks=piqa", "--length=8"), "--length"),
+    (("--data", "x.jsonl", "--limit=8"), "--data_dir"),
+    (("--tasks=piqa", "--data", "x.jsonl"), "--examples"),
+    (("--tasks=piqa", "--out=results.txt"), "results.txt"),
+    (("--tasks=gsm8k", "--shots=2"), "--shots=2"),
+    (("--tasks=piqa", "--shots=1"), "piqa"),
+    (("--tasks=piqa", "--shots=1", "--protocol=reference"), "--shots"),
 ])
-def test_refusals(capsys, parent, data_dir, tmp_path, monkeypatch, arguments, message):
+def test_refusals(capsys, parent, data_dir, tmp_path, monkeypatch, arguments, named):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff")
     where = () if arguments[0] == "--data" and "--limit=8" not in arguments else (f"--data_dir={data_dir}",)
     status, _, err = evaluate(capsys, f"--model={parent}", *where, *arguments)
-    assert status == 1 and message in err and err.count("\n") == 1
+    assert status == 1 and named in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("argument", "new"), [

@@ -70,12 +70,12 @@ def test_fewer_examples_by_limit_other_ways_of_writing_and_bad_input(run, object
         assert (status, result["num_examples"], result["policy"], result["threshold"], result["block_length"]) == (
             0, 3, "threshold", 0.2, 4)
     else:
-        assert status == 1 and "this one is evaluated from left to right; leave it out" in err
-    for arguments, message in ((("--limit=0",), "--limit must be at least 1"),
-                               (("--length=8",), "--length belongs to --data"),
-                               (("--data", test), "one of the four")):
+        assert status == 1 and "leave it out" in err
+    for arguments, named in ((("--limit=0",), "--limit"),
+                               (("--length=8",), "--length"),
+                               (("--data", test), "--lm_eval")):
         assert main(["evaluate", f"--model={run}", "--examples", test, *arguments]) == 1
-        assert message in capsys.readouterr().err
+        assert named in capsys.readouterr().err
 
 
 def test_a_model_that_was_not_fine_tuned_is_refused(base, files, tmp_path, capsys):
@@ -88,4 +88,4 @@ def test_a_model_that_was_not_fine_tuned_is_refused(base, files, tmp_path, capsy
 """)
     assert main(["train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}"]) == 0
     assert main(["evaluate", f"--model={tmp_path / 'run'}", "--examples", str(files / "test.txt")]) == 1
-    assert "has not been fine-tuned on examples" in capsys.readouterr().err
+    assert str(tmp_path / "run") in capsys.readouterr().err

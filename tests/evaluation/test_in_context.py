@@ -18,7 +18,7 @@ def test_examples_stand_before_the_question_and_the_prompt_ends_where_its_answer
 
 @pytest.mark.parametrize("template", ["{question}", "{answer}", "{answer} {question}"])
 def test_a_template_without_its_two_places_is_refused(template):
-    with pytest.raises(ConfigError, match="must hold {question} and, after it, {answer}"):
+    with pytest.raises(ConfigError, match="{question}.*{answer}"):
         few_shot([], "?", template)
 
 
@@ -56,7 +56,7 @@ def test_hit_at_k_is_the_mean_over_all_choices_of_k_samples():
 
 @pytest.mark.parametrize("k", [0, 3])
 def test_more_samples_than_there_are_cannot_be_asked_for(k):
-    with pytest.raises(ConfigError, match=f"got k = {k} where a question has 2"):
+    with pytest.raises(ConfigError, match=f"k = {k}"):
         hit_at_k([[True] * 3, [False] * 2], k)
-    with pytest.raises(DataError, match="no questions"):
+    with pytest.raises(DataError):
         hit_at_k([], 1)

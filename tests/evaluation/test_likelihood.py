@@ -86,11 +86,13 @@ def enumerated_block_bound(model, row, blocks, shift):
 
 
 @pytest.mark.parametrize("blocks, shift", [
-    (BlockSpec(3), True), (BlockSpec(3), False), (BlockSpec(1), True), (BlockSpec(7), True), (BlockSpec(3, "block_bidirectional"), True)])
+    (BlockSpec(3), True), (BlockSpec(3), False), (BlockSpec(1), True), (BlockSpec(7), True),
+    (BlockSpec(3, "block_bidirectional"), True)])
 def test_the_bound_of_blocks_is_unbiased(model, blocks, shift):
     (row,), _ = rows_of(1, length=7)
     copies = 1000
-    estimate = bound(model, np.tile(row, (copies, 1)), np.ones((copies, 7), bool), diffusion=DiffusionSpec(MASK, shift, blocks),
+    estimate = bound(model, np.tile(row, (copies, 1)), np.ones((copies, 7), bool),
+                     diffusion=DiffusionSpec(MASK, shift, blocks),
                      num_samples=3, batch_size=1000)
     expected = enumerated_block_bound(model, row, blocks, shift)
     spread = np.std([r.nats for r in estimate.rows]) / copies**0.5
@@ -174,7 +176,7 @@ def test_the_autoregressive_value_is_the_definition(model):
 
 def test_impossible_requests_are_refused(model):
     tokens, noisable_mask = rows_of(2)
-    with pytest.raises(ConfigError, match="num_samples must be at least 2"):
+    with pytest.raises(ConfigError, match="num_samples"):
         bound(model, tokens, noisable_mask, diffusion=DiffusionSpec(MASK), num_samples=1)
-    with pytest.raises(DataError, match="no token to score"):
+    with pytest.raises(DataError):
         bound(model, tokens, np.zeros((2, 5), bool), diffusion=DiffusionSpec(MASK))

@@ -54,11 +54,11 @@ def test_what_a_task_may_ask_of_writing():
     assert ask(until=" here", max_new_tokens=3, temperature=0.5) == ("some words", 3, 0.5)
     assert ask(until=["here", "words", ""], temperature=0.5, do_sample=False, top_k=3) == ("some ", 256, 0.0)
     assert ask(until=None, do_sample=True, num_beams=1, top_p=1.0) == ("some words here", 256, 1.0)
-    with pytest.raises(ConfigError, match="asks for top_p=0.9 in its generation_kwargs, which is not done here"):
+    with pytest.raises(ConfigError, match="top_p=0.9"):
         ask(do_sample=True, top_p=0.9)
-    with pytest.raises(ConfigError, match="asks for num_beams=4"):
+    with pytest.raises(ConfigError, match="num_beams=4"):
         ask(num_beams=4)
-    with pytest.raises(DataError, match="texts of 0 tokens"):
+    with pytest.raises(DataError, match="max_gen_toks"):
         ask(max_gen_toks=0)
 
 
@@ -95,5 +95,5 @@ def test_chat_templates(harness_folder, lm):
     assert with_template.chat_template(True) == tokenizer.chat_template and with_template.chat_template() == ""
     assert "/" not in with_template.tokenizer_name
     for tokenizer in (None, lm.tokenizer):
-        with pytest.raises(ConfigError, match="scripted has no chat template; give the HarnessLM a tokenizer"):
+        with pytest.raises(ConfigError, match="scripted"):
             evaluate(HarnessLM(model.eval_model, tokenizer=tokenizer), harness_folder, "sums", apply_chat_template=True)

@@ -62,7 +62,7 @@ def test_a_page_needs_nothing_from_elsewhere_and_says_what_the_table_says():
                 and name != "xmlns"]
     for text in ("a<b", "66.7 ± 33.3", "+33.3 [-100.0, +100.0]", "1.2", "seed"):
         assert text in found.texts, text
-    assert any("<script>1</script>\nwanted: &amp;" in text for text in found.texts)
+    assert any("<script>1</script>\nexpected: &amp;" in text for text in found.texts)
     assert {"right", "wrong"} <= set(found.texts)
 
 
@@ -83,7 +83,7 @@ def test_what_was_written_is_shown_whatever_the_task():
     found = Elements(page({"models": ["m"], "settings": {}, "versions": {}, "tasks": summarize(records, names, ["m"])},
                           records))
     shown = "\n".join(found.texts)
-    assert "x = 1\noutcome: passed" in shown and "a 1\nb 2\nwanted: 2" in shown and "<free>\n" in shown
+    assert "x = 1\noutcome: passed" in shown and "a 1\nb 2\nexpected: 2" in shown and "<free>\n" in shown
 
 
 def test_chance_and_margins_by_hand():

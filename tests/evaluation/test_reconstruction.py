@@ -7,7 +7,7 @@ import pytest
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.scoring import RECONSTRUCTION_RATIOS, reconstruction_mask, make_masked_accuracy, reconstruct
+from dlm_jax.evaluation.scoring import RECONSTRUCTION_RATIOS, make_masked_accuracy, reconstruct, reconstruction_mask
 from tests.sampling.tiny_models import MASK, tiny
 
 BOS = 3
@@ -47,7 +47,8 @@ def test_a_network_is_asked_for_its_likeliest_tokens(causal, shift):
     pairs = [Pair((7,) * (n % 3), tuple(map(int, rng.integers(0, 60, 5 + 3 * n))), n) for n in range(6)]
     asked = [reconstruction_mask(len(pair.continuation), 0.5, 0, pair.item) for pair in pairs]
     # The network's own most likely tokens stand at some places, so that some are found.
-    found = make_masked_accuracy(model, diffusion=DiffusionSpec(None if causal else MASK, shift), bos_token_id=BOS, batch_size=4)
+    diffusion = DiffusionSpec(None if causal else MASK, shift)
+    found = make_masked_accuracy(model, diffusion=diffusion, bos_token_id=BOS, batch_size=4)
     mask = AttentionMask.causal() if causal else AttentionMask.bidirectional()
     some = False
     for _turn in range(2):

