@@ -193,7 +193,7 @@ def test_a_candidate_that_cannot_do_what_a_task_asks_is_refused(harness_folder):
 
 
 def test_nothing_else_needs_the_harness():
-    code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.make_eval_model, dlm_jax.evaluation.run,
-            dlm_jax.cli.evaluate\n"
+    code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.make_eval_model, dlm_jax.evaluation.run, "
+            "dlm_jax.cli.evaluate\n"
             "assert not {'lm_eval', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)

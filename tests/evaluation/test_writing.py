@@ -33,15 +33,14 @@ def text_of(tokens):
 
 def writer(tokenizer, kind="gpt2", policy="confidence", **settings):
     return make_generate(tiny(kind), tokenizer, SamplerConfig(policy=policy), diffusion=DiffusionSpec(MASK),
-                         bos_token_id=BOS,
-                      eos_token_id=EOS, seed=3, **settings)
+                         bos_token_id=BOS, eos_token_id=EOS, seed=3, **settings)
 
 
 def test_each_blank_is_written_as_if_alone(tokenizer):
     requests = [GenerationRequest(text_of([1, 2]), "", range(4, 5), 0),
                 GenerationRequest(text_of([5]), text_of([7, 8]), range(3, 4), 1),
-              GenerationRequest(text_of(range(20)), "", range(4, 5), 2), GenerationRequest(text_of([5]), text_of([9]),
-                                                                                           range(2, 5), 3)]
+                GenerationRequest(text_of(range(20)), "", range(4, 5), 2),
+                GenerationRequest(text_of([5]), text_of([9]), range(2, 5), 3)]
     settings = {"temperature": 0.7, "num_steps": 3}
     together = writer(tokenizer, batch_size=3)(requests, **settings)
     assert together == [writer(tokenizer, batch_size=1)([request], **settings)[0] for request in requests]
@@ -73,8 +72,8 @@ def test_samples_of_a_gap_share_its_length(tokenizer, monkeypatch):
         return [[text[0], 3, text[2]] for text in texts]
 
     monkeypatch.setattr("dlm_jax.evaluation.generation.infer_gap_lengths", settle)
-    requests = [GenerationRequest(text_of([5]), text_of([9]), range(2, 5), item,
-                                  sample) for item in range(2) for sample in range(3)]
+    requests = [GenerationRequest(text_of([5]), text_of([9]), range(2, 5), item, sample)
+                for item in range(2) for sample in range(3)]
     texts = writer(tokenizer)(requests, temperature=1.0, num_steps=None)
     assert asked == [[requests[0].before, range(2, 5), requests[0].after]] * 2  # an item's once
     assert max(map(len, texts)) == 3 and len(set(texts)) > 2  # an end of text has no letter
