@@ -1,18 +1,189 @@
-"""Free writing: openings, distinct-n, and what a judge makes of scripted texts."""
+"""Generation, greedy checks and free texts against the sampler and plain computations."""
 
 import math
+import pathlib
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from dlm_jax import AttentionMask, DiffusionLM
 from dlm_jax.data.records import BadRecord
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.eval_model import EvalModel
-from dlm_jax.evaluation.generation import distinct, diversity, opening
+from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair
+from dlm_jax.evaluation.generation import distinct, diversity, make_generate, make_is_greedy, opening
 from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.report import summarize, table
 from dlm_jax.evaluation.run import Job, run
 from dlm_jax.evaluation.tasks import TASKS
+from dlm_jax.random import example_keys
+from dlm_jax.sampling import SamplerConfig
 from tests.evaluation.test_run import encode, scripted
+from tests.sampling.tiny_models import EOS, MASK, run_sampler, tiny
+
+BOS = 58
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A letter is a token; most of the 61 are those of Greek and Russian."""
+    letters = {chr(945 + n): n for n in range(58)} | {"<b>": BOS, "<e>": EOS, "<m>": MASK}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<m>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<b>", eos_token="<e>")
+
+
+def text_of(tokens):
+    return "".join(chr(945 + token) for token in tokens)
+
+
+def writer(tokenizer, kind="gpt2", policy="confidence", **settings):
+    return make_generate(tiny(kind), tokenizer, SamplerConfig(policy=policy), diffusion=DiffusionSpec(MASK),
+                         bos_token_id=BOS, eos_token_id=EOS, seed=3, **settings)
+
+
+def test_each_blank_is_written_as_if_alone(tokenizer):
+    requests = [GenerationRequest(text_of([1, 2]), "", range(4, 5), 0),
+                GenerationRequest(text_of([5]), text_of([7, 8]), range(3, 4), 1),
+                GenerationRequest(text_of(range(20)), "", range(4, 5), 2),
+                GenerationRequest(text_of([5]), text_of([9]), range(2, 5), 3)]
+    settings = {"temperature": 0.7, "num_steps": 3}
+    together = writer(tokenizer, batch_size=3)(requests, **settings)
+    assert together == [writer(tokenizer, batch_size=1)([request], **settings)[0] for request in requests]
+    assert len(together[1]) == 3 and 2 <= len(together[3]) <= 4
+    row = np.array([[BOS, 5, 0, 0, 0, 7, 8]])
+    fixed = np.array([[1, 1, 0, 0, 0, 1, 1]], bool)
+    keys = example_keys(3, jnp.array([1], jnp.uint32))
+    expected = run_sampler(tiny("gpt2"), row, fixed, keys=keys, eos=EOS, policy="confidence", **settings).tokens[0, 2:5]
+    assert together[1] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("policy", ["confidence", "autoregressive"])
+def test_samples_have_random_numbers_of_their_own(tokenizer, policy):
+    before = text_of([1, 2])
+    requests = [GenerationRequest(before, "", range(6, 7), item, sample) for item in range(2) for sample in range(3)]
+    settings = {"temperature": 1.0, "num_steps": None}
+    texts = writer(tokenizer, policy=policy, batch_size=4)(requests, **settings)
+    assert len(set(texts)) == 6
+    assert texts == [writer(tokenizer, policy=policy, batch_size=1)([request], **settings)[0] for request in requests]
+    alone = [GenerationRequest(before, "", range(6, 7), item) for item in range(2)]
+    assert writer(tokenizer, policy=policy)(alone, **settings) == texts[::3]  # the first is what it was alone
+
+
+def test_samples_of_a_gap_share_its_length(tokenizer, monkeypatch):
+    asked = []
+
+    def settle(model, texts, *arguments, **settings):
+        asked.extend(texts)
+        return [[text[0], 3, text[2]] for text in texts]
+
+    monkeypatch.setattr("dlm_jax.evaluation.generation.infer_gap_lengths", settle)
+    requests = [GenerationRequest(text_of([5]), text_of([9]), range(2, 5), item, sample)
+                for item in range(2) for sample in range(3)]
+    texts = writer(tokenizer)(requests, temperature=1.0, num_steps=None)
+    assert asked == [[requests[0].before, range(2, 5), requests[0].after]] * 2  # an item's once
+    assert max(map(len, texts)) == 3 and len(set(texts)) > 2  # an end of text has no letter
+
+
+def test_texts_around_a_gap_that_are_too_long_are_cut_at_their_far_ends(tokenizer):
+    tokens = list(np.random.default_rng(1).integers(0, 58, 60))
+    generate = writer(tokenizer)  # the model takes 40
+    settings = {"temperature": 0.0, "num_steps": None}
+    both, = generate([GenerationRequest(text_of(tokens[:30]), text_of(tokens[30:]), range(9, 10))],
+                     **settings)  # 30 remain
+    assert [both] == generate([GenerationRequest(text_of(tokens[15:30]), text_of(tokens[30:45]), range(9, 10))],
+                              **settings)
+    short, = generate([GenerationRequest(text_of(tokens[:5]), text_of(tokens[5:]), range(9, 10))], **settings)
+    assert [short] == generate([GenerationRequest(text_of(tokens[:5]), text_of(tokens[5:30]), range(9, 10))],
+                               **settings)
+    long, = generate([GenerationRequest(text_of(tokens[:55]), text_of(tokens[55:]), range(9, 10))], **settings)
+    assert [long] == generate([GenerationRequest(text_of(tokens[30:55]), text_of(tokens[55:]), range(9, 10))],
+                              **settings)
+    # Where the length is open, there is room for the longest.
+    some, = generate([GenerationRequest(text_of(tokens[:30]), text_of(tokens[30:]), range(8, 10))], **settings)
+    assert [some] == generate([GenerationRequest(text_of(tokens[15:30]), text_of(tokens[30:45]), range(8, 10))],
+                              **settings)
+    with pytest.raises(ConfigError, match="40"):
+        generate([GenerationRequest(text_of(tokens[:9]), text_of(tokens[:9]), range(40, 41))], **settings)
+
+
+def test_without_bos_the_prompts_first_token_is_context(tokenizer):
+    request = GenerationRequest(text_of([5, 6]), "", range(3, 4), 0)
+    found, = writer(tokenizer, keep_bos=False)([request], temperature=0.0, num_steps=None)
+    expected = run_sampler(tiny("gpt2"), [[5, 6, 0, 0, 0]], np.array([[1, 1, 0, 0, 0]], bool), eos=EOS, stop=True,
+                   policy="confidence", temperature=0.0).tokens[0, 2:].tolist()
+    expected = expected[: expected.index(EOS)] if EOS in expected else expected
+    assert found == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
+    tokens = list(np.random.default_rng(0).integers(0, 58, 60))
+    generate = writer(tokenizer, policy="autoregressive")  # the model takes 40
+    settings = {"temperature": 0.0, "num_steps": 7}  # of steps it takes no notice
+    whole, = generate([GenerationRequest(text_of(tokens), "", range(10, 11))], **settings)
+    assert whole == generate([GenerationRequest(text_of(tokens[-29:]), "", range(10, 11))], **settings)[0]
+    with pytest.raises(ConfigError, match="40"):
+        generate([GenerationRequest(text_of(tokens), "", range(40, 41))], **settings)
+
+
+SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
+CONTEXTS = ["The little girl was", "", "Tom"]
+LENGTHS = [1, 2, 4]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return DiffusionLM.from_pretrained(SHIPPED, mask_token=4000)
+
+
+def from_left_to_right(lm, context, length):
+    row = list(context)
+    for _ in range(length):
+        row.append(int(np.argmax(lm.logits(np.array([row]), AttentionMask.causal())[0, -1])))
+    return row[len(context):]
+
+
+def surest_first(lm, context, length):
+    row = np.array([*context, *[lm.mask_token_id] * length])
+    masked = np.arange(len(row)) >= len(context)
+    while masked.any():
+        logits = np.array(lm.logits(row[None])[0, :-1], np.float64)  # of the positions from 1 on
+        logits[:, lm.mask_token_id] = -np.inf
+        share = np.exp(logits - logits.max(axis=1, keepdims=True))
+        best = np.where(masked[1:], (share / share.sum(axis=1, keepdims=True)).max(axis=1), -1).argmax() + 1
+        row[best], masked[best] = logits[best - 1].argmax(), False
+    return row[len(context):].tolist()
+
+
+@pytest.mark.parametrize("autoregressive", [True, False])
+def test_what_is_written_is_greedy_and_nothing_else_is(lm, autoregressive):
+    write, bos = from_left_to_right if autoregressive else surest_first, lm.pretrained.bos_token_id
+    pairs, expected = [], []
+    for context, length in zip(CONTEXTS, LENGTHS, strict=True):
+        tokens = lm.tokenizer.encode(context)
+        written = write(lm, [bos, *tokens], length)
+        for place in (None, 0, length - 1):
+            changed = [token + (n == place) for n, token in enumerate(written)]
+            pairs.append(Pair(tuple(tokens), tuple(changed)))
+            expected.append(place is None)
+    settings = {"autoregressive": autoregressive, "diffusion": DiffusionSpec(None) if autoregressive else lm.diffusion,
+                "bos_token_id": bos}
+    assert make_is_greedy(lm.model, **settings)(pairs) == expected
+    assert make_is_greedy(lm.model, **settings, batch_size=5)(pairs[::-1]) == expected[::-1]
+    assert make_is_greedy(lm.model, **settings)([]) == []
+
+
+def test_what_does_not_fit_is_refused(lm):
+    greedy = make_is_greedy(lm.model, autoregressive=True, diffusion=DiffusionSpec(None))
+    with pytest.raises(DataError, match="text 0"):
+        greedy([Pair((), (5,))])
+    with pytest.raises(DataError, match="0"):
+        greedy([Pair((1,) * lm.config.max_length, (5,))])
+
 
 JUDGE = scripted("judge", lambda text: 0.5 * len(text.split()) + text.count("odd"))
 
@@ -32,7 +203,7 @@ def test_distinct_by_hand():
         distinct(["a"], 2)
 
 
-def writer(*texts):
+def scripted_writer(*texts):
     given = iter(texts)
 
     def generate(requests, *, temperature, num_steps):
@@ -44,7 +215,7 @@ def writer(*texts):
 
 def test_perplexity_under_the_judge_by_hand():
     job = Job(TASKS["generation"], [Item(prompt="one"), Item(prompt="two"), Item(prompt="three")])
-    records = run([job], [writer(" a b", "", " odd b c")], judge=JUDGE)
+    records = run([job], [scripted_writer(" a b", "", " odd b c")], judge=JUDGE)
     assert [record["values"] for record in records] == [
         {"judged_nats": 1.0, "judged_tokens": 2, "words": 2}, {"judged_nats": 0, "judged_tokens": 0, "words": 0},
         {"judged_nats": 2.5, "judged_tokens": 3, "words": 3}]
@@ -60,13 +231,13 @@ def test_perplexity_under_the_judge_by_hand():
 
 def test_several_samples_are_judged_together_and_a_judge_there_must_be():
     job = Job(TASKS["generation"], [Item(prompt="one")])
-    record, = run([job], [writer(" a b", " c")], judge=JUDGE, samples=2)
+    record, = run([job], [scripted_writer(" a b", " c")], judge=JUDGE, samples=2)
     assert record["texts"] == [" a b", " c"]
     assert record["values"] == {"judged_nats": 1.5, "judged_tokens": 3, "words": 1.5}
     with pytest.raises(ConfigError, match="generation"):
-        run([job], [writer(" a")])
+        run([job], [scripted_writer(" a")])
     with pytest.raises(ConfigError, match="generation"):
-        run([job], [writer(" a")], judge=JUDGE, reference=True)
+        run([job], [scripted_writer(" a")], judge=JUDGE, reference=True)
 
 
 def test_reconstruction_runs_as_a_task():

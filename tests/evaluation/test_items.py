@@ -1,4 +1,4 @@
-"""Problems to reason about: the forms their files have, directly and step by step, and a scripted model's answers."""
+"""Items with reasoning: the formats of their files, and the values of scripted models."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The shipped model as a candidate: what it is asked, token by token, and what it answers, under both protocols."""
+"""The shipped model as an EvalModel, token by token, under both protocols."""
 
 import dataclasses
 import pathlib
