@@ -62,7 +62,7 @@ def test_table_with_parent(capsys, harness_dir, tmp_path):
     assert status == 0 and not err, err
     assert table.count("|own_choice") == 2 and f"{SHIPPED} (parent)" in table and "bootstrapping" not in table
     assert f"Likelihoods of {SHIPPED} are bounds" in table
-    assert "own_writing asks for texts of 256 tokens, and no more than 128 are written, half of a row." in table
+    assert "own_writing asks for texts of 256 tokens; 128 are generated" in table
     found = json.loads(out.read_text())
     assert found["models"] == [str(SHIPPED), f"{SHIPPED} (parent)"] and found["settings"]["seed"] == 0
     assert found["versions"]["lm-eval"] and found["settings"]["num_masks"] == 3
