@@ -36,18 +36,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from dlm_jax.data.records import BadRecord, get_text
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation import code_jail
-from dlm_jax.evaluation.items import Fields, Item
+
+if TYPE_CHECKING:  # a sandbox imports nothing but the standard library
+    from dlm_jax.evaluation.items import Item
 
 _MIB = 1 << 20
 _SAID = 256  # bytes read from a process
 _START = 60.0  # seconds that a busy machine may need to start
-# Tokens of a gap, by the prefix of task_id; long gaps try fewer lengths.
-_LENGTHS = {"SingleLine": None, "MultiLine": range(16, 241, 16), "RandomSpan": range(4, 97, 4)}
 _PROBE = """
 import os, socket
 for connect in (lambda: socket.create_connection(("127.0.0.1", {port}), 2), lambda: os.stat({file!r})):
@@ -162,27 +161,12 @@ class Sandbox:
         return Outcome(False, rest.replace(passed, "")[:80] or "ended before its tests did")
 
 
-def humaneval_infilling(fields: Fields, reference: bool) -> Item:
-    """Reads {task_id, prompt, suffix, canonical_solution, test, entry_point}: a line, several lines or a random span.
-
-    The reference script for the parents asks for "the middle code" with prefix and suffix in the prompt.
-    """
-    kind = get_text(fields, "task_id").partition("Infilling")[0]
-    if kind not in _LENGTHS:
-        raise BadRecord(f"the task_id {fields['task_id']!r} does not start with {', '.join(_LENGTHS)}")
-    prompt, suffix = get_text(fields, "prompt"), get_text(fields, "suffix")
-    asked = f"The prefix is: {prompt} and the suffix is: {suffix}, please return the middle code: " if reference else ""
-    return Item(prompt=prompt, suffix=suffix, parent_prompt=asked, solution=get_text(fields, "canonical_solution"),
-                tests=f"{get_text(fields, 'test')}\ncheck({get_text(fields, 'entry_point')})\n",
-                one_line=kind == "SingleLine", lengths=_LENGTHS[kind])
-
-
-def completed(item: Item, text: str) -> Program:
+def completed(item: "Item", text: str) -> Program:
     """Returns the program with `text` in its gap, and its tests."""
     return Program(item.prompt + text + item.suffix, item.tests)
 
 
-def truncate_code(item: Item, text: str) -> str:
+def truncate_code(item: "Item", text: str) -> str:
     """Returns the prefix of an autoregressive model's text that fills the gap.
 
     A gap of one line takes the first line that is not blank. Another gap ends before the first line after the gap.

@@ -25,6 +25,9 @@ _HUB_QUERY = re.compile(r"(?:Q:\s*)?(.*?)\s*Answer Choices:.*", re.DOTALL)
 
 Fields = Mapping[str, Any]
 
+# Tokens of a gap, by the prefix of task_id; long gaps try fewer lengths.
+_INFILLING_LENGTHS = {"SingleLine": None, "MultiLine": range(16, 241, 16), "RandomSpan": range(4, 97, 4)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:
@@ -238,6 +241,21 @@ def truncate(text: str, how: str) -> str:
         return _NEXT_QUESTION.split(text, maxsplit=1)[0].strip()
     sentence = _SENTENCE.match(text) if how == "sentence" else None
     return sentence[0] if sentence else text
+
+
+def humaneval_infilling(fields: Fields, reference: bool) -> Item:
+    """Reads {task_id, prompt, suffix, canonical_solution, test, entry_point}: a line, several lines or a random span.
+
+    The reference script for the parents asks for "the middle code" with prefix and suffix in the prompt.
+    """
+    kind = get_text(fields, "task_id").partition("Infilling")[0]
+    if kind not in _INFILLING_LENGTHS:
+        raise BadRecord(f"the task_id {fields['task_id']!r} does not start with {', '.join(_INFILLING_LENGTHS)}")
+    prompt, suffix = get_text(fields, "prompt"), get_text(fields, "suffix")
+    asked = f"The prefix is: {prompt} and the suffix is: {suffix}, please return the middle code: " if reference else ""
+    return Item(prompt=prompt, suffix=suffix, parent_prompt=asked, solution=get_text(fields, "canonical_solution"),
+                tests=f"{get_text(fields, 'test')}\ncheck({get_text(fields, 'entry_point')})\n",
+                one_line=kind == "SingleLine", lengths=_INFILLING_LENGTHS[kind])
 
 
 def squad_questions(fields: Fields) -> Iterator[Fields]:

@@ -40,7 +40,6 @@ from dlm_jax.data.records import BadRecord, BrokenSource, parse_record
 from dlm_jax.data.sources import open_sources, read_chunks
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import items
-from dlm_jax.evaluation.code_execution import humaneval_infilling
 from dlm_jax.evaluation.generation import opening
 from dlm_jax.evaluation.items import Fields, Item
 
@@ -133,7 +132,7 @@ _TASKS = (
     Task("rocstories", "infill", items.rocstories, ("rouge1", "rouge2", "rougeL"), ("rouge1", "rouge2", "rougeL"),
          lengths=(4, 20), truncate="sentence", folders=("rocstories", "rocstories_cloze"), reference_limit=1000,
          reference_steps=32, reference_temperature=None),
-    Task("humaneval_infilling", "infill", humaneval_infilling, ("pass_at_1",), ("pass_at_1",), executes=True,
+    Task("humaneval_infilling", "infill", items.humaneval_infilling, ("pass_at_1",), ("pass_at_1",), executes=True,
          lengths=(3, 40), splits=("singlelineinfilling",), reference_max_tokens=1000, reference_steps=32,
          reference_temperature=None),
     Task("text", "text", items.text),
