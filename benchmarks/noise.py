@@ -65,7 +65,7 @@ def of_loss(lm: DiffusionLM, tokens: np.ndarray, num_draws: int) -> dict[str, di
         model = nnx.merge(graphdef, params)
         batch = corrupt(jnp.asarray(tokens), noisable_mask, times, keys, mask_token_id=lm.mask_token_id)
         hidden = model.hidden(batch.tokens, AttentionMask.bidirectional())
-        sums = loss_sums(hidden, model.head_kernel[...], plan, batch, shift=lm.pretrained.shift)
+        sums = loss_sums(hidden, model.head_kernel[...], plan, batch, shift=lm.pretrained.diffusion.shift)
         return sums.loss / sums.normalizer(normalizer)
 
     result = {}

@@ -83,7 +83,7 @@ class DiffusionLM:
         Raises:
           ConfigError: the model has no mask token.
         """
-        if self.pretrained.mask_token_id is None:
+        if self.pretrained.diffusion.mask_token_id is None:
             raise ConfigError(f"{self.pretrained.source} records no mask token; name one with mask_token=")
         return self.pretrained.diffusion
 

@@ -95,7 +95,7 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         if pretrained.recipe is not None:
             write_json(folder / METADATA_FILE, {"recipe": pretrained.recipe})
         (folder / "README.md").write_text(model_card(pretrained, layout, dtype))
-        if layout == "hf" and pretrained.blocks is None:
+        if layout == "hf" and pretrained.diffusion.blocks is None:
             shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)
 
 
@@ -119,16 +119,16 @@ def hf_tensors(model: Transformer) -> dict[str, tuple[tuple[int, ...], Callable[
 
 def _diffugpt_tokenizer(pretrained: Pretrained) -> Any:
     """Returns a copy of the tokenizer that names the mask token, which the reference implementation reads from it."""
-    if pretrained.blocks is not None:
+    if pretrained.diffusion.blocks is not None:
         raise CheckpointError(f"{pretrained.source} samples block by block, which the layout diffugpt lacks; "
                               "choose the layout hf")
     if pretrained.model.config.family != "gpt2":
         raise CheckpointError(f"the layout diffugpt is for GPT-2 models; the reference implementation stores a "
                               f"{pretrained.model.config.family} as plain HF, so use the layout hf")
-    if pretrained.mask_token_id is None or pretrained.tokenizer is None:
+    if pretrained.diffusion.mask_token_id is None or pretrained.tokenizer is None:
         raise CheckpointError("the layout diffugpt needs a tokenizer and a mask token; this model does not have both")
     tokenizer = copy.deepcopy(pretrained.tokenizer)
-    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(pretrained.mask_token_id)
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(pretrained.diffusion.mask_token_id)
     return tokenizer
 
 

@@ -19,7 +19,7 @@ from dlm_jax.checkpoints.orbax import resolve_step, restore_params
 from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
 from dlm_jax.checkpoints.workdir import LoRABase, is_workdir, read_lora_base, read_run_config, split_step
-from dlm_jax.diffusion import BlockSpec, DiffusionSpec
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import (
     Compute,
@@ -68,18 +68,6 @@ class Pretrained:
     base: str | None = None
     provenance: tuple[str, ...] = ()
     new_mask_token: bool = False
-
-    @property
-    def mask_token_id(self) -> int | None:
-        return self.diffusion.mask_token_id
-
-    @property
-    def shift(self) -> bool:
-        return self.diffusion.shift
-
-    @property
-    def blocks(self) -> BlockSpec | None:
-        return self.diffusion.blocks
 
     @property
     def bos_token_id(self) -> int | None:
@@ -265,8 +253,8 @@ def _load_peft(directory: Path, source: str, base: str | None, options: _Options
         raise CheckpointError(f"the base {base!r} of the adapter {directory} cannot be loaded: {error}; put it there "
                               "or beside the adapter, or say where it is (--base, or base=)") from error
     diffusion = dataclasses.replace(
-        loaded.diffusion, shift=metadata.get("shift", loaded.shift),
-        blocks=blocks_from_record(metadata) if "block_size" in metadata else loaded.blocks)
+        loaded.diffusion, shift=metadata.get("shift", loaded.diffusion.shift),
+        blocks=blocks_from_record(metadata) if "block_size" in metadata else loaded.diffusion.blocks)
     model = merge_peft_adapter(adapter, loaded.model, loaded.source, options.param_dtype)
     is_new, provenance = loaded.new_mask_token and not adapter.has_embedding, loaded.provenance
     lora = resolve_lora(options.lora, model.config, is_new)

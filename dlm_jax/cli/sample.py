@@ -166,7 +166,7 @@ def resolve_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM
         return config
     if lm.pretrained.is_autoregressive:
         return dataclasses.replace(config, policy="autoregressive")
-    if lm.pretrained.mask_token_id is None:
+    if lm.pretrained.diffusion.mask_token_id is None:
         raise ConfigError(f"{lm.pretrained.source} records no mask token; name one with --mask_token, or "
                           "sample from left to right with --policy=autoregressive")
     return config

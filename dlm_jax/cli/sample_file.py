@@ -141,8 +141,9 @@ def sample_file(prompts: PromptFile, arguments: argparse.Namespace, lm: "Diffusi
             raise DataError(f"{prompts.path}, line {line}: {len(row)} tokens with its new ones, and the model takes at "
                             f"most {lm.config.max_length}; shorten it, or ask for fewer new tokens")
     each, total = arguments.num_samples, len(prompts.records) * arguments.num_samples
-    settings = {"model": lm.pretrained.source, "mask_token_id": lm.pretrained.mask_token_id, "dtype": arguments.dtype,
-                **dataclasses.asdict(config), **prompts.room, "seed": arguments.seed, "num_samples": each}
+    settings = {"model": lm.pretrained.source, "mask_token_id": lm.pretrained.diffusion.mask_token_id,
+                "dtype": arguments.dtype, **dataclasses.asdict(config), **prompts.room, "seed": arguments.seed,
+                "num_samples": each}
     size = min(arguments.batch_size, total)
     call = lm.infill if prompts.kind == "infill" else lm.generate
     start, tokens = time.perf_counter(), 0

@@ -54,13 +54,13 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
         raise ConfigError(f"{source} has no tokenizer; put its tokenizer files beside the weights")
     if num_samples < 1:
         raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
-    if autoregressive and not pretrained.shift:
+    if autoregressive and not pretrained.diffusion.shift:
         raise ConfigError(f"{source} was trained without the shift, so its outputs do not predict the next token; "
                           "evaluate it as a diffusion model")
-    if not autoregressive and pretrained.mask_token_id is None:
+    if not autoregressive and pretrained.diffusion.mask_token_id is None:
         raise ConfigError(f"{source} records no mask token, which a diffusion model needs; name one with --mask_token, "
                           "or evaluate it with --objective=autoregressive")
-    if reference and pretrained.blocks is not None:
+    if reference and pretrained.diffusion.blocks is not None:
         raise ConfigError(f"{source} generates in blocks, which the reference implementation does not support; choose "
                           "the protocol default")
     bos_token_id = next((token for token in (pretrained.bos_token_id, pretrained.eos_token_id)
@@ -83,7 +83,7 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
                              seed=seed, keep_bos=not reference or encode_special("a")[0] == bos_token_id, **rows)
     is_greedy = make_is_greedy(pretrained.model, autoregressive=autoregressive, diffusion=diffusion, **scored)
     masked_accuracy = None  # a block diffusion model does not attend to later blocks
-    if autoregressive or pretrained.blocks is None:
+    if autoregressive or pretrained.diffusion.blocks is None:
         masked_accuracy = make_masked_accuracy(
             pretrained.model, diffusion=DiffusionSpec(None) if autoregressive else diffusion, **scored)
     return EvalModel(name, encode, score, generate, config.max_length, autoregressive,

@@ -127,7 +127,7 @@ def describe_base(model: ModelSource) -> Base:
         origin = "the table of known models in dlm_jax"
     else:
         base = load_pretrained(model.source, init="abstract", mask_token=model.mask_token)
-        config, mask_token_id, is_new = base.model.config, base.mask_token_id, base.new_mask_token
+        config, mask_token_id, is_new = base.model.config, base.diffusion.mask_token_id, base.new_mask_token
         origin = f"config.json of {model.source}"
     return Base(with_dropout(config, model.dropout), mask_token_id, model.source, origin, is_new)
 

@@ -105,7 +105,8 @@ def validation_hook(run: Run) -> PeriodicEval:
     validate = Validation(
         nnx.graphdef(run.base.model), run.held_out, run.mesh, num_rows=config.validation.num_rows,
         num_samples=config.validation.num_samples, objective=config.objective, seed=config.seed,
-        batch_size=config.data.batch_size // config.optimizer.accumulate_steps, mask_token_id=run.base.mask_token_id)
+        batch_size=config.data.batch_size // config.optimizer.accumulate_steps,
+        mask_token_id=run.base.diffusion.mask_token_id)
 
     def evaluate(params: nnx.State) -> tuple[dict[str, float], str]:
         values = validate(params)

@@ -119,7 +119,7 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     optimizer, ema = make_optimizer(config.optimizer, config.num_steps), config.optimizer.ema_decay > 0
     make_step = functools.cache(functools.partial(
         make_train_step, graphdef, optimizer, mesh, config=config.optimizer, num_steps=config.num_steps,
-        seed=config.seed, mask_token_id=base.mask_token_id))
+        seed=config.seed, mask_token_id=base.diffusion.mask_token_id))
     fingerprint, progress = dataset_fingerprint(sources), {}
     if first_step:
         layout = state_layout(params, optimizer, ema, mesh, config.optimizer.offload, frozen)
@@ -170,7 +170,7 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     else:
         base = load_pretrained(model.source, mask_token=model.mask_token, init=model.init, lora=config.lora,
                                seed=config.seed, compute=compute, param_dtype=model.param_dtype, shardings=shardings)
-        if config.objective.shift and not base.shift and model.init == "pretrained":
+        if config.objective.shift and not base.diffusion.shift and model.init == "pretrained":
             raise ConfigError(f"{base.source} predicts each token at its own position, but objective.shift is true; "
                               "set it to false")
     if base.tokenizer is None:
@@ -180,11 +180,11 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
         # The template is saved with the tokenizer, as the file may be gone when the model is used.
         base.tokenizer.chat_template = ChatTemplate(base.tokenizer, examples.chat_template).template
     architecture = with_dropout(base.model.config, model.dropout)
-    check_fit(config, architecture, base.mask_token_id, mesh)
+    check_fit(config, architecture, base.diffusion.mask_token_id, mesh)
     compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend)
     graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
     return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=DiffusionSpec(
-        base.mask_token_id, config.objective.shift, config.objective.blocks))
+        base.diffusion.mask_token_id, config.objective.shift, config.objective.blocks))
 
 
 def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:
@@ -288,7 +288,7 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first_step:
     lines = [
         f"model      {config.model.source} ({architecture.family}), {count_params(architecture) / 1e6:,.1f}M parameters"
         f", {config.model.init} weights",
-        f"objective  {_describe_objective(config.objective, base.mask_token_id)}",
+        f"objective  {_describe_objective(config.objective, base.diffusion.mask_token_id)}",
         f"batch      {data.batch_size} x {data.length} = {tokens:,} tokens per step"
         + (f", in {config.optimizer.accumulate_steps} micro-batches" if config.optimizer.accumulate_steps > 1 else ""),
         f"run        {config.num_steps:,} steps, {config.num_steps * tokens:,} tokens",

@@ -10,10 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.parallel import MeshConfig, make_mesh
-from tests.compilation import quick
 
 ON_GPU = jax.default_backend() == "gpu"
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0} if ON_GPU else quick())
 
 TEXT = 10  # of block diffusion
 TEXT_SEGMENTS = np.array([[0] * 3 + [1] * 7, [0] * 6 + [1] * 4])
@@ -57,7 +55,7 @@ def on_mesh(config, attention, tensors, mask, **options):
     split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context", "tensor"))
     with jax.set_mesh(mesh):
         tensors = tuple(jax.device_put(tensor, split) for tensor in tensors)
-        return jit(functools.partial(value_and_gradients, attention))(tensors, mask, **options)
+        return jax.jit(functools.partial(value_and_gradients, attention))(tensors, mask, **options)
 
 
 def assert_close(found, expected, tolerance):

@@ -25,7 +25,6 @@ from tests.attention.parity import (
     TEXT_SEGMENTS,
     assert_close,
     inputs,
-    jit,
     lowered_cudnn_calls,
     mesh_id,
     on_mesh,
@@ -68,9 +67,9 @@ def short_chunks(monkeypatch):
 def assert_parity(attention, tensors, mask, implementation):
     """Compares with the reference in float32."""
     exact = tuple(x.astype(jnp.float32) for x in tensors)
-    expected = jit(functools.partial(value_and_gradients, xla_attention))(exact, mask)
+    expected = jax.jit(functools.partial(value_and_gradients, xla_attention))(exact, mask)
     attention = functools.partial(attention, implementation=implementation)
-    found = (jax.jit if ON_GPU else jit)(functools.partial(value_and_gradients, attention))(tensors, mask)
+    found = jax.jit(functools.partial(value_and_gradients, attention))(tensors, mask)
     assert_close(found, expected, 3e-6 if tensors[0].dtype == jnp.float32 else 0.02)
 
 
@@ -115,7 +114,7 @@ def test_mesh_matches_one_device(mesh, name):
         attention, length = cudnn_block_attention, 2 * TEXT
         mask = AttentionMask.block_diffusion(3, TEXT).with_segments(np.tile(TEXT_SEGMENTS, (2, 1)))
     tensors = inputs(4, length)
-    expected = jit(functools.partial(value_and_gradients, xla_attention))(tensors, mask)
+    expected = jax.jit(functools.partial(value_and_gradients, xla_attention))(tensors, mask)
     attention = functools.partial(attention, partition=ATTENTION_PARTITION, implementation="xla")
     assert_close(on_mesh(mesh, attention, tensors, mask), expected, 3e-6)
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from dlm_jax.attention import AttentionMask, xla_attention
 from dlm_jax.attention.tpu import Offsets, Tiling, tpu_attention
 from dlm_jax.errors import ConfigError
-from tests.attention.parity import assert_close, inputs, jit, value_and_gradients
+from tests.attention.parity import assert_close, inputs, value_and_gradients
 
 LENGTH = 45  # three tiles of 16, the last one not full
 INTERPRETED = functools.partial(tpu_attention, tiling=Tiling(16, 16, interpret=True))
@@ -26,7 +26,7 @@ def exact_products():
         yield
 
 
-run = jit(value_and_gradients, static_argnums=0, static_argnames="dropout_rate")
+run = jax.jit(value_and_gradients, static_argnums=0, static_argnames="dropout_rate")
 
 
 def assert_parity(tensors, mask, tolerance=1e-5, **options):
@@ -91,14 +91,14 @@ def test_shards_of_keys_merge_and_shards_of_queries_know_their_position():
         return xla_attention(query, key, value, mask, **DROPOUT)[:, first:]
 
     def values(attention):
-        return jit(jax.value_and_grad(lambda *x: jnp.sum(attention(*x) * weights[:, first:]), (0, 1, 2)))(
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attention(*x) * weights[:, first:]), (0, 1, 2)))(
             query, key, value)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), values(merged), values(full))
 
 
 def test_shard_of_heads_drops_the_same_probabilities():
     query, key, value, _ = inputs(2, LENGTH)
-    attend = jit(functools.partial(INTERPRETED, mask=AttentionMask.causal(), **DROPOUT))
+    attend = jax.jit(functools.partial(INTERPRETED, mask=AttentionMask.causal(), **DROPOUT))
     full = attend(query, key, value)
     shard = attend(query[:, :, 2:], key[:, :, 1:], value[:, :, 1:], offsets=Offsets(kv_head=1))
     np.testing.assert_allclose(shard, full[:, :, 2:], atol=1e-6)
@@ -111,7 +111,7 @@ def test_query_that_sees_nothing_gives_zero():
     def loss(*x):  # the first ten queries come before every key: their tile is visited for the others
         out, logsumexp = INTERPRETED(*x, mask, offsets=Offsets(key=10), return_logsumexp=True)
         return jnp.sum(out**2), (out, logsumexp)
-    gradients, (out, logsumexp) = jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
+    gradients, (out, logsumexp) = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
     for x in (out, gradients[0]):
         assert not x[0].any() and not x[1, :10].any() and x[1, 11:].any(axis=(1, 2)).all()
     assert (logsumexp[0] == -1e30).all() and (logsumexp[1, :, :10] == -1e30).all() and (logsumexp[1, :, 10:] > -9).all()

@@ -11,7 +11,7 @@ from dlm_jax.attention import AttentionMask, xla_attention
 from dlm_jax.attention.tpu import Tiling
 from dlm_jax.attention.tpu_ring import tpu_ring_attention
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig
-from tests.attention.parity import MESHES, assert_close, inputs, jit, mesh_id, on_mesh, value_and_gradients
+from tests.attention.parity import MESHES, assert_close, inputs, mesh_id, on_mesh, value_and_gradients
 
 LENGTH = 32
 EXAMPLES = jnp.array([7, 8, 9, 4_000_000_000], jnp.uint32)
@@ -28,7 +28,7 @@ RING = functools.partial(tpu_ring_attention, partition=ATTENTION_PARTITION, tili
 def test_mesh_matches_one_device(mesh, mask, dropout):
     tensors = inputs(4, LENGTH)
     with jax.default_matmul_precision("highest"):
-        expected = jit(functools.partial(value_and_gradients, xla_attention, **dropout))(tensors, mask)
+        expected = jax.jit(functools.partial(value_and_gradients, xla_attention, **dropout))(tensors, mask)
         found = on_mesh(mesh, functools.partial(RING, **dropout), tensors, mask)
     assert_close(found, expected, 1e-5)
 

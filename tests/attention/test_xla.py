@@ -7,7 +7,7 @@ import pytest
 
 from dlm_jax.attention import AttentionMask, attend, xla_attention
 from dlm_jax.attention.xla import xla_block_attention
-from tests.attention.parity import BLOCK_MASKS, assert_close, inputs, jit, value_and_gradients
+from tests.attention.parity import BLOCK_MASKS, assert_close, inputs, value_and_gradients
 
 LENGTH = 13
 MASKS = {
@@ -68,6 +68,6 @@ def test_dropout_depends_on_the_example_not_its_row():
 @pytest.mark.parametrize("mask", BLOCK_MASKS.values(), ids=BLOCK_MASKS.keys())
 def test_block_path_matches_the_full_square(mask, rate):
     tensors = inputs(2, mask.spec.text_length * (mask.spec.views + 1))
-    run = lambda attention: jit(functools.partial(  # noqa: E731
+    run = lambda attention: jax.jit(functools.partial(  # noqa: E731
         value_and_gradients, attention, dropout_rate=rate, dropout_seeds=jnp.array([3, 9], jnp.uint32)))(tensors, mask)
     assert_close(run(xla_block_attention), run(xla_attention), 5e-6)

@@ -44,7 +44,7 @@ def external(request, tmp_path):
 def test_import_of_external_archs(external):
     folder, model, blocks, shift = external
     pretrained = load_pretrained(folder)
-    assert (pretrained.mask_token_id, pretrained.shift, pretrained.blocks) == (MASK, shift, blocks)
+    assert pretrained.diffusion == DiffusionSpec(MASK, shift, blocks)
     tokens = families.tokens(length=20)
     found = pretrained.model(jnp.asarray(tokens), blocks.prefill_mask())
     np.testing.assert_allclose(found, block_logits(model, tokens, blocks.size), atol=1e-4)
@@ -81,7 +81,7 @@ def test_export_of_external_archs(external, tmp_path):
     assert config["model_type"] in ("qwen2", "qwen3")
     assert not {"block_size", "bd_size", "attn_implementation"} & config.keys()
     again = DiffusionLM.from_pretrained(tmp_path / "exported")
-    assert (again.pretrained.blocks, again.pretrained.shift) == (blocks, lm.pretrained.shift)
+    assert again.diffusion == lm.diffusion
     tokens = families.tokens(length=20)
     np.testing.assert_array_equal(again.logits(tokens, blocks.prefill_mask()), lm.logits(tokens, blocks.prefill_mask()))
 
@@ -91,7 +91,7 @@ def test_external_defaults(tmp_path):
     families.set_config(tmp_path, model_type="Fast_dLLM_Qwen")
     with pytest.raises(CheckpointError, match="151665"):
         load_pretrained(tmp_path)
-    assert load_pretrained(tmp_path, mask_token=MASK).blocks == BlockSpec(32, "block_bidirectional")
+    assert load_pretrained(tmp_path, mask_token=MASK).diffusion.blocks == BlockSpec(32, "block_bidirectional")
 
 
 def test_invalid_block_size_is_refused(tmp_path):

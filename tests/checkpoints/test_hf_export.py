@@ -39,8 +39,7 @@ def gpt2(tmp_path, test_data):
 
 def assert_same_model(a, b):
     assert a.model.config == b.model.config
-    assert (a.mask_token_id, a.shift, a.bos_token_id, a.eos_token_id) == (
-        b.mask_token_id, b.shift, b.bos_token_id, b.eos_token_id)
+    assert (a.diffusion, a.bos_token_id, a.eos_token_id) == (b.diffusion, b.bos_token_id, b.eos_token_id)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(a.model), nnx.state(b.model))
 
 

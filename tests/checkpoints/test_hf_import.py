@@ -148,13 +148,13 @@ def test_recorded_mask_token(tmp_path):
     for outside in (97, -1):
         with pytest.raises(CheckpointError, match=str(outside)):
             load_pretrained(tmp_path, mask_token=outside)
-    assert load_pretrained(tmp_path).mask_token_id is None
+    assert load_pretrained(tmp_path).diffusion.mask_token_id is None
     families.set_config(tmp_path, mask_token_id=11)
-    assert load_pretrained(tmp_path).mask_token_id == 11
+    assert load_pretrained(tmp_path).diffusion.mask_token_id == 11
     families.set_config(tmp_path, dlm_jax={"mask_token_id": 97, "shift": False})
     with pytest.raises(CheckpointError, match="97"):
         load_pretrained(tmp_path)
-    assert load_pretrained(tmp_path, mask_token=3).shift is False
+    assert load_pretrained(tmp_path, mask_token=3).diffusion.shift is False
 
 
 @pytest.mark.parametrize(("case", "rows"), [
@@ -167,7 +167,7 @@ def test_new_mask_token_gets_the_mean_row(case, rows, tmp_path, test_data):
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((test_data / "stories260K_hf" / name).read_bytes())
     before, after = load_pretrained(tmp_path), load_pretrained(tmp_path, mask_token="<|mask|>")
-    assert after.new_mask_token and after.mask_token_id == after.tokenizer.mask_token_id == 512
+    assert after.new_mask_token and after.diffusion.mask_token_id == after.tokenizer.mask_token_id == 512
     assert after.model.config.vocab_size == max(rows, 513)
     tables = [(before.model.embed.embedding[...], after.model.embed.embedding[...])]
     if not after.model.config.tie_embeddings:
@@ -259,4 +259,4 @@ def test_diffugpt_mask_token_by_vocabulary_size(tmp_path, vocab_size, mask_token
     model.save_pretrained(tmp_path)
     families.set_config(tmp_path, vocab_size=50257)
     to_diffugpt(tmp_path, ("embed_tokens.weight",))
-    assert load_pretrained(tmp_path).mask_token_id == mask_token_id
+    assert load_pretrained(tmp_path).diffusion.mask_token_id == mask_token_id

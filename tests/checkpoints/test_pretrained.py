@@ -134,7 +134,7 @@ def test_full_run_as_quantized_base(config, lora_config, tmp_path):
 def test_merging_keeps_the_logits(lora_run, pretrained, lora_config):
     base = load_pretrained(pretrained, mask_token=10)
     merged, beside = load_pretrained(lora_run), load_pretrained(lora_run, merge=False)
-    assert merged.model.lora is None and beside.model.lora.rank == 2 and merged.mask_token_id == 10
+    assert merged.model.lora is None and beside.model.lora.rank == 2 and merged.diffusion.mask_token_id == 10
     np.testing.assert_allclose(logits(merged.model), logits(beside.model), atol=1e-5)
     assert np.abs(logits(merged.model) - logits(base.model)).max() > 1e-3  # it has an effect
     stored = items(lora_run, 10)
@@ -171,7 +171,7 @@ def test_lora_run_on_a_peft_adapter(lora_run, lora_config, tmp_path):
     lm.save_pretrained(tmp_path / "adapter", layout="peft")
     exact = load_pretrained(tmp_path / "adapter")
     np.testing.assert_allclose(logits(exact.model), logits(lm.model), atol=2e-2)  # this base is not rounded to bfloat16
-    assert exact.mask_token_id == 10 and exact.tokenizer.decode([1, 2]) == "ab"
+    assert exact.diffusion.mask_token_id == 10 and exact.tokenizer.decode([1, 2]) == "ab"
     child = dataclasses.replace(lora_config, num_steps=2, model=ModelSource(source=str(tmp_path / "adapter")),
                                 lora=LoRASettings(rank=1, targets=("up",), frozen_dtype="float32"))
     train(child, tmp_path / "child")
@@ -242,7 +242,7 @@ def test_arguments_must_fit_the_source(lora_run, pretrained):
         with pytest.raises(ConfigError, match=str(source) if "init" not in settings else "other"):
             load_pretrained(source, **settings)
     abstract = load_pretrained(lora_run, init="abstract")
-    assert abstract.mask_token_id == 10 and abstract.recipe["lora.rank"] == 2
+    assert abstract.diffusion.mask_token_id == 10 and abstract.recipe["lora.rank"] == 2
     assert isinstance(abstract.model.embed.embedding.get_value(), jax.ShapeDtypeStruct)
 
 

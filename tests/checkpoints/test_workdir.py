@@ -44,7 +44,7 @@ def test_workdir_as_base(config, tmp_path):
     child = lambda token: dataclasses.replace(config, model=dataclasses.replace(  # noqa: E731
         config.model, source=f"{tmp_path / 'parent'}@1", init="pretrained", mask_token=token))
     base = load_base(child("<unk>"), tmp_path / "child", make_mesh(config.mesh), resumed=False)
-    assert base.mask_token_id == 10 and base.shift
+    assert base.diffusion.mask_token_id == 10 and base.diffusion.shift
     stored = load_pretrained(tmp_path / "parent").model
     np.testing.assert_array_equal(base.model.embed.embedding[...], stored.embed.embedding[...])
     with pytest.raises(ConfigError, match="model.mask_token"):

@@ -11,7 +11,6 @@ from flax import nnx
 from dlm_jax.attention import AttentionMask
 from dlm_jax.models import Cache, ModelConfig, RopeScaling, Transformer
 from dlm_jax.models.layers import frequencies, rotate, rotation
-from tests.compilation import quick
 
 LENGTH, WIDTH = 20, 8
 SIZES = dict(vocab_size=61, hidden_size=32, num_heads=4, head_dim=8, mlp_size=48, initializer_range=0.3)
@@ -24,21 +23,20 @@ KINDS = {
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, LENGTH))
 LENGTHS = jnp.array([20, 13, 1])
 every_kind = pytest.mark.parametrize("kind", KINDS)
-jit = functools.partial(jax.jit, compiler_options=quick())  # mostly compiles
 
 
 @functools.cache
 def model(kind, num_layers=2):
     config = ModelConfig(kind, num_layers=num_layers, **SIZES | KINDS[kind])
-    return jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+    return jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
 
 
-@jit
+@jax.jit
 def hidden(network, tokens, attention):
     return network.hidden(tokens, attention)
 
 
-@jit
+@jax.jit
 def some_hidden(network, tokens, attention, positions, cache):
     """Returns the states at `positions` of the rows `tokens` [batch, length]; positions past the end are padding."""
     tokens = jnp.take_along_axis(tokens, jnp.minimum(positions, LENGTH - 1), axis=1)

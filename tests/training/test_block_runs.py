@@ -54,14 +54,15 @@ def test_another_mesh(blocks, full, tmp_path):
 
 def test_model_records_its_blocks(full, tmp_path):
     lm = DiffusionLM.from_pretrained(full)
-    assert lm.pretrained.blocks == BlockSpec(4)
+    assert lm.pretrained.diffusion.blocks == BlockSpec(4)
     text, = lm.generate("abc", max_new_tokens=12, num_steps=6)
     assert text.startswith("abc")
     score, = lm.score("abcdefgh", num_samples=8)
     assert 1 < score.nats_per_token < 4
     lm.save_pretrained(tmp_path / "export")
     again = DiffusionLM.from_pretrained(tmp_path / "export")
-    assert again.pretrained.blocks == BlockSpec(4) and again.generate("abc", max_new_tokens=12, num_steps=6) == [text]
+    assert again.pretrained.diffusion.blocks == BlockSpec(4)
+    assert again.generate("abc", max_new_tokens=12, num_steps=6) == [text]
     assert not (tmp_path / "export" / "sample_torch.py").exists()
     with pytest.raises(CheckpointError, match="block"):
         lm.save_pretrained(tmp_path / "release", layout="diffugpt")
@@ -104,7 +105,7 @@ def test_lora_learns_blocks(blocks, pretrained, tmp_path):
     expected = pytest.approx([x.nats for x in beside.score(text, num_samples=4)], rel=1e-4)
     for folder in ("run", "merged", "adapter"):
         lm = DiffusionLM.from_pretrained(tmp_path / folder)
-        assert lm.pretrained.blocks == BlockSpec(4, "block_bidirectional")
+        assert lm.pretrained.diffusion.blocks == BlockSpec(4, "block_bidirectional")
         assert [x.nats for x in lm.score(text, num_samples=4)] == expected
 
 

@@ -103,8 +103,9 @@ def test_finished_run(full_run, config, capsys):
 def test_workdir_loads_without_optimizer_or_mesh(full_run, config):
     workdir, summary = full_run
     loaded = load_pretrained(workdir)
-    assert loaded.mask_token_id == 11 and loaded.model.config.vocab_size == 12
-    assert loaded.tokenizer.decode([1, 2, 11]) == "ab<mask>" and loaded.shift and loaded.source.endswith("@20")
+    assert loaded.diffusion.mask_token_id == 11 and loaded.model.config.vocab_size == 12
+    assert loaded.tokenizer.decode([1, 2, 11]) == "ab<mask>"
+    assert loaded.diffusion.shift and loaded.source.endswith("@20")
     leaves = jax.tree.leaves(nnx.state(loaded.model))
     assert all(len(leaf.devices()) == 1 for leaf in leaves)
     stored = checkpoint_arrays(workdir, 20)
@@ -130,7 +131,7 @@ def test_autoregressive_run(config, tmp_path):
     assert summary["train"]["masked_tokens"] == 16 * 15  # every token but the first of each row
     assert summary["train"]["bound"] == pytest.approx(summary["train"]["masked_nll"])
     assert summary["validation"]["bound"] < read_records(tmp_path, "validation")[0]["bound"]
-    assert load_pretrained(tmp_path).mask_token_id is None
+    assert load_pretrained(tmp_path).diffusion.mask_token_id is None
 
 
 def test_goodput_over_all_starts(config, tmp_path, capsys):

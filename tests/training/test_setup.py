@@ -55,7 +55,7 @@ def test_base_without_shift_stays_without(config, pretrained, tmp_path):
     with pytest.raises(ConfigError, match="objective.shift"):
         train(run, tmp_path / "run")
     train(changed(run, "objective.shift", False), tmp_path / "run")
-    assert not load_pretrained(tmp_path / "run").shift
+    assert not load_pretrained(tmp_path / "run").diffusion.shift
 
 
 def test_dropout_replaces_the_rates_of_the_base(config, base, tmp_path):
