@@ -4,7 +4,6 @@ A setting that changes the computation is either expressed in ModelConfig or ref
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import ModelConfig, RopeScaling
+from dlm_jax.storage import read_json
 
 # Settings that HF's code implements and this library does not, with the values that have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -31,6 +31,11 @@ _ACTIVATIONS = {
     "gelu": "gelu", "silu": "silu", "swish": "silu", "relu": "relu",
 }  # fmt: skip
 _HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu": "relu"}
+# HF's keys of the fields of RopeScaling after `kind`.
+_ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 class ExternalArch(NamedTuple):
@@ -67,15 +72,9 @@ def read_config(directory: Path) -> dict[str, Any]:
       CheckpointError: the file is missing or damaged.
     """
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return _rewrite_external(config)
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
+    return _rewrite_external(read_json(path))
 
 
 def recorded_diffusion(hf: Mapping[str, Any]) -> DiffusionSpec:
@@ -249,29 +248,22 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise CheckpointError("config.json applies RoPE to a fraction of each head (partial_rotary_factor), which "
                               "this library does not implement")
-    try:
-        match kind:
-            case "default":
-                return theta, None
-            case "linear":
-                return theta, RopeScaling("linear", rope["factor"])
-            case "llama3":
-                original = rope.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
-                return theta, RopeScaling("llama3", rope["factor"], rope["low_freq_factor"],
-                                          rope["high_freq_factor"], original)
-    except KeyError as error:
-        raise CheckpointError(f"config.json asks for {kind} RoPE scaling without its {error}") from error
-    raise CheckpointError(f"config.json asks for RoPE scaling of type {kind!r}; supported are linear and llama3")
+    if kind == "default":
+        return theta, None
+    if kind not in _ROPE_SCALINGS:
+        raise CheckpointError(f"config.json asks for RoPE scaling of type {kind!r}; supported are "
+                              f"{', '.join(_ROPE_SCALINGS)}")
+    known = {"original_max_position_embeddings": hf.get("max_position_embeddings")} | rope
+    if absent := [name for name in _ROPE_SCALINGS[kind] if name not in known]:
+        raise CheckpointError(f"config.json asks for {kind} RoPE scaling without {', '.join(absent)}")
+    return theta, RopeScaling(kind, *(known[name] for name in _ROPE_SCALINGS[kind]))
 
 
 def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_length}
+    _, *values = dataclasses.astuple(scaling)
+    return {"rope_type": scaling.kind, **dict(zip(_ROPE_SCALINGS[scaling.kind], values, strict=False))}
 
 
 def _sliding_window(hf: Mapping[str, Any], family: str) -> int | None:

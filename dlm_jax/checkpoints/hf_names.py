@@ -112,11 +112,11 @@ def diffugpt_name(name: str, family: str) -> str:
     return "denoise_model." + name.removeprefix(prefix) if name.startswith(prefix) else name
 
 
-def projections(config: ModelConfig) -> dict[str, Key]:
-    """Returns the keys of a block's projection kernels by name (q, k, v, out, gate, up, down)."""
-    found = {path.split(".")[-2]: key for path, key in KEYS[config.family].items()
-             if path.startswith("blocks.") and path.endswith(".kernel")}
-    return {name: key for name, key in found.items() if name != "gate" or config.gated_mlp}
+def projections(config: ModelConfig) -> dict[tuple[str, ...], Key]:
+    """Returns the keys of a block's projection kernels by module, such as ("blocks", "attention", "q")."""
+    return {(*module.split("."),): key for path, key in KEYS[config.family].items()
+            for module, _, parameter in [path.rpartition(".")]
+            if path.startswith("blocks.") and parameter == "kernel" and (config.gated_mlp or "gate" not in module)}
 
 
 def module_name(key: Key) -> str:
@@ -130,7 +130,7 @@ def read_targets(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
     Raises:
       ConfigError: no projection has a name.
     """
-    known = projections(config)
+    known = {path[-1]: key for path, key in projections(config).items()}
     chosen = set()
     for name in names:
         found = {projection for projection, key in known.items()

@@ -5,11 +5,13 @@ and [outputs, rank] whatever the layout of the kernel, so `fan_in_fan_out` has n
 """
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,9 +166,9 @@ def _add_products(adapter: PeftAdapter, model: Transformer, factors: dict[str, d
                   scales: dict[str, tuple[int, float]], param_dtype: str) -> Transformer:
     graphdef, state = nnx.split(model)
     flat, unused = dict(nnx.to_flat_state(state)), set(factors)
-    for name, key in hf_names.projections(model.config).items():
-        path = next(path for path in flat if path[0] == "blocks" and path[-2:] == (name, "kernel"))
-        shape, num_inputs = flat[path].shape, getattr(getattr(model.blocks, path[1]), name).num_inputs
+    for linear, key in hf_names.projections(model.config).items():
+        path, num_inputs = (*linear, "kernel"), functools.reduce(getattr, linear, model).num_inputs
+        shape = flat[path].shape
         inputs, outputs = shape[1 : 1 + num_inputs], shape[1 + num_inputs :]
         layers: list[tuple[np.ndarray, ...] | None] = []
         for layer in range(model.config.num_layers):
@@ -291,70 +293,63 @@ def save_peft_adapter(directory: epath.PathLike, pretrained: "Pretrained", *, dt
 
 
 def adapter_tensors(model: Transformer) -> dict[str, np.ndarray]:
-    """Returns the tensors that PEFT stores, by its names, float32 on the host.
-
-    GPT-2 has one module for queries, keys and values, which have separate factors here. They become factors of that
-    module, with the sum of their ranks: each A below the other, and each B on a block diagonal.
-    """
-    family, flat = model.config.family, dict(nnx.to_flat_state(nnx.state(model)))
+    """Returns the tensors that PEFT stores, by its names, float32 on the host."""
+    config, lora, flat = model.config, model.lora, dict(nnx.to_flat_state(nnx.state(model)))
     tensors: dict[str, np.ndarray] = {}
-    modules: dict[str, list[tuple[hf_names.Key, np.ndarray, np.ndarray]]] = {}
-    for name, key in hf_names.projections(model.config).items():
-        path = next((path for path in flat if path[-3:] == (name, "factors", "a")), None)
-        if path is not None:
-            a, b = (to_host(flat[*path[:-1], side][...]).astype(np.float32) for side in "ab")
-            rank = b.shape[1]  # [layers, rank, *outputs]
-            modules.setdefault(key.name, []).append(
-                (key, a.reshape(len(a), -1, rank).swapaxes(1, 2), b.reshape(len(b), rank, -1).swapaxes(1, 2)))
-    for template, projections in modules.items():
-        for layer in range(model.config.num_layers):
-            a, b = _fuse([(key, a[layer], b[layer]) for key, a, b in projections])
-            module = PREFIX + template.format(i=layer).removesuffix(".weight")
-            tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-    if model.lora.dora:
-        tensors |= _magnitudes(model, flat, modules)
-    if model.lora.embedding:
-        table = to_host(flat["embed", "embedding"][...]).astype(np.float32)
-        tensors[PREFIX + hf_names.embedding_name(family)] = table
-        if model.config.tie_embeddings:  # PEFT trains a copy and leaves the head unchanged
+    keys = hf_names.projections(config).items()
+    for template, projections in itertools.groupby(keys, lambda item: item[1].name.removesuffix(".weight")):
+        for side, stacked in _module_tensors(flat, dict(projections), lora.dora).items():
+            tensors |= {f"{PREFIX}{template.format(i=layer)}.lora_{side}": value
+                        for layer, value in enumerate(stacked)}
+    if lora.embedding:
+        table = _host_float32(flat["embed", "embedding"][...])
+        tensors[PREFIX + hf_names.embedding_name(config.family)] = table
+        if config.tie_embeddings:  # PEFT trains a copy and leaves the head unchanged
             tensors[PREFIX + hf_names.HEAD] = table
-    if model.lora.head:
-        tensors[PREFIX + hf_names.HEAD] = to_host(flat["head", "kernel"][...]).astype(np.float32).T
+    if lora.head:
+        tensors[PREFIX + hf_names.HEAD] = _host_float32(flat["head", "kernel"][...]).T
     return tensors
 
 
-def _fuse(projections: list[tuple[hf_names.Key, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A and B of one module from the [rank, inputs] and [outputs, rank] of its projections."""
-    if projections[0][0].third is None:
-        (_, a, b), = projections
-        return a, b
-    (rank, _), (outputs, _) = projections[0][1].shape, projections[0][2].shape
-    fused = np.zeros((3 * outputs, rank * len(projections)), np.float32)
-    for i, (key, _, b) in enumerate(projections):
-        fused[key.third * outputs : (key.third + 1) * outputs, i * rank : (i + 1) * rank] = b
-    return np.concatenate([a for _, a, _ in projections]), fused
+def _module_tensors(flat: Mapping[tuple, nnx.Variable], projections: dict[tuple, hf_names.Key],
+                    dora: bool) -> dict[str, np.ndarray]:
+    """Returns the LoRA tensors of one HF module by side, stacked over layers; none if it has no factors.
 
-
-def _magnitudes(model: Transformer, flat: Mapping[tuple, nnx.Variable],
-                modules: Collection[str]) -> dict[str, np.ndarray]:
-    """Returns DoRA's magnitudes; a projection of a fused module that has none has its kernel's norms."""
-    found: dict[str, list[np.ndarray]] = {}
-    for name, key in hf_names.projections(model.config).items():  # in the order of the thirds
-        if key.name in modules:
-            linear = next(path for path in flat if path[-2:] == (name, "kernel"))[:-1]
-            magnitude = flat.get((*linear, "factors", "magnitude"))
+    GPT-2 has one module for queries, keys and values, which have separate factors here. They become factors of that
+    module, with the sum of their ranks: each A below the other, and each B on a block diagonal. A projection without
+    magnitudes has the norms of its kernel.
+    """
+    factors = [(key, *(_host_float32(flat[*path, "factors", side][...]) for side in "ab"))
+               for path, key in projections.items() if (*path, "factors", "a") in flat]
+    if not factors:
+        return {}
+    key, _, b = factors[0]
+    (layers, rank), outputs = b.shape[:2], math.prod(b.shape[2:])
+    fused = np.zeros((layers, outputs * (1 if key.third is None else 3), rank * len(factors)), np.float32)
+    for i, (key, _, b) in enumerate(factors):
+        first = outputs * (key.third or 0)
+        fused[:, first : first + outputs, i * rank : (i + 1) * rank] = b.reshape(layers, rank, outputs).swapaxes(1, 2)
+    stacked = np.concatenate([a.reshape(layers, -1, rank).swapaxes(1, 2) for _, a, _ in factors], axis=1)
+    tensors = {"A.weight": stacked, "B.weight": fused}
+    if dora:
+        magnitudes = []
+        for path in projections:
+            magnitude = flat.get((*path, "factors", "magnitude"))
             if magnitude is None:
-                kernel = full_kernel(flat[*linear, "kernel"], flat.get((*linear, "kernel_scale")))
+                kernel = full_kernel(flat[*path, "kernel"], flat.get((*path, "kernel_scale")))
                 magnitude = kernel_norms(kernel, kernel.ndim - 1)
-            value = to_host(magnitude[...]).astype(np.float32)
-            found.setdefault(key.name, []).append(value.reshape(len(value), -1))
-    return {f"{PREFIX}{template.format(i=layer).removesuffix('.weight')}.lora_{MAGNITUDE}": row
-            for template, values in found.items() for layer, row in enumerate(np.concatenate(values, axis=1))}
+            magnitudes.append(_host_float32(magnitude[...]).reshape(layers, -1))
+        tensors[MAGNITUDE] = np.concatenate(magnitudes, axis=1)
+    return tensors
+
+
+def _host_float32(array: jax.Array) -> np.ndarray:
+    return to_host(array).astype(np.float32)
 
 
 def adapter_config(model: Transformer, base: str) -> dict[str, Any]:
     """Returns the contents of adapter_config.json."""
-    lora, known = model.lora, hf_names.projections(model.config)
+    lora, known = model.lora, {path[-1]: key for path, key in hf_names.projections(model.config).items()}
     modules: dict[str, int] = {}
     for name in lora.targets:
         module = hf_names.module_name(known[name])
