@@ -1,5 +1,7 @@
 """The decoder: embedding, scanned blocks, final norm, head. It knows nothing of diffusion."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -151,5 +153,11 @@ def check_lora(lora: LoRAConfig, config: ModelConfig) -> None:
 def abstract_model(config: ModelConfig, compute: Compute = Compute(), param_dtype: str = "float32",
                    lora: LoRAConfig | None = None) -> Transformer:
     """Returns the model with shapes in place of arrays, without allocating any."""
-    return nnx.eval_shape(lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0),
-                                              param_dtype=jnp.dtype(param_dtype), lora=lora))
+    return nnx.merge(*_abstract(config, compute, param_dtype, lora), copy=True)
+
+
+@functools.lru_cache(maxsize=64)  # opening a checkpoint asks several times for one model
+def _abstract(config: ModelConfig, compute: Compute, param_dtype: str,
+              lora: LoRAConfig | None) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, compute=compute, rngs=nnx.Rngs(0),
+                                                        param_dtype=jnp.dtype(param_dtype), lora=lora)))
