@@ -27,7 +27,8 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["dlm_jax", "dlm_jax.*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={"dlm_jax.sampling": ["*.html"], **{package: ["**/*"] for package in SHIPPED}},
+    package_data={"dlm_jax.sampling": ["*.html"], "dlm_jax.plan": ["*.json"],
+                  **{package: ["**/*"] for package in SHIPPED}},
     exclude_package_data={"": ["*.pyc"]},
     install_requires=requirements(),
     extras_require={

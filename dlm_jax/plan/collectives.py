@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections import defaultdict
+from collections import Counter
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
 
@@ -51,28 +51,30 @@ def collectives(hlo: str, num_devices: int, num_slices: int = 1) -> list[Collect
       num_slices: TPU slices that these devices belong to.
     """
     computations, entry = _parse(hlo)
-    runs, bounded, fused = defaultdict(int), defaultdict(lambda: True), set()
+    runs, unbounded, fused = Counter(), set(), set()
 
     def visit(name: str, times: int, is_bounded: bool) -> None:
         runs[name] += times
-        bounded[name] &= is_bounded
+        if not is_bounded:
+            unbounded.add(name)
         for instruction in computations[name].values():
             if instruction.opcode == "while":
                 trips = _trip_count(instruction, computations[name], computations)
                 visit(instruction.attribute("body"), times * (trips or 1), is_bounded and trips is not None)
             for callee in instruction.called():
                 if callee in computations:
-                    fused.update([callee] * (instruction.opcode == "fusion"))
+                    if instruction.opcode == "fusion":
+                        fused.add(callee)
                     visit(callee, times, is_bounded)
 
     visit(entry, 1, True)
     found: dict[str, Collective] = {}
     for name, times in runs.items():
         for instruction in computations[name].values():
-            one = (_collective(instruction, num_devices, times, bounded[name])
-                   or _slice_transfer(instruction, num_slices, times, bounded[name]))
+            one = _collective(instruction, num_devices, num_slices)
             if one is None:
                 continue
+            one = dataclasses.replace(one, count=times, is_bounded=name not in unbounded)
             # A TPU scatters by a fusion that reduces and keeps a slice of the result.
             if name in fused and one.kind == "all-reduce" and any(
                     i.opcode == "dynamic-slice" and i.operands()[0] == instruction.name
@@ -88,10 +90,11 @@ def collectives(hlo: str, num_devices: int, num_slices: int = 1) -> list[Collect
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
     """Returns `{kind: {"count": per step, "bytes": sent by a device per step}}` for the kinds that occur."""
-    sums = {kind + suffix: [c for c in found if c.kind == kind and c.between_slices == bool(suffix)]
-            for suffix in ("", " between slices") for kind in KINDS}
+    groups: dict[str, list[Collective]] = {}
+    for one in sorted(found, key=lambda c: (c.between_slices, KINDS.index(c.kind))):
+        groups.setdefault(one.kind + " between slices" * one.between_slices, []).append(one)
     return {kind: {"count": sum(c.count for c in some), "bytes": round(sum(c.sent for c in some))}
-            for kind, some in sums.items() if some}
+            for kind, some in groups.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,9 @@ class _Instruction:
 
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.-]+)", self.text.partition("), ")[0])
+
+    def constant(self) -> int:
+        return int(re.match(r"-?\d+", self.text)[0])
 
     def attribute(self, name: str) -> str:
         return re.search(rf"\b{name}=%?([\w.-]+)", self.text)[1]
@@ -147,14 +153,17 @@ def _trip_count(loop: _Instruction, parent: _Computation, computations: dict[str
     start = parent.get(carried.operands()[index]) if carried and carried.opcode == "tuple" else None
     while start and start.opcode in ("copy", "bitcast"):
         start = parent.get(start.operands()[0])
-    return _constant(limit) - (_constant(start) if start and start.opcode == "constant" else 0)
+    return limit.constant() - (start.constant() if start and start.opcode == "constant" else 0)
 
 
-def _constant(instruction: _Instruction) -> int:
-    return int(re.match(r"-?\d+", instruction.text)[0])
-
-
-def _collective(instruction: _Instruction, num_devices: int, count: int, is_bounded: bool) -> Collective | None:
+def _collective(instruction: _Instruction, num_devices: int, num_slices: int) -> Collective | None:
+    """Returns one execution of a collective; None for another instruction."""
+    # Between slices a collective is a transfer by way of the host.
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+    if instruction.opcode == "send" and transfer:
+        kind = transfer[1].lower().replace("_", "-")
+        return Collective(kind if kind in KINDS else "collective-permute", num_slices, instruction.array_bytes()[0], 1,
+                          between_slices=True)
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -166,17 +175,7 @@ def _collective(instruction: _Instruction, num_devices: int, count: int, is_boun
         size = size * group_size // (group_size + 1)
     elif kind == "reduce-scatter":
         size *= group_size
-    return Collective(kind, group_size, size, count, is_bounded)
-
-
-def _slice_transfer(instruction: _Instruction, num_slices: int, count: int, is_bounded: bool) -> Collective | None:
-    """Returns a collective between slices, which a program shows as a transfer by way of the host."""
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
-    if instruction.opcode != "send" or not kind:
-        return None
-    name = kind[1].lower().replace("_", "-")
-    return Collective(name if name in KINDS else "collective-permute", num_slices, instruction.array_bytes()[0], count,
-                      is_bounded, between_slices=True)
+    return Collective(kind, group_size, size, 1)
 
 
 def _group_size(text: str, num_devices: int) -> int:

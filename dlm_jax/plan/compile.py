@@ -1,11 +1,10 @@
 """The training step of a recipe, traced from shapes alone and compiled for devices that are not attached."""
 
 import dataclasses
+import json
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +23,8 @@ from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.setup import check_fit, with_dropout
 from dlm_jax.training.step import TrainState, make_train_step, state_layout
 
-_GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
-_LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
-
 # The architecture in config.json of models on the hub, to plan without a network and before accepting their terms.
-KNOWN: dict[str, dict[str, Any]] = {
-    "gpt2": _GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
-    "gpt2-medium": _GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
-    "gpt2-large": _GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20},
-    "meta-llama/Llama-2-7b-hf": _LLAMA | {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
-        "tie_word_embeddings": False},
-    "meta-llama/Llama-3.2-1B": _LLAMA | {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
-        "rope_theta": 500000.0, "tie_word_embeddings": True,
-        "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 8192}},
-    "Qwen/Qwen3-0.6B": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
-        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "tie_word_embeddings": True},
-}  # fmt: skip
-KNOWN["diffusionfamily/diffullama"] = KNOWN["meta-llama/Llama-2-7b-hf"]
-KNOWN["Qwen/Qwen3-0.6B-Base"] = KNOWN["Qwen/Qwen3-0.6B"] | {"max_position_embeddings": 32768}
+KNOWN = json.loads(Path(__file__).with_name("known_models.json").read_text())
 
 # The two ways in which libtpu reports an exhausted HBM, and its size.
 _EXHAUSTED = re.compile(r"(?:Used |\()([\d.]+)([KMGT]?)(?: of |\) exceeds available HBM \()([\d.]+)([KMGT]?)"
@@ -91,20 +66,11 @@ class DeviceMemory:
     """
 
     needed: float
-    limit: float | None
+    limit: float
     fits: bool
     arguments: float | None = None
     temporary: float | None = None
     host: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class CompiledStep:
-    """`hlo`: the optimized text of its programs, empty if one does not fit; `seconds`: of compilation."""
-
-    memory: DeviceMemory
-    hlo: tuple[str, ...]
-    seconds: float
 
 
 def describe_base(model: ModelSource) -> Base:
@@ -141,10 +107,10 @@ def check_plan(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> No
 def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> list[jax.stages.Traced]:
     """Traces the step that `dlm train` runs for the devices of `mesh`: one program, or two if the optimizer's state is
     offloaded."""
-    model = _model(config, base, attention)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    step = make_train_step(nnx.graphdef(model), optimizer, mesh, objective=config.objective, config=config.optimizer,
-                           num_steps=config.num_steps, seed=config.seed, mask_token_id=base.mask_token_id)
+    step = make_train_step(nnx.graphdef(_model(config, base, attention)), optimizer, mesh, objective=config.objective,
+                           config=config.optimizer, num_steps=config.num_steps, seed=config.seed,
+                           mask_token_id=base.mask_token_id)
     state, batch = abstract_state(config, base, mesh), abstract_batch(config, mesh)
     with jax.set_mesh(mesh):
         if not config.optimizer.offload:
@@ -182,29 +148,33 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
                  ids, ids)
 
 
-def compile_step(programs: Sequence[jax.stages.Traced], limit: float, extra: float = 0.0) -> CompiledStep:
+def compile_step(programs: Sequence[jax.stages.Traced], limit: float,
+                 extra: float = 0.0) -> tuple[DeviceMemory, list[str]]:
     """Compiles the programs of a step, which run one after another: the step fits if each of them does.
 
     Args:
       limit: GiB of the device.
       extra: GiB of the device that are occupied while the first program runs, besides its arguments.
 
+    Returns:
+      (the memory needed, the optimized HLO text of each program), without texts if one of them does not fit.
+
     Raises:
       CompileError: the compiler fails, for another reason than memory.
     """
-    started, memories, texts = time.perf_counter(), [], []
+    memories, texts = [], []
     for program in programs:
         memory, hlo = _compile(program, limit)
-        if program is programs[0]:
+        if not memories:
             needed = memory.needed + extra
             memory = dataclasses.replace(memory, needed=needed, fits=memory.fits and needed <= limit)
         if not memory.fits:
-            return CompiledStep(memory, (), time.perf_counter() - started)
+            return memory, []
         memories.append(memory)
         texts.append(hlo)
     largest = {name: max(getattr(memory, name) for memory in memories)
                for name in ("needed", "arguments", "temporary", "host")}
-    return CompiledStep(DeviceMemory(limit=limit, fits=True, **largest), tuple(texts), time.perf_counter() - started)
+    return DeviceMemory(limit=limit, fits=True, **largest), texts
 
 
 def exhausted(message: str) -> DeviceMemory | None:
@@ -222,15 +192,14 @@ def _model(config: TrainConfig, base: Base, attention: str) -> Transformer:
     return abstract_model(base.config, compute, config.model.param_dtype, lora)
 
 
-def _compile(traced: jax.stages.Traced, limit: float) -> tuple[DeviceMemory, str | None]:
+def _compile(traced: jax.stages.Traced, limit: float) -> tuple[DeviceMemory, str]:
     """Returns what a program needs, and its optimized text if it fits."""
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        memory = exhausted(str(error))
-        if memory is None:
-            raise CompileError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
-        return memory, None
+        if memory := exhausted(str(error)):
+            return memory, ""
+        raise CompileError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
     analysis = compiled.memory_analysis()
     host = analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes  # the peak includes it
     memory = DeviceMemory((analysis.peak_memory_in_bytes - host) / GIB, limit, True,

@@ -47,16 +47,14 @@ class StepMemory:
 
 def estimate_memory(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention: str) -> StepMemory:
     """Estimates what a step needs per device of a mesh that shards only the batch (`has_analytic_estimate`)."""
-    architecture, state = base.config, abstract_state(config, base, mesh)
+    model, architecture, state = config.model, base.config, abstract_state(config, base, mesh)
+    micro_batches = config.optimizer.accumulate_steps
     params = device_bytes(state.params)
-    gradients = 4 * params // jnp.dtype(config.model.param_dtype).itemsize
-    if config.optimizer.accumulate_steps > 1:
-        gradients += params
+    gradients = 4 * params // jnp.dtype(model.param_dtype).itemsize + params * (micro_batches > 1)
 
-    rows = config.data.batch_size / config.optimizer.accumulate_steps / num_batch_shards(mesh)
-    kept, no_remat = (rows * activation_bytes(config, base, attention, remat)
-                      for remat in (config.model.remat, "none"))
-    width, gathers = jnp.dtype(config.model.dtype).itemsize, mesh.shape["fsdp"] > 1
+    rows = config.data.batch_size / micro_batches / num_batch_shards(mesh)
+    kept, no_remat = (rows * activation_bytes(config, base, attention, remat) for remat in (model.remat, "none"))
+    width, gathers = jnp.dtype(model.dtype).itemsize, mesh.shape["fsdp"] > 1
     lora = resolve_lora(config.lora, architecture, base.new_mask_token)
     layer = count_params(architecture, "blocks") / architecture.num_layers
     table = architecture.vocab_size * architecture.hidden_size
@@ -66,7 +64,7 @@ def estimate_memory(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, 
         working += width * (layer + table * (1 if architecture.tie_embeddings else 2))
     elif lora is not None and (lora.quantized or lora.dora):
         working += width * layer
-    if config.model.remat != "none":
+    if model.remat != "none":
         working += no_remat / architecture.num_layers
     if attention == "xla":  # the scores and their gradient, float32
         working += 8 * rows * architecture.num_heads * config.data.length**2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 
 from dlm_jax.parallel import num_batch_shards
@@ -9,7 +10,7 @@ from dlm_jax.parallel.chips import GIB
 from dlm_jax.plan.collectives import by_kind, collectives
 from dlm_jax.plan.compile import Base, DeviceMemory, abstract_state, compile_step, trace_step
 from dlm_jax.plan.memory import StepMemory, device_bytes, estimate_memory
-from dlm_jax.plan.roofline import Estimate, Flops, compiled_traffic, estimate, gpu_traffic, memory_traffic, step_flops
+from dlm_jax.plan.roofline import Estimate, Flops, Traffic, estimate, gpu_traffic, memory_traffic, step_flops
 from dlm_jax.plan.topology import Target, has_analytic_estimate
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.metrics import count_params
@@ -83,7 +84,7 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
       CompileError: it cannot be compiled, for another reason than memory.
     """
     flops = step_flops(config, base.config, target.attention, base.new_mask_token)
-    state, shape = abstract_state(config, base, target.mesh), target.mesh.shape
+    state, shape, limit = abstract_state(config, base, target.mesh), target.mesh.shape, target.chip.memory
     sent, unbounded, seconds, traffic = None, 0, None, None
     analytic = (estimate_memory(config, base, target.mesh, target.attention)
                 if has_analytic_estimate(config, shape) else None)
@@ -91,15 +92,17 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
         programs = trace_step(config, base, target.mesh, target.attention)
         # The averaged parameters are no argument of the first of two programs.
         extra = device_bytes(state.ema) / GIB if len(programs) > 1 else 0.0
-        compiled = compile_step(programs, target.chip.memory, extra)
-        memory, seconds = compiled.memory, compiled.seconds
+        started = time.perf_counter()
+        memory, texts = compile_step(programs, limit, extra)
+        seconds = time.perf_counter() - started
         if memory.fits:
-            found = [one for hlo in compiled.hlo for one in collectives(hlo, target.mesh.size, target.num_slices)]
+            found = [one for hlo in texts for one in collectives(hlo, target.mesh.size, target.num_slices)]
             sent, unbounded = by_kind(found), sum(not c.is_bounded for c in found)
-            traffic = compiled_traffic(
-                found, memory_traffic(config, base, target, memory.arguments, memory.temporary))
+            traffic = Traffic(memory_traffic(config, base, target, memory.arguments, memory.temporary),
+                              sum(c.sent for c in found if not c.between_slices),
+                              sum(c.sent for c in found if c.between_slices))
     else:
-        memory = DeviceMemory(analytic.total, target.chip.memory, analytic.total <= target.chip.memory)
+        memory = DeviceMemory(analytic.total, limit, analytic.total <= limit)
         traffic = gpu_traffic(config, base, target, analytic)
     with_gradients = device_bytes(state) + device_bytes(state.params)
     shards = shape["fsdp"] * shape["context"] * shape["tensor"]
@@ -107,9 +110,9 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
         target=target.name, chip=target.chip.name, num_chips=target.mesh.size, mesh=dict(shape),
         attention=target.attention, attention_reason=target.reason, batch_size=config.data.batch_size,
         length=config.data.length, micro_batches=config.optimizer.accumulate_steps,
-        rows=config.data.batch_size // (num_batch_shards(target.mesh) * config.optimizer.accumulate_steps),
-        is_compiled=target.is_compiled_for, memory=memory, memory_estimate=analytic, state=device_bytes(state) / GIB,
-        least_chips=math.ceil(with_gradients * shards / GIB / target.chip.memory), sent=sent, unbounded=unbounded,
+        rows=config.data.batch_size // _batch_unit(config, target), is_compiled=target.is_compiled_for, memory=memory,
+        memory_estimate=analytic, state=device_bytes(state) / GIB,
+        least_chips=math.ceil(with_gradients * shards / GIB / limit), sent=sent, unbounded=unbounded,
         flops=flops, compile_seconds=seconds,
         time=estimate(config, flops, traffic, target.chip, target.mesh.size) if memory.fits else None)
 
@@ -120,37 +123,38 @@ def largest_batch(config: TrainConfig, base: Base, target: Target, plan: Plan, p
     Args:
       plan: of the unchanged recipe, the first trial.
     """
-    unit = num_batch_shards(target.mesh) * config.optimizer.accumulate_steps
-    known = {plan.rows: plan.memory}
+    unit, known = _batch_unit(config, target), {plan.rows: plan.memory}
 
-    def needs(rows: int) -> tuple[bool, float]:
+    def needs(rows: int) -> float | None:
         if rows not in known:
             progress(f"trying data.batch_size={rows * unit}")
             known[rows] = make_plan(with_settings(config, {"data.batch_size": rows * unit}), base, target).memory
-        return known[rows].fits, known[rows].needed
+        return known[rows].needed if known[rows].fits else None
 
-    largest, refused, trials = largest_that_fits(needs, target.chip.memory, plan.rows)
-    return LargestBatch(largest * unit, known[largest].needed if largest else 0.0, refused and refused * unit, trials)
+    largest, refused = largest_that_fits(needs, target.chip.memory, plan.rows)
+    return LargestBatch(largest * unit, known[largest].needed if largest else 0.0, refused and refused * unit,
+                        len(known))
 
 
-def largest_that_fits(needs: Callable[[int], tuple[bool, float]], limit: float, start: int = 1,
-                      max_trials: int = 10) -> tuple[int, int | None, int]:
+def largest_that_fits(needs: Callable[[int], float | None], limit: float, start: int = 1,
+                      max_trials: int = 10) -> tuple[int, int | None]:
     """Searches from `start` along the line through the numbers that fitted, to where it meets `limit`.
 
     Args:
-      needs: returns of a number whether it fits, and what it needs, which counts only if it fits.
+      needs: returns what a number needs; None if it does not fit.
 
     Returns:
-      (the largest number that fits, or 0; the smallest tried that does not, or None; the number of trials).
+      (the largest number that fits, or 0; the smallest tried that does not, or None).
     """
-    fitted, refused, guess, trials = {0: 0.0}, None, start, 0
-    while trials < max_trials and guess != refused and guess not in fitted:
-        fits, need = needs(guess)
-        trials += 1
-        if fits:
-            fitted[guess] = need
+    fitted, refused, guess = {0: 0.0}, None, start
+    for _ in range(max_trials):
+        if guess == refused or guess in fitted:
+            break
+        need = needs(guess)
+        if need is None:
+            refused = min(guess, refused or guess)
         else:
-            refused = guess if refused is None else min(guess, refused)
+            fitted[guess] = need
         second, largest = [None, *sorted(fitted)][-2:]
         if largest == 0:
             guess = (refused or 2) // 2
@@ -161,7 +165,7 @@ def largest_that_fits(needs: Callable[[int], tuple[bool, float]], limit: float, 
             guess = int(min(max(largest + (limit - fitted[largest]) / slope, largest + 1), 8 * largest))
         if refused is not None and guess >= refused:
             guess = (largest + refused) // 2
-    return max(fitted), refused, trials
+    return max(fitted), refused
 
 
 def suggest(config: TrainConfig, base: Base, target: Target, plan: Plan, progress: Progress) -> list[Trial]:
@@ -186,8 +190,8 @@ def changes(config: TrainConfig, target: Target) -> Iterator[dict[str, object]]:
     """Yields settings that need less memory, those that cost the least time first: more micro-batches, full
     rematerialization, both; optimizer state in host memory; parameters and moments in bfloat16, which changes what is
     computed."""
-    counts = micro_batch_counts(config, num_batch_shards(target.mesh))
-    more = [{"optimizer.accumulate_steps": count} for count in counts]
+    more = [{"optimizer.accumulate_steps": count}
+            for count in micro_batch_counts(config, num_batch_shards(target.mesh))]
     remat = {"model.remat": "full"} if config.model.remat in ("none", "dots") else {}
     yield from more[:-1] if remat else more
     if remat:
@@ -204,8 +208,8 @@ def micro_batch_counts(config: TrainConfig, batch_shards: int) -> list[int]:
     """Returns about 4 and 16 times the recipe's number of micro-batches, and the number with one row per shard."""
     now, most = config.optimizer.accumulate_steps, config.data.batch_size // batch_shards
     possible = [count for count in range(now + 1, most + 1) if most % count == 0]
-    chosen = {next((count for count in possible if count >= factor * now), most) for factor in (4, 16)}
-    return sorted((chosen | {most}) & set(possible))
+    return sorted({next(count for count in possible if count >= min(factor * now, most))
+                   for factor in (4, 16, most)} if possible else ())
 
 
 def with_settings(config: TrainConfig, settings: dict[str, object]) -> TrainConfig:
@@ -292,6 +296,11 @@ def _sent(plan: Plan) -> str:
     if plan.unbounded:
         kinds += f"; {plan.unbounded} of them in loops whose length depends on the data, counted once"
     return kinds or "nothing"
+
+
+def _batch_unit(config: TrainConfig, target: Target) -> int:
+    """Returns the batch size with one row at a time per shard of the batch."""
+    return num_batch_shards(target.mesh) * config.optimizer.accumulate_steps
 
 
 def _seconds(seconds: float) -> str:

@@ -10,7 +10,6 @@ from dlm_jax.checkpoints import resolve_lora
 from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel.chips import GIB, Chip
-from dlm_jax.plan.collectives import Collective
 from dlm_jax.plan.compile import Base, abstract_state
 from dlm_jax.plan.memory import StepMemory
 from dlm_jax.plan.topology import Target
@@ -49,9 +48,8 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes per chip and step: a lower bound of memory reads and writes, bytes sent within the slice or host, and
-    bytes sent beyond it.
-    """
+    """Bytes per chip and step: a lower bound of memory reads and writes, and what is sent within the slice or host and
+    beyond."""
 
     memory: float
     interconnect: float
@@ -74,7 +72,6 @@ class Estimate:
     ceiling: float
     utilization: float
     tokens_per_second: float
-    tokens: float
     days: float
     chip_hours: float
 
@@ -108,11 +105,6 @@ def scored_share(objective: ObjectiveConfig) -> float:
     return masked
 
 
-def passes(remat: str) -> int:
-    """Returns how often a micro-batch reads all weights: forward, backward, and the recomputed forward pass."""
-    return 3 if remat in ("full", "offload") else 2
-
-
 def estimate(config: TrainConfig, flops: Flops, traffic: Traffic, chip: Chip, num_chips: int) -> Estimate:
     """Returns the times of a step and of the run by FORMULA."""
     limits = {
@@ -122,33 +114,28 @@ def estimate(config: TrainConfig, flops: Flops, traffic: Traffic, chip: Chip, nu
     }
     if traffic.network:
         limits["network"] = traffic.network / (chip.network or chip.interconnect)
-    floor, tokens = max(limits.values()), config.data.batch_size * config.data.length
+    floor = max(limits.values())
     seconds = max((limits["compute"] + limits["memory"]) / EFFICIENCY, floor)
+    days = seconds * config.num_steps / 86400
     return Estimate(
         limits=limits, floor=floor, seconds=seconds, ceiling=sum(limits.values()) / EFFICIENCY,
-        utilization=flops.model / num_chips / chip.flops / seconds, tokens_per_second=tokens / seconds,
-        tokens=tokens * config.num_steps, days=seconds * config.num_steps / 86400,
-        chip_hours=seconds * config.num_steps * num_chips / 3600)
+        utilization=flops.model / num_chips / chip.flops / seconds,
+        tokens_per_second=config.data.batch_size * config.data.length / seconds,
+        days=days, chip_hours=24 * days * num_chips)
 
 
 def memory_traffic(config: TrainConfig, base: Base, target: Target, state: float, temporary: float) -> float:
     """Returns a lower bound of the bytes through a device's memory per step.
 
-    The state, and each micro-batch's temporary memory, are read once and written once; each pass of a micro-batch reads
-    the weights.
+    The state, and each micro-batch's temporary memory, are read once and written once; each pass of a micro-batch
+    (forward, backward, and forward again to recompute) reads the weights.
 
     Args:
       state, temporary: GiB.
     """
-    micro_batches = config.optimizer.accumulate_steps
+    micro_batches, passes = config.optimizer.accumulate_steps, 3 if config.model.remat in ("full", "offload") else 2
     weights = count_params(base.config) * jnp.dtype(config.model.dtype).itemsize / target.mesh.shape["tensor"]
-    return 2 * GIB * (state + temporary * micro_batches) + weights * passes(config.model.remat) * micro_batches
-
-
-def compiled_traffic(found: list[Collective], memory: float) -> Traffic:
-    """Returns the traffic of a compiled program from its collectives."""
-    return Traffic(memory, sum(c.sent for c in found if not c.between_slices),
-                   sum(c.sent for c in found if c.between_slices))
+    return 2 * GIB * (state + temporary * micro_batches) + weights * passes * micro_batches
 
 
 def gpu_traffic(config: TrainConfig, base: Base, target: Target, memory: StepMemory) -> Traffic:
@@ -158,13 +145,12 @@ def gpu_traffic(config: TrainConfig, base: Base, target: Target, memory: StepMem
     trained over `fsdp`, in the activations' dtype; replicas of the parameters sum their float32 gradients. A group that
     is larger than a host of eight GPUs is limited by all network cards of a host together.
     """
-    sizes, params = target.mesh.shape, count_params(base.config)
+    params, shards = count_params(base.config), target.mesh.shape["fsdp"]
     trained = sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config, base, target.mesh).params))
-    width, shards = jnp.dtype(config.model.dtype).itemsize, sizes["fsdp"]
-    replicas = target.mesh.size // shards
-    sharded = width * (2 * params + trained) * (shards - 1) / shards * config.optimizer.accumulate_steps
-    replicated = 2 * 4 * trained / shards * (replicas - 1) / replicas
+    width, replicas = jnp.dtype(config.model.dtype).itemsize, target.mesh.size // shards
+    sent = width * (2 * params + trained) * (shards - 1) / shards * config.optimizer.accumulate_steps
+    sent += 2 * 4 * trained / shards * (replicas - 1) / replicas
     traffic = memory_traffic(config, base, target, memory.state, memory.total - memory.state)
     if target.mesh.size <= _GPUS_PER_HOST:
-        return Traffic(traffic, sharded + replicated)
-    return Traffic(traffic, 0.0, (sharded + replicated) / _GPUS_PER_HOST)
+        return Traffic(traffic, sent)
+    return Traffic(traffic, 0.0, sent / _GPUS_PER_HOST)

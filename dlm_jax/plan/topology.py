@@ -20,18 +20,10 @@ from dlm_jax.training.setup import attention_spec, choose_attention
 
 GPUS = tuple(chip.name for chip in CHIPS if not any(kind.startswith("TPU") for kind in chip.kinds))
 
-# The axes of each generation's torus.
-_AXES = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+_AXES = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # of each generation's torus
 _HOST = (2, 2, 1)  # chips of a host along each axis: a slice has a multiple of them, or fits in one host
-
-# The number in a cloud name counts cores on older and large chips, two per chip, and chips on the others.
-_CORES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2, "v5litepod": 1, "v5e": 1, "v6e": 1}
-# Shapes by number of chips (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e); of several, the most cubic.
-_FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16),
-         512: (16, 32), 1024: (32, 32)}
-_CUBIC = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8),
-          512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16)}
-
+# What the number in a cloud name counts per chip: its cores, or the chip itself.
+_CLOUD_UNITS = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 _NAME = re.compile(r"(?:(?P<slices>\d+)x)?(?P<generation>[a-z]\w*)(?::(?P<shape>\d+(?:x\d+){1,2})|-(?P<number>\d+))")
 
 # Set before libtpu is loaded: it must not search for a machine, nor log that there is none, and several processes may
@@ -85,9 +77,8 @@ def tpu_target(config: TrainConfig, architecture: ModelConfig, name: str) -> Tar
     """Returns one or more TPU slices by name (`read_topology`)."""
     topology = read_topology(name)
     mesh = make_mesh(config.mesh, tpu_devices(topology))
-    chip = next(chip for chip in CHIPS if chip.name == topology.generation)
     attention = choose_attention(config, architecture, mesh)
-    return Target(topology.name, chip, mesh, attention.backend, attention.reason, topology.slices)
+    return Target(topology.name, _chip(topology.generation), mesh, attention.backend, attention.reason, topology.slices)
 
 
 def gpu_target(config: TrainConfig, architecture: ModelConfig, description: str) -> Target:
@@ -97,11 +88,11 @@ def gpu_target(config: TrainConfig, architecture: ModelConfig, description: str)
       ConfigError: the GPU is unknown or lacks the requested attention backend, or memory has no analytic estimate on
         this mesh.
     """
-    match = re.fullmatch(r"([\w-]+):(\d+)", description.lower())
-    if not match or match[1] not in GPUS or int(match[2]) < 1:
+    name, _, count = description.lower().partition(":")
+    if name not in GPUS or not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"the GPUs {description!r} are not described as NAME:COUNT, such as h100:8; known names are "
                           f"{', '.join(GPUS)}")
-    chip, mesh = next(chip for chip in CHIPS if chip.name == match[1]), abstract_mesh(config.mesh, int(match[2]))
+    chip, mesh = _chip(name), abstract_mesh(config.mesh, int(count))
     if not has_analytic_estimate(config, mesh.shape):
         raise ConfigError("planning for GPUs needs a mesh that shards only the batch and nothing offloaded to host "
                           "memory: set mesh.tensor and mesh.context to 1, optimizer.offload to false and model.remat "
@@ -127,23 +118,20 @@ def read_topology(text: str) -> Topology:
     Raises:
       ConfigError: the name, generation or shape does not exist.
     """
-    match = _NAME.fullmatch(text)
+    match = _NAME.fullmatch(text.replace("v5litepod", "v5e"))
     if not match:
         raise ConfigError(f"the topology {text!r} is not named GENERATION:SHAPE, such as v5e:4x4, v5p:2x2x4, or "
                           "2xv5e:16x16 for two slices, nor by its cloud name, such as v5litepod-16")
     generation, slices = match["generation"], int(match["slices"] or 1)
-    if match["number"]:
-        generation, shape = _cloud_shape(text, generation, int(match["number"]))
-    else:
-        shape = tuple(map(int, match["shape"].split("x")))
     if generation not in _AXES:
         raise ConfigError(f"the topology {text!r} is of an unknown generation; known are {', '.join(_AXES)}")
-    if len(shape) != _AXES[generation]:
-        raise ConfigError(f"the topology {text!r} has {len(shape)} axes, but {generation} has {_AXES[generation]}")
-    partial_host = any(size % host for size, host in zip(shape, _HOST, strict=False))
-    if math.prod(shape) * slices < 1 or (partial_host and math.prod(shape) > 2):
-        host = "x".join(map(str, _HOST[:len(shape)]))
-        raise ConfigError(f"the topology {text!r} is not a multiple of hosts of {host} chips")
+    shape = (_cloud_shape(generation, int(match["number"])) if match["number"]
+             else tuple(map(int, match["shape"].split("x"))))
+    if shape is None:
+        raise ConfigError(f"the topology {text!r} has no usual shape; write GENERATION:SHAPE, such as v5e:4x4")
+    host, chips = _HOST[:_AXES[generation]], math.prod(shape)
+    if len(shape) != len(host) or chips * slices < 1 or (_is_partial_host(shape) and chips > 2):
+        raise ConfigError(f"the topology {text!r} is not a multiple of hosts of {'x'.join(map(str, host))} chips")
     return Topology(generation, shape, slices)
 
 
@@ -163,25 +151,28 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
     options = {} if topology.slices == 1 else {"num_slices": topology.slices}
     if topology.generation == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip are one device, as on real machines
-    shape = (*topology.shape, 1)[:3]
-    if any(size % host for size, host in zip(shape, _HOST, strict=True)):
-        options["chips_per_host_bounds"] = shape
-    name = f"{topology.generation}:{'x'.join(map(str, topology.shape))}"
+    if _is_partial_host(topology.shape):
+        options["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
+    name = Topology(topology.generation, topology.shape).name
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ConfigError(f"libtpu cannot describe the topology {name}: {' '.join(str(error).split())}") from error
 
 
-def _cloud_shape(text: str, generation: str, number: int) -> tuple[str, tuple[int, ...]]:
-    if generation not in _CORES:
-        raise ConfigError(f"the topology {text!r} names a number of chips of an unknown generation; write "
-                          "GENERATION:SHAPE, such as v5e:4x4")
-    chips, rest = divmod(number, _CORES[generation])
-    generation = "v5e" if generation == "v5litepod" else generation
-    shapes = _FLAT if _AXES[generation] == 2 else _CUBIC
-    if rest or chips not in shapes:
-        numbers = ", ".join(str(size * _CORES[generation]) for size in shapes)
-        raise ConfigError(f"the topology {text!r} has no usual shape; numbers that have one are {numbers}: write "
-                          "others as GENERATION:SHAPE")
-    return generation, shapes[chips]
+def _chip(name: str) -> Chip:
+    return next(chip for chip in CHIPS if chip.name == name)
+
+
+def _is_partial_host(shape: tuple[int, ...]) -> bool:
+    return any(size % host for size, host in zip(shape, _HOST, strict=False))
+
+
+def _cloud_shape(generation: str, number: int) -> tuple[int, ...] | None:
+    """Returns the most cubic shape of a power of two of chips, as Google assigns it, with the longest axis last."""
+    chips, rest = divmod(number, _CLOUD_UNITS[generation]) if generation in _CLOUD_UNITS else (0, 0)
+    axes, exponent = _AXES[generation], chips.bit_length() - 1
+    if rest or chips.bit_count() != 1 or (chips < 4 and (axes, chips) != (2, 1)):
+        return None
+    shape = tuple(2 ** ((exponent + axis) // axes) for axis in range(axes))
+    return (2, 2, 1) if shape == (1, 2, 2) else shape  # one host

@@ -23,27 +23,21 @@ def wait_for(step: int, running: subprocess.Popen) -> None:
         assert running.poll() is None
 
 
-def test_new_tpu_trains_to_the_end(cloud):
+def test_new_tpu_is_created_and_reused(cloud):
     here = cloud(workers=2, states=["CREATING", "CREATING"])
     done = here.tpu(POD, "--project=p", "--spot", *TRAINING)
     assert done.stdout.splitlines() == [f"step {step}" for step in range(1, 11)]  # the log of worker 0, once
     assert "CREATING" in done.stderr and "--delete" in done.stderr
+    again = here.tpu(POD, *TRAINING, "--config.num_steps=12", "--coordinator=host:1234", *ODD)
+    assert "resumed at step 10" in again.stdout and "step 12" in again.stdout
     (create,) = here.calls("tpu-vm", "create")
     assert {"--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot", "--project=p"} <= set(create)
     for worker in ("0/0", "0/1"):
         assert here.arguments(worker) == ["--coordinator=auto", *TRAINING[1:]]
+        assert here.arguments(worker, 2) == [*TRAINING[1:], "--config.num_steps=12", "--coordinator=host:1234", *ODD]
         assert (here.home(worker) / "dlm_jax/launch/tpu_run.sh").exists()
-    assert ".[tpu,gcs]" in (here.standin / "pip").read_text()
-
-
-def test_ready_tpu_is_reused_and_arguments_arrive_unchanged(cloud):
-    here = cloud()
-    here.tpu(HOST, *TRAINING)
-    again = here.tpu(HOST, *TRAINING, "--config.num_steps=12", "--coordinator=host:1234", *ODD)
-    assert len(here.calls("tpu-vm", "create")) == 1
-    assert "resumed at step 10" in again.stdout and "step 12" in again.stdout
-    assert len((here.standin / "pip").read_text().splitlines()) == 2  # installed once: pip --version, pip install
-    assert here.arguments(start=2) == [*TRAINING[1:], "--config.num_steps=12", "--coordinator=host:1234", *ODD]
+    installed = (here.standin / "pip").read_text()
+    assert ".[tpu,gcs]" in installed and len(installed.splitlines()) == 4  # once per worker: --version, install
 
 
 def test_preempted_tpu_is_created_again_and_training_resumes(cloud):
@@ -65,7 +59,7 @@ def test_creation_waits_for_capacity_and_reports_other_errors(cloud):
     assert "Quota limit" in refused.stderr and "could not create my-tpu" in refused.stderr
 
 
-def test_queued_resource_is_awaited_preempted_and_deleted(cloud):
+def test_queued_resource(cloud):
     here = cloud(states=["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"], preempt_at=[3], gone="SUSPENDED")
     here.plan("0/0", HANG)
     done = here.tpu(HOST, "--queued", "--spot", "--delete_after", *TRAINING)
@@ -73,12 +67,9 @@ def test_queued_resource_is_awaited_preempted_and_deleted(cloud):
     assert len(create) == 2 and {"--node-id=my-tpu", "--runtime-version=v2-alpha-tpuv6e", "--spot"} <= set(create[0])
     assert all(state in done.stderr for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDED"))
     assert "resumed at step" in done.stdout and here.world()["name"] is None
-
-
-def test_failed_queued_resource_ends_it(cloud):
-    here = cloud(states=["ACCEPTED", "FAILED"])
+    here.plan_for(states=["ACCEPTED", "FAILED"])
     assert "describe my-tpu" in here.tpu(HOST, "--queued", *TRAINING, code=1).stderr
-    assert len(here.calls("queued-resources", "create")) == 1
+    assert len(here.calls("queued-resources", "create")) == 3
 
 
 def test_slices_train_as_one(cloud):
@@ -93,17 +84,7 @@ def test_slices_train_as_one(cloud):
     assert "worker 1/1 ended with 137 (killed by SIGKILL)" in killed.stderr
 
 
-def test_failed_training_is_reported_and_not_restarted(cloud):
-    here = cloud(workers=2)
-    here.plan("0/1", "exit 1 2 --config.data.train=nowhere: there is no such file")
-    here.plan("0/0", "exit 76 3")
-    done = here.tpu(POD, *TRAINING, code=1)
-    assert "worker 0/1 ended with 1 " in done.stderr
-    assert "0/1: dlm train: --config.data.train=nowhere: there is no such file" in done.stderr
-    assert here.starts() == here.starts("0/1") == 1
-
-
-def test_stopped_and_killed_trainings_restart(cloud):
+def test_restarts_by_exit_code(cloud):
     here = cloud(workers=2)
     here.plan("0/0", "exit 75 2", "exit 76 2", "exit 139 2")
     here.plan("0/1", HANG, HANG, HANG)
@@ -114,11 +95,16 @@ def test_stopped_and_killed_trainings_restart(cloud):
     assert "saved at step" in (here.home("0/1") / "dlm_run/log").read_text()  # the others were stopped by SIGTERM
 
 
-def test_restarts_are_limited(cloud):
-    here = cloud()
-    here.plan("0/0", *["exit 137 2"] * 3)
-    done = here.tpu(HOST, "--max_restarts=1", "--delete_after", *TRAINING, code=137)
-    assert here.starts() == 2 and "after 1 restarts" in done.stderr and here.world()["name"] is None
+def test_failures_and_the_limit_of_restarts_end_it(cloud):
+    here = cloud(workers=2)
+    here.plan("0/0", "exit 76 3", *["exit 137 2"] * 3)
+    here.plan("0/1", "exit 1 2 --config.data.train=nowhere: there is no such file", *[HANG] * 3)
+    done = here.tpu(POD, *TRAINING, code=1)
+    assert "worker 0/1 ended with 1 " in done.stderr
+    assert "0/1: dlm train: --config.data.train=nowhere: there is no such file" in done.stderr
+    assert here.starts() == here.starts("0/1") == 1
+    done = here.tpu(POD, "--max_restarts=1", "--delete_after", *TRAINING, code=137)
+    assert here.starts() == 3 and "after 1 restarts" in done.stderr and here.world()["name"] is None
 
 
 def test_unreachable_worker_stops_the_others_and_is_named(cloud):
@@ -185,24 +171,20 @@ def test_stop_saves_and_delete_deletes(cloud):
     assert "ABSENT" in here.tpu("--status", code=1).stderr
 
 
-def test_secrets_reach_the_training_alone(cloud, tmp_path):
-    here = cloud()
-    (tmp_path / "secrets").write_text("HF_TOKEN=hf_secret\n")
-    done = here.tpu(HOST, f"--env_file={tmp_path / 'secrets'}", *TRAINING)
-    assert "HF_TOKEN=hf_secret" in (here.standin / "environment-0-0-1").read_text()
-    assert "hf_secret" not in done.stdout + done.stderr + (here.standin / "calls").read_text()
-    assert (here.home() / "dlm_env_file").stat().st_mode & 0o077 == 0
-
-
-def test_commit_of_a_repository_is_cloned(cloud):
+def test_repository_is_cloned_and_secrets_reach_the_training_alone(cloud, tmp_path):
     here = cloud()
     git = ["git", "-c", "user.name=me", "-c", "user.email=me@here", "-C", str(here.checkout)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], text=True, capture_output=True, check=True).stdout.strip()
     (here.checkout / "later").touch()
     subprocess.run([*git, "add", "later"], check=True)
     subprocess.run([*git, "commit", "--quiet", "--message=later"], check=True)
-    here.tpu(HOST, f"--repo={here.checkout}", f"--commit={commit}", "--extras=tpu", *TRAINING)
+    (tmp_path / "secrets").write_text("HF_TOKEN=hf_secret\n")
+    done = here.tpu(HOST, f"--repo={here.checkout}", f"--commit={commit}", "--extras=tpu",
+                    f"--env_file={tmp_path / 'secrets'}", *TRAINING)
     assert (here.home() / "dlm_jax/launch/lib.sh").exists() and not (here.home() / "dlm_jax/later").exists()
+    assert "HF_TOKEN=hf_secret" in (here.standin / "environment-0-0-1").read_text()
+    assert "hf_secret" not in done.stdout + done.stderr + (here.standin / "calls").read_text()
+    assert (here.home() / "dlm_env_file").stat().st_mode & 0o077 == 0
 
 
 def test_dry_run_prints_commands_that_can_be_pasted(cloud, tmp_path):
@@ -227,30 +209,35 @@ def test_dry_run_prints_commands_that_can_be_pasted(cloud, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "mentions"), [
-    (["--zone=z", POD, *TRAINING], "--name=NAME"),
-    (["--name=n", POD, *TRAINING], "--zone=ZONE"),
-    (["--name=n", "--zone=z", *TRAINING], "--type=''"),
-    (["--name=n", "--zone=z", "--type=h100-8", *TRAINING], "--type='h100-8'"),
-    (["--name=My_TPU", "--zone=z", POD, *TRAINING], "--name=My_TPU"),
-    (["--name=n", "--zone=z", POD, "--sopt", *TRAINING], "--sopt"),
-    (["--name=n", "--zone=z", POD, "--config=diffugpt_s"], "--config"),
-    (["--name=n", "--zone=z", POD, "diffugpt_s"], "'diffugpt_s'"),
-    (["--name=n", "--zone=z", POD, "--slices=two", *TRAINING], "--slices"),
-    (["--name=n", "--zone=z", POD], "nothing to train"),
-    (["--name=n", "--zone=z", POD, "--", "--workdir=gs://b/r"], "--config=RECIPE"),
-    (["--name=n", "--zone=z", POD, "--", "--config=c"], "--workdir=DIR"),
-    (["--name=n", "--zone=z", POD, "--", "--config=c", "--workdir=runs/a"], "--workdir=runs/a"),
-    (["--name=n", "--zone=z", HOST, "--spot", "--", "--config=c", "--workdir", "runs/a"], "gs://"),
-    (["--name=n", "--zone=z", POD, "--repo=https://me:token@host/x", "--commit=1", *TRAINING], "--repo"),
-    (["--name=n", "--zone=z", POD, "--repo=https://host/x", *TRAINING], "--commit"),
-    (["--name=n", "--zone=z", POD, "--env_file=nowhere", *TRAINING], "--env_file=nowhere"),
-    (["--name=n", "--zone=z", "--stop", *TRAINING], "--stop"),
-    (["--name", "n", "--zone", "z", "--type"], "--type"),
+    (["--name=", POD, *TRAINING], "--name"),
+    (TRAINING, "--type=''"),
+    (["--type=h100-8", *TRAINING], "--type='h100-8'"),
+    (["--name=My_TPU", POD, *TRAINING], "--name=My_TPU"),
+    ([POD, "--sopt", *TRAINING], "--sopt"),
+    ([POD, "--config=diffugpt_s"], "--config"),
+    ([POD, "diffugpt_s"], "'diffugpt_s'"),
+    ([POD, "--slices=two", *TRAINING], "--slices"),
+    ([POD], "nothing to train"),
+    ([POD, "--", "--workdir=gs://b/r"], "--config=RECIPE"),
+    ([POD, "--", "--config=c"], "--workdir=DIR"),
+    ([POD, "--", "--config=c", "--workdir=runs/a"], "--workdir=runs/a"),
+    ([HOST, "--spot", "--", "--config=c", "--workdir", "runs/a"], "gs://"),
+    ([POD, "--repo=https://me:token@host/x", "--commit=1", *TRAINING], "--repo"),
+    ([POD, "--repo=https://host/x", *TRAINING], "--commit"),
+    ([POD, "--env_file=nowhere", *TRAINING], "--env_file=nowhere"),
+    (["--stop", *TRAINING], "--stop"),
+    (["--type"], "--type"),
 ])
 def test_wrong_arguments_are_one_sentence(arguments, mentions):
-    done = subprocess.run(["bash", str(SCRIPT), *arguments], text=True, capture_output=True)
+    done = subprocess.run(["bash", str(SCRIPT), "--name", "n", "--zone=z", *arguments], text=True, capture_output=True)
     assert done.returncode == 2 and done.stdout == ""
     assert mentions in done.stderr and len(done.stderr.splitlines()) == 1 and "me:token" not in done.stderr
+
+
+def test_missing_name_and_zone():
+    for arguments, mentions in (([], "--name=NAME"), (["--name=n"], "--zone=ZONE")):
+        done = subprocess.run(["bash", str(SCRIPT), *arguments, POD, *TRAINING], text=True, capture_output=True)
+        assert done.returncode == 2 and mentions in done.stderr
 
 
 def test_help_lists_every_flag():

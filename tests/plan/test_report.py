@@ -77,17 +77,17 @@ def test_compiled_plan(config, base):
 def test_search_finds_the_largest(offset, slope, start):
     tried = []
 
-    def needs(rows: int) -> tuple[bool, float]:
+    def needs(rows: int) -> float | None:
         tried.append(rows)
-        return offset + slope * rows <= LIMIT, offset + slope * rows
+        return offset + slope * rows if offset + slope * rows <= LIMIT else None
 
     largest = max(math.floor((LIMIT - offset) / slope + 1e-9), 0)
-    assert largest_that_fits(needs, LIMIT, start, max_trials=30) == (largest, largest + 1, len(tried))
+    assert largest_that_fits(needs, LIMIT, start, max_trials=30) == (largest, largest + 1)
     assert len(tried) == len(set(tried)) <= 12  # each trial is a compilation
 
 
 def test_search_of_a_line_or_a_jump():
-    needs = lambda rows: (3 + 0.5 * rows <= LIMIT, 3 + 0.5 * rows)  # noqa: E731
-    assert largest_that_fits(needs, LIMIT, 2) == (25, 26, 4)
-    assert largest_that_fits(needs, LIMIT, 2, max_trials=2) == (4, None, 2)
-    assert largest_that_fits(lambda rows: (rows <= 11, 0.1 * rows), LIMIT, 1)[:2] == (11, 12)
+    line = lambda rows: 3 + 0.5 * rows if 3 + 0.5 * rows <= LIMIT else None  # noqa: E731
+    assert largest_that_fits(line, LIMIT, 2, max_trials=4) == (25, 26)
+    assert largest_that_fits(line, LIMIT, 2, max_trials=2) == (4, None)
+    assert largest_that_fits(lambda rows: 0.1 * rows if rows <= 11 else None, LIMIT, 1) == (11, 12)
