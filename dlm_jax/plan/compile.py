@@ -1,6 +1,7 @@
 """The training step of a recipe, traced from shapes alone and compiled for devices that are not attached."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.checkpoints import config_from_hf, load_pretrained, resolve_lora
+from dlm_jax.checkpoints.lora import LoRASettings
 from dlm_jax.checkpoints.tokenizer import choose_mask_token
 from dlm_jax.diffusion import Batch
 from dlm_jax.errors import ConfigError, DLMError
@@ -19,7 +21,7 @@ from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model, sp
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.training.config import ModelSource, TrainConfig
-from dlm_jax.training.optimizer import make_optimizer
+from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.setup import check_fit, with_dropout
 from dlm_jax.training.step import TrainState, make_train_step, state_layout
 
@@ -108,9 +110,9 @@ def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> l
     """Traces the step that `dlm train` runs for the devices of `mesh`: one program, or two if the optimizer's state is
     offloaded."""
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    step = make_train_step(nnx.graphdef(_model(config, base, attention)), optimizer, mesh, objective=config.objective,
-                           config=config.optimizer, num_steps=config.num_steps, seed=config.seed,
-                           mask_token_id=base.mask_token_id)
+    graphdef = nnx.graphdef(_model(config.model, config.lora, base, attention))
+    step = make_train_step(graphdef, optimizer, mesh, objective=config.objective, config=config.optimizer,
+                           num_steps=config.num_steps, seed=config.seed, mask_token_id=base.mask_token_id)
     state, batch = abstract_state(config, base, mesh), abstract_batch(config, mesh)
     with jax.set_mesh(mesh):
         if not config.optimizer.offload:
@@ -127,9 +129,7 @@ def abstract_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -
     Raises:
       ConfigError: the mesh does not divide a parameter.
     """
-    _, params, frozen = split_trainable(_model(config, base, "xla"))
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    return state_layout(params, optimizer, config.optimizer.ema_decay > 0, mesh, config.optimizer.offload, frozen)
+    return _abstract_state(config.model, config.lora, config.optimizer, config.num_steps, base, mesh)
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
@@ -186,10 +186,18 @@ def exhausted(message: str) -> DeviceMemory | None:
     return DeviceMemory(float(used) * _UNITS[used_unit] / GIB, float(limit) * _UNITS[limit_unit] / GIB, False)
 
 
-def _model(config: TrainConfig, base: Base, attention: str) -> Transformer:
-    compute = Compute(config.model.dtype, config.model.remat, attention, ATTENTION_PARTITION)
-    lora = resolve_lora(config.lora, base.config, base.new_mask_token)
-    return abstract_model(base.config, compute, config.model.param_dtype, lora)
+@functools.cache  # the same for all batches
+def _abstract_state(model: ModelSource, lora: LoRASettings, optimizer: OptimizerConfig, num_steps: int, base: Base,
+                    mesh: Mesh | AbstractMesh) -> TrainState:
+    _, params, frozen = split_trainable(_model(model, lora, base, "xla"))
+    return state_layout(params, make_optimizer(optimizer, num_steps), optimizer.ema_decay > 0, mesh, optimizer.offload,
+                        frozen)
+
+
+def _model(model: ModelSource, lora: LoRASettings, base: Base, attention: str) -> Transformer:
+    compute = Compute(model.dtype, model.remat, attention, ATTENTION_PARTITION)
+    return abstract_model(base.config, compute, model.param_dtype,
+                          resolve_lora(lora, base.config, base.new_mask_token))
 
 
 def _compile(traced: jax.stages.Traced, limit: float) -> tuple[DeviceMemory, str]:

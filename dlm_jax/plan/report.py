@@ -207,9 +207,10 @@ def changes(config: TrainConfig, target: Target) -> Iterator[dict[str, object]]:
 def micro_batch_counts(config: TrainConfig, batch_shards: int) -> list[int]:
     """Returns about 4 and 16 times the recipe's number of micro-batches, and the number with one row per shard."""
     now, most = config.optimizer.accumulate_steps, config.data.batch_size // batch_shards
-    possible = [count for count in range(now + 1, most + 1) if most % count == 0]
-    return sorted({next(count for count in possible if count >= min(factor * now, most))
-                   for factor in (4, 16, most)} if possible else ())
+    small = [count for count in range(1, math.isqrt(most) + 1) if most % count == 0]
+    divisors = sorted({*small, *(most // count for count in small)})
+    chosen = {next(count for count in divisors if count >= min(factor * now, most)) for factor in (4, 16, most)}
+    return sorted(count for count in chosen if count > now)
 
 
 def with_settings(config: TrainConfig, settings: dict[str, object]) -> TrainConfig:

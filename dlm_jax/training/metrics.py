@@ -1,6 +1,7 @@
 """What a run measures and reports: FLOPs, goodput, the metrics of its steps, the log and the console."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -43,10 +44,16 @@ def peak_flops(device: jax.Device) -> float | None:
     return chip and chip.flops
 
 
+@functools.cache
 def count_params(config: ModelConfig, submodule: str | None = None) -> int:
     """Returns the number of parameters of the model, or of a submodule such as "blocks"."""
     model = abstract_model(config)
     return _count(nnx.state(model if submodule is None else getattr(model, submodule)))
+
+
+@functools.cache
+def _count_lora(config: ModelConfig, lora: LoRAConfig) -> int:
+    return _count(nnx.state(abstract_model(config, lora=lora), LoRAFactor))
 
 
 def _count(state: nnx.State) -> int:
@@ -66,7 +73,7 @@ def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
     frozen, head = (6, 6) if lora is None else (4, 6 if lora.head or (lora.embedding and config.tie_embeddings) else 4)
     blocks = frozen * count_params(config, "blocks") * tokens
     if lora is not None:
-        blocks += 6 * _count(nnx.state(abstract_model(config, lora=lora), LoRAFactor)) * tokens
+        blocks += 6 * _count_lora(config, lora) * tokens
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
     return blocks + attention + head * config.hidden_size * config.vocab_size * scored
 

@@ -31,9 +31,10 @@ def test_gpus(capsys, tmp_path, tiny):
 
 
 def test_status_and_suggestions_if_it_does_not_fit(capsys, tiny):
-    status, out, _ = run(capsys, *tiny, "--gpu=l4:1", "--config.data.batch_size=100000000", "--suggest", "--json=-")
+    status, out, err = run(capsys, *tiny, "--gpu=l4:1", "--config.data.batch_size=100000000", "--suggest", "--json=-")
+    assert status == 3, err
     result = json.loads(out)
-    assert status == 3 and not result["fits"] and result["plans"][0]["plan"]["time"] is None
+    assert not result["fits"] and result["plans"][0]["plan"]["time"] is None
     assert [trial["memory"]["fits"] for trial in result["plans"][0]["suggestions"]][:-1].count(True) == 0
 
 

@@ -1,11 +1,12 @@
 """Analytic estimates against real arrays and against each other."""
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
 from dlm_jax.checkpoints import resolve_lora
-from dlm_jax.models import Compute, Transformer, base_shapes, split_trainable
+from dlm_jax.models import Compute, abstract_model, base_shapes, split_trainable
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.plan.collectives import collectives
 from dlm_jax.plan.compile import abstract_state, trace_step
@@ -15,31 +16,34 @@ from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.step import create_state
 from tests.plan.conftest import with_values
 
-MESH = MeshConfig(data=2, fsdp=4)
+MESH, WIDE = MeshConfig(data=2, fsdp=4), MeshConfig(data=8)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-def test_state_bytes(config, base, name):
-    config = with_values(config, optimizer={"name": name, "ema_decay": 0.9})
-    params = nnx.state(Transformer(base.config, rngs=nnx.Rngs(0)))
-    state = create_state(params, make_optimizer(config.optimizer, 100), True, make_mesh(MESH))
+def trained_and_frozen(config, base):
+    lora = resolve_lora(config.lora, base.config, base.new_mask_token)
+    return split_trainable(abstract_model(base.config, lora=lora))[1:]
+
+
+@pytest.mark.parametrize("changes", [
+    {"optimizer": {"name": "adamw", "ema_decay": 0.9}}, {"optimizer": {"name": "adafactor"}},
+    {"optimizer": {"name": "muon"}}, {"lora": {"rank": 4, "embedding": False}}], ids=str)
+def test_state_bytes(config, base, changes):
+    config = with_values(config, **changes)
+    params, frozen = (jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), tree)
+                      for tree in trained_and_frozen(config, base))
+    state = create_state(params, make_optimizer(config.optimizer, 100), config.optimizer.ema_decay > 0,
+                         make_mesh(MESH), frozen=frozen)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert device_bytes(abstract_state(config, base, abstract_mesh(MESH, 8))) == held
 
 
 def test_lora_state_and_gradients(config, base):
-    small = with_values(config, lora={"rank": 4, "embedding": False})
-    lora = resolve_lora(small.lora, base.config, base.new_mask_token)
-    model = Transformer(base.config, rngs=nnx.Rngs(0), lora=lora)
-    _, params, frozen = split_trainable(model)
-    trained = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    state = create_state(params, make_optimizer(small.optimizer, 100), False, make_mesh(MESH), frozen=frozen)
-    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    assert device_bytes(abstract_state(small, base, abstract_mesh(MESH, 8))) == held
-    full, less = (estimate_memory(one, base, abstract_mesh(MeshConfig(data=8), 8), "cudnn") for one in (config, small))
+    mesh, small = abstract_mesh(WIDE, 8), with_values(config, lora={"rank": 4, "embedding": False})
+    full, less, table = (estimate_memory(one, base, mesh, "cudnn")
+                         for one in (config, small, with_values(config, lora={"rank": 4})))
+    trained = sum(4 * leaf.size for leaf in jax.tree.leaves(trained_and_frozen(small, base)[0]))
     assert less.gradients == pytest.approx(2 * trained / 2**30)  # summed over micro-batches, in float32
     assert less.state < 0.3 * full.state
-    table = estimate_memory(with_values(config, lora={"rank": 4}), base, abstract_mesh(MeshConfig(data=8), 8), "cudnn")
     assert less.state < table.state < full.state  # the mask token is new, so the table is trained
 
 
@@ -52,7 +56,7 @@ def test_quantized_base_bytes(config, base, kind, bits):
     _, stored = base_shapes(base.config, Compute(), "float32", None)
     kernels = sum(leaf.size for path, leaf in nnx.to_flat_state(stored)
                   if path[0] == "blocks" and path[-1] == "kernel")
-    saved = state("bfloat16", MeshConfig(data=8)) - state(kind, MeshConfig(data=8))
+    saved = state("bfloat16", WIDE) - state(kind, WIDE)
     assert saved == kernels * (16 - bits) / 8
     split = MeshConfig(data=4, fsdp=2)  # between the two blocks of 128
     assert state("bfloat16", split) - state(kind, split) == saved / 2
@@ -63,8 +67,9 @@ def test_quantized_base_bytes(config, base, kind, bits):
 
 def test_quantized_base_sends_no_more(config, base):
     def sent(frozen_dtype):
-        one = with_values(config, lora={"rank": 4, "frozen_dtype": frozen_dtype}, model={"remat": "full"},
-                      optimizer={"accumulate_steps": 1}, data={"batch_size": 8, "length": 256})
+        one = with_values(config, lora={"rank": 4, "frozen_dtype": frozen_dtype, "targets": ("q", "out")},
+                          model={"remat": "full"}, optimizer={"accumulate_steps": 1},
+                          data={"batch_size": 8, "length": 256})
         program, = trace_step(one, base, make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), "xla")
         return sum(c.sent for c in collectives(program.lower().compile().as_text(), 2) if c.kind == "all-gather")
 
