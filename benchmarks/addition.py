@@ -66,15 +66,15 @@ def main() -> None:
         **answers["values"], "nats_per_token": answers["nats_per_token"],
         "while_training": [{name: value for name, value in record.items() if name != "text"}
                            for record in read_records(run, "generation")],
-        "wrong": [record["text"] for record in answers["records"] if not record["values"]["marked_number"]][:10],
+        "wrong": [record["text"] for record in answers["records"] if not record["values"]["strict_match"]][:10],
         "cores": os.cpu_count()}
     harness.write_results("addition", result, "jax", "flax")
     print(f"\n{'step':>6}  {'exact':>6}  {'sum':>6}  {'form':>6}")
     for record in result["while_training"]:
-        print(f"{record['step']:>6}  {record['exact_match']:>6.3f}  {record['marked_number']:>6.3f}  "
-              f"{record['in_form']:>6.3f}")
+        print(f"{record['step']:>6}  {record['exact_match']:>6.3f}  {record['strict_match']:>6.3f}  "
+              f"{record['well_formed']:>6.3f}")
     print(f"{result['unseen_sums']} unseen sums: exact {answers['values']['exact_match']['mean']:.3f}, sum "
-          f"{answers['values']['marked_number']['mean']:.3f}; {result['minutes_training']:.1f} minutes of training, "
+          f"{answers['values']['strict_match']['mean']:.3f}; {result['minutes_training']:.1f} minutes of training, "
           f"{result['minutes_answering']:.1f} of answering, {result['minutes_of_processor_time']:.1f} of processor "
           "time")
 

@@ -60,7 +60,7 @@ def plot(curves: dict[str, dict[str, list[dict]]], path: pathlib.Path) -> None:
     """Plots the loss, and the share of answers in the right format, against steps."""
     with harness.figure(path, 2, (9, 3.6)) as (left, right):
         for variant, curve in curves.items():
-            for axes, kind, name in ((left, "validation", "bound"), (right, "generation", "in_form")):
+            for axes, kind, name in ((left, "validation", "bound"), (right, "generation", "well_formed")):
                 axes.plot([record["step"] for record in curve[kind]], [record[name] for record in curve[kind]], "o-",
                           color=VARIANTS[variant], label=variant, linewidth=2, markersize=4)
         left.set(xlabel="steps", ylabel="held-out answers, nats per token", yscale="log")
@@ -72,7 +72,7 @@ def table(found: dict[str, dict]) -> str:
     lines = [harness.table_head("model", "nats per token", "right format", "right number", "same text")]
     for variant, row in found.items():
         cells = [f"{row[name]['mean']:.3f} ± {row[name]['standard_error']:.3f}"
-                 for name in ("in_form", "marked_number", "exact_match")]
+                 for name in ("well_formed", "strict_match", "exact_match")]
         lines.append(f"| {variant} | {row['nats_per_token']:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

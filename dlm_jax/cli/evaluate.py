@@ -222,7 +222,7 @@ def _add_lm_eval_arguments(parser: argparse._ArgumentGroup) -> None:
 
 def _run_lm_eval(arguments: argparse.Namespace) -> None:
     names = _check_lm_eval(arguments)
-    from dlm_jax.evaluation.lm_eval import HarnessLM  # raises ConfigError without lm-eval
+    from dlm_jax.evaluation.lm_eval import LmEvalAdapter  # raises ConfigError without lm-eval
     from dlm_jax.storage import write_json
 
     if arguments.num_masks is None:
@@ -237,7 +237,7 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
         # Of the metrics of a multiple choice only exact_match needs is_greedy.
         exact = any(task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in task.aggregation()
                     for task in tasks["tasks"].values())
-        lm = HarnessLM(eval_model, num_steps=arguments.num_steps, is_greedy=exact or None)
+        lm = LmEvalAdapter(eval_model, num_steps=arguments.num_steps, is_greedy=exact or None)
         with _quiet():
             found[eval_model.name] = _evaluate(lm, tasks, arguments.limit, samples=arguments.out is not None)
         shortened |= lm.shortened

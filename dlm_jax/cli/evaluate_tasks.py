@@ -80,7 +80,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     jobs, files = zip(*(make_job(task, arguments, reference, text) for task in tasks), strict=True)
     execute = Sandbox() if any(task.executes for task in tasks) else None
     eval_models = load_eval_models(arguments, reference, arguments.mc_estimator)
-    judge = _load_judge(arguments, eval_models) if any(task.kind == "free" for task in tasks) else None
+    judge = _load_judge(arguments, eval_models) if any(task.kind == "open_ended" for task in tasks) else None
     models = [eval_model.name for eval_model in eval_models]
     settings = {name: getattr(arguments, name) for name in (
         "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_masks",
@@ -135,7 +135,7 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
         check(task, setting)
         if task.kind in ("text", "reconstruct") and (arguments.shots or arguments.prompt_file):
             raise ConfigError(f"the task {task.name} has no prompts; leave --shots and --prompt_file out")
-        if task.kind == "free" and arguments.judge is None and arguments.parent is None:
+        if task.kind == "open_ended" and arguments.judge is None and arguments.parent is None:
             raise ConfigError(f"the task {task.name} needs a model that judges generated texts; name it with --judge, "
                               "or a --parent")
         if task.executes and not arguments.allow_code_execution:
@@ -253,7 +253,7 @@ def read_prompt_file(path: str | None) -> tuple[str, dict[str, str]]:
 def make_job(task: "Task", arguments: argparse.Namespace, reference: bool, prefix: str) -> "tuple[Job, dict[str, str]]":
     """Returns a task with its items, and the file or hub dataset of the items with its digest."""
     from dlm_jax.evaluation.run import Job
-    from dlm_jax.evaluation.tasks import digest, hub_spec, load_items, shots_prefix
+    from dlm_jax.evaluation.tasks import digest, few_shot_prefix, hub_spec, load_items
 
     named = dict(_named_file(text) for text in arguments.data_files or ())
     for name in named:
@@ -269,7 +269,7 @@ def make_job(task: "Task", arguments: argparse.Namespace, reference: bool, prefi
         shown = load_items(task, examples, limit=arguments.shots)
         if len(shown) < arguments.shots:
             raise ConfigError(f"--shots={arguments.shots}, and {examples} has {len(shown)} items")
-        prefix = shots_prefix(shown)
+        prefix = few_shot_prefix(shown)
         about |= {"shots_file": examples, "shots_sha256": digest(examples)}
     return Job(task, items, prefix), about
 

@@ -76,8 +76,8 @@ def answer(model: Transformer, questions: Sequence[Question], prompt_format: Pro
 def judge(texts: Sequence[str], questions: Sequence[Question], prompt_format: PromptFormat) -> list[dict[str, float]]:
     """Returns metrics of each text against the answer to its question, between 0 and 1.
 
-    `exact_match` is the same text. GSM8K's formats have `marked_number`, the same number after `####`, and `in_form`,
-    whether the text ends with a number after `####`. Other formats have `rougeL`.
+    All formats have `exact_match`, the same text. GSM8K's have `strict_match`, the same number after `####`, and
+    `well_formed`, whether the text ends with such a number. The others have `rougeL`.
     """
     metrics_of = _number_metrics if prompt_format.config.format.startswith("gsm8k") else _word_metrics
     return [{"exact_match": float(text == question.answer), **metrics_of(text, question.answer)}
@@ -120,8 +120,8 @@ class GenerationEval:
 
 
 def _number_metrics(text: str, answer: str) -> dict[str, float]:
-    return {"marked_number": METRICS["marked_number"](text, [answer.rpartition("####")[2].strip()]),
-            "in_form": float(_NUMBER_AT_END.search(text) is not None)}
+    return {"strict_match": METRICS["strict_match"](text, [answer.rpartition("####")[2].strip()]),
+            "well_formed": float(_NUMBER_AT_END.search(text) is not None)}
 
 
 def _word_metrics(text: str, answer: str) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Adapts an `EvalModel` to lm-eval, the LM Evaluation Harness: any of its tasks, with its prompts, filters and metrics.
 
     from lm_eval import simple_evaluate
-    simple_evaluate(HarnessLM(eval_model), tasks=["hellaswag", "lambada_openai"], bootstrap_iters=1000)
+    simple_evaluate(LmEvalAdapter(eval_model), tasks=["hellaswag", "lambada_openai"], bootstrap_iters=1000)
 
 It needs the package lm-eval; nothing else in the library imports this module.
 """
@@ -56,7 +56,7 @@ class _Settings(NamedTuple):
     temperature: float
 
 
-class HarnessLM(LM):
+class LmEvalAdapter(LM):
     """Implements lm-eval's `LM` with an `EvalModel`, which gets all requests of a call at once.
 
     Log-likelihoods are the negative scores, in nats; for a diffusion model they are lower bounds. Context and
@@ -120,7 +120,7 @@ class HarnessLM(LM):
         if checked and self.eval_model.is_greedy is None:
             raise ConfigError(f"{self.eval_model.name} has no is_greedy, which metrics of the task "
                               f"{requests[checked[0]].task_name} may need; give the EvalModel one, or pass "
-                              "is_greedy=False to HarnessLM and ignore these metrics")
+                              "is_greedy=False to LmEvalAdapter and ignore these metrics")
         scores = self.eval_model.score(pairs)
         found = self.eval_model.is_greedy([pairs[place] for place in checked]) if checked else ()
         is_greedy = dict(zip(checked, found, strict=True))
@@ -196,8 +196,8 @@ class HarnessLM(LM):
         found = getattr(self.tokenizer, "chat_template", None)
         if not isinstance(found, str):
             number = "several chat templates" if found else "no chat template"
-            raise ConfigError(f"{self.eval_model.name} has {number}; give the HarnessLM a tokenizer with one, or leave "
-                              "apply_chat_template out")
+            raise ConfigError(f"{self.eval_model.name} has {number}; give the LmEvalAdapter a tokenizer with one, or "
+                              "leave apply_chat_template out")
         return found
 
     @property

@@ -1,20 +1,15 @@
-"""Metrics of generated texts: pure functions of strings with values between 0 and 1, and functions for prompting.
+"""Metrics of generated texts: pure functions of strings, with values between 0 and 1.
 
-`METRICS` compares a text with accepted answers. `ANSWERS` extracts the answer from a text, so that samples can vote:
-self-consistency (Wang et al., arXiv 2203.11171) samples one prompt several times and takes the majority.
-
-    prompt = few_shot(examples, question)
-    texts = lm.generate([prompt] * 3, max_new_tokens=128)
-    answer = majority([answer_after(text.removeprefix(prompt)) for text in texts])
+`METRICS` compares a text with accepted answers. `ANSWERS` extracts the answer from a text, so that samples can vote
+(self-consistency, arXiv 2203.11171).
 """
 
-import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
-from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.errors import DataError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -56,9 +51,9 @@ def stripped_match(prediction: str, answers: Sequence[str]) -> float:
     return float(prediction.strip() in {answer.strip() for answer in answers})
 
 
-def marked_number(prediction: str, answers: Sequence[str]) -> float:
-    """Returns whether the number after `####` is an answer: 18, 18.0 and $18 are the same (GSM8K, arXiv 2110.14168)."""
-    return _is_among(_marked(prediction), answers)
+def strict_match(prediction: str, answers: Sequence[str]) -> float:
+    """Returns whether the number after `####` is an answer (GSM8K, arXiv 2110.14168); 18, 18.0 and $18 are equal."""
+    return _is_among(_strict(prediction), answers)
 
 
 def last_number(prediction: str, answers: Sequence[str]) -> float:
@@ -79,7 +74,7 @@ def chosen_letter(prediction: str, answers: Sequence[str]) -> float:
     return float(_letter(prediction) in answers)
 
 
-def marked_text(prediction: str, answers: Sequence[str]) -> float:
+def reference_match(prediction: str, answers: Sequence[str]) -> float:
     """Returns whether the text after `####` equals an answer without commas, as in the reference's GSM8K."""
     after = prediction.partition("####")[2].replace(",", "").strip()
     return float(after in {answer.replace(",", "").strip() for answer in answers})
@@ -115,22 +110,6 @@ def best(score: Callable[[str], float], answers: Sequence[str]) -> float:
     return max(map(score, answers))
 
 
-def few_shot(examples: Sequence[tuple[str, str]], question: str,
-             template: str = "Question: {question}\nAnswer: {answer}", separator: str = "\n\n") -> str:
-    """Returns a prompt of (question, answer) pairs and a last question, which ends where its answer starts.
-
-    Without examples it is a zero-shot prompt from the same template.
-
-    Raises:
-      ConfigError: the template lacks {question}, or {answer} after it.
-    """
-    before, found, after = template.partition("{answer}")
-    if not found or "{question}" not in before:
-        raise ConfigError(f"the template {template!r} must hold {{question}} and, after it, {{answer}}")
-    shown = [before.replace("{question}", asked) + answer + after for asked, answer in examples]
-    return separator.join([*shown, before.replace("{question}", question)])
-
-
 def answer_after(text: str, marker: str = "####") -> str | None:
     """Returns the text after the first marker up to the end of its line, as in GSM8K: "#### 1,250" gives "1250".
 
@@ -146,38 +125,17 @@ def majority(answers: Sequence[str | None]) -> str | None:
     return votes.most_common(1)[0][0] if votes else None
 
 
-def hit_at_k(samples_correct: Sequence[Sequence[bool]], k: int) -> float:
-    """Returns the unbiased pass@k: the probability that at least one of k samples is correct, averaged over questions.
-
-    With c of n samples correct it is 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374, eq. 1).
-
-    Args:
-      samples_correct: for each question, whether each of its samples is correct; their numbers may differ.
-
-    Raises:
-      DataError: there is no question.
-      ConfigError: k is less than 1 or exceeds a question's number of samples.
-    """
-    if not samples_correct:
-        raise DataError("there are no questions to count hits for")
-    fewest = min(map(len, samples_correct))
-    if not 1 <= k <= fewest:
-        raise ConfigError(f"hit@k needs 1 <= k <= the number of samples, got k = {k} where a question has {fewest}")
-    chances = [1 - math.comb(len(row) - sum(map(bool, row)), k) / math.comb(len(row), k) for row in samples_correct]
-    return math.fsum(chances) / len(chances)
-
-
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact_match": exact_match,
     "contains": contains,
     "f1": token_f1,
     "first_word": first_word,
     "stripped_match": stripped_match,
-    "marked_number": marked_number,
+    "strict_match": strict_match,
     "last_number": last_number,
     "stated_number": stated_number,
     "chosen_letter": chosen_letter,
-    "marked_text": marked_text,
+    "reference_match": reference_match,
     "rouge1": lambda text, answers: best(lambda answer: rouge_n(text, answer, 1), answers),
     "rouge2": lambda text, answers: best(lambda answer: rouge_n(text, answer, 2), answers),
     "rougeL": lambda text, answers: best(lambda answer: rouge_l(text, answer), answers),
@@ -193,7 +151,7 @@ def _first_word(text: str) -> str | None:
     return words[0].strip(string.punctuation) if words else None
 
 
-def _marked(text: str) -> str | None:
+def _strict(text: str) -> str | None:
     return _value(answer_after(text))
 
 
@@ -234,7 +192,7 @@ def _value(text: str | None) -> str | None:
 ANSWERS: dict[str, Callable[[str], str | None]] = {
     "exact_match": lambda text: normalize(text) or None,
     "first_word": _first_word,
-    "marked_number": _marked,
+    "strict_match": _strict,
     "last_number": _last,
     "stated_number": _stated,
     "chosen_letter": _letter,

@@ -166,14 +166,14 @@ def shown_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
 def _means(values: Sequence[dict[str, float]], records: Sequence[Record]) -> dict[str, Mean]:
     columns = _columns(values)
     if "judged_nats" in columns:
-        return _free_means(columns, [text for record in records for text in generated_texts(record)])
+        return _open_ended_means(columns, [text for record in records for text in generated_texts(record)])
     if "nats" not in columns:
         return {name: mean_of(column) for name, column in columns.items()}
     return {"nats_per_token": ratio_of(columns["nats"], columns["tokens"]),
             "bits_per_byte": ratio_of(columns["nats"] / math.log(2), columns["bytes"])}
 
 
-def _free_means(columns: dict[str, np.ndarray], texts: Sequence[str]) -> dict[str, Mean]:
+def _open_ended_means(columns: dict[str, np.ndarray], texts: Sequence[str]) -> dict[str, Mean]:
     """Returns the metrics of free texts: perplexity under the judge with its error by linearization, and distinct-n."""
     means = {}
     if columns["judged_tokens"].any():

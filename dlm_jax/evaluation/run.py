@@ -18,7 +18,7 @@ from dlm_jax.evaluation.tasks import Task
 Record = dict[str, Any]
 Execute = Callable[[Sequence[Program]], Sequence[Outcome]]
 _REQUIRED_CAPABILITY = {"choice": "score", "text": "score", "reconstruct": "masked_accuracy", "generate": "generate",
-                        "infill": "generate", "free": "generate"}  # by the kind of task, a field of EvalModel
+                        "infill": "generate", "open_ended": "generate"}  # by the kind of task, a field of EvalModel
 _REFERENCE_LENGTH = 256  # tokens per row in the reference scripts' GSM8K; no solution of another task is longer
 
 
@@ -75,7 +75,7 @@ def run(jobs: Sequence[Job], eval_models: Sequence[EvalModel], *, done: Sequence
             raise ConfigError(f"{eval_model.name} has no {capability}, which the task {job.task.name} needs")
         if job.task.executes and setting.execute is None:
             raise ConfigError(f"the task {job.task.name} runs generated programs; give run() an `execute`")
-        if job.task.kind == "free" and (setting.judge is None or setting.judge.score is None):
+        if job.task.kind == "open_ended" and (setting.judge is None or setting.judge.score is None):
             raise ConfigError(f"the task {job.task.name} needs a model that judges the generated texts; give "
                               "run() a `judge` that scores")
     records, first = list(done), 0
@@ -175,7 +175,7 @@ def request_of(eval_model: EvalModel, task: Task, item: Item, number: int, *, re
         if eval_model.max_length is not None:  # half of the row remains for the text around it
             most = eval_model.max_length // 2
             lengths = range(min(lengths.start, most), min(lengths[-1], most) + 1, lengths.step)
-        if task.kind in ("generate", "free") or eval_model.autoregressive:
+        if task.kind in ("generate", "open_ended") or eval_model.autoregressive:
             lengths = range(lengths[-1], lengths[-1] + 1)
     prompt = item.parent_prompt if eval_model.autoregressive and item.parent_prompt else item.prompt
     suffix = "" if eval_model.autoregressive else item.suffix
@@ -204,7 +204,7 @@ def judge_text(item: Item, pairs: Sequence[Pair], scores: Sequence[float]) -> di
                        "bytes": len(item.options[0][1].encode())}}
 
 
-def judge_free(texts: Sequence[str], judged: Sequence[tuple[float, int]]) -> dict[str, Any]:
+def judge_open_ended(texts: Sequence[str], judged: Sequence[tuple[float, int]]) -> dict[str, Any]:
     """Returns the values of an item's free texts; `judged` has the judge's (nats, tokens) of each non-empty text."""
     about = {"text": texts[0]} if len(texts) == 1 else {"texts": list(texts)}
     return {**about, "values": {"judged_nats": math.fsum(nats for nats, _ in judged),
@@ -297,7 +297,7 @@ def _records(job: Job, eval_model: EvalModel, numbers: Sequence[int], setting: S
         found = reconstruct(eval_model.masked_accuracy, pairs, setting.seed)
         return [{**head, "values": values} for head, values in zip(heads, found, strict=True)]
     texts = _generate(job, eval_model, numbers, setting)
-    if task.kind == "free":
+    if task.kind == "open_ended":
         return [{**head, **values} for head, values in zip(heads, _judged(job, numbers, texts, setting), strict=True)]
     answers = [[extract_answer(task, eval_model, item, text, reference) for text in samples]
                for item, samples in zip(items, texts, strict=True)]
@@ -329,8 +329,8 @@ def _judged(job: Job, numbers: Sequence[int], texts: Sequence[Sequence[str]], se
     prompts = [job.prefix + job.items[number].prompt for number in numbers]
     pairs = [[pairs_of(setting.judge, job.task, Item(options=((prompt, text),)), number)[0] if text else None
               for text in samples] for number, prompt, samples in zip(numbers, prompts, texts, strict=True)]
-    scores = iter(setting.judge.score([pair for row in pairs for pair in row if pair is not None]))
-    return [judge_free(samples, [(float(next(scores)), len(pair.continuation)) for pair in row if pair is not None])
+    scores = iter(setting.judge.score([pair for row in pairs for pair in row if pair]))
+    return [judge_open_ended(samples, [(float(next(scores)), len(pair.continuation)) for pair in row if pair])
             for samples, row in zip(texts, pairs, strict=True)]
 
 
@@ -344,7 +344,7 @@ def _progress(records: Sequence[Record], task: Task, eval_model: EvalModel) -> s
               if record["task"] == task.name and record["model"] == eval_model.name]
     if task.kind == "text":
         return f"{math.fsum(v['nats'] for v in values) / sum(v['tokens'] for v in values):.3f} nats/token"
-    if task.kind == "free":
+    if task.kind == "open_ended":
         nats, tokens = (math.fsum(v[key] for v in values) for key in ("judged_nats", "judged_tokens"))
         return f"perplexity {math.exp(nats / max(tokens, 1)):.2f}"
     name = next(iter(values[0]))

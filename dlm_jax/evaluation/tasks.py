@@ -53,7 +53,7 @@ class Task:
 
     Attributes:
       kind: "choice" scores options, "generate" continues a prompt, "infill" generates between two texts, "text" scores
-        all of a text, "reconstruct" predicts masked tokens, "free" generates texts that a judge scores.
+        all of a text, "reconstruct" predicts masked tokens, "open_ended" generates texts that a judge scores.
       read: makes an item of the fields of a row; its second argument says whether the protocol is `reference`.
       metrics: names in `metrics.METRICS` for tasks that generate, the main one first; samples vote by it.
       reference_metrics: the metrics under `reference`.
@@ -75,7 +75,7 @@ class Task:
     """
 
     name: str
-    kind: Literal["choice", "generate", "infill", "text", "reconstruct", "free"]
+    kind: Literal["choice", "generate", "infill", "text", "reconstruct", "open_ended"]
     read: Callable[[Fields, bool], Item]
     metrics: tuple[str, ...] = ()
     reference_metrics: tuple[str, ...] = ()
@@ -115,11 +115,11 @@ _TASKS = (
          folders=("triviaqa", "trivia_qa"), hub=("mandarjoshi/trivia_qa?name=rc.nocontext", "validation")),
     Task("squad", "generate", items.squad, ("exact_match", "f1", "contains"), ("contains", "f1"), lengths=(1, 24),
          flatten=items.squad_questions, hub=("rajpurkar/squad", "validation"), reference_limit=2000),
-    Task("gsm8k", "generate", items.gsm8k, ("marked_number", "last_number"), ("marked_text",), lengths=(1, 256),
+    Task("gsm8k", "generate", items.gsm8k, ("strict_match", "last_number"), ("reference_match",), lengths=(1, 256),
          truncate="answer", splits=("test",), hub=_GSM8K, reference_steps=64, reference_temperature=0.0),
     Task("gsm8k_cot", "generate", items.gsm8k_cot, _NUMBERS, lengths=(1, 256), truncate="answer", folders=("gsm8k",),
          splits=("test",), hub=_GSM8K, in_reference=False),
-    Task("gsm8k_icot", "generate", items.gsm8k_symbolic, ("marked_number", "last_number"), ("marked_text",),
+    Task("gsm8k_icot", "generate", items.gsm8k_symbolic, ("strict_match", "last_number"), ("reference_match",),
          lengths=(1, 128), truncate="answer", splits=("test",), reference_steps=64, reference_temperature=0.0),
     Task("mawps", "generate", items.mawps, _NUMBERS, lengths=(1, 16), splits=_TEST_FIRST, hub=_MAWPS,
          in_reference=False),
@@ -137,7 +137,7 @@ _TASKS = (
          reference_temperature=None),
     Task("text", "text", items.text),
     Task("reconstruction", "reconstruct", items.text, folders=("reconstruction", "text"), in_reference=False),
-    Task("generation", "free", opening, lengths=(128, 128), temperature=1.0,
+    Task("generation", "open_ended", opening, lengths=(128, 128), temperature=1.0,
          folders=("generation", "text"), in_reference=False),
 )
 TASKS = {task.name: task for task in _TASKS}
@@ -203,7 +203,7 @@ def load_items(task: Task, path: str, *, reference: bool = False, limit: int | N
     return found
 
 
-def shots_prefix(shown: Sequence[Item]) -> str:
+def few_shot_prefix(shown: Sequence[Item]) -> str:
     """Returns the examples that precede every prompt, separated by blank lines.
 
     Raises:

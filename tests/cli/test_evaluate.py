@@ -65,7 +65,7 @@ def test_table_with_parent(capsys, parent, data_dir, tmp_path):
                  "--num_masks=3", "--num_steps=2", "--block_length=2", "--batch_size=4")
     status, table, err = evaluate(capsys, *arguments, f"--out={out}")
     assert status == 0, err
-    assert "accuracy normalized" in table and "marked number" in table and "bits per byte" in table
+    assert "accuracy normalized" in table and "strict match" in table and "bits per byte" in table
     result = json.loads(out.read_text())
     assert result["tasks"]["piqa"]["items"] == 5 and len(result["records"]) == 2 * (5 + 2 + 1)
     assert result["settings"]["num_masks"] == 3 and result["settings"]["block_length"] == 2

@@ -53,7 +53,7 @@ def test_it_finds_what_the_run_found(run, objective, files, tmp_path, capsys):
                  f"--json={out}"]) == 0
     shown, result, recorded = capsys.readouterr().out, json.loads(out.read_text()), read_records(run, "generation")[-1]
     assert result["num_examples"] == len(result["records"]) == 8 and result["length"] == 16
-    for name in ("exact_match", "marked_number", "in_form"):
+    for name in ("exact_match", "strict_match", "well_formed"):
         assert result["values"][name]["mean"] == recorded[name] and name in shown
     assert result["records"][0]["text"] == recorded["text"] and result["records"][0]["answer"] == "#### 2"
     bound = read_records(run, "validation")[-1]["bound"]

@@ -30,10 +30,10 @@ def run(*argv: object) -> int:
     return main([str(argument) for argument in argv])
 
 
-def test_prepared_rows_train_like_the_raw_text(capsys, recipe, text, tmp_path):
+def test_prepared_rows_train_like_raw_text(capsys, recipe, text, tmp_path):
     rows = tmp_path / "rows"
     command = ("prepare", f"--config={recipe}", "--data", text, f"--output={rows}/", "--note=ours", "--json=-")
-    assert run(*command) == 0
+    assert run(*command, "--workers=1") == 0
     first = json.loads(capsys.readouterr().out)
     assert first["splits"]["train"]["rows"] > 8 and first["splits"]["validation"]["rows"] > 0
     assert json.loads((rows / "manifest.json").read_text())["note"] == "ours"
@@ -51,33 +51,16 @@ def test_prepared_rows_train_like_the_raw_text(capsys, recipe, text, tmp_path):
     assert json.loads(capsys.readouterr().out)["num_rows"] == first["splits"]["validation"]["rows"]
 
 
-def test_mixture_with_document_masks_and_random_lengths_trains(capsys, recipe, text, tmp_path):
+def test_mixture_with_document_masks_and_random_lengths(recipe, text, tfds_folder, tmp_path):
     options = ("--config.data.packing=document_mask", "--config.data.random_length=0.3")
-    for name in ("one", "two"):
-        assert run("prepare", f"--config={recipe}", options[0], "--data", text, f"--output={tmp_path / name}") == 0
+    sources = (str(text), f"tfds:toy/small?data_dir={tfds_folder}")
+    for name, source in zip(("one", "two"), sources, strict=True):
+        assert run("prepare", f"--config={recipe}", options[0], "--data", source, f"--output={tmp_path / name}",
+                   "--workers=0") == 0
+        assert json.loads((tmp_path / name / "manifest.json").read_text())["sources"] == [source]
     assert run("train", f"--config={recipe}", f"--config.data.train={tmp_path / 'one'},{tmp_path / 'two'}", *options,
                "--config.data.weights=0.7,0.3", f"--workdir={tmp_path / 'run'}") == 0
-    assert read_records(tmp_path / "run", "train")[-1]["step"] == 2
-
-
-def test_examples_train(capsys, recipe, tmp_path):
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"prompt": f"The cat {i}", "response": "sat."}) + "\n" for i in range(80)))
-    assert run("train", f"--config={recipe}", f"--config.data.train={pairs}", f"--workdir={tmp_path / 'run'}",
-               "--config.data.examples.format=prompt_response") == 0
-    assert read_records(tmp_path / "run", "train")[-1]["masked_tokens"] < 8 * 6  # of 8 x 16 tokens only the responses
-
-
-def test_tfds_dataset_trains(recipe, tfds_folder, tmp_path):
-    source, rows = f"tfds:toy/small?data_dir={tfds_folder}", tmp_path / "rows"
-    assert run("prepare", f"--config={recipe}", "--data", source, f"--output={rows}") == 0
-    assert json.loads((rows / "manifest.json").read_text())["sources"] == [source]
-    losses = []
-    for name, data in (("direct", source), ("prepared", rows)):
-        assert run("train", f"--config={recipe}", f"--config.data.train={data}", f"--workdir={tmp_path / name}") == 0
-        losses.append([record["loss"] for record in read_records(tmp_path / name, "train")])
-    assert losses[0] == losses[1]
-    assert "tensorflow" not in sys.modules
+    assert read_records(tmp_path / "run", "train")[-1]["step"] == 2 and "tensorflow" not in sys.modules
 
 
 @pytest.mark.parametrize(("arguments", "mentions"), [
@@ -91,16 +74,16 @@ def test_tfds_dataset_trains(recipe, tfds_folder, tmp_path):
     (("--data", "{text}", "--config.data.text_key=body"), "body"),
     (("--data", "{text}", "--config.data.examples.format=messages"), "chat template"),
 ])
-def test_errors_are_one_sentence(capsys, recipe, text, tmp_path, arguments, mentions):
+def test_bad_arguments(capsys, recipe, text, tmp_path, arguments, mentions):
     arguments = [argument.format(text=text) for argument in arguments]
-    assert run("prepare", f"--config={recipe}", f"--output={tmp_path / 'rows'}", *arguments) == 1
+    assert run("prepare", f"--config={recipe}", f"--output={tmp_path / 'rows'}", "--workers=0", *arguments) == 1
     error = capsys.readouterr().err
     assert mentions in error and error.count("\n") == 1
 
 
-def test_interrupted_command_resumes(base, tmp_path):
+def test_interrupt_and_resume(base, tmp_path):
     path = tmp_path / "long.jsonl"
-    path.write_text((json.dumps({"text": "The cat sat on the mat. " * 40}) + "\n") * 30_000)
+    path.write_text((json.dumps({"text": "The cat sat on the mat. " * 40}) + "\n") * 7_000)
     command = ["prepare", f"--tokenizer={base}", "--data", path, f"--output={tmp_path / 'rows'}", "--workers=1",
                "--shard_size=1", "--config.data.length=16"]
     # Where the tests run in the background, Ctrl-C may be ignored, and that is inherited.
@@ -110,7 +93,7 @@ def test_interrupted_command_resumes(base, tmp_path):
                                stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     deadline = time.monotonic() + 60
     while not (tmp_path / "rows" / "progress.npz").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err

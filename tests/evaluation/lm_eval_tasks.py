@@ -1,4 +1,4 @@
-"""Tasks of the field's harness over local files, and a scripted model that keeps what it is asked."""
+"""Tasks of lm-eval over local files, and a scripted model that keeps its requests."""
 
 import json
 
@@ -33,7 +33,7 @@ def write_tasks(folder):
                metric_list=[{"metric": "exact_match"}],
                filter_list=[{"name": "number", "filter": [
                    {"function": "regex", "regex_pattern": "#### (\\d+)"}, {"function": "take_first"}]}])
-    write_task(folder, "drawn", SUMS, output_type="generate_until", doc_to_text="{{q}}", doc_to_target="{{a}}",
+    write_task(folder, "repeated", SUMS, output_type="generate_until", doc_to_text="{{q}}", doc_to_target="{{a}}",
                generation_kwargs={"until": "\n", "do_sample": True, "temperature": 0.7}, repeats=3,
                metric_list=[{"metric": "exact_match"}])
 
@@ -51,7 +51,7 @@ def evaluate(lm, folder, *tasks, **settings):
 
 
 def encode(text):
-    """A token for each word with the space before it."""
+    """Returns a token per word, each with the space before it."""
     words = text.replace(" ", "\0 ").split("\0")
     for word in words:
         if word and word not in WORDS:
@@ -64,7 +64,7 @@ def decode(tokens):
 
 
 class Scripted:
-    """A model that finds a text as unlikely as it is long, and writes what it is given; it keeps what it is asked."""
+    """A model whose scores grow with the length of a text and whose answers are given; it keeps its requests."""
 
     def __init__(self, answers=None, **settings):
         self.pairs, self.requests, self.calls, self.looked = [], [], [], []
@@ -90,5 +90,5 @@ class Scripted:
 
 
 def by_hand(kind, *arguments):
-    """Requests that no task made."""
+    """Returns requests without a task."""
     return [Instance(kind, {}, one, 0) for one in arguments]

@@ -1,7 +1,6 @@
 """Generation, greedy checks and free texts against the sampler and plain computations."""
 
 import math
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dlm_jax import AttentionMask, DiffusionLM
+from dlm_jax import AttentionMask
 from dlm_jax.data.records import BadRecord
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
@@ -21,6 +20,7 @@ from dlm_jax.evaluation.run import Job, run
 from dlm_jax.evaluation.tasks import TASKS
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig
+from tests.evaluation.full_logits import log_probabilities
 from tests.evaluation.test_run import encode, scripted
 from tests.sampling.tiny_models import EOS, MASK, run_sampler, tiny
 
@@ -46,14 +46,15 @@ def writer(tokenizer, kind="gpt2", policy="confidence", **settings):
                          bos_token_id=BOS, eos_token_id=EOS, seed=3, **settings)
 
 
-def test_each_blank_is_written_as_if_alone(tokenizer):
+def test_generation_is_independent_of_other_requests(tokenizer):
     requests = [GenerationRequest(text_of([1, 2]), "", range(4, 5), 0),
                 GenerationRequest(text_of([5]), text_of([7, 8]), range(3, 4), 1),
                 GenerationRequest(text_of(range(20)), "", range(4, 5), 2),
                 GenerationRequest(text_of([5]), text_of([9]), range(2, 5), 3)]
     settings = {"temperature": 0.7, "num_steps": 3}
-    together = writer(tokenizer, batch_size=3)(requests, **settings)
-    assert together == [writer(tokenizer, batch_size=1)([request], **settings)[0] for request in requests]
+    generate = writer(tokenizer, batch_size=2)
+    together = generate(requests, **settings)
+    assert together == [generate([request], **settings)[0] for request in requests]
     assert len(together[1]) == 3 and 2 <= len(together[3]) <= 4
     row = np.array([[BOS, 5, 0, 0, 0, 7, 8]])
     fixed = np.array([[1, 1, 0, 0, 0, 1, 1]], bool)
@@ -63,55 +64,55 @@ def test_each_blank_is_written_as_if_alone(tokenizer):
 
 
 @pytest.mark.parametrize("policy", ["confidence", "autoregressive"])
-def test_samples_have_random_numbers_of_their_own(tokenizer, policy):
+def test_samples_have_their_own_random_numbers(tokenizer, policy):
     before = text_of([1, 2])
     requests = [GenerationRequest(before, "", range(6, 7), item, sample) for item in range(2) for sample in range(3)]
-    settings = {"temperature": 1.0, "num_steps": None}
-    texts = writer(tokenizer, policy=policy, batch_size=4)(requests, **settings)
+    settings = {"temperature": 1.0, "num_steps": 3}
+    generate = writer(tokenizer, policy=policy, batch_size=2)
+    texts = generate(requests, **settings)
     assert len(set(texts)) == 6
-    assert texts == [writer(tokenizer, policy=policy, batch_size=1)([request], **settings)[0] for request in requests]
+    # Of other batch sizes one policy is enough: rows are batched before a policy is chosen.
+    other = writer(tokenizer, policy=policy, batch_size=1 if policy == "autoregressive" else 2)
+    assert texts == [other([request], **settings)[0] for request in requests]
     alone = [GenerationRequest(before, "", range(6, 7), item) for item in range(2)]
-    assert writer(tokenizer, policy=policy)(alone, **settings) == texts[::3]  # the first is what it was alone
+    assert generate(alone, **settings) == texts[::3]  # sample 0 is the only sample
 
 
-def test_samples_of_a_gap_share_its_length(tokenizer, monkeypatch):
+def test_samples_share_the_gap_length(tokenizer, monkeypatch):
     asked = []
 
-    def settle(model, texts, *arguments, **settings):
+    def infer(model, texts, *arguments, **settings):
         asked.extend(texts)
         return [[text[0], 3, text[2]] for text in texts]
 
-    monkeypatch.setattr("dlm_jax.evaluation.generation.infer_gap_lengths", settle)
+    monkeypatch.setattr("dlm_jax.evaluation.generation.infer_gap_lengths", infer)
     requests = [GenerationRequest(text_of([5]), text_of([9]), range(2, 5), item, sample)
                 for item in range(2) for sample in range(3)]
-    texts = writer(tokenizer)(requests, temperature=1.0, num_steps=None)
-    assert asked == [[requests[0].before, range(2, 5), requests[0].after]] * 2  # an item's once
+    texts = writer(tokenizer, batch_size=2)(requests, temperature=1.0, num_steps=3)
+    assert asked == [[requests[0].before, range(2, 5), requests[0].after]] * 2  # once per item
     assert max(map(len, texts)) == 3 and len(set(texts)) > 2  # an end of text has no letter
 
 
-def test_texts_around_a_gap_that_are_too_long_are_cut_at_their_far_ends(tokenizer):
-    tokens = list(np.random.default_rng(1).integers(0, 58, 60))
-    generate = writer(tokenizer)  # the model takes 40
-    settings = {"temperature": 0.0, "num_steps": None}
-    both, = generate([GenerationRequest(text_of(tokens[:30]), text_of(tokens[30:]), range(9, 10))],
-                     **settings)  # 30 remain
-    assert [both] == generate([GenerationRequest(text_of(tokens[15:30]), text_of(tokens[30:45]), range(9, 10))],
-                              **settings)
-    short, = generate([GenerationRequest(text_of(tokens[:5]), text_of(tokens[5:]), range(9, 10))], **settings)
-    assert [short] == generate([GenerationRequest(text_of(tokens[:5]), text_of(tokens[5:30]), range(9, 10))],
-                               **settings)
-    long, = generate([GenerationRequest(text_of(tokens[:55]), text_of(tokens[55:]), range(9, 10))], **settings)
-    assert [long] == generate([GenerationRequest(text_of(tokens[30:55]), text_of(tokens[55:]), range(9, 10))],
-                              **settings)
-    # Where the length is open, there is room for the longest.
-    some, = generate([GenerationRequest(text_of(tokens[:30]), text_of(tokens[30:]), range(8, 10))], **settings)
-    assert [some] == generate([GenerationRequest(text_of(tokens[15:30]), text_of(tokens[30:45]), range(8, 10))],
-                              **settings)
+def test_long_texts_around_a_gap_are_cut_at_their_far_ends(tokenizer):
+    tokens = np.random.default_rng(1).integers(0, 58, 60)
+    generate = writer(tokenizer, batch_size=2)  # the model takes 40 tokens; a gap of 9 leaves 30
+
+    def pair(cut, shortened, lengths=range(9, 10)):
+        requests = [GenerationRequest(text_of(tokens[slice(*before)]), text_of(tokens[slice(*after)]), lengths)
+                    for before, after in (cut, shortened)]
+        return generate(requests, temperature=0.0, num_steps=3)
+
+    for cut, shortened in ((((0, 30), (30, 60)), ((15, 30), (30, 45))), (((0, 5), (5, 60)), ((0, 5), (5, 30))),
+                           (((0, 55), (55, 60)), ((30, 55), (55, 60)))):
+        first, second = pair(cut, shortened)
+        assert first == second
+    first, second = pair(((0, 30), (30, 60)), ((15, 30), (30, 45)), range(8, 10))  # room for the longest
+    assert first == second
     with pytest.raises(ConfigError, match="40"):
-        generate([GenerationRequest(text_of(tokens[:9]), text_of(tokens[:9]), range(40, 41))], **settings)
+        pair(((0, 9), (0, 9)), ((0, 9), (0, 9)), range(40, 41))
 
 
-def test_without_bos_the_prompts_first_token_is_context(tokenizer):
+def test_without_bos(tokenizer):
     request = GenerationRequest(text_of([5, 6]), "", range(3, 4), 0)
     found, = writer(tokenizer, keep_bos=False)([request], temperature=0.0, num_steps=None)
     expected = run_sampler(tiny("gpt2"), [[5, 6, 0, 0, 0]], np.array([[1, 1, 0, 0, 0]], bool), eos=EOS, stop=True,
@@ -120,38 +121,32 @@ def test_without_bos_the_prompts_first_token_is_context(tokenizer):
     assert found == tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
+def test_long_prompt_is_cut_from_the_left(tokenizer):
     tokens = list(np.random.default_rng(0).integers(0, 58, 60))
     generate = writer(tokenizer, policy="autoregressive")  # the model takes 40
-    settings = {"temperature": 0.0, "num_steps": 7}  # of steps it takes no notice
-    whole, = generate([GenerationRequest(text_of(tokens), "", range(10, 11))], **settings)
-    assert whole == generate([GenerationRequest(text_of(tokens[-29:]), "", range(10, 11))], **settings)[0]
+    settings = {"temperature": 0.0, "num_steps": 7}  # an autoregressive model ignores the steps
+    text, = generate([GenerationRequest(text_of(tokens), "", range(10, 11))], **settings)
+    assert text == generate([GenerationRequest(text_of(tokens[-29:]), "", range(10, 11))], **settings)[0]
     with pytest.raises(ConfigError, match="40"):
         generate([GenerationRequest(text_of(tokens), "", range(40, 41))], **settings)
 
 
-SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
 CONTEXTS = ["The little girl was", "", "Tom"]
 LENGTHS = [1, 2, 4]
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return DiffusionLM.from_pretrained(SHIPPED, mask_token=4000)
-
-
-def from_left_to_right(lm, context, length):
+def generate_left_to_right(lm, context, length):
     row = list(context)
     for _ in range(length):
-        row.append(int(np.argmax(lm.logits(np.array([row]), AttentionMask.causal())[0, -1])))
+        row.append(int(log_probabilities(lm.model, [row], AttentionMask.causal())[0, -1].argmax()))
     return row[len(context):]
 
 
-def surest_first(lm, context, length):
+def generate_by_confidence(lm, context, length):
     row = np.array([*context, *[lm.mask_token_id] * length])
     masked = np.arange(len(row)) >= len(context)
     while masked.any():
-        logits = np.array(lm.logits(row[None])[0, :-1], np.float64)  # of the positions from 1 on
+        logits = log_probabilities(lm.model, [row], AttentionMask.bidirectional())[0, :-1]  # of positions 1, 2, ...
         logits[:, lm.mask_token_id] = -np.inf
         share = np.exp(logits - logits.max(axis=1, keepdims=True))
         best = np.where(masked[1:], (share / share.sum(axis=1, keepdims=True)).max(axis=1), -1).argmax() + 1
@@ -160,24 +155,23 @@ def surest_first(lm, context, length):
 
 
 @pytest.mark.parametrize("autoregressive", [True, False])
-def test_what_is_written_is_greedy_and_nothing_else_is(lm, autoregressive):
-    write, bos = from_left_to_right if autoregressive else surest_first, lm.pretrained.bos_token_id
+def test_is_greedy(lm, autoregressive):
+    generate, bos = generate_left_to_right if autoregressive else generate_by_confidence, lm.pretrained.bos_token_id
     pairs, expected = [], []
     for context, length in zip(CONTEXTS, LENGTHS, strict=True):
         tokens = lm.tokenizer.encode(context)
-        written = write(lm, [bos, *tokens], length)
+        greedy = generate(lm, [bos, *tokens], length)
         for place in (None, 0, length - 1):
-            changed = [token + (n == place) for n, token in enumerate(written)]
+            changed = [token + (n == place) for n, token in enumerate(greedy)]
             pairs.append(Pair(tuple(tokens), tuple(changed)))
             expected.append(place is None)
     settings = {"autoregressive": autoregressive, "diffusion": DiffusionSpec(None) if autoregressive else lm.diffusion,
-                "bos_token_id": bos}
-    assert make_is_greedy(lm.model, **settings)(pairs) == expected
-    assert make_is_greedy(lm.model, **settings, batch_size=5)(pairs[::-1]) == expected[::-1]
-    assert make_is_greedy(lm.model, **settings)([]) == []
+                "bos_token_id": bos, "batch_size": 5}
+    is_greedy = make_is_greedy(lm.model, **settings)
+    assert is_greedy(pairs) == expected and is_greedy(pairs[::-1]) == expected[::-1] and is_greedy([]) == []
 
 
-def test_what_does_not_fit_is_refused(lm):
+def test_is_greedy_refuses_long_pairs(lm):
     greedy = make_is_greedy(lm.model, autoregressive=True, diffusion=DiffusionSpec(None))
     with pytest.raises(DataError, match="text 0"):
         greedy([Pair((), (5,))])
@@ -188,7 +182,7 @@ def test_what_does_not_fit_is_refused(lm):
 JUDGE = scripted("judge", lambda text: 0.5 * len(text.split()) + text.count("odd"))
 
 
-def test_an_opening_is_a_prompt_or_a_texts_first_sentence():
+def test_opening():
     assert opening({"prompt": ""}, False) == Item()
     assert opening({"text": "A cat sat. A dog ran."}, False) == Item(prompt="A cat sat.")
     with pytest.raises(BadRecord, match="prompt"):
@@ -213,7 +207,7 @@ def scripted_writer(*texts):
     return EvalModel("writer", encode, generate=generate)
 
 
-def test_perplexity_under_the_judge_by_hand():
+def test_generative_perplexity_by_hand():
     job = Job(TASKS["generation"], [Item(prompt="one"), Item(prompt="two"), Item(prompt="three")])
     records = run([job], [scripted_writer(" a b", "", " odd b c")], judge=JUDGE)
     assert [record["values"] for record in records] == [
@@ -229,7 +223,7 @@ def test_perplexity_under_the_judge_by_hand():
     assert "generative perplexity  3      2.014" in shown and "distinct 1             3      80.0\n" in shown
 
 
-def test_several_samples_are_judged_together_and_a_judge_there_must_be():
+def test_samples_are_judged_together():
     job = Job(TASKS["generation"], [Item(prompt="one")])
     record, = run([job], [scripted_writer(" a b", " c")], judge=JUDGE, samples=2)
     assert record["texts"] == [" a b", " c"]
@@ -240,7 +234,7 @@ def test_several_samples_are_judged_together_and_a_judge_there_must_be():
         run([job], [scripted_writer(" a")], judge=JUDGE, reference=True)
 
 
-def test_reconstruction_runs_as_a_task():
+def test_reconstruction_task():
     def masked_accuracy(pairs, asked):
         return [masked.mean() for masked in asked]
 

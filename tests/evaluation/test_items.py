@@ -7,7 +7,7 @@ import pytest
 from dlm_jax.errors import DataError
 from dlm_jax.evaluation.eval_model import EvalModel
 from dlm_jax.evaluation.run import Job, run
-from dlm_jax.evaluation.tasks import find_task, load_items, shots_prefix
+from dlm_jax.evaluation.tasks import few_shot_prefix, find_task, load_items
 
 GSM8K = {"question": "1+1?", "answer": "One and one\nare <<1+1=2>>2.\n#### 2"}
 AGIEVAL = {"passage": "", "question": "If $k=3$, what is $3k+1$?", "options": ["(A)2", "(B) 4", "(C)9", "(D)10"],
@@ -41,37 +41,37 @@ def items_of(tmp_path, name, *rows):
      " Choice D is correct. It is 10. The answer is D."),
     ("satmath_cot", HUB, ASKED + " Let's think step by step.", "D", ""),
 ])
-def test_forms_of_files(tmp_path, name, row, prompt, answer, solution):
+def test_file_formats(tmp_path, name, row, prompt, answer, solution):
     item, = items_of(tmp_path, name, row)
     assert (item.prompt, item.answers, item.solution) == (prompt, (answer,), solution)
 
 
-@pytest.mark.parametrize(("name", "row", "message"), [
-    ("gsm8k", {"question": "x", "answer": "y"}, "no answer after ####"),
-    ("mawps", {"question": "x", "result": "many"}, "'many' under 'result' where a number was expected"),
-    ("mawps", {"question": "x"}, "None under 'result' where a number was expected"),
-    ("mawps", {"sQuestion": "x", "lSolutions": [1, 2]}, "[1, 2] under 'lSolutions' where a number was expected"),
-    ("mawps", {"text": "x"}, "no key 'question' (it has text)"),
-    ("satmath", {**AGIEVAL, "label": "E"}, "'E' where the right one of 4 options was expected"),
-    ("satmath", {**AGIEVAL, "label": "AB"}, "'AB' where the right one of 4 options was expected"),
-    ("satmath", {**AGIEVAL, "label": ""}, "'' where the right one of 4 options was expected"),
-    ("satmath", {**AGIEVAL, "options": None}, "no list of texts under 'options'"),
-    ("satmath", {**HUB, "gold": [0, 1]}, "[0, 1] where the right one of 4 options was expected"),
-    ("satmath", {**HUB, "query": "Q: x"}, "no 'Answer Choices:' in the query"),
+@pytest.mark.parametrize(("name", "row", "mentions"), [
+    ("gsm8k", {"question": "x", "answer": "y"}, "####"),
+    ("mawps", {"question": "x", "result": "many"}, "'result'"),
+    ("mawps", {"question": "x"}, "'result'"),
+    ("mawps", {"sQuestion": "x", "lSolutions": [1, 2]}, "'lSolutions'"),
+    ("mawps", {"text": "x"}, "'question'"),
+    ("satmath", {**AGIEVAL, "label": "E"}, "'E'"),
+    ("satmath", {**AGIEVAL, "label": "AB"}, "'AB'"),
+    ("satmath", {**AGIEVAL, "label": ""}, "''"),
+    ("satmath", {**AGIEVAL, "options": None}, "'options'"),
+    ("satmath", {**HUB, "gold": [0, 1]}, "[0, 1]"),
+    ("satmath", {**HUB, "query": "Q: x"}, "Answer Choices:"),
 ])
-def test_malformed_rows(tmp_path, name, row, message):
+def test_malformed_rows(tmp_path, name, row, mentions):
     with pytest.raises(DataError) as error:
         items_of(tmp_path, name, row)
-    assert message in str(error.value) and "rows.jsonl, line 1" in str(error.value)
+    assert mentions in str(error.value) and "rows.jsonl, line 1" in str(error.value)
 
 
-def test_examples_show_their_reasoning_or_are_refused(tmp_path):
+def test_few_shot_prefix_with_reasoning(tmp_path):
     shown = items_of(tmp_path, "gsm8k_cot", GSM8K)
-    assert shots_prefix(shown) == (
+    assert few_shot_prefix(shown) == (
         "Question: 1+1?\nAnswer: Let's think step by step. One and one are 2. The answer is 2.\n\n")
-    assert shots_prefix(items_of(tmp_path, "satmath", HUB)) == ASKED + " D\n\n"
+    assert few_shot_prefix(items_of(tmp_path, "satmath", HUB)) == ASKED + " D\n\n"
     with pytest.raises(DataError, match="example 0"):
-        shots_prefix(items_of(tmp_path, "mawps_cot", MAWPS))
+        few_shot_prefix(items_of(tmp_path, "mawps_cot", MAWPS))
 
 
 def scripted(*texts):

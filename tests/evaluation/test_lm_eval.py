@@ -1,8 +1,8 @@
 """Runs of lm-eval on local files: likelihoods and texts against the model's own."""
 
+import copy
 import dataclasses
 import math
-import pathlib
 import subprocess
 import sys
 
@@ -10,24 +10,17 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
-from dlm_jax import DiffusionLM
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.lm_eval import HarnessLM
+from dlm_jax.evaluation.lm_eval import LmEvalAdapter
 from dlm_jax.evaluation.make_eval_model import make_eval_model
 from dlm_jax.evaluation.run import Job, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
 from tests.evaluation.lm_eval_tasks import CHOICES, SUMS, TEXTS, Scripted, by_hand, decode, encode, evaluate
 
-SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
 pytestmark = pytest.mark.usefixtures("offline")
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return DiffusionLM.from_pretrained(SHIPPED, mask_token=4000)
 
 
 def with_blocks(pretrained, blocks):
@@ -36,7 +29,7 @@ def with_blocks(pretrained, blocks):
 
 def test_multiple_choice_by_hand(harness_folder):
     model = Scripted()
-    results = evaluate(HarnessLM(model.eval_model), harness_folder, "choice")
+    results = evaluate(LmEvalAdapter(model.eval_model), harness_folder, "choice")
     assert results["config"]["model"] == "scripted"
     assert results["results"]["choice"]["acc,none"] == pytest.approx(2 / 3)  # the shortest: 0, 0, 1; right: 0, 1, 1
     assert results["results"]["choice"]["acc_bytes,none"] == pytest.approx(1 / 3)  # sqrt(n) / n: the longest, 1, 1, 0
@@ -45,15 +38,15 @@ def test_multiple_choice_by_hand(harness_folder):
         ("Q: The boy", " ran."), ("Q: The boy", " was red.")]
     sample = results["samples"]["choice"][1]
     assert [answer[0] for answer in sample["filtered_resps"]] == [-len(" sat.") ** 0.5, -len(" had fun.") ** 0.5]
-    assert model.looked == []  # nothing here is made of what is greedy
+    assert model.looked == []  # no metric needs it
 
 
 @pytest.mark.parametrize("autoregressive, blocks", [
-    (True, None), (False, None), (False, BlockSpec(3)), (False, BlockSpec(4, "block_bidirectional"))])
-def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, autoregressive, blocks):
+    (True, None), (False, None), (False, BlockSpec(3, "block_bidirectional"))])
+def test_choices_against_our_own_tasks(harness_folder, lm, autoregressive, blocks):
     pretrained = with_blocks(lm.pretrained, blocks)
     eval_model = make_eval_model(pretrained, "ours", autoregressive=autoregressive, num_samples=64)
-    samples = evaluate(HarnessLM(eval_model), harness_folder, "choice")["samples"]["choice"]
+    samples = evaluate(LmEvalAdapter(eval_model), harness_folder, "choice")["samples"]["choice"]
     questions = [Item(tuple((row["q"], f" {option}") for option in row["options"]), gold=row["gold"])
                  for row in CHOICES]
     assert max(len(pair.continuation) for number, item in enumerate(questions)
@@ -66,13 +59,13 @@ def test_a_model_of_ours_answers_as_in_our_own_evaluation(harness_folder, lm, au
         assert sample["acc_bytes"] == pytest.approx(record["values"]["accuracy_normalized"])
 
 
-def test_blocks_of_one_token_answer_as_the_parent(lm):
-    """Whole texts in windows, what is greedy, and what is written: block by block it is the parent, token by token."""
+def test_blocks_of_one_token_are_the_parent(lm):
+    """Scores, texts in windows, greedy checks and generated texts."""
     requests = by_hand("loglikelihood", ("Once", " upon a time"), ("Tom", " ran home to his mum."))
-    texts = by_hand("loglikelihood_rolling", ("Once upon a time there was a little girl. " * 40,), ("Sue sat.",))
+    texts = by_hand("loglikelihood_rolling", ("Once upon a time there was a little girl. " * 12,), ("Sue sat.",))
     asked = by_hand("generate_until", ("Once upon", {"until": ["\n\n"], "max_gen_toks": 9}))
-    parent = HarnessLM(make_eval_model(lm.pretrained, "parent", autoregressive=True))
-    blocks = HarnessLM(make_eval_model(with_blocks(lm.pretrained, BlockSpec(1)), "blocks", num_samples=2))
+    parent = LmEvalAdapter(make_eval_model(lm.pretrained, "parent", autoregressive=True))
+    blocks = LmEvalAdapter(make_eval_model(with_blocks(lm.pretrained, BlockSpec(1)), "blocks", num_samples=2))
     expected, found = parent.loglikelihood(requests), blocks.loglikelihood(requests)
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -80,37 +73,37 @@ def test_blocks_of_one_token_answer_as_the_parent(lm):
     assert blocks.generate_until(asked) == parent.generate_until(asked) != [""]
 
 
-def test_options_meet_the_same_noise_and_nothing_else_does(harness_folder):
+def test_options_share_noise(harness_folder):
     model = Scripted()
-    evaluate(HarnessLM(model.eval_model), harness_folder, "choice", "other_choice")
+    evaluate(LmEvalAdapter(model.eval_model), harness_folder, "choice", "other_choice")
     both = [pair.item for pair in model.pairs.pop()]
     assert both[0::2] == both[1::2] and len(set(both)) == 6
     assert all(0 <= item < 2**32 for item in both)
-    evaluate(HarnessLM(model.eval_model), harness_folder, "other_choice", limit=2)
+    evaluate(LmEvalAdapter(model.eval_model), harness_folder, "other_choice", limit=2)
     assert [pair.item for pair in model.pairs.pop()] == both[6:10]
-    lm = HarnessLM(model.eval_model)
+    lm = LmEvalAdapter(model.eval_model)
     lm.loglikelihood(by_hand("loglikelihood", ("a", " b"), ("a", " c"), ("d", " b"), ("a", " b")))
     one, two, three, again = (pair.item for pair in model.pairs.pop())
-    assert one == two and len({one, three, again}) == 3  # a repetition is another draw
+    assert one == two and len({one, three, again}) == 3  # a repetition has noise of its own
 
 
-def test_a_bound_depends_on_neither_batch_size_nor_company(harness_folder, lm):
+def test_bound_depends_on_its_request_alone(harness_folder, lm):
     arguments = [("Once", " upon a time there was a little girl who was very happy."), ("Tom", " ran home to his mum."),
                  ("Sue sat on the big red mat and", " Tom did not like it one bit, so he ran off.")]
     requests = [Instance("loglikelihood", {}, one, 0, ("made", number, 1)) for number, one in enumerate(arguments)]
-    found = [HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5, batch_size=size), is_greedy=False)
+    found = [LmEvalAdapter(make_eval_model(lm.pretrained, "ours", num_samples=5, batch_size=size), is_greedy=False)
              .loglikelihood(requests) for size in (16, 3)]
-    alone = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5),
+    alone = LmEvalAdapter(make_eval_model(lm.pretrained, "ours", num_samples=5),
                       is_greedy=False).loglikelihood(requests[2:])
     np.testing.assert_allclose([score for score, _ in found[0]], [score for score, _ in found[1]], rtol=1e-5)
     np.testing.assert_allclose(found[0][2][0], alone[0][0], rtol=1e-5)
-    other = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=5, seed=1), is_greedy=False)
+    other = LmEvalAdapter(make_eval_model(lm.pretrained, "ours", num_samples=5, seed=1), is_greedy=False)
     assert abs(other.loglikelihood(requests)[2][0] - alone[0][0]) > 1e-3
 
 
 def test_perplexities_by_hand(harness_folder):
     model = Scripted()
-    found = evaluate(HarnessLM(model.eval_model), harness_folder, "text")["results"]["text"]
+    found = evaluate(LmEvalAdapter(model.eval_model), harness_folder, "text")["results"]["text"]
     texts = [row["text"] for row in TEXTS]
     nats = sum(Scripted.cost(text) for text in texts)
     assert found["word_perplexity,none"] == pytest.approx(math.exp(nats / sum(len(text.split()) for text in texts)))
@@ -119,32 +112,32 @@ def test_perplexities_by_hand(harness_folder):
     assert found["bits_per_byte,none"] == pytest.approx(nats / num_bytes / math.log(2))
 
 
-def test_a_text_longer_than_a_row_is_scored_once_in_windows():
+def test_rolling_windows():
     model = Scripted(max_length=5)
-    lm = HarnessLM(model.eval_model)
+    lm = LmEvalAdapter(model.eval_model)
     text = "a b c d e f g h i"
     both = lm.loglikelihood_rolling(by_hand("loglikelihood_rolling", (text,), ("a b",)))
     windows = [(decode(pair.context), decode(pair.continuation)) for pair in model.pairs.pop()]
     assert windows == [("", "a b c d"), (" d", " e f g"), (" f g", " h i"), ("", "a b")]
     assert both == pytest.approx([-sum(Scripted.cost(text) for _, text in windows[:3]), -Scripted.cost("a b")])
     assert lm.loglikelihood_rolling(by_hand("loglikelihood_rolling", ("",))) == [0.0]
-    HarnessLM(Scripted(max_length=2).eval_model).loglikelihood_rolling(by_hand("loglikelihood_rolling", ("a b",)))
+    LmEvalAdapter(Scripted(max_length=2).eval_model).loglikelihood_rolling(by_hand("loglikelihood_rolling", ("a b",)))
 
 
-def test_the_rolling_likelihood_of_a_model_of_ours(harness_folder, lm):
+def test_rolling_likelihood_against_scores(harness_folder, lm):
     eval_model = make_eval_model(lm.pretrained, "parent", autoregressive=True)
     texts = [row["text"] for row in TEXTS]
     nats = eval_model.score([Pair((), tuple(lm.tokenizer.encode(text))) for text in texts])
-    found = evaluate(HarnessLM(eval_model), harness_folder, "text")["results"]["text"]
+    found = evaluate(LmEvalAdapter(eval_model), harness_folder, "text")["results"]["text"]
     assert found["bits_per_byte,none"] == pytest.approx(
         sum(nats) / sum(len(text.encode()) for text in texts) / math.log(2), rel=1e-5)
-    bound = HarnessLM(make_eval_model(lm.pretrained, "ours", num_samples=4))
+    bound = LmEvalAdapter(make_eval_model(lm.pretrained, "ours", num_samples=4))
     assert bound.loglikelihood_rolling(by_hand("loglikelihood_rolling", (texts[0],)))[0] < 0
 
 
-def test_a_context_that_is_too_long_loses_its_beginning():
+def test_long_context_is_cut_from_the_left():
     model = Scripted(max_length=5)
-    lm = HarnessLM(model.eval_model, is_greedy=False)
+    lm = LmEvalAdapter(model.eval_model, is_greedy=False)
     lm.loglikelihood(by_hand("loglikelihood", ("a b c d", " e f"), ("", "a b")))
     assert [(decode(pair.context), decode(pair.continuation)) for pair in model.pairs[0]] == [
         (" c d", " e f"), ("", "a b")]
@@ -156,52 +149,43 @@ def test_a_context_that_is_too_long_loses_its_beginning():
         lm.loglikelihood(by_hand("loglikelihood", ("a", "")))
 
 
-def test_accuracy_of_a_completion_is_what_is_greedy(harness_folder):
+def test_is_greedy_where_metrics_need_it(harness_folder):
     model = Scripted()
-    found = evaluate(HarnessLM(model.eval_model), harness_folder, "last_word", "choice")["results"]
+    found = evaluate(LmEvalAdapter(model.eval_model), harness_folder, "last_word", "choice")["results"]
     assert found["last_word"]["acc,none"] == 0.5
     assert found["last_word"]["perplexity,none"] == pytest.approx(
         math.exp((Scripted.cost(" boy.") + Scripted.cost(" be.")) / 2))
     assert [decode(pair.continuation) for pair in model.looked[0]] == [" boy.", " be."]  # and no option
-    asked = evaluate(HarnessLM(model.eval_model, is_greedy=True), harness_folder, "last_word", "choice")
+    asked = evaluate(LmEvalAdapter(model.eval_model, is_greedy=True), harness_folder, "last_word", "choice")
     assert len(model.looked[1]) == 8 and asked["results"]["last_word"]["acc,none"] == 0.5
-    never = evaluate(HarnessLM(model.eval_model, is_greedy=False), harness_folder, "last_word")["results"]["last_word"]
-    assert len(model.looked) == 2 and never["acc,none"] == 0.0
+    never = evaluate(LmEvalAdapter(model.eval_model, is_greedy=False), harness_folder, "last_word")["results"]
+    assert len(model.looked) == 2 and never["last_word"]["acc,none"] == 0.0
 
 
-def test_a_model_of_ours_knows_what_is_greedy(lm):
-    eval_model = make_eval_model(lm.pretrained, "parent", autoregressive=True)
-    lm_of = HarnessLM(eval_model)
-    prompt = "Once upon a"
-    text, = lm_of.generate_until(by_hand("generate_until", (prompt, {"max_gen_toks": 3})))
-    (_, likely), (_, other) = lm_of.loglikelihood(by_hand("loglikelihood", (prompt, text), (prompt + " big", " zebra")))
-    assert (likely, other) == (True, False)
-
-
-def test_a_candidate_that_cannot_do_what_a_task_asks_is_refused(harness_folder):
+def test_missing_capability(harness_folder):
     with pytest.raises(ConfigError, match="mute.*sums"):
-        evaluate(HarnessLM(EvalModel("mute", encode, lambda pairs: [0.0] * len(pairs))), harness_folder, "sums")
+        evaluate(LmEvalAdapter(EvalModel("mute", encode, lambda pairs: [0.0] * len(pairs))), harness_folder, "sums")
     with pytest.raises(ConfigError, match="blind.*text"):
-        evaluate(HarnessLM(EvalModel("blind", encode)), harness_folder, "text")
+        evaluate(LmEvalAdapter(EvalModel("blind", encode)), harness_folder, "text")
     plain = EvalModel("plain", encode, lambda pairs: [1.0] * len(pairs))
     with pytest.raises(ConfigError, match="plain.*last_word"):
-        evaluate(HarnessLM(plain), harness_folder, "last_word")
-    found = evaluate(HarnessLM(plain, is_greedy=False), harness_folder, "last_word")["results"]["last_word"]
+        evaluate(LmEvalAdapter(plain), harness_folder, "last_word")
+    found = evaluate(LmEvalAdapter(plain, is_greedy=False), harness_folder, "last_word")["results"]["last_word"]
     assert found["perplexity,none"] == pytest.approx(math.e)
     with pytest.raises(ConfigError, match="max_gen_toks"):
-        HarnessLM(plain, max_gen_toks=0)
+        LmEvalAdapter(plain, max_gen_toks=0)
 
 
-def test_nothing_else_needs_the_harness():
+def test_lm_eval_is_optional():
     code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.make_eval_model, dlm_jax.evaluation.run, "
             "dlm_jax.cli.evaluate\n"
             "assert not {'lm_eval', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_answers_that_are_written(harness_folder):
+def test_generate_until(harness_folder):
     model = Scripted({"one and one": "It is #### 2\nAnd #### 3", "two and two": "#### 5 END#### 4"}, max_length=64)
-    lm = HarnessLM(model.eval_model, num_steps=9)
+    lm = LmEvalAdapter(model.eval_model, num_steps=9)
     results = evaluate(lm, harness_folder, "sums")
     assert results["results"]["sums"]["exact_match,number"] == 0.5
     assert [sample["resps"] for sample in results["samples"]["sums"]] == [[["It is #### 2"]], [["#### 5 "]]]
@@ -211,22 +195,22 @@ def test_answers_that_are_written(harness_folder):
     assert model.calls == [{"temperature": 0.0, "num_steps": 9}] and lm.shortened == {}
 
 
-def test_repetitions_are_drawn_apart_and_long_texts_are_shortened(harness_folder):
+def test_repetitions_and_shortened_texts(harness_folder):
     model = Scripted({row["q"]: "x" for row in SUMS}, max_length=64)
-    lm = HarnessLM(model.eval_model)
-    evaluate(lm, harness_folder, "drawn")
+    lm = LmEvalAdapter(model.eval_model)
+    evaluate(lm, harness_folder, "repeated")
     requests, = model.requests
     assert len({request.item for request in requests}) == len(requests) == 6
-    assert {request.lengths for request in requests} == {range(32, 33)} and lm.shortened == {"drawn": (256, 32)}
+    assert {request.lengths for request in requests} == {range(32, 33)} and lm.shortened == {"repeated": (256, 32)}
     assert model.calls == [{"temperature": 0.7, "num_steps": None}]
-    evaluate(HarnessLM(model.eval_model, max_gen_toks=5), harness_folder, "drawn")
+    evaluate(LmEvalAdapter(model.eval_model, max_gen_toks=5), harness_folder, "repeated")
     assert {request.lengths for request in model.requests[1]} == {range(5, 6)}
 
 
-def test_what_a_task_may_ask_of_writing():
+def test_generation_kwargs():
     def ask(**settings):
         model = Scripted({"": "some words here"})
-        text, = HarnessLM(model.eval_model).generate_until(by_hand("generate_until", ("", settings)))
+        text, = LmEvalAdapter(model.eval_model).generate_until(by_hand("generate_until", ("", settings)))
         return text, model.requests[0][0].lengths[-1], model.calls[0]["temperature"]
 
     assert ask() == ("some words here", 256, 0.0)
@@ -242,10 +226,10 @@ def test_what_a_task_may_ask_of_writing():
 
 
 @pytest.mark.parametrize("autoregressive", [True, False])
-def test_a_model_of_ours_writes(harness_folder, lm, autoregressive):
+def test_generation_of_a_real_model(harness_folder, lm, autoregressive):
     eval_model = make_eval_model(lm.pretrained, "ours", autoregressive=autoregressive)
-    harness = HarnessLM(eval_model, num_steps=4)
-    long = "Once upon a time there was a girl. " * 60  # more than a row, of which the end is what counts
+    harness = LmEvalAdapter(eval_model, num_steps=4)
+    long = "Once upon a time there was a girl. " * 12  # more than a row; its end counts
     arguments = [(text, {"until": ["."], "max_gen_toks": 8}) for text in ("Tom and Sue", long, long[35:])]
     found = harness.generate_until(by_hand("generate_until", *arguments))
     assert found[1] == found[2] and all("." not in text for text in found) and found[0] != found[1]
@@ -253,26 +237,27 @@ def test_a_model_of_ours_writes(harness_folder, lm, autoregressive):
     assert harness.generate_until(together[::-1])[::-1] == found  # the most likely tokens: no noise
 
 
-def test_answers_are_kept_in_the_harness_s_cache(harness_folder, tmp_path):
+def test_request_cache(harness_folder, tmp_path):
     model = Scripted({row["q"]: "#### 2" for row in SUMS})
     cache = str(tmp_path / "answers")
     tasks = ("choice", "text", "last_word", "sums")
-    first = evaluate(HarnessLM(model.eval_model), harness_folder, *tasks, use_cache=cache)
+    first = evaluate(LmEvalAdapter(model.eval_model), harness_folder, *tasks, use_cache=cache)
     asked = len(model.pairs), len(model.requests)
-    again = evaluate(HarnessLM(model.eval_model), harness_folder, *tasks, use_cache=cache)
+    again = evaluate(LmEvalAdapter(model.eval_model), harness_folder, *tasks, use_cache=cache)
     assert (len(model.pairs), len(model.requests)) == asked and again["results"] == first["results"]
 
 
 def test_chat_templates(harness_folder, lm):
-    tokenizer = DiffusionLM.from_pretrained(SHIPPED).tokenizer
+    tokenizer = copy.deepcopy(lm.tokenizer)
     tokenizer.chat_template = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
                                "{% if add_generation_prompt %}<bot>{% endif %}")
     model = Scripted({f"<user>{row['q']}<bot>": "#### 4" for row in SUMS})
-    with_template = HarnessLM(model.eval_model, tokenizer=tokenizer)
+    with_template = LmEvalAdapter(model.eval_model, tokenizer=tokenizer)
     found = evaluate(with_template, harness_folder, "sums", apply_chat_template=True)
     assert found["results"]["sums"]["exact_match,number"] == 0.5
     assert with_template.chat_template(True) == tokenizer.chat_template and with_template.chat_template() == ""
     assert "/" not in with_template.tokenizer_name
     for tokenizer in (None, lm.tokenizer):
         with pytest.raises(ConfigError, match="scripted"):
-            evaluate(HarnessLM(model.eval_model, tokenizer=tokenizer), harness_folder, "sums", apply_chat_template=True)
+            evaluate(LmEvalAdapter(model.eval_model, tokenizer=tokenizer), harness_folder, "sums",
+                     apply_chat_template=True)

@@ -1,13 +1,12 @@
-"""The shipped model as an EvalModel, token by token, under both protocols."""
+"""A pretrained model as an EvalModel, token by token, under both protocols."""
 
 import dataclasses
-import pathlib
 
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from dlm_jax import AttentionMask, DiffusionLM
+from dlm_jax import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import GenerationRequest
 from dlm_jax.evaluation.make_eval_model import make_eval_model
@@ -15,7 +14,6 @@ from dlm_jax.evaluation.run import Job, pairs_of, run
 from dlm_jax.evaluation.tasks import TASKS
 from dlm_jax.sampling import SamplerConfig
 
-SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
 SEED, STEPS = 5, 32
 ROWS = {"hellaswag": {"activity_label": "Fun", "ctx_a": "A boy", "ctx_b": "ran", "label": 0,
                       "endings": ["to the big tree.", "home."]},
@@ -27,17 +25,12 @@ TEXTS = {"hellaswag": [("Fun: A boy Ran", "to the big tree."), ("Fun: A boy Ran"
                   ("Question: Eat an apple.\nAnswer: ", " Bite it.")]}
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return DiffusionLM.from_pretrained(SHIPPED, mask_token=4000)
-
-
 def with_diffusion(pretrained, **changes):
     return dataclasses.replace(pretrained, diffusion=dataclasses.replace(pretrained.diffusion, **changes))
 
 
 def reference_score(lm, prompt, option, uniform):
-    """The rule of the reference, in numpy but for the network."""
+    """Computes the score of the reference implementation by NumPy."""
     row = np.array([*prompt, *option])
     masked = np.zeros((STEPS, len(row)), bool)
     for step in range(STEPS):
@@ -49,7 +42,7 @@ def reference_score(lm, prompt, option, uniform):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_release_token_by_token(lm, name):
+def test_reference_score_token_by_token(lm, name):
     task, encode = TASKS[name], lm.tokenizer.encode
     item = task.read(ROWS[name], True)
     eval_model = make_eval_model(lm.pretrained, "model", reference=True, num_samples=STEPS, seed=SEED)
@@ -64,7 +57,7 @@ def test_the_release_token_by_token(lm, name):
     assert record["picks"] == [int(np.argmin(expected))]
 
 
-def test_the_parent_is_asked_the_same_and_scored_exactly(lm):
+def test_parent_score_is_the_chain_rule(lm):
     task = TASKS["hellaswag"]
     item = task.read(ROWS["hellaswag"], False)
     parent = make_eval_model(lm.pretrained, "parent", autoregressive=True)
@@ -72,16 +65,16 @@ def test_the_parent_is_asked_the_same_and_scored_exactly(lm):
     assert pairs_of(parent, task, item, 0) == pairs_of(model, task, item, 0)
     record, = run([Job(task, [item])], [parent])
     for (context, continuation), found in zip(item.options, record["scores"], strict=True):
-        whole = lm.tokenizer.encode(context + continuation)
-        row = [lm.pretrained.bos_token_id, *whole]
+        full = lm.tokenizer.encode(context + continuation)
+        row = [lm.pretrained.bos_token_id, *full]
         logp = log_softmax(np.asarray(lm.logits(np.array([row]), AttentionMask.causal()), np.float64)[0], axis=-1)
-        first = len(row) - len(whole) + len(lm.tokenizer.encode(context))
+        first = len(row) - len(full) + len(lm.tokenizer.encode(context))
         assert found == pytest.approx(-sum(logp[n - 1, row[n]] for n in range(first, len(row))), rel=1e-4)
 
 
-def test_texts_are_written_as_the_sampler_says(lm):
+def test_generation_follows_the_sampler(lm):
     request, prompt = GenerationRequest("Tom saw a", "", range(8, 9), 0), "Tom saw a"
-    for sampler in (None, SamplerConfig("margin", block_length=2), SamplerConfig("threshold", threshold=0.3)):
+    for sampler in (None, SamplerConfig("threshold", threshold=0.3, block_length=2)):
         model = make_eval_model(lm.pretrained, "model", sampler=sampler)
         found, = model.generate([request], temperature=0.0, num_steps=None)
         how = {} if sampler is None else dataclasses.asdict(sampler)
@@ -89,7 +82,7 @@ def test_texts_are_written_as_the_sampler_says(lm):
         assert found == expected.removeprefix(prompt)
 
 
-def test_models_that_cannot_be_evaluated_are_refused(lm):
+def test_refusals(lm):
     without = with_diffusion(lm.pretrained, mask_token_id=None)
     with pytest.raises(ConfigError, match="mask_token"):
         make_eval_model(without, "model")

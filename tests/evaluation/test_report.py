@@ -14,7 +14,7 @@ from dlm_jax.evaluation.tasks import TASKS
 from tests.evaluation.test_run import ITEMS, encode, scripted
 
 
-def test_the_error_of_a_share():
+def test_mean_of():
     found = mean_of([1, 0, 0, 1, 1])
     assert found.mean == 0.6 and found.count == 5
     assert found.standard_error == pytest.approx((0.6 * 0.4 / 4) ** 0.5)
@@ -23,7 +23,7 @@ def test_the_error_of_a_share():
         mean_of([])
 
 
-def test_a_ratio_of_sums_and_its_error_against_repetition():
+def test_ratio_of_against_repetition():
     rng = np.random.default_rng(0)
     sizes = rng.integers(5, 50, (2000, 200))
     nats = sizes * rng.gamma(9.0, 1 / 3, sizes.shape)
@@ -32,7 +32,7 @@ def test_a_ratio_of_sums_and_its_error_against_repetition():
     assert np.mean([f.standard_error for f in found]) == pytest.approx(np.std([f.mean for f in found]), rel=0.1)
 
 
-def test_a_paired_interval_covers_and_is_narrower_than_two_errors_apart():
+def test_paired_difference_covers_and_is_narrower():
     rng = np.random.default_rng(1)
     hard = rng.random((200, 300))  # items are hard for both models alike
     first, second = (rng.random(hard.shape) / 4 + hard < 0.8 for _ in range(2))
@@ -49,7 +49,7 @@ EMPTY = ("meta", "link", "br", "path", "use", "rect")
 
 
 class Elements(HTMLParser):
-    """All tags with their attributes, and the text, of a page whose tags close in order."""
+    """Collects the tags, attributes and texts of a page, and checks that its tags close in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -89,7 +89,7 @@ def evaluated(*names: str):
             "tasks": summarize(records, names, models)}, records
 
 
-def test_a_page_needs_nothing_from_elsewhere_and_says_what_the_table_says():
+def test_page_is_self_contained():
     found = Elements(page(*evaluated("piqa", "lambada", "text")))
     assert found.tags.count("svg") == 3 and "script" not in found.tags
     assert not [value for name, value in found.attributes if name in ("src", "href") and not value.startswith("#")
@@ -100,12 +100,12 @@ def test_a_page_needs_nothing_from_elsewhere_and_says_what_the_table_says():
     assert {"right", "wrong"} <= set(found.texts)
 
 
-def test_what_has_no_shares_has_no_picture_of_them():
+def test_page_without_shares_has_no_figure():
     found = Elements(page(*evaluated("text")))
     assert "svg" not in found.tags and "bits per byte" in found.texts
 
 
-def test_what_was_written_is_shown_whatever_the_task():
+def test_page_shows_generated_texts():
     records = [
         {"task": "humaneval_infilling", "model": "m", "item": 0, "text": "  x = 1", "prediction": "  x = 1",
          "outcomes": ["passed"], "values": {"pass_at_1": 1.0}},

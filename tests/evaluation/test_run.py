@@ -16,7 +16,7 @@ WORDS = ["<bos>"]
 
 
 def encode(text):
-    """A token for each word with the space before it; "ab" is one token wherever it stands."""
+    """Returns a token per word, each with the space before it."""
     words = text.replace(" ", "\0 ").split("\0")
     for word in words:
         if word and word not in WORDS:
@@ -25,7 +25,7 @@ def encode(text):
 
 
 def scripted(name, cost, **settings):
-    """A model that finds a continuation as unlikely as `cost` says of its text."""
+    """Returns a model that scores a continuation by `cost` of its text."""
     def score(pairs):
         return [cost("".join(WORDS[token] for token in pair.continuation)) for pair in pairs]
 
@@ -59,14 +59,14 @@ def test_accuracies_by_hand():
     assert lines[1].split() == "piqa accuracy 3 66.7 ± 33.3 66.7 ± 33.3 +0.0 [+0.0, +0.0]".split()
 
 
-def test_shares_that_are_all_alike_have_a_limit_in_the_place_of_a_spread():
+def test_equal_values_have_a_limit():
     means = {name: {"mean": mean, "standard_error": 0.0, "count": 3} for name, mean in
              (("none", 0.0), ("all", 1.0), ("half", 0.5))}
     lines = table({"task": {"items": 3, "models": {"model": means}}}, ["model"]).splitlines()
     assert [line.split("  ")[-1].strip() for line in lines[1:]] == ["0.0 (< 63.2)", "100.0 (> 36.8)", "50.0 ± 0.0"]
 
 
-def test_the_release_takes_means_for_two_tasks_and_sums_for_the_others():
+def test_reference_normalization_of_parents():
     parent = scripted("parent", lambda text: 10.0 - text.count(" w"), autoregressive=True)
     item = Item((("Q:", " v"), ("Q:", " w w")), gold=1)
     for name, values in (("hellaswag", {"accuracy": 1.0}), ("piqa", {"accuracy": 1.0})):
@@ -78,7 +78,7 @@ def test_the_release_takes_means_for_two_tasks_and_sums_for_the_others():
     assert run([Job(TASKS["hellaswag"], [item])], [costly], reference=True)[0]["picks"] == [1]  # 4 / 2 < 3 / 1
 
 
-def test_writing_by_hand():
+def test_generation_by_hand():
     def generate(requests, *, temperature, num_steps):
         assert (temperature, num_steps) == (0.0, 5)
         return [{"one": " signs, more\nsigns", "two": "\n\nsign"}[request.before] for request in requests]
@@ -89,7 +89,7 @@ def test_writing_by_hand():
     assert [record["prediction"] for record in records] == ["signs, more", "sign"]
 
 
-def test_a_left_to_right_model_sees_nothing_behind_a_gap_and_its_first_sentence_counts():
+def test_infilling_by_an_autoregressive_model():
     seen = []
 
     def generate(requests, **settings):
@@ -106,7 +106,7 @@ def test_a_left_to_right_model_sees_nothing_behind_a_gap_and_its_first_sentence_
     assert request_of(parent, TASKS["rocstories"], item, 0, reference=True).lengths == range(7, 8)
 
 
-def test_text_is_cut_where_the_model_ends_and_counted_in_bytes_and_tokens():
+def test_text_longer_than_a_row():
     model = scripted("model", lambda text: math.log(2) * text.count("x"), max_length=3)
     job = Job(TASKS["text"], [Item(options=(("", "x x x x x"),)), Item(options=(("", "é"),))])
     records = run([job], [model])
@@ -117,7 +117,7 @@ def test_text_is_cut_where_the_model_ends_and_counted_in_bytes_and_tokens():
     assert found["nats_per_token"]["mean"] == pytest.approx(5 * math.log(2) / 6)
 
 
-def test_context_and_continuation_are_parted_where_the_text_is():
+def test_tokens_across_the_boundary_are_scored():
     def merging(text):  # "b c" is one token, as a tokenizer may have it
         return encode(text.replace("b c", "b_c"))
 
@@ -131,14 +131,14 @@ def test_context_and_continuation_are_parted_where_the_text_is():
     assert [WORDS[token] for token in pair.continuation] == [" c", " d"]
 
 
-def test_bos_before_an_option_is_the_releases_for_two_tasks():
+def test_reference_bos_before_options():
     model = EvalModel("model", encode, encode_special=lambda text: [0, *encode(text)])
     for name, expected in (("hellaswag", (0, *encode(" v"))), ("siqa", tuple(encode(" v")))):
         pair, = pairs_of(model, TASKS[name], Item((("Q:", " v"),)), 0, reference=True)
         assert pair.continuation == expected and pair.context[0] == 0
 
 
-def test_a_context_that_is_too_long_loses_its_beginning():
+def test_long_context_is_cut_from_the_left():
     model = EvalModel("model", encode, max_length=5)
     pair, = pairs_of(model, TASKS["piqa"], Item((("a b c d", " e f"),)), 0)
     assert pair.context == tuple(encode(" c d"))
@@ -149,21 +149,21 @@ def test_a_context_that_is_too_long_loses_its_beginning():
 
 
 @pytest.mark.parametrize("done", [0, 1, 4, 6, 9, 12])
-def test_a_stopped_run_goes_on_and_gives_the_same(done):
+def test_stopped_run_resumes(done):
     calls, models = [], [scripted("a", len), scripted("b", lambda text: -len(text))]
     jobs = [JOB, Job(TASKS["hellaswag"], ITEMS)]
-    whole = run(jobs, models, chunk_size=2)
-    again = run(jobs, models, chunk_size=2, done=whole[:done], add=calls.append)
-    assert again == whole
-    assert [record for records in calls for record in records] == whole[done:]
+    full = run(jobs, models, chunk_size=2)
+    again = run(jobs, models, chunk_size=2, done=full[:done], add=calls.append)
+    assert again == full
+    assert [record for records in calls for record in records] == full[done:]
 
 
-def test_a_model_that_cannot_do_a_task_is_refused_before_any_work():
+def test_missing_capability():
     with pytest.raises(ConfigError, match="mute.*lambada"):
         run([JOB, Job(TASKS["lambada"], [Item(prompt="a", answers=("b",))])], [scripted("mute", len)])
 
 
-def test_samples_are_asked_for_one_by_one_and_a_stopped_run_goes_on():
+def test_samples_of_an_item():
     asked = []
 
     def generate(requests, *, temperature, num_steps):
@@ -172,13 +172,13 @@ def test_samples_are_asked_for_one_by_one_and_a_stopped_run_goes_on():
 
     items = [Item(prompt="a", answers=("1",)) for _ in range(3)]
     model, task = EvalModel("model", encode, generate=generate), TASKS["mawps"]
-    whole = run([Job(task, items)], [model], samples=2, temperature=1.0)
+    full = run([Job(task, items)], [model], samples=2, temperature=1.0)
     assert asked == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
-    assert [record["values"]["last_number"] for record in whole] == [0.5, 0.5, 0]
-    found = summarize(whole, ["mawps"], ["model"])["mawps"]["models"]["model"]
+    assert [record["values"]["last_number"] for record in full] == [0.5, 0.5, 0]
+    found = summarize(full, ["mawps"], ["model"])["mawps"]["models"]["model"]
     assert found["hit"]["mean"] == pytest.approx(2 / 3) and found["majority"]["mean"] == pytest.approx(1 / 3)
     for size in (1, 2, 32):
-        assert run([Job(task, items)], [model], samples=2, temperature=1.0, done=whole[:1], chunk_size=size) == whole
+        assert run([Job(task, items)], [model], samples=2, temperature=1.0, done=full[:1], chunk_size=size) == full
 
 
 @pytest.mark.parametrize(("name", "settings", "named"), [
@@ -191,19 +191,19 @@ def test_samples_are_asked_for_one_by_one_and_a_stopped_run_goes_on():
     ("piqa", {"temperature": 0.5}, "piqa"),
     ("text", {"samples": 2, "temperature": 0.5}, "text"),
 ])
-def test_settings_that_do_not_go_together_are_refused(name, settings, named):
+def test_conflicting_settings(name, settings, named):
     with pytest.raises(ConfigError, match=named):
         run([Job(TASKS[name], [Item(prompt="a", answers=("1",))])], [scripted("model", len)], **settings)
 
 
-def test_a_page_says_what_it_rests_on():
+def test_markdown_report():
     records = run([JOB], [scripted("a", len)])
     page = markdown_report({"models": ["a"], "settings": {"seed": 3}, "versions": {"jax": "1"},
                             "tasks": summarize(records, ["piqa"], ["a"])})
     assert "| piqa | accuracy | 3 | 66.7 ± 33.3 |" in page and "- seed: 3" in page and "jax 1" in page
 
 
-@pytest.mark.parametrize(("text", "how", "part"), [
+@pytest.mark.parametrize(("text", "how", "expected"), [
     ('"Go!" he said.', "sentence", '"Go!"'),
     ("\n one \ntwo", "line", "one"),
     (" 1 + 1\n\n#### 2\n\nQuestion: 3?", "answer", "1 + 1\n\n#### 2"),
@@ -211,17 +211,17 @@ def test_a_page_says_what_it_rests_on():
     ("No Question: at a line's start", "answer", "No Question: at a line's start"),
     (" a\nb ", "all", "a\nb"),
 ])
-def test_parts_of_texts(text, how, part):
-    assert truncate(text, how) == part
+def test_truncate(text, how, expected):
+    assert truncate(text, how) == expected
 
 
-def test_under_the_release_all_of_a_text_counts():
+def test_extract_answer():
     model = EvalModel("model", list)
     assert extract_answer(TASKS["lambada"], model, Item(), " a\nb", True) == " a\nb"
     assert extract_answer(TASKS["lambada"], model, Item(), " a\nb", False) == "a"
 
 
-def test_samples_vote_by_the_tasks_first_metric():
+def test_majority_vote_by_the_first_metric():
     item = Item(answers=("18",))
     texts = ["It is 4.", "The answer is 18, and 5", "so 18.0", "4 or 5", "$18", "none"]
     record = judge_generation(TASKS["mawps"], item, texts, texts, False)
@@ -233,7 +233,7 @@ def test_samples_vote_by_the_tasks_first_metric():
     assert record["texts"] == record["predictions"] == texts[2:] and record["answers"] == ["18"]
 
 
-def test_short_answers_vote_when_normalised_and_none_is_no_answer():
+def test_majority_vote_of_short_answers():
     item = Item(answers=("Eiffel Tower",))
     texts = ["the Eiffel tower!", "Louvre", "", "", "", "Eiffel Tower"]
     record = judge_generation(TASKS["triviaqa"], item, texts, texts, False)
@@ -244,13 +244,13 @@ def test_short_answers_vote_when_normalised_and_none_is_no_answer():
     assert record["values"] == {"chosen_letter": 0, "majority": 0, "hit": 0}
 
 
-def test_what_tells_no_right_from_wrong_has_only_means():
+def test_metrics_without_answers_have_no_vote():
     texts = ["He ran.", "She sat."]
     record = judge_generation(TASKS["rocstories"], Item(answers=("He ran.",)), texts, texts, False)
     assert record["values"] == {"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5}
 
 
-def test_programs_are_judged_by_how_they_went():
+def test_executed_programs():
     task, item = TASKS["humaneval_infilling"], Item(tests="check(f)")
     outcomes = [Outcome(False, "NameError"), Outcome(True, "passed"), Outcome(False, "NameError")]
     record = judge_generation(task, item, ["a", "b", "c"], ["a", "b", "c"], False, outcomes)

@@ -1,4 +1,4 @@
-"""Rows of files as items: the original fields of every task, both protocols, and what is said of bad input."""
+"""Rows of files as items: the original fields of every task, both protocols, and the errors of bad input."""
 
 import csv
 import gzip
@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.tasks import TASKS, find_file, find_task, hub_spec, load_items, shots_prefix
+from dlm_jax.evaluation.tasks import TASKS, few_shot_prefix, find_file, find_task, hub_spec, load_items
 
 HELLASWAG = {"activity_label": "Cooking", "ctx_a": "A man [header] stirs.", "ctx_b": "he", "label": "1",
              "endings": ["sleeps [step] well.", "eats."]}
@@ -45,7 +45,7 @@ def test_options_of_the_original_fields(tmp_path, name, row, options, reference)
     assert list(item.options) == reference
 
 
-def test_the_released_script_puts_a_space_after_the_option_for_the_parent(tmp_path):
+def test_winogrande_options_of_the_reference_parent(tmp_path):
     item, = items_of(tmp_path, "winogrande", WINOGRANDE, reference=True)
     assert item.parent_options == (("Ann beat Eve so ", "Ann was glad."), ("Ann beat Eve so ", "Eve was glad."))
 
@@ -65,15 +65,15 @@ def test_prompts_and_answers(tmp_path, name, row, prompt, answers):
     assert (item.prompt, item.answers) == (prompt, answers)
 
 
-def test_squads_own_file_and_the_released_prompt(tmp_path):
-    whole = {"data": [{"paragraphs": [{"context": "Rome fell.", "qas": [
+def test_squad_file_and_reference_prompt(tmp_path):
+    file = {"data": [{"paragraphs": [{"context": "Rome fell.", "qas": [
         {"question": "What fell?", "answers": [{"text": "Rome", "answer_start": 0}]},
         {"question": "How?", "answers": [{"text": "fell"}]}]}]}]}
-    first, second = items_of(tmp_path, "squad", whole, reference=True)
+    first, second = items_of(tmp_path, "squad", file, reference=True)
     assert first.prompt == "Rome fell.\nQuesionWhat fell??\nAnswer: " and second.answers == ("fell",)
 
 
-def test_the_third_sentence_is_missing(tmp_path):
+def test_rocstories_csv(tmp_path):
     path = tmp_path / "val.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -87,7 +87,7 @@ def test_the_third_sentence_is_missing(tmp_path):
         load_items(TASKS["rocstories"], str(path))
 
 
-def test_labels_may_lie_beside(tmp_path):
+def test_labels_in_a_file_of_their_own(tmp_path):
     rows = [{"goal": f"g{n}", "sol1": "a", "sol2": "b"} for n in range(2)]
     (tmp_path / "rows-labels.lst").write_text("1\n0\n")
     assert [item.gold for item in items_of(tmp_path, "piqa", *rows)] == [1, 0]
@@ -96,25 +96,25 @@ def test_labels_may_lie_beside(tmp_path):
         items_of(tmp_path, "piqa", *rows)
 
 
-@pytest.mark.parametrize(("name", "row", "message"), [
-    ("hellaswag", {**HELLASWAG, "endings": "one"}, "line 2: no list of texts under 'endings'"),
-    ("hellaswag", {**HELLASWAG, "label": "2"}, "line 2: 2 under 'label', and the options are 0 .. 1"),
-    ("winogrande", {**WINOGRANDE, "answer": ""}, "line 2: '' under 'answer' where the number of the right option"),
-    ("winogrande", {**WINOGRANDE, "sentence": "none"}, "line 2: no _ in the sentence"),
-    ("piqa", {"goal": "x"}, "line 2: no key 'sol1' (it has goal)"),
-    ("gsm8k", {"question": "x", "answer": "y"}, "line 2: no answer after ####"),
-    ("squad", {"data": [{}]}, "line 2: not SQuAD"),
-    ("lambada", {"text": "word"}, "line 2: "),
+@pytest.mark.parametrize(("name", "row", "mentions"), [
+    ("hellaswag", {**HELLASWAG, "endings": "one"}, "'endings'"),
+    ("hellaswag", {**HELLASWAG, "label": "2"}, "'label'"),
+    ("winogrande", {**WINOGRANDE, "answer": ""}, "'answer'"),
+    ("winogrande", {**WINOGRANDE, "sentence": "none"}, "_ in the sentence"),
+    ("piqa", {"goal": "x"}, "'sol1'"),
+    ("gsm8k", {"question": "x", "answer": "y"}, "####"),
+    ("squad", {"data": [{}]}, "SQuAD"),
+    ("lambada", {"text": "word"}, "words"),
 ])
-def test_a_malformed_row_is_told_with_its_line(tmp_path, name, row, message):
+def test_malformed_row_is_named_with_its_line(tmp_path, name, row, mentions):
     good = {"hellaswag": HELLASWAG, "winogrande": WINOGRANDE, "piqa": {"goal": "x", "sol1": "", "sol2": "", "label": 0},
             "gsm8k": {"question": "x", "answer": "#### 1"}, "squad": SQUAD, "lambada": {"text": "a b"}}[name]
     with pytest.raises(DataError) as error:
         items_of(tmp_path, name, good, row)
-    assert message in str(error.value) and "rows.jsonl" in str(error.value)
+    assert mentions in str(error.value) and "rows.jsonl, line 2" in str(error.value)
 
 
-def test_no_json_no_file_no_items_no_task(tmp_path):
+def test_bad_files(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "a b"}\n{"text": \n')
     with pytest.raises(DataError, match="bad.jsonl, line 2"):
@@ -128,7 +128,7 @@ def test_no_json_no_file_no_items_no_task(tmp_path):
         find_task("helaswag")
 
 
-def test_files_are_found_by_task_and_split(tmp_path):
+def test_find_file(tmp_path):
     for name in ("piqa/train.jsonl", "piqa/valid.jsonl", "piqa/test.jsonl", "siqa.jsonl", "gsm8k/a.jsonl",
                  "gsm8k/b.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -142,11 +142,11 @@ def test_files_are_found_by_task_and_split(tmp_path):
         find_file(TASKS["lambada"], str(tmp_path))
     with pytest.raises(DataError, match="gsm8k.*train"):
         find_file(TASKS["gsm8k"], str(tmp_path), ("train",))
-    with pytest.raises(DataError, match="there is no folder"):
+    with pytest.raises(DataError, match="none"):
         find_file(TASKS["piqa"], str(tmp_path / "none"))
 
 
-def test_compressed_files_and_other_kinds(tmp_path):
+def test_compressed_and_other_files(tmp_path):
     rows = b'{"text": "a b"}\n{"text": "c d"}\n'
     for name in ("lambada.jsonl.gz", "more.JSON.GZ"):
         (tmp_path / name).write_bytes(gzip.compress(rows))
@@ -161,7 +161,7 @@ def test_compressed_files_and_other_kinds(tmp_path):
             load_items(TASKS["lambada"], str(tmp_path / name))
 
 
-def test_of_the_in_filling_files_the_papers_is_found(tmp_path):
+def test_find_humaneval_infilling(tmp_path):
     (tmp_path / "humaneval_infilling").mkdir()
     for name in ("SingleLine", "MultiLine", "RandomSpan", "RandomSpanInfillingLight"):
         (tmp_path / "humaneval_infilling" / f"HumanEval-{name}Infilling.jsonl.gz").touch()
@@ -171,16 +171,16 @@ def test_of_the_in_filling_files_the_papers_is_found(tmp_path):
         find_file(TASKS["humaneval_infilling"], str(tmp_path))
 
 
-def test_examples_are_shown_with_their_answers(tmp_path):
+def test_few_shot_prefix(tmp_path):
     shown = items_of(tmp_path, "gsm8k", {"question": "1+1?", "answer": "#### 2"}) + items_of(
         tmp_path, "winogrande", WINOGRANDE)
-    assert shots_prefix(shown) == "Question: 1+1?\nAnswer: #### 2\n\nAnn beat Eve so Ann was glad.\n\n"
+    assert few_shot_prefix(shown) == "Question: 1+1?\nAnswer: #### 2\n\nAnn beat Eve so Ann was glad.\n\n"
 
 
 @pytest.mark.parametrize(("name", "count"), [
     ("hellaswag", 1000), ("winogrande", 1267), ("piqa", 1838), ("siqa", 1954), ("lambada", 5153), ("triviaqa", 3000),
     ("gsm8k", 1319), ("gsm8k_cot", 1319), ("gsm8k_icot", 1319), ("rocstories", 1871), ("humaneval_infilling", 1033)])
-def test_every_row_of_the_real_files_is_an_item(test_data, name, count):
+def test_real_files(test_data, name, count):
     task = TASKS[name]
     found = load_items(task, find_file(task, str(test_data)))
     assert len(found) == count
@@ -189,7 +189,7 @@ def test_every_row_of_the_real_files_is_an_item(test_data, name, count):
         assert len({item.gold for item in found}) == len(found[0].options)
 
 
-def test_what_the_hub_has_is_named_as_sources_are():
+def test_hub_spec():
     assert hub_spec(TASKS["piqa"]) == "hf:baber/piqa?split=validation"
     assert hub_spec(TASKS["gsm8k"]) == "hf:openai/gsm8k?name=main&split=test"
     assert hub_spec(TASKS["gsm8k_cot"], "train") == "hf:openai/gsm8k?name=main&split=train"
