@@ -28,22 +28,29 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlm_jax.cli.evaluate_tasks import (
     GENERATION_FLAGS,
     PACKAGES,
     add_generation_arguments,
     add_task_arguments,
+    check_shared,
     check_used,
     load_eval_models,
     run_tasks,
     sampler_of,
 )
-from dlm_jax.cli.shared import add_json_argument, add_model_arguments, check_output, load_model, write_result
+from dlm_jax.cli.shared import add_json_argument, add_model_arguments, check_at_least_one, load_model, write_result
 from dlm_jax.errors import ConfigError, DataError, did_you_mean
 
-# The flags of each mode, besides those of all modes, with their defaults.
+if TYPE_CHECKING:
+    from dlm_jax.data.config import DataConfig
+    from dlm_jax.data.rows import RowSource
+    from dlm_jax.diffusion import Batch
+    from dlm_jax.pipeline import DiffusionLM
+
+# The flags of each mode, besides those of all modes, with their defaults. The parser's own default is None.
 _GENERATION = dict.fromkeys(GENERATION_FLAGS)
 _TASKS = {"limit": None, "parent": None, "shots": None, "out": None} | _GENERATION
 _OWN = {"tasks": {"data_dir": None, "data_files": None, "protocol": "default", "mc_estimator": "mask_count",
@@ -91,7 +98,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _add_text_arguments(parser: argparse._ArgumentGroup) -> None:
-    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
     parser.add_argument("--data", nargs="+", action="extend", metavar="FILE",
                         help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME")
     parser.add_argument("--num_rows", type=int, help="number of rows (default 256)")
@@ -102,51 +108,66 @@ def _add_text_arguments(parser: argparse._ArgumentGroup) -> None:
 
 def _run_text(arguments: argparse.Namespace) -> None:
     from dlm_jax.data.config import DataConfig
-    from dlm_jax.data.corpus import load_rows
     from dlm_jax.data.loader import Loader
-    from dlm_jax.evaluation import autoregressive_nll, bound
 
-    if arguments.num_rows < 1:
-        raise ConfigError(f"--num_rows must be at least 1, got {arguments.num_rows}")
-    num_masks = 16 if arguments.num_masks is None else arguments.num_masks
+    check_at_least_one(arguments, "num_rows")
     lm = load_model(arguments)
     length = arguments.length or min(lm.config.max_length, 512)
     if length > lm.config.max_length:
         raise ConfigError(f"--length={length} is more than the {lm.config.max_length} tokens the model takes")
     data = DataConfig(train=tuple(arguments.data), validation_fraction=0.0, length=length,
                       text_key=arguments.text_key, document_separator=arguments.document_separator)
+    with _open_rows(lm, data) as rows:
+        batch = Loader([rows], min(len(rows), arguments.num_rows), shuffle=False).batch(0)
+    likelihood = _likelihood(lm, batch, arguments, autoregressive=arguments.objective == "autoregressive")
+    result = {"model": lm.pretrained.source, "objective": arguments.objective, "data": arguments.data,
+              "num_rows": len(batch.tokens), "length": length, **likelihood,
+              "perplexity": math.exp(likelihood["nats_per_token"])}
+    if arguments.objective == "diffusion":
+        result |= {"num_masks": arguments.num_masks or 16, "seed": arguments.seed}
+    at_most = _at_most(result)
+    error = f" +- {result['standard_error']:.4f}" if at_most else ""
+    write_result(arguments.json, result, _aligned({
+        "model": f"{result['model']}, {result['objective']}",
+        "text": f"{result['num_tokens']} tokens in {result['num_rows']} rows of {result['length']}",
+        "nats per token": f"{at_most}{result['nats_per_token']:.4f}{error}",
+        "perplexity": f"{at_most}{result['perplexity']:.2f}"}))
+
+
+@contextlib.contextmanager
+def _open_rows(lm: "DiffusionLM", data: "DataConfig") -> "Iterator[RowSource]":
+    """Yields the rows of the data; of prepared rows the held-out ones, if there are any."""
+    from dlm_jax.data.corpus import load_rows
+
     with tempfile.TemporaryDirectory() as folder:
         (rows,), held_out = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
-        rows = rows if held_out is None else held_out  # prepared rows may have held-out rows
-        batch = Loader([rows], min(len(rows), arguments.num_rows), shuffle=False).batch(0)
-    if arguments.objective == "autoregressive":
-        estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, segment_ids=batch.segment_ids,
-                                      batch_size=arguments.batch_size)
+        yield rows if held_out is None else held_out
+
+
+def _likelihood(lm: "DiffusionLM", batch: "Batch", arguments: argparse.Namespace, *,
+                autoregressive: bool) -> dict[str, Any]:
+    """Returns the number of tokens, the nats per token (exact, or the bound) and their standard error."""
+    from dlm_jax.evaluation import autoregressive_nll, bound
+
+    settings = {"segment_ids": batch.segment_ids, "batch_size": arguments.batch_size}
+    if autoregressive:
+        estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, **settings)
     else:
-        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, diffusion=lm.diffusion,
-                         segment_ids=batch.segment_ids, num_samples=num_masks, seed=arguments.seed,
-                         batch_size=arguments.batch_size)
-    result = {"model": lm.pretrained.source, "objective": arguments.objective, "data": arguments.data,
-              "num_rows": len(batch.tokens), "length": length, "num_tokens": estimate.num_tokens,
-              "nats_per_token": estimate.nats_per_token, "standard_error": estimate.standard_error,
-              "perplexity": math.exp(estimate.nats_per_token)}
-    if arguments.objective == "diffusion":
-        result |= {"num_masks": num_masks, "seed": arguments.seed}
-    write_result(arguments.json, result, _text_table(result))
+        num_masks = 16 if arguments.num_masks is None else arguments.num_masks
+        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, diffusion=lm.diffusion, num_samples=num_masks,
+                         seed=arguments.seed, **settings)
+    return {name: getattr(estimate, name) for name in ("num_tokens", "nats_per_token", "standard_error")}
 
 
-def _text_table(result: dict) -> str:
-    at_most = "at most " if result["objective"] == "diffusion" else ""
-    error = f" +- {result['standard_error']:.4f}" if at_most else ""
-    lines = {"model": f"{result['model']}, {result['objective']}",
-             "text": f"{result['num_tokens']} tokens in {result['num_rows']} rows of {result['length']}",
-             "nats per token": f"{at_most}{result['nats_per_token']:.4f}{error}",
-             "perplexity": f"{at_most}{result['perplexity']:.2f}"}
+def _at_most(result: dict[str, Any]) -> str:
+    return "at most " if result["objective"] == "diffusion" else ""
+
+
+def _aligned(lines: dict[str, str]) -> str:
     return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
 
 
 def _add_examples_arguments(parser: argparse._ArgumentGroup) -> None:
-    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
     parser.add_argument("--examples", nargs="+", action="extend", metavar="FILE",
                         help="files, globs, a directory made by `dlm prepare`, tfds:NAME, hf:NAME; --limit "
                         "and --num_masks hold here too")
@@ -154,15 +175,11 @@ def _add_examples_arguments(parser: argparse._ArgumentGroup) -> None:
 
 def _run_examples(arguments: argparse.Namespace) -> None:
     from dlm_jax.data.config import DataConfig
-    from dlm_jax.data.corpus import load_rows
     from dlm_jax.data.loader import Loader
-    from dlm_jax.evaluation import autoregressive_nll, bound
     from dlm_jax.evaluation.generation_eval import answer, judge, questions_of
     from dlm_jax.evaluation.report import mean_of
 
-    for name in ("limit", "num_steps", "num_masks"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    check_at_least_one(arguments, "limit", "num_steps", "num_masks")
     lm = load_model(arguments)
     recipe = lm.pretrained.recipe or {}
     if recipe.get("data.examples.format", "none") == "none":
@@ -173,47 +190,32 @@ def _run_examples(arguments: argparse.Namespace) -> None:
     prompt_format = dataclasses.replace(lm.prompt_format(), length=recipe["data.length"])
     data = DataConfig(train=tuple(arguments.examples), validation_fraction=0.0, length=prompt_format.length,
                       examples=prompt_format.config)
-    with tempfile.TemporaryDirectory() as folder:
-        (source,), held_out = load_rows(data, lm.tokenizer, vocab_size=lm.config.vocab_size, cache_dir=folder)
-        source = source if held_out is None else held_out  # prepared rows may have held-out rows
+    with _open_rows(lm, data) as source:
         number = min(len(source), arguments.limit or len(source))
         rows, batch = source[slice(0, number)], Loader([source], number, shuffle=False).batch(0)
-    scored = {"segment_ids": batch.segment_ids, "batch_size": arguments.batch_size}
-    if autoregressive:
-        estimate = autoregressive_nll(lm.model, batch.tokens, batch.noisable_mask, **scored)
-    else:
-        estimate = bound(lm.model, batch.tokens, batch.noisable_mask, diffusion=lm.diffusion, seed=arguments.seed,
-                         num_samples=arguments.num_masks or 16, **scored)
+    likelihood = _likelihood(lm, batch, arguments, autoregressive=autoregressive)
     questions = questions_of(rows, prompt_format)
-    texts = answer(lm.model, questions, prompt_format, sampler, diffusion=lm.pretrained.diffusion, seed=arguments.seed,
+    texts = answer(lm.model, questions, prompt_format, sampler, diffusion=lm.diffusion, seed=arguments.seed,
                    batch_size=arguments.batch_size, mesh=lm.mesh, progress=True)
     values = judge(texts, questions, prompt_format)
     records = [{"prompt": lm.tokenizer.decode(question.prompt, skip_special_tokens=True), "answer": question.answer,
                 "text": text, "values": value}
                for question, text, value in zip(questions, texts, values, strict=True)]
+    means = {name: mean_of([value[name] for value in values]) for name in values[0]}
     result = {"model": lm.pretrained.source, "objective": "autoregressive" if autoregressive else "diffusion",
               "examples": arguments.examples, "num_examples": number, "length": prompt_format.length,
               "policy": sampler.policy, "num_steps": sampler.steps, "threshold": sampler.reveal_threshold,
-              "block_length": sampler.block_length, "nats_per_token": estimate.nats_per_token,
-              "standard_error": estimate.standard_error,
-              "values": {name: dataclasses.asdict(mean_of([value[name] for value in values]))
-                         for name in values[0]}}
-    write_result(arguments.json, {**result, "records": records}, _examples_table(result))
-
-
-def _examples_table(result: dict) -> str:
-    at_most = "at most " if result["objective"] == "diffusion" else ""
-    lines = {"model": f"{result['model']}, {result['objective']}",
-             "examples": f"{result['num_examples']}, in rows of {result['length']}",
-             "nats per token": f"{at_most}{result['nats_per_token']:.4f}"}
-    for name, value in result["values"].items():
-        error = "" if value["standard_error"] is None else f" +- {value['standard_error']:.3f}"
-        lines[name] = f"{value['mean']:.3f}{error}"
-    return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
+              "block_length": sampler.block_length, **likelihood,
+              "values": {name: dataclasses.asdict(mean) for name, mean in means.items()}}
+    shown = {name: f"{mean.mean:.3f}" + ("" if mean.standard_error is None else f" +- {mean.standard_error:.3f}")
+             for name, mean in means.items()}
+    write_result(arguments.json, {**result, "records": records}, _aligned({
+        "model": f"{result['model']}, {result['objective']}",
+        "examples": f"{number}, in rows of {prompt_format.length}",
+        "nats per token": f"{_at_most(result)}{result['nats_per_token']:.4f}", **shown}))
 
 
 def _add_lm_eval_arguments(parser: argparse._ArgumentGroup) -> None:
-    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
     parser.add_argument("--lm_eval", metavar="TASK,...", help="tasks, groups and tags of lm-eval; --limit, --shots, "
                         "--parent and --out are as for --tasks")
     parser.add_argument("--lm_eval_dir", metavar="DIR", help="holds tasks of your own, as YAML files; their relative "
@@ -253,21 +255,12 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
 
 def _check_lm_eval(arguments: argparse.Namespace) -> list[str]:
     """Checks the arguments before anything is loaded; returns the tasks' names."""
-    for name, least in (("limit", 1), ("shots", 0), ("num_steps", 1), ("num_masks", 1), ("batch_size", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} must be at least {least}, got {value}")
-    names = arguments.lm_eval.split(",")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--lm_eval={arguments.lm_eval} names a task twice")
-    if arguments.lm_eval_dir is not None and not pathlib.Path(arguments.lm_eval_dir).is_dir():
-        raise ConfigError(f"there is no folder {arguments.lm_eval_dir}; name the one that holds your tasks' YAML files "
-                          "with --lm_eval_dir")
-    if arguments.out:
-        if pathlib.Path(arguments.out).suffix != ".json":
-            raise ConfigError(f"--out={arguments.out} must end in .json")
-        check_output(arguments.out)
-    return names
+    check_shared(arguments, "lm_eval")
+    folder = arguments.lm_eval_dir
+    if folder is not None and not pathlib.Path(folder).is_dir():
+        raise ConfigError(f"there is no folder {folder}; name the one that holds your tasks' YAML files with "
+                          "--lm_eval_dir")
+    return arguments.lm_eval.split(",")
 
 
 def _load_tasks(names: Sequence[str], folder: str | None) -> dict[str, Any]:

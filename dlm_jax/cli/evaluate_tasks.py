@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dlm_jax.cli.shared import ResumeState, check_output, load_model, read_mesh, write_result
+from dlm_jax.cli.shared import ResumeState, check_at_least_one, check_output, load_model, read_mesh, write_result
+from dlm_jax.config_fields import check_at_least
 from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ _OLD_CHOICES = {"release": "reference", "counts": "mask_count", "times": "time"}
 
 
 def add_task_arguments(parser: argparse._ArgumentGroup) -> None:
-    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
     parser.add_argument("--tasks", metavar="NAME,...", help="names of tasks, as listed above")
     parser.add_argument("--data_dir", metavar="DIR", help="folder with NAME.jsonl, or with NAME/ and a test file in it "
                         "(default: the tasks' datasets on the Hugging Face hub)")
@@ -80,15 +80,18 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     jobs, files = zip(*(make_job(task, arguments, reference, text) for task in tasks), strict=True)
     execute = Sandbox() if any(task.executes for task in tasks) else None
     eval_models = load_eval_models(arguments, reference, arguments.mc_estimator)
-    judge = _load_judge(arguments, eval_models) if any(task.kind == "open_ended" for task in tasks) else None
+    judge = None
+    if any(task.kind == "open_ended" for task in tasks):
+        judge = eval_models[1] if arguments.judge is None else _load_autoregressive(
+            arguments, arguments.judge, arguments.judge, batch_size=arguments.batch_size)
     models = [eval_model.name for eval_model in eval_models]
     settings = {name: getattr(arguments, name) for name in (
         "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_masks",
         "mc_estimator", "samples", "temperature", "judge", "seed", *GENERATION_FLAGS)} | about_text | {"data": files}
     with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
         records = run(jobs, eval_models, reference=reference, num_steps=arguments.num_steps,
-                            samples=arguments.samples, temperature=arguments.temperature, execute=execute, judge=judge,
-                            seed=arguments.seed, done=done, add=add)
+                      samples=arguments.samples, temperature=arguments.temperature, execute=execute, judge=judge,
+                      seed=arguments.seed, done=done, add=add)
     result = {"models": models, "settings": settings,
               "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
               "tasks": summarize(records, names, models, arguments.seed)}
@@ -102,27 +105,31 @@ def run_tasks(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Checks the arguments before a model is loaded."""
-    for name in ("limit", "shots", "num_steps", "num_masks", "samples", "batch_size"):
-        least, value = (0 if name == "shots" else 1), getattr(arguments, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} must be at least {least}, got {value}")
-    for name in (*GENERATION_FLAGS, "shots", "prompt_file"):
-        if arguments.protocol == "reference" and getattr(arguments, name):
-            raise ConfigError(f"the protocol reference has its own generation settings and no examples; leave --{name} "
-                              "out, or choose --protocol=default")
-    if arguments.protocol == "reference" and arguments.mc_estimator != "mask_count":
-        raise ConfigError("the protocol reference has its own score; leave --mc_estimator out, or choose "
-                          "--protocol=default")
+    check_shared(arguments, "tasks")
+    if arguments.protocol == "reference":
+        given = [name for name in (*GENERATION_FLAGS, "shots", "prompt_file") if getattr(arguments, name)]
+        given += ["mc_estimator"] if arguments.mc_estimator != "mask_count" else []
+        if given:
+            raise ConfigError(f"the protocol reference has its own generation and score, and no examples; leave "
+                              f"--{given[0]} out, or choose --protocol=default")
     if arguments.shots and arguments.prompt_file:
         raise ConfigError("--shots and --prompt_file both put text before a prompt; leave one of them out")
-    names = arguments.tasks.split(",")
+    if arguments.out:
+        check_output(str(_items_path(arguments.out)))
+
+
+def check_shared(arguments: argparse.Namespace, mode: str) -> None:
+    """Checks what `--tasks` and `--lm_eval`, the `mode`, have in common."""
+    check_at_least_one(arguments, "limit", "num_steps", "num_masks", "samples", "batch_size")
+    if arguments.shots is not None:
+        check_at_least(arguments.shots, 0, "--shots")
+    names = getattr(arguments, mode).split(",")
     if len(set(names)) < len(names):
-        raise ConfigError(f"--tasks={arguments.tasks} names a task twice")
+        raise ConfigError(f"--{mode}={getattr(arguments, mode)} names a task twice")
     if arguments.out:
         if pathlib.Path(arguments.out).suffix != ".json":
-            raise ConfigError(f"--out={arguments.out} must end in .json; a page and the records go beside it")
-        for path in (pathlib.Path(arguments.out), _items_path(arguments.out)):
-            check_output(str(path))
+            raise ConfigError(f"--out={arguments.out} must end in .json; all results go beside it")
+        check_output(arguments.out)
 
 
 def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None:
@@ -144,10 +151,9 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
 
 
 def load_eval_models(arguments: argparse.Namespace, reference: bool = False,
-                    estimator: str = "mask_count") -> "list[EvalModel]":
+                     estimator: str = "mask_count") -> "list[EvalModel]":
     """Returns the model, and its parent if there is one."""
     from dlm_jax.evaluation.make_eval_model import make_eval_model
-    from dlm_jax.pipeline import DiffusionLM
 
     options = {"reference": reference, "mc_estimator": estimator, "num_samples": arguments.num_masks,
                "seed": arguments.seed, "batch_size": arguments.batch_size}
@@ -155,26 +161,20 @@ def load_eval_models(arguments: argparse.Namespace, reference: bool = False,
     sampler = sampler_of(arguments, autoregressive)
     lm = load_model(arguments)
     found = [make_eval_model(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
-                            autoregressive=autoregressive)]
+                             autoregressive=autoregressive)]
     if arguments.parent is not None:
-        mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
-        parent = DiffusionLM.from_pretrained(arguments.parent, dtype=arguments.dtype, mesh=mesh)
-        name = f"{arguments.parent} (parent)"
-        found.append(make_eval_model(parent.pretrained, name, autoregressive=True, mesh=parent.mesh, **options))
+        found.append(_load_autoregressive(arguments, arguments.parent, f"{arguments.parent} (parent)", **options))
     return found
 
 
-def _load_judge(arguments: argparse.Namespace, eval_models: "Sequence[EvalModel]") -> "EvalModel":
-    """Returns the judge that is named, else the parent."""
+def _load_autoregressive(arguments: argparse.Namespace, source: str, name: str, **options: Any) -> "EvalModel":
+    """Returns the parent or the judge, on the mesh of the flags."""
     from dlm_jax.evaluation.make_eval_model import make_eval_model
     from dlm_jax.pipeline import DiffusionLM
 
-    if arguments.judge is None:
-        return eval_models[1]
     mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
-    lm = DiffusionLM.from_pretrained(arguments.judge, dtype=arguments.dtype, mesh=mesh)
-    return make_eval_model(lm.pretrained, arguments.judge, autoregressive=True, batch_size=arguments.batch_size,
-                          mesh=lm.mesh)
+    lm = DiffusionLM.from_pretrained(source, dtype=arguments.dtype, mesh=mesh)
+    return make_eval_model(lm.pretrained, name, autoregressive=True, mesh=lm.mesh, **options)
 
 
 @contextlib.contextmanager
@@ -195,7 +195,6 @@ def _items_path(out: str) -> pathlib.Path:
 
 
 def add_generation_arguments(parser: argparse._ArgumentGroup) -> None:
-    """Adds flags whose values are None if not given; `evaluate` has their defaults."""
     parser.add_argument("--num_steps", type=int, help="forward passes per generated text (default 64; for the policy "
                         "threshold as many as needed, and at most one per token)")
     parser.add_argument("--policy", help="which tokens are revealed first, a policy of `dlm sample` "

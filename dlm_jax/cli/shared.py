@@ -77,9 +77,10 @@ def write_result(destination: str | None, result: object, table: str) -> None:
 
 
 def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises ConfigError unless every one of these flags is at least 1."""
+    """Raises ConfigError unless every one of these flags that is given is at least 1."""
     for name in names:
-        check_at_least(getattr(arguments, name), 1, f"--{name}")
+        if getattr(arguments, name) is not None:
+            check_at_least(getattr(arguments, name), 1, f"--{name}")
 
 
 def check_seed(name: str, seed: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.pipeline import DiffusionLM
 
 TEXT = [f"The {animal} sat on {place} and saw {name}, who was happy that the sun was warm."
@@ -46,6 +47,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (folder / "config.json").write_text(json.dumps({
         "model_type": "gpt2", "vocab_size": len(fast), "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2,
         "bos_token_id": 0, "eos_token_id": 0}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(base, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The tiny base with random weights and a mask token."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    save_pretrained(folder, load_pretrained(base, mask_token="<|mask|>", init="random"))
     return folder
 
 

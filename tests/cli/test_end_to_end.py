@@ -90,7 +90,7 @@ def test_sample_a_workdir(capsys, workdir, tmp_path):
     assert all(sample["text"].startswith("The ") and sample["text"].endswith(" sat.") for sample in filled["samples"])
 
 
-def test_evaluate_a_step_and_its_exports(capsys, workdir, text, tmp_path):
+def test_exports_are_the_model(capsys, workdir, text, tmp_path):
     arguments = ("evaluate", f"--model={workdir}@3", "--data", text, *SCORED)
     of_run = json.loads(run(capsys, *arguments))
     assert of_run["num_rows"] == 8 and of_run["num_tokens"] == 8 * 15
@@ -106,7 +106,7 @@ def test_evaluate_a_step_and_its_exports(capsys, workdir, text, tmp_path):
     assert f"{exact['nats_per_token']:.4f}" in run(capsys, *[each for each in causal if each != "--json=-"])
 
 
-def test_train_again_resumes(capsys, train, workdir):
+def test_resume(capsys, train, workdir):
     records = (workdir / "metrics.jsonl").read_text()
     run(capsys, *train, f"--workdir={workdir}", "--config.num_steps=3")
     assert (workdir / "metrics.jsonl").read_text() == records
@@ -114,7 +114,7 @@ def test_train_again_resumes(capsys, train, workdir):
     assert "seed: 0 -> 1" in refused(capsys, *train, f"--workdir={workdir}", "--config.num_steps=5", "--config.seed=1")
 
 
-def test_lora_run_and_its_exports_are_one_model(capsys, lora_workdir, pretrained, text, tmp_path):
+def test_lora_exports_are_the_model(capsys, lora_workdir, pretrained, text, tmp_path):
     of_run = nats(capsys, lora_workdir, text)
     for layout in ("hf", "peft"):
         run(capsys, "export", f"--model={lora_workdir}", f"--output={tmp_path / layout}", f"--layout={layout}")
@@ -122,10 +122,6 @@ def test_lora_run_and_its_exports_are_one_model(capsys, lora_workdir, pretrained
         # The adapter's base is read as it is, where the run rounds what it does not train.
         assert exported == pytest.approx(of_run, rel=1e-6 if layout == "hf" else 1e-2)
     assert nats(capsys, tmp_path / "peft", text, f"--base={pretrained}") == exported
-    arguments = ("--infill=The <mask:3> sat.", "--num_steps=2", "--json=-")
-    texts = [json.loads(run(capsys, "sample", f"--model={model}", *arguments))["samples"][0]["text"]
-             for model in (lora_workdir, tmp_path / "hf")]
-    assert texts[0] == texts[1] and texts[0].startswith("The ") and texts[0].endswith(" sat.")
 
 
 def test_errors_are_one_sentence(capsys, workdir, lora_workdir, pretrained, text, tmp_path):
@@ -148,5 +144,5 @@ def test_errors_are_one_sentence(capsys, workdir, lora_workdir, pretrained, text
 @pytest.mark.parametrize(("override", "mentions"), [
     ("--config.lora.targets=q_prj", "lora.targets"), ("--config.lora.rank=1000", "rank"),
     ("--config.lora.head=true", "lora.embedding"), ("--config.lora.rnk=2", "config.lora.rank")])
-def test_lora_settings_that_cannot_be_trained(capsys, lora, override, mentions, tmp_path):
+def test_bad_lora_settings(capsys, lora, override, mentions, tmp_path):
     assert mentions in refused(capsys, *lora, f"--workdir={tmp_path}", override)

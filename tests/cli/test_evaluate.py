@@ -1,17 +1,15 @@
-"""`dlm evaluate --tasks`: a table of two models from local files, resumed, and what is refused."""
+"""`dlm evaluate --tasks`: a table of two models from local files, a resumed run, and refusals."""
 
 import json
 import pathlib
 
 import pytest
 
-from dlm_jax import DiffusionLM
 from dlm_jax.cli import evaluate as evaluate_command
 from dlm_jax.cli.main import main
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.code_execution import Sandbox
 from dlm_jax.evaluation.tasks import TASKS
-from tests.cli.conftest import RECIPE
 
 TASK_ROWS = {
     "piqa/valid.jsonl": [{"goal": f"The {animal} sat", "sol1": "on the mat", "sol2": "and saw Tom", "label": n % 2}
@@ -31,21 +29,6 @@ TASK_ROWS = {
 
 
 @pytest.fixture(scope="module")
-def parent(base, tmp_path_factory):
-    """The tiny base with random weights, as an autoregressive model."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    recipe = folder / "recipe.py"
-    recipe.write_text(RECIPE + "    return config\n")
-    text = folder / "text.jsonl"
-    text.write_text('{"text": "The cat sat on the mat and saw Tom, who was happy."}\n' * 30)
-    assert main(["train", f"--config={recipe}", f"--workdir={folder / 'run'}", "--config.num_steps=1",
-                 f"--config.model.source={base}", f"--config.data.train={text}",
-                 "--config.data.validation_fraction=0"]) == 0
-    DiffusionLM.from_pretrained(folder / "run").save_pretrained(folder / "parent")
-    return folder / "parent"
-
-
-@pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     for name, rows in TASK_ROWS.items():
@@ -59,9 +42,9 @@ def evaluate(capsys, *argv):
     return status, *capsys.readouterr()
 
 
-def test_table_with_parent(capsys, parent, data_dir, tmp_path):
+def test_table_with_parent(capsys, model, data_dir, tmp_path):
     out = tmp_path / "results.json"
-    arguments = (f"--model={parent}", "--tasks=piqa,gsm8k,text", f"--data_dir={data_dir}", f"--parent={parent}",
+    arguments = (f"--model={model}", "--tasks=piqa,gsm8k,text", f"--data_dir={data_dir}", f"--parent={model}",
                  "--num_masks=3", "--num_steps=2", "--block_length=2", "--batch_size=4")
     status, table, err = evaluate(capsys, *arguments, f"--out={out}")
     assert status == 0, err
@@ -78,7 +61,7 @@ def test_table_with_parent(capsys, parent, data_dir, tmp_path):
     status, _, err = evaluate(capsys, *arguments, f"--out={out}")
     assert status == 1 and "results.json" in err
 
-    # Stopped after six items and begun again, it ends the same.
+    # A run that stopped after six items resumes to the same result.
     again = tmp_path / "again.json"
     partial = tmp_path / "again.items.jsonl.partial"
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines[:6]) + '{"broken')
@@ -88,27 +71,27 @@ def test_table_with_parent(capsys, parent, data_dir, tmp_path):
     assert json.loads(again.read_text())["tasks"] == result["tasks"]
 
 
-def test_generation_and_reconstruction(capsys, parent, data_dir):
-    arguments = (f"--model={parent}", "--tasks=generation,reconstruction", f"--data_dir={data_dir}", "--num_steps=2",
+def test_generation_and_reconstruction(capsys, model, data_dir):
+    arguments = (f"--model={model}", "--tasks=generation,reconstruction", f"--data_dir={data_dir}", "--num_steps=2",
                  "--json=-")
-    status, out, err = evaluate(capsys, *arguments, f"--judge={parent}")
+    status, out, err = evaluate(capsys, *arguments, f"--judge={model}")
     assert status == 0, err
     tasks = json.loads(out)["tasks"]
-    assert {"generative_perplexity", "distinct_2", "words"} <= set(tasks["generation"]["models"][str(parent)])
-    assert next(iter(tasks["reconstruction"]["models"][str(parent)])) == "10% masked"
-    status, again, err = evaluate(capsys, *arguments, f"--parent={parent}")
+    assert {"generative_perplexity", "distinct_2", "words"} <= set(tasks["generation"]["models"][str(model)])
+    assert next(iter(tasks["reconstruction"]["models"][str(model)])) == "10% masked"
+    status, again, err = evaluate(capsys, *arguments, f"--parent={model}")
     assert status == 0, err
     of_parent = json.loads(again)["tasks"]
-    name = f"{parent} (parent)"
+    name = f"{model} (parent)"
     assert set(of_parent["reconstruction"]["differences"]) == {f"{n}0% masked" for n in (1, 3, 5, 7, 9)}
-    assert of_parent["generation"]["models"][str(parent)] == tasks["generation"]["models"][str(parent)]
+    assert of_parent["generation"]["models"][str(model)] == tasks["generation"]["models"][str(model)]
     assert of_parent["generation"]["differences"] == {} and name in of_parent["generation"]["models"]
     status, _, err = evaluate(capsys, *arguments)
-    assert status == 1 and "name it with --judge, or a --parent" in err and err.count("\n") == 1
+    assert status == 1 and "--judge" in err and "--parent" in err and err.count("\n") == 1
 
 
-def test_a_dataset_by_name(capsys, parent, tmp_path):
-    """From a folder, in the place of the hub."""
+def test_named_dataset(capsys, model, tmp_path):
+    """From a folder instead of the hub."""
     pytest.importorskip("datasets")
     (tmp_path / "data").mkdir()
     for name, rows in (("train", 1), ("validation", 4)):
@@ -116,7 +99,7 @@ def test_a_dataset_by_name(capsys, parent, tmp_path):
             json.dumps({"goal": f"The cat {n}", "sol1": "on the mat", "sol2": "saw", "label": 0}) + "\n"
             for n in range(rows)))
     spec = f"hf:{tmp_path / 'data'}?split=validation"
-    status, out, err = evaluate(capsys, f"--model={parent}", "--objective=autoregressive", "--tasks=piqa",
+    status, out, err = evaluate(capsys, f"--model={model}", "--objective=autoregressive", "--tasks=piqa",
                                 "--data_files", f"piqa={spec}", "--json=-")
     assert status == 0, err
     result = json.loads(out)
@@ -124,30 +107,30 @@ def test_a_dataset_by_name(capsys, parent, tmp_path):
     assert result["settings"]["data"][0]["file"] == spec and len(result["settings"]["data"][0]["sha256"]) == 16
 
 
-def test_reference_protocol_and_infilling(capsys, parent, data_dir):
-    status, out, err = evaluate(capsys, f"--model={parent}", "--tasks=piqa,rocstories", f"--data_dir={data_dir}",
+def test_reference_protocol_and_infilling(capsys, model, data_dir):
+    status, out, err = evaluate(capsys, f"--model={model}", "--tasks=piqa,rocstories", f"--data_dir={data_dir}",
                                 "--protocol=reference", "--json=-", "--limit=2")
     assert status == 0, err
     result = json.loads(out)
     assert result["settings"]["num_masks"] == 32 and result["tasks"]["piqa"]["items"] == 2
-    assert list(result["tasks"]["piqa"]["models"][str(parent)]) == ["accuracy"]
-    assert list(result["tasks"]["rocstories"]["models"][str(parent)]) == ["rouge1", "rouge2", "rougeL"]
+    assert list(result["tasks"]["piqa"]["models"][str(model)]) == ["accuracy"]
+    assert list(result["tasks"]["rocstories"]["models"][str(model)]) == ["rouge1", "rouge2", "rougeL"]
 
 
-def test_programs_are_run_only_when_allowed(capsys, parent, data_dir):
-    arguments = (f"--model={parent}", "--tasks=humaneval_infilling", f"--data_dir={data_dir}", "--num_steps=2",
+def test_code_execution(capsys, model, data_dir):
+    arguments = (f"--model={model}", "--tasks=humaneval_infilling", f"--data_dir={data_dir}", "--num_steps=2",
                  "--json=-")
     try:
         Sandbox()
     except ConfigError as error:
-        pytest.skip(f"this machine cannot shut programs in: {error}")
-    status, out, err = evaluate(capsys, *arguments, "--allow_code_execution", f"--parent={parent}")
+        pytest.skip(f"this machine cannot isolate programs: {error}")
+    status, out, err = evaluate(capsys, *arguments, "--allow_code_execution", f"--parent={model}")
     assert status == 0, err
     result = json.loads(out)["tasks"]["humaneval_infilling"]
     assert result["items"] == 1 and [list(values) for values in result["models"].values()] == [["pass_at_1"]] * 2
 
 
-def test_programs_are_refused_before_a_model_is_loaded(capsys, data_dir, monkeypatch):
+def test_code_execution_refused(capsys, data_dir, monkeypatch):
     arguments = ("--model=none", "--tasks=humaneval_infilling", f"--data_dir={data_dir}")
     status, _, err = evaluate(capsys, *arguments)
     assert status == 1 and err.count("\n") == 1
@@ -161,10 +144,10 @@ def test_programs_are_refused_before_a_model_is_loaded(capsys, data_dir, monkeyp
     assert status == 1 and "not isolated" in err and err.count("\n") == 1
 
 
-def test_samples_and_a_text_before_each_prompt(capsys, parent, data_dir, tmp_path):
+def test_samples_and_prompt_file(capsys, model, data_dir, tmp_path):
     prompt, out = tmp_path / "prompt.txt", tmp_path / "results.json"
     prompt.write_text("Question: Tom?\nAnswer: Let's think step by step. The answer is 3.\n")
-    arguments = (f"--model={parent}", "--tasks=mawps,mawps_cot,satmath", f"--data_dir={data_dir}", "--num_steps=2",
+    arguments = (f"--model={model}", "--tasks=mawps,mawps_cot,satmath", f"--data_dir={data_dir}", "--num_steps=2",
                  f"--prompt_file={prompt}", "--samples=2", "--temperature=0.8")
     status, table, err = evaluate(capsys, *arguments, f"--out={out}")
     assert status == 0, err
@@ -178,7 +161,7 @@ def test_samples_and_a_text_before_each_prompt(capsys, parent, data_dir, tmp_pat
     assert json.loads(other)["tasks"] == result["tasks"]
 
 
-def test_the_help_names_every_task():
+def test_help_names_every_task():
     named = evaluate_command.__doc__.partition("\nTasks: ")[2].replace("\n", " ")
     assert all(f" {task}," in f" {named}" or f" {task} (" in named or f" {task}." in named for task in TASKS)
 
@@ -226,12 +209,12 @@ def test_the_help_names_every_task():
     (("--tasks=piqa", "--shots=1"), "piqa"),
     (("--tasks=piqa", "--shots=1", "--protocol=reference"), "--shots"),
 ])
-def test_refusals(capsys, parent, data_dir, tmp_path, monkeypatch, arguments, named):
+def test_refusals(capsys, model, data_dir, tmp_path, monkeypatch, arguments, named):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff")
     where = () if arguments[0] == "--data" and "--limit=8" not in arguments else (f"--data_dir={data_dir}",)
-    status, _, err = evaluate(capsys, f"--model={parent}", *where, *arguments)
+    status, _, err = evaluate(capsys, f"--model={model}", *where, *arguments)
     assert status == 1 and named in err and err.count("\n") == 1
 
 
@@ -239,16 +222,16 @@ def test_refusals(capsys, parent, data_dir, tmp_path, monkeypatch, arguments, na
     ("--harness=piqa", "--lm_eval"), ("--harness_dir=tasks", "--lm_eval_dir"), ("--num_samples=3", "--num_masks"),
     ("--estimator=counts", "--mc_estimator"), ("--mc_estimator=counts", "mask_count"), ("--mc_estimator=times", "time"),
     ("--protocol=release", "reference")])
-def test_old_names_are_refused_with_the_new_one(capsys, argument, new):
+def test_old_names(capsys, argument, new):
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "--model=x", argument])
     assert stopped.value.code == 2 and f"is now {new};" in capsys.readouterr().err
 
 
-def test_a_model_without_a_mask_token_is_refused(capsys, data_dir):
+def test_missing_mask_token(capsys, data_dir):
     shipped = pathlib.Path(__file__).parents[2] / "assets" / "stories-gpt2"
     arguments = (f"--model={shipped}", "--tasks=piqa", f"--data_dir={data_dir}")
     status, _, err = evaluate(capsys, *arguments)
-    assert status == 1 and "records no mask token" in err and err.count("\n") == 1
+    assert status == 1 and "--mask_token" in err and err.count("\n") == 1
     status, _, err = evaluate(capsys, *arguments, "--objective=autoregressive", "--limit=1")
     assert status == 0, err

@@ -1,4 +1,4 @@
-"""`dlm evaluate --examples`: asked, in rows and judged as the run's own held-out examples."""
+"""`dlm evaluate --examples`: prompts, rows and metrics are those of the run's held-out examples."""
 
 import json
 
@@ -46,7 +46,7 @@ def run(objective, base, files, tmp_path_factory):
     return folder / "run"
 
 
-def test_it_finds_what_the_run_found(run, objective, files, tmp_path, capsys):
+def test_values_of_the_run(run, objective, files, tmp_path, capsys):
     out = tmp_path / "answers.json"
     steps = ("--num_steps=3",) if objective == "diffusion" else ()
     assert main(["evaluate", f"--model={run}", "--examples", str(files / "test.txt"), *steps, "--num_masks=8",
@@ -60,7 +60,7 @@ def test_it_finds_what_the_run_found(run, objective, files, tmp_path, capsys):
     assert result["nats_per_token"] == pytest.approx(bound, rel=0.2)
 
 
-def test_fewer_examples_by_limit_other_ways_of_writing_and_bad_input(run, objective, files, capsys):
+def test_limit_policies_and_refusals(run, objective, files, capsys):
     test = str(files / "test.txt")
     how = ("--policy=threshold", "--threshold=0.2", "--block_length=4")
     status = main(["evaluate", f"--model={run}", "--examples", test, "--limit=3", "--json=-", *how])
@@ -78,14 +78,6 @@ def test_fewer_examples_by_limit_other_ways_of_writing_and_bad_input(run, object
         assert named in capsys.readouterr().err
 
 
-def test_a_model_that_was_not_fine_tuned_is_refused(base, files, tmp_path, capsys):
-    (tmp_path / "recipe.py").write_text(RECIPE + f"""
-    config.num_steps = 1
-    config.data.validation_fraction = 0.0
-    config.model.source = {str(base)!r}
-    config.data.train = ({str(files / "train.txt")!r},)
-    return config
-""")
-    assert main(["train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}"]) == 0
-    assert main(["evaluate", f"--model={tmp_path / 'run'}", "--examples", str(files / "test.txt")]) == 1
-    assert str(tmp_path / "run") in capsys.readouterr().err
+def test_model_without_examples_is_refused(model, files, capsys):
+    assert main(["evaluate", f"--model={model}", "--examples", str(files / "test.txt")]) == 1
+    assert str(model) in capsys.readouterr().err

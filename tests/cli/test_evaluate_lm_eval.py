@@ -1,4 +1,4 @@
-"""`dlm evaluate --lm_eval`: the harness's table of two models from tasks of one's own, and what is refused."""
+"""`dlm evaluate --lm_eval`: lm-eval's table of two models on tasks in a folder, and refusals."""
 
 import json
 import pathlib
@@ -17,6 +17,7 @@ ROWS = [{"text": f"The {animal} ran to the tree.", "options": ["up.", "on and on
 @pytest.fixture(scope="module")
 def harness_dir(tmp_path_factory):
     import datasets
+    import lm_eval.tasks.manager
 
     folder = tmp_path_factory.mktemp("own")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -31,7 +32,7 @@ def harness_dir(tmp_path_factory):
             "own_exact": choice | {"dataset_kwargs": {"data_files": str(folder / "likely.jsonl")}, "metric_list": [
                 {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]},
             "own_validation": choice | {"test_split": None, "validation_split": "train"},
-            "own_word": word, "own_bare": word | {"num_fewshot": 0},
+            "standard": word, "own_bare": word | {"num_fewshot": 0},
             "own_shown": word | {"fewshot_split": "train"},
             "own_writing": own | {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "up",
                                   "fewshot_split": "train", "metric_list": [{"metric": "exact_match"}]},
@@ -42,9 +43,12 @@ def harness_dir(tmp_path_factory):
     (folder / "own_group.yaml").write_text(yaml.safe_dump({"group": "own_group", "task": ["own_choice"],
                                                            "aggregate_metric_list": [{"metric": "acc"}]}))
     (folder / "own_broken.yaml").write_text("task: [")
+    (folder / "shipped").mkdir()  # in place of lm-eval's own thousands of tasks
+    (folder / "standard.yaml").rename(folder / "shipped" / "standard.yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         patch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+        patch.setattr(lm_eval.tasks.manager, "__file__", str(folder / "shipped" / "manager.py"))
         yield folder
 
 
@@ -80,8 +84,8 @@ def test_table_with_parent(capsys, harness_dir, tmp_path):
     assert again["results"] == parent["results"] and "samples" not in again
 
 
-def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
-    status, text, err = evaluate(capsys, "--lm_eval=own_group,own_exact,own_word", f"--lm_eval_dir={harness_dir}",
+def test_groups_and_greedy_metrics(capsys, harness_dir):
+    status, text, err = evaluate(capsys, "--lm_eval=own_group,own_exact,standard", f"--lm_eval_dir={harness_dir}",
                                  "--objective=autoregressive", "--json=-")
     assert status == 0 and not err, err
     found = json.loads(text)["lm_eval"][str(SHIPPED)]
@@ -95,7 +99,7 @@ def test_groups_and_metrics_of_what_is_greedy(capsys, harness_dir):
     (("--lm_eval=own_lost",), "--lm_eval=own_lost"),
     (("--lm_eval=own_code",), "own_code"),
     (("--lm_eval=own_bare", "--shots=2"), "own_bare"),
-    (("--lm_eval=own_word", "--shots=1"), "own_word"),
+    (("--lm_eval=standard", "--shots=1"), "standard"),
     (("--lm_eval=own_validation", "--shots=1"), "own_validation"),
     (("--lm_eval=own_choice", "--shots=4"), "--shots=4"),
     (("--lm_eval=own_choice,own_choice",), "own_choice,own_choice"),
