@@ -1,4 +1,4 @@
-"""`dlm chat`: lines in and answers out, a terminal, what is remembered, and what is refused."""
+"""`dlm chat`: lines in and answers out, a terminal, the history, and refusals."""
 
 import dataclasses
 import io
@@ -76,12 +76,12 @@ def conversation_with(lm, **settings):
                         **{"max_new_tokens": 5, "seed": 0} | settings)
 
 
-def test_formats_are_those_of_examples():
+def test_formats():
     known = typing.get_args(typing.get_type_hints(ExampleConfig)["format"])
     assert set(FORMATS) == set(known) - {"none"}
 
 
-def test_each_line_is_a_turn(capsys, run, lm):
+def test_lines_are_turns(capsys, run, lm):
     first, = lm.respond([user("Tom?")], seed=3, **SHORT)
     second, = lm.respond([user("Tom?"), assistant(first), user("Ben")], seed=3, example_index=[1], **SHORT)
     for stream in ((), ("--stream",)):  # no terminal here, so nothing is shown
@@ -89,7 +89,7 @@ def test_each_line_is_a_turn(capsys, run, lm):
         assert capsys.readouterr() == (f"{first}\n{second}\n", "")
 
 
-def test_seed_fixes_the_session_and_not_the_answer(lm):
+def test_seed_of_a_session(lm):
     single = with_format(lm, format="prompt_response")
     sessions = []
     for seed in (0, 0, 1):
@@ -100,7 +100,7 @@ def test_seed_fixes_the_session_and_not_the_answer(lm):
     assert conversation.ask("Tom?").text == sessions[0][0]  # without messages, a question does not see those before
 
 
-def test_oldest_exchanges_are_forgotten_to_make_room(capsys, run, lm, monkeypatch):
+def test_oldest_exchanges_are_dropped(capsys, run, lm, monkeypatch):
     asked = []
     respond = DiffusionLM.respond
     monkeypatch.setattr(DiffusionLM, "respond", lambda self, questions, *rest, **settings: (
@@ -118,14 +118,14 @@ def test_oldest_exchanges_are_forgotten_to_make_room(capsys, run, lm, monkeypatc
     assert reported == len(asked) - 1 - (len(asked[-1]) - 2) // 2 > 0
 
 
-def test_format_without_messages_remembers_nothing(capsys, run, lm):
+def test_format_without_history(capsys, run, lm):
     single = with_format(lm, format="prompt_response", separator=">")
     assert run("Tom?\nTom?\n", *FLAGS, lm=single) == 0
     answers = [single.respond("Tom?", example_index=[i], **SHORT)[0] for i in range(2)]
     assert capsys.readouterr().out == "".join(answer + "\n" for answer in answers)
 
 
-def test_flags_give_the_format_that_the_run_does_not_record(capsys, run, lm, tmp_path):
+def test_format_flags(capsys, run, lm, tmp_path):
     bare = with_format(lm)
     bare.tokenizer.chat_template, kept = None, bare.tokenizer.chat_template
     try:
@@ -142,7 +142,7 @@ def test_flags_give_the_format_that_the_run_does_not_record(capsys, run, lm, tmp
     assert capsys.readouterr().out == lm.respond("Tom?", **SHORT)[0] + "\n"
 
 
-def test_autoregressive_run_answers_autoregressively(capsys, run, lm):
+def test_autoregressive_run(capsys, run, lm):
     parent = without_mask_token(lm, recipe=lm.pretrained.recipe | {"objective.name": "autoregressive"})
     assert run("Tom?\n", "--max_new_tokens=5", lm=parent) == 0
     assert capsys.readouterr().out == parent.respond("Tom?", max_new_tokens=5, policy="autoregressive")[0] + "\n"
@@ -151,7 +151,7 @@ def test_autoregressive_run_answers_autoregressively(capsys, run, lm):
 
 
 @pytest.mark.parametrize("argument", ["--max_new_tokens=0", "--seed=-1", "--policy=best", "--remask=2"])
-def test_refused_before_a_model_is_loaded(capsys, monkeypatch, argument):
+def test_bad_settings(capsys, monkeypatch, argument):
     monkeypatch.setattr(chat, "load_model", lambda arguments: pytest.fail("the model was loaded"))
     assert main(["chat", "--model=x", argument]) == 1
     error = capsys.readouterr().err
@@ -167,13 +167,13 @@ def test_refused_before_a_model_is_loaded(capsys, monkeypatch, argument):
     ("Tom", ("--format=alpaca", "--chat_template=x"), "alpaca"),
     ("Tom", ("--chat_template=no/file",), "no/file"),
 ])
-def test_errors_are_one_sentence(capsys, run, given, arguments, mentions):
+def test_bad_input(capsys, run, given, arguments, mentions):
     assert run(given, *arguments) == 1
     out, err = capsys.readouterr()
     assert mentions in err and err.count("\n") == 1 and not out
 
 
-def test_live_answer_shows_the_answer_up_to_its_end(monkeypatch, lm):
+def test_live_answer(monkeypatch, lm):
     shown = []
     monkeypatch.setattr(LiveAnswer, "show", lambda self, step, texts: shown.append(texts))
     prompt, answer = (lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("The cat", " sat on"))

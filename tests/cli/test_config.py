@@ -61,14 +61,14 @@ def test_round_trip_to_config_dict():
     assert build_config(Config, ml_collections.ConfigDict()) == Config()
 
 
-def test_recipe_sets_keys_that_are_none():
+def test_recipe_of_either_type():
     recipe = to_config_dict(Config())
     for mask in (7, "seven", None):  # either type, one after the other
         recipe.mask = mask
         assert build_config(Config, recipe).mask == mask
 
 
-def test_overrides_in_any_order_leave_the_recipe_unchanged():
+def test_order_of_overrides():
     recipe = to_config_dict(Config())
     overrides = [("optimizer.warmup", "50"), ("steps", "100"), ("optimizer.files", "a,b"), ("mask", "9")]
     for order in itertools.permutations(overrides):
@@ -77,14 +77,14 @@ def test_overrides_in_any_order_leave_the_recipe_unchanged():
     assert build_config(Config, recipe) == Config()
 
 
-def test_overrides_of_a_locked_partial_recipe():
+def test_locked_partial_recipe():
     recipe = ml_collections.ConfigDict({"steps": 3, "optimizer": {"rate": 1}}).lock()
     assert build_config(Config, recipe) == Config(steps=3, optimizer=Optimizer(rate=1.0))
     overrides = [("optimizer.rate", "0.5"), ("mask", "m"), ("optimizer.warmup", "2")]
     assert build_config(Config, recipe, overrides) == Config(3, "m", Optimizer(rate=0.5, warmup=2))
 
 
-def test_override_reaches_keys_that_refer_to_it():
+def test_override_of_a_reference():
     recipe = to_config_dict(Config())
     recipe.optimizer.warmup = recipe.get_oneway_ref("steps")
     assert build_config(Config, recipe, [("steps", "77")]).optimizer.warmup == 77
@@ -107,12 +107,12 @@ def test_override_reaches_keys_that_refer_to_it():
     ({}, [("objective.normaliser", "x")], ["config.objective.loss_normalization"]),
     ({"objective": {"normaliser": 3}}, [], ["config.objective"]),
 ])
-def test_mistakes_name_the_key_and_the_remedy(recipe, overrides, mentions):
+def test_mistakes(recipe, overrides, mentions):
     message = refusal(recipe, overrides)
     assert all(each in message for each in mentions), message
 
 
-def test_old_keys_are_refused_with_existing_new_ones():
+def test_old_keys():
     keys = flat_dict(TrainConfig())
     for old, new in OLD_KEYS.items():
         assert old not in keys and new in keys
@@ -120,7 +120,7 @@ def test_old_keys_are_refused_with_existing_new_ones():
             build_config(TrainConfig, train_defaults(), [(old, "1")])
 
 
-def test_described_settings_can_be_pasted():
+def test_described_settings():
     config = Config(3, None, Optimizer(files=("a", "b")))
     lines = describe_config(config)
     assert len(lines) == 6 and any("how fast [a number]" in line for line in lines)
@@ -157,7 +157,7 @@ def test_parse_value(kind, text, value):
     (bool, "2"), (Literal["x", "y"], "z"), (Literal[1, 2], "3"), (int | None, "x"), (tuple[int, ...], "1,x"),
     (tuple[int, float], "(1,)"), (tuple[int, float], "1"), (tuple[str, ...], "('a',"), (tuple[int, ...], "(1, True)"),
 ])
-def test_parse_value_refuses_text_of_another_type(kind, text):
+def test_parse_value_refuses(kind, text):
     with pytest.raises(InvalidValue):
         parse_value(text, kind)
 
@@ -165,12 +165,12 @@ def test_parse_value_refuses_text_of_another_type(kind, text):
 @pytest.mark.parametrize(("kind", "value"), [
     (int, True), (int, 1.0), (int, "1"), (float, "1"), (float, True), (bool, 1), (str, 1), (str, None), (int, None),
     (Literal[1], True), (tuple[str, ...], "ab"), (tuple[int, int], (1, 2, 3))])
-def test_check_value_does_not_convert(kind, value):
+def test_check_value_refuses(kind, value):
     with pytest.raises(InvalidValue):
         check_value(value, kind)
 
 
-def test_check_value_takes_integers_for_numbers_and_lists_for_tuples():
+def test_check_value():
     assert type(check_value(3, float)) is float
     assert check_value([1, 2], tuple[float, ...]) == (1.0, 2.0)
 
@@ -190,7 +190,7 @@ def build(name: str, **overrides: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_recipe_builds_by_name_and_by_path(name):
+def test_recipe_by_name_and_path(name):
     config = build(name)
     assert build(str(recipe_folder() / f"{name}.py")) == config != TrainConfig()
     assert config.model.source
@@ -201,7 +201,7 @@ def test_train_defaults_have_help():
     assert all(line.split("  ", 1)[1].strip() for line in describe_config(TrainConfig()))
 
 
-def test_recipes_have_the_settings_of_the_paper():
+def test_recipes_of_the_paper():
     small, medium, large = map(build, ("diffugpt_s", "diffugpt_m", "diffullama_7b"))
     tokens = [c.num_steps * c.data.batch_size * c.data.length / 1e9 for c in (small, medium, large)]
     assert [round(t) for t in tokens] == [131, 210, 65]
@@ -215,7 +215,7 @@ def test_recipes_have_the_settings_of_the_paper():
     assert (gsm8k.optimizer.learning_rate, gsm8k.model.mask_token, gsm8k.data.length) == (1e-4, 811, 256)
 
 
-def test_fine_tuning_recipes_differ_where_they_say():
+def test_fine_tuning_recipes():
     ours, parents, instruct = map(build, ("sft_gsm8k_gpt2", "sft_gsm8k_gpt2_ar", "sft_instruct"))
     assert ours.num_steps * ours.data.batch_size // 385_620 == 199  # epochs
     assert (ours.data.examples.train_on_padding, ours.data.examples.split_digits) == (True, True)
@@ -235,7 +235,7 @@ def test_fine_tuning_recipes_differ_where_they_say():
     ("def get_config(): return {}", "ml_collections.ConfigDict"),
     ("def get_config():\n  raise ValueError('two\\nlines')", "ValueError: two lines"),
 ])
-def test_recipe_that_fails_is_named(tmp_path, content, mentions):
+def test_broken_recipe(tmp_path, content, mentions):
     path = tmp_path / "mine.py"
     path.write_text(content)
     with pytest.raises(ConfigError, match=mentions) as caught:
@@ -243,7 +243,7 @@ def test_recipe_that_fails_is_named(tmp_path, content, mentions):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_recipe_is_named_with_the_closest(tmp_path):
+def test_missing_recipe(tmp_path):
     (tmp_path / "mine.py").write_text("")
     (tmp_path / "mine.txt").write_text("")
     for name, mentions in ((tmp_path / "mime.py", "mine.py"), ("quikstart", "quickstart"),

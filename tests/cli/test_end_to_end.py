@@ -124,7 +124,7 @@ def test_lora_exports_are_the_model(capsys, lora_workdir, pretrained, text, tmp_
     assert nats(capsys, tmp_path / "peft", text, f"--base={pretrained}") == exported
 
 
-def test_errors_are_one_sentence(capsys, workdir, lora_workdir, pretrained, text, tmp_path):
+def test_errors(capsys, workdir, lora_workdir, pretrained, text, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     for arguments, mentions in (
             (("evaluate", f"--model={workdir}", "--data", text, "--length=64"), "32 tokens"),

@@ -29,7 +29,7 @@ def test_help(capsys):
         assert status == 0 and not err and all(command in out for command in COMMANDS)
 
 
-def test_help_of_commands_does_not_import_jax():
+def test_help_without_jax():
     code = ("import sys; from dlm_jax.cli.main import main\n"
             f"for command in {list(COMMANDS)}:\n"
             "    try: main([command, '--help'])\n"
@@ -51,7 +51,7 @@ def test_help_of_commands_does_not_import_jax():
     (("sample", "--model=x", "--guidance=2"), "--cfg_scale"),
     (("plan", "--config=quickstart", "--advise"), "--suggest"),
 ])
-def test_wrong_arguments_are_one_sentence(capsys, argv, mentions):
+def test_usage_errors(capsys, argv, mentions):
     status, out, err = run(capsys, *argv)
     assert status == 2 and not out and mentions in err and err.count("\n") == 1 and "Traceback" not in err
 
@@ -67,12 +67,12 @@ def test_wrong_arguments_are_one_sentence(capsys, argv, mentions):
     (("sample", "--model=x", "--policy=best"), "best"),
     (("sample", "--model=x", "--num_samples=0"), "--num_samples"),
 ])
-def test_errors_are_one_sentence(capsys, argv, mentions):
+def test_errors(capsys, argv, mentions):
     status, out, err = run(capsys, *argv)
     assert status == 1 and not out and mentions in err and err.count("\n") == 1 and "Traceback" not in err
 
 
-def test_old_flags_are_gone_and_new_ones_exist():
+def test_old_flags():
     renamed = set()
     for command in COMMANDS:
         parser = Parser()
@@ -83,7 +83,7 @@ def test_old_flags_are_gone_and_new_ones_exist():
     assert renamed == set(OLD_FLAGS.values())
 
 
-def test_errors_and_interrupts_have_an_exit_status(capsys, monkeypatch):
+def test_exit_statuses(capsys, monkeypatch):
     for error, status, says in ((DataError("the file is empty"), 1, "dlm export: the file is empty\n"),
                                 (KeyboardInterrupt(), 130, "dlm export: interrupted\n")):
         def fail(arguments: argparse.Namespace, error: BaseException = error) -> None:
@@ -93,7 +93,7 @@ def test_errors_and_interrupts_have_an_exit_status(capsys, monkeypatch):
         assert run(capsys, "export", "--model=x", "--output=y") == (status, "", says)
 
 
-def test_overrides_anywhere_in_three_spellings(capsys):
+def test_override_spellings(capsys):
     assert split_overrides(["--config.a=1=2", "--x", "--config.b.c", "-3", "--config.d", "--y=1", "--config.e"]) == (
         [("a", "1=2"), ("b.c", "-3"), ("d", "true"), ("e", "true")], ["--x", "--y=1"])
     spellings = ("--config.num_steps=7 --config=quickstart --print_config --config.log.tensorboard=false",
@@ -104,14 +104,14 @@ def test_overrides_anywhere_in_three_spellings(capsys):
     assert status == 0 and "--config.num_steps=7 " in out and "--config.log.tensorboard=false " in out
 
 
-def test_closed_pipe_is_no_error():
+def test_closed_pipe():
     command = f"{sys.executable} -m dlm_jax.cli.main train --config=quickstart --print_config"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | true"], capture_output=True, text=True,
                           check=False)
     assert done.returncode == 0 and not done.stderr
 
 
-def test_sample_has_the_defaults_of_the_library():
+def test_sample_defaults():
     from dlm_jax.pipeline import DiffusionLM
 
     parser = Parser()

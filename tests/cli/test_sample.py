@@ -1,4 +1,4 @@
-"""`dlm sample`: its settings, files of prompts that can be resumed, and what it shows of the steps."""
+"""`dlm sample`: its settings, files of prompts, resumed files, and the view of the steps."""
 
 import dataclasses
 import io
@@ -57,7 +57,7 @@ def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
 
 
-def test_every_setting_is_a_flag_with_its_default():
+def test_flags_and_defaults():
     parser = Parser()
     sample.add_arguments(parser)
     groups = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
@@ -98,7 +98,7 @@ def test_settings_reach_the_sampler(capsys, model, lm):
     (("--prompts=none.jsonl", "--out=x.jsonl"), "none.jsonl"),
     (("--prompts=none.csv", "--out=x.jsonl"), ".jsonl"),
 ])
-def test_refused_before_a_model_is_loaded(capsys, no_model, prompts, arguments, mentions):
+def test_bad_settings(capsys, no_model, prompts, arguments, mentions):
     assert mentions in refused(capsys, "--model=x", *(argument.format(prompts=prompts) for argument in arguments))
 
 
@@ -115,7 +115,7 @@ def test_refused_before_a_model_is_loaded(capsys, no_model, prompts, arguments, 
     (b'"\\ud800"\n', "line 1"),
     (b"\n \n", "empty"),
 ])
-def test_malformed_line_is_named(capsys, no_model, tmp_path, content, mentions):
+def test_malformed_line(capsys, no_model, tmp_path, content, mentions):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     error = refused(capsys, "--model=x", f"--prompts={path}", f"--out={tmp_path / 'out.jsonl'}")
@@ -123,7 +123,7 @@ def test_malformed_line_is_named(capsys, no_model, tmp_path, content, mentions):
     assert [file.name for file in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-def test_too_long_line_is_named_before_any_is_written(capsys, model, tmp_path):
+def test_too_long_line(capsys, model, tmp_path):
     path = tmp_path / "long.txt"
     path.write_text("The\n" + "The cat sat " * 20 + "\n")
     error = refused(capsys, f"--model={model}", f"--prompts={path}", f"--out={tmp_path / 'out.jsonl'}", *SHORT)
@@ -150,7 +150,7 @@ def test_file_of_prompts(model, lm, prompts, tmp_path, each, batch_sizes):
     assert result["texts"] == len(lines) and 0 < result["tokens_now"] <= 6 * len(lines)
 
 
-def test_file_of_gaps_and_of_plain_lines(model, lm, tmp_path):
+def test_gaps_and_plain_lines(model, lm, tmp_path):
     gaps, plain = tmp_path / "gaps.jsonl", tmp_path / "plain.txt"
     texts = ["The <mask:3> sat.", "A <mask> dog"]
     gaps.write_text("".join(json.dumps({"infill": text}) + "\n" for text in texts))
@@ -164,7 +164,7 @@ def test_file_of_gaps_and_of_plain_lines(model, lm, tmp_path):
     assert [line["prompt"] for line in lines_of(out)] == ["The cat", "A dog"]
 
 
-def test_stopped_file_resumes_to_the_same_bytes(capsys, monkeypatch, model, prompts, tmp_path):
+def test_resume_gives_the_same_bytes(capsys, monkeypatch, model, prompts, tmp_path):
     arguments = (f"--model={model}", f"--prompts={prompts}", *SHORT, "--num_samples=2", "--batch_size=3")
     complete, out, partial = (tmp_path / name for name in ("complete.jsonl", "out.jsonl", "out.jsonl.partial"))
     assert run(*arguments, f"--out={complete}") == 0
@@ -200,14 +200,14 @@ def test_stopped_file_resumes_to_the_same_bytes(capsys, monkeypatch, model, prom
     assert calls == [[6, 7, 8], [7, 8, 9]]
 
 
-def test_lines_of_unknown_origin_are_not_resumed(capsys, model, prompts, tmp_path):
+def test_unknown_partial_file(capsys, model, prompts, tmp_path):
     partial = tmp_path / "out.jsonl.partial"
     partial.write_text('{"text": "mine"}\n')
     error = refused(capsys, f"--model={model}", f"--prompts={prompts}", f"--out={tmp_path / 'out.jsonl'}", *SHORT)
     assert "out.jsonl.partial.json" in error and partial.read_text() == '{"text": "mine"}\n'
 
 
-def test_autoregressive_run_is_sampled_autoregressively(capsys, base, tmp_path):
+def test_autoregressive_run(capsys, base, tmp_path):
     save_pretrained(tmp_path / "run", dataclasses.replace(load_pretrained(base, init="random"),
                                                           recipe={"objective.name": "autoregressive"}))
     results = []
@@ -217,7 +217,7 @@ def test_autoregressive_run_is_sampled_autoregressively(capsys, base, tmp_path):
     assert results[0]["policy"] == "autoregressive" and results[0]["samples"] == results[1]["samples"]
 
 
-def test_other_models_need_a_mask_token(lm):
+def test_missing_mask_token(lm):
     config = SamplerConfig()
     assert sample.resolve_policy(config, None, lm) == config
     bare = without_mask_token(lm)
@@ -226,7 +226,7 @@ def test_other_models_need_a_mask_token(lm):
     assert sample.resolve_policy(config, "confidence", bare) == config
 
 
-def test_trace_and_stream_do_not_change_the_texts(capsys, model, tmp_path):
+def test_trace_and_stream(capsys, model, tmp_path):
     arguments = (f"--model={model}", "--prompt", *PROMPTS, *SHORT, "--batch_size=2")
     assert run(*arguments) == 0
     plain = capsys.readouterr().out
@@ -239,7 +239,7 @@ def test_trace_and_stream_do_not_change_the_texts(capsys, model, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_live_text_shows_each_step_in_place(monkeypatch, lm):
+def test_live_text(monkeypatch, lm):
     screen = io.StringIO()
     console = rich.console.Console(file=screen, force_terminal=True, width=40, height=8)
     monkeypatch.setattr("rich.live.get_console", lambda: console)

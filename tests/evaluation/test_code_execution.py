@@ -1,4 +1,4 @@
-"""Programs with a gap: what is asked, what is run, and a scripted model whose every program is really run."""
+"""Programs with a gap: requests, completed programs, and scripted models whose programs are executed."""
 
 import gzip
 import json
@@ -28,14 +28,14 @@ def sandbox():
     try:
         return Sandbox(seconds=2)
     except ConfigError as error:
-        pytest.skip(f"this machine cannot shut programs in: {error}")
+        pytest.skip(f"this machine cannot isolate programs: {error}")
 
 
 def words(text):
     return [len(word) for word in text.split(" ")]
 
 
-def test_what_is_asked_and_what_is_run(tmp_path):
+def test_requests_and_programs(tmp_path):
     item, = items_of(tmp_path, ROW)
     assert (item.prompt, item.suffix, item.solution) == (ROW["prompt"], ROW["suffix"], ROW["canonical_solution"])
     program = completed(item, "    y = 0\n")
@@ -51,7 +51,7 @@ def test_what_is_asked_and_what_is_run(tmp_path):
     assert request_of(small, TASK, item, 0).lengths == range(3, 11)
 
 
-def test_longer_gaps_try_fewer_lengths(tmp_path):
+def test_lengths_of_long_gaps(tmp_path):
     several, span = items_of(tmp_path, {**ROW, "task_id": "MultiLineInfilling/HumanEval/0/L0_L0"},
                              {**ROW, "task_id": "RandomSpanInfilling/HumanEval/0/1"})
     model = EvalModel("model", words)
@@ -62,7 +62,7 @@ def test_longer_gaps_try_fewer_lengths(tmp_path):
         items_of(tmp_path, {**ROW, "task_id": "HumanEval/0"})
 
 
-def test_what_is_written_from_left_to_right_ends_with_the_gap(tmp_path):
+def test_truncate_code(tmp_path):
     line, = items_of(tmp_path, ROW)
     assert truncate_code(line, "    y = 1\n    return 0\n") == "    y = 1\n"
     assert truncate_code(line, "\n    y = 1") == "\n    y = 1\n"
@@ -72,16 +72,16 @@ def test_what_is_written_from_left_to_right_ends_with_the_gap(tmp_path):
     assert truncate_code(several, "    y = 1\n") == "    y = 1\n"
 
 
-def test_a_scripted_model_and_its_parent(tmp_path, sandbox):
+def test_model_and_parent(tmp_path, sandbox):
     def generate(requests, *, temperature, num_steps):
         return [["    y = x + x\n", "    y = 9\n", "    y = \n"][request.item] for request in requests]
 
-    def go_on(requests, **settings):
+    def continue_text(requests, **settings):
         return ["    y = 2 * x\n    return 3\n" for _ in requests]
 
     items = items_of(tmp_path, *[ROW] * 3)
     eval_models = [EvalModel("model", words, generate=generate),
-                   EvalModel("parent", words, generate=go_on, autoregressive=True)]
+                   EvalModel("parent", words, generate=continue_text, autoregressive=True)]
     records = run([Job(TASK, items, "An example.\n\n")], eval_models, execute=sandbox)
     assert [record["values"]["pass_at_1"] for record in records] == [1, 0, 0, 1, 1, 1]
     assert [record["outcomes"] for record in records[:3]] == [["passed"], ["AssertionError"], ["SyntaxError"]]
@@ -90,7 +90,7 @@ def test_a_scripted_model_and_its_parent(tmp_path, sandbox):
         run([Job(TASK, items)], eval_models)
 
 
-def test_samples_pass_on_average_and_together(tmp_path, sandbox):
+def test_pass_rate_of_samples(tmp_path, sandbox):
     def generate(requests, *, temperature, num_steps):
         assert temperature == 0.5
         right = {(0, 1), (0, 3)}
@@ -101,7 +101,7 @@ def test_samples_pass_on_average_and_together(tmp_path, sandbox):
     assert [record["values"] for record in records] == [{"pass_at_1": 0.5, "hit": 1}, {"pass_at_1": 0, "hit": 0}]
 
 
-def test_the_release_knows_the_length_and_leaves_out_what_is_long(tmp_path, sandbox):
+def test_reference_lengths_and_long_items(tmp_path, sandbox):
     asked = []
 
     def generate(requests, **settings):
@@ -126,7 +126,7 @@ def test_the_release_knows_the_length_and_leaves_out_what_is_long(tmp_path, sand
         run([Job(TASK, items[:1])], eval_models, reference=True, execute=sandbox)
 
 
-def test_the_real_files(test_data, sandbox):
+def test_real_files(test_data, sandbox):
     path = find_file(TASK, str(test_data))
     assert path.endswith("HumanEval-SingleLineInfilling.jsonl.gz")
     items = load_items(TASK, path)

@@ -1,4 +1,4 @@
-"""Programs that misbehave, really run: none passes, none reaches the machine, none outlives its time."""
+"""Real programs that misbehave: none passes, none reaches the machine, none outlives its time."""
 
 import os
 import pathlib
@@ -22,13 +22,13 @@ def run():
     try:
         execute = Sandbox(seconds=1, workers=4)
     except ConfigError as error:
-        pytest.skip(f"this machine cannot shut programs in: {error}")
+        pytest.skip(f"this machine cannot isolate programs: {error}")
     return lambda source, tests="": execute([Program(source, tests)])[0]
 
 
 @pytest.fixture
 def left_over(tmp_path, monkeypatch):
-    """The command lines of this test's sandboxes that are still there."""
+    """Returns the command lines of this test's sandboxes that still run."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return lambda: [line for line in command_lines() if "code_jail.py" in line and str(tmp_path) in line]
 
@@ -43,7 +43,7 @@ def command_lines():
     return found
 
 
-def test_tests_are_passed_or_not(run):
+def test_outcomes(run):
     assert run(*GOOD) == Outcome(True, "passed")
     assert run(GOOD.source, "assert double(4) == 9\n") == Outcome(False, "AssertionError")
     assert run("def double(x)\n", GOOD.tests) == Outcome(False, "SyntaxError")
@@ -51,7 +51,7 @@ def test_tests_are_passed_or_not(run):
                "assert A().x == 3 and hashlib.sha256(b'').hexdigest()") == Outcome(True, "passed")
 
 
-def test_many_at_a_time_in_their_order(run):
+def test_order_of_many(run):
     del run
     execute = Sandbox(workers=3)
     programs = [Program(f"x = {number}", f"assert x % 2 == {0}") for number in range(9)]
@@ -70,22 +70,22 @@ def test_many_at_a_time_in_their_order(run):
     ("def f(): return f()\nf()", "RecursionError"),
     ("import ctypes; ctypes.string_at(0)", "ended by SIGSEGV"),
     ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-    ("x = '''", "SyntaxError"),  # which would swallow the tests, were they one text
+    ("x = '''", "SyntaxError"),  # it would swallow the tests if they were one text
     ("class E(Exception):\n    def __str__(self): raise ValueError\nraise E", "E"),
     ("import os\nif os.fork(): os._exit(0)", "ended before its tests did"),  # its child goes on to the tests
     ("x = bytearray(10**10)", "MemoryError"),
     ("input()", "EOFError"),
     ("import numpy", "ModuleNotFoundError"),
 ])
-def test_what_ends_before_its_tests_do_has_not_passed(run, source, reason):
+def test_early_end_is_no_pass(run, source, reason):
     assert run(source) == Outcome(False, reason)
 
 
-def test_an_exit_that_is_caught_and_then_tested_passes(run):
+def test_caught_exit_passes(run):
     assert run("import sys\ntry:\n    sys.exit(1)\nexcept SystemExit:\n    x = 1\n", "assert x").passed
 
 
-def test_the_descriptor_alone_is_not_a_pass(run):
+def test_forged_report_is_no_pass(run):
     assert not run("import os\nfor n in range(3, 64):\n    try:\n        os.write(n, b'passed')\n"
                    "    except OSError:\n        pass\nos._exit(0)").passed
     # Not even a flood through it, nor output without end.
@@ -94,8 +94,8 @@ def test_the_descriptor_alone_is_not_a_pass(run):
     assert not run("while True: print('x' * 999)").passed
 
 
-def test_what_runs_is_seen_while_it_does(run, left_over):
-    """So that finding nothing left over says something."""
+def test_running_processes_are_found(run, left_over):
+    """Shows that `left_over` finds what is there."""
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(run, "import os, time\nos.fork(); time.sleep(60)")
         deadline = time.monotonic() + 30
@@ -106,7 +106,7 @@ def test_what_runs_is_seen_while_it_does(run, left_over):
     assert not left_over()
 
 
-def test_time_is_limited_on_the_processor_and_by_the_clock(run, left_over):
+def test_time_limits(run, left_over):
     start = time.monotonic()
     # On a busy machine, the clock may run out before the processor time does.
     assert run("while True: pass").reason in ("ended by SIGXCPU", "not done after 3 s")
@@ -117,7 +117,7 @@ def test_time_is_limited_on_the_processor_and_by_the_clock(run, left_over):
     assert not left_over()
 
 
-def test_a_bomb_of_forks_is_bounded_and_leaves_nothing(run, left_over):
+def test_fork_bomb(run, left_over):
     bomb = """
 import os, time
 forked = 0
@@ -164,7 +164,7 @@ for family, address in ((socket.AF_INET, ("127.0.0.1", {port})), (socket.AF_INET
             assert len(here["reached"]) == 3  # the same lines do reach them from outside
 
 
-def test_no_files_of_the_machine_no_rights_no_environment(run, tmp_path, monkeypatch):
+def test_no_files_rights_or_environment(run, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "x")
     (tmp_path / "mine.txt").write_text("mine")
     source = f"""
@@ -194,11 +194,11 @@ assert failed == [], failed
 assert rights == (-1, 65534, False), rights
 """
     assert run(source, tests) == Outcome(True, "passed")
-    assert run(source, tests) == Outcome(True, "passed")  # nothing of the first time is left
+    assert run(source, tests) == Outcome(True, "passed")  # the first run left nothing
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_what_is_written_is_limited(run):
+def test_disk_limit(run):
     one = "f = open('x', 'wb', buffering=0)\nfor _ in range(40): f.write(bytes(1 << 20))"
     assert run(one) == Outcome(False, "OSError")
     many = "for n in range(40): open(str(n), 'wb').write(bytes(1 << 20))"
@@ -212,14 +212,14 @@ def test_folders_are_removed(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_it_cannot_be_shut_in_nothing_runs(monkeypatch):
+def test_other_platforms_are_refused(monkeypatch):
     monkeypatch.setattr(code_execution.sys, "platform", "darwin")
     with pytest.raises(ConfigError, match="darwin"):
         Sandbox()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
-def test_a_start_that_fails_is_not_taken_for_a_wrong_program(tmp_path, monkeypatch):
+def test_failed_start_is_an_error(tmp_path, monkeypatch):
     broken = tmp_path / "code_jail.py"
     broken.write_text("import os, sys\nos.write(int(sys.argv[2]), b'unshare: Operation not permitted')\n")
     monkeypatch.setattr(code_jail, "__file__", str(broken))
@@ -231,8 +231,8 @@ def test_a_start_that_fails_is_not_taken_for_a_wrong_program(tmp_path, monkeypat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
-def test_a_jail_that_is_open_is_found_out(tmp_path, monkeypatch):
-    """Without namespaces the trial reaches the server, and nothing of the model's is run."""
+def test_open_jail_is_refused(tmp_path, monkeypatch):
+    """Without namespaces the trial reaches the server, and no program of the model runs."""
     real = pathlib.Path(code_jail.__file__).read_text()
     broken = tmp_path / "code_jail.py"
     broken.write_text(real.replace("        root = _leave_namespaces()\n        _build(folder, job)\n",
@@ -250,8 +250,8 @@ def test_limits_are_positive(limit):
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become someone else")
-def test_users_without_rights_have_it_as_well():
-    """By a user namespace, where Python can be read by all."""
+def test_unprivileged_user():
+    """A user namespace isolates them, where everyone can read Python."""
     import subprocess
 
     python = "/usr/bin/python3"
