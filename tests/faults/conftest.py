@@ -1,4 +1,4 @@
-"""A tiny base model and corpus, and an uninterrupted run of the command line on them."""
+"""A tiny base model and corpus, and runs of the command line on them."""
 
 import pytest
 
@@ -9,12 +9,3 @@ from tests.training.conftest import base, corpus  # noqa: F401
 @pytest.fixture(scope="package")
 def runs(base, corpus, tmp_path_factory) -> Runs:  # noqa: F811
     return Runs(base, corpus, tmp_path_factory.mktemp("faults"))
-
-
-@pytest.fixture(scope="package")
-def full_run(runs):
-    """The workdir of an uninterrupted run."""
-    workdir = runs.folder / "full"
-    code, _, err = runs.run(workdir)
-    assert code == 0, err
-    return workdir
