@@ -51,7 +51,9 @@ def test_values_of_the_run(run, objective, files, tmp_path, capsys):
     steps = ("--num_steps=3",) if objective == "diffusion" else ()
     assert main(["evaluate", f"--model={run}", "--examples", str(files / "test.txt"), *steps, "--num_masks=8",
                  f"--json={out}"]) == 0
-    shown, result, recorded = capsys.readouterr().out, json.loads(out.read_text()), read_records(run, "generation")[-1]
+    shown, result, (first, recorded) = (capsys.readouterr().out, json.loads(out.read_text()),
+                                        read_records(run, "generation"))
+    assert (first["step"], recorded["step"]) == (0, 4)
     assert result["num_examples"] == len(result["records"]) == 8 and result["length"] == 16
     for name in ("exact_match", "strict_match", "well_formed"):
         assert result["values"][name]["mean"] == recorded[name] and name in shown

@@ -41,7 +41,7 @@ def tuning(config, examples):  # noqa: F811
         config.data, train=(str(examples),), document_separator="", validation_fraction=0.3,
         examples=ExampleConfig("prompt_response", separator="h", train_on_padding=True))
     validation = dataclasses.replace(config.validation, every=10, num_generations=12, generation_steps=3)
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=3e-2, ema_decay=0.0)
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=3e-2, ema_decay=0.0, accumulate_steps=1)
     objective = dataclasses.replace(config.objective, anneal_steps=0)
     checkpoint = dataclasses.replace(config.checkpoint, every=20)
     return dataclasses.replace(config, checkpoint=checkpoint, data=data, validation=validation, optimizer=optimizer,

@@ -1,4 +1,4 @@
-"""Items with reasoning: the formats of their files, and the values of scripted models."""
+"""Items: the fields of every task under both protocols, malformed rows, and answers of scripted models."""
 
 import json
 
@@ -18,10 +18,45 @@ ASKED = "Question: If $k=3$, what is $3k+1$?\nA) 2\nB) 4\nC) 9\nD) 10\nAnswer:"
 MAWPS = {"id": "a", "question": "Tom had 3 and got 1.5. How many? ", "result": "4_1/2", "result_float": 4.5}
 
 
-def items_of(tmp_path, name, *rows):
+HELLASWAG = {"activity_label": "Cooking", "ctx_a": "A man [header] stirs.", "ctx_b": "he", "label": "1",
+             "endings": ["sleeps [step] well.", "eats."]}
+WINOGRANDE = {"sentence": "Ann beat Eve so _ was glad.", "option1": "Ann", "option2": "Eve", "answer": "1"}
+SQUAD = {"context": "Rome fell.", "question": "What fell?",
+         "answers": {"text": ["Rome", "Rome", "It"], "answer_start": [0]}}
+
+
+def items_of(tmp_path, name, *rows, reference=False):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_items(find_task(name), str(path))
+    return load_items(find_task(name), str(path), reference=reference)
+
+
+@pytest.mark.parametrize(("name", "row", "options", "reference"), [
+    ("hellaswag", HELLASWAG,
+     [("Cooking: A man stirs. He", " sleeps well."), ("Cooking: A man stirs. He", " eats.")],
+     [("Cooking: A man stirs. He", "sleeps well."), ("Cooking: A man stirs. He", "eats.")]),
+    ("winogrande", WINOGRANDE,
+     [("Ann beat Eve so Ann", " was glad."), ("Ann beat Eve so Eve", " was glad.")],
+     [("Ann beat Eve so ", "Annwas glad."), ("Ann beat Eve so ", "Evewas glad.")]),
+    ("piqa", {"goal": "Cut it?", "sol1": "Saw.", "sol2": "Sew.", "label": 0},
+     [("Question: Cut it?\nAnswer:", " Saw."), ("Question: Cut it?\nAnswer:", " Sew.")],
+     [("Question: Cut it?\nAnswer: ", " Saw."), ("Question: Cut it?\nAnswer: ", " Sew.")]),
+    ("siqa", {"context": "Al ran.", "question": "Why?", "answerA": "fun", "answerB": "fear", "answerC": "no",
+              "label": "2"},
+     [("Question: Al ran. Why?\nAnswer:", f" {answer}") for answer in ("fun", "fear", "no")],
+     [("Question: Al ran. Why?\nAnswer: ", answer) for answer in ("fun", "fear", "no")]),
+])
+def test_options_of_the_original_fields(tmp_path, name, row, options, reference):
+    item, = items_of(tmp_path, name, row)
+    assert list(item.options) == options
+    assert item.gold == {"hellaswag": 1, "winogrande": 0, "piqa": 0, "siqa": 1}[name]
+    item, = items_of(tmp_path, name, row, reference=True)
+    assert list(item.options) == reference
+
+
+def test_winogrande_options_of_the_reference_parent(tmp_path):
+    item, = items_of(tmp_path, "winogrande", WINOGRANDE, reference=True)
+    assert item.parent_options == (("Ann beat Eve so ", "Ann was glad."), ("Ann beat Eve so ", "Eve was glad."))
 
 
 @pytest.mark.parametrize(("name", "row", "prompt", "answer", "solution"), [
@@ -46,7 +81,36 @@ def test_file_formats(tmp_path, name, row, prompt, answer, solution):
     assert (item.prompt, item.answers, item.solution) == (prompt, (answer,), solution)
 
 
+@pytest.mark.parametrize(("name", "row", "prompt", "answers"), [
+    ("lambada", {"text": "he shook his head"}, "he shook his", ("head",)),
+    ("triviaqa", {"question": "Who?", "answer": {"value": "Al", "aliases": ["Al", "Bo"]}}, "Question: Who?\nAnswer:",
+     ("Al", "Bo")),
+    ("triviaqa", {"context": "Question: Who?\nAnswer:", "answer": "Al", "aliases": ["Bo"]}, "Question: Who?\nAnswer:",
+     ("Al", "Bo")),
+    ("squad", SQUAD, "Rome fell.\nQuestion: What fell?\nAnswer:", ("Rome", "It")),
+    ("gsm8k", {"question": "1+1?", "answer": "<<1+1=2>>2\n#### 1,002"}, "Question: 1+1?\nAnswer:", ("1002",)),
+])
+def test_prompts_and_answers(tmp_path, name, row, prompt, answers):
+    item, = items_of(tmp_path, name, row)
+    assert (item.prompt, item.answers) == (prompt, answers)
+
+
+def test_squad_file_and_reference_prompt(tmp_path):
+    file = {"data": [{"paragraphs": [{"context": "Rome fell.", "qas": [
+        {"question": "What fell?", "answers": [{"text": "Rome", "answer_start": 0}]},
+        {"question": "How?", "answers": [{"text": "fell"}]}]}]}]}
+    first, second = items_of(tmp_path, "squad", file, reference=True)
+    assert first.prompt == "Rome fell.\nQuesionWhat fell??\nAnswer: " and second.answers == ("fell",)
+
+
 @pytest.mark.parametrize(("name", "row", "mentions"), [
+    ("hellaswag", {**HELLASWAG, "endings": "one"}, "'endings'"),
+    ("hellaswag", {**HELLASWAG, "label": "2"}, "'label'"),
+    ("winogrande", {**WINOGRANDE, "answer": ""}, "'answer'"),
+    ("winogrande", {**WINOGRANDE, "sentence": "none"}, "_ in the sentence"),
+    ("piqa", {"goal": "x"}, "'sol1'"),
+    ("squad", {"data": [{}]}, "SQuAD"),
+    ("lambada", {"text": "word"}, "words"),
     ("gsm8k", {"question": "x", "answer": "y"}, "####"),
     ("mawps", {"question": "x", "result": "many"}, "'result'"),
     ("mawps", {"question": "x"}, "'result'"),
@@ -65,7 +129,10 @@ def test_malformed_rows(tmp_path, name, row, mentions):
     assert mentions in str(error.value) and "rows.jsonl, line 1" in str(error.value)
 
 
-def test_few_shot_prefix_with_reasoning(tmp_path):
+def test_few_shot_prefix(tmp_path):
+    shown = items_of(tmp_path, "gsm8k", {"question": "1+1?", "answer": "#### 2"}) + items_of(
+        tmp_path, "winogrande", WINOGRANDE)
+    assert few_shot_prefix(shown) == "Question: 1+1?\nAnswer: #### 2\n\nAnn beat Eve so Ann was glad.\n\n"
     shown = items_of(tmp_path, "gsm8k_cot", GSM8K)
     assert few_shot_prefix(shown) == (
         "Question: 1+1?\nAnswer: Let's think step by step. One and one are 2. The answer is 2.\n\n")

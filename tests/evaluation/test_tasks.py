@@ -1,4 +1,4 @@
-"""Rows of files as items: the original fields of every task, both protocols, and the errors of bad input."""
+"""Files of tasks: where they are, how they are read, and the errors of bad ones."""
 
 import csv
 import gzip
@@ -7,70 +7,13 @@ import json
 import pytest
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.tasks import TASKS, few_shot_prefix, find_file, find_task, hub_spec, load_items
-
-HELLASWAG = {"activity_label": "Cooking", "ctx_a": "A man [header] stirs.", "ctx_b": "he", "label": "1",
-             "endings": ["sleeps [step] well.", "eats."]}
-WINOGRANDE = {"sentence": "Ann beat Eve so _ was glad.", "option1": "Ann", "option2": "Eve", "answer": "1"}
-SQUAD = {"context": "Rome fell.", "question": "What fell?",
-         "answers": {"text": ["Rome", "Rome", "It"], "answer_start": [0]}}
+from dlm_jax.evaluation.tasks import TASKS, find_file, find_task, hub_spec, load_items
 
 
-def items_of(tmp_path, name, *rows, reference=False):
+def items_of(tmp_path, name, *rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_items(find_task(name), str(path), reference=reference)
-
-
-@pytest.mark.parametrize(("name", "row", "options", "reference"), [
-    ("hellaswag", HELLASWAG,
-     [("Cooking: A man stirs. He", " sleeps well."), ("Cooking: A man stirs. He", " eats.")],
-     [("Cooking: A man stirs. He", "sleeps well."), ("Cooking: A man stirs. He", "eats.")]),
-    ("winogrande", WINOGRANDE,
-     [("Ann beat Eve so Ann", " was glad."), ("Ann beat Eve so Eve", " was glad.")],
-     [("Ann beat Eve so ", "Annwas glad."), ("Ann beat Eve so ", "Evewas glad.")]),
-    ("piqa", {"goal": "Cut it?", "sol1": "Saw.", "sol2": "Sew.", "label": 0},
-     [("Question: Cut it?\nAnswer:", " Saw."), ("Question: Cut it?\nAnswer:", " Sew.")],
-     [("Question: Cut it?\nAnswer: ", " Saw."), ("Question: Cut it?\nAnswer: ", " Sew.")]),
-    ("siqa", {"context": "Al ran.", "question": "Why?", "answerA": "fun", "answerB": "fear", "answerC": "no",
-              "label": "2"},
-     [("Question: Al ran. Why?\nAnswer:", f" {answer}") for answer in ("fun", "fear", "no")],
-     [("Question: Al ran. Why?\nAnswer: ", answer) for answer in ("fun", "fear", "no")]),
-])
-def test_options_of_the_original_fields(tmp_path, name, row, options, reference):
-    item, = items_of(tmp_path, name, row)
-    assert list(item.options) == options
-    assert item.gold == {"hellaswag": 1, "winogrande": 0, "piqa": 0, "siqa": 1}[name]
-    item, = items_of(tmp_path, name, row, reference=True)
-    assert list(item.options) == reference
-
-
-def test_winogrande_options_of_the_reference_parent(tmp_path):
-    item, = items_of(tmp_path, "winogrande", WINOGRANDE, reference=True)
-    assert item.parent_options == (("Ann beat Eve so ", "Ann was glad."), ("Ann beat Eve so ", "Eve was glad."))
-
-
-@pytest.mark.parametrize(("name", "row", "prompt", "answers"), [
-    ("lambada", {"text": "he shook his head"}, "he shook his", ("head",)),
-    ("triviaqa", {"question": "Who?", "answer": {"value": "Al", "aliases": ["Al", "Bo"]}}, "Question: Who?\nAnswer:",
-     ("Al", "Bo")),
-    ("triviaqa", {"context": "Question: Who?\nAnswer:", "answer": "Al", "aliases": ["Bo"]}, "Question: Who?\nAnswer:",
-     ("Al", "Bo")),
-    ("squad", SQUAD, "Rome fell.\nQuestion: What fell?\nAnswer:", ("Rome", "It")),
-    ("gsm8k", {"question": "1+1?", "answer": "<<1+1=2>>2\n#### 1,002"}, "Question: 1+1?\nAnswer:", ("1002",)),
-    ("gsm8k_icot", {"text": "1+1?||<<1+1=2>> #### 2"}, "1+1?\n", ("2",)),
-])
-def test_prompts_and_answers(tmp_path, name, row, prompt, answers):
-    item, = items_of(tmp_path, name, row)
-    assert (item.prompt, item.answers) == (prompt, answers)
-
-
-def test_squad_file_and_reference_prompt(tmp_path):
-    file = {"data": [{"paragraphs": [{"context": "Rome fell.", "qas": [
-        {"question": "What fell?", "answers": [{"text": "Rome", "answer_start": 0}]},
-        {"question": "How?", "answers": [{"text": "fell"}]}]}]}]}
-    first, second = items_of(tmp_path, "squad", file, reference=True)
-    assert first.prompt == "Rome fell.\nQuesionWhat fell??\nAnswer: " and second.answers == ("fell",)
+    return load_items(find_task(name), str(path))
 
 
 def test_rocstories_csv(tmp_path):
@@ -94,24 +37,6 @@ def test_labels_in_a_file_of_their_own(tmp_path):
     (tmp_path / "rows-labels.lst").write_text("1\n")
     with pytest.raises(DataError, match="rows-labels.lst"):
         items_of(tmp_path, "piqa", *rows)
-
-
-@pytest.mark.parametrize(("name", "row", "mentions"), [
-    ("hellaswag", {**HELLASWAG, "endings": "one"}, "'endings'"),
-    ("hellaswag", {**HELLASWAG, "label": "2"}, "'label'"),
-    ("winogrande", {**WINOGRANDE, "answer": ""}, "'answer'"),
-    ("winogrande", {**WINOGRANDE, "sentence": "none"}, "_ in the sentence"),
-    ("piqa", {"goal": "x"}, "'sol1'"),
-    ("gsm8k", {"question": "x", "answer": "y"}, "####"),
-    ("squad", {"data": [{}]}, "SQuAD"),
-    ("lambada", {"text": "word"}, "words"),
-])
-def test_malformed_row_is_named_with_its_line(tmp_path, name, row, mentions):
-    good = {"hellaswag": HELLASWAG, "winogrande": WINOGRANDE, "piqa": {"goal": "x", "sol1": "", "sol2": "", "label": 0},
-            "gsm8k": {"question": "x", "answer": "#### 1"}, "squad": SQUAD, "lambada": {"text": "a b"}}[name]
-    with pytest.raises(DataError) as error:
-        items_of(tmp_path, name, good, row)
-    assert mentions in str(error.value) and "rows.jsonl, line 2" in str(error.value)
 
 
 def test_bad_files(tmp_path):
@@ -169,12 +94,6 @@ def test_find_humaneval_infilling(tmp_path):
     (tmp_path / "humaneval_infilling" / "HumanEval-SingleLineInfilling.jsonl.gz").unlink()
     with pytest.raises(DataError, match="humaneval_infilling"):
         find_file(TASKS["humaneval_infilling"], str(tmp_path))
-
-
-def test_few_shot_prefix(tmp_path):
-    shown = items_of(tmp_path, "gsm8k", {"question": "1+1?", "answer": "#### 2"}) + items_of(
-        tmp_path, "winogrande", WINOGRANDE)
-    assert few_shot_prefix(shown) == "Question: 1+1?\nAnswer: #### 2\n\nAnn beat Eve so Ann was glad.\n\n"
 
 
 @pytest.mark.parametrize(("name", "count"), [
