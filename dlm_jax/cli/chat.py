@@ -145,7 +145,7 @@ class Conversation:
 
 
 def answer(line: str, conversation: Conversation, *, stream: bool) -> None:
-    """Prints the answer to `line`. In a terminal it shows the steps meanwhile, and can be interrupted between two."""
+    """Prints the answer to `line`. In a terminal it also shows the steps, and can be interrupted between two."""
     with LiveAnswer(conversation.lm.tokenizer, conversation.prompt_format.end_token_ids, show_text=stream) as live:
         reply = conversation.ask(line, live if sys.stdout.isatty() else None)
     warn_truncated_history(reply.forgotten)

@@ -120,11 +120,11 @@ class Sandbox:
                           else f"a trial ended with {outcome.reason}")
 
     def _run(self, program: Program) -> Outcome:
-        begun, passed = (secrets.token_hex(16) for _ in range(2))
+        start_token, passed = (secrets.token_hex(16) for _ in range(2))
         receiving, sending = os.pipe()
         try:
             with tempfile.TemporaryDirectory(prefix="dlm-sandbox-") as folder:
-                job = {**self._limits, "program": program.source, "tests": program.tests, "begun": begun,
+                job = {**self._limits, "program": program.source, "tests": program.tests, "start_token": start_token,
                        "passed": passed}
                 pathlib.Path(folder, code_jail.JOB_FILE).write_text(json.dumps(job), encoding="utf-8")
                 process = subprocess.Popen(
@@ -134,8 +134,8 @@ class Sandbox:
                 try:
                     os.close(sending)
                     sending = None
-                    said, ended = _listen(receiving, _START, most=len(begun) - 1)
-                    if said.startswith(begun.encode()):
+                    said, ended = _listen(receiving, _START, most=len(start_token) - 1)
+                    if said.startswith(start_token.encode()):
                         more, ended = _listen(receiving, self._patience)
                         said += more
                 finally:
@@ -147,13 +147,13 @@ class Sandbox:
             os.close(receiving)
             if sending is not None:
                 os.close(sending)
-        return self._outcome(said, begun, passed, ended)
+        return self._outcome(said, start_token, passed, ended)
 
-    def _outcome(self, said: bytes, begun: str, passed: str, ended: bool) -> Outcome:
+    def _outcome(self, said: bytes, start_token: str, passed: str, ended: bool) -> Outcome:
         text = said.decode(errors="replace")
-        if not text.startswith(begun):
+        if not text.startswith(start_token):
             raise _unable(text[:_SAID] or ("it ended before its start" if ended else f"no start after {_START:g} s"))
-        rest = text.removeprefix(begun)
+        rest = text.removeprefix(start_token)
         if not ended:
             return Outcome(False, f"not done after {self._patience:g} s")
         if rest == passed:

@@ -119,7 +119,7 @@ def _first_inside(job: dict[str, Any], pipe: int, root: bool) -> NoReturn:
         except (OSError, ValueError) as error:
             os.write(pipe, str(error).encode())
             os._exit(1)
-        _run(job.pop("program"), job.pop("tests"), pipe, job.pop("begun").encode(), job.pop("passed").encode())
+        _run(job.pop("program"), job.pop("tests"), pipe, job.pop("start_token").encode(), job.pop("passed").encode())
     _, status = os.waitpid(program, 0)
     if os.WIFSIGNALED(status):
         os.write(pipe, f"ended by {signal.Signals(os.WTERMSIG(status)).name}".encode())
@@ -143,14 +143,14 @@ def _give_up_rights(job: dict[str, Any], root: bool) -> None:
     _die_with_parent()
 
 
-def _run(program: str, tests: str, pipe: int, begun: bytes, passed: bytes,
+def _run(program: str, tests: str, pipe: int, start_token: bytes, passed: bytes,
          write: Any = os.write, exit_now: Any = os._exit, getpid: Any = os.getpid) -> NoReturn:
     """Runs the program and then its tests, compiled separately so that an open string cannot include the other.
 
     A forked child never writes the outcome.
     """
     pid = getpid()
-    write(pipe, begun)
+    write(pipe, start_token)
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         exec(compile(program, "program.py", "exec"), module.__dict__)
