@@ -45,6 +45,7 @@ def ours(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
 
     from dlm_jax.checkpoints import config_from_hf
     from dlm_jax.diffusion import Batch, ObjectiveConfig
+    from dlm_jax.matmul import choose_matmul
     from dlm_jax.models import Compute, Transformer
     from dlm_jax.parallel import MeshConfig, make_mesh
     from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -52,7 +53,8 @@ def ours(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = nnx.jit(lambda: Transformer(config_from_hf(hf_config(args)), rngs=nnx.Rngs(0), param_dtype=args.param_dtype,
-                                        compute=Compute(args.dtype, args.remat, args.attention)))()
+                                        compute=Compute(args.dtype, args.remat, args.attention, matmul=choose_matmul(
+                                            args.dtype, jax.default_backend(), 1))))()
     graphdef, params = nnx.split(model)
     optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01)
     # Half of 10^6 steps gone: the ratio of the annealed variant stays where it is.

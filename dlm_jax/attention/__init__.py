@@ -8,19 +8,21 @@ from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.attention.partition import Partition
 from dlm_jax.attention.tpu_ring import tpu_ring_attention
 from dlm_jax.attention.xla import xla_attention, xla_block_attention
+from dlm_jax.matmul import MatmulKind
 
 __all__ = ["BACKENDS", "AttentionMask", "AttentionSpec", "BackendChoice", "Partition", "attend", "choose_backend",
            "xla_attention"]
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, backend: str = "auto",
-           partition: Partition | None = None, dropout_rate: float = 0.0,
+           partition: Partition | None = None, matmul_kind: MatmulKind = "default", dropout_rate: float = 0.0,
            dropout_seeds: jax.Array | None = None) -> jax.Array:
     """Computes attention by a backend; shapes as in `xla_attention`.
 
     Args:
       backend: one of BACKENDS, or "auto", the platform's fastest that supports these arguments: see `choose_backend`.
       partition: the mesh axes that split the arrays, for backends that XLA cannot split by itself.
+      matmul_kind: how the backend "xla" multiplies matrices.
 
     Raises:
       ConfigError: the backend does not support these arguments.
@@ -34,4 +36,5 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
     dropout = {"dropout_rate": dropout_rate, "dropout_seeds": dropout_seeds}
     if backend == "tpu":
         return tpu_ring_attention(query, key, value, mask, partition=partition, **dropout)
-    return (xla_block_attention if blocks else xla_attention)(query, key, value, mask, **dropout)
+    attention = xla_block_attention if blocks else xla_attention
+    return attention(query, key, value, mask, matmul_kind=matmul_kind, **dropout)

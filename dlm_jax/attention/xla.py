@@ -1,9 +1,12 @@
 """Attention in plain XLA: the dense reference that every other backend is held to, and a cheaper path for blocks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from dlm_jax.attention.mask import AttentionMask, MaskParams
+from dlm_jax.matmul import MatmulKind, matmul, product
 from dlm_jax.random import dropout
 
 _FORBIDDEN = -1e30  # finite, so that a query that sees nothing gives a mean of values and not NaN
@@ -11,7 +14,7 @@ _FORBIDDEN = -1e30  # finite, so that a query that sees nothing gives a mean of 
 
 def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
                   dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None,
-                  query_positions: jax.Array | None = None) -> jax.Array:
+                  query_positions: jax.Array | None = None, matmul_kind: MatmulKind = "default") -> jax.Array:
     """Computes softmax attention with grouped queries over the full square; softmax in float32.
 
     Args:
@@ -24,33 +27,78 @@ def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Atte
       [batch, Q, heads, head_dim] in the dtype of `query`.
     """
     batch, q_len, heads, head_dim = query.shape
-    k_len, kv_heads = key.shape[1], key.shape[2]
+    kv_heads = key.shape[2]
     groups = heads // kv_heads
     # Heads come first, so that both products are plain batched matrix products; one group's queries share a matrix.
     query = query.reshape(batch, q_len, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     query = query.reshape(batch, kv_heads, groups * q_len, head_dim) * head_dim**-0.5
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [batch, kv_heads, K, head_dim]
-
-    scores = _product("bhqd,bhkd->bhqk", query, key).reshape(batch, kv_heads, groups, q_len, k_len)
-    spec = mask.spec
-    if spec.kind != "bidirectional" or spec.window or spec.segments or spec.lengths:
-        positions = jnp.arange(q_len) if query_positions is None else query_positions
-        allowed = mask.allowed(positions, jnp.arange(k_len))  # [batch or 1, Q, K]
-        scores = jnp.where(allowed[:, None, None], scores, _FORBIDDEN)
-    # Softmax is divided by its sum after the product with the values: its gradient then needs no sum over the square.
-    maximum = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - maximum)
-    total = jnp.sum(weights, axis=-1, keepdims=True).reshape(batch, kv_heads, groups * q_len, 1)
-    weights = dropout(weights, dropout_rate, dropout_seeds)
-
-    weights = weights.reshape(batch, kv_heads, groups * q_len, k_len).astype(value.dtype)
-    out = (_product("bhqk,bhkd->bhqd", weights, value) / total).astype(value.dtype)
+    out = _attention(query, key, value, mask, query_positions, dropout_seeds, dropout_rate, groups, matmul_kind)
     out = out.reshape(batch, kv_heads, groups, q_len, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, q_len, heads, head_dim)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, positions: jax.Array | None,
+               seeds: jax.Array | None, dropout_rate: float, groups: int, kind: MatmulKind) -> jax.Array:
+    """Computes attention of [batch, kv_heads, groups x Q, head_dim] queries to [batch, kv_heads, K, head_dim] keys.
+
+    Its gradient recomputes the weights from the scores: no array of the square's size is stored.
+    """
+    return _attend(query, key, value, mask, positions, seeds, dropout_rate, groups, kind)[0]
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, positions: jax.Array | None,
+            seeds: jax.Array | None, dropout_rate: float, groups: int, kind: MatmulKind) -> tuple:
+    scores = _masked_scores(query, key, mask, positions, groups, kind)
+    # Softmax is divided by its sum after the product with the values: it then needs no pass over the square.
+    maximum = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - maximum)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = _dropout(weights, dropout_rate, seeds, groups).astype(value.dtype)
+    out = (product(weights, value, -1, -2, kind) / total).astype(value.dtype)
+    return out, (query, key, value, mask, positions, seeds, out, maximum, total)
+
+
+def _attend_backward(dropout_rate: float, groups: int, kind: MatmulKind, saved: tuple, g: jax.Array) -> tuple:
+    """Computes the gradient of softmax attention, as in FlashAttention-2 (Dao, arXiv 2307.08691, section 2.3)."""
+    query, key, value, mask, positions, seeds, out, maximum, total = saved
+    scores = _masked_scores(query, key, mask, positions, groups, kind)
+    weights = jnp.exp(scores - maximum) / total
+    dropped = _dropout(weights, dropout_rate, seeds, groups).astype(value.dtype)
+    dweights = _dropout(product(g, value, -1, -1, kind), dropout_rate, seeds, groups)
+    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    dscores = jnp.where(scores > _FORBIDDEN, weights * (dweights - mean), 0).astype(key.dtype)
+    grads = (product(dscores, key, -1, -2, kind), product(dscores, query, -2, -2, kind),
+             product(dropped, g, -2, -2, kind))
+    return *(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), None, None, None
+
+
+_attention.defvjp(_attend, _attend_backward)
+
+
+def _masked_scores(query: jax.Array, key: jax.Array, mask: AttentionMask, positions: jax.Array | None, groups: int,
+                   kind: MatmulKind) -> jax.Array:
+    """Returns scores float32 [batch, kv_heads, groups x Q, K]."""
+    scores = product(query, key, -1, -1, kind)
+    spec = mask.spec
+    if spec.kind == "bidirectional" and not (spec.window or spec.segments or spec.lengths):
+        return scores
+    q_len = query.shape[2] // groups
+    allowed = mask.allowed(jnp.arange(q_len) if positions is None else positions, jnp.arange(key.shape[2]))
+    split = scores.reshape(*scores.shape[:2], groups, q_len, -1)
+    return jnp.where(allowed[:, None, None], split, _FORBIDDEN).reshape(scores.shape)  # allowed: [batch or 1, Q, K]
+
+
+def _dropout(weights: jax.Array, rate: float, seeds: jax.Array | None, groups: int) -> jax.Array:
+    """Drops weights [batch, kv_heads, groups x Q, K] by their coordinates; linear, so also the rule of its gradient."""
+    split = weights.reshape(*weights.shape[:2], groups, -1, weights.shape[-1])
+    return dropout(split, rate, seeds).reshape(weights.shape)
+
+
 def xla_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
-                        dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None) -> jax.Array:
+                        dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None,
+                        matmul_kind: MatmulKind = "default") -> jax.Array:
     """Computes `xla_attention` of a mask from `AttentionMask.block_diffusion` without most of what it forbids.
 
     Every query may see the clean copy, and a noisy one its own block: instead of a square over all copies these are
@@ -78,7 +126,10 @@ def xla_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask
 
     positions, clean = jnp.arange(total)[:, None], noised + jnp.arange(text)
     allowed = mask.allowed(positions[:, 0], clean)[:, None, None]  # [batch or 1, 1, 1, total, text]
-    clean_scores = jnp.where(allowed, _product("bhgqd,bhkd->bhgqk", query, key[:, :, noised:]), _FORBIDDEN)
+    rows = (batch, kv_heads, groups * total)  # one group's queries share a matrix
+    clean_scores = matmul(query.reshape(*rows, head_dim), key[:, :, noised:], matmul_kind, transpose_b=True)
+    clean_scores = clean_scores.reshape(batch, kv_heads, groups, total, text)
+    clean_scores = jnp.where(allowed, clean_scores, _FORBIDDEN)
 
     own = to_blocks(positions[:noised])[..., 0]  # [views, blocks, size]: positions by block, padded with 0
     is_token = to_blocks(jnp.ones((noised, 1), bool))[..., 0]
@@ -99,7 +150,8 @@ def xla_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask
     own_weights = dropout(own_weights, dropout_rate, dropout_seeds,
                           coordinates=(head, group, positions[:noised], own_keys))
 
-    out = _product("bhgqk,bhkd->bhgqd", clean_weights.astype(value.dtype), value[:, :, noised:])
+    out = matmul(clean_weights.astype(value.dtype).reshape(*rows, text), value[:, :, noised:], matmul_kind)
+    out = out.reshape(batch, kv_heads, groups, total, head_dim)
     own_out = _product("bhgvnqk,bhvnkd->bhgvnqd", to_blocks(own_weights.astype(value.dtype)), block_value)
     out = out.at[..., :noised, :].add(from_blocks(own_out)) / sums
     return out.astype(value.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, total, heads, head_dim)

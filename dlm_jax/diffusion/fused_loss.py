@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from dlm_jax.matmul import MatmulKind, product
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadPlan:
@@ -35,6 +37,7 @@ class HeadPlan:
       max_gradient_bytes: a kernel gradient that exceeds this before it is scattered is computed in blocks of the
         vocabulary, with a fourth matrix product.
       kernel_gradient: whether the kernel is trained; else its gradient is not computed.
+      matmul: how matrices are multiplied; see `dlm_jax.matmul`.
     """
 
     vocab_axis: int
@@ -44,6 +47,7 @@ class HeadPlan:
     chunk_size: int = 512
     max_gradient_bytes: int = 2**28
     kernel_gradient: bool = True
+    matmul: MatmulKind = "default"
 
     def mesh_axes(self, *entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
         """Returns the mesh axes named by entries of a partition whose size exceeds 1."""
@@ -106,7 +110,7 @@ def _on_device(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, loss_ma
     gathered = kernel.astype(hidden.dtype)
     if shared:
         gathered = lax.all_gather(gathered, shared, axis=embed_axis, tiled=True)
-    head = HeadShard(gathered, plan.vocab_axis, plan.mesh_axes(plan.kernel[plan.vocab_axis]))
+    head = HeadShard(gathered, plan.vocab_axis, plan.mesh_axes(plan.kernel[plan.vocab_axis]), plan.matmul)
     tokens = ScoredTokens(hidden.reshape(-1, hidden.shape[-1]), targets.ravel(), loss_mask.ravel(), weights.ravel())
 
     def reduce(gradient: jax.Array) -> jax.Array:
@@ -163,19 +167,20 @@ class HeadShard(NamedTuple):
     kernel: jax.Array
     vocab_axis: int
     mesh_axes: tuple[str, ...] = ()
+    matmul: MatmulKind = "default"
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Computes logits: [tokens, embed] to float32 [tokens, vocab]."""
-        return _dot(hidden, self.kernel, 1, 1 - self.vocab_axis)
+        return product(hidden, self.kernel, 1, 1 - self.vocab_axis, self.matmul)
 
     def dhidden(self, dlogits: jax.Array) -> jax.Array:
         """Computes the gradient by hidden states: [tokens, vocab] to float32 [tokens, embed], of this shard only."""
-        return _dot(dlogits.astype(self.kernel.dtype), self.kernel, 1, self.vocab_axis)
+        return product(dlogits.astype(self.kernel.dtype), self.kernel, 1, self.vocab_axis, self.matmul)
 
     def dkernel(self, hidden: jax.Array, dlogits: jax.Array) -> jax.Array:
         """Computes the gradient by the kernel, float32, in its shape."""
         pair = (dlogits.astype(hidden.dtype), hidden)
-        return _dot(*(pair if self.vocab_axis == 0 else pair[::-1]), 0, 0)
+        return product(*(pair if self.vocab_axis == 0 else pair[::-1]), 0, 0, self.matmul)
 
     def all_reduce_vocab(self, reduce: Callable, x: jax.Array) -> jax.Array:
         """Applies `reduce`, such as lax.psum, over the shards of the vocabulary."""
@@ -294,7 +299,3 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     return x.at[index].set(values.astype(x.dtype), mode="drop")
-
-
-def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)

@@ -6,6 +6,7 @@ from typing import Literal
 from dlm_jax.attention import Partition
 from dlm_jax.config_fields import check_choices
 from dlm_jax.errors import ConfigError
+from dlm_jax.matmul import MatmulKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Compute:
       remat: what the backward pass recomputes: "none", "dots" (saves products with parameters), "full" (saves the
         inputs of layers) or "offload" (saves those in host memory).
       attention: an attention backend, or "auto".
+      matmul: how matrices are multiplied: "default", or "cpu_bfloat16" (see `dlm_jax.matmul`).
       partition: the mesh axes that split activations, for backends that XLA cannot split by itself.
     """
 
@@ -83,6 +85,7 @@ class Compute:
     remat: Literal["none", "dots", "full", "offload"] = "none"
     attention: str = "auto"
     partition: Partition | None = None
+    matmul: MatmulKind = "default"
 
     def __post_init__(self) -> None:
         check_choices(self, "model")

@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask, attend, xla_attention
+from dlm_jax.matmul import add_bias, dense
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
 from dlm_jax.models.lora import (
     LoRAConfig,
     LoRAFactor,
     LoRAFactors,
     LoRAParam,
-    dense,
     dense_quantized,
     full_kernel,
     quantize_kernel,
@@ -98,13 +98,13 @@ class LayerCache(NamedTuple):
 class Initializer:
     """Creates parameters of one dtype, random ones from one stream.
 
-    With LoRA, frozen matrices have the dtype `lora.read_dtype`; norms and biases, which are small, do not. `remat` is
-    whether the backward pass recomputes layers.
+    With LoRA, frozen matrices have the dtype `lora.read_dtype`; norms and biases, which are small, do not.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoRAConfig | None = None,
-                 remat: bool = False):
-        self.stddev, self.rngs, self.dtype, self.lora, self.remat = config.initializer_range, rngs, dtype, lora, remat
+    def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs, dtype: jnp.dtype,
+                 lora: LoRAConfig | None = None):
+        self.stddev, self.compute, self.rngs = config.initializer_range, compute, rngs
+        self.dtype, self.lora = dtype, lora
 
     def normal(self, shape: tuple[int, ...], axes: Axes, stddev: float | None = None, *,
                trained: bool = False) -> nnx.Param:
@@ -153,7 +153,7 @@ class Linear(nnx.Module):
 
     def __init__(self, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: Axes, num_layers: int,
                  bias: bool, init: Initializer, stddev: float | None = None):
-        self.num_inputs, self.remat = len(inputs), init.remat
+        self.num_inputs, self.compute = len(inputs), init.compute
         shape, lora = (num_layers, *inputs, *outputs), init.lora
         kernel = init.normal(shape, ("layers", *axes), stddev)
         quantize = lora is not None and lora.quantized
@@ -167,14 +167,15 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         """Projects `x`; `seeds` uint32 [batch] for the dropout of the factors' inputs, None turns it off."""
         if self.kernel_scale is None:
-            y = dense(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+            y = dense(x, self.kernel[...].astype(x.dtype), self.num_inputs, self.compute.matmul)
         else:
-            y = dense_quantized(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, remat=not self.remat)
+            y = dense_quantized(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, self.compute.matmul,
+                                remat=self.compute.remat == "none")
         if self.factors is not None:
             y += self.factors(x, seeds)
             if self.factors.magnitude is not None:
                 y = self.factors.apply_dora_scale(y, full_kernel(self.kernel, self.kernel_scale))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else add_bias(y, self.bias[...].astype(x.dtype), self.compute.matmul)
 
 
 class Attention(nnx.Module):
@@ -204,9 +205,11 @@ class Attention(nnx.Module):
         if layer_cache is not None:
             cache, layer, positions = layer_cache
             cache = cache.write(layer, positions, key, value)
-            attended = xla_attention(query, *cache.read(layer), mask, query_positions=positions)
+            attended = xla_attention(query, *cache.read(layer), mask, query_positions=positions,
+                                     matmul_kind=self.compute.matmul)
             return self.out(attended, lora_seeds), cache
         attended = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
+                          matmul_kind=self.compute.matmul,
                           dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)
         return self.out(attended, lora_seeds), None
 
@@ -214,18 +217,27 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two-layer MLP, gated or not."""
 
-    def __init__(self, config: ModelConfig, init: Initializer):
+    def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
         d, f, n = (config.hidden_size,), (config.mlp_size,), config.num_layers
-        self.activation = config.activation
+        self.activation, self.compute = config.activation, compute
         self.gate = Linear("gate", d, f, ("embed", "mlp"), n, config.mlp_bias, init) if config.gated_mlp else None
         self.up = Linear("up", d, f, ("embed", "mlp"), n, config.mlp_bias, init)
         self.down = Linear("down", f, d, ("mlp", "embed"), n, config.mlp_bias, init, stddev=residual_stddev(config))
 
     def __call__(self, x: jax.Array, lora_seeds: jax.Array | None = None) -> jax.Array:
-        # Only the activation's input is saved: recomputing what its gradient needs is cheaper than storing it.
-        activate = jax.checkpoint(_ACTIVATIONS[self.activation], prevent_cse=False)
-        up = self.up(x, lora_seeds)
-        return self.down(activate(up) if self.gate is None else activate(self.gate(x, lora_seeds)) * up, lora_seeds)
+        def activation(x: jax.Array) -> jax.Array:
+            if self.compute.matmul == "default":
+                return _ACTIVATIONS[self.activation](x)
+            # A CPU rounds every intermediate bfloat16 value, which costs more than the activation does.
+            return _ACTIVATIONS[self.activation](x.astype(jnp.float32)).astype(x.dtype)
+
+        def down(gate: jax.Array | None, up: jax.Array, down: Linear) -> jax.Array:
+            return down(activation(up) if gate is None else activation(gate) * up, lora_seeds)
+
+        gate, up = None if self.gate is None else self.gate(x, lora_seeds), self.up(x, lora_seeds)
+        if self.compute.remat == "none":  # only the inputs of the activation are saved: recomputing it is cheaper
+            down = jax.checkpoint(down, prevent_cse=False)
+        return down(gate, up, self.down)
 
 
 class Block(nnx.Module):
@@ -237,7 +249,7 @@ class Block(nnx.Module):
         self.attention_norm = Norm(config, shape, init)
         self.attention = Attention(config, compute, init)
         self.mlp_norm = Norm(config, shape, init)
-        self.mlp = MLP(config, init)
+        self.mlp = MLP(config, compute, init)
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
                  seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None, jax.Array | None],

@@ -20,6 +20,7 @@ from flax import nnx
 
 from dlm_jax.config_fields import check_at_least, check_range
 from dlm_jax.errors import ConfigError
+from dlm_jax.matmul import MatmulKind, dense
 from dlm_jax.random import dropout
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class LoRAFactors(nnx.Module):
             if lora.rank > size:
                 raise ConfigError(f"lora.rank {lora.rank} is larger than the {size} {side} of the projection {name!r}; "
                                   f"choose at most {size}, or remove {name!r} from lora.targets")
-        self.num_inputs, self.lora, self.site = num_inputs, lora, TARGETS.index(name)
+        self.num_inputs, self.lora, self.site, self.matmul = num_inputs, lora, TARGETS.index(name), init.compute.matmul
         self.a = init.factor((layers, *inputs, lora.rank), (*axes[: 1 + num_inputs], "rank"),
                              math.prod(inputs) ** -0.5)
         self.b = init.factor((layers, lora.rank, *outputs), ("layers", "rank", *axes[1 + num_inputs :]), 0.0)
@@ -115,8 +116,8 @@ class LoRAFactors(nnx.Module):
     def __call__(self, x: jax.Array, seeds: jax.Array | None) -> jax.Array:
         """Returns what is added to the projection of `x` [batch, ..., *inputs]; `seeds` uint32 [batch] for dropout."""
         x = dropout(x, self.lora.dropout, seeds, self.site)
-        low_rank = dense(x, self.a[...].astype(x.dtype), self.num_inputs)
-        return dense(low_rank * self.lora.scale, self.b[...].astype(x.dtype), 1)
+        low_rank = dense(x, self.a[...].astype(x.dtype), self.num_inputs, self.matmul)
+        return dense(low_rank * self.lora.scale, self.b[...].astype(x.dtype), 1, self.matmul)
 
     def apply_dora_scale(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
         """Rescales `y` [batch, ..., *outputs], the projection by kernel and product, to DoRA's trained norms.
@@ -133,13 +134,8 @@ def output_norms(kernel: jax.Array, num_inputs: int) -> jax.Array:
     return jnp.sqrt(jnp.sum(kernel * kernel, axis=range(num_inputs)))
 
 
-def dense(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
-    """Contracts the last `num_inputs` dimensions of `x` with the first of `kernel`."""
-    contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
-    return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
-
-
-def dense_quantized(x: jax.Array, codes: jax.Array, scales: jax.Array, num_inputs: int, remat: bool) -> jax.Array:
+def dense_quantized(x: jax.Array, codes: jax.Array, scales: jax.Array, num_inputs: int, kind: MatmulKind,
+                    remat: bool) -> jax.Array:
     """Computes `dense` with the quantized kernel of one layer.
 
     Args:
@@ -148,7 +144,7 @@ def dense_quantized(x: jax.Array, codes: jax.Array, scales: jax.Array, num_input
     """
 
     def product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-        return dense(x, dequantize(codes, scales).astype(x.dtype), num_inputs)
+        return dense(x, dequantize(codes, scales).astype(x.dtype), num_inputs, kind)
 
     return (jax.checkpoint(product, prevent_cse=False) if remat else product)(x, codes, scales)
 

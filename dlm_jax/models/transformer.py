@@ -59,7 +59,7 @@ class Transformer(nnx.Module):
                  param_dtype: jnp.dtype = jnp.float32, lora: LoRAConfig | None = None):
         if lora is not None:
             check_lora(lora, config)
-        init = Initializer(config, rngs, param_dtype, lora, compute.remat != "none")
+        init = Initializer(config, compute, rngs, param_dtype, lora)
         self.config, self.compute, self.lora = config, compute, lora
         self.embed = Embedding(config.vocab_size, "vocab", config, init, trained=lora is not None and lora.embedding)
         self.positions = Embedding(config.max_length, None, config, init) if config.positions == "learned" else None
@@ -111,6 +111,9 @@ class Transformer(nnx.Module):
         x = dropout(x, config.embed_dropout, dropout_seeds)
 
         graphdef, stacked = nnx.split(self.blocks)
+        if self.compute.matmul != "default":  # else the backward pass would store each layer's converted kernels
+            stacked = nnx.map_state(lambda path, param: param.replace(param[...].astype(dtype))
+                                    if path[-1] == "kernel" else param, stacked)
 
         def layer(carry: tuple[jax.Array, Cache | None],
                   layer_input: tuple[jax.Array, nnx.State]) -> tuple[tuple[jax.Array, Cache | None], None]:

@@ -30,6 +30,7 @@ from dlm_jax.data.prompts import ChatTemplate
 from dlm_jax.data.rows import RowSource
 from dlm_jax.diffusion import Batch, DiffusionSpec, ObjectiveConfig, check_mask_token
 from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.matmul import choose_matmul
 from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trainable
 from dlm_jax.parallel import (
     ATTENTION_PARTITION,
@@ -181,7 +182,8 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
         base.tokenizer.chat_template = ChatTemplate(base.tokenizer, examples.chat_template).template
     architecture = with_dropout(base.model.config, model.dropout)
     check_fit(config, architecture, base.diffusion.mask_token_id, mesh)
-    compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend)
+    compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend,
+                                  matmul=choose_matmul(model.dtype, mesh.devices.flat[0].platform, mesh.size))
     graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
     return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=DiffusionSpec(
         base.diffusion.mask_token_id, config.objective.shift, config.objective.blocks))

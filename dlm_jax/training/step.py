@@ -270,4 +270,5 @@ def lm_head(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
     param = model.head_kernel
     kernel, trained = param.get_value(), model.lora is None or isinstance(param, LoRAParam)
     return kernel, HeadPlan(param.axes.index("vocab"), mesh, array_sharding(mesh, "batch", "length").spec,
-                            partition_spec(param.axes, kernel.shape, mesh), kernel_gradient=trained)
+                            partition_spec(param.axes, kernel.shape, mesh), kernel_gradient=trained,
+                            matmul=model.compute.matmul)

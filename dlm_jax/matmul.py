@@ -1,0 +1,148 @@
+"""Matrix products, with a rule that reaches the bfloat16 units (AMX, AVX512-BF16) of CPUs.
+
+XLA's CPU compiler uses these units only for a product of two bfloat16 matrices whose result is float32 and whose left
+operand is contracted along the last axis in memory. It converts the operands of any other product to float32. JAX's own
+gradients are such other products, so there are rules for them here: every product that it makes, forward and backward, is of the
+fast kind, and is rounded to the operands' dtype afterwards, as PyTorch's CPU kernels do.
+
+Of the kind "default", and for float32, everything here is `jax.lax.dot_general` with JAX's own gradient.
+"""
+
+import functools
+import math
+import pathlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+MatmulKind = Literal["default", "cpu_bfloat16"]
+FAST = "cpu_bfloat16"
+
+
+@functools.cache
+def has_bfloat16_units() -> bool:
+    """Returns whether this machine's CPU multiplies bfloat16 matrices faster than float32 ones."""
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text().split("processor", 2)[1].split()
+    except (OSError, IndexError):
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def choose_matmul(dtype: str, platform: str, num_devices: int) -> MatmulKind:
+    """Returns the kind of product for a model of a compute `dtype` on devices of a platform.
+
+    On several devices it is "default": the partitioner does not know the layouts that the fast kind asks for.
+    """
+    fast = dtype == "bfloat16" and platform == "cpu" and num_devices == 1 and has_bfloat16_units()
+    return FAST if fast else "default"
+
+
+def dense(x: jax.Array, kernel: jax.Array, num_inputs: int, kind: MatmulKind) -> jax.Array:
+    """Contracts the last `num_inputs` dimensions of `x` with the first of `kernel` [*inputs, *outputs]."""
+    if _is_fast(x, kernel, kind):
+        return _dense(x, kernel, num_inputs)
+    contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
+    return lax.dot_general(x, kernel, (contracted, ((), ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
+    y = product(*_matrices(x, kernel, num_inputs), -1, -2, FAST)
+    return y.reshape(*x.shape[: x.ndim - num_inputs], *kernel.shape[num_inputs:]).astype(x.dtype)
+
+
+def _dense_backward(num_inputs: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows, matrix = _matrices(x, kernel, num_inputs)
+    g = g.reshape(rows.shape[0], -1)
+    dx, dkernel = product(g, matrix, -1, -1, FAST), product(rows, g, -2, -2, FAST)
+    return dx.reshape(x.shape).astype(x.dtype), dkernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _matrices(x: jax.Array, kernel: jax.Array, num_inputs: int) -> tuple[jax.Array, jax.Array]:
+    """Returns `x` as [rows, inputs] and `kernel` as [inputs, outputs]."""
+    inputs = math.prod(kernel.shape[:num_inputs])
+    return x.reshape(-1, inputs), kernel.reshape(inputs, -1)
+
+
+# What is saved are the arguments themselves: a loop over layers then stores no second copy of its kernels.
+_dense.defvjp(lambda x, kernel, num_inputs: (_dense(x, kernel, num_inputs), (x, kernel)), _dense_backward)
+
+
+def matmul(a: jax.Array, b: jax.Array, kind: MatmulKind, *, transpose_b: bool = False) -> jax.Array:
+    """Computes a @ b, or with `transpose_b` a @ b^T, in float32.
+
+    Args:
+      a: [*batch, M, K].
+      b: [*batch, K, N], or [*batch, N, K] with `transpose_b`.
+
+    Returns:
+      float32 [*batch, M, N].
+    """
+    return _matmul(a, b, transpose_b) if _is_fast(a, b, kind) else product(a, b, -1, -1 if transpose_b else -2, kind)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(a: jax.Array, b: jax.Array, transpose_b: bool) -> jax.Array:
+    return product(a, b, -1, -1 if transpose_b else -2, FAST)
+
+
+def _matmul_backward(transpose_b: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a, b = saved
+    g = g.astype(a.dtype)
+    da = product(g, b, -1, -2 if transpose_b else -1, FAST)
+    db = product(g, a, -2, -2, FAST) if transpose_b else product(a, g, -2, -2, FAST)
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+_matmul.defvjp(lambda a, b, transpose_b: (_matmul(a, b, transpose_b), (a, b)), _matmul_backward)
+
+
+def add_bias(y: jax.Array, bias: jax.Array, kind: MatmulKind) -> jax.Array:
+    """Computes y + bias, of [..., *outputs] and [*outputs], both of one dtype."""
+    return _add_bias(y, bias) if _is_fast(y, bias, kind) else y + bias
+
+
+@jax.custom_vjp
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return y + bias
+
+
+def _add_bias_backward(bias: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # A product with ones: XLA's own sum over rows takes longer than the product that made them.
+    rows = g.reshape(-1, bias.size)
+    dbias = product(jnp.ones((1, rows.shape[0]), g.dtype), rows, -1, -2, FAST)
+    return g, dbias.reshape(bias.shape).astype(bias.dtype)
+
+
+_add_bias.defvjp(lambda y, bias: (y + bias, bias), _add_bias_backward)
+
+
+def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, kind: MatmulKind) -> jax.Array:
+    """Contracts axis `a_axis` of `a` with `b_axis` of `b`, one of their last two each, into float32.
+
+    It has no rule for gradients of the fast kind.
+
+    Args:
+      a, b: [*batch, rows, columns].
+    """
+    a_axis, b_axis = a_axis % a.ndim, b_axis % b.ndim
+    if _is_fast(a, b, kind):
+        # Without the constraints, XLA would fold transposes into the product, which puts it on the slow path.
+        a, b = _row_major(a), _row_major(b)
+        if a_axis == a.ndim - 2:
+            a, a_axis = _row_major(jnp.swapaxes(a, -1, -2)), a_axis + 1
+    batch = tuple(range(a.ndim - 2))
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (batch, batch)), preferred_element_type=jnp.float32)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _is_fast(a: jax.Array, b: jax.Array, kind: MatmulKind) -> bool:
+    return kind == FAST and a.dtype == b.dtype == jnp.bfloat16
