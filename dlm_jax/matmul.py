@@ -2,8 +2,8 @@
 
 XLA's CPU compiler uses these units only for a product of two bfloat16 matrices whose result is float32 and whose left
 operand is contracted along the last axis in memory. It converts the operands of any other product to float32. JAX's own
-gradients are such other products, so there are rules for them here: every product that it makes, forward and backward, is of the
-fast kind, and is rounded to the operands' dtype afterwards, as PyTorch's CPU kernels do.
+gradients are such other products, so there are rules for them here. All products of the kind "cpu_bfloat16", forward
+and backward, are fast ones, rounded to the operands' dtype afterwards, as PyTorch's CPU kernels do.
 
 Of the kind "default", and for float32, everything here is `jax.lax.dot_general` with JAX's own gradient.
 """
@@ -30,6 +30,13 @@ def has_bfloat16_units() -> bool:
     except (OSError, IndexError):
         return False
     return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def resolve_dtype(dtype: str, platform: str, num_devices: int) -> str:
+    """Returns the compute dtype that "auto" means: bfloat16 where it is faster than float32; others as they are."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if platform != "cpu" or choose_matmul("bfloat16", platform, num_devices) == FAST else "float32"
 
 
 def choose_matmul(dtype: str, platform: str, num_devices: int) -> MatmulKind:
@@ -91,7 +98,8 @@ def _matmul(a: jax.Array, b: jax.Array, transpose_b: bool) -> jax.Array:
     return product(a, b, -1, -1 if transpose_b else -2, FAST)
 
 
-def _matmul_backward(transpose_b: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(transpose_b: bool, saved: tuple[jax.Array, jax.Array],
+                     g: jax.Array) -> tuple[jax.Array, jax.Array]:
     a, b = saved
     g = g.astype(a.dtype)
     da = product(g, b, -1, -2 if transpose_b else -1, FAST)

@@ -21,6 +21,7 @@ from dlm_jax.data.prompts import Prompt, PromptFormat, prompt_format_from_run
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
+from dlm_jax.matmul import choose_matmul, resolve_dtype
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
 from dlm_jax.random import example_keys
@@ -49,14 +50,18 @@ class DiffusionLM:
         Args:
           mask_token: an id, or a token, which is added to the vocabulary if new; None: the recorded one. Without a mask
             token the model computes logits and can be saved, but samples only autoregressively.
-          dtype: "float32" or "bfloat16", of parameters and activations.
+          dtype: "float32" or "bfloat16", of parameters and activations; "auto": bfloat16 where these devices are
+            faster in it.
           mesh: splits parameters and texts over all devices, e.g. `MeshConfig(fsdp=-1)`; None: the first device.
           merge: False keeps the LoRA parameters of a workdir beside its base, in the dtypes of the run; the model
             computes the same, and can be saved as an adapter.
           base: the base of an adapter, instead of the one that it names.
         """
         devices = None if mesh is None else make_mesh(mesh)
-        compute = Compute(dtype=dtype, partition=None if mesh is None else ATTENTION_PARTITION)
+        where = (jax.devices()[0].platform, 1) if devices is None else (devices.devices.flat[0].platform, devices.size)
+        dtype = resolve_dtype(dtype, *where)
+        compute = Compute(dtype=dtype, partition=None if mesh is None else ATTENTION_PARTITION,
+                          matmul=choose_matmul(dtype, *where))
         shardings = None if devices is None else lambda config: param_shardings(
             abstract_model(config, compute, dtype), devices)
         return cls(load_pretrained(path_or_hub_id, mask_token=mask_token, base=base, merge=merge, compute=compute,

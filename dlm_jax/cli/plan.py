@@ -44,11 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts: attached accelerators are not used
     recipe = load_recipe(arguments.config)
     from dlm_jax import plan as planning
+    from dlm_jax.matmul import resolve_dtype
     from dlm_jax.plan import report
     from dlm_jax.plan.roofline import FORMULA
     from dlm_jax.training.config import TrainConfig, flat_dict
 
     config = build_config(TrainConfig, recipe, arguments.overrides)
+    dtype = resolve_dtype(config.model.dtype, "tpu", 1)  # the same on GPUs
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     base = planning.describe_base(config.model)
     targets = [make(config, base.config, name) for make, names in
                ((planning.tpu_target, arguments.topology), (planning.gpu_target, arguments.gpu))

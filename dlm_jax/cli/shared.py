@@ -30,8 +30,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the base of an adapter in PEFT's format, instead of the one that the adapter names")
     parser.add_argument("--mask_token", metavar="TOKEN",
                         help="an id or a token, if the model records none or to replace the one it records")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="type of parameters and activations (default %(default)s)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
+                        help="type of parameters and activations (default %(default)s); auto: bfloat16 where this "
+                        "machine is faster in it")
     parser.add_argument("--mesh", metavar="AXIS=SIZE,...", help="split the model and the texts over all devices, as "
                         "fsdp=-1 or data=2,tensor=4; -1 takes the remaining devices (default: the first device alone)")
 

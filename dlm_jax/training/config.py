@@ -20,7 +20,8 @@ class ModelSource:
     init: Literal["pretrained", "random"] = field("pretrained", "use the source's weights, or only its shape")
     mask_token: int | str | None = field(None, "an id, an existing token or a new one; None: what the source records")
     param_dtype: Literal["float32", "bfloat16"] = field("float32", "type of the stored parameters")
-    dtype: Literal["float32", "bfloat16"] = field("float32", "type of activations and matrix products")
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        "float32", "type of activations and matrix products; auto: bfloat16 where this machine is faster in it")
     remat: Literal["none", "dots", "full", "offload"] = field(
         "none", "what the backward pass recomputes to save memory; full keeps only the inputs of layers, offload keeps "
         "those in host memory")

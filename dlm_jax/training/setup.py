@@ -30,7 +30,7 @@ from dlm_jax.data.prompts import ChatTemplate
 from dlm_jax.data.rows import RowSource
 from dlm_jax.diffusion import Batch, DiffusionSpec, ObjectiveConfig, check_mask_token
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.matmul import choose_matmul
+from dlm_jax.matmul import choose_matmul, resolve_dtype
 from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trainable
 from dlm_jax.parallel import (
     ATTENTION_PARTITION,
@@ -102,6 +102,8 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     clock = GoodputClock()
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(config.mesh)
+    dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform, mesh.size)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     stack.enter_context(jax.set_mesh(mesh))  # for `shard_map` inside the model
     first_step, damaged = restore_latest(workdir)
     changes = config_changes(read_run_config(workdir), config) if first_step else []

@@ -68,6 +68,25 @@ def test_bfloat16_compute_gives_float32_logits():
     np.testing.assert_allclose(logits, reference, atol=0.05)
 
 
+@pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
+@pytest.mark.parametrize("mask", [AttentionMask.causal(), AttentionMask.block_diffusion(4, 10)],
+                         ids=["causal", "blocks"])
+def test_bfloat16_gradients(config, mask):
+    """Of both kinds of product, within the same bound of float32's, relative to each parameter's largest."""
+    def gradients(**compute):
+        model = build(config, compute=Compute(**compute))
+        loss = lambda m: jnp.mean(jax.nn.logsumexp(m(TOKENS, mask) * 4, axis=-1))  # noqa: E731
+        return dict(nnx.to_flat_state(nnx.state(jax.jit(jax.grad(loss))(model))))
+
+    reference = gradients()
+    for matmul in ("default", "cpu_bfloat16"):
+        for path, gradient in gradients(dtype="bfloat16", matmul=matmul).items():
+            assert gradient[...].dtype == jnp.float32
+            exact = np.asarray(reference[path][...])
+            error = np.abs(np.asarray(gradient[...]) - exact).max() / (np.abs(exact).max() + 1e-3)
+            assert error < 0.1, (matmul, path)
+
+
 def test_given_positions():
     model = build(GPT2)
     segments = jnp.asarray([[0] * 8 + [1] * 12] * 3)
