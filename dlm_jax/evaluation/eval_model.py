@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dlm_jax.errors import DataError
+
 
 class Pair(NamedTuple):
     """Token ids of a context and of the continuation that is scored.
@@ -97,3 +99,34 @@ class EvalModel:
     encode_special: Callable[[str], list[int]] | None = None
     is_greedy: IsGreedy | None = None
     masked_accuracy: MaskedAccuracy | None = None
+
+
+def make_pair(eval_model: EvalModel, context: str, continuation: str, item: int, option: int, where: str) -> Pair:
+    """Tokenizes context and continuation together, and splits them after the tokens that the context has on its own.
+
+    Tokens across the boundary are therefore scored. A context that is too long is cut from the left.
+
+    Args:
+      where: names the pair in errors.
+
+    Raises:
+      DataError: the continuation has no token, or more than the model takes.
+    """
+    alone, joined = eval_model.encode(context), eval_model.encode(context + continuation)
+    split = next((place for place, (one, other) in enumerate(zip(alone, joined, strict=False)) if one != other),
+                 min(len(alone), len(joined)))
+    return Pair(fit_context(joined[:split], joined[split:], eval_model, where), tuple(joined[split:]), item, option)
+
+
+def fit_context(context: Sequence[int], continuation: Sequence[int], eval_model: EvalModel,
+                where: str) -> tuple[int, ...]:
+    """Returns the end of the context that fits the model beside BOS and the continuation; errors as in `make_pair`."""
+    if not continuation:
+        raise DataError(f"{where} has no token to score")
+    if eval_model.max_length is None:
+        return tuple(context)
+    room = eval_model.max_length - 1 - len(continuation)
+    if room < 1:
+        raise DataError(f"{where} has {len(continuation)} tokens to score, and {eval_model.name} takes at most "
+                        f"{eval_model.max_length} with a context")
+    return tuple(context[-room:])

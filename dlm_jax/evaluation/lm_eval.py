@@ -14,11 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation import items
-from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair
-from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.run import pairs_of
-from dlm_jax.evaluation.tasks import Task
+from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair, make_pair
 
 try:
     from lm_eval.api.model import LM
@@ -60,7 +56,7 @@ class LmEvalAdapter(LM):
     """Implements lm-eval's `LM` with an `EvalModel`, which gets all requests of a call at once.
 
     Log-likelihoods are the negative scores, in nats; for a diffusion model they are lower bounds. Context and
-    continuation are tokenized as under the protocol `default` (`run.pairs_of`). Noise depends on the task's name and
+    continuation are tokenized together (`eval_model.make_pair`). Noise depends on the task's name and
     the document's number alone, so all options of a question get the same. Repetitions of a request (`repeats: N`) get
     noise of their own.
 
@@ -110,11 +106,10 @@ class LmEvalAdapter(LM):
         pairs: list[Pair] = [Pair((), ())] * len(requests)
         checked = []  # the requests whose is_greedy is computed
         for question in _questions(requests):
-            item = Item(tuple(requests[place].args[:2] for place in question.places))
-            task = Task(question.task, "choice", items.text)
-            for place, pair in zip(question.places, pairs_of(self.eval_model, task, item, question.document),
-                                   strict=True):
-                pairs[place] = pair._replace(item=question.noise)
+            for option, place in enumerate(question.places):
+                context, continuation = requests[place].args[:2]
+                pairs[place] = make_pair(self.eval_model, context, continuation, question.noise, option,
+                                         f"{question.task}, item {question.document}, option {option}")
             if self._is_greedy or (self._is_greedy is None and len(question.places) == 1):
                 checked += question.places
         if checked and self.eval_model.is_greedy is None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.code_execution import Outcome, Program, completed, truncate_code
-from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair
+from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair, fit_context, make_pair
 from dlm_jax.evaluation.items import Item, truncate
 from dlm_jax.evaluation.metrics import ANSWERS, METRICS, majority
 from dlm_jax.evaluation.scoring import reconstruct
@@ -129,9 +129,8 @@ def pairs_of(eval_model: EvalModel, task: Task, item: Item, number: int, *, refe
              prefix: str = "") -> list[Pair]:
     """Returns the pairs to score for an item: one per option; for a text one per row, for reconstruction the first row.
 
-    Under `default` context and continuation are tokenized together and split after the tokens that the context has on
-    its own, so that tokens across the boundary are scored. Under `reference` they are tokenized separately. A context
-    that is too long is cut from the left.
+    Under `default` context and continuation are tokenized together (`eval_model.make_pair`), under `reference`
+    separately. A context that is too long is cut from the left.
 
     Raises:
       DataError: a continuation has no token, or more than the model takes.
@@ -147,15 +146,13 @@ def pairs_of(eval_model: EvalModel, task: Task, item: Item, number: int, *, refe
     options = item.parent_options if eval_model.autoregressive and item.parent_options else item.options
     pairs = []
     for option, (context, continuation) in enumerate(options):
+        where = f"{task.name}, item {number}, option {option}"
         if reference:
             before = special(prefix + context)
             tokens = (special if task.reference_bos else eval_model.encode)(continuation)
+            pairs.append(Pair(fit_context(before, tokens, eval_model, where), tuple(tokens), number, option))
         else:
-            before, joined = eval_model.encode(prefix + context), eval_model.encode(prefix + context + continuation)
-            same = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(before, joined, strict=False)))
-            before, tokens = joined[:same], joined[same:]
-        pairs.append(Pair(_fitting(before, tokens, eval_model, f"{task.name}, item {number}, option {option}"),
-                          tuple(tokens), number, option))
+            pairs.append(make_pair(eval_model, prefix + context, continuation, number, option, where))
     return pairs
 
 
@@ -267,18 +264,6 @@ def _reference_items(job: Job, eval_models: Sequence[EvalModel]) -> list[int]:
         raise DataError(f"all items of {job.task.name} have more than {most} tokens, which the reference scripts "
                         "skip; use more items, or choose the protocol default")
     return numbers
-
-
-def _fitting(context: Sequence[int], continuation: Sequence[int], eval_model: EvalModel, where: str) -> tuple[int, ...]:
-    if not continuation:
-        raise DataError(f"{where} has no token to score")
-    if eval_model.max_length is None:
-        return tuple(context)
-    room = eval_model.max_length - 1 - len(continuation)
-    if room < 1:
-        raise DataError(f"{where} has {len(continuation)} tokens to score, and {eval_model.name} takes at most "
-                        f"{eval_model.max_length} with a context")
-    return tuple(context[-room:])
 
 
 def _records(job: Job, eval_model: EvalModel, numbers: Sequence[int], setting: Setting) -> list[Record]:

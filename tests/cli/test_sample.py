@@ -82,8 +82,6 @@ def test_settings_reach_the_sampler(capsys, model, lm):
 @pytest.mark.parametrize(("arguments", "mentions"), [
     (("--policy=best",), "best"),
     (("--policy=autoregressive", "--num_steps=4"), "num_steps"),
-    (("--cache=dual",), "block_length"),
-    (("--temperature=nan",), "temperature"),
     (("--num_samples=0",), "--num_samples"),
     (("--batch_size=0",), "--batch_size"),
     (("--seed=-1",), "--seed"),
