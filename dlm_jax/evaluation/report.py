@@ -174,7 +174,7 @@ def _means(values: Sequence[dict[str, float]], records: Sequence[Record]) -> dic
 
 
 def _open_ended_means(columns: dict[str, np.ndarray], texts: Sequence[str]) -> dict[str, Mean]:
-    """Returns the metrics of free texts: perplexity under the judge with its error by linearization, and distinct-n."""
+    """Returns the judge's perplexity of open-ended texts, with its error by linearization, and distinct-n."""
     means = {}
     if columns["judged_tokens"].any():
         nats = ratio_of(columns["judged_nats"], columns["judged_tokens"])

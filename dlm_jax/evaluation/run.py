@@ -39,7 +39,7 @@ class Setting(NamedTuple):
       samples: generated texts per item.
       temperature: sampling temperature under `default`; 0 takes the most likely tokens, None is the task's own.
       execute: runs generated programs (`code_execution.Sandbox`); None: tasks that need it are refused.
-      judge: scores freely generated texts; None: tasks that need it are refused.
+      judge: scores open-ended texts; None: tasks that need it are refused.
       seed: seed of the masks for reconstruction.
     """
 
@@ -202,7 +202,7 @@ def judge_text(item: Item, pairs: Sequence[Pair], scores: Sequence[float]) -> di
 
 
 def judge_open_ended(texts: Sequence[str], judged: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """Returns the values of an item's free texts; `judged` has the judge's (nats, tokens) of each non-empty text."""
+    """Returns the values of an item's texts; `judged` has the judge's (nats, tokens) of each non-empty text."""
     about = {"text": texts[0]} if len(texts) == 1 else {"texts": list(texts)}
     return {**about, "values": {"judged_nats": math.fsum(nats for nats, _ in judged),
                                 "judged_tokens": sum(tokens for _, tokens in judged),
@@ -310,7 +310,7 @@ def _generate(job: Job, eval_model: EvalModel, numbers: Sequence[int], setting: 
 
 
 def _judged(job: Job, numbers: Sequence[int], texts: Sequence[Sequence[str]], setting: Setting) -> list[Record]:
-    """Returns the values of each item's free texts, with one call of the judge; empty texts have no score."""
+    """Returns the values of each item's open-ended texts, with one call of the judge; empty texts have no score."""
     prompts = [job.prefix + job.items[number].prompt for number in numbers]
     pairs = [[pairs_of(setting.judge, job.task, Item(options=((prompt, text),)), number)[0] if text else None
               for text in samples] for number, prompt, samples in zip(numbers, prompts, texts, strict=True)]
