@@ -10,19 +10,13 @@ benchmarks/results/blocks-cost-DEVICE.json.
 
 import argparse
 import statistics
-from collections.abc import Callable
 
 import harness
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from dlm_jax.diffusion import Batch, ObjectiveConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import Compute, ModelConfig, Transformer
-from dlm_jax.parallel import MeshConfig, make_mesh
-from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.step import create_state, make_train_step
+from dlm_jax.training.optimizer import OptimizerConfig
 
 OBJECTIVES = {
     "autoregressive": ObjectiveConfig(name="autoregressive"),
@@ -34,29 +28,15 @@ OBJECTIVES = {
 }
 
 
-def step_of(args: argparse.Namespace, objective: ObjectiveConfig) -> Callable[[int], None]:
-    """Returns a function that runs one training step and waits for it."""
+def step_of(args: argparse.Namespace, objective: ObjectiveConfig) -> harness.TrainStep:
     config = ModelConfig("gpt2", vocab_size=args.vocab, hidden_size=args.hidden, num_layers=args.layers,
                          num_heads=args.hidden // 64, num_kv_heads=args.hidden // 64, head_dim=64,
                          mlp_size=4 * args.hidden, max_length=args.length, norm="layer", positions="learned",
                          gated_mlp=False, activation="gelu_tanh", tie_embeddings=True, qkv_bias=True, out_bias=True,
                          mlp_bias=True)
-    mesh, settings = make_mesh(MeshConfig(), jax.devices()[:1]), OptimizerConfig(schedule="constant")
-    graphdef, params = nnx.split(Transformer(config, rngs=nnx.Rngs(0), compute=Compute(args.dtype)))
-    rule = make_optimizer(settings, 10**6)
-    state = create_state(params, rule, False, mesh)
-    step = make_train_step(graphdef, rule, mesh, objective=objective, config=settings, num_steps=10**6, seed=0,
-                           mask_token_id=0)
-    tokens = np.random.default_rng(0).integers(0, args.vocab, (args.batch_size, args.length)).astype(np.int32)
-    noisable_mask = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
-
-    def run(number: int) -> None:
-        nonlocal state
-        index = jnp.arange(args.batch_size, dtype=jnp.uint32) + number * args.batch_size
-        state, metrics = step(state, Batch(tokens, noisable_mask, index))
-        jax.block_until_ready((state, metrics))
-
-    return run
+    model = nnx.split(Transformer(config, rngs=nnx.Rngs(0), compute=Compute(args.dtype)))
+    return harness.TrainStep(*model, harness.random_tokens(args.vocab, args.batch_size, args.length), objective,
+                             OptimizerConfig(schedule="constant"))
 
 
 def main() -> None:

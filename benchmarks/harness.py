@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -16,7 +17,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from dlm_jax import DiffusionLM
+    from dlm_jax.diffusion import Batch, ObjectiveConfig
     from dlm_jax.sampling import SamplerConfig
+    from dlm_jax.training.optimizer import OptimizerConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,6 +64,41 @@ def time_in_turns(runs: Mapping[str, Callable[[int], object]], repeats: int, war
             if repeat >= warmup:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+class TrainStep:
+    """A training step on one device, always on the same tokens int32 [rows, length]; a call runs it and waits."""
+
+    def __init__(self, graphdef: object, params: object, tokens: np.ndarray, objective: "ObjectiveConfig",
+                 optimizer: "OptimizerConfig", *, frozen: object = None, mask_token_id: int = 0, start: int = 0):
+        from dlm_jax.parallel import MeshConfig, make_mesh
+        from dlm_jax.training.optimizer import make_optimizer
+        from dlm_jax.training.step import create_state, make_train_step
+
+        mesh, rule = make_mesh(MeshConfig(), jax.devices()[:1]), make_optimizer(optimizer, 10**6)
+        state = create_state(params, rule, False, mesh, frozen=frozen)
+        self.state, self._tokens = dataclasses.replace(state, step=state.step + start), tokens
+        self._step = make_train_step(graphdef, rule, mesh, objective=objective, config=optimizer, num_steps=10**6,
+                                     seed=0, mask_token_id=mask_token_id)
+
+    def _batch(self, number: int) -> "Batch":
+        from dlm_jax.diffusion import Batch
+
+        rows, length = self._tokens.shape
+        return Batch(self._tokens, np.broadcast_to(np.arange(length) > 0, self._tokens.shape),
+                     np.arange(rows, dtype=np.uint32) + number * rows)
+
+    def __call__(self, number: int) -> None:
+        self.state, metrics = self._step(self.state, self._batch(number))
+        jax.block_until_ready((self.state, metrics))
+
+    def program(self) -> str:
+        """Returns the compiled step as text."""
+        return self._step.lower(self.state, self._batch(0)).compile().as_text()
+
+
+def random_tokens(vocab_size: int, rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocab_size, (rows, length)).astype(np.int32)
 
 
 def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:

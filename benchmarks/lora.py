@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable
 
 import harness
 import jax
@@ -23,7 +22,7 @@ from flax import nnx
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained
-from dlm_jax.diffusion import Batch, ObjectiveConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import (
     Compute,
     LoRAConfig,
@@ -36,18 +35,15 @@ from dlm_jax.models import (
     split_trainable,
 )
 from dlm_jax.models.lora import QUANTIZED
-from dlm_jax.parallel import MeshConfig, make_mesh
-from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.step import create_state, make_train_step
+from dlm_jax.training.optimizer import OptimizerConfig
 
 
-def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[Callable[[int], None], dict[str, float]]:
-    """Returns a function that runs one training step and waits for it, and the bytes of the state by kind."""
+def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[harness.TrainStep, dict[str, float]]:
+    """Returns a training step, and the bytes of its state by kind."""
     config = ModelConfig("llama", vocab_size=args.vocab, hidden_size=args.hidden, num_layers=args.layers,
                          num_heads=args.hidden // 64, num_kv_heads=args.hidden // 64, head_dim=64,
                          mlp_size=11 * args.hidden // 4, max_length=args.length)
-    compute, mesh = Compute(args.dtype, args.remat), make_mesh(MeshConfig(), jax.devices()[:1])
-    graphdef, shapes = base_shapes(config, compute, "float32", lora)
+    graphdef, shapes = base_shapes(config, Compute(args.dtype, args.remat), "float32", lora)
     base = nnx.state(nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))())
     states = [freeze_base(((path, shape.replace(x[...].astype(shape.dtype))) for (path, x), (_, shape) in
                       zip(nnx.to_flat_state(base), nnx.to_flat_state(shapes), strict=True)), lora)[0]]
@@ -55,24 +51,13 @@ def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[Callable
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         states.append(init_lora_factors(config, lora, 0, "float32", place))
     graphdef, params, frozen = split_trainable(add_dora_magnitudes(nnx.merge(graphdef, *states)))
-    settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
-    rule = make_optimizer(settings, 10**6)
-    state = create_state(params, rule, False, mesh, frozen=frozen)
+    step = harness.TrainStep(graphdef, params, harness.random_tokens(args.vocab, args.batch_size, args.length),
+                             ObjectiveConfig(anneal_steps=0),
+                             OptimizerConfig(learning_rate=1e-4, schedule="constant"), frozen=frozen)
     size = lambda tree: sum(  # noqa: E731
         leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
-    held = {"trained": size(state.params), "frozen": size(state.frozen), "optimizer": size(state.opt_state)}
-    step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig(anneal_steps=0), config=settings,
-                           num_steps=10**6, seed=0, mask_token_id=0)
-    tokens = np.random.default_rng(0).integers(0, args.vocab, (args.batch_size, args.length)).astype(np.int32)
-    noisable_mask = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
-
-    def run(number: int) -> None:
-        nonlocal state
-        index = jnp.arange(args.batch_size, dtype=jnp.uint32) + number * args.batch_size
-        state, metrics = step(state, Batch(tokens, noisable_mask, index))
-        jax.block_until_ready((state, metrics))
-
-    return run, held
+    state = step.state
+    return step, {"trained": size(state.params), "frozen": size(state.frozen), "optimizer": size(state.opt_state)}
 
 
 def held_out_loss(lora: LoRAConfig | None) -> float:

@@ -14,7 +14,6 @@ table of seconds per step, and writes benchmarks/results/train_step-MODEL-DEVICE
 
 import argparse
 import contextlib
-import dataclasses
 import statistics
 from collections.abc import Callable
 
@@ -35,48 +34,27 @@ def hf_config(args: argparse.Namespace) -> dict:
 
 
 def tokens_of(args: argparse.Namespace) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, HF_CONFIGS[args.model]["vocab_size"], (args.batch_size, args.length))
+    return harness.random_tokens(HF_CONFIGS[args.model]["vocab_size"], args.batch_size, args.length)
 
 
-def ours(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
-    """Returns a function that runs one step and waits for it; its `program` returns the compiled step as text."""
+def ours(args: argparse.Namespace, annealed: bool) -> harness.TrainStep:
     import jax
     from flax import nnx
 
     from dlm_jax.checkpoints import config_from_hf
-    from dlm_jax.diffusion import Batch, ObjectiveConfig
+    from dlm_jax.diffusion import ObjectiveConfig
     from dlm_jax.matmul import choose_matmul
     from dlm_jax.models import Compute, Transformer
-    from dlm_jax.parallel import MeshConfig, make_mesh
-    from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from dlm_jax.training.step import create_state, make_train_step
+    from dlm_jax.training.optimizer import OptimizerConfig
 
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = nnx.jit(lambda: Transformer(config_from_hf(hf_config(args)), rngs=nnx.Rngs(0), param_dtype=args.param_dtype,
                                         compute=Compute(args.dtype, args.remat, args.attention, matmul=choose_matmul(
                                             args.dtype, jax.default_backend(), 1))))()
-    graphdef, params = nnx.split(model)
-    optimizer_config = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01)
     # Half of 10^6 steps gone: the ratio of the annealed variant stays where it is.
     objective = ObjectiveConfig(anneal_steps=2_000_000 if annealed else 0)
-    optimizer = make_optimizer(optimizer_config, 10**6)
-    state = create_state(params, optimizer, False, mesh)
-    state = dataclasses.replace(state, step=state.step + 1_000_000)
-    step = make_train_step(graphdef, optimizer, mesh, objective=objective, config=optimizer_config,
-                           num_steps=10**6, seed=0, mask_token_id=MASK_TOKEN_ID)
-    tokens = tokens_of(args).astype(np.int32)
-    noisable_mask = np.broadcast_to(np.arange(args.length) > 0, tokens.shape)
-
-    def batch(number: int) -> Batch:
-        return Batch(tokens, noisable_mask, np.arange(args.batch_size, dtype=np.uint32) + number * args.batch_size)
-
-    def run(number: int) -> None:
-        nonlocal state
-        state, metrics = step(state, batch(number))
-        jax.block_until_ready((state, metrics))
-
-    run.program = lambda: step.lower(state, batch(0)).compile().as_text()
-    return run
+    optimizer = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01)
+    return harness.TrainStep(*nnx.split(model), tokens_of(args), objective, optimizer, mask_token_id=MASK_TOKEN_ID,
+                             start=1_000_000)
 
 
 def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
@@ -93,7 +71,7 @@ def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
     if args.remat != "none":
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
-    tokens = torch.from_numpy(tokens_of(args)).to(device)
+    tokens = torch.from_numpy(tokens_of(args)).long().to(device)
     length = args.length
     mixed = args.dtype != args.param_dtype
     autocast = torch.autocast(device, getattr(torch, args.dtype)) if mixed else contextlib.nullcontext()

@@ -41,6 +41,15 @@ class Offsets(NamedTuple):
     kv_head: jax.Array | int = 0
 
 
+class Options(NamedTuple):
+    """The keywords that `tpu_attention` and its gradients share; see there."""
+
+    dropout_rate: float = 0.0
+    dropout_seeds: jax.Array | None = None
+    offsets: Offsets = Offsets()
+    tiling: Tiling = Tiling()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Static:
     """The values that a kernel is compiled for."""
@@ -102,23 +111,23 @@ def tpu_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Atte
     Raises:
       ConfigError: the mask is an explicit matrix, or a tile does not fit a TPU.
     """
-    static, scalars, tensors = _prepare(query, key, value, mask, dropout_rate, dropout_seeds, offsets, tiling)
+    options = Options(dropout_rate, dropout_seeds, offsets, tiling)
+    static, scalars, tensors = _prepare(query, key, value, mask, options)
     out, logsumexp = _flash(static, scalars, tensors)
     out = _length_second(out, query.shape[1])
     return (out, logsumexp[:, :, 0, :query.shape[1]]) if return_logsumexp else out
 
 
 def tpu_attention_gradients(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, out: jax.Array,
-                            logsumexp: jax.Array, d_out: jax.Array, *, dropout_rate: float = 0.0,
-                            dropout_seeds: jax.Array | None = None, offsets: Offsets = Offsets(),
-                            tiling: Tiling = Tiling()) -> tuple[jax.Array, jax.Array, jax.Array]:
+                            logsumexp: jax.Array, d_out: jax.Array,
+                            options: Options = Options()) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns what a shard of the keys adds to the gradients of query, key and value.
 
     Args:
       out: [batch, Q, heads, head_dim] and logsumexp float32 [batch, heads, Q], over all shards of the keys.
       d_out: the gradient of `out`. The other arguments are those of `tpu_attention`.
     """
-    static, scalars, tensors = _prepare(query, key, value, mask, dropout_rate, dropout_seeds, offsets, tiling)
+    static, scalars, tensors = _prepare(query, key, value, mask, options)
     padding = tensors.query.shape[-1] - query.shape[1]
     logsumexp = jnp.pad(logsumexp, ((0, 0), (0, 0), (0, padding)))[:, :, None]
     out, d_out = (_length_last(x, static.block_q) for x in (out, d_out))
@@ -127,10 +136,10 @@ def tpu_attention_gradients(query: jax.Array, key: jax.Array, value: jax.Array, 
             _length_second(gradients.key, key.shape[1]), _length_second(gradients.value, key.shape[1]))
 
 
-def _prepare(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, dropout_rate: float,
-             dropout_seeds: jax.Array | None, offsets: Offsets,
-             tiling: Tiling) -> tuple[_Static, _Scalars, _Tensors]:
+def _prepare(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask,
+             options: Options) -> tuple[_Static, _Scalars, _Tensors]:
     """Turns the arguments of `tpu_attention` into those of the kernels."""
+    dropout_rate, dropout_seeds, offsets, tiling = options
     if mask.spec.kind == "matrix":
         raise ConfigError("the tpu backend evaluates masks by rule: use the xla backend for an explicit matrix")
     if not tiling.interpret and (tiling.block_q % _LANES or tiling.block_k % _LANES):

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.attention.partition import Partition, is_split, on_shards
-from dlm_jax.attention.tpu import Offsets, Tiling, tpu_attention, tpu_attention_gradients
+from dlm_jax.attention.tpu import Offsets, Options, Tiling, tpu_attention, tpu_attention_gradients
 
 
 def tpu_ring_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
@@ -48,12 +48,11 @@ class _Ring:
     tiling: Tiling
 
     def options(self, dropout_seeds: jax.Array | None, kv_head_offset: jax.Array, query: jax.Array, key: jax.Array,
-                hop: jax.Array | int) -> dict:
-        """Returns the kernel's keywords for keys that have traveled `hop` devices."""
+                hop: jax.Array | int) -> Options:
+        """Returns the kernel's options for keys that have traveled `hop` devices."""
         device = jax.lax.axis_index(self.axis)
         offsets = Offsets(device * query.shape[1], (device + hop) % self.size * key.shape[1], kv_head_offset)
-        return {"dropout_rate": self.dropout_rate, "dropout_seeds": dropout_seeds, "offsets": offsets,
-                "tiling": self.tiling}
+        return Options(self.dropout_rate, dropout_seeds, offsets, self.tiling)
 
     def rotate(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """Fetches each array from the next device."""
@@ -76,7 +75,8 @@ def _forward(ring: _Ring, query: jax.Array, key: jax.Array, value: jax.Array, ma
     shard_key, shard_value = key, value
     for hop in range(ring.size):
         options = ring.options(dropout_seeds, kv_head_offset, query, key, hop)
-        shard = tpu_attention(query, shard_key, shard_value, mask, return_logsumexp=True, **options)
+        shard = tpu_attention(query, shard_key, shard_value, mask, return_logsumexp=True,
+                              **options._asdict())
         out, logsumexp = shard if hop == 0 else _merge(out, logsumexp, *shard)
         if hop + 1 < ring.size:
             shard_key, shard_value = ring.rotate(shard_key, shard_value)
@@ -98,7 +98,7 @@ def _backward(ring: _Ring, saved, d_out: jax.Array):
     def visit(carry: tuple, hop: jax.Array) -> tuple[tuple, None]:
         key, value, sums = carry
         options = ring.options(dropout_seeds, kv_head_offset, query, key, hop)
-        gradients = tpu_attention_gradients(query, key, value, mask, out, logsumexp, d_out, **options)
+        gradients = tpu_attention_gradients(query, key, value, mask, out, logsumexp, d_out, options)
         sums = tuple(total + x.astype(jnp.float32) for total, x in zip(sums, gradients, strict=True))
         if ring.size > 1:  # gradients travel with their keys; after the last rotation every shard is back on its owner
             key, value, *key_value_sums = ring.rotate(key, value, *sums[1:])
