@@ -106,16 +106,20 @@ def traced(device: jax.Device, gib: int, function=jnp.sin) -> list[jax.stages.Tr
 @pytest.mark.parametrize("name", ["v2:2x2", "v3:2x2", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_chip_memory_is_what_the_compiler_grants(name):
     chip = next(chip for chip in CHIPS if name.startswith(chip.name))
-    device = tpu_devices(read_topology(name))[0]
-    result = compile_step(traced(device, 200), chip.memory)
-    assert not result.memory.fits and result.memory.limit == chip.memory and not result.hlo
-    result = compile_step(traced(device, 2), chip.memory)
-    assert result.memory.fits and result.memory.needed == pytest.approx(4, rel=0.01) and "ENTRY" in result.hlo[0]
-    assert result.memory.arguments == pytest.approx(2)
-    both = compile_step([*traced(device, 1), *traced(device, 2)], chip.memory)
-    assert both.memory == result.memory and len(both.hlo) == 2
-    crowded = compile_step(traced(device, 1), chip.memory, extra=chip.memory - 1)
-    assert not crowded.memory.fits and crowded.memory.needed == pytest.approx(chip.memory + 1, rel=0.01)
+    memory, texts = compile_step(traced(tpu_devices(read_topology(name))[0], 200), chip.memory)
+    assert not memory.fits and memory.limit == pytest.approx(chip.memory, abs=0.05) and not texts  # by libtpu version
+
+
+@needs_libtpu
+def test_memory_of_programs():
+    device = tpu_devices(read_topology("v5e:2x2"))[0]
+    memory, texts = compile_step(traced(device, 2), 15.75)
+    assert memory.fits and memory.needed == pytest.approx(4, rel=0.01) and "ENTRY" in texts[0]
+    assert memory.arguments == pytest.approx(2)
+    both, texts = compile_step([*traced(device, 1), *traced(device, 2)], 15.75)
+    assert both == memory and len(texts) == 2
+    crowded, _ = compile_step(traced(device, 1), 15.75, extra=14.75)
+    assert not crowded.fits and crowded.needed == pytest.approx(16.75, rel=0.01)
 
 
 @needs_libtpu
@@ -125,7 +129,7 @@ def test_host_memory_is_counted_apart():
     small, large = (jax.ShapeDtypeStruct((gib, 1024, 1024, 256), jnp.float32, sharding=place)
                     for gib, place in ((1, here), (20, there)))
     step = jax.jit(lambda x, y: (jnp.sin(x), y), donate_argnums=(0, 1), out_shardings=(here, there))
-    memory = compile_step([step.trace(small, large)], 15.75).memory
+    memory, _ = compile_step([step.trace(small, large)], 15.75)
     assert memory.fits and memory.needed == pytest.approx(1, rel=0.01) and memory.host == 20
 
 
