@@ -101,6 +101,16 @@ def test_block_size_schedule_and_canonical_names():
     assert dataclasses.replace(objective, complementary=True).forward_multiplier(4) == 3
 
 
+@pytest.mark.parametrize("size, plain", [(1, "autoregressive"), (8, "diffusion")])
+def test_blocks_of_one_token_and_one_block(size, plain):
+    rows = dataclasses.replace(batch(), segment_ids=jnp.broadcast_to(jnp.arange(8) // 4, (16, 8)))
+    found, expected = (noisy_of(config, rows=rows) for config in (
+        ObjectiveConfig(name="block_diffusion", block_size=size), ObjectiveConfig(name=plain)))
+    np.testing.assert_array_equal(found[1].allowed(POSITIONS, POSITIONS), expected[1].allowed(POSITIONS, POSITIONS))
+    for field in ("tokens", "loss_mask", "weights"):
+        np.testing.assert_array_equal(getattr(found[0], field), getattr(expected[0], field))
+
+
 def test_validation_resets_only_what_shapes_training():
     trained = ObjectiveConfig(
         name="block_diffusion", shift=False, min_time=0.1, loss_normalization="masked_tokens", weight="uniform",

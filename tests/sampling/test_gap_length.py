@@ -25,7 +25,7 @@ def log_probabilities(model, tokens):
 
 def test_scores_follow_chain_rule():
     model, before, after = tiny("llama"), [1, 17, 5], [30, GAP, 8, 41, 2]
-    gap = Gap(before, after, range(1, 4))
+    gap = Gap(before, after, range(1, 3))
     found, = continuation_scores(model, [gap], diffusion=DiffusionSpec(MASK), num_scored=3)
     for length, score in zip(gap.lengths, found, strict=True):
         row = np.array([[*before, *[GAP] * length, *after]])
@@ -74,9 +74,7 @@ def test_fitting_length_is_found():
     assert [text[1] for text in inferred] == [4, 2, 4, 5, 2]
     assert inferred[3][3] == 3 and inferred[2][3] == 1
     assert texts[0][1] == range(2, 5)  # the argument is unchanged
-    for batch_size in (1, 3):
-        found = infer_gap_lengths(cycle_model(), texts, encode, diffusion=CYCLE, batch_size=batch_size)
-        assert found == inferred
+    assert infer_gap_lengths(cycle_model(), texts, encode, diffusion=CYCLE, batch_size=3) == inferred
 
 
 def test_middle_without_text_after_gap():

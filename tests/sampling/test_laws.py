@@ -13,7 +13,7 @@ from dlm_jax.sampling import sampler
 from tests.sampling.enumerated import JointDistribution, LogitsModel, ReferenceSampler, assert_follows, truncated
 from tests.sampling.tiny_models import random_model, run_sampler
 
-ROWS = 20_000
+ROWS = 10_000
 THREE, FOUR = JointDistribution(vocab=3, length=3), JointDistribution(vocab=2, length=4)
 LEFT = np.cos(np.pi / 2 * np.arange(3) / 3)  # masked before each of 3 steps of the cosine schedule
 
@@ -44,47 +44,32 @@ def sample_outcomes(joint, given=None, context=0, rows=ROWS, **settings):
 
 CASES = {
     "random in blocks": (FOUR, "random", [((0, 1), (1 / 2, 1)), ((2, 3), (1 / 2, 1))], dict(
-        policy="random", num_steps=4, block_length=2)),
-    "random, truncated": (THREE, "random", everywhere(THREE, 1 / 3, 1 / 2, 1), dict(
-        policy="random", num_steps=3, temperature=0.7, top_p=0.8, shift=False)),
+        policy="random", num_steps=4, block_length=2, temperature=0.7, top_p=0.8, shift=False)),
     "random, cosine": (THREE, "random", everywhere(THREE, *(1 - LEFT[1:] / LEFT[:-1]), 1), dict(
         policy="random", num_steps=3, step_schedule="cosine")),
-    "exact": (THREE, "exact", everywhere(THREE, 1, 3), dict(policy="random_exact", num_steps=2, top_k=2)),
     "exact in blocks": (THREE, "exact", [((0, 1), (2,)), ((2,), (1,))], dict(
-        policy="random_exact", num_steps=2, block_length=2, shift=False)),
+        policy="random_exact", num_steps=2, block_length=2, shift=False, top_k=2)),
     "exact, cosine, remasking in blocks": (FOUR, "exact", [((0, 1, 2), (1, 2, 3)), ((3,), (1,))], dict(
         policy="random_exact", num_steps=9, step_schedule="cosine", remask=0.5, block_length=3)),
-    "confidence": (THREE, "confidence", everywhere(THREE, 1, 3), dict(policy="confidence", num_steps=2, shift=False)),
     "confidence, cosine, truncated": (FOUR, "confidence", everywhere(FOUR, 1, 2, 4), dict(
-        policy="confidence", num_steps=3, step_schedule="cosine", top_p=0.9)),
+        policy="confidence", num_steps=3, step_schedule="cosine", top_p=0.9, shift=False)),
     "confidence in blocks": (FOUR, "confidence", [((0, 1), (2,)), ((2, 3), (1, 2))], dict(
         policy="confidence", num_steps=3, block_length=2, temperature=0.8)),
     "confidence, remasking": (THREE, "confidence", everywhere(THREE, 1, 2, 3), dict(
         policy="confidence", num_steps=64, remask=0.4, top_k=2)),
     # For these distributions margin, entropy, probability and odds choose different positions.
-    "margin": (JointDistribution(3, 4, 8), "margin", [(range(4), (1, 2, 4))], dict(
-        policy="margin", num_steps=3, top_p=0.95)),
     "margin in blocks": (JointDistribution(3, 4, 4), "margin", [((0, 1, 2), (1, 3)), ((3,), (1,))], dict(
         policy="margin", num_steps=3, block_length=3, shift=False)),
     "entropy": (JointDistribution(3, 4, 17), "entropy", [(range(4), (1, 2, 4))], dict(
         policy="entropy", num_steps=3, temperature=1.2)),
-    "entropy in blocks": (JointDistribution(3, 4, 2), "entropy", [((0, 1, 2), (1, 3)), ((3,), (1,))], dict(
-        policy="entropy", num_steps=3, block_length=3)),
-    "threshold": (THREE, "confidence", everywhere(THREE, 1, 2, 3), dict(policy="threshold", threshold=0.5)),
     "threshold in steps": (FOUR, "confidence", everywhere(FOUR, 2, 4), dict(
         policy="threshold", threshold=0.7, num_steps=2, shift=False)),
     "threshold in blocks": (FOUR, "confidence", [((0, 1), (1, 2)), ((2, 3), (1, 2))], dict(
         policy="threshold", threshold=0.6, block_length=2)),
     "guidance": (FOUR, "confidence", [((0, 2, 3), (1, 3))], dict(
-        policy="confidence", num_steps=2, cfg_scale=0.8, given=(None, 1, None, None))),
-    "guidance by chance": (THREE, "exact", [((0, 2), (1, 2))], dict(
-        policy="random_exact", cfg_scale=1.5, given=(None, 2, None), temperature=1.4, shift=False)),
-    "repetition": (THREE, "confidence", everywhere(THREE, 1, 2, 3), dict(
-        policy="confidence", context=1, repetition_penalty=1.7)),
-    "repetition and end of text": (THREE, "exact", [((0, 2), (1, 2))], dict(
-        policy="random_exact", context=3, given=(None, 0, None), repetition_penalty=1.4, eos=2, eos_penalty=0.6)),
-    "no end of text": (THREE, "confidence", everywhere(THREE, 1, 3), dict(
-        policy="confidence", num_steps=2, eos=0, eos_penalty=np.inf)),
+        policy="confidence", num_steps=2, cfg_scale=0.8, given=(None, 1, None, None), temperature=1.4, shift=False)),
+    "repetition and end of text": (THREE, "confidence", [((0, 2), (1, 2))], dict(
+        policy="confidence", context=1, given=(None, 0, None), repetition_penalty=1.7, eos=2, eos_penalty=0.6)),
 }
 NOT_IN_THE_LAW = ("policy", "num_steps", "step_schedule", "block_length", "shift", "repetition_penalty")
 
@@ -99,16 +84,15 @@ def test_policy_follows_enumerated_law(case):
 
 @pytest.mark.parametrize(("settings", "given"), [
     (dict(policy="random", num_steps=3000), None),
-    (dict(policy="random_exact", num_steps=64, shift=False), None),
     (dict(policy="first_hitting", block_length=2), (None, 1, None)),
-], ids=["random", "random_exact", "first_hitting in blocks"])
+], ids=["random", "first_hitting in blocks"])
 def test_one_random_token_per_step_gives_joint_law(settings, given):
     assert_follows(THREE.law(given or ()), sample_outcomes(THREE, given, **settings))
 
 
 @pytest.mark.parametrize("settings", [
-    dict(policy="random", num_steps=3000, shift=False), dict(policy="first_hitting"),
-    dict(policy="confidence", block_length=1)], ids=["random", "first_hitting", "one by one from the left"])
+    dict(policy="random", num_steps=3000, shift=False),
+    dict(policy="confidence", block_length=1)], ids=["random", "one by one from the left"])
 def test_stop_at_eos_keeps_law_before_eos(settings):
     def ended(row):
         end = row.index(0) + 1 if 0 in row else len(row)
@@ -123,8 +107,8 @@ def test_stop_at_eos_keeps_law_before_eos(settings):
 
 def test_reference_sampler_agrees_with_chain_rule():
     """One per step, the reference gives the joint law; all at once, the product of marginals."""
-    hazards = 1 / np.arange(400, 0, -1)
-    for policy, numbers, tolerance in (("exact", (1, 2, 3), 1e-12), ("random", hazards, 0.01)):
+    hazards = 1 / np.arange(100, 0, -1)
+    for policy, numbers, tolerance in (("exact", (1, 2, 3), 1e-12), ("random", hazards, 0.02)):
         law = ReferenceSampler(THREE, policy, everywhere(THREE, *numbers)).law()
         assert max(abs(law[row] - p) for row, p in THREE.law().items()) < tolerance
     marginals = THREE.marginals((None,) * 3)
@@ -133,7 +117,7 @@ def test_reference_sampler_agrees_with_chain_rule():
             np.testing.assert_allclose(p, np.prod([marginals[n][token] for n, token in enumerate(row)]), rtol=1e-9)
 
 
-AR_ROWS, AR_VOCAB, AR_NEW = 10_000, 4, 3
+AR_ROWS, AR_VOCAB, AR_NEW = 5_000, 4, 3
 AR_PROMPTS = [[1], [3, 0, 0, 1]]
 
 
@@ -166,10 +150,9 @@ def chain_law(model, prompt, mask=None, repetition_penalty=1.0, eos=None, stop=F
 
 
 @pytest.mark.parametrize(("kind", "settings"), [
-    ("llama", dict(mask=None)),
     ("gpt2", dict(mask=3, repetition_penalty=1.6, temperature=1.3, top_p=0.9)),
-    ("llama", dict(mask=2, eos=1, stop=True, top_k=2)),
-], ids=["without a mask token", "choice", "end of text"])
+    ("llama", dict(mask=None, eos=1, stop=True, top_k=2)),
+], ids=["choice", "end of text"])
 def test_autoregressive_follows_chain_rule(kind, settings):
     model, tokens = ar_model(kind), np.zeros((2 * AR_ROWS, 8), int)
     lengths = np.array([len(AR_PROMPTS[row % 2]) for row in range(2 * AR_ROWS)])

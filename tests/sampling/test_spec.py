@@ -12,7 +12,7 @@ every_schedule = pytest.mark.parametrize("step_schedule", STEP_SCHEDULES)
 @every_schedule
 @pytest.mark.parametrize("steps", [1, 2, 7, 16, 64, 1000])
 def test_each_step_reveals_at_least_one_until_all_are_filled(step_schedule, steps):
-    number, step = np.arange(1, 80)[:, None], np.arange(steps + 3)
+    number, step = np.arange(1, 80)[:, None], np.arange(82)
     filled = np.asarray(num_revealed(SamplerConfig(step_schedule=step_schedule), step, number, steps))
     taken = np.minimum(number, steps)  # a row with fewer gaps than steps is done early
     assert (filled[:, 0] == 0).all()
@@ -55,7 +55,7 @@ def test_planned_step_follows_schedule(step_schedule):
 
 @every_schedule
 def test_planned_step_is_in_range(step_schedule):
-    for steps in (1, 2, 3, 64, 10_000):
+    for steps in (1, 3, 10_000):
         edge = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))], jnp.float32)
         first, last = planned_step(SamplerConfig(step_schedule=step_schedule), edge, jnp.int32(steps))
         assert first == 0 and last == steps - 1
@@ -63,7 +63,7 @@ def test_planned_step_is_in_range(step_schedule):
 
 def test_block_ids_are_windows_from_left_to_right():
     rng = np.random.default_rng(0)
-    for chance, block_length in ((0.1, 3), (0.5, 4), (0.9, 1), (1.0, 7), (0.3, 100)):
+    for chance, block_length in ((0.5, 4), (0.9, 1), (0.3, 100)):
         gaps = rng.random((6, 50)) < chance
         gaps[5] = False
         blocks = np.asarray(block_ids(jnp.asarray(gaps), block_length))
@@ -84,11 +84,10 @@ def test_one_block_without_block_length():
 
 def steps_of_blocks(numbers, num_steps):
     """Returns the steps of blocks with so many gaps each."""
-    blocks = np.full((1, 160), -1)  # of one shape, so that little is compiled
-    blocks[0, : sum(numbers)] = np.repeat(np.arange(len(numbers)), numbers)
-    config = SamplerConfig(num_steps=num_steps)
-    return np.array([int(block_steps(config, blocks >= 0, blocks, np.int32(block))[0])
-                     for block in range(len(numbers))])
+    blocks = np.full((12, 160), -1)  # of one shape, so that little is compiled: row n asks for block n
+    blocks[:, : sum(numbers)] = np.repeat(np.arange(len(numbers)), numbers)
+    steps = block_steps(SamplerConfig(num_steps=num_steps), blocks >= 0, blocks, np.arange(12))
+    return np.asarray(steps)[: len(numbers)]
 
 
 def test_block_steps_are_proportional_to_gaps():

@@ -71,21 +71,17 @@ def is_gap(fixed, lengths):
 
 # Every policy, and every setting with at least one of them: name, kind of network, settings.
 SETTINGS = [
-    ("random", "gpt2", dict(policy="random", num_steps=6, step_schedule="cosine", top_p=0.9)),
-    ("random in blocks", "llama", dict(policy="random", num_steps=12, block_length=10, temperature=0.8)),
+    ("random in blocks", "llama", dict(policy="random", num_steps=12, block_length=10, step_schedule="cosine",
+                                       top_p=0.9)),
     ("random_exact, remasking", "llama", dict(policy="random_exact", num_steps=7, remask=0.3, block_length=16)),
     ("first_hitting", "gpt2", dict(policy="first_hitting", temperature=0.8)),
-    ("confidence", "llama", dict(policy="confidence", num_steps=6, temperature=0.8, top_p=0.9)),
     ("confidence, dual cache", "gpt2", dict(policy="confidence", num_steps=18, block_length=8, cache="dual")),
-    ("margin, guidance", "llama", dict(policy="margin", num_steps=5, cfg_scale=0.7, top_k=20)),
-    ("margin, guidance, dual cache", "window", dict(policy="margin", num_steps=16, cfg_scale=0.5, block_length=12,
-                                                    cache="dual", cache_refresh_interval=3)),
+    ("margin, guidance", "llama", dict(policy="margin", num_steps=5, cfg_scale=0.7, top_k=20,
+                                       repetition_penalty=1.2)),
     ("entropy, prefix cache", "window", dict(policy="entropy", num_steps=20, block_length=8, cache="prefix",
-                                             cache_refresh_interval=2, repetition_penalty=1.3)),
-    ("threshold, prefix cache", "llama", dict(policy="threshold", threshold=0.3, block_length=12, cache="prefix",
-                                              temperature=0.5)),
+                                             cache_refresh_interval=2, cfg_scale=0.5, repetition_penalty=1.3)),
     ("threshold, end of text", "gpt2", dict(policy="threshold", threshold=0.2, num_steps=9, step_schedule="cosine",
                                             eos=EOS, stop=True, temperature=0.7)),
-    ("autoregressive", "gpt2", dict(policy="autoregressive", repetition_penalty=1.2, top_k=30)),
-    ("autoregressive, end of text", "llama", dict(policy="autoregressive", eos=EOS, stop=True, eos_penalty=0.5)),
+    ("autoregressive, end of text", "llama", dict(policy="autoregressive", eos=EOS, stop=True, eos_penalty=0.5,
+                                                  repetition_penalty=1.2, top_k=30)),
 ]

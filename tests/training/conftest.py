@@ -73,7 +73,7 @@ def config(base, corpus) -> TrainConfig:
         log=LogConfig(every=4))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def full_run(config, tmp_path_factory) -> tuple[pathlib.Path, dict]:
     """The workdir of an uninterrupted run, and its summary."""
     workdir = tmp_path_factory.mktemp("runs") / "full"

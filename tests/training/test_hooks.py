@@ -1,5 +1,6 @@
 """What a run does besides its steps: when hooks are due, validation, samples, the profile."""
 
+import dataclasses
 import types
 
 import jax
@@ -14,8 +15,6 @@ from dlm_jax.models import ModelConfig, Transformer
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training import read_records, train
 from dlm_jax.training.hooks import PeriodicEval, Validation, make_hooks
-from dlm_jax.training.step import make_eval_step, metrics_from_sums
-from tests.training.conftest import changed
 
 LENGTH, MASK = 16, 23
 MODEL = ModelConfig("gpt2", vocab_size=24, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
@@ -32,16 +31,21 @@ def test_periodic_eval_is_due(first_step, every, at_ends, expected):
     assert [step for step in range(first_step, 11) if hook.is_due(run, step)] == expected
 
 
-def test_hooks_of_the_caller(config, tmp_path):
-    """They see the parameters, and their records are in the log and in the summary."""
+def test_records_of_hooks(config, tmp_path, capsys):
+    """A caller's hook sees the parameters, and its records are in the log and in the summary; texts; a trace."""
     def evaluate(params):
-        return {"norm": float(sum(abs(leaf).sum() for leaf in jax.tree.leaves(params)))}, "a line"
+        return {"norm": float(sum(abs(leaf).sum() for leaf in jax.tree.leaves(jax.device_get(params))))}, "a line"
 
-    summary = train(changed(config, "num_steps", 4), tmp_path,
+    log = dataclasses.replace(config.log, sample_every=2, sample_steps=4, profile=(2, 3))
+    summary = train(dataclasses.replace(config, num_steps=4, log=log), tmp_path,
                     [lambda run: PeriodicEval("norms", "sampling", evaluate, (2,))])
     records = read_records(tmp_path, "norms")
     assert [record["step"] for record in records] == [0, 2, 4] and len({record["norm"] for record in records}) == 3
     assert summary["norms"] == records[-1]
+    texts = read_records(tmp_path, "sample")
+    assert [record["step"] for record in texts] == [2, 4] and set(texts[0]["text"]) <= set("abcdefgh <unk>")
+    assert "step       3  trace written" in capsys.readouterr().out
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_generated_answers_need_a_hook():
@@ -50,25 +54,15 @@ def test_generated_answers_need_a_hook():
         make_hooks(types.SimpleNamespace(config=config, held_out=None))
 
 
-def test_sampled_text_and_trace(config, tmp_path, capsys):
-    run = changed(changed(config, "num_steps", 4), "log.sample_every", 2)
-    train(changed(changed(run, "log.sample_steps", 4), "log.profile", (2, 3)), tmp_path)
-    records = read_records(tmp_path, "sample")
-    assert [record["step"] for record in records] == [2, 4] and set(records[0]["text"]) <= set("abcdefgh <unk>")
-    assert "step       3  trace written" in capsys.readouterr().out
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-
-
 @pytest.mark.parametrize("name, expected", [("diffusion", 6), ("block_diffusion", 6), ("autoregressive", 1)])
 def test_validation_num_samples(name, expected):
     """Every objective with noise takes all of its noise samples; its value is the mean over them."""
     mesh, model = make_mesh(devices=jax.devices()[:1]), Transformer(MODEL, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
-    settings = {"objective": ObjectiveConfig(name=name, block_size=4), "seed": 0, "mask_token_id": MASK}
     rows = Rows(np.random.default_rng(0).integers(0, 23, (8, LENGTH)).astype(np.int32))
-    validate = Validation(graphdef, rows, mesh, num_rows=8, num_samples=6, batch_size=8, **settings)
-    step = make_eval_step(graphdef, mesh, num_rows=8, num_samples=expected, **settings)
-    bounds = [metrics_from_sums(step(params, validate._batches[0], np.int32(sample)))["bound"]
-              for sample in range(expected)]
-    assert len(set(map(float, bounds))) == expected
+    validate = Validation(graphdef, rows, mesh, num_rows=8, num_samples=6, batch_size=8, seed=0, mask_token_id=MASK,
+                          objective=ObjectiveConfig(name=name, block_size=4))
+    sums = jax.device_get([validate._eval_step(params, *validate._batches, np.int32(n)) for n in range(expected)])
+    bounds = [float(one.weighted_nll / one.num_noisable) for one in sums]
+    assert len(set(bounds)) == expected and sums[0].num_noisable == 8 * (LENGTH - 1)
     assert validate(params)["bound"] == pytest.approx(np.mean(bounds), rel=1e-5)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 
 import jax
 import numpy as np
@@ -18,15 +17,16 @@ from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.errors import TrainingError
 from dlm_jax.parallel import MeshConfig
 from dlm_jax.training import read_records, setup, train
+from dlm_jax.training.hooks import PeriodicEval
 from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed, checkpoint_arrays
 
 TIMING = ("tokens_per_second", "seconds_per_step", "slowest_step_seconds", "data_stall", "peak_memory_gib")
 
 
-def records(workdir, last_step=20):
+def records(workdir):
     """All records without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in TIMING} for r in read_records(workdir) if r["step"] <= last_step]
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in read_records(workdir)]
 
 
 def test_outputs_of_a_run(full_run, config):
@@ -45,35 +45,41 @@ def test_outputs_of_a_run(full_run, config):
     assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
 
 
-def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(full_run, config, tmp_path):
-    train(changed(config, "num_steps", 10), tmp_path)
-    summary = train(config, tmp_path)
-    assert summary["changes"] == ["num_steps: 10 -> 20"]
-    expected, found = checkpoint_arrays(full_run[0], 20), checkpoint_arrays(tmp_path, 20)
+@pytest.fixture(scope="module")
+def resumed(config, tmp_path_factory):
+    """A run that SIGTERM stops after step 7, with records of later steps as a crash leaves them, started again."""
+    def interrupt(run):
+        return PeriodicEval("signal", "sampling", lambda params: (os.kill(os.getpid(), signal.SIGTERM), ({}, ""))[1],
+                            (6,), at_ends=False)
+
+    workdir = tmp_path_factory.mktemp("runs") / "resumed"
+    stopped = train(changed(config, "num_steps", 30), workdir, [interrupt])
+    steps = saved_steps(workdir)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "kind": "train", "seconds_per_step": 5}\n{"step": 13, "ki')
+    return workdir, stopped, steps, train(config, workdir)
+
+
+def test_signal_saves_and_stops(resumed):
+    _, stopped, steps, _ = resumed
+    assert stopped["interrupted"] == "SIGTERM" and stopped["step"] == steps[-1] == 7
+
+
+def test_resuming_is_exact(full_run, resumed):
+    workdir, _, _, summary = resumed
+    assert summary["changes"] == ["num_steps: 30 -> 20"]
+    expected, found = checkpoint_arrays(full_run[0], 20), checkpoint_arrays(workdir, 20)
     assert len(expected) > 60
     assert {name for name in expected if not np.array_equal(expected[name], found[name])} == set()
-    found = [record for record in records(tmp_path) if record["step"] != 10 or record["kind"] != "train"]
-    assert found == records(full_run[0])
+    assert [record for record in records(workdir) if record["kind"] != "signal"] == records(full_run[0])
 
 
-def test_resuming_drops_records_after_the_checkpoint(full_run, config, tmp_path):
-    train(changed(config, "num_steps", 10), tmp_path)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 12, "kind": "train", "loss": 1.0}) + '\n{"step": 13, "ki')
-    train(changed(config, "num_steps", 11), tmp_path)
-    assert [r["step"] for r in read_records(tmp_path, "train")] == [4, 8, 10, 11]
-
-
-def test_signal_saves_and_stops(full_run, config, tmp_path):
-    def interrupt():
-        while not (tmp_path / "metrics.jsonl").exists() or not read_records(tmp_path, "train"):
-            threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    summary = train(changed(config, "num_steps", 10_000), tmp_path)
-    assert summary["interrupted"] and 4 <= summary["step"] < 10_000
-    assert saved_steps(tmp_path)[-1] == summary["step"]
+def test_goodput_over_all_starts(resumed):
+    _, first, _, second = resumed
+    assert 0 < first["goodput"] < 1
+    assert sum(first["seconds_by_category"].values()) == pytest.approx(first["seconds"], rel=0.5, abs=10)
+    assert second["seconds_by_category"]["lost_steps"] == 5 * (12 - 7)
+    assert second["seconds_by_category"]["compilation"] > first["seconds_by_category"]["compilation"]
 
 
 def test_nan_raises_and_keeps_checkpoints(config, tmp_path, monkeypatch):
@@ -124,35 +130,18 @@ def test_resuming_on_another_mesh(full_run, config, tmp_path):
         assert found["bound"] == pytest.approx(expected["bound"], rel=1e-5)
 
 
-def test_autoregressive_run(config, tmp_path):
+def test_autoregressive_run_with_compilation_cache(config, tmp_path):
     run = changed(changed(config, "objective", ObjectiveConfig(name="autoregressive")), "num_steps", 12)
-    run = changed(run, "model.mask_token", None)
-    summary = train(run, tmp_path)
-    assert summary["train"]["masked_tokens"] == 16 * 15  # every token but the first of each row
-    assert summary["train"]["bound"] == pytest.approx(summary["train"]["masked_nll"])
-    assert summary["validation"]["bound"] < read_records(tmp_path, "validation")[0]["bound"]
-    assert load_pretrained(tmp_path).diffusion.mask_token_id is None
-
-
-def test_goodput_over_all_starts(config, tmp_path, capsys):
-    summary = train(changed(config, "num_steps", 10), tmp_path)
-    assert 0 < summary["goodput"] < 1
-    assert sum(summary["seconds_by_category"].values()) == pytest.approx(summary["seconds"], rel=0.5, abs=10)
-    assert "time       " in capsys.readouterr().out
-    with (tmp_path / "metrics.jsonl").open("a") as file:  # it went further before it died
-        file.write(json.dumps({"step": 16, "kind": "train", "seconds_per_step": 5}) + "\n")
-    again = train(changed(config, "num_steps", 12), tmp_path)
-    assert again["seconds_by_category"]["lost_steps"] == 30
-    assert again["seconds_by_category"]["compilation"] > summary["seconds_by_category"]["compilation"]
-
-
-def test_compilation_cache(config, tmp_path):
-    before, programs = jax.config.jax_compilation_cache_dir, tmp_path / "programs"
+    run = changed(changed(run, "model.mask_token", None), "compilation_cache", str(tmp_path / "programs"))
+    before = jax.config.jax_compilation_cache_dir
     try:
         reset_cache()
-        jax.clear_caches()
-        train(changed(changed(config, "num_steps", 1), "compilation_cache", str(programs)), tmp_path / "run")
-        assert list(programs.iterdir())
+        summary = train(run, tmp_path / "run")
+        assert list((tmp_path / "programs").iterdir())
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         reset_cache()
+    assert summary["train"]["masked_tokens"] == 16 * 15  # every token but the first of each row
+    assert summary["train"]["bound"] == pytest.approx(summary["train"]["masked_nll"])
+    assert summary["validation"]["bound"] < read_records(tmp_path / "run", "validation")[0]["bound"]
+    assert load_pretrained(tmp_path / "run").diffusion.mask_token_id is None

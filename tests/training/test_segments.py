@@ -1,11 +1,14 @@
 """Documents packed with segment ids train as if each had a row of its own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from dlm_jax.attention import AttentionMask
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import Rows
 from dlm_jax.diffusion import ObjectiveConfig, loss_sums, noise_batch, token_nll
@@ -20,7 +23,6 @@ LLAMA = ModelConfig("llama", vocab_size=61, hidden_size=32, num_layers=2, num_he
                     mlp_size=48, max_length=24)
 MASK, FIRST, SECOND = 60, 9, 11
 MESH = make_mesh(devices=jax.devices()[:1])
-CONFIGS = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 
 
 def loaded(tokens: np.ndarray, starts: tuple[int, ...] = ()):
@@ -32,40 +34,49 @@ def tokens_of(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 60, (4, FIRST + SECOND))
 
 
+@functools.cache
+def model_of(config):
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+@functools.partial(jax.jit, static_argnames="objective")
 def sums_of(model, objective, batch):
+    """The sums of the loss, the cross-entropy of every token [batch, length], and the noisy batch."""
     noisy, mask = noise_batch(objective, batch, jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)
     hidden = model.hidden(noisy.tokens, mask, positions=batch.positions)
     return loss_sums(hidden, *lm_head(model, MESH), noisy), token_nll(hidden, model.unembed, noisy.targets), noisy
 
 
-@CONFIGS
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_autoregressive_loss_of_packed_documents(config):
-    model, tokens = Transformer(config, rngs=nnx.Rngs(0)), tokens_of()
+    model, tokens = model_of(config), tokens_of()
     objective = ObjectiveConfig(name="autoregressive")
     packed = sums_of(model, objective, loaded(tokens, (FIRST,)))[0]
-    apart = [sums_of(model, objective, loaded(part))[0] for part in (tokens[:, :FIRST], tokens[:, FIRST:])]
+    apart = [sums_of(model, objective, loaded(document))[0] for document in (tokens[:, :FIRST], tokens[:, FIRST:])]
     np.testing.assert_allclose(packed.nll, apart[0].nll + apart[1].nll, rtol=1e-5)
     assert packed.num_scored == apart[0].num_scored + apart[1].num_scored == 4 * (FIRST + SECOND - 2)
 
 
-@CONFIGS
-@pytest.mark.parametrize("anneal_steps", [0, 8])
+@pytest.mark.parametrize("config, anneal_steps", [(GPT2, 0), (LLAMA, 8)], ids=["gpt2", "llama, annealed"])
 def test_documents_do_not_see_each_other(config, anneal_steps):
-    model, objective = Transformer(config, rngs=nnx.Rngs(0)), ObjectiveConfig(anneal_steps=anneal_steps)
+    model, objective = model_of(config), ObjectiveConfig(anneal_steps=anneal_steps)
     tokens, other = tokens_of(), tokens_of(1)
     for changed, kept in ((slice(0, FIRST), slice(FIRST + 1, None)), (slice(FIRST, None), slice(1, FIRST))):
         mixed = tokens.copy()
         mixed[:, changed] = other[:, changed]
-        first, second = (sums_of(model, objective, loaded(each, (FIRST,))) for each in (tokens, mixed))
+        first, second = (jax.device_get(sums_of(model, objective, loaded(each, (FIRST,)))) for each in (tokens, mixed))
         np.testing.assert_array_equal(first[1][:, kept], second[1][:, kept])
         assert not np.array_equal(first[1], second[1])
         assert not first[2].loss_mask[:, [0, FIRST]].any()  # the first token of each is its context
 
 
 def test_bound_of_packed_documents():
-    model, tokens = Transformer(GPT2, rngs=nnx.Rngs(0)), tokens_of()
+    model, tokens = model_of(GPT2), tokens_of()
     _, nll, noisy = sums_of(model, ObjectiveConfig(), loaded(tokens, (FIRST,)))
-    alone = model.hidden(noisy.tokens[:, FIRST:], noise_batch(
-        ObjectiveConfig(), loaded(tokens[:, FIRST:]), jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)[1])
-    np.testing.assert_allclose(nll[:, FIRST + 1:],
-                               token_nll(alone, model.unembed, jnp.asarray(tokens[:, FIRST:]))[:, 1:], rtol=2e-5)
+
+    @jax.jit
+    def alone(model, seen, targets):
+        return token_nll(model.hidden(seen, AttentionMask.bidirectional()), model.unembed, targets)
+
+    expected = alone(model, noisy.tokens[:, FIRST:], jnp.asarray(tokens[:, FIRST:]))
+    np.testing.assert_allclose(nll[:, FIRST + 1:], expected[:, 1:], rtol=2e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from dlm_jax.training.step import create_state, make_eval_step, make_train_step,
 MODEL = ModelConfig("gpt2", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
                     mlp_size=32, max_length=16, norm="layer", positions="learned", gated_mlp=False, tie_embeddings=True,
                     qkv_bias=True, residual_dropout=0.1, embed_dropout=0.1, attention_dropout=0.1)
-ROWS, LENGTH, MASK, STEPS = 16, 16, 23, 20
+ROWS, LENGTH, MASK, STEPS = 16, 16, 23, 6
+ANNEALED = ObjectiveConfig(anneal_steps=4)
 
 
 def batch_of(step, mesh, noisable_mask=True):
@@ -43,11 +45,16 @@ def programs(mesh, compute, objective, settings):
     return lambda: create_state(initial_params(), rule, config.ema_decay > 0, mesh, config.offload), step
 
 
+@functools.cache
+def host_params():
+    return jax.device_get(nnx.state(Transformer(MODEL, rngs=nnx.Rngs(0))))
+
+
 def initial_params():
-    return nnx.state(Transformer(MODEL, rngs=nnx.Rngs(0)))
+    return jax.tree.map(jnp.asarray, host_params())
 
 
-def train(mesh, steps=5, noisable_mask=True, compute=Compute(), objective=ObjectiveConfig(anneal_steps=8), **settings):
+def train(mesh, steps=STEPS, noisable_mask=True, compute=Compute(), objective=ANNEALED, **settings):
     """Metrics of each step, and the last state."""
     start, step = programs(mesh, compute, objective, tuple(settings.items()))
     state, metrics = start(), []
@@ -63,16 +70,15 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def reference():
-    return train(one_device(), STEPS)
+    return train(one_device())
 
 
 @pytest.mark.parametrize("mesh, accumulate", [
-    (None, 4), (MeshConfig(fsdp=8), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 2), (MeshConfig(fsdp=1, tensor=8), 1),
-    (MeshConfig(fsdp=2, tensor=2, context=2), 1), (MeshConfig(dcn_data=2, data=2, fsdp=2), 1),
-    (MeshConfig(dcn_data=2, fsdp=1, context=4), 2)])
+    (MeshConfig(fsdp=8), 1), (MeshConfig(fsdp=1, tensor=8), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 2),
+    (MeshConfig(fsdp=2, tensor=2, context=2), 4), (MeshConfig(dcn_data=2, fsdp=1, context=4), 1)])
 def test_loss_curve_is_the_same_on_every_mesh(reference, mesh, accumulate, capfd):
-    mesh = make_mesh(mesh) if mesh else one_device()
-    metrics, state = train(mesh, STEPS, accumulate_steps=accumulate)
+    mesh = make_mesh(mesh)
+    metrics, state = train(mesh, accumulate_steps=accumulate)
     for found, expected in zip(metrics, reference[0], strict=True):
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
@@ -83,45 +89,46 @@ def test_loss_curve_is_the_same_on_every_mesh(reference, mesh, accumulate, capfd
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "offload"])
+@pytest.mark.parametrize("remat", ["none", "offload"])
 def test_optimizer_offload_is_exact(reference, remat):
-    metrics, state = train(make_mesh(MeshConfig(fsdp=4, data=2)), 5, compute=Compute(remat=remat), offload=True)
+    metrics, state = train(make_mesh(MeshConfig(fsdp=4, data=2)), 3, compute=Compute(remat=remat), offload=True)
     for found, expected in zip(metrics, reference[0], strict=False):
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)} == {"pinned_host"}
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
 
 
-@pytest.mark.parametrize("quantity", ["loss", "grad_norm"])
-def test_nonfinite_step_is_skipped(monkeypatch, quantity):
-    """Poisoned at step 2: its weights, and so loss and gradient; or the gradient of a loss that is fine."""
-    original = step_module.noise_batch
+def test_nonfinite_steps_are_skipped(monkeypatch):
+    """Poisoned at step 2: its weights, and so loss and gradient; at step 4: the gradient of a loss that is fine."""
+    original, mesh = step_module.noise_batch, one_device()
 
     def poisoned(objective, batch, step, **rest):
         noisy, mask = original(objective, batch, step, **rest)
-        factor = jnp.where(step == 2, {"loss": jnp.nan, "grad_norm": 3e37}[quantity], 1.0)
+        factor = jnp.select([step == 2, step == 4], [jnp.nan, 1e30], 1.0)
         return dataclasses.replace(noisy, weights=factor * noisy.weights), mask
 
     monkeypatch.setattr(step_module, "noise_batch", poisoned)
-    mesh = one_device()
-    states = []
-    for steps in (2, 3, 5):
-        programs.cache_clear()
-        metrics, state = train(mesh, steps, on_nonfinite="skip", ema_decay=0.5)
-        states.append(state)
-    programs.cache_clear()
-    assert not np.isfinite(metrics[2][quantity]) and all(np.isfinite(m["loss"]) for m in metrics[:2] + metrics[3:])
-    assert int(states[1].step) == 3
-    for tree in ("params", "opt_state", "ema"):
-        for before, after, later in zip(*(jax.tree.leaves(getattr(state, tree)) for state in states), strict=True):
-            np.testing.assert_array_equal(before, after)
-            assert np.isfinite(later).all()
+    start, step = programs(mesh, Compute(), ObjectiveConfig(), (("on_nonfinite", "skip"), ("ema_decay", 0.5)))
+    state, metrics = start(), []
+    states = [jax.device_get(state)]
+    for i in range(6):
+        state, last = step(state, batch_of(i, mesh))
+        states.append(jax.device_get(state))
+        metrics.append(jax.device_get(last))
+    assert [bool(np.isfinite(m["loss"])) for m in metrics] == [True, True, False, True, True, True]
+    assert [bool(np.isfinite(m["grad_norm"])) for m in metrics] == [True, True, False, True, False, True]
+    assert [int(state.step) for state in states] == list(range(7))
+    for before, after in itertools.pairwise(states):
+        kept = [np.array_equal(a, b) for name in ("params", "opt_state", "ema") for a, b in zip(
+            *(jax.tree.leaves(getattr(state, name)) for state in (before, after)), strict=True)]
+        assert all(kept) if int(before.step) in (2, 4) else not any(kept)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[-1]))
 
 
 def test_batch_without_noisable_tokens(reference):
     metrics, state = train(one_device(), steps=2, noisable_mask=False)
     assert all(m["loss"] == 0 and m["grad_norm"] == 0 and m["masked_tokens"] == 0 for m in metrics)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
 
 
 def test_bfloat16_compute_and_moving_average(reference):
@@ -129,13 +136,14 @@ def test_bfloat16_compute_and_moving_average(reference):
     np.testing.assert_allclose(metrics[0]["loss"], reference[0][0]["loss"], rtol=0.02)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema))}
     assert dtypes == {"float32", "int32"}
-    for old, new, average in zip(*map(jax.tree.leaves, (initial_params(), state.params, state.ema)), strict=True):
+    trees = jax.device_get((host_params(), state.params, state.ema))
+    for old, new, average in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_allclose(average, 0.75 * old + 0.25 * new, rtol=1e-5, atol=1e-7)
 
 
 def test_loss_normalization_and_weight(reference):
     """With `masked_tokens` and uniform weights the loss is the mean over masked tokens; the bound stays the bound."""
-    objective = ObjectiveConfig(anneal_steps=8, loss_normalization="masked_tokens", weight="uniform")
+    objective = ObjectiveConfig(anneal_steps=4, loss_normalization="masked_tokens", weight="uniform")
     (found,), _ = train(one_device(), 1, objective=objective)
     expected = reference[0][0]
     assert expected["loss"] == expected["bound"] != expected["masked_nll"]
@@ -151,10 +159,9 @@ def test_per_example_normalization(reference):
     noisable_mask[-1] = False  # one without an answer does not count
     rows = [noisable_mask & (np.arange(ROWS) == row)[:, None] for row in range(ROWS - 1)]
     expected = np.mean([train(one_device(), 1, noisable_mask=row)[0][0]["bound"] for row in rows])
-    for accumulate in (1, 2):
-        (found,), _ = train(one_device(), 1, noisable_mask=noisable_mask, accumulate_steps=accumulate,
-                            objective=ObjectiveConfig(anneal_steps=8, loss_normalization="per_example"))
-        np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    (found,), _ = train(one_device(), 1, noisable_mask=noisable_mask, accumulate_steps=2,
+                        objective=ObjectiveConfig(anneal_steps=4, loss_normalization="per_example"))
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
     assert abs(found["bound"] / expected - 1) > 0.01
 
 
@@ -170,23 +177,13 @@ def test_micro_batches(num_shards, expected):
 def test_eval_step():
     """It changes with the parameters only: not with annealing, dropout or the time curriculum."""
     mesh, graphdef = one_device(), nnx.graphdef(Transformer(MODEL, rngs=nnx.Rngs(0)))
-    params = initial_params()
-    values = []
     shaped = ObjectiveConfig(anneal_steps=100, time_curriculum=((0, 0.0, 0.5),), weight="uniform")
-    for objective in (ObjectiveConfig(), shaped):
-        evaluate = make_eval_step(graphdef, mesh, objective=objective, seed=0, num_rows=ROWS, num_samples=2,
-                                  mask_token_id=MASK)
-        values.append([evaluate(params, batch_of(0, mesh), jnp.int32(sample)) for sample in range(2)])
-    assert jax.tree.all(jax.tree.map(np.array_equal, *values))
-    first, second = values[0]
-    share = float(first.num_scored + second.num_scored) / (ROWS * (LENGTH - 1))
-    assert abs(share - 1) < 0.1  # the two samples of a row balance
-    evaluate = make_eval_step(graphdef, mesh, objective=ObjectiveConfig(), seed=0, num_rows=ROWS, num_samples=8,
-                              mask_token_id=MASK)
+    plain, other = (make_eval_step(graphdef, mesh, objective=objective, seed=0, num_rows=ROWS, num_samples=8,
+                                   mask_token_id=MASK) for objective in (ObjectiveConfig(), shaped))
+    params, rows = initial_params(), batch_of(0, mesh)
+    found, expected = (jax.device_get(step(params, rows, np.int32(3))) for step in (plain, other))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
     row = batch_of(0, mesh, noisable_mask=np.arange(ROWS)[:, None] == 3)
-    shares = np.sort([evaluate(params, row, jnp.int32(sample)).num_scored for sample in range(8)]) / (LENGTH - 1)
+    sums = jax.device_get([plain(params, row, np.int32(sample)) for sample in range(8)])
+    shares = np.sort([one.num_scored for one in sums]) / (LENGTH - 1)
     assert shares[1] < 0.4 < 0.6 < shares[-2] and abs(shares.mean() - 0.5) < 0.15  # each row has all times
-    causal = dataclasses.replace(ObjectiveConfig(), name="autoregressive")
-    evaluate = make_eval_step(graphdef, mesh, objective=causal, seed=0, num_rows=ROWS, num_samples=1,
-                              mask_token_id=None)
-    assert evaluate(params, batch_of(0, mesh), jnp.int32(0)).num_scored == ROWS * (LENGTH - 1)

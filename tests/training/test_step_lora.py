@@ -1,6 +1,7 @@
 """The step with LoRA: it changes trained parameters only, and is the same on every mesh."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import (
     Compute,
     LoRAConfig,
@@ -23,101 +23,93 @@ from dlm_jax.training.metrics import count_params
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import TrainState, create_state, make_train_step
 from tests.models.test_lora import CODES
-from tests.training.test_step import MASK, batch_of, one_device
+from tests.training.test_step import ANNEALED, MASK, batch_of, one_device
 
 MODEL = ModelConfig("llama", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
                     mlp_size=32, max_length=16, tie_embeddings=False, residual_dropout=0.1)
 LORA = LoRAConfig(rank=3, alpha=6.0, dropout=0.1, embedding=True)
 
 
+@functools.cache
+def split_model(lora, compute=Compute()):
+    """The graph, and the trained and frozen parameters on the host."""
+    model = add_lora(Transformer(MODEL, rngs=nnx.Rngs(0), compute=compute), lora, 0, "float32",
+                     jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    graphdef, params, frozen = split_trainable(model)
+    return graphdef, jax.device_get(params), jax.device_get(frozen)
+
+
 def run(mesh, steps, compute=Compute(), lora=LORA, **settings):
-    """Metrics of each step, and the last state."""
+    """Metrics of each step, and the last state on the host."""
     config = OptimizerConfig(**{"learning_rate": 1e-2, "schedule": "constant", "weight_decay": 0.1} | settings)
     rule = make_optimizer(config, 10)
-    base = Transformer(MODEL, rngs=nnx.Rngs(0), compute=compute)
-    model = add_lora(base, lora, 0, "float32", jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    graphdef, params, frozen = split_trainable(model)
-    before = jax.device_get(frozen)
-    state = create_state(params, rule, config.ema_decay > 0, mesh, config.offload, frozen)
-    step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig(anneal_steps=8), config=config,
-                           num_steps=10, seed=1, mask_token_id=MASK)
+    graphdef, params, frozen = split_model(lora, compute)
+    state = create_state(jax.tree.map(jnp.asarray, params), rule, config.ema_decay > 0, mesh, config.offload,
+                         jax.tree.map(jnp.asarray, frozen))
+    step = make_train_step(graphdef, rule, mesh, objective=ANNEALED, config=config, num_steps=10, seed=1,
+                           mask_token_id=MASK)
     metrics = []
     for i in range(steps):
         state, last = step(state, batch_of(i, mesh))
         metrics.append(jax.device_get(last))
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.frozen), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    state = jax.device_get(state)
+    for before, after in zip(jax.tree.leaves(frozen), jax.tree.leaves(state.frozen), strict=True):
+        assert before.dtype == after.dtype
+        np.testing.assert_array_equal(before, after)
     return metrics, state
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return run(one_device(), 6)
+    return run(one_device(), 5)
 
 
 def test_every_trained_parameter_moves(reference):
-    metrics, state = reference
-    still, _ = run(one_device(), 1, learning_rate=0.0)
-    assert metrics[0]["loss"] == still[0]["loss"] and metrics[0]["grad_norm"] > 0
-    new = add_lora(Transformer(MODEL, rngs=nnx.Rngs(0)), LORA, 0, "float32",
-                   jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    _, params, _ = split_trainable(new)
-    for (path, before), (_, after) in zip(nnx.to_flat_state(params), nnx.to_flat_state(state.params), strict=True):
+    params = split_model(LORA)[1]
+    for (path, before), (_, after) in zip(nnx.to_flat_state(params), nnx.to_flat_state(reference[1].params),
+                                          strict=True):
         assert not np.array_equal(before[...], after[...]), path
 
 
 @pytest.mark.parametrize("mesh, accumulate", [
-    (MeshConfig(fsdp=8), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 2), (MeshConfig(fsdp=2, tensor=2, context=2), 1)])
+    (MeshConfig(data=2, fsdp=2, tensor=2), 2), (MeshConfig(fsdp=2, tensor=2, context=2), 1)])
 def test_loss_curve_is_the_same_on_every_mesh(reference, mesh, accumulate, capfd):
-    metrics, _ = run(make_mesh(mesh), 6, accumulate_steps=accumulate)
+    metrics, _ = run(make_mesh(mesh), 5, accumulate_steps=accumulate)
     for found, expected in zip(metrics, reference[0], strict=True):
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
     assert "rematerialization" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("settings", [{"offload": True}, {"remat": "full"}, {"remat": "offload"},
-                                      {"on_nonfinite": "skip", "ema_decay": 0.9}])
-def test_memory_savings_are_exact(reference, settings):
-    remat = settings.pop("remat", "none")
-    metrics, _ = run(make_mesh(MeshConfig(fsdp=4, data=2)), 3, compute=Compute(remat=remat), **settings)
+def test_offload_and_skipping_are_exact(reference):
+    metrics, _ = run(make_mesh(MeshConfig(fsdp=4, data=2)), 3, compute=Compute(remat="offload"), offload=True,
+                     on_nonfinite="skip", ema_decay=0.9)
     for found, expected in zip(metrics, reference[0], strict=False):
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind, mesh", [
-    ("nf4", MeshConfig(fsdp=8)), ("int8", MeshConfig(data=2, fsdp=2, tensor=2))])  # blocks of one value, and of eight
-def test_quantized_base_on_every_mesh(reference, kind, mesh, capfd):
-    lora = dataclasses.replace(LORA, frozen_dtype=kind)
+@pytest.mark.parametrize("kind, dora, mesh", [  # blocks of one value, and of eight
+    ("nf4", False, MeshConfig(fsdp=8)), ("int8", True, MeshConfig(data=2, fsdp=2, tensor=2))])
+def test_quantized_base_on_every_mesh(reference, kind, dora, mesh, capfd):
+    lora = dataclasses.replace(LORA, frozen_dtype=kind, dora=dora)
     expected, _ = run(one_device(), 3, lora=lora)
     metrics, state = run(make_mesh(mesh), 3, lora=lora, compute=Compute(remat="full"))
     for found, one, exact in zip(metrics, expected, reference[0], strict=False):
         np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-5)
+        np.testing.assert_allclose(found["grad_norm"], one["grad_norm"], rtol=1e-4)
         assert 1e-7 < abs(one["loss"] - exact["loss"]) < 0.02
     assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen["blocks"]["mlp"])} >= {jnp.dtype(CODES[kind])}
     assert "rematerialization" not in capfd.readouterr().err
-
-
-def test_dora_on_a_mesh(reference):
-    lora = dataclasses.replace(LORA, dora=True, frozen_dtype="nf4")
-    expected, _ = run(one_device(), 3, lora=lora)
-    metrics, state = run(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), 3, lora=lora)
-    for found, one in zip(metrics, expected, strict=True):
-        np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-5)
-        np.testing.assert_allclose(found["grad_norm"], one["grad_norm"], rtol=1e-4)
-    new = add_lora(Transformer(MODEL, rngs=nnx.Rngs(0)), lora, 0, "float32",
-                   jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    for name in ("q", "out"):
-        before, after = (np.asarray(params["attention"][name]["factors"]["magnitude"][...])
-                         for params in (nnx.state(new)["blocks"], state.params["blocks"]))
+    for name in ("q", "out") if dora else ():
+        before, after = (np.asarray(params["blocks"]["attention"][name]["factors"]["magnitude"][...])
+                         for params in (split_model(lora)[1], state.params))
         assert 1e-4 < np.abs(before - after).max() < 0.1
 
 
-@pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
-def test_every_optimizer(name):
-    metrics, _ = run(make_mesh(MeshConfig(fsdp=4, tensor=2)), 4, name=name, learning_rate=1e-3)
-    assert all(np.isfinite(m["loss"]) for m in metrics) and metrics[3]["loss"] != metrics[0]["loss"]
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_optimizers_with_states_of_other_shapes(name):
+    metrics, _ = run(make_mesh(MeshConfig(fsdp=4, tensor=2)), 3, name=name, learning_rate=1e-3)
+    assert all(np.isfinite(m["loss"]) for m in metrics) and metrics[2]["loss"] != metrics[0]["loss"]
 
 
 def test_optimizer_state_size():
