@@ -57,13 +57,12 @@ class DenoisingStepper:
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        config, gaps = self.spec.config, find_gaps(fixed, lengths)
-        inputs = SamplingInputs(gaps, block_ids(gaps, config.block_length), lengths, keys)
-        cache = None
+        inputs, state = _initial(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
+        config, cache = self.spec.config, None
         if config.cache != "none":
             rows = 2 * len(tokens) if config.cfg_scale else len(tokens)
             cache = Cache.empty(self.network.config, rows, tokens.shape[1], self.network.compute.dtype)
-        return inputs, _masked_state(tokens, gaps, self.spec.diffusion.mask_token_id, jnp.int32(0), cache)
+        return inputs._replace(block_ids=block_ids(inputs.gaps, config.block_length)), state._replace(cache=cache)
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         spec, config, policy = self.spec, self.spec.config, POLICIES[self.spec.config.policy]
@@ -184,15 +183,14 @@ class BlockStepper(DenoisingStepper):
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        blocks, gaps, width = self.spec.diffusion.blocks, find_gaps(fixed, lengths), self.spec.prompt_width
-        ids = jnp.broadcast_to(jnp.arange(tokens.shape[1]) // blocks.size, gaps.shape)
-        inputs = SamplingInputs(gaps, ids, lengths, keys)
-        state = _masked_state(tokens, gaps, self.spec.diffusion.mask_token_id, jnp.zeros_like(lengths))
+        blocks, width = self.spec.diffusion.blocks, self.spec.prompt_width
+        inputs, state = _initial(self.spec, tokens, fixed, lengths, keys, jnp.zeros_like(lengths))
+        inputs = inputs._replace(block_ids=jnp.broadcast_to(jnp.arange(tokens.shape[1]) // blocks.size, tokens.shape))
         block = self._current_block(inputs, state)
         hidden, cache = _prefill(self.network, state.tokens, width, blocks.prefill_mask().with_lengths(lengths))
         last = jnp.clip(block * blocks.size - 1, 0, width - 1)
         frontier = DecodeFrontier(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
-                                  jnp.zeros(len(gaps), bool))
+                                  jnp.zeros(len(tokens), bool))
         return inputs, state._replace(block=block, cache=cache, frontier=frontier)
 
     def _current_block(self, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
@@ -238,10 +236,9 @@ class AutoregressiveStepper:
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        gaps = find_gaps(fixed, lengths)
-        state = _masked_state(tokens, gaps, 0, jnp.int32(0))
+        inputs, state = _initial(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
         _, cache = _prefill(self.network, state.tokens, self.spec.prompt_width, AttentionMask.causal())
-        return SamplingInputs(gaps, jnp.zeros(gaps.shape, jnp.int32), lengths, keys), state._replace(cache=cache)
+        return inputs, state._replace(cache=cache)
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         unfinished = pending_mask(self.spec, inputs, state).any(axis=1)
@@ -255,12 +252,16 @@ class AutoregressiveStepper:
         return _reveal(state, reveal, tokens, confidence, unfinished)._replace(cache=cache)
 
 
-def _masked_state(tokens: jax.Array, gaps: jax.Array, mask_token_id: int, block: jax.Array,
-                  cache: Cache | None = None) -> SamplingState:
-    """Returns the state before the first step; `block` also has the shape of the count of steps."""
-    return SamplingState(
+def _initial(spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+             block: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+    """Returns the state with every gap masked, and all gaps in block 0; `block` also has the count of steps' shape."""
+    gaps, mask_token_id = find_gaps(fixed, lengths), spec.diffusion.mask_token_id
+    if spec.config.policy == "autoregressive":
+        mask_token_id = 0  # causal attention never sees it
+    state = SamplingState(
         jnp.where(gaps, mask_token_id, tokens), masked=gaps, confidence=jnp.zeros(gaps.shape),
-        steps=jnp.zeros(len(gaps), jnp.int32), block=block, steps_in_block=jnp.zeros_like(block), cache=cache)
+        steps=jnp.zeros(len(gaps), jnp.int32), block=block, steps_in_block=jnp.zeros_like(block), cache=None)
+    return SamplingInputs(gaps, jnp.zeros(gaps.shape, jnp.int32), lengths, keys), state
 
 
 def _prefill(network: Network, tokens: jax.Array, width: int, attention: AttentionMask) -> tuple[jax.Array, Cache]:

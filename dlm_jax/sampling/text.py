@@ -16,7 +16,7 @@ from dlm_jax.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GAP = -1  # a token to be sampled
+GAP = -1  # a token that is still to be sampled
 # Given text, or the number of tokens in a gap, or the numbers it may have; text and gaps alternate, text first.
 Segment = str | int | range
 

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.sampling.text import decode
+from dlm_jax.sampling.text import GAP, decode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
 
-MASKED = -1  # a token that is not there yet
 SUFFIXES = (".html", ".png")
 
 
@@ -44,7 +43,7 @@ class Snapshot:
 
 
 class Change(NamedTuple):
-    """A token is revealed, replaced, or MASKED again."""
+    """A token is revealed, replaced, or masked again: GAP."""
 
     step: int
     position: int
@@ -54,7 +53,7 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """How one text came about: int tokens [length] before the first step, MASKED in gaps, and every change since."""
+    """How one text came about: int tokens [length] before the first step, GAP where masked, and every change since."""
 
     start: np.ndarray
     changes: list[Change] = dataclasses.field(default_factory=list)
@@ -65,7 +64,7 @@ class History:
 
     def end(self, eos_token_id: int | None) -> int:
         """Returns the position of the first EOS with nothing but gaps after it; the length where there is none."""
-        given_later = np.cumsum(self.start[::-1] != MASKED)[::-1]
+        given_later = np.cumsum(self.start[::-1] != GAP)[::-1]
         final, _ = self.at(self.num_steps)
         ends = np.flatnonzero((given_later == 0) & (final == eos_token_id))
         return int(ends[0]) if len(ends) else len(final)
@@ -96,7 +95,7 @@ class Trace:
         for i, row in enumerate(snapshot.rows.tolist()):
             inside = slice(snapshot.lengths[i])
             masked = snapshot.masked[i, inside]
-            tokens = np.where(masked, MASKED, snapshot.tokens[i, inside])
+            tokens = np.where(masked, GAP, snapshot.tokens[i, inside])
             log_prob = np.where(masked, 0, snapshot.confidence[i, inside])
             if snapshot.step == 0:
                 self._histories[row] = History(tokens)
@@ -160,13 +159,13 @@ def render_page(histories: Sequence[History], tokenizer: "PreTrainedTokenizerBas
 def page_content(histories: Sequence[History], tokenizer: "PreTrainedTokenizerBase", caption: str) -> dict:
     """Returns what the page shows, for JSON.
 
-    Keys: `texts` of the tokens that occur, to which all others refer by index, MASKED by -1; and for each sample the
+    Keys: `texts` of the tokens that occur, to which all others refer by index, GAP by -1; and for each sample the
     `first` position to show, the `end` of its text, its tokens at the `start`, its `steps` as flat lists of position,
     token and -100 log p, and `joined`, characters of several tokens, as (first position, count, character).
     """
     ids = sorted({token for history in histories for token in
-                  [*history.start.tolist(), *(change.token for change in history.changes)]} - {MASKED})
-    index = {MASKED: -1, **{token: i for i, token in enumerate(ids)}}
+                  [*history.start.tolist(), *(change.token for change in history.changes)]} - {GAP})
+    index = {GAP: -1, **{token: i for i, token in enumerate(ids)}}
     texts = token_texts(tokenizer, ids)
     samples = []
     for history in histories:
@@ -196,7 +195,7 @@ def joined_characters(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int
         count, text = 1, texts.get(tokens[position], "")
         if BROKEN in text:
             count, text = _first_character(tokenizer, list(itertools.takewhile(
-                lambda token: token != MASKED, tokens[position : position + _MAX_CHARACTER_TOKENS])))
+                lambda token: token != GAP, tokens[position : position + _MAX_CHARACTER_TOKENS])))
         if count > 1:
             found.append((position, count, text))
         position += count
@@ -237,8 +236,8 @@ def draw_picture(path: str | os.PathLike, history: History, tokenizer: "PreTrain
     ramp = LinearSegmentedColormap.from_list("confidence", _RAMP)
     steps = sorted({round(x) for x in np.linspace(0, history.num_steps, NUM_FRAMES)})
     frames = [history.at(step) for step in steps]
-    ids = sorted({int(token) for tokens, _ in frames for token in tokens} - {MASKED})
-    texts = dict(zip(ids, map(show_line_breaks, token_texts(tokenizer, ids)), strict=True)) | {MASKED: "  "}
+    ids = sorted({int(token) for tokens, _ in frames for token in tokens} - {GAP})
+    texts = dict(zip(ids, map(show_line_breaks, token_texts(tokenizer, ids)), strict=True)) | {GAP: "  "}
     final = frames[-1][0]
     shown = range(int(final[0] in tokenizer.all_special_ids), min(history.end(tokenizer.eos_token_id) + 1, len(final)))
     widths = [max(len(texts[int(tokens[i])].strip()) for tokens, _ in frames) or 1 for i in shown]
@@ -254,11 +253,11 @@ def draw_picture(path: str | os.PathLike, history: History, tokenizer: "PreTrain
         _write(axes, _BORDER, top, f"step {step}", _GRAY)
         for i, (line, column) in zip(shown, places, strict=False):
             x, y = _BORDER + _LABEL + column * _CHARACTER, top + line * _LINE
-            if tokens[i] == MASKED:  # as wide as the final token, so that the text does not move
+            if tokens[i] == GAP:  # as wide as the final token, so that the text does not move
                 _fill_box(axes, x, y, len(texts[int(final[i])].strip()) or 1, _MASK)
                 continue
             text = texts[int(tokens[i])].strip()
-            if history.start[i] == MASKED:
+            if history.start[i] == GAP:
                 _fill_box(axes, x, y, len(text), ramp(np.exp(log_prob[i])))
             _write(axes, x, y, text, _BLACK)
     _write_legend(axes, height - _BORDER - _LINE, ramp, caption)

@@ -1,4 +1,4 @@
-"""Traces history every snapshot; the page and the picture show it."""
+"""The history of every snapshot, and the page and the picture that show it."""
 
 import html.parser
 import json
@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.sampling import Snapshot
-from dlm_jax.sampling.trace import COLUMNS, LINES, MASKED, Trace, joined_characters, lay_out, page_content, token_texts
+from dlm_jax.sampling import GAP, Snapshot
+from dlm_jax.sampling.trace import COLUMNS, LINES, Trace, joined_characters, lay_out, page_content, token_texts
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 WORDS = [" the", " cat", "</script>", "<b>", " &amp;", " $x_1$", ".", "\n", '"', "\u2028"]
@@ -84,9 +84,9 @@ def test_history_has_every_snapshot(tokenizer):
             inside = slice(snapshot.lengths[i])
             masked = snapshot.masked[i, inside]
             tokens, log_prob = histories[row].at(snapshot.step)
-            np.testing.assert_array_equal(tokens, np.where(masked, MASKED, snapshot.tokens[i, inside]))
+            np.testing.assert_array_equal(tokens, np.where(masked, GAP, snapshot.tokens[i, inside]))
             np.testing.assert_array_equal(log_prob, np.where(masked, 0, snapshot.confidence[i, inside]))
-    assert any(change.token == MASKED for history in histories for change in history.changes)
+    assert any(change.token == GAP for history in histories for change in history.changes)
 
 
 def test_second_call_starts_again(tokenizer):
@@ -146,7 +146,7 @@ def test_characters_of_several_tokens_are_joined(tokenizer):
     broken = tokens[1]
     texts = dict(zip(tokens, token_texts(tokenizer, tokens), strict=True))
     assert joined_characters(tokenizer, tokens, texts) == [(1, 2, "é"), (4, 4, "🏠")]
-    interrupted = [broken, *tokens[1:], MASKED, *tokens[4:6]]
+    interrupted = [broken, *tokens[1:], GAP, *tokens[4:6]]
     assert joined_characters(tokenizer, interrupted, texts) == [(1, 2, "é"), (4, 4, "🏠")]
     sample = page_content(revealed(tokens, [True] * len(tokens)).histories, tokenizer, "")["samples"][0]
     assert sample["joined"] == [(1, 2, "é"), (4, 4, "🏠")]
@@ -208,12 +208,12 @@ def test_browser_shows_step_of_address(tokenizer, tmp_path):
     for number, step in ((1, 0), (2, 4), (3, 9)):
         history, page = trace.histories[number - 1], look(f"sample={number}&step={step}&view=order")
         tokens, _ = history.at(step)
-        gaps = history.start == MASKED
+        gaps = history.start == GAP
         cells = re.findall(r'<span data-position="(\d+)" class="([\w ]+)"', page)
         assert [int(position) for position, _ in cells] == list(range(1, len(tokens)))
         for position, classes in cells:
-            kind = "given" if not gaps[int(position)] else "masked" if tokens[int(position)] == MASKED else "shown"
+            kind = "given" if not gaps[int(position)] else "masked" if tokens[int(position)] == GAP else "shown"
             assert kind in classes.split()
         assert f"step {step} of {history.num_steps}" in page and "&lt;i&gt;mine&lt;/i&gt;" in page
-        shown = (gaps & (tokens != MASKED)).sum()
+        shown = (gaps & (tokens != GAP)).sum()
         assert f"{shown} of {gaps.sum()} tokens revealed" in page
