@@ -70,7 +70,8 @@ class TrainStep:
     """A training step on one device, always on the same tokens int32 [rows, length]; a call runs it and waits."""
 
     def __init__(self, graphdef: object, params: object, tokens: np.ndarray, objective: "ObjectiveConfig",
-                 optimizer: "OptimizerConfig", *, frozen: object = None, mask_token_id: int = 0, start: int = 0):
+                 optimizer: "OptimizerConfig", *, frozen: object = None, mask_token_id: int = 0, start: int = 0,
+                 matmul: str = "default"):
         from dlm_jax.parallel import MeshConfig, make_mesh
         from dlm_jax.training.optimizer import make_optimizer
         from dlm_jax.training.step import create_state, make_train_step
@@ -79,7 +80,7 @@ class TrainStep:
         state = create_state(params, rule, False, mesh, frozen=frozen)
         self.state, self._tokens = dataclasses.replace(state, step=state.step + start), tokens
         self._step = make_train_step(graphdef, rule, mesh, objective=objective, config=optimizer, num_steps=10**6,
-                                     seed=0, mask_token_id=mask_token_id)
+                                     seed=0, mask_token_id=mask_token_id, matmul=matmul)
 
     def _batch(self, number: int) -> "Batch":
         from dlm_jax.diffusion import Batch

@@ -45,8 +45,11 @@ def ours(args: argparse.Namespace, annealed: bool) -> harness.TrainStep:
     from dlm_jax.diffusion import ObjectiveConfig
     from dlm_jax.matmul import choose_matmul
     from dlm_jax.models import Compute, Transformer
+    from dlm_jax.parallel import keep_freed_memory
     from dlm_jax.training.optimizer import OptimizerConfig
 
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()  # as `dlm train` does
     model = nnx.jit(lambda: Transformer(config_from_hf(hf_config(args)), rngs=nnx.Rngs(0), param_dtype=args.param_dtype,
                                         compute=Compute(args.dtype, args.remat, args.attention, matmul=choose_matmul(
                                             args.dtype, jax.default_backend(), 1))))()
@@ -54,7 +57,7 @@ def ours(args: argparse.Namespace, annealed: bool) -> harness.TrainStep:
     objective = ObjectiveConfig(anneal_steps=2_000_000 if annealed else 0)
     optimizer = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01)
     return harness.TrainStep(*nnx.split(model), tokens_of(args), objective, optimizer, mask_token_id=MASK_TOKEN_ID,
-                             start=1_000_000)
+                             start=1_000_000, matmul=model.compute.matmul)
 
 
 def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:

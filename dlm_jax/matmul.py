@@ -11,6 +11,7 @@ Of the kind "default", and for float32, everything here is `jax.lax.dot_general`
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -19,7 +20,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 MatmulKind = Literal["default", "cpu_bfloat16"]
-FAST = "cpu_bfloat16"
+DEFAULT, FAST = "default", "cpu_bfloat16"
 
 
 @functools.cache
@@ -45,7 +46,38 @@ def choose_matmul(dtype: str, platform: str, num_devices: int) -> MatmulKind:
     On several devices it is "default": the partitioner does not know the layouts that the fast kind asks for.
     """
     fast = dtype == "bfloat16" and platform == "cpu" and num_devices == 1 and has_bfloat16_units()
-    return FAST if fast else "default"
+    return FAST if fast else DEFAULT
+
+
+def compiler_options(kind: MatmulKind) -> dict[str, str]:
+    """Returns options for `jax.jit` of a loop over layers.
+
+    XLA's CPU compiler reads slices of bfloat16 arrays as float32. It would move the conversion of a stack of layers out
+    of the loop: a float32 copy of all kernels, made for each call.
+    """
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if kind == FAST else {}
+
+
+def jit_model(function: Callable, **settings: object) -> Callable:
+    """Returns `function(graphdef, params, ...)` jitted, with the compiler options of its parameters' kind of product.
+
+    Args:
+      settings: of `jax.jit`.
+    """
+    @functools.cache
+    def program(kind: MatmulKind) -> Callable:
+        return jax.jit(function, compiler_options=compiler_options(kind), **settings)
+
+    @functools.wraps(function)
+    def call(graphdef: object, params: object, *args: object, **kwargs: object) -> object:
+        leaves = jax.tree.leaves(params)
+        kind = DEFAULT
+        if leaves:
+            kind = choose_matmul(leaves[0].dtype.name, jax.default_backend(), len(leaves[0].devices()))
+        return program(kind)(graphdef, params, *args, **kwargs)
+
+    call.program = program
+    return call
 
 
 def dense(x: jax.Array, kernel: jax.Array, num_inputs: int, kind: MatmulKind) -> jax.Array:
@@ -144,6 +176,9 @@ def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, kind: MatmulKi
         a, b = _row_major(a), _row_major(b)
         if a_axis == a.ndim - 2:
             a, a_axis = _row_major(jnp.swapaxes(a, -1, -2)), a_axis + 1
+        if a.shape[-2] == 1:  # XLA would convert the matrix of a product with one vector to float32
+            padded = jnp.pad(a, ((0, 0),) * (a.ndim - 2) + ((0, 1), (0, 0)))
+            return product(padded, b, a_axis, b_axis, kind)[..., :1, :]
     batch = tuple(range(a.ndim - 2))
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (batch, batch)), preferred_element_type=jnp.float32)
 

@@ -21,7 +21,7 @@ from dlm_jax.data.prompts import Prompt, PromptFormat, prompt_format_from_run
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
-from dlm_jax.matmul import choose_matmul, resolve_dtype
+from dlm_jax.matmul import choose_matmul, jit_model, resolve_dtype
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
 from dlm_jax.random import example_keys
@@ -261,6 +261,6 @@ def _as_list(texts: str | Sequence[str], name: str) -> list[str]:
     return texts
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@functools.partial(jit_model, static_argnames="graphdef")
 def _logits(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array, attention: AttentionMask) -> jax.Array:
     return nnx.merge(graphdef, params)(tokens, attention)

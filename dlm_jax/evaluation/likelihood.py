@@ -21,6 +21,7 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.data.rows import positions_from_starts
 from dlm_jax.diffusion import Batch, DiffusionSpec, NoisyBatch, concat_noisy_and_clean, token_nll
 from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.matmul import jit_model
 from dlm_jax.models import Transformer
 from dlm_jax.random import example_keys
 
@@ -80,7 +81,7 @@ def make_bound_fn(graphdef: nnx.GraphDef, *, diffusion: DiffusionSpec, num_sampl
     return functools.partial(_bound_values, graphdef, diffusion=diffusion, num_samples=num_samples, seed=seed)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "diffusion", "num_samples", "seed"))
+@functools.partial(jit_model, static_argnames=("graphdef", "diffusion", "num_samples", "seed"))
 def _bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sample: jax.Array, *,
                   diffusion: DiffusionSpec, num_samples: int, seed: int) -> jax.Array:
     sample = jnp.broadcast_to(sample, batch.example_index.shape)
@@ -173,7 +174,7 @@ def autoregressive_nll(model: Transformer, tokens: np.ndarray, noisable_mask: np
     return BoundEstimate.from_samples(values[None], noisable_mask.sum(axis=1))
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@functools.partial(jit_model, static_argnames="graphdef")
 def _autoregressive_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Array:
     model = nnx.merge(graphdef, params)
     return _nll(model, batch, batch.tokens, batch.noisable_mask, AttentionMask.causal(), shift=True).sum(axis=1)

@@ -26,6 +26,7 @@ from dlm_jax.diffusion import DiffusionSpec, NoisyBatch, concat_noisy_and_clean,
 from dlm_jax.diffusion.loss import Measure
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import MaskedAccuracy, Pair, Score
+from dlm_jax.matmul import jit_model
 from dlm_jax.models import Transformer
 from dlm_jax.parallel import array_sharding, num_batch_shards
 from dlm_jax.sampling import bucket
@@ -299,7 +300,7 @@ def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: in
     return tokens, targets, weights, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "diffusion", "measure"))
+@functools.partial(jit_model, static_argnames=("graphdef", "diffusion", "measure"))
 def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, weights: jax.Array,
          lengths: jax.Array, *, diffusion: DiffusionSpec, measure: Measure) -> jax.Array:
     """Returns each row's weighted sum of the cross-entropy, or of another measure, float32 [batch]."""

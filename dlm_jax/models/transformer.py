@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
+from dlm_jax.matmul import matmul
 from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.layers import Block, Cache, Initializer, LayerCache, Norm, frequencies, rotation
 from dlm_jax.models.lora import LoRAConfig
@@ -136,8 +137,10 @@ class Transformer(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocab] of hidden states [..., embed]."""
-        kernel = self.head_kernel[...] if self.head is not None else self.head_kernel[...].T
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        kernel = self.head_kernel[...].astype(hidden.dtype)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = matmul(rows, kernel, self.compute.matmul, transpose_b=self.head is None)
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:
         """Returns float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""

@@ -20,6 +20,7 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.config_fields import check_at_least
 from dlm_jax.diffusion import DiffusionSpec, token_nll
 from dlm_jax.errors import DataError
+from dlm_jax.matmul import jit_model
 from dlm_jax.models import Transformer
 from dlm_jax.random import example_keys
 from dlm_jax.sampling.config import SamplerConfig
@@ -106,7 +107,7 @@ def continuation_scores(model: Transformer, gaps: Sequence[Gap], *, diffusion: D
     return [np.array([scores[number, length] for length in gap.lengths], np.float32) for number, gap in enumerate(gaps)]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "diffusion"))
+@functools.partial(jit_model, static_argnames=("graphdef", "diffusion"))
 def _log_probability(graphdef: Any, params: nnx.State, tokens: jax.Array, lengths: jax.Array, positions: jax.Array,
                      diffusion: DiffusionSpec) -> jax.Array:
     """Returns the log-probability of the tokens at `positions` [batch, n], one after another: float32 [batch], nats."""

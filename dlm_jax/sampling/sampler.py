@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.errors import ConfigError
+from dlm_jax.matmul import jit_model
 from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState, find_gaps, pending_mask
 from dlm_jax.sampling.steppers import make_stepper
 from dlm_jax.sampling.text import bucket
@@ -110,7 +111,7 @@ def _final_tokens(spec: SamplingSpec, state: SamplingState) -> jax.Array:
     return jnp.where(state.masked, spec.eos_token_ids[0], state.tokens) if spec.stop_at_eos else state.tokens
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "spec"))
+@functools.partial(jit_model, static_argnames=("graphdef", "spec"))
 def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
             keys: jax.Array, spec: SamplingSpec) -> Sample:
     stepper = make_stepper(nnx.merge(graphdef, params), spec)
@@ -121,14 +122,14 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
 
 
 # Unused parameters are kept so that the state is on their devices, as it is after a step: `_step` compiles once.
-@functools.partial(jax.jit, static_argnames=("graphdef", "spec"), keep_unused=True)
+@functools.partial(jit_model, static_argnames=("graphdef", "spec"), keep_unused=True)
 def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
            spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState, jax.Array]:
     inputs, state = make_stepper(nnx.merge(graphdef, params), spec).start(tokens, fixed, lengths, keys)
     return inputs, state, pending_mask(spec, inputs, state).any()
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "spec"))
+@functools.partial(jit_model, static_argnames=("graphdef", "spec"))
 def _step(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: SamplingState,
           spec: SamplingSpec) -> tuple[SamplingState, jax.Array]:
     state = make_stepper(nnx.merge(graphdef, params), spec).advance(inputs, state)

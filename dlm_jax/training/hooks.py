@@ -25,6 +25,7 @@ from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import RowSource
 from dlm_jax.diffusion import Batch, ObjectiveConfig
 from dlm_jax.errors import ConfigError
+from dlm_jax.matmul import MatmulKind
 from dlm_jax.parallel import make_global_batch
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
@@ -106,7 +107,7 @@ def validation_hook(run: Run) -> PeriodicEval:
         nnx.graphdef(run.base.model), run.held_out, run.mesh, num_rows=config.validation.num_rows,
         num_samples=config.validation.num_samples, objective=config.objective, seed=config.seed,
         batch_size=config.data.batch_size // config.optimizer.accumulate_steps,
-        mask_token_id=run.base.diffusion.mask_token_id)
+        mask_token_id=run.base.diffusion.mask_token_id, matmul=run.base.model.compute.matmul)
 
     def evaluate(params: nnx.State) -> tuple[dict[str, float], str]:
         values = validate(params)
@@ -126,11 +127,12 @@ class Validation:
     """
 
     def __init__(self, graphdef: nnx.GraphDef, rows: RowSource, mesh: Mesh, *, num_rows: int, num_samples: int,
-                 batch_size: int, objective: ObjectiveConfig, seed: int, mask_token_id: int | None):
+                 batch_size: int, objective: ObjectiveConfig, seed: int, mask_token_id: int | None,
+                 matmul: MatmulKind = "default"):
         self.num_rows = min(num_rows, len(rows))
         self.num_samples = 1 if objective.name == "autoregressive" else num_samples
         self._eval_step = make_eval_step(graphdef, mesh, objective=objective, seed=seed, num_rows=self.num_rows,
-                                         num_samples=self.num_samples, mask_token_id=mask_token_id)
+                                         num_samples=self.num_samples, mask_token_id=mask_token_id, matmul=matmul)
         loader = Loader([rows], batch_size, shuffle=False)
         self._batches = [make_global_batch(functools.partial(self._read, loader, i), batch_size, mesh)
                          for i in range(-(-self.num_rows // batch_size))]

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dlm_jax.diffusion import Batch, HeadPlan, LossSums, ObjectiveConfig, loss_sums, noise_batch
 from dlm_jax.diffusion.objective import loss_weights
+from dlm_jax.matmul import MatmulKind, compiler_options
 from dlm_jax.models import LoRAParam, Transformer
 from dlm_jax.parallel import (
     array_sharding,
@@ -103,7 +104,8 @@ def shardings_of(layout: object) -> object:
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                     objective: ObjectiveConfig, config: OptimizerConfig, num_steps: int, seed: int,
-                    mask_token_id: int | None) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+                    mask_token_id: int | None,
+                    matmul: MatmulKind = "default") -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the jitted step, in two programs if the optimizer state is offloaded; it donates the state.
 
     Gradients are those of sums over tokens, added in float32 over micro-batches and devices and divided once by the
@@ -164,7 +166,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             after = jax.tree.map(functools.partial(jnp.where, finite), after, before)
         return dataclasses.replace(after, frozen=frozen)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(matmul))
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = gradients_and_metrics(state.params, state.frozen, batch, state.step)
         return update(state, grads, metrics), metrics
@@ -200,8 +202,8 @@ def _offloaded_step(gradients_and_metrics: Callable, update: Callable, mesh: Mes
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveConfig, seed: int, num_rows: int,
-                   num_samples: int,
-                   mask_token_id: int | None) -> Callable[[nnx.State, Batch, jax.Array], LossSums]:
+                   num_samples: int, mask_token_id: int | None,
+                   matmul: MatmulKind = "default") -> Callable[[nnx.State, Batch, jax.Array], LossSums]:
     """Returns the jitted sums of the bound over held-out rows, for one noise sample: bidirectional, without dropout.
 
     The noise depends on (seed, row, sample) only, and covers all times whatever training does: the samples of a row are
@@ -209,7 +211,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
     """
     objective = objective.for_validation()
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options(matmul))
     def eval_step(params: nnx.State, batch: Batch, sample: jax.Array) -> LossSums:
         model = nnx.merge(graphdef, all_gather_embeddings(params, mesh))
         batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + sample.astype(jnp.uint32))

@@ -310,7 +310,7 @@ def test_similar_prompts_and_integer_types_share_a_program(name):
         batch = pad_rows([[1] * prompt + [GAP] * 14 for prompt in prompts], 128)
         run_sampler(tiny(kind), batch.tokens.astype(dtype), batch.fixed, batch.lengths.astype(dtype),
                     keys=make_keys(2, seed), **settings)
-        compiled.add(sampler._sample._cache_size())
+        compiled.add(sampler._sample.program("default")._cache_size())
     assert len(compiled) == 1
 
 
@@ -318,7 +318,7 @@ def logits_rows(config, batch):
     """Returns the rows of each array of logits in the compiled program, for gaps in `batch` rows of 128."""
     vocab, length = 61, 128
     spec = SamplingSpec(config, DiffusionSpec(MASK), prompt_width=32)
-    program = sampler._sample.lower(*nnx.split(tiny("llama")), jnp.zeros((batch, length), int),
+    program = sampler._sample.program("default").lower(*nnx.split(tiny("llama")), jnp.zeros((batch, length), int),
                                     jnp.zeros((batch, length), bool), jnp.full(batch, length), make_keys(batch),
                                     spec).as_text()
     return [np.prod([int(size) for size in shape[:-1].split("x")])
