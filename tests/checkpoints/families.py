@@ -1,13 +1,19 @@
 """Tiny Hugging Face models of every family, with biases and norms that are not what they are initialized to."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from flax import nnx
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.models import Transformer
 
 torch.set_num_threads(1)
 
@@ -67,6 +73,17 @@ def torch_logits(model: torch.nn.Module, inputs: np.ndarray) -> np.ndarray:
     """Causal logits of an HF model."""
     with torch.no_grad():
         return model(torch.from_numpy(inputs).long()).logits.numpy()
+
+
+def logits(model: Transformer, inputs: np.ndarray,
+           attention: AttentionMask = AttentionMask.causal()) -> np.ndarray:
+    """Logits of this library's model, by one program per architecture."""
+    return np.asarray(_logits(*nnx.split(model), inputs, attention))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef: nnx.GraphDef, params: nnx.State, inputs: np.ndarray, attention: AttentionMask) -> jax.Array:
+    return nnx.merge(graphdef, params)(inputs, attention)
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

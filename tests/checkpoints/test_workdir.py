@@ -9,10 +9,11 @@ from dlm_jax.checkpoints import is_workdir, load_pretrained
 from dlm_jax.checkpoints.workdir import split_step
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.prompts import prompt_format_from_run
+from dlm_jax.diffusion import DiffusionSpec, ObjectiveConfig
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training import train
-from dlm_jax.training.config import ObjectiveConfig, ValidationConfig
+from dlm_jax.training.config import ModelSource
 from dlm_jax.training.setup import load_base
 
 
@@ -35,35 +36,36 @@ def test_other_directories_are_no_workdirs(tmp_path):
         load_pretrained(tmp_path)
 
 
-def test_workdir_as_base(config, tmp_path):
+def test_workdir_as_base(short_config, tmp_path):
     """A diffusion run starts from an autoregressive run; its mask token must be in that vocabulary."""
-    parent = dataclasses.replace(config, num_steps=1, objective=ObjectiveConfig(name="autoregressive"),
-                                 model=dataclasses.replace(config.model, mask_token=None),
-                                 validation=ValidationConfig(every=0))
+    parent = dataclasses.replace(short_config, num_steps=1, objective=ObjectiveConfig(name="autoregressive"),
+                                 model=dataclasses.replace(short_config.model, mask_token=None))
     train(parent, tmp_path / "parent")
-    child = lambda token: dataclasses.replace(config, model=dataclasses.replace(  # noqa: E731
-        config.model, source=f"{tmp_path / 'parent'}@1", init="pretrained", mask_token=token))
-    base = load_base(child("<unk>"), tmp_path / "child", make_mesh(config.mesh), resumed=False)
-    assert base.diffusion.mask_token_id == 10 and base.diffusion.shift
+
+    def open_base(mask_token):
+        model = ModelSource(source=f"{tmp_path / 'parent'}@1", mask_token=mask_token)
+        child = dataclasses.replace(short_config, model=model)
+        return load_base(child, tmp_path / "child", make_mesh(child.mesh), resumed=False)
+
+    base = open_base("<unk>")
+    assert base.diffusion == DiffusionSpec(10)
     stored = load_pretrained(tmp_path / "parent").model
     np.testing.assert_array_equal(base.model.embed.embedding[...], stored.embed.embedding[...])
-    with pytest.raises(ConfigError, match="model.mask_token"):
-        load_base(child("<mask>"), tmp_path / "child", make_mesh(config.mesh), resumed=False)
-    with pytest.raises(ConfigError, match="mask"):
-        load_base(child(None), tmp_path / "child", make_mesh(config.mesh), resumed=False)
+    for mask_token in ("<mask>", None):
+        with pytest.raises(ConfigError, match="mask"):
+            open_base(mask_token)
 
 
-def test_chat_template_is_kept(config, tmp_path):
+def test_chat_template_is_kept(short_config, tmp_path):
     """In the tokenizer of the workdir, also after a resume and without the file."""
     template, talks = tmp_path / "chat.jinja", tmp_path / "talks.jsonl"
     template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     talks.write_text(16 * (json.dumps({"messages": [{"role": "user", "content": "abc"},
                                                     {"role": "assistant", "content": "de"}]}) + "\n"))
     examples = ExampleConfig(format="messages", chat_template=str(template))
-    data = dataclasses.replace(config.data, train=(str(talks),), examples=examples, validation_fraction=0.0)
-    run = dataclasses.replace(config, num_steps=1, data=data, validation=ValidationConfig(every=0))
-    train(run, tmp_path / "run")
-    train(dataclasses.replace(run, num_steps=2), tmp_path / "run")
+    data = dataclasses.replace(short_config.data, train=(str(talks),), examples=examples, validation_fraction=0.0)
+    for num_steps in (1, 2):
+        train(dataclasses.replace(short_config, num_steps=num_steps, data=data), tmp_path / "run")
     content = template.read_text()
     template.unlink()
     trained = load_pretrained(tmp_path / "run")
