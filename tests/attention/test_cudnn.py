@@ -19,6 +19,12 @@ from dlm_jax.models import Compute, ModelConfig, Transformer
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh
 from tests.attention.parity import (
     BLOCK_MASKS,
+    CAUSAL,
+    LENGTH,
+    MASKS,
+    MESH_EXAMPLES,
+    MESH_LENGTH,
+    MESH_MASKS,
     MESHES,
     ON_GPU,
     TEXT,
@@ -28,33 +34,14 @@ from tests.attention.parity import (
     lowered_cudnn_calls,
     mesh_id,
     on_mesh,
+    reference,
+    run,
     value_and_gradients,
 )
 
-LENGTH = 32
-EXAMPLES = jnp.array([7, 8, 9, 4_000_000_000], jnp.uint32)
-LENGTHS = jnp.array([LENGTH, 30, 25, 1])
-SEGMENTS = jnp.repeat(jnp.array([[0, 1, 2]] * 4), jnp.array([7, 12, 13]), axis=1)
-CAUSAL, BIDIRECTIONAL, ANNEALED = (
-    AttentionMask.causal(), AttentionMask.bidirectional(), AttentionMask.annealed(0.4, 5, EXAMPLES))
-MASKS = {
-    "causal": CAUSAL,
-    "causal, window": CAUSAL.with_window(5),
-    "causal, lengths": CAUSAL.with_lengths(LENGTHS),
-    "causal, window, lengths": CAUSAL.with_window(5).with_lengths(LENGTHS),
-    "causal, segments": CAUSAL.with_segments(SEGMENTS),
-    "bidirectional": BIDIRECTIONAL,
-    "bidirectional, window": BIDIRECTIONAL.with_window(5),
-    "bidirectional, lengths": BIDIRECTIONAL.with_lengths(LENGTHS),
-    "bidirectional, segments": BIDIRECTIONAL.with_segments(SEGMENTS),
-    "annealed": ANNEALED,
-    "annealed, shared": AttentionMask.annealed(0.4, 5),
-    "annealed, everything": ANNEALED.with_segments(SEGMENTS).with_window(9).with_lengths(LENGTHS),
-    "block causal": AttentionMask.block_causal(6),
-    "matrix": AttentionMask.matrix(np.tri(LENGTH, k=3)),
-}
 KNOWN = {"causal", "causal, window", "causal, lengths", "bidirectional", "bidirectional, lengths"}
-ON_CUDNN = pytest.param("cudnn", jnp.bfloat16, marks=pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU"))
+SQUARE = {"causal, segments", "annealed, shared", "annealed, narrowed"}  # some of the others
+NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
 
 
 @pytest.fixture
@@ -64,28 +51,30 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(cudnn, "_MIN_CHUNK", 2)
 
 
-def assert_parity(attention, tensors, mask, implementation):
-    """Compares with the reference in float32."""
-    exact = tuple(x.astype(jnp.float32) for x in tensors)
-    expected = jax.jit(functools.partial(value_and_gradients, xla_attention))(exact, mask)
+def assert_parity(attention, tensors, mask, implementation, expected):
     attention = functools.partial(attention, implementation=implementation)
-    found = jax.jit(functools.partial(value_and_gradients, attention))(tensors, mask)
+    found = run(attention, tensors, mask)
     assert_close(found, expected, 3e-6 if tensors[0].dtype == jnp.float32 else 0.02)
 
 
-@pytest.mark.parametrize("implementation, dtype", [("xla", jnp.float32), ("xla", jnp.bfloat16), ON_CUDNN])
-@pytest.mark.parametrize("length, kv_heads", [(LENGTH, 1), (LENGTH - 1, 2)])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name, length, kv_heads, implementation, dtype", [
+    *((name, LENGTH, 2, "xla", "float32") for name in sorted(KNOWN | SQUARE)),
+    *((name, LENGTH - 1, 1, "xla", "bfloat16") for name in ("causal, window", "bidirectional, lengths", "annealed")),
+    *(pytest.param(name, length, kv_heads, "cudnn", "bfloat16", marks=NEEDS_GPU)
+      for name in MASKS for length, kv_heads in ((LENGTH, 2), (LENGTH - 1, 1)))])
 def test_matches_xla(name, length, kv_heads, implementation, dtype):
-    assert_parity(cudnn_attention, inputs(4, length, 4, kv_heads, 16, dtype), MASKS[name], implementation)
+    tensors, expected = inputs(2, length, kv_heads=kv_heads, dtype=dtype), reference(name, length, kv_heads, dtype)
+    assert_parity(cudnn_attention, tensors, MASKS[name], implementation, expected)
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.parametrize("implementation, dtype", [("xla", jnp.float32), ON_CUDNN])
+@pytest.mark.parametrize("implementation, dtype", [
+    ("xla", "float32"), pytest.param("cudnn", "bfloat16", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("mask", BLOCK_MASKS.values(), ids=BLOCK_MASKS.keys())
 def test_chunks_match_the_full_square(mask, implementation, dtype):
     tensors = inputs(2, mask.spec.text_length * (mask.spec.views + 1), dtype=dtype)
-    assert_parity(cudnn_block_attention, tensors, mask, implementation)
+    expected = run(xla_attention, tuple(x.astype(jnp.float32) for x in tensors), mask)
+    assert_parity(cudnn_block_attention, tensors, mask, implementation, expected)
 
 
 @pytest.mark.skipif(ON_GPU or not os.path.exists("/dev/nvidiactl"), reason="needs an NVIDIA GPU")
@@ -97,26 +86,27 @@ def test_matches_xla_on_the_gpu():
 
 @pytest.mark.parametrize("name", MASKS)
 def test_square_only_for_masks_that_cudnn_does_not_know(name):
-    arguments = mask_arguments(MASKS[name], 4, LENGTH, LENGTH)
+    mask, positions = MASKS[name], jnp.arange(LENGTH)
+    arguments = mask_arguments(mask, 2, LENGTH, LENGTH)
     assert (arguments.mask is None) == (name in KNOWN)
     if arguments.mask is not None:
-        per_example = MASKS[name].example_index is not None or "segments" in name or "lengths" in name
-        assert arguments.mask.shape == (4 if per_example else 1, 1, LENGTH, LENGTH)
+        np.testing.assert_array_equal(arguments.mask[:, 0], mask.allowed(positions, positions))
+        per_example = mask.example_index is not None or mask.spec.segments or mask.spec.lengths
+        assert len(arguments.mask) == (2 if per_example else 1)
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.parametrize("mesh", MESHES, ids=mesh_id)
-@pytest.mark.parametrize("name", ["causal", "causal, window", "bidirectional, lengths", "annealed, shared",
-                                  "annealed, everything", "block diffusion"])
+@pytest.mark.parametrize("mesh, name", [
+    *((MESHES[0], name) for name in ("causal, window", "bidirectional, lengths", "annealed, narrowed", "blocks")),
+    *((MESHES[1], name) for name in ("causal", "annealed, shared", "annealed, narrowed", "blocks"))], ids=mesh_id)
 def test_mesh_matches_one_device(mesh, name):
-    attention, mask, length = cudnn_attention, MASKS.get(name), LENGTH
-    if name == "block diffusion":
+    attention, mask, length = cudnn_attention, MESH_MASKS.get(name), MESH_LENGTH
+    if name == "blocks":
         attention, length = cudnn_block_attention, 2 * TEXT
         mask = AttentionMask.block_diffusion(3, TEXT).with_segments(np.tile(TEXT_SEGMENTS, (2, 1)))
     tensors = inputs(4, length)
-    expected = jax.jit(functools.partial(value_and_gradients, xla_attention))(tensors, mask)
     attention = functools.partial(attention, partition=ATTENTION_PARTITION, implementation="xla")
-    assert_close(on_mesh(mesh, attention, tensors, mask), expected, 3e-6)
+    assert_close(on_mesh(mesh, attention, tensors, mask), run(xla_attention, tensors, mask), 3e-6)
 
 
 @pytest.mark.parametrize("text, size, views", [(2048, 32, 1), (2048, 4, 2), (4096, 100, 1), (512, 4, 1), (64, 4, 1)])
@@ -133,13 +123,13 @@ def test_chunks_cover_the_copies_and_save_work(text, size, views, bidirectional_
 
 
 @pytest.mark.usefixtures("pretend_cudnn")
-@pytest.mark.parametrize("length", [LENGTH, LENGTH - 1])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name, length", [
+    *((name, LENGTH) for name in sorted(KNOWN | SQUARE)), ("causal", LENGTH - 1), ("bidirectional", LENGTH - 1)])
 def test_lowers_for_cuda_without_a_gradient_of_the_mask(name, length):
     forward = "fmhaSoftmax" if name in KNOWN else "fmhaScaleBiasSoftmax"
     attention = functools.partial(attend, backend="cudnn")
     calls = lowered_cudnn_calls(functools.partial(value_and_gradients, attention),
-                                inputs(4, length, head_dim=16, dtype=jnp.bfloat16), MASKS[name])
+                                inputs(2, length, dtype=jnp.bfloat16), MASKS[name])
     assert calls == [(forward, 2), (f"{forward}Backward", 3)]  # the output and its logsumexp; dq, dk, dv
 
 
@@ -159,7 +149,7 @@ def test_block_diffusion_lowers_for_cuda_in_chunks():
 def test_layers_on_a_mesh_share_one_square(remat):
     layers = 3
     config = ModelConfig("llama", vocab_size=64, hidden_size=64, num_layers=layers, num_heads=4, num_kv_heads=2,
-                         head_dim=16, mlp_size=48, max_length=LENGTH)
+                         head_dim=16, mlp_size=48, max_length=MESH_LENGTH)
     model = Transformer(config, rngs=nnx.Rngs(0), compute=Compute("bfloat16", remat, "cudnn", ATTENTION_PARTITION))
     graphdef, params = nnx.split(model)
 
@@ -167,18 +157,18 @@ def test_layers_on_a_mesh_share_one_square(remat):
         return jax.grad(lambda params: jnp.sum(nnx.merge(graphdef, params).hidden(tokens, mask).astype(float)))(params)
 
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, context=2))):
-        args = params, jnp.zeros((4, LENGTH), jnp.int32), ANNEALED
+        args = params, jnp.zeros((4, MESH_LENGTH), jnp.int32), AttentionMask.annealed(0.4, 5, MESH_EXAMPLES)
         names = [name for name, _ in lowered_cudnn_calls(gradient, *args)]
         program = str(jax.make_jaxpr(gradient)(*args))
     assert names.count("fmhaScaleBiasSoftmaxBackward") == 1
     assert names.count("fmhaScaleBiasSoftmax") == (2 if remat == "full" else 1)
-    assert f"16,{LENGTH}]" in program  # a device's shard of the square
-    assert not re.search(rf"\[{layers},[\d,]*,(16|{LENGTH}),{LENGTH}\]", program)
+    assert f"16,{MESH_LENGTH}]" in program  # a device's shard of the square
+    assert not re.search(rf"\[{layers},[\d,]*,(16|{MESH_LENGTH}),{MESH_LENGTH}\]", program)
 
 
 @pytest.mark.usefixtures("pretend_cudnn")
 def test_dropout_is_refused_only_where_something_is_dropped():
-    tensors, seeds = inputs(4, LENGTH, dtype=jnp.bfloat16)[:3], EXAMPLES
+    tensors, seeds = inputs(2, LENGTH, dtype=jnp.bfloat16)[:3], jnp.zeros(2, jnp.uint32)
     with pytest.raises(ConfigError, match="model.dropout=0"):
         attend(*tensors, CAUSAL, backend="cudnn", dropout_rate=0.1, dropout_seeds=seeds)
     for quiet in ({"dropout_rate": 0.1}, {"dropout_rate": 0.0, "dropout_seeds": seeds}):

@@ -55,7 +55,8 @@ def test_frozen_head_has_no_gradient():
     plan = HeadPlan(1, chunk_size=16)
     frozen = dataclasses.replace(plan, kernel_gradient=False)
     inputs = HIDDEN, TABLE[:V].T, batch_of("half")
-    gradient = lambda plan: jax.grad(lambda h, k, b: loss_sums(h, k, plan, b).loss, argnums=(0, 1))  # noqa: E731
+    gradient = lambda plan: jax.jit(jax.grad(  # noqa: E731
+        lambda h, k, b: loss_sums(h, k, plan, b).loss, argnums=(0, 1)))
     (dhidden, dkernel), (same, none) = gradient(plan)(*inputs), gradient(frozen)(*inputs)
     np.testing.assert_array_equal(dhidden, same)
     assert jnp.abs(dkernel).max() > 0 and not none.any()
@@ -77,9 +78,8 @@ def check(plan, loss_mask, shift=True, vocab=V):
     np.testing.assert_allclose(jax.tree.leaves(without(*inputs)[1]), jax.tree.leaves(sums), rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 10, 500])
 @pytest.mark.parametrize("loss_mask", MASKS)
-@pytest.mark.parametrize("vocab_axis", [0, 1], ids=["tied", "untied"])
+@pytest.mark.parametrize("vocab_axis, chunk_size", [(0, 1), (0, 10), (0, 500), (1, 10)])
 def test_one_device(vocab_axis, loss_mask, chunk_size):
     check(HeadPlan(vocab_axis, chunk_size=chunk_size), loss_mask)
 
@@ -98,25 +98,25 @@ def mesh_plan(sizes, vocab_axis, vocab, **kwargs):
 
 @pytest.mark.parametrize("loss_mask", ["uneven", "none", "half"])
 @pytest.mark.parametrize("sizes, vocab_axis, vocab", [
-    ((8, 1, 1, 1), 0, V), ((1, 8, 1, 1), 1, V), ((1, 2, 4, 1), 0, 40), ((2, 2, 2, 1), 1, 40), ((2, 1, 2, 2), 0, V),
-    ((1, 2, 2, 2), 0, 40)], ids=str)
+    ((1, 8, 1, 1), 1, V), ((2, 2, 2, 1), 1, 40), ((2, 1, 2, 2), 0, V), ((1, 2, 2, 2), 0, 40)], ids=str)
 def test_meshes(sizes, vocab_axis, vocab, loss_mask):
     """Under "uneven" one device of eight scores all its positions and six score none."""
     check(mesh_plan(sizes, vocab_axis, vocab), loss_mask, vocab=vocab)
 
 
-@pytest.mark.parametrize("block_bytes", [4 * D * 7, 4 * D * 20])
-@pytest.mark.parametrize("sizes, vocab_axis, vocab", [((2, 4, 1, 1), 0, V), ((1, 2, 2, 2), 1, 40)], ids=str)
-def test_gradient_by_vocabulary_blocks(sizes, vocab_axis, vocab, block_bytes):
-    plan = mesh_plan(sizes, vocab_axis, vocab, max_gradient_bytes=block_bytes)
+@pytest.mark.parametrize("sizes, vocab_axis, vocab, block", [
+    ((2, 4, 1, 1), 0, V, 7), ((1, 2, 2, 2), 1, 40, 20)], ids=str)
+def test_gradient_by_vocabulary_blocks(sizes, vocab_axis, vocab, block):
+    plan = mesh_plan(sizes, vocab_axis, vocab, max_gradient_bytes=4 * D * block)
     for loss_mask in ("uneven", "half"):
         check(plan, loss_mask, vocab=vocab)
 
 
 def test_bfloat16():
     hidden, plan, batch = HIDDEN.astype(jnp.bfloat16), HeadPlan(0), batch_of("half")
-    (value, grads) = jax.value_and_grad(lambda h, k: loss_sums(h, k, plan, batch).loss, (0, 1))(hidden, TABLE)
-    exact, expected = jax.value_and_grad(lambda h, k: plain(h, k, batch, 0, True)[0], (0, 1))(
+    run = lambda loss: jax.jit(jax.value_and_grad(loss, (0, 1)))  # noqa: E731
+    value, grads = run(lambda h, k: loss_sums(h, k, plan, batch).loss)(hidden, TABLE)
+    exact, expected = run(lambda h, k: plain(h, k, batch, 0, True)[0])(
         hidden.astype(jnp.float32), TABLE.astype(jnp.bfloat16).astype(jnp.float32))
     assert value.dtype == jnp.float32 and [g.dtype.name for g in grads] == ["bfloat16", "float32"]
     np.testing.assert_allclose(value, exact, rtol=1e-5)

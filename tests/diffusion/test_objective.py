@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ def batch(rows=16, first=0):
     return Batch(jnp.full((rows, 8), 5), noisable_mask, jnp.arange(first, first + rows, dtype=jnp.uint32))
 
 
+run = jax.jit(noise_batch, static_argnames=("config", "seed", "batch_size", "mask_token_id"))
+
+
 def noisy_of(config, step=0, rows=batch()):
-    return noise_batch(config, rows, jnp.int32(step), seed=0, batch_size=16, mask_token_id=9)
+    return run(config, rows, jnp.int32(step), seed=0, batch_size=16, mask_token_id=9)
 
 
 def test_diffusion():
@@ -27,15 +31,11 @@ def test_diffusion():
     np.testing.assert_array_equal(noisy.tokens == 9, noisy.loss_mask)
     assert not noisy.loss_mask[:, 0].any() and 0.3 < noisy.loss_mask[:, 1:].mean() < 0.7
     assert mask.allowed(POSITIONS, POSITIONS).all()
+    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(), noisy), noisy.weights)
+    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(weight="uniform"), noisy), np.ones((16, 8)))
     times = 1 / np.asarray(noisy.weights[:, 0])  # the weights 1/t are those of pairs that balance, spread evenly
     np.testing.assert_allclose(times[::2] + times[1::2], 1 + 1e-3, rtol=1e-5)
     np.testing.assert_allclose(np.diff(np.sort(times[::2])), 1 / 8, rtol=0.01)
-
-
-def test_loss_weights():
-    noisy, _ = noisy_of(ObjectiveConfig())
-    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(), noisy), noisy.weights)
-    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(weight="uniform"), noisy), np.ones((16, 8)))
 
 
 def test_a_slice_is_noised_as_in_the_full_batch():

@@ -18,7 +18,6 @@ from dlm_jax.models import (
     LoRAConfig,
     LoRAFactor,
     LoRAParam,
-    Transformer,
     abstract_model,
     add_lora,
     base_shapes,
@@ -31,26 +30,24 @@ from dlm_jax.models import (
 )
 from dlm_jax.models.lora import dequantize, quantize_kernel
 from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings
-from tests.models.test_transformer import GPT2, QWEN3
+from tests.models.test_transformer import GPT2 as DROPPING_GPT2
+from tests.models.test_transformer import QWEN3, TOKENS, hidden
+from tests.models.test_transformer import build as build_base
+from tests.models.test_transformer import logits as transformer_logits
 
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 20)))
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 LORA = LoRAConfig(rank=4, alpha=6.0, frozen_dtype="float32")
 CODES = {"int8": jnp.int8, "nf4": jnp.uint4}
+GPT2 = dataclasses.replace(DROPPING_GPT2, embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
 CASES = {"gpt2": (GPT2, ("q", "k", "v", "out", "up", "down")), "qwen3": (QWEN3, LORA.targets)}
 
 
 @functools.cache
-def base_of(config):
-    return Transformer(config, rngs=nnx.Rngs(0))
-
-
-def build(case, base=None, **changes):
+def build(case, **changes):
     """Returns a base, and the same with LoRA."""
     config, targets = CASES[case]
     lora = dataclasses.replace(LORA, **{"targets": targets} | changes)
-    base = base or base_of(config)
-    return base, add_lora(base, lora, 0, "float32", ONE_DEVICE)
+    return build_base(config), add_lora(build_base(config), lora, 0, "float32", ONE_DEVICE)
 
 
 def with_noise(model, seed=1):
@@ -62,12 +59,16 @@ def with_noise(model, seed=1):
 
 
 def logits(model):
-    return _logits(*nnx.split(model))
+    return transformer_logits(model, TOKENS, AttentionMask.bidirectional())
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef, state):
-    return nnx.merge(graphdef, state)(TOKENS, AttentionMask.bidirectional())
+def assert_merges(model, base):
+    """Merges trained factors, compares the logits, and returns the merged model."""
+    assert jnp.abs(logits(model) - logits(base)).max() > 0.1
+    merged = merge_lora(model, "float32")
+    assert nnx.graphdef(merged) == nnx.graphdef(base)
+    np.testing.assert_allclose(logits(merged), logits(model), atol=2e-5)
+    return merged
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,10 +76,7 @@ def test_new_factors_are_exact_and_trained_ones_merge(case):
     base, model = build(case)
     np.testing.assert_array_equal(logits(model), logits(base))
     model = with_noise(model)
-    assert jnp.abs(logits(model) - logits(base)).max() > 0.1
-    merged = merge_lora(model, "float32")
-    assert nnx.graphdef(merged) == nnx.graphdef(base)
-    np.testing.assert_allclose(logits(merged), logits(model), atol=2e-5)
+    merged = assert_merges(model, base)
     # one layer of one projection, by numpy
     q, layer = model.blocks.attention.q, 1
     product = np.einsum("dr,rhk->dhk", q.factors.a[...][layer], q.factors.b[...][layer]) * 6.0 / 4
@@ -87,7 +85,7 @@ def test_new_factors_are_exact_and_trained_ones_merge(case):
     np.testing.assert_array_equal(merged.embed.embedding[...], base.embed.embedding[...])
 
 
-@pytest.mark.parametrize("targets", [("q",), ("out",), ("down", "k")])
+@pytest.mark.parametrize("targets", [("out",), ("down", "k")])
 def test_every_target_has_factors_that_matter(targets):
     base, model = build("qwen3", targets=targets)
     _, _, factors = split_lora(model)
@@ -169,22 +167,17 @@ def test_frozen_kernels_get_no_gradient():
 
 
 def test_dropout_of_factors():
-    base = Transformer(dataclasses.replace(GPT2, embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0),
-                       rngs=nnx.Rngs(0))
-    model = with_noise(build("gpt2", base=base, dropout=0.5)[1])
-    seeds = jnp.array([4, 5, 6], jnp.uint32)
-    run = lambda rows, **seeded: model.hidden(TOKENS[rows], AttentionMask.causal(), **seeded)  # noqa: E731
-    everything = run(np.arange(3), dropout_seeds=seeds)
-    np.testing.assert_allclose(everything[2], run(np.array([2]), dropout_seeds=seeds[2:])[0], atol=1e-5)
-    plain = run(np.arange(3))
-    assert jnp.abs(everything - plain).max() > 0.01
+    model, seeds = with_noise(build("gpt2", dropout=0.5)[1]), jnp.array([4, 5, 6], jnp.uint32)
+    everything = hidden(model, TOKENS, AttentionMask.causal(), dropout_seeds=seeds)
+    reversed_rows = hidden(model, TOKENS[::-1], AttentionMask.causal(), dropout_seeds=seeds[::-1])
+    np.testing.assert_allclose(everything, reversed_rows[::-1], atol=1e-5)
+    assert jnp.abs(everything - hidden(model, TOKENS, AttentionMask.causal())).max() > 0.01
     q = model.blocks.attention.q.factors
     one = nnx.merge(*nnx.split(q))
     one.a, one.b = nnx.Param(q.a[...][0]), nnx.Param(q.b[...][0])
-    x = jnp.ones((2000, 1, 32))
-    mean = one(x, jnp.arange(2000, dtype=jnp.uint32)).mean(0)
-    np.testing.assert_allclose(mean, one(x[:1], None)[0], atol=0.15)
-    assert jnp.abs(one(x[:1], seeds[:1]) - one(x[:1], None)).max() > 0.2
+    dropped, plain = one(jnp.ones((2000, 1, 32)), jnp.arange(2000, dtype=jnp.uint32)), one(jnp.ones((1, 1, 32)), None)
+    np.testing.assert_allclose(dropped.mean(0), plain[0], atol=0.15)
+    assert jnp.abs(dropped[0] - plain[0]).max() > 0.2
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -195,10 +188,7 @@ def test_dora_norms_initial_and_merged(case):
                                rtol=1e-5)
     np.testing.assert_allclose(logits(model), logits(base), atol=2e-5)
     model = with_noise(model)
-    assert jnp.abs(logits(model) - logits(base)).max() > 0.1
-    merged = merge_lora(model, "float32")
-    assert nnx.graphdef(merged) == nnx.graphdef(base)
-    np.testing.assert_allclose(logits(merged), logits(model), atol=2e-5)
+    merged = assert_merges(model, base)
     norms = np.linalg.norm(merged.blocks.attention.out.kernel[...].reshape(len(kernel), -1, 32), axis=1)
     np.testing.assert_allclose(norms, np.abs(model.blocks.attention.out.factors.magnitude[...]), rtol=1e-5)
 
@@ -262,7 +252,7 @@ def test_codes_are_the_nearest_levels(kind):
     np.testing.assert_allclose(np.abs(dequantize(codes[...], scales[...]) - x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("size, blocks", [(64, 1), (192, 3), (100, 2), (16, 1), (67, 67)])
+@pytest.mark.parametrize("size, blocks", [(192, 3), (100, 2), (67, 67)])
 def test_quantization_blocks_divide_any_size(size, blocks):
     x = jax.random.normal(jax.random.key(0), (1, size, 3))
     codes, scales = quantize_kernel(nnx.Param(x, axes=("layers", "embed", "mlp")), "int8")
@@ -270,14 +260,10 @@ def test_quantization_blocks_divide_any_size(size, blocks):
     np.testing.assert_allclose(dequantize(codes[...], scales[...]), x, atol=float(jnp.abs(x).max()) / 127)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("kind, case", [("int8", "gpt2"), ("nf4", "qwen3")])
 def test_quantized_model_computes_with_dequantized_kernels(kind, case):
     base, model = build(case, frozen_dtype=kind)
-    model = with_noise(model)
-    merged = merge_lora(model, "float32")
-    assert nnx.graphdef(merged) == nnx.graphdef(base)
-    np.testing.assert_allclose(logits(model), logits(merged), atol=2e-5)
+    assert_merges(with_noise(model), base)
     kernel = base.blocks.mlp.down.kernel[...]
     rounded = dequantize(model.blocks.mlp.down.kernel[...], model.blocks.mlp.down.kernel_scale[...])
     error = jnp.linalg.norm(rounded - kernel) / jnp.linalg.norm(kernel)
@@ -297,9 +283,8 @@ def test_only_kernels_of_blocks_are_codes(kind):
         assert leaf.dtype == (CODES[kind] if kernel else jnp.bfloat16 if table else jnp.float32), path
 
 
-@pytest.mark.parametrize("kind", CODES)
-def test_quantized_gradients_match_and_save_no_kernel(kind):
-    base, model = build("qwen3", frozen_dtype=kind)
+def test_quantized_gradients_match_and_save_no_kernel():
+    base, model = build("qwen3", frozen_dtype="nf4")
     plain = add_lora(merge_lora(model, "float32"), dataclasses.replace(model.lora, frozen_dtype="float32"), 0,
                      "float32", ONE_DEVICE)
 
@@ -324,7 +309,7 @@ def test_quantized_gradients_match_and_save_no_kernel(kind):
 def test_split_kernels_are_dequantized_without_communication(kind):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     config = dataclasses.replace(QWEN3, hidden_size=128)  # two blocks
-    full = nnx.state(Transformer(config, rngs=nnx.Rngs(0)))
+    full = nnx.state(build_base(config))
     lora = dataclasses.replace(LORA, frozen_dtype=kind)
     _, shapes = base_shapes(config, Compute(), "float32", lora)
     params = [(path, shape.replace(value[...].astype(shape.dtype)))
@@ -335,7 +320,7 @@ def test_split_kernels_are_dequantized_without_communication(kind):
     assert originals == split_originals == (fingerprint(read),)
     jax.tree.map(np.testing.assert_array_equal, split, expected)
     placed = jax.device_put(expected, param_shardings(expected, mesh))
-    for name, axis in (("q", 1), ("k", 1), ("out", 3)):
+    for name, axis in (("q", 1), ("out", 3)):
         linear = placed["blocks"]["attention"][name]
         codes, scales = linear["kernel"][...], linear["kernel_scale"][...]
         assert codes.sharding.spec[axis] == scales.sharding.spec[axis] == ("fsdp", "context")

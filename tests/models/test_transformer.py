@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +20,27 @@ QWEN3 = ModelConfig("qwen3", vocab_size=61, hidden_size=32, num_layers=2, num_he
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 20)))
 
 
-def build(config, **kwargs):
-    return Transformer(config, rngs=nnx.Rngs(0), **kwargs)
+logits, hidden = jax.jit(Transformer.__call__), jax.jit(Transformer.hidden)
+CAUSAL = AttentionMask.causal()
+
+
+@functools.cache
+def build(config, **settings):
+    return jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), **settings))()
 
 
 @pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
 def test_causal_logits_ignore_the_future_and_bidirectional_do_not(config):
-    model = build(config)
-    changed = TOKENS.at[:, 12].add(1)
-    difference = lambda mask: jnp.abs(model(TOKENS, mask) - model(changed, mask)).max(axis=(0, 2))  # noqa: E731
-    assert (difference(AttentionMask.causal())[:12] == 0).all()
+    model, changed = build(config), TOKENS.at[:, 12].add(1)
+    difference = lambda mask: jnp.abs(  # noqa: E731
+        logits(model, TOKENS, mask) - logits(model, changed, mask)).max(axis=(0, 2))
+    assert (difference(CAUSAL)[:12] == 0).all()
     assert (difference(AttentionMask.bidirectional()) > 0).all()
 
 
 @pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
 def test_every_parameter_has_a_gradient_and_axes(config):
-    model = build(config)
-    grads = jax.grad(lambda m: jnp.sum(m(TOKENS, AttentionMask.causal()) * jnp.arange(61.0)))(model)
+    grads = jax.jit(jax.grad(lambda m: jnp.sum(m(TOKENS, CAUSAL) * jnp.arange(61.0))))(build(config))
     for path, grad in nnx.to_flat_state(nnx.state(grads)):
         assert len(grad.axes) == grad[...].ndim, path
         is_key_bias = "k" in path and "bias" in path  # softmax does not see a constant added to all scores
@@ -43,34 +48,32 @@ def test_every_parameter_has_a_gradient_and_axes(config):
 
 
 def test_remat_changes_nothing():
-    loss = lambda m: jnp.mean(jax.nn.logsumexp(m(TOKENS, AttentionMask.causal()), axis=-1))  # noqa: E731
-    grads = lambda remat: jax.tree.leaves(jax.grad(loss)(build(GPT2, compute=Compute(remat=remat))))  # noqa: E731
-    for remat in ("dots", "full"):
-        for a, b in zip(grads("none"), grads(remat), strict=True):
+    loss = lambda m: jnp.mean(jax.nn.logsumexp(m(TOKENS, CAUSAL), axis=-1))  # noqa: E731
+    expected, *others = (jax.tree.leaves(jax.jit(jax.grad(loss))(build(GPT2, compute=Compute(remat=remat))))
+                         for remat in ("none", "dots", "full"))
+    for found in others:
+        for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_dropout_is_per_example_and_needs_seeds():
     model, seeds = build(GPT2), jnp.array([4, 5, 6], jnp.uint32)
-    run = lambda rows: model.hidden(TOKENS[rows], AttentionMask.causal(), dropout_seeds=seeds[rows])  # noqa: E731
-    everything = run(np.arange(3))
-    np.testing.assert_allclose(everything[2], run(np.array([2]))[0], atol=1e-5)
-    plain = model.hidden(TOKENS, AttentionMask.causal())
+    everything = hidden(model, TOKENS, CAUSAL, dropout_seeds=seeds)
+    reversed_rows = hidden(model, TOKENS[::-1], CAUSAL, dropout_seeds=seeds[::-1])
+    np.testing.assert_allclose(everything, reversed_rows[::-1], atol=1e-5)
+    plain = hidden(model, TOKENS, CAUSAL)
     assert jnp.abs(everything - plain).max() > 0.01
-    np.testing.assert_array_equal(plain, model.hidden(TOKENS, AttentionMask.causal()))
 
 
 def test_bfloat16_compute_gives_float32_logits():
-    reference = build(QWEN3)(TOKENS, AttentionMask.causal())
     model = build(QWEN3, compute=Compute(dtype="bfloat16"))
-    logits = model(TOKENS, AttentionMask.causal())
-    assert logits.dtype == jnp.float32 and model.embed.embedding[...].dtype == jnp.float32
-    np.testing.assert_allclose(logits, reference, atol=0.05)
+    found = logits(model, TOKENS, CAUSAL)
+    assert found.dtype == jnp.float32 and model.embed.embedding[...].dtype == jnp.float32
+    np.testing.assert_allclose(found, logits(build(QWEN3), TOKENS, CAUSAL), atol=0.05)
 
 
-@pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
-@pytest.mark.parametrize("mask", [AttentionMask.causal(), AttentionMask.block_diffusion(4, 10)],
-                         ids=["causal", "blocks"])
+@pytest.mark.parametrize("config, mask", [(GPT2, CAUSAL), (QWEN3, AttentionMask.block_diffusion(4, 10))],
+                         ids=["gpt2, causal", "qwen3, blocks"])
 def test_bfloat16_gradients(config, mask):
     """Of both kinds of product, within the same bound of float32's, relative to each parameter's largest."""
     def gradients(**compute):
@@ -88,24 +91,21 @@ def test_bfloat16_gradients(config, mask):
 
 
 def test_given_positions():
-    model = build(GPT2)
     segments = jnp.asarray([[0] * 8 + [1] * 12] * 3)
     positions = jnp.concatenate([jnp.arange(8), jnp.arange(12)])
-    packed = model(TOKENS, AttentionMask.causal().with_segments(segments), positions=positions)
-    np.testing.assert_allclose(packed[:, 8:], model(TOKENS[:, 8:], AttentionMask.causal()), atol=1e-5)
+    packed = logits(build(GPT2), TOKENS, CAUSAL.with_segments(segments), positions=positions)
+    np.testing.assert_allclose(packed[:, 8:], logits(build(GPT2), TOKENS[:, 8:], CAUSAL), atol=1e-5)
 
 
 def test_sliding_window():
-    config = dataclasses.replace(QWEN3, sliding_window=4, num_layers=1)
-    model = build(config)
-    changed = TOKENS.at[:, 5].add(1)
-    moved = jnp.abs(model(TOKENS, AttentionMask.causal()) - model(changed, AttentionMask.causal())).max(axis=(0, 2)) > 0
-    np.testing.assert_array_equal(np.flatnonzero(moved), [5, 6, 7, 8])
+    model = build(dataclasses.replace(QWEN3, sliding_window=4, num_layers=1))
+    moved = logits(model, TOKENS, CAUSAL) - logits(model, TOKENS.at[:, 5].add(1), CAUSAL)
+    np.testing.assert_array_equal(np.flatnonzero(jnp.abs(moved).max(axis=(0, 2)) > 0), [5, 6, 7, 8])
 
 
 def test_sequence_past_the_learned_positions_is_refused():
     with pytest.raises(ConfigError, match="30.*24"):
-        build(GPT2)(jnp.zeros((1, 30), int), AttentionMask.causal())
+        abstract_model(GPT2)(jnp.zeros((1, 30), int), CAUSAL)
 
 
 def test_abstract_model_has_the_shapes_of_a_real_one():
