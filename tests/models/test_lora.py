@@ -283,8 +283,9 @@ def test_only_kernels_of_blocks_are_codes(kind):
         assert leaf.dtype == (CODES[kind] if kernel else jnp.bfloat16 if table else jnp.float32), path
 
 
-def test_quantized_gradients_match_and_save_no_kernel():
-    base, model = build("qwen3", frozen_dtype="nf4")
+@pytest.mark.parametrize("kind", CODES)
+def test_quantized_gradients_match_and_save_no_kernel(kind):
+    base, model = build("qwen3", frozen_dtype=kind)
     plain = add_lora(merge_lora(model, "float32"), dataclasses.replace(model.lora, frozen_dtype="float32"), 0,
                      "float32", ONE_DEVICE)
 

@@ -59,8 +59,8 @@ def test_remat_changes_nothing():
 def test_dropout_is_per_example_and_needs_seeds():
     model, seeds = build(GPT2), jnp.array([4, 5, 6], jnp.uint32)
     everything = hidden(model, TOKENS, CAUSAL, dropout_seeds=seeds)
-    reversed_rows = hidden(model, TOKENS[::-1], CAUSAL, dropout_seeds=seeds[::-1])
-    np.testing.assert_allclose(everything, reversed_rows[::-1], atol=1e-5)
+    fewer = hidden(model, TOKENS[:0:-1], CAUSAL, dropout_seeds=seeds[:0:-1])
+    np.testing.assert_allclose(everything[:0:-1], fewer, atol=1e-5)
     plain = hidden(model, TOKENS, CAUSAL)
     assert jnp.abs(everything - plain).max() > 0.01
 
