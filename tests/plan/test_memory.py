@@ -81,8 +81,8 @@ def test_activations_by_rematerialization(config, base):
     assert kept["none"] > kept["dots"] > kept["full"]
     inputs = 3 * 128 * 128 * 2  # of each layer, [length, embed] in bfloat16
     assert inputs <= kept["full"] < 1.01 * inputs  # and the seeds of dropout
-    squares = 3 * 4 * 128 * 128 * 4  # of each layer, [heads, length, length] in float32
-    assert activation_bytes(config, base, "xla", "none") >= kept["none"] + squares / 2
+    squares = 3 * 4 * 128 * 128 * 4  # of each layer, [heads, length, length] in float32: no backend stores them
+    assert abs(activation_bytes(config, base, "xla", "none") - kept["none"]) < squares / 4
 
 
 def test_estimate_scales(config, base):
