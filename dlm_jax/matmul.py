@@ -5,6 +5,9 @@ operand is contracted along the last axis in memory. It converts the operands of
 gradients are such other products, so there are rules for them here. All products of the kind "cpu_bfloat16", forward
 and backward, are fast ones, rounded to the operands' dtype afterwards, as PyTorch's CPU kernels do.
 
+The kind "cpu_bfloat16_columns" is the same for kernels that `store_by_columns` has rearranged in memory: a product of a
+few rows, as in decoding, then reads them at the speed of memory, where the compiler would first rearrange them itself.
+
 Of the kind "default", and for float32, everything here is `jax.lax.dot_general` with JAX's own gradient.
 """
 
@@ -17,10 +20,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.layout import Format, Layout, with_layout_constraint
 
-MatmulKind = Literal["default", "cpu_bfloat16"]
-DEFAULT, FAST = "default", "cpu_bfloat16"
+MatmulKind = Literal["default", "cpu_bfloat16", "cpu_bfloat16_columns"]
+DEFAULT, FAST, COLUMNS = "default", "cpu_bfloat16", "cpu_bfloat16_columns"
 
 
 @functools.cache
@@ -50,12 +53,12 @@ def choose_matmul(dtype: str, platform: str, num_devices: int) -> MatmulKind:
 
 
 def compiler_options(kind: MatmulKind) -> dict[str, str]:
-    """Returns options for `jax.jit` of a loop over layers.
+    """Returns options for `jax.jit` of a program that loops over layers.
 
     XLA's CPU compiler reads slices of bfloat16 arrays as float32. It would move the conversion of a stack of layers out
     of the loop: a float32 copy of all kernels, made for each call.
     """
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if kind == FAST else {}
+    return {} if kind == DEFAULT else {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 def jit_model(function: Callable, **settings: object) -> Callable:
@@ -80,21 +83,31 @@ def jit_model(function: Callable, **settings: object) -> Callable:
     return call
 
 
+def store_by_columns(kernel: jax.Array, num_inputs: int) -> jax.Array:
+    """Rearranges a stacked kernel [layers, *inputs, *outputs]: the inputs of an output are neighbors in memory."""
+    axes = tuple(range(kernel.ndim))
+    order = (0, *axes[1 + num_inputs :], *axes[1 : 1 + num_inputs])
+    return jax.device_put(kernel, Format(Layout(order), kernel.sharding))
+
+
 def dense(x: jax.Array, kernel: jax.Array, num_inputs: int, kind: MatmulKind) -> jax.Array:
     """Contracts the last `num_inputs` dimensions of `x` with the first of `kernel` [*inputs, *outputs]."""
     if _is_fast(x, kernel, kind):
-        return _dense(x, kernel, num_inputs)
+        return _dense(x, kernel, num_inputs, kind)
     contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
     return lax.dot_general(x, kernel, (contracted, ((), ())))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dense(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
-    y = product(*_matrices(x, kernel, num_inputs), -1, -2, FAST)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dense(x: jax.Array, kernel: jax.Array, num_inputs: int, kind: MatmulKind) -> jax.Array:
+    rows, matrix = _matrices(x, kernel, num_inputs)
+    y = product(rows, matrix.T, -1, -1, FAST) if kind == COLUMNS else product(rows, matrix, -1, -2, FAST)
     return y.reshape(*x.shape[: x.ndim - num_inputs], *kernel.shape[num_inputs:]).astype(x.dtype)
 
 
-def _dense_backward(num_inputs: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _dense_backward(num_inputs: int, kind: MatmulKind, saved: tuple[jax.Array, jax.Array],
+                    g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del kind
     x, kernel = saved
     rows, matrix = _matrices(x, kernel, num_inputs)
     g = g.reshape(rows.shape[0], -1)
@@ -109,7 +122,7 @@ def _matrices(x: jax.Array, kernel: jax.Array, num_inputs: int) -> tuple[jax.Arr
 
 
 # What is saved are the arguments themselves: a loop over layers then stores no second copy of its kernels.
-_dense.defvjp(lambda x, kernel, num_inputs: (_dense(x, kernel, num_inputs), (x, kernel)), _dense_backward)
+_dense.defvjp(lambda x, kernel, *static: (_dense(x, kernel, *static), (x, kernel)), _dense_backward)
 
 
 def matmul(a: jax.Array, b: jax.Array, kind: MatmulKind, *, transpose_b: bool = False) -> jax.Array:
@@ -188,4 +201,4 @@ def _row_major(x: jax.Array) -> jax.Array:
 
 
 def _is_fast(a: jax.Array, b: jax.Array, kind: MatmulKind) -> bool:
-    return kind == FAST and a.dtype == b.dtype == jnp.bfloat16
+    return kind != DEFAULT and a.dtype == b.dtype == jnp.bfloat16

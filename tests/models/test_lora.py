@@ -283,6 +283,24 @@ def test_only_kernels_of_blocks_are_codes(kind):
         assert leaf.dtype == (CODES[kind] if kernel else jnp.bfloat16 if table else jnp.float32), path
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", *CODES])
+def test_cpu_products(kind):
+    """Factors and frozen kernels of every kind of storage, beside the default products, both in bfloat16."""
+    _, model = build("qwen3", frozen_dtype=kind)
+    state = nnx.state(with_noise(model))
+
+    def gradients(matmul):
+        compute = Compute("bfloat16", matmul=matmul)
+        graphdef = nnx.graphdef(abstract_model(model.config, compute, "float32", model.lora))
+        graphdef, trained, frozen = split_trainable(nnx.merge(graphdef, state))
+        loss = lambda trained: jnp.mean(  # noqa: E731
+            nnx.merge(graphdef, trained, frozen).hidden(TOKENS, AttentionMask.causal()).astype(jnp.float32) ** 3)
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(trained))
+
+    for fast, default in zip(gradients("cpu_bfloat16"), gradients("default"), strict=True):
+        assert np.abs(fast - default).max() < 0.05 * np.abs(default).max()
+
+
 @pytest.mark.parametrize("kind", CODES)
 def test_quantized_gradients_match_and_save_no_kernel(kind):
     base, model = build("qwen3", frozen_dtype=kind)
