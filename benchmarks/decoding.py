@@ -27,15 +27,12 @@ def ours(args: argparse.Namespace, dtype: str) -> Callable[[int], Callable[[int]
 
     from dlm_jax.attention import AttentionMask
     from dlm_jax.checkpoints import config_from_hf
-    from dlm_jax.matmul import COLUMNS, DEFAULT, FAST, choose_matmul, jit_model
-    from dlm_jax.models import Cache, Compute, Transformer, store_kernels_by_columns
+    from dlm_jax.matmul import choose_matmul, jit_model
+    from dlm_jax.models import Cache, Compute, Transformer
 
     config = config_from_hf(HF_CONFIGS[args.model])
-    fast = choose_matmul(dtype, jax.default_backend(), 1) == FAST
-    compute = Compute(dtype, matmul=COLUMNS if fast else DEFAULT)
+    compute = Compute(dtype, matmul=choose_matmul(dtype, jax.default_backend(), 1))
     model = nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype), compute=compute))()
-    if fast:
-        store_kernels_by_columns(model)
     graphdef, params = nnx.split(model)
 
     def decode(graphdef: object, params: object, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -76,7 +73,7 @@ def pytorch(args: argparse.Namespace, dtype: str) -> Callable[[int], Callable[[i
         def run(_: int) -> None:
             with torch.inference_mode():
                 model(tokens, past_key_values=cache).logits.argmax(-1)
-                cache.crop(CONTEXT)
+                cache.crop(-count)
 
         return run
 

@@ -5,9 +5,6 @@ operand is contracted along the last axis in memory. It converts the operands of
 gradients are such other products, so there are rules for them here. All products of the kind "cpu_bfloat16", forward
 and backward, are fast ones, rounded to the operands' dtype afterwards, as PyTorch's CPU kernels do.
 
-The kind "cpu_bfloat16_columns" is the same for kernels that `store_by_columns` has rearranged in memory: a product of a
-few rows, as in decoding, then reads them at the speed of memory, where the compiler would first rearrange them itself.
-
 Of the kind "default", and for float32, everything here is `jax.lax.dot_general` with JAX's own gradient.
 """
 
@@ -20,10 +17,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Format, Layout, with_layout_constraint
+from jax.experimental.layout import Layout, with_layout_constraint
 
-MatmulKind = Literal["default", "cpu_bfloat16", "cpu_bfloat16_columns"]
-DEFAULT, FAST, COLUMNS = "default", "cpu_bfloat16", "cpu_bfloat16_columns"
+MatmulKind = Literal["default", "cpu_bfloat16"]
+DEFAULT, FAST = "default", "cpu_bfloat16"
 
 
 @functools.cache
@@ -83,31 +80,21 @@ def jit_model(function: Callable, **settings: object) -> Callable:
     return call
 
 
-def store_by_columns(kernel: jax.Array, num_inputs: int) -> jax.Array:
-    """Rearranges a stacked kernel [layers, *inputs, *outputs]: the inputs of an output are neighbors in memory."""
-    axes = tuple(range(kernel.ndim))
-    order = (0, *axes[1 + num_inputs :], *axes[1 : 1 + num_inputs])
-    return jax.device_put(kernel, Format(Layout(order), kernel.sharding))
-
-
 def dense(x: jax.Array, kernel: jax.Array, num_inputs: int, kind: MatmulKind) -> jax.Array:
     """Contracts the last `num_inputs` dimensions of `x` with the first of `kernel` [*inputs, *outputs]."""
     if _is_fast(x, kernel, kind):
-        return _dense(x, kernel, num_inputs, kind)
+        return _dense(x, kernel, num_inputs)
     contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
     return lax.dot_general(x, kernel, (contracted, ((), ())))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense(x: jax.Array, kernel: jax.Array, num_inputs: int, kind: MatmulKind) -> jax.Array:
-    rows, matrix = _matrices(x, kernel, num_inputs)
-    y = product(rows, matrix.T, -1, -1, FAST) if kind == COLUMNS else product(rows, matrix, -1, -2, FAST)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
+    y = product(*_matrices(x, kernel, num_inputs), -1, -2, FAST)
     return y.reshape(*x.shape[: x.ndim - num_inputs], *kernel.shape[num_inputs:]).astype(x.dtype)
 
 
-def _dense_backward(num_inputs: int, kind: MatmulKind, saved: tuple[jax.Array, jax.Array],
-                    g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    del kind
+def _dense_backward(num_inputs: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     rows, matrix = _matrices(x, kernel, num_inputs)
     g = g.reshape(rows.shape[0], -1)
@@ -122,7 +109,7 @@ def _matrices(x: jax.Array, kernel: jax.Array, num_inputs: int) -> tuple[jax.Arr
 
 
 # What is saved are the arguments themselves: a loop over layers then stores no second copy of its kernels.
-_dense.defvjp(lambda x, kernel, *static: (_dense(x, kernel, *static), (x, kernel)), _dense_backward)
+_dense.defvjp(lambda x, kernel, num_inputs: (_dense(x, kernel, num_inputs), (x, kernel)), _dense_backward)
 
 
 def matmul(a: jax.Array, b: jax.Array, kind: MatmulKind, *, transpose_b: bool = False) -> jax.Array:

@@ -21,8 +21,8 @@ from dlm_jax.data.prompts import Prompt, PromptFormat, prompt_format_from_run
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
-from dlm_jax.matmul import COLUMNS, DEFAULT, FAST, choose_matmul, jit_model, resolve_dtype
-from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model, store_kernels_by_columns
+from dlm_jax.matmul import choose_matmul, jit_model, resolve_dtype
+from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, Snapshot, pad_rows, sample_rows, sampler_config
@@ -60,15 +60,12 @@ class DiffusionLM:
         devices = None if mesh is None else make_mesh(mesh)
         where = (jax.devices()[0].platform, 1) if devices is None else (devices.devices.flat[0].platform, devices.size)
         dtype = resolve_dtype(dtype, *where)
-        matmul = COLUMNS if choose_matmul(dtype, *where) == FAST else DEFAULT
-        compute = Compute(dtype=dtype, partition=None if mesh is None else ATTENTION_PARTITION, matmul=matmul)
+        compute = Compute(dtype=dtype, partition=None if mesh is None else ATTENTION_PARTITION,
+                          matmul=choose_matmul(dtype, *where))
         shardings = None if devices is None else lambda config: param_shardings(
             abstract_model(config, compute, dtype), devices)
-        pretrained = load_pretrained(path_or_hub_id, mask_token=mask_token, base=base, merge=merge, compute=compute,
-                                     param_dtype=dtype, shardings=shardings)
-        if matmul == COLUMNS:
-            store_kernels_by_columns(pretrained.model)
-        return cls(pretrained, devices)
+        return cls(load_pretrained(path_or_hub_id, mask_token=mask_token, base=base, merge=merge, compute=compute,
+                                   param_dtype=dtype, shardings=shardings), devices)
 
     @property
     def model(self) -> Transformer:

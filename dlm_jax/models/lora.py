@@ -106,7 +106,8 @@ class LoRAFactors(nnx.Module):
             if lora.rank > size:
                 raise ConfigError(f"lora.rank {lora.rank} is larger than the {size} {side} of the projection {name!r}; "
                                   f"choose at most {size}, or remove {name!r} from lora.targets")
-        self.num_inputs, self.lora, self.site, self.matmul = num_inputs, lora, TARGETS.index(name), init.compute.matmul
+        self.num_inputs, self.lora, self.site = num_inputs, lora, TARGETS.index(name)
+        self.matmul = init.compute.matmul
         self.a = init.factor((layers, *inputs, lora.rank), (*axes[: 1 + num_inputs], "rank"),
                              math.prod(inputs) ** -0.5)
         self.b = init.factor((layers, lora.rank, *outputs), ("layers", "rank", *axes[1 + num_inputs :]), 0.0)

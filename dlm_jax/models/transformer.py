@@ -9,9 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
-from dlm_jax.matmul import DEFAULT, matmul, store_by_columns
+from dlm_jax.matmul import DEFAULT, matmul
 from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.layers import Block, Cache, Initializer, LayerCache, Linear, Norm, frequencies, rotation
+from dlm_jax.models.layers import Block, Cache, Initializer, LayerCache, Norm, frequencies, rotation
 from dlm_jax.models.lora import LoRAConfig
 from dlm_jax.random import counter_hash, dropout
 
@@ -146,13 +146,6 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:
         """Returns float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""
         return self.unembed(self.hidden(tokens, attention, positions=positions))
-
-
-def store_kernels_by_columns(model: Transformer) -> None:
-    """Rearranges the kernels of a model's blocks in memory, for products of the kind "cpu_bfloat16_columns"."""
-    for _, module in nnx.iter_graph(model.blocks):
-        if isinstance(module, Linear) and module.kernel_scale is None:
-            module.kernel.set_value(store_by_columns(module.kernel[...], module.num_inputs))
 
 
 def check_lora(lora: LoRAConfig, config: ModelConfig) -> None:
