@@ -7,7 +7,7 @@
 Both start from random weights and see the same random tokens; times are sampled from U(0, 1) on both sides, half of the
 tokens are masked on average. PyTorch runs transformers' model with a 4-D attention mask under SDPA, full logits and its
 own AdamW, as the DiffuLLaMA reference does. The two take turns, so that other load affects both. Prints a
-table of seconds per step, and writes benchmarks/results/train_step-MODEL-DEVICE-dropoutRATE.json.
+table of seconds per step, and writes benchmarks/results/train_step-MODEL-DEVICE-DTYPE-dropoutRATE.json.
 
     python benchmarks/train_step.py --annealed=off --profile=/tmp/trace         where our time goes on a CPU, as a table
 """
@@ -45,11 +45,8 @@ def ours(args: argparse.Namespace, annealed: bool) -> harness.TrainStep:
     from dlm_jax.diffusion import ObjectiveConfig
     from dlm_jax.matmul import choose_matmul
     from dlm_jax.models import Compute, Transformer
-    from dlm_jax.parallel import keep_freed_memory
     from dlm_jax.training.optimizer import OptimizerConfig
 
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()  # as `dlm train` does
     model = nnx.jit(lambda: Transformer(config_from_hf(hf_config(args)), rngs=nnx.Rngs(0), param_dtype=args.param_dtype,
                                         compute=Compute(args.dtype, args.remat, args.attention, matmul=choose_matmul(
                                             args.dtype, jax.default_backend(), 1))))()
@@ -152,7 +149,7 @@ def main() -> None:
         print(f"| {kind} | {row['side']} | {row['seconds_per_step']:.3f} | "
               f"{row['tokens_per_second']:,.0f} | {ratio} |"
               + (f" {row['mfu']:.1%} |" if peak else ""))
-    harness.write_results(f"train_step-{args.model}-{harness.device_name()}-dropout{args.dropout:g}",
+    harness.write_results(f"train_step-{args.model}-{harness.device_name()}-{args.dtype}-dropout{args.dropout:g}",
                           {"settings": vars(args), "results": results}, "jax", "flax", "torch", "transformers")
 
 

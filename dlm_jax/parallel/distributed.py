@@ -1,9 +1,7 @@
-"""Processes: several as one program, connecting, agreeing on values, noticing preemption; and the memory of one."""
+"""Several processes as one program: connecting, agreeing on values, and noticing preemption."""
 
-import ctypes
 import json
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +10,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dlm_jax.errors import ConfigError, DLMError
-
-# The numbers of options in glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def initialize_distributed(coordinator: str, num_processes: int | None = None, process_id: int | None = None,
@@ -83,15 +78,3 @@ def preemption_requested(step: int) -> bool:
     JAX's runtime catches the signal, unless a Python handler has been set since `initialize_distributed`.
     """
     return multihost_utils.reached_preemption_sync_point(step)
-
-
-def keep_freed_memory() -> None:
-    """Makes malloc reuse the memory that a step frees instead of returning it, on Linux with glibc; for CPUs.
-
-    Each step of XLA's CPU programs allocates all of its temporary memory anew, and the first touch of each page of it
-    would cost more than what is computed there.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)) if mallopt else ():
-            mallopt(option, value)

@@ -35,7 +35,6 @@ from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trainable
 from dlm_jax.parallel import (
     ATTENTION_PARTITION,
     describe_mesh,
-    keep_freed_memory,
     make_global_batch,
     make_mesh,
     num_batch_shards,
@@ -105,8 +104,6 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform, mesh.size)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_memory()
     stack.enter_context(jax.set_mesh(mesh))  # for `shard_map` inside the model
     first_step, damaged = restore_latest(workdir)
     changes = config_changes(read_run_config(workdir), config) if first_step else []
