@@ -6,8 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from dlm_jax.matmul import FAST, add_bias, choose_matmul, dense, has_bfloat16_units, matmul, product, resolve_dtype
+from dlm_jax.attention import AttentionMask
+from dlm_jax.matmul import (
+    FAST,
+    add_bias,
+    choose_matmul,
+    dense,
+    has_bfloat16_units,
+    jit_model,
+    matmul,
+    product,
+    resolve_dtype,
+)
+from dlm_jax.models import Compute, ModelConfig, Transformer
 
 DENSE = {"matrix": ((5, 8, 48), (48, 64), 1), "to heads": ((5, 8, 48), (48, 4, 16), 1),
          "from heads": ((5, 8, 4, 12), (4, 12, 32), 2)}
@@ -90,6 +103,25 @@ def test_compiled_products_take_bfloat16():
     types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
     assert len(products) >= 5
     assert {types[name] for pair in products for name in pair} == {"bf16"}
+
+
+@pytest.mark.skipif(not has_bfloat16_units(), reason="XLA uses bfloat16 products only where the processor has them")
+def test_no_float32_copy_of_all_kernels():
+    config = ModelConfig("llama", vocab_size=64, hidden_size=32, num_layers=5, num_heads=2, num_kv_heads=2, head_dim=16,
+                         mlp_size=96, max_length=64)
+    model = Transformer(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16, compute=Compute("bfloat16", matmul=FAST))
+
+    def hidden(graphdef, params, tokens):
+        return nnx.merge(graphdef, params).hidden(tokens, AttentionMask.causal())
+
+    program = jit_model(hidden, static_argnames="graphdef").program(FAST)
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        text = program.lower(*nnx.split(model), jnp.zeros((2, 8), int)).compile().as_text()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    assert "bf16[5,32,96]" in text
+    assert not re.findall(r"= f32\[5,32,96\]\S* (?:fusion|parameter)\(.*", text)
 
 
 def test_choice():
