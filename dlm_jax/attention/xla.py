@@ -22,6 +22,7 @@ def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Atte
       key, value: [batch, K, kv_heads, head_dim]; heads is a multiple of kv_heads.
       dropout_seeds: uint32 [batch], or None for no dropout of the probabilities.
       query_positions: int [Q] or [batch, Q], the queries' positions among the keys; None: from 0.
+      matmul_kind: how matrices are multiplied; see `dlm_jax.matmul`.
 
     Returns:
       [batch, Q, heads, head_dim] in the dtype of `query`.
