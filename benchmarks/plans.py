@@ -59,22 +59,18 @@ def row(result: dict) -> str:
     """Returns a row of a table."""
     entry = result["plans"][0]
     plan, memory, time = entry["plan"], entry["plan"]["memory"], entry["plan"]["time"]
-    estimate = sum((plan.get("memory_estimate") or plan["parts"]).values())  # parts, advice, utilisation: older results
     batch = f"{plan['batch_size']} x {plan['length']}"
     cells = [f"`{plan['target']}`", batch + (f" in {plan['micro_batches']}" if plan["micro_batches"] > 1 else ""),
-             f"{memory['needed']:.2f} of {memory['limit']:g}" if plan["is_compiled"] else f"of {memory['limit']:g}",
-             f"{estimate:.2f}", "yes" if memory["fits"] else "**no**"]
+             f"{memory['needed']:.2f} of {memory['limit']:g}", "yes" if memory["fits"] else "**no**"]
     if time is None:
         return harness.row(*cells, "", "", "", "", "", _trials(entry))
     sent = "" if plan["sent"] is None else f"{sum(kind['bytes'] for kind in plan['sent'].values()) / 1e9:.1f}"
-    utilization = time.get("utilization", time.get("utilisation"))
+    utilization = time.get("utilization", time.get("utilisation"))  # utilisation, advice: older results
     return harness.row(*cells, sent, f"{time['floor']:.3g}", f"{time['seconds']:.3g}", f"{utilization:.0%}",
                        f"{time['days']:.1f} / {time['chip_hours']:,.0f}", _trials(entry))
 
 
 def _trials(entry: dict) -> str:
-    if largest := entry.get("largest_batch"):
-        return f"largest batch {largest['batch_size']}"
     trials = entry.get("suggestions", entry.get("advice", []))
     said = [f"`{' '.join(f'{key}={value}' for key, value in trial['settings'].items())}`: "
             + (f"{trial['memory']['needed']:.2f}, fits, about {_seconds(trial['seconds'])}" if trial["memory"]["fits"]
@@ -91,7 +87,7 @@ def _seconds(seconds: float) -> str:
 
 
 def tables() -> str:
-    heads = ["devices", "batch", "GiB per chip", "estimate", "fits", "sent, GB", "at least, s", "about, s",
+    heads = ["devices", "batch", "GiB per chip", "fits", "sent, GB", "at least, s", "about, s",
              "utilization", "days / chip-hours", "other settings tried"]
     lines, results = [], known()
     for name, cases in (("TPU slices, compiled", TPU), ("GPUs, estimated", GPU)):

@@ -12,6 +12,7 @@ figures for a chip's memory (the peak decides whether a program fits) to benchma
 import argparse
 import dataclasses
 import os
+import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -47,15 +48,17 @@ def main() -> None:
     parser.add_argument("--attention", default="tpu", choices=("tpu", "xla"))
     parser.add_argument("--anneal", type=int, default=1, help="1: attention is being annealed; 0: bidirectional")
     args = parser.parse_args()
+    started = time.perf_counter()
     found = plan(args)
+    seconds = time.perf_counter() - started
     memory = found.memory
     result = {
-        "settings": vars(args), "compile_seconds": found.compile_seconds, "argument_gib": memory.arguments,
-        "temp_gib": memory.temporary, "peak_gib": memory.needed, "fits": memory.fits, "sent": found.sent,
+        "settings": vars(args), "compile_seconds": seconds, "argument_gib": memory.breakdown.get("arguments"),
+        "temp_gib": memory.breakdown.get("temporary"), "peak_gib": memory.needed, "fits": memory.fits, "sent": found.sent,
         "versions": harness.versions("jax", "libtpu"),
     }
     print(f"{found.target}: {found.num_chips} chips, {found.batch_size} rows of {found.length}: {memory.needed:.2f} of "
-          f"{memory.limit:.2f} GiB a chip, {'fits' if memory.fits else 'does not fit'}; {found.compile_seconds:.0f} s")
+          f"{memory.limit:.2f} GiB a chip, {'fits' if memory.fits else 'does not fit'}; {seconds:.0f} s")
     known = [entry for entry in harness.read_json("tpu_memory", []) if entry["settings"] != result["settings"]]
     harness.write_json("tpu_memory", [*known, result])
 

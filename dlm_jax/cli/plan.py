@@ -1,12 +1,12 @@
 """Plans a recipe for TPU slices or GPUs that are not attached: whether it fits, what it sends, how long it takes.
 
   dlm plan --config=diffullama_7b --topology=v5e:16x16,v5p:2x4x4
-  dlm plan --config=diffugpt_s --topology=v5litepod-8 --config.data.batch_size=512 --largest_batch
+  dlm plan --config=diffugpt_s --topology=v5litepod-8 --config.data.batch_size=512 --suggest
   dlm plan --config=diffugpt_m --gpu=h100:8
 
 For a TPU, the step of `dlm train` is compiled by the TPU's own compiler on this host's CPU, in a few minutes per slice:
-it fits if the compiler accepts it. For GPUs, its memory is estimated. Times are estimates by a formula that is printed
-with them. Only config.json of the base model is read. Exit status: 0 everything fits, 1 an error, 2 wrong usage,
+it fits if the compiler accepts it. For GPUs, its memory is estimated. Times are estimates, by the formula in
+docs/plans.md. Only config.json of the base model is read. Exit status: 0 everything fits, 1 an error, 2 wrong usage,
 3 something does not fit.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import time
 
 from dlm_jax.cli.config import build_config, load_recipe, recipe_names
 from dlm_jax.cli.shared import add_json_argument, write_result
@@ -29,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "2xv5e:16x16 for two slices")
     parser.add_argument("--gpu", nargs="+", action="extend", default=[], metavar="NAME:COUNT",
                         help="GPUs by description: h100:8,a100-80:64")
-    parser.add_argument("--largest_batch", action="store_true",
-                        help="also find the largest data.batch_size that fits, in a few more compilations")
     parser.add_argument("--suggest", action="store_true",
                         help="if the recipe does not fit, also try settings that would, in a few more compilations")
     parser.add_argument("--config.KEY", dest="overrides", metavar="VALUE", default=[],
@@ -46,7 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
     from dlm_jax import plan as planning
     from dlm_jax.matmul import resolve_dtype
     from dlm_jax.plan import report
-    from dlm_jax.plan.roofline import FORMULA
     from dlm_jax.training.config import TrainConfig, flat_dict
 
     config = build_config(TrainConfig, recipe, arguments.overrides)
@@ -61,40 +57,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     lines, plans = report.recipe_lines(config, base), []
     for target in targets:
-        progress = _Progress(target.name)
+        def progress(text: str, name: str = target.name) -> None:
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
+
         progress(f"{'compiling' if target.is_compiled_for else 'estimating'} data.batch_size={config.data.batch_size}")
-        plan = planning.make_plan(config, base, target)
-        result = {"plan": plan}
+        plan, trials = planning.make_plan(config, base, target), []
         lines += ["", *report.plan_lines(plan)]
-        if arguments.largest_batch:
-            result["largest_batch"] = planning.largest_batch(config, base, target, plan, progress)
-            lines += report.largest_lines(result["largest_batch"])
         if arguments.suggest and not plan.memory.fits:
-            result["suggestions"] = planning.suggest(config, base, target, plan, progress)
-            lines += report.suggestion_lines(result["suggestions"])
-        progress("done")
-        plans.append(result)
-    lines += ["", "Times are estimates:", FORMULA]
-    fits = all(result["plan"].memory.fits for result in plans)
+            trials = planning.suggest(config, base, target, plan, progress)
+            lines += report.suggestion_lines(trials)
+        plans.append({"plan": dataclasses.asdict(plan), "suggestions": [dataclasses.asdict(trial) for trial in trials]})
+    lines += ["", "Times are estimates, not measurements; docs/plans.md has the formula and published figures."]
+    fits = all(entry["plan"]["memory"]["fits"] for entry in plans)
     content = {"recipe": arguments.config, "config": flat_dict(config), "model": dataclasses.asdict(base), "fits": fits,
-               "plans": [{name: _plain(value) for name, value in result.items()} for result in plans],
-               "formula": FORMULA.splitlines()}
+               "plans": plans}
     write_result(arguments.json, content, "\n".join(lines))
     return EXIT_OK if fits else EXIT_DOES_NOT_FIT
-
-
-class _Progress:
-    """Prints a line per stage to standard error, with the seconds that the previous one took."""
-
-    def __init__(self, name: str):
-        self._name, self._started = name, time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        now = time.monotonic()
-        seconds, self._started = now - self._started, now
-        print(f"{self._name}: {text}" + (f" ({seconds:.0f} s)" if seconds >= 1 else ""), file=sys.stderr, flush=True)
-
-
-def _plain(value: object) -> object:
-    """Converts dataclasses and lists of them to what JSON holds."""
-    return [_plain(item) for item in value] if isinstance(value, list) else dataclasses.asdict(value)

@@ -41,6 +41,12 @@ class Collective:
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}.get(self.kind, share)
         return self.count * self.size * factor
 
+    @property
+    def label(self) -> str:
+        """The kind, with what sets it apart in a table."""
+        return (self.kind + " between slices" * self.between_slices
+                + " in loops of unknown length, counted once" * (not self.is_bounded))
+
 
 def collectives(hlo: str, num_devices: int, num_slices: int = 1) -> list[Collective]:
     """Returns the collectives of a program.
@@ -89,12 +95,13 @@ def collectives(hlo: str, num_devices: int, num_slices: int = 1) -> list[Collect
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
-    """Returns `{kind: {"count": per step, "bytes": sent by a device per step}}` for the kinds that occur."""
-    groups: dict[str, list[Collective]] = {}
+    """Returns `{label: {"count": per step, "bytes": sent by a device per step}}` for the kinds that occur."""
+    sums: dict[str, dict[str, float]] = {}
     for one in sorted(found, key=lambda c: (c.between_slices, KINDS.index(c.kind))):
-        groups.setdefault(one.kind + " between slices" * one.between_slices, []).append(one)
-    return {kind: {"count": sum(c.count for c in some), "bytes": round(sum(c.sent for c in some))}
-            for kind, some in groups.items()}
+        kind = sums.setdefault(one.label, {"count": 0, "bytes": 0})
+        kind["count"] += one.count
+        kind["bytes"] += round(one.sent)
+    return sums
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import json
+import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.checkpoints import config_from_hf, load_pretrained, resolve_lora
-from dlm_jax.checkpoints.lora import LoRASettings
 from dlm_jax.checkpoints.tokenizer import choose_mask_token
 from dlm_jax.diffusion import Batch
 from dlm_jax.errors import ConfigError, DLMError
@@ -21,9 +20,9 @@ from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model, sp
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.training.config import ModelSource, TrainConfig
-from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.setup import check_fit, with_dropout
-from dlm_jax.training.step import TrainState, make_train_step, state_layout
+from dlm_jax.training.step import HOST, TrainState, make_train_step, state_layout
 
 # The architecture in config.json of models on the hub, to plan without a network and before accepting their terms.
 KNOWN = json.loads(Path(__file__).with_name("known_models.json").read_text())
@@ -40,39 +39,29 @@ class CompileError(DLMError):
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model to start from, without weights.
-
-    Attributes:
-      config: its architecture, including the vocabulary row of a new mask token.
-      origin: where the architecture was read, for people.
-      new_mask_token: whether the mask token adds a row.
-    """
+    """The model to start from, without weights; `new_mask_token` says whether the mask token adds a vocabulary row."""
 
     config: ModelConfig
     mask_token_id: int | None
-    source: str
-    origin: str
     new_mask_token: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceMemory:
+class Memory:
     """GiB of a device.
 
     Attributes:
-      needed: the peak, arguments included; for a program that does not fit, the compiler's own figure.
-      limit: what the compiler grants.
-      arguments: state and batch; None, like `temporary`, for a program that does not fit.
-      temporary: the sum of what lives during a step, which exceeds its peak.
-      host: in the memory of the device's host.
+      needed: the peak, arguments included; for a program that the compiler refuses, its own figure.
+      limit: what a program may use.
+      fits: whether the compiler accepts the program; for GPUs, whether the estimate is below the limit.
+      breakdown: compiled: "arguments", "temporary" (the sum of what exists during a step, which exceeds its peak) and
+        "host", in the memory of the device's host; estimated: see `estimate_memory`. Empty for a refused program.
     """
 
     needed: float
     limit: float
     fits: bool
-    arguments: float | None = None
-    temporary: float | None = None
-    host: float = 0.0
+    breakdown: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def describe_base(model: ModelSource) -> Base:
@@ -92,12 +81,10 @@ def describe_base(model: ModelSource) -> Base:
         if not is_new:
             mask_token_id, _ = choose_mask_token(model.mask_token, None, config.vocab_size, None)
         config = dataclasses.replace(config, vocab_size=config.vocab_size + is_new)
-        origin = "the table of known models in dlm_jax"
     else:
         base = load_pretrained(model.source, init="abstract", mask_token=model.mask_token)
         config, mask_token_id, is_new = base.model.config, base.diffusion.mask_token_id, base.new_mask_token
-        origin = f"config.json of {model.source}"
-    return Base(with_dropout(config, model.dropout), mask_token_id, model.source, origin, is_new)
+    return Base(with_dropout(config, model.dropout), mask_token_id, is_new)
 
 
 def check_plan(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> None:
@@ -109,11 +96,11 @@ def check_plan(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> No
 def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> list[jax.stages.Traced]:
     """Traces the step that `dlm train` runs for the devices of `mesh`: one program, or two if the optimizer's state is
     offloaded."""
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    graphdef = nnx.graphdef(_model(config.model, config.lora, base, attention))
-    step = make_train_step(graphdef, optimizer, mesh, objective=config.objective, config=config.optimizer,
-                           num_steps=config.num_steps, seed=config.seed, mask_token_id=base.mask_token_id)
-    state, batch = abstract_state(config, base, mesh), abstract_batch(config, mesh)
+    step = make_train_step(nnx.graphdef(_model(config, base, attention)),
+                           make_optimizer(config.optimizer, config.num_steps), mesh, objective=config.objective,
+                           config=config.optimizer, num_steps=config.num_steps, seed=config.seed,
+                           mask_token_id=base.mask_token_id)
+    state, batch = abstract_state(config, base, mesh), _abstract_batch(config, mesh)
     with jax.set_mesh(mesh):
         if not config.optimizer.offload:
             return [step.trace(state, batch)]
@@ -123,33 +110,7 @@ def trace_step(config: TrainConfig, base: Base, mesh: Mesh, attention: str) -> l
         return [gradient, apply_gradients.trace(state, grads, gradient.out_info[1])]
 
 
-def abstract_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> TrainState:
-    """Returns the training state as shapes with shardings.
-
-    Raises:
-      ConfigError: the mesh does not divide a parameter.
-    """
-    return _abstract_state(config.model, config.lora, config.optimizer, config.num_steps, base, mesh)
-
-
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
-    """Returns what the loader gives a step, as shapes with shardings."""
-    data = config.data
-
-    def array(dtype: jnp.dtype, *axes: str) -> jax.ShapeDtypeStruct:
-        shape = (data.batch_size, data.length)[:len(axes)]
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=array_sharding(mesh, *axes))
-
-    # Rows with several documents, or with padding that is not trained on, have document ids.
-    padded = data.examples.format != "none" and data.examples.train_on_padding is False
-    has_documents = data.packing == "document_mask" or data.random_length > 0 or padded
-    ids = array(jnp.int32, "batch", "length") if has_documents else None
-    return Batch(array(jnp.int32, "batch", "length"), array(jnp.bool_, "batch", "length"), array(jnp.uint32, "batch"),
-                 ids, ids)
-
-
-def compile_step(programs: Sequence[jax.stages.Traced], limit: float,
-                 extra: float = 0.0) -> tuple[DeviceMemory, list[str]]:
+def compile_step(programs: list[jax.stages.Traced], limit: float, extra: float = 0.0) -> tuple[Memory, list[str]]:
     """Compiles the programs of a step, which run one after another: the step fits if each of them does.
 
     Args:
@@ -162,54 +123,71 @@ def compile_step(programs: Sequence[jax.stages.Traced], limit: float,
     Raises:
       CompileError: the compiler fails, for another reason than memory.
     """
-    memories, texts = [], []
+    needed, breakdown, texts = 0.0, {"arguments": 0.0, "temporary": 0.0, "host": 0.0}, []
     for program in programs:
-        memory, hlo = _compile(program, limit)
-        if not memories:
-            needed = memory.needed + extra
-            memory = dataclasses.replace(memory, needed=needed, fits=memory.fits and needed <= limit)
-        if not memory.fits:
-            return memory, []
-        memories.append(memory)
-        texts.append(hlo)
-    largest = {name: max(getattr(memory, name) for memory in memories)
-               for name in ("needed", "arguments", "temporary", "host")}
-    return DeviceMemory(limit=limit, fits=True, **largest), texts
+        try:
+            compiled = program.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if memory := exhausted(str(error)):
+                return dataclasses.replace(memory, needed=memory.needed + extra * (not texts)), []
+            raise CompileError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
+        analysis = compiled.memory_analysis()
+        host = analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes  # the peak includes it
+        peak = (analysis.peak_memory_in_bytes - host) / GIB + extra * (not texts)
+        if not texts and extra and peak > limit:  # the compiler does not know of `extra`
+            return Memory(peak, limit, False), []
+        sizes = (analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, host)
+        needed = max(needed, peak)
+        breakdown = {name: max(breakdown[name], size / GIB) for name, size in zip(breakdown, sizes, strict=True)}
+        texts.append(compiled.as_text())
+    return Memory(needed, limit, True, breakdown), texts
 
 
-def exhausted(message: str) -> DeviceMemory | None:
+def exhausted(message: str) -> Memory | None:
     """Returns the memory that a compiler's error reports as exceeded; None for any other error."""
     match = _EXHAUSTED.search(message)
     if "RESOURCE_EXHAUSTED" not in message or not match:
         return None
     used, used_unit, limit, limit_unit = match.groups()
-    return DeviceMemory(float(used) * _UNITS[used_unit] / GIB, float(limit) * _UNITS[limit_unit] / GIB, False)
+    return Memory(float(used) * _UNITS[used_unit] / GIB, float(limit) * _UNITS[limit_unit] / GIB, False)
 
 
-@functools.cache  # the same for all batches
-def _abstract_state(model: ModelSource, lora: LoRASettings, optimizer: OptimizerConfig, num_steps: int, base: Base,
-                    mesh: Mesh | AbstractMesh) -> TrainState:
-    _, params, frozen = split_trainable(_model(model, lora, base, "xla"))
-    return state_layout(params, make_optimizer(optimizer, num_steps), optimizer.ema_decay > 0, mesh, optimizer.offload,
-                        frozen)
+@functools.cache
+def abstract_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Returns the training state as shapes with shardings.
+
+    Raises:
+      ConfigError: the mesh does not divide a parameter.
+    """
+    _, params, frozen = split_trainable(_model(config, base, "xla"))
+    optimizer = config.optimizer
+    return state_layout(params, make_optimizer(optimizer, config.num_steps), optimizer.ema_decay > 0, mesh,
+                        optimizer.offload, frozen)
 
 
-def _model(model: ModelSource, lora: LoRASettings, base: Base, attention: str) -> Transformer:
-    compute = Compute(model.dtype, model.remat, attention, ATTENTION_PARTITION)
-    return abstract_model(base.config, compute, model.param_dtype,
-                          resolve_lora(lora, base.config, base.new_mask_token))
+def device_bytes(tree: object) -> int:
+    """Returns the bytes per device of a tree of shapes with shardings; arrays in host memory count as none."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
+               for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST)
 
 
-def _compile(traced: jax.stages.Traced, limit: float) -> tuple[DeviceMemory, str]:
-    """Returns what a program needs, and its optimized text if it fits."""
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if memory := exhausted(str(error)):
-            return memory, ""
-        raise CompileError(f"the step cannot be compiled: {' '.join(str(error).split())[:600]}") from error
-    analysis = compiled.memory_analysis()
-    host = analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes  # the peak includes it
-    memory = DeviceMemory((analysis.peak_memory_in_bytes - host) / GIB, limit, True,
-                          analysis.argument_size_in_bytes / GIB, analysis.temp_size_in_bytes / GIB, host / GIB)
-    return memory, compiled.as_text()
+def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Returns what the loader gives a step, as shapes with shardings."""
+    data = config.data
+
+    def array(dtype: jnp.dtype, *axes: str) -> jax.ShapeDtypeStruct:
+        shape = (data.batch_size, data.length)[:len(axes)]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=array_sharding(mesh, *axes))
+
+    # Rows with several documents, or with padding that is not trained on, have document ids.
+    padded = data.examples.format != "none" and not data.examples.train_on_padding
+    has_documents = data.packing == "document_mask" or data.random_length > 0 or padded
+    ids = array(jnp.int32, "batch", "length") if has_documents else None
+    return Batch(array(jnp.int32, "batch", "length"), array(jnp.bool_, "batch", "length"), array(jnp.uint32, "batch"),
+                 ids, ids)
+
+
+def _model(config: TrainConfig, base: Base, attention: str) -> Transformer:
+    compute = Compute(config.model.dtype, config.model.remat, attention, ATTENTION_PARTITION)
+    return abstract_model(base.config, compute, config.model.param_dtype,
+                          resolve_lora(config.lora, base.config, base.new_mask_token))

@@ -1,4 +1,4 @@
-"""The memory of a step without compiling it: exact for the state, an estimate for the rest."""
+"""The memory of a step on GPUs, without compiling it: exact for the state, an estimate for the rest."""
 
 import dataclasses
 import functools
@@ -8,25 +8,23 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
-from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.checkpoints import resolve_lora
 from dlm_jax.diffusion import HeadPlan
 from dlm_jax.parallel import MeshConfig, make_mesh, num_batch_shards
 from dlm_jax.parallel.chips import GIB
-from dlm_jax.plan.compile import Base, abstract_state, trace_step
+from dlm_jax.plan.compile import Base, Memory, abstract_state, device_bytes, trace_step
+from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.metrics import count_params
-from dlm_jax.training.step import HOST
 
 _TRACED_ROWS = 1009  # a prime that no other axis of a model has, by which the batch axis is recognized
 
 
-@dataclasses.dataclass(frozen=True)
-class StepMemory:
-    """GiB of a device.
+def estimate_memory(config: TrainConfig, base: Base, target: Target) -> Memory:
+    """Estimates what a step needs per device of a mesh that shards only the batch.
 
-    Attributes:
+    The breakdown is:
       state: parameters, optimizer moments and average, as sharded.
       gradients: float32, sharded like the parameters; with micro-batches also their sum, in the parameters' dtype.
       activations: what the backward pass of a micro-batch keeps of the forward pass.
@@ -34,27 +32,14 @@ class StepMemory:
         with LoRA's products); what that layer recomputes; dense attention scores; one chunk of logits with its
         gradient; the head's gradient before it is scattered.
     """
-
-    state: float
-    gradients: float
-    activations: float
-    working: float
-
-    @property
-    def total(self) -> float:
-        return self.state + self.gradients + self.activations + self.working
-
-
-def estimate_memory(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, attention: str) -> StepMemory:
-    """Estimates what a step needs per device of a mesh that shards only the batch (`has_analytic_estimate`)."""
-    model, architecture, state = config.model, base.config, abstract_state(config, base, mesh)
-    micro_batches = config.optimizer.accumulate_steps
-    params = device_bytes(state.params)
+    model, architecture, state = config.model, base.config, abstract_state(config, base, target.mesh)
+    micro_batches, params = config.optimizer.accumulate_steps, device_bytes(state.params)
     gradients = 4 * params // jnp.dtype(model.param_dtype).itemsize + params * (micro_batches > 1)
 
-    rows = config.data.batch_size / micro_batches / num_batch_shards(mesh)
-    kept, no_remat = (rows * activation_bytes(config, base, attention, remat) for remat in (model.remat, "none"))
-    width, gathers = jnp.dtype(model.dtype).itemsize, mesh.shape["fsdp"] > 1
+    rows = config.data.batch_size / micro_batches / num_batch_shards(target.mesh)
+    activations, without_remat = (rows * activation_bytes(config, base, target.attention, remat)
+                                  for remat in (model.remat, "none"))
+    width, gathers = jnp.dtype(model.dtype).itemsize, target.mesh.shape["fsdp"] > 1
     lora = resolve_lora(config.lora, architecture, base.new_mask_token)
     layer = count_params(architecture, "blocks") / architecture.num_layers
     table = architecture.vocab_size * architecture.hidden_size
@@ -65,16 +50,13 @@ def estimate_memory(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh, 
     elif lora is not None and (lora.quantized or lora.dora):
         working += width * layer
     if model.remat != "none":
-        working += no_remat / architecture.num_layers
-    if attention == "xla":  # the scores and their gradient, float32
+        working += without_remat / architecture.num_layers
+    if target.attention == "xla":  # the scores and their gradient, float32
         working += 8 * rows * architecture.num_heads * config.data.length**2
-    return StepMemory(*(size / GIB for size in (device_bytes(state), gradients, kept, working)))
-
-
-def device_bytes(tree: object) -> int:
-    """Returns the bytes per device of a tree of shapes with shardings; arrays in host memory count as none."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
-               for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST)
+    breakdown = {"state": device_bytes(state) / GIB, "gradients": gradients / GIB, "activations": activations / GIB,
+                 "working": working / GIB}
+    needed = sum(breakdown.values())
+    return Memory(needed, target.chip.memory, needed <= target.chip.memory, breakdown)
 
 
 def activation_bytes(config: TrainConfig, base: Base, attention: str, remat: str) -> float:
@@ -84,11 +66,11 @@ def activation_bytes(config: TrainConfig, base: Base, attention: str, remat: str
     parameters in the activations' dtype; these are not counted). cuDNN keeps what the TPU kernel keeps: query, key,
     value, result and logsumexp.
     """
-    attention = "tpu" if attention == "cudnn" else attention
     return _activation_bytes(dataclasses.replace(
         config, model=dataclasses.replace(config.model, remat=remat),
         data=dataclasses.replace(config.data, batch_size=_TRACED_ROWS),
-        optimizer=dataclasses.replace(config.optimizer, accumulate_steps=1)), base, attention)
+        optimizer=dataclasses.replace(config.optimizer, accumulate_steps=1)), base,
+        "tpu" if attention == "cudnn" else attention)
 
 
 @functools.cache  # the same per row for batches of all sizes

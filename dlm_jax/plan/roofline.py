@@ -11,7 +11,6 @@ from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel.chips import GIB, Chip
 from dlm_jax.plan.compile import Base, abstract_state
-from dlm_jax.plan.memory import StepMemory
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.metrics import count_params, train_flops
@@ -20,16 +19,6 @@ from dlm_jax.training.metrics import count_params, train_flops
 # rematerialization on 256 v5e has a utilization of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
 # Llama 3.1-8B, v6e-256), 49.7 to 37.9% (MaxText, Llama-2-7B on 8 to 128 H100), 61.1% (MaxText, 16B, v5e-256).
 EFFICIENCY = 0.6
-
-FORMULA = f"""\
-compute      FLOPs per chip, recomputation included, / its peak
-memory       (2 x state + 2 x temporary memory x micro-batches + weights x passes) / bandwidth
-interconnect bytes that a chip sends within its slice or host / the bandwidth of all its links
-network      bytes that it sends beyond / its share of the network
-at least     the largest of these
-about        (compute + memory) / {EFFICIENCY}, or the time of sending if that is longer
-at worst     their sum / {EFFICIENCY}
-utilization  FLOPs of the model without recomputation / (about x peak)"""
 
 _GPUS_PER_HOST = 8
 
@@ -47,18 +36,8 @@ class Flops:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Bytes per chip and step: a lower bound of memory reads and writes, and what is sent within the slice or host and
-    beyond."""
-
-    memory: float
-    interconnect: float
-    network: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds per step by FORMULA, and what follows from `seconds` for the run.
+    """Seconds per step, and what follows from `seconds` for the run.
 
     Attributes:
       limits: seconds by each limit alone: compute, memory, interconnect, network.
@@ -74,6 +53,31 @@ class Estimate:
     tokens_per_second: float
     days: float
     chip_hours: float
+
+
+def estimate_time(config: TrainConfig, flops: Flops, chip: Chip, num_chips: int, *, memory: float, interconnect: float,
+                  network: float) -> Estimate:
+    """Estimates the time of a step and of the run.
+
+    At least the largest limit; about (compute + memory) / EFFICIENCY, or the largest limit if that is more; at worst
+    the sum of the limits / EFFICIENCY.
+
+    Args:
+      memory: bytes read and written per chip (`memory_traffic`).
+      interconnect, network: bytes that a chip sends within its slice or host, and beyond.
+    """
+    limits = {"compute": flops.executed / num_chips / chip.flops, "memory": memory / chip.memory_bandwidth,
+              "interconnect": interconnect / chip.interconnect}
+    if network:
+        limits["network"] = network / (chip.network or chip.interconnect)
+    floor = max(limits.values())
+    seconds = max((limits["compute"] + limits["memory"]) / EFFICIENCY, floor)
+    days = seconds * config.num_steps / 86400
+    return Estimate(
+        limits=limits, floor=floor, seconds=seconds, ceiling=sum(limits.values()) / EFFICIENCY,
+        utilization=flops.model / num_chips / chip.flops / seconds,
+        tokens_per_second=config.data.batch_size * config.data.length / seconds,
+        days=days, chip_hours=24 * days * num_chips)
 
 
 def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
@@ -105,25 +109,6 @@ def scored_share(objective: ObjectiveConfig) -> float:
     return masked
 
 
-def estimate(config: TrainConfig, flops: Flops, traffic: Traffic, chip: Chip, num_chips: int) -> Estimate:
-    """Returns the times of a step and of the run by FORMULA."""
-    limits = {
-        "compute": flops.executed / num_chips / chip.flops,
-        "memory": traffic.memory / chip.memory_bandwidth,
-        "interconnect": traffic.interconnect / chip.interconnect,
-    }
-    if traffic.network:
-        limits["network"] = traffic.network / (chip.network or chip.interconnect)
-    floor = max(limits.values())
-    seconds = max((limits["compute"] + limits["memory"]) / EFFICIENCY, floor)
-    days = seconds * config.num_steps / 86400
-    return Estimate(
-        limits=limits, floor=floor, seconds=seconds, ceiling=sum(limits.values()) / EFFICIENCY,
-        utilization=flops.model / num_chips / chip.flops / seconds,
-        tokens_per_second=config.data.batch_size * config.data.length / seconds,
-        days=days, chip_hours=24 * days * num_chips)
-
-
 def memory_traffic(config: TrainConfig, base: Base, target: Target, state: float, temporary: float) -> float:
     """Returns a lower bound of the bytes through a device's memory per step.
 
@@ -138,8 +123,8 @@ def memory_traffic(config: TrainConfig, base: Base, target: Target, state: float
     return 2 * GIB * (state + temporary * micro_batches) + weights * passes * micro_batches
 
 
-def gpu_traffic(config: TrainConfig, base: Base, target: Target, memory: StepMemory) -> Traffic:
-    """Returns the traffic of GPUs with a mesh that shards only the batch.
+def gpu_sent(config: TrainConfig, base: Base, target: Target) -> tuple[float, float]:
+    """Returns the bytes that a GPU sends per step (within its host, beyond) on a mesh that shards only the batch.
 
     Each micro-batch gathers the weights for the forward and the backward pass and scatters the gradients of what is
     trained over `fsdp`, in the activations' dtype; replicas of the parameters sum their float32 gradients. A group that
@@ -150,7 +135,4 @@ def gpu_traffic(config: TrainConfig, base: Base, target: Target, memory: StepMem
     width, replicas = jnp.dtype(config.model.dtype).itemsize, target.mesh.size // shards
     sent = width * (2 * params + trained) * (shards - 1) / shards * config.optimizer.accumulate_steps
     sent += 2 * 4 * trained / shards * (replicas - 1) / replicas
-    traffic = memory_traffic(config, base, target, memory.state, memory.total - memory.state)
-    if target.mesh.size <= _GPUS_PER_HOST:
-        return Traffic(traffic, sent)
-    return Traffic(traffic, 0.0, sent / _GPUS_PER_HOST)
+    return (sent, 0.0) if target.mesh.size <= _GPUS_PER_HOST else (0.0, sent / _GPUS_PER_HOST)

@@ -5,7 +5,6 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -13,12 +12,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from dlm_jax.attention import choose_backend
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
-from dlm_jax.parallel import AXES, MeshConfig, make_mesh, mesh_sizes
+from dlm_jax.parallel import AXES, make_mesh, mesh_sizes
 from dlm_jax.parallel.chips import CHIPS, Chip
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.setup import attention_spec, choose_attention
 
-GPUS = tuple(chip.name for chip in CHIPS if not any(kind.startswith("TPU") for kind in chip.kinds))
+GPUS = tuple(chip.name for chip in CHIPS if chip.capability)
 
 _AXES = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # of each generation's torus
 _HOST = (2, 2, 1)  # chips of a host along each axis: a slice has a multiple of them, or fits in one host
@@ -43,8 +42,7 @@ class Topology:
     @property
     def name(self) -> str:
         """As JAX spells it, with the number of slices before it: `v5e:4x4`, `2xv5e:16x16`."""
-        one = f"{self.generation}:{'x'.join(map(str, self.shape))}"
-        return one if self.slices == 1 else f"{self.slices}x{one}"
+        return f"{self.slices}x" * (self.slices > 1) + f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
     @property
     def num_chips(self) -> int:
@@ -85,31 +83,22 @@ def gpu_target(config: TrainConfig, architecture: ModelConfig, description: str)
     """Returns GPUs by description, such as `h100:8`.
 
     Raises:
-      ConfigError: the GPU is unknown or lacks the requested attention backend, or memory has no analytic estimate on
-        this mesh.
+      ConfigError: the GPU is unknown or lacks the requested attention backend, or memory cannot be estimated on this
+        mesh.
     """
     name, _, count = description.lower().partition(":")
     if name not in GPUS or not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"the GPUs {description!r} are not described as NAME:COUNT, such as h100:8; known names are "
                           f"{', '.join(GPUS)}")
-    chip, mesh = _chip(name), abstract_mesh(config.mesh, int(count))
-    if not has_analytic_estimate(config, mesh.shape):
+    chip, sizes = _chip(name), tuple(mesh_sizes(config.mesh, int(count)))
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    offloads = config.optimizer.offload or config.model.remat == "offload"
+    if offloads or mesh.shape["tensor"] * mesh.shape["context"] > 1:
         raise ConfigError("planning for GPUs needs a mesh that shards only the batch and nothing offloaded to host "
                           "memory: set mesh.tensor and mesh.context to 1, optimizer.offload to false and model.remat "
                           "to full, or plan for a TPU slice, which is compiled")
     attention = choose_backend(config.model.attention, attention_spec(config, architecture), "gpu", chip.capability)
     return Target(description.lower(), chip, mesh, attention.backend, attention.reason)
-
-
-def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-    """Returns the shape of the mesh that `make_mesh` makes of `num_devices`."""
-    return AbstractMesh(tuple(mesh_sizes(config, num_devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def has_analytic_estimate(config: TrainConfig, sizes: Mapping[str, int]) -> bool:
-    """Returns whether memory can be estimated without compiling: `sizes` shard only the batch, nothing is offloaded."""
-    offloads = config.optimizer.offload or config.model.remat == "offload"
-    return sizes["tensor"] * sizes["context"] == 1 and not offloads
 
 
 def read_topology(text: str) -> Topology:
@@ -119,12 +108,11 @@ def read_topology(text: str) -> Topology:
       ConfigError: the name, generation or shape does not exist.
     """
     match = _NAME.fullmatch(text.replace("v5litepod", "v5e"))
-    if not match:
+    if not match or match["generation"] not in _AXES:
         raise ConfigError(f"the topology {text!r} is not named GENERATION:SHAPE, such as v5e:4x4, v5p:2x2x4, or "
-                          "2xv5e:16x16 for two slices, nor by its cloud name, such as v5litepod-16")
+                          "2xv5e:16x16 for two slices, nor by its cloud name, such as v5litepod-16; generations are "
+                          + ", ".join(_AXES))
     generation, slices = match["generation"], int(match["slices"] or 1)
-    if generation not in _AXES:
-        raise ConfigError(f"the topology {text!r} is of an unknown generation; known are {', '.join(_AXES)}")
     shape = (_cloud_shape(generation, int(match["number"])) if match["number"]
              else tuple(map(int, match["shape"].split("x"))))
     if shape is None:

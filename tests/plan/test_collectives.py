@@ -63,6 +63,7 @@ def test_trip_counts(mesh):
 
     inner, last = sorted(found_in(mesh, lambda x: sums_in_loops(x, x[0].astype(int)), (4096,)), key=lambda c: -c.count)
     assert (inner.count, last.count, last.is_bounded) == (15, 1, False)
+    assert sorted(by_kind([inner, last])) == ["all-reduce", last.label]
 
 
 def test_collectives_that_xla_inserts(mesh):

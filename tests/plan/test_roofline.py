@@ -9,7 +9,7 @@ import pytest
 from dlm_jax.data.config import DataConfig
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel.chips import CHIPS, Chip
-from dlm_jax.plan.roofline import EFFICIENCY, Flops, Traffic, estimate, scored_share, step_flops
+from dlm_jax.plan.roofline import EFFICIENCY, Flops, estimate_time, scored_share, step_flops
 from dlm_jax.training.config import ModelSource, ObjectiveConfig, TrainConfig
 from dlm_jax.training.metrics import peak_flops
 
@@ -45,16 +45,16 @@ def test_scored_share(objective, share):
 
 def test_estimate():
     chip = Chip("x", ("X",), flops=1e12, memory=16, memory_bandwidth=1e11, interconnect=1e10, network=1e9)
-    time = estimate(CONFIG, Flops(6e12, 8e12), Traffic(5e10, 2e9, 1e8), chip, num_chips=4)
+    time = estimate_time(CONFIG, Flops(6e12, 8e12), chip, 4, memory=5e10, interconnect=2e9, network=1e8)
     assert time.limits == pytest.approx({"compute": 2.0, "memory": 0.5, "interconnect": 0.2, "network": 0.1})
     assert [time.floor, time.seconds, time.ceiling] == pytest.approx([2.0, 2.5 / EFFICIENCY, 2.8 / EFFICIENCY])
     assert time.utilization == pytest.approx(6e12 / 4 / 1e12 / time.seconds)
     assert time.tokens_per_second == pytest.approx(TOKENS / time.seconds)
     assert [time.chip_hours, time.days] == pytest.approx([time.seconds * 4000 / 3600, time.seconds * 1000 / 86400])
 
-    slow = estimate(CONFIG, Flops(6e12, 8e12), Traffic(5e10, 2e9, 1e10), chip, num_chips=4)
+    slow = estimate_time(CONFIG, Flops(6e12, 8e12), chip, 4, memory=5e10, interconnect=2e9, network=1e10)
     assert slow.floor == slow.seconds == 10 < slow.ceiling
-    assert "network" not in estimate(CONFIG, Flops(1, 1), Traffic(1, 1), chip, 1).limits
+    assert "network" not in estimate_time(CONFIG, Flops(1, 1), chip, 1, memory=1, interconnect=1, network=0).limits
 
 
 def test_chips():

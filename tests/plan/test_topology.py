@@ -3,9 +3,8 @@ import importlib.util
 import pytest
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.plan import gpu_target
-from dlm_jax.plan.topology import Topology, abstract_mesh, read_topology, tpu_devices
+from dlm_jax.plan.topology import Topology, read_topology, tpu_devices
 from tests.plan.conftest import needs_libtpu, with_values
 
 
@@ -50,20 +49,6 @@ def test_slice_indices():
     assert sorted(device.slice_index for device in found) == [0] * 4 + [1] * 4
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2), MeshConfig(data=-1, fsdp=4),
-                                  MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=8, fsdp=1)])
-def test_abstract_mesh(mesh):
-    assert dict(abstract_mesh(mesh, 8).shape) == dict(make_mesh(mesh).shape)
-
-
-@pytest.mark.parametrize("mesh", [MeshConfig(data=3), MeshConfig(data=2, fsdp=2), MeshConfig(data=16)])
-def test_abstract_mesh_of_invalid_sizes(mesh):
-    with pytest.raises(ConfigError):
-        make_mesh(mesh)
-    with pytest.raises(ConfigError):
-        abstract_mesh(mesh, 8)
-
-
 @pytest.mark.parametrize("text", ["h100", "h100:", "h100:0", "a100:8", "TPU:4", "h100:8:8"])
 def test_invalid_gpus(config, base, text):
     with pytest.raises(ConfigError, match=text):
@@ -81,6 +66,10 @@ def test_gpu_attention(config, base):
     assert gpu_target(with_values(config, model={"attention": "xla"}), base.config, "h100:8").attention == "xla"
 
 
-def test_gpus_need_an_analytic_estimate(config, base):
+def test_gpu_meshes(config, base):
+    mesh = gpu_target(with_values(config, mesh={"data": 2, "fsdp": -1}), base.config, "h100:8").mesh
+    assert (mesh.size, mesh.shape["data"], mesh.shape["fsdp"]) == (8, 2, 4)
+    with pytest.raises(ConfigError):
+        gpu_target(with_values(config, mesh={"data": 3}), base.config, "h100:8")
     with pytest.raises(ConfigError, match=r"mesh\.tensor and mesh\.context"):
         gpu_target(with_values(config, mesh={"tensor": 2}), base.config, "h100:8")
