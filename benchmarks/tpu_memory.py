@@ -54,8 +54,8 @@ def main() -> None:
     memory = found.memory
     result = {
         "settings": vars(args), "compile_seconds": seconds, "argument_gib": memory.breakdown.get("arguments"),
-        "temp_gib": memory.breakdown.get("temporary"), "peak_gib": memory.needed, "fits": memory.fits, "sent": found.sent,
-        "versions": harness.versions("jax", "libtpu"),
+        "temp_gib": memory.breakdown.get("temporary"), "peak_gib": memory.needed, "fits": memory.fits,
+        "sent": found.sent, "versions": harness.versions("jax", "libtpu"),
     }
     print(f"{found.target}: {found.num_chips} chips, {found.batch_size} rows of {found.length}: {memory.needed:.2f} of "
           f"{memory.limit:.2f} GiB a chip, {'fits' if memory.fits else 'does not fit'}; {seconds:.0f} s")
