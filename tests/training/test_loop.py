@@ -11,11 +11,12 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from dlm_jax import matmul
 from dlm_jax.checkpoints import load_pretrained
 from dlm_jax.checkpoints.orbax import saved_steps
 from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.errors import TrainingError
-from dlm_jax.parallel import MeshConfig
+from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.training import read_records, setup, train
 from dlm_jax.training.hooks import PeriodicEval
 from dlm_jax.training.step import make_train_step
@@ -72,6 +73,24 @@ def test_resuming_is_exact(full_run, resumed):
     assert len(expected) > 60
     assert {name for name in expected if not np.array_equal(expected[name], found[name])} == set()
     assert [record for record in records(workdir) if record["kind"] != "signal"] == records(full_run[0])
+
+
+def test_resuming_is_exact_in_bfloat16(config, tmp_path, monkeypatch, capsys):
+    """On one device, with the products that processors with bfloat16 units take."""
+    monkeypatch.setattr(matmul, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+    run = changed(changed(config, "mesh", MeshConfig()), "model.dtype", "bfloat16")
+    run = changed(changed(run, "optimizer.accumulate_steps", 1), "validation.every", 0)
+    kinds, make_step = [], setup.make_train_step
+    monkeypatch.setattr(setup, "make_train_step", lambda *args, **kwargs: (
+        kinds.append(kwargs["matmul"]), make_step(*args, **kwargs))[1])
+    for name, numbers in {"full": [10], "resumed": [5, 10]}.items():
+        for number in numbers:
+            train(changed(run, "num_steps", number), tmp_path / name)
+    assert kinds == [matmul.FAST] * 3 and capsys.readouterr().out.count("resumed    from step 5") == 1
+    expected, found = (checkpoint_arrays(tmp_path / name, 10) for name in ("full", "resumed"))
+    assert len(expected) > 60
+    assert {name for name in expected if not np.array_equal(expected[name], found[name])} == set()
 
 
 def test_goodput_over_all_starts(resumed):
