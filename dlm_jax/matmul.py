@@ -176,9 +176,9 @@ def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, kind: MatmulKi
         a, b = _row_major(a), _row_major(b)
         if a_axis == a.ndim - 2:
             a, a_axis = _row_major(jnp.swapaxes(a, -1, -2)), a_axis + 1
-        if a.shape[-2] == 1:  # XLA would convert the matrix of a product with one vector to float32
-            padded = jnp.pad(a, ((0, 0),) * (a.ndim - 2) + ((0, 1), (0, 0)))
-            return product(padded, b, a_axis, b_axis, kind)[..., :1, :]
+        if (rows := a.shape[-2]) < 4:  # XLA converts the matrix of a product with one vector; 2 rows are slower than 4
+            padded = jnp.pad(a, ((0, 0),) * (a.ndim - 2) + ((0, 4 - rows), (0, 0)))
+            return product(padded, b, a_axis, b_axis, kind)[..., :rows, :]
     batch = tuple(range(a.ndim - 2))
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (batch, batch)), preferred_element_type=jnp.float32)
 
