@@ -10,7 +10,9 @@ Of the kind "default", and for float32, everything here is `jax.lax.dot_general`
 
 import functools
 import math
+import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -25,7 +27,10 @@ DEFAULT, FAST = "default", "cpu_bfloat16"
 
 @functools.cache
 def has_bfloat16_units() -> bool:
-    """Returns whether this machine's CPU multiplies bfloat16 matrices faster than float32 ones."""
+    """Returns whether XLA, on this CPU and as XLA_FLAGS limit it, multiplies bfloat16 faster than float32."""
+    limits = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    if limits and limits[-1].upper() not in ("AVX512_BF16", "AMX", "AMX_FP16"):
+        return False
     try:
         flags = pathlib.Path("/proc/cpuinfo").read_text().split("processor", 2)[1].split()
     except (OSError, IndexError):

@@ -124,6 +124,33 @@ def test_no_float32_copy_of_all_kernels():
     assert not re.findall(r"= f32\[5,32,96\]\S* (?:fusion|parameter)\(.*", text)
 
 
+@pytest.mark.parametrize("kind", ["default", FAST])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_plain_products_on_other_platforms(platform, kind):
+    """The default kind leaves layouts to the compiler, forward and backward."""
+    config = ModelConfig("qwen2", vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
+                         mlp_size=64, max_length=64, qkv_bias=True)
+    compute = Compute("bfloat16", attention="xla", matmul=kind)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), compute=compute)))
+
+    def loss(params, tokens):
+        return nnx.merge(graphdef, params)(tokens, AttentionMask.causal()).sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((2, 8), int))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "dot_general" in text and ("custom_call" in text) == ("LayoutConstraint" in text) == (kind == FAST)
+
+
+def test_limited_instructions(monkeypatch):
+    """XLA_FLAGS can keep XLA from instructions that the processor has."""
+    def units(flags):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        return has_bfloat16_units.__wrapped__()
+
+    assert not units("--xla_cpu_max_isa=AVX2")
+    assert units("--xla_cpu_max_isa=AMX") == units("--xla_cpu_max_isa=AVX2 --xla_cpu_max_isa=avx512_bf16") == units("")
+
+
 def test_choice():
     fast = has_bfloat16_units()
     assert choose_matmul("bfloat16", "cpu", 1) == (FAST if fast else "default")
