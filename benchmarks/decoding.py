@@ -179,7 +179,7 @@ def main() -> None:
     if args.llama_cpp and HF_CONFIGS[args.model]["model_type"] != "llama":
         parser.error(f"--llama_cpp writes files of LLaMA's kind only, and {args.model} is of another")
     from dlm_jax.checkpoints import config_from_hf
-    from dlm_jax.training.metrics import count_params
+    from dlm_jax.training.flops import count_params
 
     read, size = bandwidth(), count_params(config_from_hf(HF_CONFIGS[args.model]))
     sides = {f"{name}, {dtype}": make(args, dtype) for name, make in (("ours", ours), ("PyTorch", pytorch))

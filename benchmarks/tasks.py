@@ -4,7 +4,7 @@
 
 DIR holds a folder per task. Tasks without data are skipped and named. Programs and gaps of unknown length take many
 forward passes per item, so fewer of their items are used. If it is stopped, the same command resumes. The records and
-pages of each task go to --out, the table to docs/tasks.md and benchmarks/results/tasks.json.
+table of each task go to --out, the table to docs/tasks.md and benchmarks/results/tasks.json.
 """
 
 import argparse

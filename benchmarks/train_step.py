@@ -123,7 +123,7 @@ def main() -> None:
     import jax
 
     from dlm_jax.checkpoints import config_from_hf
-    from dlm_jax.training.metrics import peak_flops, train_flops
+    from dlm_jax.training.flops import peak_flops, train_flops
 
     results = []
     for annealed in {"both": (False, True), "off": (False,), "on": (True,)}[args.annealed]:

@@ -57,15 +57,15 @@ class DiffusionLM:
             computes the same, and can be saved as an adapter.
           base: the base of an adapter, instead of the one that it names.
         """
-        devices = None if mesh is None else make_mesh(mesh)
-        where = (jax.devices()[0].platform, 1) if devices is None else (devices.devices.flat[0].platform, devices.size)
-        dtype = resolve_dtype(dtype, *where)
+        device_mesh = None if mesh is None else make_mesh(mesh)
+        platform, num_devices = jax.devices()[0].platform, 1 if device_mesh is None else device_mesh.size
+        dtype = resolve_dtype(dtype, platform, num_devices)
         compute = Compute(dtype=dtype, partition=None if mesh is None else ATTENTION_PARTITION,
-                          matmul=choose_matmul(dtype, *where))
-        shardings = None if devices is None else lambda config: param_shardings(
-            abstract_model(config, compute, dtype), devices)
+                          matmul=choose_matmul(dtype, platform, num_devices))
+        shardings = None if device_mesh is None else lambda config: param_shardings(
+            abstract_model(config, compute, dtype), device_mesh)
         return cls(load_pretrained(path_or_hub_id, mask_token=mask_token, base=base, merge=merge, compute=compute,
-                                   param_dtype=dtype, shardings=shardings), devices)
+                                   param_dtype=dtype, shardings=shardings), device_mesh)
 
     @property
     def model(self) -> Transformer:

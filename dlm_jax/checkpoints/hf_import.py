@@ -134,8 +134,9 @@ class _StoredParam:
             rows[self.new_row - first] = self.mean[window[1 - self.vocab_axis]]
 
 
-def aligned_empty(shape: Sequence[int], dtype: np.typing.DTypeLike, alignment: int = 64) -> np.ndarray:
+def aligned_empty(shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
     """Allocates an aligned array, which XLA on CPU adopts without a copy."""
+    alignment = 64
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment
@@ -165,11 +166,13 @@ def _untie_different(config: ModelConfig, tensors: dict[str, np.ndarray]) -> Mod
     return config
 
 
-def _equal(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> bool:
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    rows = 1024  # at a time: they are read from disk
     return a is b or (a.shape == b.shape and all(
         np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows)))
 
 
-def _first_names(names: set[str], most: int = 5) -> str:
+def _first_names(names: set[str]) -> str:
+    most = 5
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(sorted(names)[:most]) + rest

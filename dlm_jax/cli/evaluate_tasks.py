@@ -1,7 +1,7 @@
 """`dlm evaluate --tasks`: tasks from local files or the hub, with the model and its parent on the same items.
 
---out=results.json writes four files: results.json; pages of it in results.md and, with figures, results.html; and one
-record per item in results.items.jsonl, which grows during the run. A stopped command resumes from it.
+--out=results.json writes three files: results.json; its table in results.md; and one record per item in
+results.items.jsonl, which grows during the run. A stopped command resumes from it.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def _current_name(value: str) -> str:
 
 def run_tasks(arguments: argparse.Namespace) -> None:
     from dlm_jax.evaluation.code_execution import Sandbox
-    from dlm_jax.evaluation.report import markdown_report, page, summarize, table
+    from dlm_jax.evaluation.report import markdown_report, summarize, table
     from dlm_jax.evaluation.run import run
     from dlm_jax.evaluation.tasks import find_task
     from dlm_jax.storage import write_json
@@ -99,7 +99,6 @@ def run_tasks(arguments: argparse.Namespace) -> None:
         out = pathlib.Path(arguments.out)
         write_json(out, {**result, "records": records})
         out.with_suffix(".md").write_text(markdown_report(result), encoding="utf-8")
-        out.with_suffix(".html").write_text(page(result, records), encoding="utf-8")
     write_result(arguments.json, result, table(result["tasks"], models))
 
 

@@ -23,6 +23,7 @@ from dlm_jax.random import uniform_by_index
 
 _LONGEST_PERIOD = 1 << 20
 _LAST_STEP = 1 << 40  # endless
+_THREADS, _READ_AHEAD = 2, 4  # batches are read ahead
 
 
 class Loader:
@@ -64,8 +65,8 @@ class Loader:
         return Batch(tokens=mixed.tokens.astype(np.int32), noisable_mask=noisable_mask,
                      example_index=examples.astype(np.uint32), segment_ids=segment_ids, positions=positions)
 
-    def batches(self, start_step: int = 0, place: Callable[[Callable[[slice], Batch]], Any] | None = None,
-                threads: int = 2, ahead: int = 4) -> grain.DatasetIterator:
+    def batches(self, start_step: int = 0,
+                place: Callable[[Callable[[slice], Batch]], Any] | None = None) -> grain.DatasetIterator:
         """Iterates over the batches from a step on, read ahead by threads; close it when done.
 
         Args:
@@ -75,7 +76,7 @@ class Loader:
         place = place or (lambda read: read(slice(None)))
         steps = grain.MapDataset.range(start_step, _LAST_STEP).map(
             lambda step: place(lambda rows: self.batch(int(step), rows)))
-        return iter(steps.to_iter_dataset(grain.ReadOptions(threads, ahead)))
+        return iter(steps.to_iter_dataset(grain.ReadOptions(_THREADS, _READ_AHEAD)))
 
 
 def truncate_rows(rows: Rows, lengths: np.ndarray) -> Rows:

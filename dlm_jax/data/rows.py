@@ -122,9 +122,9 @@ class RowPacker:
       remainder: the tokens of the next row, fewer than `length`.
     """
 
-    def __init__(self, length: int, remainder: TokenSpan | None = None):
+    def __init__(self, length: int):
         self.length = length
-        self.remainder = remainder or TokenSpan(np.zeros(0, np.uint32), np.zeros(0, bool))
+        self.remainder = TokenSpan(np.zeros(0, np.uint32), np.zeros(0, bool))
 
     def add(self, span: TokenSpan) -> Rows:
         """Returns the rows that `span` completes, perhaps none."""

@@ -18,9 +18,10 @@ from flax import nnx
 from tqdm import tqdm
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.config_fields import check_at_least
 from dlm_jax.data.rows import positions_from_starts
 from dlm_jax.diffusion import Batch, DiffusionSpec, NoisyBatch, concat_noisy_and_clean, token_nll
-from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.errors import DataError
 from dlm_jax.matmul import jit_model
 from dlm_jax.models import Transformer
 from dlm_jax.random import example_keys
@@ -64,26 +65,17 @@ class BoundEstimate:
         return cls(float(nats), float(nats * per_token), float(variance**0.5 * per_token), int(num_tokens))
 
 
-BoundFn = Callable[[nnx.State, Batch, jax.Array | int], jax.Array]
-
-
-def make_bound_fn(graphdef: nnx.GraphDef, *, diffusion: DiffusionSpec, num_samples: int, seed: int) -> BoundFn:
-    """Returns a function of (params, batch, sample) to each row's estimate, float32 [batch] in nats.
+@functools.partial(jit_model, static_argnames=("graphdef", "diffusion", "num_samples", "seed"))
+def bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sample: jax.Array | int, *,
+                 diffusion: DiffusionSpec, num_samples: int, seed: int) -> jax.Array:
+    """Returns each row's estimate of the bound, float32 [batch] in nats.
 
     `sample`, an int or int32 [batch], picks one of `num_samples` strata of the number of masked tokens; the mean
     over all of them is an unbiased estimate of the bound. Noise is fixed by (seed, batch.example_index, sample).
-    It is compiled once per shape and runs where its arguments are, on one device or a mesh. Attention is
-    bidirectional, within segments if the batch has them. For a block diffusion model the bound is that of its blocks,
-    and each block has its own number of masked tokens.
+    It runs where its arguments are, on one device or a mesh. Attention is bidirectional, within segments if the batch
+    has them. For a block diffusion model the bound is that of its blocks, and each block has its own number of masked
+    tokens.
     """
-    if num_samples < 2:
-        raise ConfigError(f"num_samples must be at least 2, for an error estimate, got {num_samples}")
-    return functools.partial(_bound_values, graphdef, diffusion=diffusion, num_samples=num_samples, seed=seed)
-
-
-@functools.partial(jit_model, static_argnames=("graphdef", "diffusion", "num_samples", "seed"))
-def _bound_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sample: jax.Array, *,
-                  diffusion: DiffusionSpec, num_samples: int, seed: int) -> jax.Array:
     sample = jnp.broadcast_to(sample, batch.example_index.shape)
     keys = jax.vmap(jax.random.fold_in)(example_keys(seed, batch.example_index), sample)
     if diffusion.blocks is not None:
@@ -119,7 +111,7 @@ def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax
 
 
 def _mask_row(noisable_mask: jax.Array, key: jax.Array, sample: jax.Array, *,
-            num_samples: int) -> tuple[jax.Array, jax.Array]:
+              num_samples: int) -> tuple[jax.Array, jax.Array]:
     """Returns a row's masked positions, bool [length], and weight n / l, for l from the given stratum of 1 .. n."""
     total = noisable_mask.sum()
     count_key, order_key = jax.random.split(key)
@@ -154,12 +146,12 @@ def bound(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, 
       segment_ids: int [num_rows, length]; a token sees its own segment only, and positions restart with each. Give
         padding one of its own.
     """
-    graphdef, params = nnx.split(model)
-    values_of = make_bound_fn(graphdef, diffusion=diffusion, num_samples=num_samples, seed=seed)
+    check_at_least(num_samples, 2, "num_samples")  # for an error estimate
+    values_of = functools.partial(bound_values, *nnx.split(model), diffusion=diffusion, num_samples=num_samples,
+                                  seed=seed)
     noisable_mask = _scorable(noisable_mask)
     row, sample = (x.ravel() for x in np.meshgrid(np.arange(len(tokens)), np.arange(num_samples)))
-    values = _in_batches(lambda batch, picked: values_of(params, batch, picked), tokens, noisable_mask, segment_ids,
-                         row, sample, batch_size, "bound")
+    values = _in_batches(values_of, tokens, noisable_mask, segment_ids, row, sample, batch_size, "bound")
     return BoundEstimate.from_samples(values.reshape(num_samples, len(tokens)), noisable_mask.sum(axis=1))
 
 
@@ -193,8 +185,7 @@ def _in_batches(values_of: Callable[[Batch, np.ndarray], jax.Array], tokens: np.
                 segment_ids: np.ndarray | None, row: np.ndarray, sample: np.ndarray, batch_size: int,
                 name: str) -> np.ndarray:
     """Evaluates pairs (row, sample), `batch_size` at a time; the last batch is filled up with repetitions."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    check_at_least(batch_size, 1, "batch_size")
     batch_size = min(batch_size, len(row))
     positions = None
     if segment_ids is not None:

@@ -16,7 +16,7 @@ from dlm_jax.parallel.chips import GIB
 from dlm_jax.plan.compile import Base, Memory, abstract_state, device_bytes, trace_step
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.metrics import count_params
+from dlm_jax.training.flops import count_params
 
 _TRACED_ROWS = 1009  # a prime that no other axis of a model has, by which the batch axis is recognized
 

@@ -12,7 +12,7 @@ from dlm_jax.plan.memory import estimate_memory
 from dlm_jax.plan.roofline import Estimate, Flops, estimate_time, gpu_sent, memory_traffic, step_flops
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.metrics import count_params
+from dlm_jax.training.flops import count_params
 
 
 @dataclasses.dataclass(frozen=True)

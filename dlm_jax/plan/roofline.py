@@ -13,7 +13,7 @@ from dlm_jax.parallel.chips import GIB, Chip
 from dlm_jax.plan.compile import Base, abstract_state
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.metrics import count_params, train_flops
+from dlm_jax.training.flops import count_params, train_flops
 
 # The share of their peaks that matrix products and memory reach in a training step. With 0.6, Llama-2-7B with full
 # rematerialization on 256 v5e has a utilization of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,

@@ -78,12 +78,10 @@ def infer_gap_lengths(model: Transformer, texts: Sequence[Sequence[Segment]], en
 
 
 def continuation_scores(model: Transformer, gaps: Sequence[Gap], *, diffusion: DiffusionSpec,
-                        num_scored: int = NUM_SCORED, batch_size: int = 16) -> list[np.ndarray]:
+                        batch_size: int = 16) -> list[np.ndarray]:
     """Returns, for each length of each gap, the log-probability of what follows: float32 [number of lengths] in nats.
 
-    Args:
-      num_scored: how many tokens after a gap are scored; a length costs that many forward passes, and one for each
-        token in the text's gaps.
+    A length costs `NUM_SCORED` forward passes, and one for each token in the text's gaps.
     """
     check_at_least(batch_size, 1, "batch_size")
     graphdef, params = nnx.split(model)
@@ -97,10 +95,10 @@ def continuation_scores(model: Transformer, gaps: Sequence[Gap], *, diffusion: D
         padded = pad_rows([gaps[number].row(length) for number, length in batch], model.config.max_length)
         keys = example_keys(0, jnp.zeros(batch_size, jnp.uint32))  # without effect at temperature 0
         filled = sample(model, padded.tokens, padded.fixed, padded.lengths, keys, spec).tokens
-        positions = np.full((batch_size, num_scored), padded.tokens.shape[1], np.int32)  # past the row: not scored
+        positions = np.full((batch_size, NUM_SCORED), padded.tokens.shape[1], np.int32)  # past the row: not scored
         for row, (number, length) in enumerate(batch):
             gap = gaps[number]
-            given = [n for n, token in enumerate(gap.after) if token != GAP][:num_scored]
+            given = [n for n, token in enumerate(gap.after) if token != GAP][:NUM_SCORED]
             positions[row, : len(given)] = len(gap.before) + length + np.array(given, np.int32)
         found = _log_probability(graphdef, params, filled, padded.lengths, positions, diffusion)
         scores.update(zip(batch, np.asarray(found), strict=True))

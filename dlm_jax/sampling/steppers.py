@@ -84,7 +84,7 @@ class DenoisingStepper:
         count = num_revealed(config, state.steps_in_block + 1, number, steps) - (here & ~state.masked).sum(axis=1)
         count = jnp.maximum(count, 1)
 
-        window, hidden, cache, frontier = self._predict(inputs, state, here)
+        window, hidden, state = self._predict(inputs, state, here)
         rows = jnp.arange(len(here))[:, None]
 
         def sample_at(positions: jax.Array) -> tuple[jax.Array, ...]:
@@ -108,19 +108,19 @@ class DenoisingStepper:
             if config.reveal_threshold is not None:
                 reveal |= active & (confidence >= jnp.log(config.reveal_threshold))
 
-        state = _reveal(state, reveal, tokens, confidence, unfinished)._replace(cache=cache)
-        block = self._current_block(inputs, state)
-        moved = block != state.block
-        if frontier is not None:
-            frontier = frontier._replace(pending=moved)
-        return state._replace(block=block, steps_in_block=jnp.where(moved, 0, state.steps_in_block), frontier=frontier)
+        state = _reveal(state, reveal, tokens, confidence, unfinished)
+        return self._move_on(state, self._current_block(inputs, state))
+
+    def _move_on(self, state: SamplingState, block: jax.Array) -> SamplingState:
+        """Returns the state in `block`, which is the present one while that has gaps."""
+        return state._replace(block=block, steps_in_block=jnp.where(block == state.block, state.steps_in_block, 0))
 
     def _current_block(self, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
         """Returns the first block of any row that is not full, int32."""
         return _first_pending_block(self.spec, inputs, state).min()
 
     def _predict(self, inputs: SamplingInputs, state: SamplingState,
-                 here: jax.Array) -> tuple[jax.Array, jax.Array, Caches | None, None]:
+                 here: jax.Array) -> tuple[jax.Array, jax.Array, SamplingState]:
         """Runs the network on the block, and on all that is not cached or not fresh.
 
         Args:
@@ -129,7 +129,7 @@ class DenoisingStepper:
         Returns:
           The positions of the block int [batch, width], where positions past the row's end have no meaning; the hidden
           states that predict them [batch, width, embed], with guidance twice the batch: with the given tokens, then
-          without; and the cache.
+          without; and the state with the new cache.
         """
         spec, config, shift = self.spec, self.spec.config, self.spec.diffusion.shift
         tokens, lengths = state.tokens, inputs.lengths
@@ -159,7 +159,7 @@ class DenoisingStepper:
             return hidden[:, :width], cache
 
         if config.cache == "none":
-            return window, *run_row(None), None
+            return window, run_row(None)[0], state
         narrowest = min(width + shift, length)
         widths = [narrowest]
         if config.cache == "prefix":
@@ -170,7 +170,7 @@ class DenoisingStepper:
         refresh = state.steps_in_block == 0 if interval is None else state.steps_in_block % interval == 0
         hidden, cache = jax.lax.cond(refresh, run_row, lambda cache: jax.lax.switch(index, branches, cache),
                                      state.cache)
-        return window, hidden, cache, None
+        return window, hidden, state._replace(cache=cache)
 
 
 class BlockStepper(DenoisingStepper):
@@ -197,9 +197,13 @@ class BlockStepper(DenoisingStepper):
         """Returns each row's first block that is not full, int32 [batch]."""
         return _first_pending_block(self.spec, inputs, state)
 
+    def _move_on(self, state: SamplingState, block: jax.Array) -> SamplingState:
+        frontier = state.frontier._replace(pending=block != state.block)
+        return super()._move_on(state, block)._replace(frontier=frontier)
+
     def _predict(self, inputs: SamplingInputs, state: SamplingState,
-                 here: jax.Array) -> tuple[jax.Array, jax.Array, Caches, DecodeFrontier]:
-        """Returns the positions of each row's block, the states that predict them, the cache and the frontier."""
+                 here: jax.Array) -> tuple[jax.Array, jax.Array, SamplingState]:
+        """Returns the positions of each row's block, the states that predict them, and the state with the new cache."""
         diffusion, frontier, length = self.spec.diffusion, state.frontier, state.tokens.shape[1]
         size = diffusion.blocks.size
         start = state.block * size
@@ -224,7 +228,8 @@ class BlockStepper(DenoisingStepper):
         if diffusion.shift:
             hidden = jnp.concatenate([last[:, None], hidden[:, :-1]], axis=1)
         width = min(size, length)
-        return start[:, None] + jnp.arange(width), hidden[:, :width], cache, frontier._replace(hidden=last)
+        state = state._replace(cache=cache, frontier=frontier._replace(hidden=last))
+        return start[:, None] + jnp.arange(width), hidden[:, :width], state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dlm_jax.checkpoints.workdir import read_run_config
 from dlm_jax.parallel import preemption_requested
 from dlm_jax.storage import ensure_accessible, write_json
 from dlm_jax.training.config import TrainConfig, config_changes
+from dlm_jax.training.flops import peak_flops, peak_memory_gib, train_flops
 from dlm_jax.training.hooks import Hook, HookFactory, make_hooks
-from dlm_jax.training.metrics import peak_flops, peak_memory_gib, train_flops
 from dlm_jax.training.setup import Run, latest_records, open_run
 from dlm_jax.training.step import Metrics
 

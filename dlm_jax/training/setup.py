@@ -42,7 +42,8 @@ from dlm_jax.parallel import (
 )
 from dlm_jax.storage import cache_folder, is_remote
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
-from dlm_jax.training.metrics import Console, GoodputClock, MetricAccumulator, MetricsLog, count_params, read_records
+from dlm_jax.training.flops import count_params
+from dlm_jax.training.metrics import Console, GoodputClock, MetricAccumulator, MetricsLog, read_records
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.step import HOST, TrainState, create_state, make_train_step, state_layout
 

@@ -30,7 +30,9 @@ def pack(documents, length: int, spans: int = 1, prefix: list[int] = ()) -> Rows
     packer, made = RowPacker(length), []
     for number, indices in enumerate(np.array_split(np.arange(len(documents)), spans)):
         if number == spans // 2:
-            packer = RowPacker(length, packer.remainder)
+            resumed = RowPacker(length)
+            resumed.remainder = packer.remainder
+            packer = resumed
         made.append(packer.add(make_span([documents[i] for i in indices], prefix)))
     return Rows(np.concatenate([rows.tokens for rows in made]), np.concatenate([rows.starts for rows in made]))
 

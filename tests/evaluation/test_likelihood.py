@@ -1,5 +1,6 @@
 """Bounds and exact likelihoods against enumeration over all masks, and against full logits."""
 
+import functools
 import itertools
 
 import jax
@@ -13,8 +14,9 @@ from scipy.special import beta
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import Batch, BlockSpec, DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation import autoregressive_nll, bound, make_bound_fn
+from dlm_jax.evaluation import autoregressive_nll, bound
 from dlm_jax.evaluation.eval_model import Pair
+from dlm_jax.evaluation.likelihood import bound_values
 from dlm_jax.evaluation.scoring import bound_masks, diffusion_score
 from dlm_jax.models import ModelConfig
 from tests.evaluation.full_logits import log_probabilities
@@ -155,7 +157,7 @@ def test_bound_on_eight_devices(model):
     tokens, noisable_mask = rows_of(8, length=9)
     batch = Batch(jnp.asarray(tokens), jnp.asarray(noisable_mask).at[:, 0].set(False), jnp.arange(8, dtype=jnp.uint32))
     graphdef, params = nnx.split(model)
-    values_of = make_bound_fn(graphdef, diffusion=DiffusionSpec(MASK), num_samples=4, seed=0)
+    values_of = functools.partial(bound_values, graphdef, diffusion=DiffusionSpec(MASK), num_samples=4, seed=0)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))

@@ -13,7 +13,7 @@ from dlm_jax.parallel.chips import CHIPS
 from dlm_jax.plan.compile import KNOWN, CompileError, compile_step, describe_base, exhausted
 from dlm_jax.plan.topology import read_topology, tpu_devices
 from dlm_jax.training.config import ModelSource
-from dlm_jax.training.metrics import count_params
+from dlm_jax.training.flops import count_params
 from tests.plan.conftest import needs_libtpu
 
 

@@ -11,7 +11,7 @@ from dlm_jax.models import ModelConfig
 from dlm_jax.parallel.chips import CHIPS, Chip
 from dlm_jax.plan.roofline import EFFICIENCY, Flops, estimate_time, scored_share, step_flops
 from dlm_jax.training.config import ModelSource, ObjectiveConfig, TrainConfig
-from dlm_jax.training.metrics import peak_flops
+from dlm_jax.training.flops import peak_flops
 
 # Blocks of 2 layers without biases: 4 x 8 x 8 for attention, 3 x 8 x 16 for the gated MLP, 16 for two norms.
 MODEL = ModelConfig("llama", 100, 8, 2, 2, 2, 4, 16, 64)

@@ -26,7 +26,7 @@ def log_probabilities(model, tokens):
 def test_scores_follow_chain_rule():
     model, before, after = tiny("llama"), [1, 17, 5], [30, GAP, 8, 41, 2]
     gap = Gap(before, after, range(1, 3))
-    found, = continuation_scores(model, [gap], diffusion=DiffusionSpec(MASK), num_scored=3)
+    found, = continuation_scores(model, [gap], diffusion=DiffusionSpec(MASK))
     for length, score in zip(gap.lengths, found, strict=True):
         row = np.array([[*before, *[GAP] * length, *after]])
         filled = run_sampler(model, row, row != GAP, policy="confidence", temperature=0.0).tokens

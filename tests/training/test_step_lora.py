@@ -19,7 +19,7 @@ from dlm_jax.models import (
     split_trainable,
 )
 from dlm_jax.parallel import MeshConfig, make_mesh
-from dlm_jax.training.metrics import count_params
+from dlm_jax.training.flops import count_params
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import TrainState, create_state, make_train_step
 from tests.models.test_lora import CODES

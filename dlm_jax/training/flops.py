@@ -1,0 +1,81 @@
+"""How much a step computes, and how fast the devices are: FLOPs, their peak, and memory."""
+
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dlm_jax.data.config import DataConfig
+from dlm_jax.models import LoRAConfig, LoRAFactor, ModelConfig, abstract_model
+from dlm_jax.parallel.chips import GIB, find_chip
+
+_USUAL_MFU = 0.3  # share of the peak, or of a large matrix product's speed, that a training step reaches
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Returns the device's dense bfloat16 peak, FLOP/s; None where it is unknown, as for CPUs."""
+    chip = find_chip(device)
+    return chip and chip.flops
+
+
+@functools.cache
+def count_params(config: ModelConfig, submodule: str | None = None) -> int:
+    """Returns the number of parameters of the model, or of a submodule such as "blocks"."""
+    model = abstract_model(config)
+    return _count(nnx.state(model if submodule is None else getattr(model, submodule)))
+
+
+@functools.cache
+def _count_lora(config: ModelConfig, lora: LoRAConfig) -> int:
+    return _count(nnx.state(abstract_model(config, lora=lora), LoRAFactor))
+
+
+def _count(state: nnx.State) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+
+def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
+                lora: LoRAConfig | None = None) -> float:
+    """Returns the FLOPs of a forward and a backward pass over `tokens` tokens in rows of `length`.
+
+    6 x (parameters of the blocks) x tokens, for their matrix products;
+    + 12 x layers x heads x head_dim x length x tokens, for attention over the full square (no causal half);
+    + 6 x hidden x vocabulary x `scored`, for the head, needed only where a token is scored.
+    Recomputation (remat, chunked loss) does not count. With LoRA, frozen matrices count 4 instead of 6, as they have no
+    gradient of their own, and the factors are added.
+    """
+    frozen, head = (6, 6) if lora is None else (4, 6 if lora.head or (lora.embedding and config.tie_embeddings) else 4)
+    blocks = frozen * count_params(config, "blocks") * tokens
+    if lora is not None:
+        blocks += 6 * _count_lora(config, lora) * tokens
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
+    return blocks + attention + head * config.hidden_size * config.vocab_size * scored
+
+
+def step_seconds(config: ModelConfig, data: DataConfig) -> float:
+    """Returns a rough estimate of the seconds per step on the available devices, before anything is compiled."""
+    tokens = data.batch_size * data.length
+    peak = peak_flops(jax.devices()[0])
+    speed = peak * jax.device_count() if peak else measured_flops()
+    return train_flops(config, tokens, tokens / 2, data.length) / (_USUAL_MFU * speed)
+
+
+def measured_flops() -> float:
+    """Measures the FLOP/s of a large float32 matrix product on the default device."""
+    size, repeats = 1024, 4
+    product, matrix = jax.jit(jnp.matmul), jnp.ones((size, size), jnp.float32)
+    product(matrix, matrix).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        product(matrix, matrix).block_until_ready()
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def peak_memory_gib() -> float | None:
+    """Returns the peak memory of any device of this process so far, in GiB; None where no device reports it (CPUs)."""
+    peaks = [stats["peak_bytes_in_use"] for device in jax.local_devices()
+             if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats]
+    return max(peaks) / GIB if peaks else None
