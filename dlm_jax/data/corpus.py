@@ -1,5 +1,6 @@
 """From a DataConfig to row sources: prepared directories are opened; raw text is first prepared into a cache."""
 
+import itertools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -51,22 +52,21 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
         raise DataError(f"{min(shared)} is both training and validation text")
     entries = [(entry,) for entry in config.train] if config.weights else [config.train]
     opened = [opener.open(entry, config.rows_config()) for entry in entries]
-    everything = [pair for pairs in opened for pair in pairs]
+    manifests = list(itertools.chain.from_iterable(opened))
     if all(_prepared_manifest(entry) for entry in config.train):  # else the format says how raw text is read
-        check_prompt_format(everything, config)
-    train = [_concatenate([manifest.rows(directory, "train", cache) for directory, manifest in pairs])
-             for pairs in opened]
+        check_prompt_format(manifests, config)
+    train = [_concatenate([manifest.rows("train", cache) for manifest in group]) for group in opened]
     for entry, rows in zip(entries, train, strict=True):
         if not len(rows):
             raise DataError(_too_short(", ".join(entry), config.length))
     if config.validation:
-        pairs = opener.open(config.validation, config.rows_config(0.0))
+        manifests = opener.open(config.validation, config.rows_config(0.0))
     else:
-        pairs = [(directory, manifest) for directory, manifest in everything if "validation" in manifest.splits]
-        if not pairs:
+        manifests = [manifest for manifest in manifests if "validation" in manifest.splits]
+        if not manifests:
             return train, None
-    held_out = _concatenate([manifest.rows(directory, "validation" if "validation" in manifest.splits else "train",
-                                           cache) for directory, manifest in pairs])
+    held_out = _concatenate([manifest.rows("validation" if "validation" in manifest.splits else "train", cache)
+                             for manifest in manifests])
     if not len(held_out):
         raise DataError(_too_short("the held-out text", config.length,
                                    ", validation files or a larger data.validation_fraction"))
@@ -85,13 +85,13 @@ class _Opener:
     def __init__(self, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", cache: Path):
         self._config, self._tokenizer, self._cache = config, tokenizer, cache
 
-    def open(self, entries: Sequence[str], config: RowsConfig) -> list[tuple[str, Manifest]]:
-        """Returns the directories and manifests of prepared entries, and of the rows made from all raw ones."""
+    def open(self, entries: Sequence[str], config: RowsConfig) -> list[Manifest]:
+        """Returns the manifests of prepared entries, and of the rows made from all raw ones."""
         found, raw = [], []
         for entry in entries:
             if manifest := _prepared_manifest(entry):
-                check_compatible(manifest, entry, config, self._tokenizer)
-                found.append((entry, manifest))
+                check_compatible(manifest, config, self._tokenizer)
+                found.append(manifest)
             else:
                 raw.append(entry)
         return found + ([self._prepare_cached(open_raw_sources(config, raw), config)] if raw else [])
@@ -101,7 +101,7 @@ class _Opener:
         raw = [entry for entry in entries if not _prepared_manifest(entry)]
         return {source.identity[0] for source in open_raw_sources(self._config, raw)}
 
-    def _prepare_cached(self, sources: Sequence[Source], config: RowsConfig) -> tuple[str, Manifest]:
+    def _prepare_cached(self, sources: Sequence[Source], config: RowsConfig) -> Manifest:
         identity = rows_identity(sources, self._tokenizer, config, make_encoder(self._tokenizer, config))
         directory = self._cache / identity
         if not directory.exists():
@@ -118,7 +118,7 @@ class _Opener:
         manifest = read_manifest(str(directory))
         if manifest is None:
             raise DataError(f"the rows in {directory} are damaged (no {MANIFEST_FILE}); remove it")
-        return str(directory), manifest
+        return manifest
 
 
 def _prepared_manifest(entry: str) -> Manifest | None:

@@ -36,6 +36,7 @@ class Manifest:
     """What a directory of prepared rows holds.
 
     Attributes:
+      directory: where it is, local or on an object store; not in the file.
       identity: a hash of all that decides the rows, see `rows_identity`.
       layout: how a row is stored.
       tokenizer: name, fingerprint and vocab_size of the tokenizer.
@@ -47,6 +48,7 @@ class Manifest:
       bad_records: where the first bad records are, and why they cannot be used.
     """
 
+    directory: str
     identity: str
     layout: RowLayout
     tokenizer: dict[str, Any]
@@ -57,17 +59,18 @@ class Manifest:
     counts: dict[str, int]
     bad_records: tuple[str, ...]
 
-    def write(self, directory: str) -> None:
+    def write(self) -> None:
         content = {"format": FORMAT, **dataclasses.asdict(self)}
-        write_file(f"{directory}/{MANIFEST_FILE}", (json.dumps(content, indent=1) + "\n").encode())
+        del content["directory"]
+        write_file(f"{self.directory}/{MANIFEST_FILE}", (json.dumps(content, indent=1) + "\n").encode())
 
-    def rows(self, directory: str, split: str, cache: Path | None = None) -> ShardedRows:
+    def rows(self, split: str, cache: Path | None = None) -> ShardedRows:
         """Returns the rows of a split, copied to `cache` (default: the user's) if they are on an object store.
 
         Raises:
           DataError: a file is not as it was written, or the copy cannot be made.
         """
-        shards = self.splits[split].shards
+        shards, directory = self.splits[split].shards, self.directory
         if is_remote(directory):
             folder = (cache or cache_folder() / "rows") / f"{self.identity}-copy"
             fetch_files(directory, {shard.file: shard.bytes for shard in shards}, folder)
@@ -92,7 +95,7 @@ def read_manifest(directory: str) -> Manifest | None:
         facts["layout"] = RowLayout(**facts["layout"] | {"row_masks": tuple(facts["layout"]["row_masks"])})
         facts["splits"] = {name: Split(**split | {"shards": tuple(Shard(**shard) for shard in split["shards"])})
                            for name, split in facts["splits"].items()}
-        return Manifest(**facts | {key: tuple(facts[key]) for key in ("sources", "bad_records")})
+        return Manifest(directory, **facts | {key: tuple(facts[key]) for key in ("sources", "bad_records")})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a manifest of prepared rows ({error}); prepare the corpus again") from error
 
@@ -107,10 +110,9 @@ def rows_identity(sources: Sequence[Source], tokenizer: "PreTrainedTokenizerBase
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def check_compatible(manifest: Manifest, directory: str, config: RowsConfig,
-                     tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_compatible(manifest: Manifest, config: RowsConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises DataError unless prepared rows have the tokenizer, length and packing that training asks for."""
-    used = manifest.tokenizer
+    directory, used = manifest.directory, manifest.tokenizer
     if used["fingerprint"] != tokenizer_fingerprint(tokenizer):
         raise DataError(f"the rows in {directory} were made with another tokenizer ({used['name']}, "
                         f"{used['vocab_size']} tokens) than the model's ({tokenizer.name_or_path}); prepare the corpus "
@@ -122,12 +124,12 @@ def check_compatible(manifest: Manifest, directory: str, config: RowsConfig,
                             f"set --config.data.{name}={found}, or prepare the corpus again")
 
 
-def check_prompt_format(prepared: Sequence[tuple[str, Manifest]], config: RowsConfig) -> None:
+def check_prompt_format(manifests: Sequence[Manifest], config: RowsConfig) -> None:
     """Raises DataError if prepared rows hold examples, but none in the prompt format of `config`.
 
     The run's record, by which the model is prompted later, would be wrong.
     """
-    found = [(directory, manifest.settings["examples"]) for directory, manifest in prepared
+    found = [(manifest.directory, manifest.settings["examples"]) for manifest in manifests
              if manifest.settings["examples"]["format"] != "none"]
     asked = dataclasses.asdict(config.examples)
     wrong = [[name for name in ("format", "separator", "split_digits", "chat_template") if asked[name] != used[name]]

@@ -98,14 +98,14 @@ def prepare(sources: Sequence[Source], directory: str, tokenizer: "PreTrainedTok
     for split in SPLITS:
         progress.flush(split)
     manifest = Manifest(
-        identity=identity, layout=layout, settings=dataclasses.asdict(config), note=note,
+        directory=directory, identity=identity, layout=layout, settings=dataclasses.asdict(config), note=note,
         tokenizer={"name": tokenizer.name_or_path, "fingerprint": tokenizer_fingerprint(tokenizer),
                    "vocab_size": len(tokenizer)},
         sources=tuple(source.name for source in sources),
         splits={split: progress.summary(split) for split in SPLITS if split == "train" or config.validation_fraction},
         counts={name: count for name, count in sorted(progress.counts.items()) if "." not in name},
         bad_records=tuple(progress.bad))
-    manifest.write(directory)
+    manifest.write()
     remove_file(f"{directory}/{PROGRESS_FILE}")
     return manifest
 

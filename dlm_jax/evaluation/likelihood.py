@@ -147,55 +147,53 @@ def bound(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, 
         padding one of its own.
     """
     check_at_least(num_samples, 2, "num_samples")  # for an error estimate
+    rows = _as_batch(tokens, noisable_mask, segment_ids)
+    row, sample = (x.ravel() for x in np.meshgrid(np.arange(len(tokens)), np.arange(num_samples)))
     values_of = functools.partial(bound_values, *nnx.split(model), diffusion=diffusion, num_samples=num_samples,
                                   seed=seed)
-    noisable_mask = _scorable(noisable_mask)
-    row, sample = (x.ravel() for x in np.meshgrid(np.arange(len(tokens)), np.arange(num_samples)))
-    values = _in_batches(values_of, tokens, noisable_mask, segment_ids, row, sample, batch_size, "bound")
-    return BoundEstimate.from_samples(values.reshape(num_samples, len(tokens)), noisable_mask.sum(axis=1))
+    values = _in_batches(values_of, rows, row, sample, batch_size, "bound")
+    return BoundEstimate.from_samples(values.reshape(num_samples, len(tokens)), rows.noisable_mask.sum(axis=1))
 
 
 def autoregressive_nll(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, batch_size: int = 16,
                        segment_ids: np.ndarray | None = None) -> BoundEstimate:
     """Returns the exact negative log-likelihood under causal attention; arguments as in `bound`."""
-    graphdef, params = nnx.split(model)
-    noisable_mask = _scorable(noisable_mask)
+    rows = _as_batch(tokens, noisable_mask, segment_ids)
+    values_of = functools.partial(_autoregressive_values, *nnx.split(model))
     row = np.arange(len(tokens))
-    values = _in_batches(lambda batch, _: _autoregressive_values(graphdef, params, batch), tokens, noisable_mask,
-                         segment_ids, row, row, batch_size, "likelihood")
-    return BoundEstimate.from_samples(values[None], noisable_mask.sum(axis=1))
+    values = _in_batches(values_of, rows, row, row, batch_size, "likelihood")
+    return BoundEstimate.from_samples(values[None], rows.noisable_mask.sum(axis=1))
 
 
 @functools.partial(jit_model, static_argnames="graphdef")
-def _autoregressive_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Array:
+def _autoregressive_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, sample: jax.Array) -> jax.Array:
+    del sample  # the value is exact
     model = nnx.merge(graphdef, params)
     return _nll(model, batch, batch.tokens, batch.noisable_mask, AttentionMask.causal(), shift=True).sum(axis=1)
 
 
-def _scorable(noisable_mask: np.ndarray) -> np.ndarray:
-    """Returns the tokens to score, without position 0, which is always context."""
+def _as_batch(tokens: np.ndarray, noisable_mask: np.ndarray, segment_ids: np.ndarray | None) -> Batch:
+    """Returns all rows as one batch of NumPy arrays; position 0 is always context, so it is not scored."""
     scorable = np.array(noisable_mask, bool)
     scorable[:, 0] = False
     if not scorable.any():
         raise DataError("there is no token to score: every row holds at most its context, position 0")
-    return scorable
+    positions = None
+    if segment_ids is not None:
+        segment_ids = np.asarray(segment_ids, np.int32)
+        positions = positions_from_starts(np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0)
+    return Batch(np.asarray(tokens, np.int32), scorable, np.arange(len(tokens), dtype=np.uint32), segment_ids,
+                 positions)
 
 
-def _in_batches(values_of: Callable[[Batch, np.ndarray], jax.Array], tokens: np.ndarray, noisable_mask: np.ndarray,
-                segment_ids: np.ndarray | None, row: np.ndarray, sample: np.ndarray, batch_size: int,
-                name: str) -> np.ndarray:
+def _in_batches(values_of: Callable[[Batch, jax.Array], jax.Array], rows: Batch, row: np.ndarray, sample: np.ndarray,
+                batch_size: int, name: str) -> np.ndarray:
     """Evaluates pairs (row, sample), `batch_size` at a time; the last batch is filled up with repetitions."""
     check_at_least(batch_size, 1, "batch_size")
     batch_size = min(batch_size, len(row))
-    positions = None
-    if segment_ids is not None:
-        positions = positions_from_starts(np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0)
     values = []
     for start in tqdm(range(0, len(row), batch_size), desc=name, leave=False, disable=None):
         at = np.arange(start, start + batch_size) % len(row)
-        batch = Batch(tokens=jnp.asarray(tokens[row[at]], jnp.int32), noisable_mask=jnp.asarray(noisable_mask[row[at]]),
-                      example_index=jnp.asarray(row[at], jnp.uint32),
-                      segment_ids=None if segment_ids is None else jnp.asarray(segment_ids[row[at]], jnp.int32),
-                      positions=None if positions is None else jnp.asarray(positions[row[at]]))
+        batch = jax.tree.map(lambda x, at=at: jnp.asarray(x[row[at]]), rows)
         values.append(values_of(batch, jnp.asarray(sample[at], jnp.int32)))
     return np.concatenate([np.asarray(x) for x in values])[: len(row)]

@@ -241,7 +241,7 @@ PROCESS = textwrap.dedent("""
 
 def prepared_loader(directory: str) -> Loader:
     manifest = read_manifest(directory)
-    sources = [manifest.rows(directory, split) for split in ("train", "validation")]
+    sources = [manifest.rows(split) for split in ("train", "validation")]
     return Loader(sources, BATCH, weights=(0.75, 0.25), seed=3, random_length=0.1)
 
 

@@ -46,7 +46,7 @@ def contents(directory) -> dict[str, bytes]:
 
 
 def read_rows(directory, split="train"):
-    return read_manifest(str(directory)).rows(str(directory), split)[slice(None)]
+    return read_manifest(str(directory)).rows(split)[slice(None)]
 
 
 @pytest.fixture

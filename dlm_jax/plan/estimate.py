@@ -1,16 +1,24 @@
-"""The time of a step: FLOPs and bytes over the peaks of the data sheets. Estimates, not measurements."""
+"""Estimates: the time of a step on any device, and its memory on GPUs, which are not compiled for.
+
+Times are FLOPs and bytes over the peaks of the data sheets, not measurements.
+"""
 
 import dataclasses
+import functools
+import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from dlm_jax.checkpoints import resolve_lora
-from dlm_jax.diffusion import ObjectiveConfig
+from dlm_jax.diffusion import HeadPlan, ObjectiveConfig
 from dlm_jax.models import ModelConfig
+from dlm_jax.parallel import MeshConfig, make_mesh, num_batch_shards
 from dlm_jax.parallel.chips import GIB, Chip
-from dlm_jax.plan.compile import Base, abstract_state
+from dlm_jax.plan.compile import Base, Memory, abstract_state, device_bytes, trace_step
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.flops import count_params, train_flops
@@ -21,6 +29,7 @@ from dlm_jax.training.flops import count_params, train_flops
 EFFICIENCY = 0.6
 
 _GPUS_PER_HOST = 8
+_TRACED_ROWS = 1009  # a prime that no other axis of a model has, by which the batch axis is recognized
 
 # Products of [length, head_dim] with [head_dim, length] in attention's backward pass: four; a kernel that stores no
 # scores also recomputes them, once (cuDNN) or in two kernels with their gradients (tpu).
@@ -41,14 +50,13 @@ class Estimate:
 
     Attributes:
       limits: seconds by each limit alone: compute, memory, interconnect, network.
-      floor, seconds, ceiling: at least, about, at worst.
+      floor, seconds: at least, about.
       utilization: model FLOPs utilization (MFU), a fraction of the peak.
     """
 
     limits: dict[str, float]
     floor: float
     seconds: float
-    ceiling: float
     utilization: float
     tokens_per_second: float
     days: float
@@ -59,8 +67,7 @@ def estimate_time(config: TrainConfig, flops: Flops, chip: Chip, num_chips: int,
                   network: float) -> Estimate:
     """Estimates the time of a step and of the run.
 
-    At least the largest limit; about (compute + memory) / EFFICIENCY, or the largest limit if that is more; at worst
-    the sum of the limits / EFFICIENCY.
+    At least the largest limit; about (compute + memory) / EFFICIENCY, or the largest limit if that is more.
 
     Args:
       memory: bytes read and written per chip (`memory_traffic`).
@@ -74,7 +81,7 @@ def estimate_time(config: TrainConfig, flops: Flops, chip: Chip, num_chips: int,
     seconds = max((limits["compute"] + limits["memory"]) / EFFICIENCY, floor)
     days = seconds * config.num_steps / 86400
     return Estimate(
-        limits=limits, floor=floor, seconds=seconds, ceiling=sum(limits.values()) / EFFICIENCY,
+        limits=limits, floor=floor, seconds=seconds,
         utilization=flops.model / num_chips / chip.flops / seconds,
         tokens_per_second=config.data.batch_size * config.data.length / seconds,
         days=days, chip_hours=24 * days * num_chips)
@@ -136,3 +143,75 @@ def gpu_sent(config: TrainConfig, base: Base, target: Target) -> tuple[float, fl
     sent = width * (2 * params + trained) * (shards - 1) / shards * config.optimizer.accumulate_steps
     sent += 2 * 4 * trained / shards * (replicas - 1) / replicas
     return (sent, 0.0) if target.mesh.size <= _GPUS_PER_HOST else (0.0, sent / _GPUS_PER_HOST)
+
+
+def estimate_memory(config: TrainConfig, base: Base, target: Target) -> Memory:
+    """Estimates what a step needs per device of a mesh that shards only the batch.
+
+    The breakdown is:
+      state: parameters, optimizer moments and average, as sharded.
+      gradients: float32, sharded like the parameters; with micro-batches also their sum, in the parameters' dtype.
+      activations: what the backward pass of a micro-batch keeps of the forward pass.
+      working: one layer's weights and the embedding tables after gathering (or one layer's weights as dequantized or
+        with LoRA's products); what that layer recomputes; dense attention scores; one chunk of logits with its
+        gradient; the head's gradient before it is scattered.
+    """
+    model, architecture, state = config.model, base.config, abstract_state(config, base, target.mesh)
+    micro_batches, params = config.optimizer.accumulate_steps, device_bytes(state.params)
+    gradients = 4 * params // jnp.dtype(model.param_dtype).itemsize + params * (micro_batches > 1)
+
+    rows = config.data.batch_size / micro_batches / num_batch_shards(target.mesh)
+    activations, without_remat = (rows * activation_bytes(config, base, target.attention, remat)
+                                  for remat in (model.remat, "none"))
+    width, gathers = jnp.dtype(model.dtype).itemsize, target.mesh.shape["fsdp"] > 1
+    lora = resolve_lora(config.lora, architecture, base.new_mask_token)
+    layer = count_params(architecture, "blocks") / architecture.num_layers
+    table = architecture.vocab_size * architecture.hidden_size
+    working = 8 * HeadPlan.chunk_size * architecture.vocab_size
+    working += min(4 * table, HeadPlan.max_gradient_bytes) if gathers else 4 * table
+    if gathers:
+        working += width * (layer + table * (1 if architecture.tie_embeddings else 2))
+    elif lora is not None and (lora.quantized or lora.dora):
+        working += width * layer
+    if model.remat != "none":
+        working += without_remat / architecture.num_layers
+    if target.attention == "xla":  # the scores and their gradient, float32
+        working += 8 * rows * architecture.num_heads * config.data.length**2
+    breakdown = {"state": device_bytes(state) / GIB, "gradients": gradients / GIB, "activations": activations / GIB,
+                 "working": working / GIB}
+    needed = sum(breakdown.values())
+    return Memory(needed, target.chip.memory, needed <= target.chip.memory, breakdown)
+
+
+def activation_bytes(config: TrainConfig, base: Base, attention: str, remat: str) -> float:
+    """Returns the bytes per row that the layers keep for the backward pass.
+
+    The step is traced, and the outputs that its scan over layers stacks for each row are counted (it also stacks
+    parameters in the activations' dtype; these are not counted). cuDNN keeps what the TPU kernel keeps: query, key,
+    value, result and logsumexp.
+    """
+    return _activation_bytes(dataclasses.replace(
+        config, model=dataclasses.replace(config.model, remat=remat),
+        data=dataclasses.replace(config.data, batch_size=_TRACED_ROWS),
+        optimizer=dataclasses.replace(config.optimizer, accumulate_steps=1)), base,
+        "tpu" if attention == "cudnn" else attention)
+
+
+@functools.cache  # the same per row for batches of all sizes
+def _activation_bytes(config: TrainConfig, base: Base, attention: str) -> float:
+    traced, = trace_step(config, base, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), attention)
+    layers = base.config.num_layers
+    forward = next(scan for scan in _scans(traced.jaxpr.jaxpr) if scan.params["length"] == layers)
+    stacked = [out.aval for out in forward.outvars if out.aval.shape[:1] == (layers,)]  # not the scan's carry
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape) / _TRACED_ROWS
+
+
+def _scans(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Yields all scans in program order, outer ones first."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _scans(inner)
