@@ -151,7 +151,7 @@ class DiffusionLM:
         settings = _Settings.make(**options)
         segments = [split_gaps(text, gap_length) for text in _as_list(texts, "texts")]
         if any(isinstance(segment, range) for text in segments for segment in text):
-            encode_text = functools.partial(encode, self.tokenizer, bos_token_id=self._bos_token_id)
+            encode_text = functools.partial(encode, self.tokenizer, bos_token_id=self.pretrained.start_token_id)
             with self._mesh_context():
                 segments = infer_gap_lengths(self.model, segments, encode_text, diffusion=self.diffusion,
                                              batch_size=settings.batch_size)
@@ -186,8 +186,8 @@ class DiffusionLM:
     def score(self, texts: str | Sequence[str], num_samples: int = 128, seed: int = 0,
               batch_size: int = 16) -> list[BoundEstimate]:
         """Returns an upper bound on each text's negative log-likelihood: nats, nats per token, standard error."""
-        diffusion, bos_token_id = self.diffusion, self._bos_token_id
-        rows = [encode(self.tokenizer, [text], bos_token_id)[0] for text in _as_list(texts, "texts")]
+        diffusion, start_token_id = self.diffusion, self.pretrained.start_token_id
+        rows = [encode(self.tokenizer, [text], start_token_id)[0] for text in _as_list(texts, "texts")]
         for number, row in enumerate(rows):
             if len(row) == 1:
                 raise DataError(f"text {number} is empty, so there is nothing to score")
@@ -203,20 +203,11 @@ class DiffusionLM:
         adapter of a model loaded with `merge=False` ("peft")."""
         save_pretrained(directory, self.pretrained, layout=layout)
 
-    @property
-    def _bos_token_id(self) -> int:
-        """The token at position 0: BOS, or EOS for a tokenizer without BOS."""
-        for token_id in (self.pretrained.bos_token_id, self.pretrained.eos_token_id):
-            if token_id is not None and token_id < self.config.vocab_size:
-                return token_id
-        raise ConfigError(f"{self.pretrained.source} has no BOS or EOS token for position 0; set bos_token "
-                          "in its tokenizer_config.json")
-
     def _fill(self, segments: Sequence[Sequence[Segment]], settings: "_Settings", *, stop_at_eos: bool) -> list[str]:
         """Returns texts with their gaps filled."""
-        eos_token_id = self.pretrained.eos_token_id
-        ends = () if eos_token_id is None else (eos_token_id,)
-        rows, gaps = zip(*(encode(self.tokenizer, text, self._bos_token_id) for text in segments), strict=True)
+        start, end = self.pretrained.start_token_id, self.pretrained.eos_token_id
+        ends = () if end is None else (end,)
+        rows, gaps = zip(*(encode(self.tokenizer, text, start) for text in segments), strict=True)
         filled = self._sample(rows, settings, ends, stop_at_eos=stop_at_eos)
         return [decode(self.tokenizer, text, gap, row, ends if stop_at_eos else ())
                 for text, gap, row in zip(segments, gaps, filled, strict=True)]

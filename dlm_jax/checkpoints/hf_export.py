@@ -62,7 +62,7 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
     for name in ("bos_token_id", "eos_token_id"):  # without them, transformers uses its own defaults
         if hf_config.get(name) is None:
             hf_config[name] = getattr(pretrained, name)
-    tensors = hf_tensors(pretrained.model)
+    tensors = named_tensors(pretrained.model)
     if layout == "diffugpt":
         tokenizer = _diffugpt_tokenizer(pretrained)
         hf_config["task_specific_params"] = {"text-generation": {"do_sample": True, "max_length": config.max_length}}
@@ -99,7 +99,7 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
             shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)
 
 
-def hf_tensors(model: Transformer) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+def named_tensors(model: Transformer) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
     """Returns the shape of every HF tensor by name, and a function that copies it to the host."""
     sources: dict[str, list[tuple[hf_names.Key, tuple[int, ...], jax.Array, int | None]]] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):

@@ -71,7 +71,7 @@ class Pretrained:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that generation starts from."""
+        """The token that starts a document."""
         return self._special("bos_token_id")
 
     @property
@@ -80,10 +80,17 @@ class Pretrained:
         return self._special("eos_token_id")
 
     @property
-    def pad_token_id(self) -> int | None:
-        """The padding token; EOS where there is none."""
-        pad = self._special("pad_token_id")
-        return self.eos_token_id if pad is None else pad
+    def start_token_id(self) -> int:
+        """The token at position 0 of a text: BOS, or EOS for a tokenizer without BOS.
+
+        Raises:
+          ConfigError: there is neither.
+        """
+        for token_id in (self.bos_token_id, self.eos_token_id):
+            if token_id is not None and token_id < self.model.config.vocab_size:
+                return token_id
+        raise ConfigError(f"{self.source} has no BOS or EOS token for position 0; set bos_token in its "
+                          "tokenizer_config.json")
 
     @property
     def is_autoregressive(self) -> bool:

@@ -63,12 +63,7 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
     if reference and pretrained.diffusion.blocks is not None:
         raise ConfigError(f"{source} generates in blocks, which the reference implementation does not support; choose "
                           "the protocol default")
-    bos_token_id = next((token for token in (pretrained.bos_token_id, pretrained.eos_token_id)
-                         if token is not None and token < config.vocab_size), None)
-    if bos_token_id is None:
-        raise ConfigError(f"{source} has no BOS or EOS token for position 0; set bos_token in its "
-                          "tokenizer_config.json")
-    diffusion = pretrained.diffusion
+    diffusion, bos_token_id = pretrained.diffusion, pretrained.start_token_id
     rows = {"batch_size": batch_size, "mesh": mesh}
     scored = {"bos_token_id": None if reference else bos_token_id, **rows}  # the reference's tokenizer adds its own
     if autoregressive:

@@ -157,10 +157,7 @@ def sample_hook(run: Run) -> PeriodicEval:
       ConfigError: the tokenizer has no token to start from.
     """
     config, base = run.config, run.base
-    start = base.eos_token_id if base.bos_token_id is None else base.bos_token_id
-    if start is None:
-        raise ConfigError("log.sample_every needs a tokenizer with a BOS or EOS token to start a text with")
-    length = min(config.data.length, _SAMPLE_LENGTH)
+    length, start = min(config.data.length, _SAMPLE_LENGTH), base.start_token_id
     spec = SamplingSpec(SamplerConfig(num_steps=config.log.sample_steps, top_p=0.9), base.diffusion)
 
     def evaluate(params: nnx.State) -> tuple[dict[str, str], str]:

@@ -194,7 +194,7 @@ def test_special_tokens(tmp_path, test_data):
     families.save("llama1", tmp_path)
     families.set_config(tmp_path, eos_token_id=[7, 8])
     loaded = load_pretrained(tmp_path)
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (1, 7, 7)
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.start_token_id) == (1, 7, 1)
     assert load_pretrained(test_data / "stories260K_hf").eos_token_id == 2
 
 

@@ -30,7 +30,7 @@ def test_scores_follow_chain_rule():
     for length, score in zip(gap.lengths, found, strict=True):
         row = np.array([[*before, *[GAP] * length, *after]])
         filled = run_sampler(model, row, row != GAP, policy="confidence", temperature=0.0).tokens
-        scored = 3 + length + np.array([0, 2, 3])  # the given tokens of `after`
+        scored = 3 + length + np.array([0, 2, 3, 4])  # the given tokens of `after`
         total = 0.0
         for n, position in enumerate(scored):
             seen = filled.copy()  # a copy: JAX may not yet have read the previous one
