@@ -59,8 +59,9 @@ def row(result: dict) -> str:
     """Returns a row of a table."""
     entry = result["plans"][0]
     plan, memory, time = entry["plan"], entry["plan"]["memory"], entry["plan"]["time"]
-    batch = f"{plan['batch_size']} x {plan['length']}"
-    cells = [f"`{plan['target']}`", batch + (f" in {plan['micro_batches']}" if plan["micro_batches"] > 1 else ""),
+    batch, length, micro_batches = (result["config"][key] for key in (
+        "data.batch_size", "data.length", "optimizer.accumulate_steps"))
+    cells = [f"`{plan['target']}`", f"{batch} x {length}" + f" in {micro_batches}" * (micro_batches > 1),
              f"{memory['needed']:.2f} of {memory['limit']:g}", "yes" if memory["fits"] else "**no**"]
     if time is None:
         return harness.row(*cells, "", "", "", "", "", _trials(entry))

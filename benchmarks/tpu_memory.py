@@ -11,6 +11,7 @@ figures for a chip's memory (the peak decides whether a program fits) to benchma
 
 import argparse
 import dataclasses
+import math
 import os
 import time
 
@@ -26,7 +27,8 @@ from dlm_jax.training.config import ModelSource, ObjectiveConfig, OptimizerConfi
 
 def plan(args: argparse.Namespace) -> Plan:
     """Returns the plan for the arguments."""
-    chips = read_topology(args.topology).num_chips
+    topology = read_topology(args.topology)
+    chips = topology.slices * math.prod(topology.shape)
     config = TrainConfig(
         num_steps=1000, optimizer=OptimizerConfig(schedule="constant"),
         model=ModelSource("meta-llama/Llama-2-7b-hf", mask_token=811, dtype="bfloat16", remat=args.remat,
@@ -57,7 +59,7 @@ def main() -> None:
         "temp_gib": memory.breakdown.get("temporary"), "peak_gib": memory.needed, "fits": memory.fits,
         "sent": found.sent, "versions": harness.versions("jax", "libtpu"),
     }
-    print(f"{found.target}: {found.num_chips} chips, {found.batch_size} rows of {found.length}: {memory.needed:.2f} of "
+    print(f"{found.target}: {found.num_chips} chips, rows of {args.length}: {memory.needed:.2f} of "
           f"{memory.limit:.2f} GiB a chip, {'fits' if memory.fits else 'does not fit'}; {seconds:.0f} s")
     known = [entry for entry in harness.read_json("tpu_memory", []) if entry["settings"] != result["settings"]]
     harness.write_json("tpu_memory", [*known, result])

@@ -186,8 +186,8 @@ class DiffusionLM:
     def score(self, texts: str | Sequence[str], num_samples: int = 128, seed: int = 0,
               batch_size: int = 16) -> list[BoundEstimate]:
         """Returns an upper bound on each text's negative log-likelihood: nats, nats per token, standard error."""
-        diffusion, start_token_id = self.diffusion, self.pretrained.start_token_id
-        rows = [encode(self.tokenizer, [text], start_token_id)[0] for text in _as_list(texts, "texts")]
+        diffusion, tokenizer, start_token_id = self.diffusion, self.tokenizer, self.pretrained.start_token_id
+        rows = [encode(tokenizer, [text], start_token_id)[0] for text in _as_list(texts, "texts")]
         for number, row in enumerate(rows):
             if len(row) == 1:
                 raise DataError(f"text {number} is empty, so there is nothing to score")
@@ -205,11 +205,11 @@ class DiffusionLM:
 
     def _fill(self, segments: Sequence[Sequence[Segment]], settings: "_Settings", *, stop_at_eos: bool) -> list[str]:
         """Returns texts with their gaps filled."""
-        start, end = self.pretrained.start_token_id, self.pretrained.eos_token_id
+        tokenizer, start, end = self.tokenizer, self.pretrained.start_token_id, self.pretrained.eos_token_id
         ends = () if end is None else (end,)
-        rows, gaps = zip(*(encode(self.tokenizer, text, start) for text in segments), strict=True)
+        rows, gaps = zip(*(encode(tokenizer, text, start) for text in segments), strict=True)
         filled = self._sample(rows, settings, ends, stop_at_eos=stop_at_eos)
-        return [decode(self.tokenizer, text, gap, row, ends if stop_at_eos else ())
+        return [decode(tokenizer, text, gap, row, ends if stop_at_eos else ())
                 for text, gap, row in zip(segments, gaps, filled, strict=True)]
 
     def _sample(self, rows: Sequence[Sequence[int]], settings: "_Settings", eos_token_ids: tuple[int, ...], *,

@@ -22,7 +22,8 @@ from dlm_jax.errors import ConfigError, DataError, DLMError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dlm_jax.data.prompts import Message, Prompt, PromptFormat
+    from dlm_jax.data.chat_template import Message
+    from dlm_jax.data.prompts import Prompt, PromptFormat
     from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.sampling import SamplerConfig, Snapshot
 

@@ -28,7 +28,6 @@ class Plan:
 
     Attributes:
       is_compiled: whether the compiler has decided; otherwise memory, and so fitting, is an estimate.
-      rows: of a micro-batch, per shard of the batch.
       least_chips: chips that could hold the state and its gradients, fully sharded, and nothing else.
       sent: by kind of collective `{"count": per step, "bytes": sent per step}`; None if not compiled.
       flops: of a step over all chips.
@@ -40,10 +39,6 @@ class Plan:
     mesh: dict[str, int]
     attention: str
     attention_reason: str | None
-    batch_size: int
-    length: int
-    micro_batches: int
-    rows: int
     is_compiled: bool
     memory: Memory
     least_chips: int
@@ -67,7 +62,7 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
     Raises:
       CompileError: it cannot be compiled, for another reason than memory.
     """
-    chip, mesh, micro_batches = target.chip, target.mesh, config.optimizer.accumulate_steps
+    chip, mesh = target.chip, target.mesh
     flops = step_flops(config, base.config, target.attention, base.new_mask_token)
     state, found, time = abstract_state(config, base, mesh), [], None
     if target.is_compiled_for:
@@ -89,11 +84,9 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
     with_gradients = (device_bytes(state) + device_bytes(state.params)) * shards / GIB
     return Plan(
         target=target.name, num_chips=mesh.size, mesh=dict(mesh.shape), attention=target.attention,
-        attention_reason=target.reason, batch_size=config.data.batch_size, length=config.data.length,
-        micro_batches=micro_batches, rows=config.data.batch_size // (num_batch_shards(mesh) * micro_batches),
-        is_compiled=target.is_compiled_for, memory=memory, least_chips=math.ceil(with_gradients / chip.memory),
-        sent=by_kind(found) if target.is_compiled_for and memory.fits else None,
-        flops=flops, time=time)
+        attention_reason=target.reason, is_compiled=target.is_compiled_for, memory=memory,
+        least_chips=math.ceil(with_gradients / chip.memory), flops=flops, time=time,
+        sent=by_kind(found) if target.is_compiled_for and memory.fits else None)
 
 
 def suggest(config: TrainConfig, base: Base, target: Target, plan: Plan,
@@ -152,23 +145,20 @@ def with_settings(config: TrainConfig, settings: dict[str, object]) -> TrainConf
 
 def recipe_lines(config: TrainConfig, base: Base) -> list[str]:
     """Describes the recipe, whatever the devices."""
-    tokens = config.num_steps * config.data.batch_size * config.data.length
+    tokens, micro_batches = config.data.batch_size * config.data.length, config.optimizer.accumulate_steps
     return [f"model     {config.model.source} ({base.config.family}), "
             f"{count_params(base.config) / 1e6:,.1f}M parameters",
-            f"run       {config.num_steps:,} steps of {config.data.batch_size} x {config.data.length}, "
-            f"{tokens / 1e9:,.1f}B tokens"]
+            f"run       {config.num_steps:,} steps of {config.data.batch_size} x {config.data.length}"
+            + f" in {micro_batches} micro-batches" * (micro_batches > 1)
+            + f", {config.num_steps * tokens / 1e9:,.1f}B tokens"]
 
 
 def plan_lines(plan: Plan) -> list[str]:
     """Describes a plan: whether it fits, what it sends, how long it takes."""
     axes = "".join(f", {axis}={size}" for axis, size in plan.mesh.items() if size > 1)
     reason = f" ({plan.attention_reason})" if plan.attention_reason else ""
-    micro_batches = f" in {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
-    lines = [f"{plan.target}: {plan.num_chips} chip{'s' * (plan.num_chips > 1)}{axes}, "
-             f"{plan.attention} attention{reason}",
-             f"  batch     {plan.batch_size} x {plan.length}{micro_batches}, {plan.rows} rows at a time per shard of "
-             "the batch",
-             f"  memory    {_memory(plan)}"]
+    chips = f"{plan.num_chips} chip{'s' * (plan.num_chips > 1)}"
+    lines = [f"{plan.target}: {chips}{axes}, {plan.attention} attention{reason}", f"  memory    {_memory(plan)}"]
     if plan.sent is not None:
         kinds = ", ".join(f"{kind} {_bytes(sums['bytes'])} ({sums['count']:,}x)" for kind, sums in plan.sent.items())
         lines.append(f"  sent      {kinds or 'nothing'}")

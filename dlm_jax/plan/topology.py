@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -19,10 +20,10 @@ from dlm_jax.training.setup import attention_spec, choose_attention
 
 GPUS = tuple(chip.name for chip in CHIPS if chip.capability)
 
-_AXES = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # of each generation's torus
+# The axes of each generation's torus, and what the number in its cloud name counts per chip: cores, or the chip itself.
+_GENERATIONS = {"v2": (2, 2), "v3": (2, 2), "v4": (3, 2), "v5e": (2, 1), "v5p": (3, 2), "v6e": (2, 1),
+                "tpu7x": (3, None)}
 _HOST = (2, 2, 1)  # chips of a host along each axis: a slice has a multiple of them, or fits in one host
-# What the number in a cloud name counts per chip: its cores, or the chip itself.
-_CLOUD_UNITS = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 _NAME = re.compile(r"(?:(?P<slices>\d+)x)?(?P<generation>[a-z]\w*)(?::(?P<shape>\d+(?:x\d+){1,2})|-(?P<number>\d+))")
 
 # Set before libtpu is loaded: it must not search for a machine, nor log that there is none, and several processes may
@@ -31,8 +32,7 @@ _LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TP
            "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Topology:
+class Topology(NamedTuple):
     """`slices` TPU slices of one generation, each of `shape` chips, joined by the data-center network."""
 
     generation: str
@@ -43,10 +43,6 @@ class Topology:
     def name(self) -> str:
         """As JAX spells it, with the number of slices before it: `v5e:4x4`, `2xv5e:16x16`."""
         return f"{self.slices}x" * (self.slices > 1) + f"{self.generation}:{'x'.join(map(str, self.shape))}"
-
-    @property
-    def num_chips(self) -> int:
-        return self.slices * math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +104,16 @@ def read_topology(text: str) -> Topology:
       ConfigError: the name, generation or shape does not exist.
     """
     match = _NAME.fullmatch(text.replace("v5litepod", "v5e"))
-    if not match or match["generation"] not in _AXES:
+    if not match or match["generation"] not in _GENERATIONS:
         raise ConfigError(f"the topology {text!r} is not named GENERATION:SHAPE, such as v5e:4x4, v5p:2x2x4, or "
                           "2xv5e:16x16 for two slices, nor by its cloud name, such as v5litepod-16; generations are "
-                          + ", ".join(_AXES))
+                          + ", ".join(_GENERATIONS))
     generation, slices = match["generation"], int(match["slices"] or 1)
     shape = (_cloud_shape(generation, int(match["number"])) if match["number"]
              else tuple(map(int, match["shape"].split("x"))))
     if shape is None:
         raise ConfigError(f"the topology {text!r} has no usual shape; write GENERATION:SHAPE, such as v5e:4x4")
-    host, chips = _HOST[:_AXES[generation]], math.prod(shape)
+    host, chips = _HOST[:_GENERATIONS[generation][0]], math.prod(shape)
     if len(shape) != len(host) or chips * slices < 1 or (_is_partial_host(shape) and chips > 2):
         raise ConfigError(f"the topology {text!r} is not a multiple of hosts of {'x'.join(map(str, host))} chips")
     return Topology(generation, shape, slices)
@@ -158,8 +154,9 @@ def _is_partial_host(shape: tuple[int, ...]) -> bool:
 
 def _cloud_shape(generation: str, number: int) -> tuple[int, ...] | None:
     """Returns the most cubic shape of a power of two of chips, as Google assigns it, with the longest axis last."""
-    chips, rest = divmod(number, _CLOUD_UNITS[generation]) if generation in _CLOUD_UNITS else (0, 0)
-    axes, exponent = _AXES[generation], chips.bit_length() - 1
+    axes, unit = _GENERATIONS[generation]
+    chips, rest = divmod(number, unit) if unit else (0, 0)
+    exponent = chips.bit_length() - 1
     if rest or chips.bit_count() != 1 or (chips < 4 and (axes, chips) != (2, 1)):
         return None
     shape = tuple(2 ** ((exponent + axis) // axes) for axis in range(axes))

@@ -24,9 +24,9 @@ from dlm_jax.checkpoints.workdir import (
     read_run_config,
     write_run_metadata,
 )
+from dlm_jax.data.chat_template import ChatTemplate
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
-from dlm_jax.data.prompts import ChatTemplate
 from dlm_jax.data.rows import RowSource
 from dlm_jax.diffusion import Batch, DiffusionSpec, ObjectiveConfig, check_mask_token
 from dlm_jax.errors import ConfigError, DataError

@@ -25,7 +25,7 @@ def test_gpus(capsys, tmp_path, tiny):
     result = json.loads((tmp_path / "p.json").read_text())
     assert result["fits"] and result["config"]["data.length"] == 16 and result["model"]["mask_token_id"] is not None
     first, second = (entry["plan"] for entry in result["plans"])
-    assert first["rows"] == 8 and second["rows"] == 16 and not first["is_compiled"]
+    assert not first["is_compiled"]
     assert first["flops"]["model"] == second["flops"]["model"] and first["time"]["seconds"] < second["time"]["seconds"]
 
 
