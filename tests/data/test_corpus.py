@@ -241,10 +241,10 @@ def test_rows_on_an_object_store_are_copied_once(tmp_path, tokenizer, monkeypatc
     assert len(fetched) == 3 and fetched[2].endswith(victim.name)
     victim.unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=10))
-    with pytest.raises(DataError, match=r"memory://rows/.*data\.cache_dir"):
+    with pytest.raises(DataError, match=r"memory://rows.*data\.cache_dir"):
         load(remote, tokenizer, tmp_path)
     monkeypatch.undo()
     fsspec.filesystem("memory").rm("/rows/" + victim.name)
-    with pytest.raises(DataError, match="memory://rows/"):
+    with pytest.raises(DataError, match="memory://rows"):
         load(remote, tokenizer, tmp_path)
     assert not list(copy.glob(".*"))
