@@ -11,18 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from dlm_jax.data.files import COMPRESSED, File, find_files, one_line
 from dlm_jax.data.records import BrokenSource, RawRecord, RecordChunk
 from dlm_jax.data.source_files import (
-    COMPRESSED,
     ArrowSource,
-    File,
     JsonSource,
     LineSource,
     ParquetSource,
     Source,
     TextSource,
-    find_files,
-    one_line,
     select_columns,
 )
 from dlm_jax.errors import DataError

@@ -223,7 +223,7 @@ def test_text_file_without_separator_is_one_document(tmp_path):
 
 
 def test_invalid_utf8_breaks_a_text_but_only_one_json_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_files, "_BLOCK", 4)
+    monkeypatch.setattr(source_files, "BLOCK", 4)
     (tmp_path / "a.txt").write_bytes(b"one|two|" + b"x" * 20_000 + b"|\xff|four")
     (source,) = open_sources([f"{tmp_path}/a.txt"], separator="|")
     with pytest.raises(BrokenSource, match=r"a\.txt.*document 2"):
