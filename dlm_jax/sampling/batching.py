@@ -54,11 +54,10 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
     for start in tqdm(range(0, len(rows), size), desc="sampling", leave=False, disable=disable):
         chosen = np.resize(order[start : start + size], size)
         batch = padded.take(chosen)
-        arrays = batch.tokens, batch.fixed, batch.lengths, keys[chosen]
+        arrays = [batch.tokens, batch.fixed, batch.lengths, jax.random.key_data(keys[chosen])]
         if mesh is not None:
-            *arrays, key_data = (shard_batch(np.asarray(x), mesh)
-                                 for x in (*arrays[:3], jax.random.key_data(arrays[3])))
-            arrays = *arrays, jax.random.wrap_key_data(key_data)
+            arrays = [shard_batch(np.asarray(x), mesh) for x in arrays]
+        arrays[-1] = jax.random.wrap_key_data(arrays[-1])
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             if on_step is None:
                 tokens = sample(model, *arrays, spec).tokens
@@ -69,7 +68,7 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
     return filled
 
 
-def _sample_with_callback(model: Network, arrays: tuple[jax.Array, ...], spec: SamplingSpec, rows: np.ndarray,
+def _sample_with_callback(model: Network, arrays: list[jax.Array], spec: SamplingSpec, rows: np.ndarray,
                           on_step: Callable[[Snapshot], None]) -> jax.Array:
     """Returns the same tokens as `sample`; `on_step` sees every step."""
     number = len(np.unique(rows))  # without repeated rows

@@ -72,22 +72,23 @@ def _resolve(spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> Sampli
     if config.policy == "first_hitting" and config.num_steps is not None and gaps > config.num_steps:
         raise ConfigError(f"first_hitting reveals one token per step, which is too slow for {gaps} tokens in "
                           f"{config.num_steps} steps; remove num_steps, or choose random_exact")
-    if config.policy != "autoregressive" and diffusion.mask_token_id is None:
+    if config.policy == "autoregressive":
+        if not diffusion.shift:
+            raise ConfigError("autoregressive decoding needs outputs that predict the next token, and this model was "
+                              "trained without the shift; choose another policy")
+        if inside:
+            raise ConfigError("autoregressive decoding cannot fill a gap with text after it; choose another policy")
+    elif diffusion.mask_token_id is None:
         raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
-    if config.policy != "autoregressive" and diffusion.blocks is None:
+    elif diffusion.blocks is None:
         return spec
-    if diffusion.blocks is not None:
+    else:
         for name, unset in (("block_length", None), ("cache", "none"), ("cfg_scale", 0.0)):
             if getattr(config, name) != unset:
                 raise ConfigError(f"this model has blocks and an exact cache of its own; remove {name}")
-    if config.policy == "autoregressive" and not diffusion.shift:
-        raise ConfigError("autoregressive decoding needs outputs that predict the next token, and this model was "
-                          "trained without the shift; choose another policy")
-    if inside and diffusion.blocks is not None:
-        raise ConfigError("a model with blocks does not see text after a gap; continue a text with it, or fill gaps "
-                          "with a model trained on entire rows")
-    if inside:
-        raise ConfigError("autoregressive decoding cannot fill a gap with text after it; choose another policy")
+        if inside:
+            raise ConfigError("a model with blocks does not see text after a gap; continue a text with it, or fill "
+                              "gaps with a model trained on entire rows")
     return dataclasses.replace(spec, prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
 
 
