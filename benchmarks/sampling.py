@@ -5,9 +5,8 @@
 
 Both have random weights. PyTorch computes full logits, sorts them for top-p and samples a token at every position and
 step. Its policies are the reference implementation's: `random` reveals each masked token with probability 1/(t+1),
-`confidence` ranks by the probability of the sampled token and has no top-p. dlm_jax has the same settings, and for
-`confidence` also the caches. Tokens per second count generated tokens. Writes
-benchmarks/results/sampling-MODEL-DEVICE.json.
+`confidence` ranks by the probability of the sampled token and has no top-p. dlm_jax has the same settings, without and
+with the caches. Tokens per second count generated tokens. Writes benchmarks/results/sampling-MODEL-DEVICE-DTYPE.json.
 """
 
 import argparse
@@ -26,11 +25,13 @@ def run_dlm_jax(args: argparse.Namespace, policy: str, cache: str = "none") -> C
 
     from dlm_jax.checkpoints import config_from_hf
     from dlm_jax.diffusion import DiffusionSpec
-    from dlm_jax.models import Compute, Transformer
+    from dlm_jax.matmul import choose_matmul
+    from dlm_jax.models import Compute, Transformer, unstack_layers
     from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
-    model = nnx.jit(lambda: Transformer(config_from_hf(HF_CONFIGS[args.model]), rngs=nnx.Rngs(0),
-                                        param_dtype=args.dtype, compute=Compute(args.dtype)))()
+    compute = Compute(args.dtype, matmul=choose_matmul(args.dtype, jax.default_backend(), 1))
+    model = unstack_layers(nnx.jit(lambda: Transformer(config_from_hf(HF_CONFIGS[args.model]), rngs=nnx.Rngs(0),
+                                                       param_dtype=args.dtype, compute=compute))())
     config = SamplerConfig(policy=policy, num_steps=args.num_steps, temperature=args.temperature,
                            top_p=args.top_p if policy == "random" else None, cache=cache,
                            block_length=None if cache == "none" else 32)
@@ -111,9 +112,12 @@ def main() -> None:
     for policy in args.policies:
         sides = {name: make(args, policy) for name, make in (("dlm_jax", run_dlm_jax), ("pytorch", run_pytorch))
                  if args.only in (None, name)}
-        if policy == "confidence" and args.only != "pytorch":
+        if args.only != "pytorch":
             sides |= {f"dlm_jax, {cache} cache": run_dlm_jax(args, policy, cache) for cache in ("prefix", "dual")}
-        for name, seconds in harness.time_in_turns(sides, args.repeats).items():
+        for name, run in sides.items():
+            if name != "pytorch":  # which compiles nothing
+                run(0)
+        for name, seconds in harness.time_in_turns(sides, args.repeats, warmup=0).items():
             median = statistics.median(seconds)
             results.append({"side": name, "policy": policy, "seconds": seconds, "median": median,
                             "tokens_per_second": generated / median})
@@ -126,7 +130,7 @@ def main() -> None:
         row["ratio"] = row["tokens_per_second"] / other[0]["tokens_per_second"] if other else None
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         print(f"| {row['policy']} | {row['side']} | {row['median']:.2f} | {row['tokens_per_second']:.1f} | {ratio} |")
-    harness.write_results(f"sampling-{args.model}-{harness.device_name()}",
+    harness.write_results(f"sampling-{args.model}-{harness.device_name()}-{args.dtype}",
                           {"settings": vars(args), "results": results}, "jax", "flax", "torch", "transformers")
 
 

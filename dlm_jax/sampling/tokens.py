@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dlm_jax.sampling.config import POLICIES, SamplerConfig, log_prob
 from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState
 
-_MIN_HEAD_ROWS = 32  # with fewer rows the head's product takes as long as reading its kernel
+_HEAD_ROWS = 8  # with fewer rows the head's product takes as long as reading its kernel
 _CDF_BLOCK = 256  # tokens per block of the two-level inversion
 
 
@@ -32,7 +32,7 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
     """
     score = POLICIES[spec.config.policy].score
     batch, width = active.shape
-    size = slice_size(spec.config, batch, width)
+    size = slice_size(spec.config, batch, width, state.tokens.shape[1])
     rows = jnp.arange(batch)[:, None]
     order = jnp.argsort(~active, axis=1, stable=True)  # active ones first
     order = jnp.pad(order, ((0, 0), (0, -width % size)), constant_values=width)
@@ -60,15 +60,18 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
     return tuple(filled)
 
 
-def slice_size(config: SamplerConfig, batch: int, width: int) -> int:
-    """Returns how many positions per row the head computes at a time: about as many as a step reveals, or an eighth."""
+def slice_size(config: SamplerConfig, batch: int, width: int, length: int) -> int:
+    """Returns how many positions per row the head computes at a time.
+
+    Where a policy chooses positions first, it is about as many as a step reveals of a row of `length`, so that one
+    slice is enough most of the time. Else all masked positions need a token: it is an eighth of the `width` positions.
+    """
     if POLICIES[config.policy].score is None:
-        expected = width / (config.steps or width)
-        size = expected + expected**0.5  # one slice is enough most of the time
+        expected = length / (config.steps or length)
+        size = max(expected + expected**0.5, _HEAD_ROWS / batch)
     else:
-        size = width / 8
-    size = max(size, _MIN_HEAD_ROWS / batch, 1)
-    return min(width, -(-int(size) // 8) * 8)
+        size = max(width / 8, 4 * _HEAD_ROWS / batch)
+    return min(width, -(-int(max(size, 1)) // 8) * 8)
 
 
 def process_logits(logits: jax.Array, spec: SamplingSpec, seen: jax.Array | None) -> jax.Array:

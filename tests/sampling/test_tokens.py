@@ -80,4 +80,4 @@ def test_temperature_top_k_and_top_p_together():
 def test_slice_size_is_between_one_and_width(policy):
     for batch in (1, 3, 64, 20_000):
         for width in (1, 4, 9, 64, 2048):
-            assert 1 <= slice_size(SamplerConfig(policy), batch, width) <= width
+            assert 1 <= slice_size(SamplerConfig(policy), batch, width, 4 * width) <= width
