@@ -6,8 +6,9 @@
 
 Both start from random weights and see the same random tokens; times are sampled from U(0, 1) on both sides, half of the
 tokens are masked on average. PyTorch runs transformers' model with a 4-D attention mask under SDPA, full logits and its
-own AdamW, as the DiffuLLaMA reference does. The two take turns, so that other load affects both. Prints a
-table of seconds per step, and writes benchmarks/results/train_step-MODEL-DEVICE-DTYPE-dropoutRATE.json.
+own AdamW, as the DiffuLLaMA reference does, and with --lora=RANK PEFT's LoRA. The two take turns, so that other load
+affects both. Prints a table of seconds per step, and writes
+benchmarks/results/train_step-MODEL-DEVICE-DTYPE-dropoutRATE[-loraRANK].json.
 
     python benchmarks/train_step.py --annealed=off --profile=/tmp/trace         where our time goes on a CPU, as a table
 """
@@ -44,17 +45,19 @@ def ours(args: argparse.Namespace, annealed: bool) -> harness.TrainStep:
     from dlm_jax.checkpoints import config_from_hf
     from dlm_jax.diffusion import ObjectiveConfig
     from dlm_jax.matmul import choose_matmul
-    from dlm_jax.models import Compute, Transformer
+    from dlm_jax.models import Compute, LoRAConfig, Transformer, split_trainable
     from dlm_jax.training.optimizer import OptimizerConfig
 
-    model = nnx.jit(lambda: Transformer(config_from_hf(hf_config(args)), rngs=nnx.Rngs(0), param_dtype=args.param_dtype,
-                                        compute=Compute(args.dtype, args.remat, args.attention, matmul=choose_matmul(
-                                            args.dtype, jax.default_backend(), 1))))()
+    compute = Compute(args.dtype, args.remat, args.attention,
+                      matmul=choose_matmul(args.dtype, jax.default_backend(), 1))
+    lora = LoRAConfig(args.lora, 2.0 * args.lora, frozen_dtype=args.dtype) if args.lora else None
+    graphdef, params, frozen = split_trainable(nnx.jit(lambda: Transformer(
+        config_from_hf(hf_config(args)), rngs=nnx.Rngs(0), param_dtype=args.param_dtype, compute=compute, lora=lora))())
     # Half of 10^6 steps gone: the ratio of the annealed variant stays where it is.
     objective = ObjectiveConfig(anneal_steps=2_000_000 if annealed else 0)
     optimizer = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01)
-    return harness.TrainStep(*nnx.split(model), tokens_of(args), objective, optimizer, mask_token_id=MASK_TOKEN_ID,
-                             start=1_000_000, matmul=model.compute.matmul)
+    return harness.TrainStep(graphdef, params, tokens_of(args), objective, optimizer, frozen=frozen,
+                             mask_token_id=MASK_TOKEN_ID, start=1_000_000, matmul=compute.matmul)
 
 
 def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
@@ -66,11 +69,16 @@ def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = hf_config(args)
     config = AutoConfig.for_model(config.pop("model_type"), **config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa",
-                                             dtype=getattr(torch, args.param_dtype)).to(device).train()
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa",
+        dtype=getattr(torch, args.dtype if args.lora else args.param_dtype)).to(device).train()
+    if args.lora:  # PEFT keeps the factors in float32
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear"))
     if args.remat != "none":
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.01)
     tokens = torch.from_numpy(tokens_of(args)).long().to(device)
     length = args.length
     mixed = args.dtype != args.param_dtype
@@ -102,7 +110,7 @@ def pytorch(args: argparse.Namespace, annealed: bool) -> Callable[[int], None]:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, layers=0, batch_size=2, length=512, dropout=0.1, steps=20, threads=2)
+    parser = harness.parser(__doc__, layers=0, batch_size=2, length=512, dropout=0.1, steps=20, threads=2, lora=0)
     parser.add_argument("--model", choices=HF_CONFIGS, default="gpt2-small")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--param_dtype", default="float32", choices=("float32", "bfloat16"))
@@ -149,7 +157,8 @@ def main() -> None:
         print(f"| {kind} | {row['side']} | {row['seconds_per_step']:.3f} | "
               f"{row['tokens_per_second']:,.0f} | {ratio} |"
               + (f" {row['mfu']:.1%} |" if peak else ""))
-    harness.write_results(f"train_step-{args.model}-{harness.device_name()}-{args.dtype}-dropout{args.dropout:g}",
+    harness.write_results(f"train_step-{args.model}-{harness.device_name()}-{args.dtype}-dropout{args.dropout:g}"
+                          + (f"-lora{args.lora}" if args.lora else ""),
                           {"settings": vars(args), "results": results}, "jax", "flax", "torch", "transformers")
 
 
