@@ -34,14 +34,14 @@ def ours(args: argparse.Namespace, dtype: str) -> Callable[[int], Callable[[int]
     from dlm_jax.attention import AttentionMask
     from dlm_jax.checkpoints import config_from_hf
     from dlm_jax.matmul import choose_matmul, jit_model
-    from dlm_jax.models import Caches, Compute, Transformer, unstack_layers
+    from dlm_jax.models import Cache, Compute, Transformer
 
     config = config_from_hf(HF_CONFIGS[args.model])
     compute = Compute(dtype, matmul=choose_matmul(dtype, jax.default_backend(), 1))
     model = nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype), compute=compute))()
-    graphdef, params = nnx.split(unstack_layers(model))
+    graphdef, params = nnx.split(model)
 
-    def decode(graphdef: object, params: object, tokens: jax.Array, cache: Caches) -> tuple[jax.Array, Caches]:
+    def decode(graphdef: object, params: object, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         model, positions = nnx.merge(graphdef, params), CONTEXT + jnp.arange(tokens.shape[1])[None]
         hidden, cache = model.cached_hidden(tokens, AttentionMask.causal(), positions, cache)
         return jnp.argmax(model.unembed(hidden), axis=-1), cache
@@ -49,7 +49,7 @@ def ours(args: argparse.Namespace, dtype: str) -> Callable[[int], Callable[[int]
     program = jit_model(decode, static_argnames="graphdef", donate_argnames="cache")
 
     def passes(count: int) -> Callable[[int], object]:
-        cache = nnx.merge(graphdef, params).empty_cache(1, 2 * CONTEXT)
+        cache = Cache.empty(config, 1, 2 * CONTEXT, dtype)
         tokens = jnp.ones((1, count), jnp.int32)
 
         def run(_: int) -> None:

@@ -17,9 +17,9 @@ from dlm_jax.models.lora_ops import (
     split_lora,
     split_trainable,
 )
-from dlm_jax.models.transformer import Caches, Transformer, abstract_model, unstack_layers
+from dlm_jax.models.transformer import Transformer, abstract_model
 
-__all__ = ["Cache", "Caches", "Compute", "LoRAConfig", "LoRAFactor", "LoRAParam", "ModelConfig", "RopeScaling",
-           "Transformer", "abstract_model", "add_dora_magnitudes", "add_lora", "base_shapes", "combine_fingerprints",
-           "fingerprint", "freeze_base", "init_lora_factors", "kernel_norms", "merge_kernel", "merge_lora",
-           "split_lora", "split_trainable", "unstack_layers"]
+__all__ = ["Cache", "Compute", "LoRAConfig", "LoRAFactor", "LoRAParam", "ModelConfig", "RopeScaling", "Transformer",
+           "abstract_model", "add_dora_magnitudes", "add_lora", "base_shapes", "combine_fingerprints", "fingerprint",
+           "freeze_base", "init_lora_factors", "kernel_norms", "merge_kernel", "merge_lora", "split_lora",
+           "split_trainable"]

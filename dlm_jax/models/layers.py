@@ -65,24 +65,24 @@ def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Cache(NamedTuple):
-    """Keys and values of some layers, [layers, batch, length, kv_heads, head_dim]."""
+    """Keys and values of every layer, [layers, batch, length, kv_heads, head_dim]."""
 
     key: jax.Array
     value: jax.Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, num_layers: int, batch: int, length: int, dtype: str) -> Self:
+    def empty(cls, config: ModelConfig, batch: int, length: int, dtype: str) -> Self:
         """Returns a cache of zeros; attention to it must mask positions that have not been written."""
-        shape = (num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def write(self, layer: jax.Array | int, positions: jax.Array, key: jax.Array, value: jax.Array) -> Self:
+    def write(self, layer: jax.Array, positions: jax.Array, key: jax.Array, value: jax.Array) -> Self:
         """Writes keys and values [batch, Q, kv_heads, head_dim] at `positions` [batch, Q]; past the end: dropped."""
         rows = jnp.arange(key.shape[0])[:, None]
         return Cache(*(cached.at[layer, rows, positions].set(new.astype(cached.dtype), mode="drop")
                        for cached, new in zip(self, (key, value), strict=True)))
 
-    def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns one layer's keys and values, [batch, length, kv_heads, head_dim]."""
         return self.key[layer], self.value[layer]
 
@@ -91,7 +91,7 @@ class LayerCache(NamedTuple):
     """A cache as one layer uses it: with the layer's index, and the positions of its queries, int [batch, Q]."""
 
     cache: Cache
-    layer: jax.Array | int
+    layer: jax.Array
     positions: jax.Array
 
 

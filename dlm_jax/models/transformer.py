@@ -15,8 +15,6 @@ from dlm_jax.models.layers import Block, Cache, Initializer, LayerCache, Norm, f
 from dlm_jax.models.lora import LoRAConfig
 from dlm_jax.random import counter_hash, dropout
 
-Caches = Cache | tuple[Cache, ...]  # of all layers; or one per layer, for a model with a block per layer
-
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": None,
@@ -84,13 +82,8 @@ class Transformer(nnx.Module):
         """
         return self._run(tokens, attention, positions, dropout_seeds, None)[0]
 
-    def empty_cache(self, batch: int, length: int) -> Caches:
-        """Returns a cache of zeros for rows of `length`; attention must mask positions that have not been written."""
-        sizes = self.config, 1 if self.is_unstacked else self.config.num_layers, batch, length, self.compute.dtype
-        return tuple(Cache.empty(*sizes) for _ in self.blocks) if self.is_unstacked else Cache.empty(*sizes)
-
     def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
-                      cache: Caches) -> tuple[jax.Array, Caches]:
+                      cache: Cache) -> tuple[jax.Array, Cache]:
         """Returns `hidden` of some positions that attend to the cache: int `tokens` [batch, Q] to [batch, Q, embed].
 
         Args:
@@ -101,7 +94,7 @@ class Transformer(nnx.Module):
         return self._run(tokens, attention, positions, None, cache)
 
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
-             dropout_seeds: jax.Array | None, cache: Caches | None) -> tuple[jax.Array, Caches | None]:
+             dropout_seeds: jax.Array | None, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -117,13 +110,6 @@ class Transformer(nnx.Module):
         else:
             cos_sin = rotation(positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
         x = dropout(x, config.embed_dropout, dropout_seeds)
-        if self.is_unstacked:
-            caches = []
-            for index, block in enumerate(self.blocks):
-                layer_cache = None if cache is None else LayerCache(cache[index], 0, positions)
-                x, layer_cache = block(x, attention, cos_sin, _layer_seeds(dropout_seeds, index), layer_cache)
-                caches.append(layer_cache)
-            return self.final_norm(x), None if cache is None else tuple(caches)
 
         graphdef, stacked = nnx.split(self.blocks)
         if self.compute.matmul != DEFAULT:  # else the backward pass would store each layer's converted kernels
@@ -136,18 +122,14 @@ class Transformer(nnx.Module):
             (x, cache), (index, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
             layer_cache = None if cache is None else LayerCache(cache, index, positions)
-            seeds = _layer_seeds(dropout_seeds, index)
+            seeds = (None,) * 4 if dropout_seeds is None else tuple(
+                counter_hash(dropout_seeds, index, site) for site in range(4))
             return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, layer_cache), None
 
         if self.compute.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
         (x, cache), _ = jax.lax.scan(layer, (x, cache), (jnp.arange(config.num_layers), stacked))
         return self.final_norm(x), cache
-
-    @property
-    def is_unstacked(self) -> bool:
-        """Whether there is a block per layer; see `unstack_layers`."""
-        return isinstance(self.blocks, nnx.List)
 
     @property
     def head_kernel(self) -> nnx.Param:
@@ -164,33 +146,6 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:
         """Returns float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""
         return self.unembed(self.hidden(tokens, attention, positions=positions))
-
-
-def _layer_seeds(seeds: jax.Array | None, layer: jax.Array | int) -> tuple[jax.Array | None, ...]:
-    """Returns the seeds of a layer's four sites of dropout."""
-    return (None,) * 4 if seeds is None else tuple(counter_hash(seeds, layer, site) for site in range(4))
-
-
-def unstack_layers(model: nnx.Module) -> nnx.Module:
-    """Returns a model as it decodes fastest on one CPU: with a block and a cache per layer, at twice the memory.
-
-    There, a scan over stacked layers copies each layer's kernels and its cache in every pass, which takes as long as
-    the pass itself. Models on other devices, unstacked ones, and modules that are no `Transformer` are returned as they
-    are. The result cannot be saved.
-    """
-    if not isinstance(model, Transformer) or model.is_unstacked:
-        return model
-    devices = {device for leaf in jax.tree.leaves(nnx.state(model)) for device in leaf.devices()}
-    return _unstack(model) if len(devices) == 1 and devices.pop().platform == "cpu" else model
-
-
-@nnx.jit
-def _unstack(model: Transformer) -> Transformer:
-    graphdef, stacked = nnx.split(model.blocks)
-    unstacked = nnx.merge(*nnx.split(model))
-    unstacked.blocks = nnx.List(nnx.merge(graphdef, jax.tree.map(lambda x: x[layer], stacked))  # noqa: B023
-                                for layer in range(model.config.num_layers))
-    return unstacked
 
 
 def check_lora(lora: LoRAConfig, config: ModelConfig) -> None:

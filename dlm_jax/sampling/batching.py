@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dlm_jax.models import unstack_layers
 from dlm_jax.parallel import num_batch_shards, shard_batch, to_host
 from dlm_jax.sampling.sampler import sample, stream
 from dlm_jax.sampling.spec import Network, SamplingSpec
@@ -42,7 +41,6 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
     """
     if not rows:
         return []
-    model = unstack_layers(model)
     padded = pad_rows(rows, model.config.max_length, coarse)
     # Rows of a batch have the same width, which is the program's shape, and similar numbers of gaps, hence of steps.
     order = sorted(range(len(rows)), key=lambda i: (bucket(len(rows[i]), model.config.max_length, coarse=coarse),

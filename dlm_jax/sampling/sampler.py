@@ -12,7 +12,6 @@ from flax import nnx
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import jit_model
-from dlm_jax.models import unstack_layers
 from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState, find_gaps, pending_mask
 from dlm_jax.sampling.steppers import make_stepper
 from dlm_jax.sampling.text import bucket
@@ -50,14 +49,14 @@ def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
         autoregressive decoding and models with blocks, text after a gap or a model without the shift.
     """
     spec = _resolve(spec, fixed, lengths)
-    return _sample(*nnx.split(unstack_layers(model)), *_as_inputs(tokens, fixed, lengths), keys, spec)
+    return _sample(*nnx.split(model), *_as_inputs(tokens, fixed, lengths), keys, spec)
 
 
 def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
            spec: SamplingSpec) -> Iterator[SamplingState]:
     """Does what `sample` does, one compiled step at a time: yields the state before the first step and after each."""
     spec = _resolve(spec, fixed, lengths)
-    graphdef, params = nnx.split(unstack_layers(model))
+    graphdef, params = nnx.split(model)
     inputs, state, more = _start(graphdef, params, *_as_inputs(tokens, fixed, lengths), keys, spec)
     yield state
     while more:

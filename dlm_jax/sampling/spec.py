@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
-from dlm_jax.models import Caches, ModelConfig
+from dlm_jax.models import Cache, ModelConfig
 from dlm_jax.sampling.config import SamplerConfig
 
 
@@ -19,10 +19,8 @@ class Network(Protocol):
 
     def hidden(self, tokens: jax.Array, attention: AttentionMask) -> jax.Array: ...
 
-    def empty_cache(self, batch: int, length: int) -> Caches: ...
-
     def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
-                      cache: Caches) -> tuple[jax.Array, Caches]: ...
+                      cache: Cache) -> tuple[jax.Array, Cache]: ...
 
     def unembed(self, hidden: jax.Array) -> jax.Array: ...
 
@@ -72,7 +70,7 @@ class SamplingState(NamedTuple):
     steps: jax.Array  # int32 [batch], forward passes that each row needed
     block: jax.Array  # int32, the current block of all rows; [batch], one per row, for models with blocks
     steps_in_block: jax.Array  # int32, steps since that block started; shape as `block`
-    cache: Caches | None
+    cache: Cache | None
     frontier: DecodeFrontier | None = None  # for models with blocks
 
 

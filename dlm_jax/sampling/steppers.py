@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.models import Caches
+from dlm_jax.models import Cache
 from dlm_jax.sampling.config import POLICIES
 from dlm_jax.sampling.spec import (
     DecodeFrontier,
@@ -61,7 +61,7 @@ class DenoisingStepper:
         config, cache = self.spec.config, None
         if config.cache != "none":
             rows = 2 * len(tokens) if config.cfg_scale else len(tokens)
-            cache = self.network.empty_cache(rows, tokens.shape[1])
+            cache = Cache.empty(self.network.config, rows, tokens.shape[1], self.network.compute.dtype)
         return inputs._replace(block_ids=block_ids(inputs.gaps, config.block_length)), state._replace(cache=cache)
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
@@ -143,7 +143,7 @@ class DenoisingStepper:
             lengths, first = jnp.tile(lengths, 2), jnp.tile(first, 2)
         attention = AttentionMask.bidirectional().with_lengths(lengths)
 
-        def run_row(cache: Caches | None) -> tuple[jax.Array, Caches | None]:
+        def run_row(cache: Cache | None) -> tuple[jax.Array, Cache | None]:
             if cache is None:
                 hidden = self.network.hidden(tokens, attention)
             else:
@@ -152,7 +152,7 @@ class DenoisingStepper:
             at = jnp.minimum(first[:, None] + jnp.arange(width), length - 1)
             return jnp.take_along_axis(hidden, at[:, :, None], axis=1), cache
 
-        def run_window(cache: Caches, size: int) -> tuple[jax.Array, Caches]:
+        def run_window(cache: Cache, size: int) -> tuple[jax.Array, Cache]:
             at = first[:, None] + jnp.arange(size)
             some = jnp.take_along_axis(tokens, jnp.minimum(at, length - 1), axis=1)
             hidden, cache = self.network.cached_hidden(some, attention, at, cache)
@@ -209,18 +209,18 @@ class BlockStepper(DenoisingStepper):
         start = state.block * size
         attention = diffusion.blocks.decode_mask(start).with_lengths(inputs.lengths)
 
-        def run(first: int, cache: Caches) -> tuple[jax.Array, Caches]:
+        def run(first: int, cache: Cache) -> tuple[jax.Array, Cache]:
             """Returns the states from `first` positions after each block's start to its end."""
             at = start[:, None] + jnp.arange(first, size)
             tokens = jnp.take_along_axis(state.tokens, jnp.clip(at, 0, length - 1), axis=1)
             return self.network.cached_hidden(tokens, attention, jnp.where(at < 0, length, at), cache)  # not cached
 
-        def with_previous_block(cache: Caches) -> tuple[jax.Array, jax.Array, Caches]:
+        def with_previous_block(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
             hidden, cache = run(-size, cache)
             last = jnp.where(frontier.pending[:, None], hidden[:, size - 1], frontier.hidden)
             return hidden[:, size:], last, cache
 
-        def without(cache: Caches) -> tuple[jax.Array, jax.Array, Caches]:
+        def without(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
             hidden, cache = run(0, cache)
             return hidden, frontier.hidden, cache
 
@@ -269,13 +269,13 @@ def _initial(spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengths: j
     return SamplingInputs(gaps, jnp.zeros(gaps.shape, jnp.int32), lengths, keys), state
 
 
-def _prefill(network: Network, tokens: jax.Array, width: int, attention: AttentionMask) -> tuple[jax.Array, Caches]:
+def _prefill(network: Network, tokens: jax.Array, width: int, attention: AttentionMask) -> tuple[jax.Array, Cache]:
     """Returns the states [batch, width, embed] and the cache of prompts of any lengths up to `width`.
 
     Entries past a prompt's end are overwritten before any query sees them.
     """
     prompts = tokens[:, :width]
-    cache = network.empty_cache(*tokens.shape)
+    cache = Cache.empty(network.config, *tokens.shape, network.compute.dtype)
     return network.cached_hidden(prompts, attention, jnp.broadcast_to(jnp.arange(width), prompts.shape), cache)
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.models import Cache, ModelConfig, RopeScaling, Transformer, unstack_layers
+from dlm_jax.models import Cache, ModelConfig, RopeScaling, Transformer
 from dlm_jax.models.layers import frequencies, rotate, rotation
 
 LENGTH, WIDTH = 20, 8
@@ -45,7 +45,7 @@ def some_hidden(network, tokens, attention, positions, cache):
 
 def empty(kind, num_layers=2):
     """Returns a cache with garbage where nothing has been written."""
-    cache = model(kind, num_layers).empty_cache(len(TOKENS), LENGTH)
+    cache = Cache.empty(model(kind, num_layers).config, len(TOKENS), LENGTH, "float32")
     return jax.tree.map(lambda x: x + 3.0, cache)
 
 
@@ -99,20 +99,6 @@ def test_one_layer_needs_only_changed_tokens_recomputed():
     np.testing.assert_allclose(states, np.take_along_axis(expected, positions[..., None], 1), atol=2e-5)
 
 
-@every_kind
-def test_unstacked_layers_give_the_same_states(kind):
-    """One program with a block per layer computes what the scan over stacked blocks does, with a cache and without."""
-    unstacked, mask = unstack_layers(model(kind)), AttentionMask.causal()
-    assert unstacked.is_unstacked and unstack_layers(unstacked) is unstacked
-    expected = hidden(model(kind), TOKENS, mask)
-    np.testing.assert_allclose(hidden(unstacked, TOKENS, mask), expected, atol=2e-5)
-    cache = unstacked.empty_cache(len(TOKENS), LENGTH)
-    for start in range(0, LENGTH, 10):
-        positions = np.tile(np.arange(start, start + 10), (3, 1))
-        states, cache = some_hidden(unstacked, TOKENS, mask, positions, cache)
-        np.testing.assert_allclose(states, expected[:, start : start + 10], atol=2e-5)
-
-
 def test_write_drops_positions_past_the_end():
     cache = empty("llama")
     key, value = (jax.random.normal(jax.random.key(i), (3, 3, 2, 8)) for i in range(2))
@@ -128,7 +114,7 @@ def test_write_drops_positions_past_the_end():
 
 
 def test_cache_keeps_its_dtype():
-    cache = Cache.empty(model("llama").config, 2, 3, LENGTH, "bfloat16")
+    cache = Cache.empty(model("llama").config, 3, LENGTH, "bfloat16")
     written = cache.write(jnp.int32(0), jnp.zeros((3, 1), int), jnp.ones((3, 1, 2, 8)), jnp.ones((3, 1, 2, 8)))
     assert {x.dtype.name for x in (*cache, *written)} == {"bfloat16"}
 

@@ -53,9 +53,9 @@ def test_stale_entries_are_outside_the_block(cache):
     begin, end = [i for i, state in enumerate(states) if state.steps_in_block == 0 and i > 0][:2]
     assert end - begin > 2
     now, last = states[end - 1], states[end - 2]  # `now` was computed from the tokens of `last`
-    kept = stacked_values(states[begin + 1].cache)  # all keys and values as of the block's first step
-    found = stacked_values(now.cache)
-    fresh = fresh_values(model, last.tokens, jnp.asarray(lengths))
+    kept = np.asarray(states[begin + 1].cache.value)  # all keys and values as of the block's first step
+    found = np.asarray(now.cache.value)
+    fresh = fresh_cache(model, last.tokens, jnp.asarray(lengths), states[begin].cache)
     for row in range(4):
         here = np.flatnonzero(gaps[row] & in_block(gaps[row], int(now.block)))
         if not len(here) or not (np.asarray(last.masked[row])[here]).any():
@@ -68,16 +68,11 @@ def test_stale_entries_are_outside_the_block(cache):
         assert (np.abs(found[1][row, inside] - kept[1][row, inside]) > 1e-6).any()
 
 
-def stacked_values(caches):
-    """Returns the values of all layers."""
-    return np.concatenate([cache.value for cache in caches])
-
-
 @jax.jit
-def fresh_values(model, tokens, lengths):
-    """Returns the values of all layers, computed from the tokens."""
-    cache, positions = model.empty_cache(*tokens.shape), jnp.broadcast_to(jnp.arange(40), tokens.shape)
-    return model.cached_hidden(tokens, AttentionMask.bidirectional().with_lengths(lengths), positions, cache)[1].value
+def fresh_cache(model, tokens, lengths, cache):
+    """Returns all keys and values, computed from the tokens."""
+    return model.cached_hidden(tokens, AttentionMask.bidirectional().with_lengths(lengths),
+                               jnp.broadcast_to(jnp.arange(40), tokens.shape), cache)[1].value
 
 
 def in_block(gaps, number):
