@@ -26,12 +26,12 @@ def run_dlm_jax(args: argparse.Namespace, policy: str, cache: str = "none") -> C
     from dlm_jax.checkpoints import config_from_hf
     from dlm_jax.diffusion import DiffusionSpec
     from dlm_jax.matmul import choose_matmul
-    from dlm_jax.models import Compute, Transformer, unstack_layers
+    from dlm_jax.models import Compute, Transformer
     from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
     compute = Compute(args.dtype, matmul=choose_matmul(args.dtype, jax.default_backend(), 1))
-    model = unstack_layers(nnx.jit(lambda: Transformer(config_from_hf(HF_CONFIGS[args.model]), rngs=nnx.Rngs(0),
-                                                       param_dtype=args.dtype, compute=compute))())
+    model = nnx.jit(lambda: Transformer(config_from_hf(HF_CONFIGS[args.model]), rngs=nnx.Rngs(0),
+                                        param_dtype=args.dtype, compute=compute))()
     config = SamplerConfig(policy=policy, num_steps=args.num_steps, temperature=args.temperature,
                            top_p=args.top_p if policy == "random" else None, cache=cache,
                            block_length=None if cache == "none" else 32)
