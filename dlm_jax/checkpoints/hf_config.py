@@ -19,8 +19,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "partial_rotary_factor": (None, 1),
-    "quantization_config": (None,),
+    "quantization_config": (None,), "compression_config": (None,),
 }
+# Settings that transformers takes as they are, never as text: "false" would count as true.
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_NUMBERS = ("rms_norm_eps", "layer_norm_epsilon", "initializer_range", "rope_theta", "max_window_layers")
+_SIZES_OR_NULL = ("head_dim", "n_inner", "sliding_window")
+
+# Other names of GPT-2's sizes, which transformers prefers (its `attribute_map`).
+_GPT2_ALIASES = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings", "n_head": "num_attention_heads",
+                 "n_layer": "num_hidden_layers"}
 
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
@@ -62,7 +70,7 @@ EXTERNAL_ARCHS = {
 
 # Keys of the source's config.json that an export does not keep: it writes its own, in one spelling.
 _REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "dtype", "torch_dtype", "auto_map",
-             "_name_or_path", "transformers_version", "mask_token_id", "dlm_jax")
+             "_name_or_path", "transformers_version", "mask_token_id", "dlm_jax", *_GPT2_ALIASES.values())
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -73,7 +81,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
+        inner = sorted(file.parent.name for kind in ("config.json", "adapter_config.json")
+                       for file in directory.glob(f"*/{kind}"))
+        hint = f"; give one of the folders in it ({', '.join(dict.fromkeys(inner))})" if inner else ""
+        raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint{hint}")
     return _rewrite_external(read_json(path))
 
 
@@ -119,6 +130,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     for name, allowed in _NEUTRAL.items():
         if name in hf and hf[name] not in allowed:
             raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not implement")
+    for names, kinds, expected in ((_FLAGS, bool, "true or false"), (_NUMBERS, int | float, "a number")):
+        for name in names:
+            if name in hf and (not isinstance(hf[name], kinds) or isinstance(hf[name], bool) != (kinds is bool)):
+                raise CheckpointError(f"config.json must give {name} as {expected}, not {hf[name]!r}")
+    for name in _SIZES_OR_NULL:
+        if hf.get(name) is not None:
+            _size(hf, name)
     return _from_gpt2(hf) if family == "gpt2" else _from_llama(hf, family)
 
 
@@ -157,6 +175,7 @@ def config_to_hf(config: ModelConfig, base: Mapping[str, Any], diffusion: Diffus
 
 
 def _from_gpt2(hf: Mapping[str, Any]) -> ModelConfig:
+    hf = {**hf, **{name: hf[alias] for name, alias in _GPT2_ALIASES.items() if alias in hf}}
     hidden, heads = _size(hf, "n_embd"), _size(hf, "n_head")
     return ModelConfig(
         family="gpt2", vocab_size=_size(hf, "vocab_size"), hidden_size=hidden, num_layers=_size(hf, "n_layer"),
@@ -182,7 +201,8 @@ def _to_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
     hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
-    kv_heads = hf.get("num_key_value_heads") or (heads if family == "llama" else _size(hf, "num_key_value_heads"))
+    absent = None if family == "llama" else 0  # null, and for LLaMA also no key, means as many as heads
+    kv_heads = heads if hf.get("num_key_value_heads", absent) is None else _size(hf, "num_key_value_heads")
     attention_bias = family in ("llama", "qwen3") and hf.get("attention_bias", False)
     theta, scaling = _rope(hf)
     return ModelConfig(
@@ -241,10 +261,20 @@ def _activation(name: str) -> str:
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Returns the base and scaling of RoPE, from the keys of transformers 4 or 5."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    """Returns the base and scaling of RoPE, from the keys of transformers 4 or 5.
+
+    Where both are there, transformers reads `rope_scaling` and nothing of `rope_parameters`, not even its base.
+    """
+    scaling, parameters = (_rope_object(hf, name) for name in ("rope_scaling", "rope_parameters"))
+    rope = scaling or parameters
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    other = parameters.get("rope_theta", theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(theta, int | float):
+        raise CheckpointError(f"config.json must give rope_theta as a number, not {theta!r}")
+    if scaling and other != theta:
+        raise CheckpointError(f"config.json gives rope_theta {other} in rope_parameters, and rope_scaling, which "
+                              f"replaces all of it and so makes it {theta}; write the scaling into rope_parameters")
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise CheckpointError("config.json applies RoPE to a fraction of each head (partial_rotary_factor), which "
                               "this library does not implement")
@@ -254,9 +284,19 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         raise CheckpointError(f"config.json asks for RoPE scaling of type {kind!r}; supported are "
                               f"{', '.join(_ROPE_SCALINGS)}")
     known = {"original_max_position_embeddings": hf.get("max_position_embeddings")} | rope
-    if absent := [name for name in _ROPE_SCALINGS[kind] if name not in known]:
-        raise CheckpointError(f"config.json asks for {kind} RoPE scaling without {', '.join(absent)}")
+    if absent := [name for name in _ROPE_SCALINGS[kind] if not isinstance(known.get(name), int | float)]:
+        raise CheckpointError(f"config.json asks for {kind} RoPE scaling without a number as {', '.join(absent)}")
     return theta, RopeScaling(kind, *(known[name] for name in _ROPE_SCALINGS[kind]))
+
+
+def _rope_object(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
+    rope = hf.get(name) or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"config.json must give {name} as an object, not {rope!r}")
+    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise CheckpointError(f"config.json gives {name} of its own to each kind of layer ({', '.join(nested)}), "
+                              "which this library does not implement")
+    return rope
 
 
 def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -271,13 +311,21 @@ def _sliding_window(hf: Mapping[str, Any], family: str) -> int | None:
     if family == "llama":
         return None
     window, layers = hf.get("sliding_window", 4096), hf["num_hidden_layers"]
-    if family != "mistral":
-        if window is None or not hf.get("use_sliding_window", False):
-            return None
-        full = min(hf.get("max_window_layers", 28), layers)
-        kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-        if len(set(kinds)) > 1:
-            raise CheckpointError("config.json gives a sliding window to some layers and not to others "
-                                  "(max_window_layers, layer_types), which this library does not implement")
-        window = window if kinds[0] == "sliding_attention" else None
+    if family == "mistral":
+        return window
+    if not hf.get("use_sliding_window", False):
+        window = None
+    full = layers if window is None else min(hf.get("max_window_layers", 28), layers)
+    kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise CheckpointError(f"config.json gives {len(kinds)} layer_types ({', '.join(sorted(set(kinds)))}) for "
+                              f"{layers} layers; known are full_attention and sliding_attention")
+    if len(set(kinds)) > 1:
+        raise CheckpointError("config.json gives a sliding window to some layers and not to others "
+                              "(max_window_layers, layer_types), which this library does not implement")
+    if kinds[0] == "full_attention":
+        return None
+    if window is None:
+        raise CheckpointError("config.json has layer_types with sliding_attention and no window for it "
+                              "(use_sliding_window, sliding_window)")
     return window

@@ -1,6 +1,8 @@
+import copy
 import dataclasses
 
 import pytest
+from transformers import AutoConfig
 
 from dlm_jax.checkpoints import config_from_hf, config_to_hf
 from dlm_jax.checkpoints.hf_config import read_config, recorded_diffusion
@@ -49,6 +51,36 @@ def test_rope_type_key_of_old_transformers():
     assert config_from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 4}}).rope_scaling.factor == 4
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [
+    {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}},
+    {"rope_scaling": LLAMA3, "rope_parameters": LINEAR, "rope_theta": 5e5},
+    {"rope_scaling": {}, "rope_parameters": LINEAR | {"rope_theta": 7.0}},
+    {"rope_scaling": None, "rope_parameters": {"type": "linear", "factor": 2.0, "rope_theta": 7}, "rope_theta": 8.0},
+    {"rope_scaling": LINEAR | {"rope_theta": 7.0}, "rope_theta": 8.0},
+    {"rope_scaling": {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}},
+    {"model_type": "qwen2", "num_key_value_heads": None},
+    {"model_type": "qwen3", "num_key_value_heads": 4}, {"attention_dropout": 0, "head_dim": None},
+    {"model_type": "gpt2", "n_embd": 64, "n_head": 2, "n_layer": 3, "n_positions": 32, "num_attention_heads": 8,
+     "hidden_size": 32, "max_position_embeddings": 16},
+])
+def test_settings_are_read_as_transformers_reads_them(settings):
+    hf = AutoConfig.for_model(**copy.deepcopy(LLAMA | settings))
+    config = config_from_hf(LLAMA | settings)
+    assert (config.hidden_size, config.num_heads, config.max_length, config.num_layers) == (
+        hf.hidden_size, hf.num_attention_heads, hf.max_position_embeddings, hf.num_hidden_layers)
+    assert config.num_kv_heads == getattr(hf, "num_key_value_heads", hf.num_attention_heads)
+    if config.family != "gpt2":
+        rope = {"rope_type": "default"} if config.rope_scaling is None else to_hf(config)["rope_scaling"]
+        assert {"rope_theta": config.rope_theta} | rope == {
+            name: value for name, value in hf.rope_parameters.items() if name != "type"}
+    assert config_from_hf(to_hf(config, LLAMA | settings)) == config
+
+
 @pytest.mark.parametrize(("settings", "window"), [
     ({"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 4096}, 4096),
     ({"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": None}, None),
@@ -76,6 +108,19 @@ def test_sliding_window(settings, window):
     (LLAMA | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     (LLAMA | {"model_type": "mistral"}, "num_key_value_heads"),
+    (LLAMA | {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta"),
+    (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_parameters": LINEAR}, "dynamic"),
+    (LLAMA | {"rope_parameters": {"full_attention": LINEAR}}, "full_attention"),
+    (QWEN2 | {"rope_scaling": {"full_attention": LINEAR, "sliding_attention": LINEAR}}, "sliding_attention"),
+    (LLAMA | {"rope_scaling": "linear"}, "rope_scaling"), (LLAMA | {"rope_theta": "1e6"}, "rope_theta"),
+    (LLAMA | {"rope_parameters": {"rope_theta": None}}, "rope_theta"),
+    (LLAMA | {"attention_bias": "false"}, "attention_bias"), (LLAMA | {"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+    (LLAMA | {"tie_word_embeddings": None}, "tie_word_embeddings"), (LLAMA | {"head_dim": 64.0}, "head_dim"),
+    (LLAMA | {"compression_config": {"bits": 4}}, "compression_config"),
+    (QWEN2 | {"layer_types": ["sliding_attention"] * 32}, "use_sliding_window"),
+    (QWEN2 | {"layer_types": ["full_attention"] * 16 + ["sliding_attention"] * 16}, "layer_types"),
+    (QWEN2 | {"layer_types": ["full_attention"] * 31}, "layer_types"),
+    (QWEN2 | {"layer_types": ["linear_attention"] * 32}, "linear_attention"),
     (QWEN2 | {"use_sliding_window": True, "max_window_layers": 16}, "max_window_layers"),
     ({name: value for name, value in LLAMA.items() if name != "hidden_size"}, "hidden_size"),
 ])
