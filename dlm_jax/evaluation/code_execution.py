@@ -26,6 +26,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import select
 import signal
@@ -169,11 +170,16 @@ def completed(item: "Item", text: str) -> Program:
 def truncate_code(item: "Item", text: str) -> str:
     """Returns the prefix of an autoregressive model's text that fills the gap.
 
-    A gap of one line takes the first line that is not blank. Another gap ends before the first line after the gap.
+    A gap of one line takes the first line that is not blank. Another gap ends before the first line that equals the
+    one after the gap, or, if it ends within a line, before the first end of a line that equals the end of its own.
     """
     if not item.one_line:
-        next_line = next((line for line in item.suffix.split("\n") if line.strip()), None)
-        return text.partition(next_line)[0] if next_line else text
+        next_line = next((line.rstrip() for line in item.suffix.split("\n") if line.strip()), None)
+        if next_line is None:
+            return text
+        line_start = "^" if item.solution.endswith("\n") else ""
+        found = re.search(rf"{line_start}{re.escape(next_line)}[ \t\r]*$", text, re.MULTILINE)
+        return text[: found.start()] if found else text
     lines = text.split("\n")
     first = next((number for number, line in enumerate(lines) if line.strip()), 0)
     return "\n".join(lines[: first + 1]) + "\n"

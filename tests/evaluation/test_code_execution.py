@@ -70,6 +70,11 @@ def test_truncate_code(tmp_path):
     several, = items_of(tmp_path, {**ROW, "task_id": "MultiLineInfilling/HumanEval/0/L0_L0"})
     assert truncate_code(several, "    y = 1\n    y += 1\n    return y\nmore") == "    y = 1\n    y += 1\n"
     assert truncate_code(several, "    y = 1\n") == "    y = 1\n"
+    inner = "    if x:\n        return y\n    return y + 1\n"
+    assert truncate_code(several, inner + "    return y\n") == inner  # not at a line that holds the next one
+    span, = items_of(tmp_path, {**ROW, "task_id": "RandomSpanInfilling/HumanEval/0/1", "suffix": ")\n    return y\n",
+                                "canonical_solution": "abs(x"})
+    assert truncate_code(span, "max(abs(x), 1)\n    return y\n") == "max(abs(x), 1"
 
 
 def test_model_and_parent(tmp_path, sandbox):
