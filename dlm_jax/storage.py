@@ -243,8 +243,7 @@ def atomic_directory(directory: epath.PathLike, last: str = "config.json") -> It
       CheckpointError: the directory holds something other than an earlier export.
     """
     directory = ensure_accessible(directory) if is_remote(directory) else Path(directory).expanduser()
-    if directory.exists() and not _is_replaceable(directory):
-        raise CheckpointError(f"{directory} holds something other than an earlier export; choose a new directory")
+    check_replaceable(directory)
     if is_remote(directory):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -263,11 +262,14 @@ def atomic_directory(directory: epath.PathLike, last: str = "config.json") -> It
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _is_replaceable(directory: epath.Path) -> bool:
-    if not directory.is_dir():
-        return False
+def check_replaceable(directory: epath.Path | Path) -> None:
+    """Raises CheckpointError if a directory holds something other than an earlier export."""
+    if not directory.exists():
+        return
     card = directory / "README.md"
-    return not any(directory.iterdir()) or (card.is_file() and "library_name: dlm_jax" in card.read_text())
+    if not directory.is_dir() or (any(directory.iterdir())
+                                  and not (card.is_file() and "library_name: dlm_jax" in card.read_text())):
+        raise CheckpointError(f"{directory} holds something other than an earlier export; choose a new directory")
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:

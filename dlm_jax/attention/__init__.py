@@ -3,10 +3,8 @@
 import jax
 
 from dlm_jax.attention.backend import BACKENDS, AttentionSpec, BackendChoice, choose_backend
-from dlm_jax.attention.cudnn import cudnn_attention, cudnn_block_attention
 from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.attention.partition import Partition
-from dlm_jax.attention.tpu_ring import tpu_ring_attention
 from dlm_jax.attention.xla import xla_attention, xla_block_attention
 from dlm_jax.matmul import MatmulKind
 
@@ -32,9 +30,13 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
     backend = choose_backend(backend, spec).backend
     blocks = mask.spec.kind == "block_diffusion"
     if backend == "cudnn":
+        from dlm_jax.attention.cudnn import cudnn_attention, cudnn_block_attention
+
         return (cudnn_block_attention if blocks else cudnn_attention)(query, key, value, mask, partition=partition)
     dropout = {"dropout_rate": dropout_rate, "dropout_seeds": dropout_seeds}
     if backend == "tpu":
+        from dlm_jax.attention.tpu_ring import tpu_ring_attention  # with Pallas, which other platforms need not import
+
         return tpu_ring_attention(query, key, value, mask, partition=partition, **dropout)
     attention = xla_block_attention if blocks else xla_attention
     return attention(query, key, value, mask, matmul_kind=matmul_kind, **dropout)

@@ -1,11 +1,12 @@
 """LoRA as a user asks for it, resolved for the architecture that it goes beside."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from dlm_jax.checkpoints.hf_names import read_targets
 from dlm_jax.config_fields import field
-from dlm_jax.models import LoRAConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from dlm_jax.models import LoRAConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,8 @@ class LoRASettings:
         "bfloat16", "stored dtype of matrices that are not trained; int8 and nf4: of those in the blocks")
 
 
-def resolve_lora(lora: LoRASettings | LoRAConfig | None, config: ModelConfig,
-                 new_mask_token: bool) -> LoRAConfig | None:
+def resolve_lora(lora: "LoRASettings | LoRAConfig | None", config: "ModelConfig",
+                 new_mask_token: bool) -> "LoRAConfig | None":
     """Returns the LoRA of an architecture; None for none, and a LoRAConfig as it is.
 
     Args:
@@ -36,6 +37,9 @@ def resolve_lora(lora: LoRASettings | LoRAConfig | None, config: ModelConfig,
     Raises:
       ConfigError: a target that the architecture does not have, or a value out of range.
     """
+    from dlm_jax.checkpoints.hf_names import read_targets  # here, as a recipe is checked before JAX is imported
+    from dlm_jax.models import LoRAConfig
+
     if lora is None or isinstance(lora, LoRAConfig):
         return lora
     if lora.rank == 0:

@@ -13,12 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from dlm_jax.checkpoints.hf_config import blocks_from_record, config_from_hf, read_config, recorded_diffusion
 from dlm_jax.checkpoints.hf_import import open_tensors, stream_parameters
-from dlm_jax.checkpoints.hub import find_base, locate
 from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
-from dlm_jax.checkpoints.orbax import resolve_step, restore_params
 from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
+from dlm_jax.checkpoints.source import find_base, is_workdir, locate, split_step
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
-from dlm_jax.checkpoints.workdir import LoRABase, is_workdir, read_lora_base, read_run_config, split_step
+from dlm_jax.checkpoints.workdir import LoRABase, read_lora_base, read_run_config
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import (
@@ -214,6 +213,8 @@ def _load_hf(directory: Path, source: str, options: _Options) -> Pretrained:
 
 def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any], merge: bool,
                   options: _Options) -> Pretrained:
+    from dlm_jax.checkpoints.orbax import resolve_step, restore_params  # Orbax is slow to import: for workdirs alone
+
     init = "random" if options.init == "random" else "abstract"
     loaded = _load_hf(local_copy(directory / "model"), str(directory), dataclasses.replace(options, init=init))
     loaded = dataclasses.replace(loaded, recipe=recipe)

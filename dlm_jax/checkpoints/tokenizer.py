@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 # Only tokenizers are used here, so no advice that no deep learning framework is installed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+# The classes that AutoTokenizer takes where config.json and tokenizer_config.json agree. Importing AutoTokenizer itself
+# imports PyTorch where that is installed, which takes longer than everything else of a short command.
+_CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     """Returns the tokenizer stored in a checkpoint directory, or None if there is none.
@@ -26,17 +30,29 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
              if (directory / name).is_file()}
     if not files:
         return None
-    from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
+    import transformers
 
     try:
+        if (name := _plain_class(directory)) is not None:
+            return getattr(transformers, name).from_pretrained(directory, local_files_only=True)
         if files == {"tokenizer.model"}:  # a bare sentencepiece model, as LLaMA's: AutoTokenizer does not recognize it
-            return LlamaTokenizer.from_pretrained(directory, add_bos_token=True)
+            return transformers.LlamaTokenizer.from_pretrained(directory, add_bos_token=True)
         external = EXTERNAL_ARCHS.get(_model_type(directory))
         # For an unknown model_type, transformers would ask whether to run the checkpoint's own code.
-        known = {} if external is None else {"config": AutoConfig.for_model(external.family)}
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **known)
+        known = {} if external is None else {"config": transformers.AutoConfig.for_model(external.family)}
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
+                                                          **known)
     except Exception as error:  # transformers raises many kinds, with advice for other situations
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _plain_class(directory: Path) -> str | None:
+    """Returns the class of a tokenizer that needs no search; None for any other."""
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() and (directory / "tokenizer.json").is_file() else {}
+    name = _CLASSES.get(_model_type(directory))
+    recorded = (settings.get("tokenizer_class") or "").removesuffix("Fast")
+    return name if recorded == name and "auto_map" not in settings else None
 
 
 def _model_type(directory: Path) -> str | None:

@@ -17,37 +17,14 @@ from etils import epath
 from flax import nnx
 
 from dlm_jax.checkpoints.hf_config import config_to_hf
+from dlm_jax.checkpoints.source import LORA_FILE
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import LoRAConfig, combine_fingerprints, fingerprint
-from dlm_jax.storage import ensure_accessible, is_remote, read_json, upload, write_json
+from dlm_jax.storage import read_json, upload, write_json
 
 if TYPE_CHECKING:
     from dlm_jax.checkpoints.pretrained import Pretrained
 
-LORA_FILE = "adapter.json"
-
-
-def is_workdir(path: epath.PathLike) -> bool:
-    """Returns whether a run has saved a checkpoint in this directory, with or without `@step`."""
-    directory, _ = split_step(path)
-    directory = ensure_accessible(directory)
-    return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
-
-
-def split_step(path: epath.PathLike) -> tuple[epath.Path, str | None]:
-    """Splits `runs/a@500` into (`runs/a`, "500"); the step is None without `@`, and for a directory of that name."""
-    head, at, step = str(path).rpartition("@")
-    if not at or epath.Path(path).is_dir() or not (step.isdecimal() or step == "best"):
-        return epath.Path(path), None
-    return epath.Path(head), step
-
-
-def absolute_source(source: str) -> str:
-    """Returns a source that resolves from any working directory: a directory's absolute path, with its step if any."""
-    directory, step = split_step(source)
-    if is_remote(source) or not directory.expanduser().is_dir():
-        return source
-    return str(directory.expanduser().resolve()) + ("" if step is None else f"@{step}")
 
 
 @dataclasses.dataclass(frozen=True)

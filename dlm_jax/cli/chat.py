@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.sampling import SamplerConfig, Snapshot
 
+FLAGS = {"mask_token=": "--mask_token"}
 FORMATS = ("prompt_response", "messages", "alpaca", "gsm8k", "gsm8k_symbolic")
 PROMPT = "> "
 COMMANDS = {

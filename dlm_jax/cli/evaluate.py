@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from dlm_jax.diffusion import Batch
     from dlm_jax.pipeline import DiffusionLM
 
+FLAGS = {"mask_token=": "--mask_token", "data.train": "--data", "data.length": "--length",
+         "data.text_key": "--text_key", "data.document_separator": "--document_separator"}
 # The flags of each mode, besides those of all modes, with their defaults. The parser's own default is None.
 _GENERATION = dict.fromkeys(GENERATION_FLAGS)
 _TASKS = {"limit": None, "parent": None, "shots": None, "out": None} | _GENERATION

@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dlm_jax.cli.shared import ResumeState, check_at_least_one, check_output, load_model, read_mesh, write_result
+from dlm_jax.cli.paths import check_output
+from dlm_jax.cli.shared import ResumeState, check_at_least_one, load_model, read_mesh, write_result
 from dlm_jax.config_fields import check_at_least
 from dlm_jax.errors import ConfigError
 
@@ -125,10 +126,8 @@ def check_shared(arguments: argparse.Namespace, mode: str) -> None:
     names = getattr(arguments, mode).split(",")
     if len(set(names)) < len(names):
         raise ConfigError(f"--{mode}={getattr(arguments, mode)} names a task twice")
-    if arguments.out:
-        if pathlib.Path(arguments.out).suffix != ".json":
-            raise ConfigError(f"--out={arguments.out} must end in .json; all results go beside it")
-        check_output(arguments.out)
+    if arguments.out and pathlib.Path(arguments.out).suffix != ".json":
+        raise ConfigError(f"--out={arguments.out} must end in .json; all results go beside it")
 
 
 def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None:

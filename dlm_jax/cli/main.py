@@ -1,20 +1,30 @@
-"""`dlm COMMAND ...`: finds the command, reads its arguments, and turns errors into one sentence."""
+"""`dlm COMMAND ...`: finds the command, reads its arguments, checks their paths, and turns errors into one sentence.
+
+Nothing heavy is imported before the paths are checked. The modules of the commands import it in their functions.
+"""
 
 import argparse
+import gc
 import importlib
 import logging
 import os
+import platform
+import re
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import NoReturn
 
-from dlm_jax.cli.shared import exit_now
+from dlm_jax import __version__
+from dlm_jax.cli.paths import check_paths
+from dlm_jax.cli.shared import exit_now, keep_programs
 from dlm_jax.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, DLMError, did_you_mean
 
-# Each is a module of this package with `add_arguments(parser)` and `run(arguments)`.
+# Each is a module of this package with `add_arguments(parser)` and `run(arguments)`, and perhaps FLAGS: from the names
+# that errors of the library have for settings to the command's own.
 COMMANDS = {
     "quickstart": "the main job in a few minutes: adapt a model, measure it, sample it, export it",
     "prepare": "turn a corpus into rows of tokens, once, for training at speed",
@@ -39,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return EXIT_OK
+    if argv[0] == "--version":
+        print(f"dlm_jax {__version__}, Python {platform.python_version()}")
+        return EXIT_OK
     name, *rest = argv
     if name not in COMMANDS:
         print(f"dlm: there is no command {name!r}{did_you_mean(name, COMMANDS)}; the commands are "
@@ -54,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = _run(name, command, arguments)
     exit_now(code)
     return code
+
+
+def run_and_exit() -> NoReturn:
+    """Runs the command of the command line."""
+    code = main()
+    gc.freeze()  # the interpreter's last collections would take half a second to visit the objects of JAX
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,11 +117,13 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], li
 def _run(name: str, command: ModuleType, arguments: argparse.Namespace) -> int:
     """Returns the exit status of a command; errors become sentences."""
     try:
+        check_paths(arguments)
+        keep_programs(arguments)
         code = command.run(arguments) or EXIT_OK
         sys.stdout.flush()
         return code
     except DLMError as error:
-        print(f"dlm {name}: {error}", file=sys.stderr)
+        print(f"dlm {name}: {in_flags(str(error), getattr(command, 'FLAGS', {}))}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         print(f"dlm {name}: interrupted", file=sys.stderr)
@@ -110,8 +132,18 @@ def _run(name: str, command: ModuleType, arguments: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, such as `head`, has closed it
         return EXIT_OK
     except OSError as error:
-        print(f"dlm {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        reason = " ".join(str(error).split())
+        if error.filename is not None and error.strerror:
+            reason = f"{error.filename} cannot be used ({error.strerror}); name another path, or mend this one"
+        print(f"dlm {name}: {reason}", file=sys.stderr)
         return EXIT_FAILURE
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Returns an error in the terms of the command that was typed, such as --length for data.length."""
+    for key, flag in flags.items():
+        message = re.sub(rf"(?<![\w.]){re.escape(key)}(?![\w.]\w)", flag, message)
+    return message
 
 
 def _usage() -> str:
@@ -119,7 +151,8 @@ def _usage() -> str:
     lines = [f"  {name:<{width}}  {help_text}" for name, help_text in COMMANDS.items()]
     return "\n".join(["usage: dlm COMMAND [--argument=value ...]", "",
                       "Turns autoregressive language models into diffusion language models, and uses them.", "",
-                      "commands:", *lines, "", "dlm COMMAND --help lists the arguments of a command."])
+                      "commands:", *lines, "",
+                      "dlm COMMAND --help lists the arguments of a command, dlm --version the version."])
 
 
 def _silence_libraries() -> None:
@@ -130,6 +163,8 @@ def _silence_libraries() -> None:
     # A failed checkpoint write fails in many threads at once, each with a trace; `CheckpointWriter` reports it once.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # A program that another process is writing at this moment is compiled instead.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     sys.excepthook, threading.excepthook = _print_trace, lambda failed: _print_trace(*failed[:3])
 
 
@@ -142,4 +177,4 @@ def _print_trace(kind: type[BaseException], error: BaseException | None, trace: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

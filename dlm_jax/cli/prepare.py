@@ -11,8 +11,11 @@ import argparse
 import os
 import time
 
+from dlm_jax.cli.paths import check_run
 from dlm_jax.cli.shared import add_json_argument, write_result
 from dlm_jax.errors import ConfigError
+
+FLAGS = {"data.train": "--data", "model.source": "--tokenizer"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     if workers < 0 or arguments.shard_size < 1:
         raise ConfigError("--workers must be at least 0, and --shard_size at least 1")
 
-    from dlm_jax.checkpoints.hub import locate
+    if not arguments.data or not arguments.tokenizer:
+        check_run(config)
+    from dlm_jax.checkpoints.source import locate
     from dlm_jax.checkpoints.tokenizer import load_tokenizer
     from dlm_jax.data.corpus import open_raw_sources
     from dlm_jax.data.prepare import prepare

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.training import TrainConfig
 
+FLAGS = {"data.train": "--data", "data.validation": "--validation", "model.source": "--base"}
 MASK_TOKEN = "<|mask|>"
 BOUND_SAMPLES = 16
 

@@ -22,7 +22,6 @@ from dlm_jax.cli.shared import (
     add_json_argument,
     add_model_arguments,
     check_at_least_one,
-    check_output,
     check_seed,
     load_model,
     write_result,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.sampling import SamplerConfig, Snapshot
 
+FLAGS = {"mask_token=": "--mask_token"}
 MASK = "\N{LIGHT SHADE}"
 
 
@@ -122,7 +122,6 @@ def sample_to_file(arguments: argparse.Namespace, config: "SamplerConfig") -> No
     """Samples the texts of a file into another file."""
     from dlm_jax.cli.sample_file import read_prompts, sample_file
 
-    check_output(arguments.out)
     prompts = read_prompts(arguments.prompts, max_new_tokens=arguments.max_new_tokens, gap_length=arguments.gap_length,
                            reserved=("text",) if arguments.num_samples == 1 else ("text", "sample"))
     lm = load_model(arguments)

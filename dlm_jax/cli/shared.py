@@ -1,13 +1,16 @@
-"""What commands share: the model, results, checks of numbers, output that can be resumed, and several processes.
+"""What commands share: the model, results, checks of numbers, output that can be resumed, and processes.
 
 When one process of a run dies, JAX's runtime aborts the others natively and none of their Python runs any more.
 Therefore each process does its job in a child, whose parent says in a sentence why the child died.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
+import platform
 import signal
 import subprocess
 import sys
@@ -24,15 +27,19 @@ if TYPE_CHECKING:
     from dlm_jax.pipeline import DiffusionLM
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, computes: bool = True) -> None:
+    """Adds the arguments that `load_model` takes; a command that `computes` nothing has no --dtype=auto."""
     parser.add_argument("--model", required=True, help="a directory, a hub id, or a workdir[@step]")
     parser.add_argument("--base", metavar="MODEL",
                         help="the base of an adapter in PEFT's format, instead of the one that the adapter names")
     parser.add_argument("--mask_token", metavar="TOKEN",
                         help="an id or a token, if the model records none or to replace the one it records")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32",
-                        help="type of parameters and activations (default %(default)s); auto: bfloat16 where this "
-                        "machine is faster in it")
+    # One decision for all commands: float16, whose range is too small for some models, is not among them.
+    dtypes, meaning = ("float32", "bfloat16"), "type of the stored weights (default %(default)s)"
+    if computes:
+        dtypes, meaning = ("auto", *dtypes), ("type of parameters and activations (default %(default)s); auto: "
+                                              "bfloat16 where this machine is faster in it")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help=meaning)
     parser.add_argument("--mesh", metavar="AXIS=SIZE,...", help="split the model and the texts over all devices, as "
                         "fsdp=-1 or data=2,tensor=4; -1 takes the remaining devices (default: the first device alone)")
 
@@ -87,15 +94,6 @@ def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
 def check_seed(name: str, seed: int) -> None:
     """Raises ConfigError unless the seed fits uint32."""
     check_range(seed, 0, (1 << 32) - 1, name)
-
-
-def check_output(path: str) -> None:
-    """Raises ConfigError if the output exists already or its folder does not."""
-    out = pathlib.Path(path)
-    if out.exists():
-        raise ConfigError(f"{out} exists already; name another file, or remove it")
-    if not out.parent.is_dir():
-        raise ConfigError(f"there is no folder {out.parent} for {out.name}; make it, or name another")
 
 
 class ResumeState:
@@ -154,6 +152,44 @@ class ResumeState:
         if changed:
             raise ConfigError(f"{self._path} was made with other settings ({'; '.join(changed)}); run the command as "
                               "it was, name another output, or remove this file to start over")
+
+
+# ---- Compiled programs.
+
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def keep_programs(arguments: argparse.Namespace) -> None:
+    """Makes JAX keep compiled programs for the next start, in the user's cache unless JAX's own variable says where.
+
+    Call it before JAX is imported. A run of several processes is left alone: some of them would find a program and
+    others not, and the compiler of GPUs needs all of them at once.
+    """
+    if CACHE_VARIABLE in os.environ or getattr(arguments, "coordinator", None) is not None:
+        return
+    from dlm_jax.storage import cache_folder
+
+    # Programs for a CPU use its instructions: a home directory may be shared by machines of several kinds.
+    folder = cache_folder() / "programs" / hashlib.sha256(_cpu_features()).hexdigest()[:8]
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            print(f"compiled programs are kept in {folder.parent}; {CACHE_VARIABLE} names another place, or none if it "
+                  "is empty", file=sys.stderr)
+    except OSError:  # a machine without a home to write to compiles at each start
+        return
+    os.environ[CACHE_VARIABLE] = str(folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def _cpu_features() -> bytes:
+    """Returns a text that is the same on machines that run the same programs."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"".join(next((line for line in lines if line.startswith(name)), b"")
+                    for name in (b"model name", b"flags", b"Features", b"CPU part"))
 
 
 # ---- Several processes.

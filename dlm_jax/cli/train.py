@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dlm_jax.cli.config import build_config, describe_config, load_recipe, recipe_names
+from dlm_jax.cli.paths import check_run
 from dlm_jax.cli.shared import add_process_arguments, is_supervisor, join_processes, supervise
 from dlm_jax.errors import EXIT_OK, EXIT_PEER_LOST, EXIT_STOPPED, ConfigError
 
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not config.data.train:
         raise ConfigError(f"the recipe {arguments.config} names no text: give files, globs or a directory made by "
                           "`dlm prepare` with --config.data.train=FILES")
+    check_run(config, arguments.workdir)
     if is_supervisor(arguments):
         return supervise(arguments.argv)
     join_processes(arguments)

@@ -53,7 +53,7 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
     entries = [(entry,) for entry in config.train] if config.weights else [config.train]
     opened = [opener.open(entry, config.rows_config()) for entry in entries]
     manifests = list(itertools.chain.from_iterable(opened))
-    if all(_prepared_manifest(entry) for entry in config.train):  # else the format says how raw text is read
+    if all(prepared_manifest(entry) for entry in config.train):  # else the format says how raw text is read
         check_prompt_format(manifests, config)
     train = [_concatenate([manifest.rows("train", cache) for manifest in group]) for group in opened]
     for entry, rows in zip(entries, train, strict=True):
@@ -89,7 +89,7 @@ class _Opener:
         """Returns the manifests of prepared entries, and of the rows made from all raw ones."""
         found, raw = [], []
         for entry in entries:
-            if manifest := _prepared_manifest(entry):
+            if manifest := prepared_manifest(entry):
                 check_compatible(manifest, config, self._tokenizer)
                 found.append(manifest)
             else:
@@ -98,7 +98,7 @@ class _Opener:
 
     def raw_files(self, entries: Sequence[str]) -> set[str]:
         """Returns the keys of the raw files among the entries."""
-        raw = [entry for entry in entries if not _prepared_manifest(entry)]
+        raw = [entry for entry in entries if not prepared_manifest(entry)]
         return {source.identity[0] for source in open_raw_sources(self._config, raw)}
 
     def _prepare_cached(self, sources: Sequence[Source], config: RowsConfig) -> Manifest:
@@ -121,7 +121,7 @@ class _Opener:
         return manifest
 
 
-def _prepared_manifest(entry: str) -> Manifest | None:
+def prepared_manifest(entry: str) -> Manifest | None:
     """Returns the manifest of an entry that is a prepared directory.
 
     Raises:

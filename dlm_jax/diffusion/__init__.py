@@ -9,28 +9,21 @@ How a token becomes a loss:
       │                                         weights          │
       └── attention_mask ── objective ──▶ AttentionMask ─────────┘
 
-`objective.noise_batch` runs the left half and returns (NoisyBatch, AttentionMask); `ObjectiveConfig` chooses the noise,
-the attention and the weights. Block diffusion concatenates noisy and clean copies (`concat_noisy_and_clean`). The
-autoregressive objective is the same path without corruption, under a causal mask. `fused_loss` applies the output head
-only where the loss mask is set, in chunks. `spec` holds what a model needs at inference: `DiffusionSpec`, `BlockSpec`.
+`objective.noise_batch` runs the left half and returns (NoisyBatch, AttentionMask); `config.ObjectiveConfig` chooses
+the noise, the attention and the weights. Block diffusion concatenates noisy and clean copies
+(`concat_noisy_and_clean`). The autoregressive objective is the same path without corruption, under a causal mask.
+`fused_loss` applies the output head only where the loss mask is set, in chunks. `spec` holds what a model needs at
+inference: `DiffusionSpec`, `BlockSpec`.
 """
 
-from dlm_jax.diffusion.corruption import (
-    Batch,
-    NoisyBatch,
-    clean_batch,
-    complementary_mask,
-    concat_noisy_and_clean,
-    corrupt,
-)
-from dlm_jax.diffusion.fused_loss import HeadPlan
-from dlm_jax.diffusion.loss import LossSums, cross_entropy, loss_sums, token_nll, top1_correct
-from dlm_jax.diffusion.objective import ObjectiveConfig, check_mask_token, noise_batch
-from dlm_jax.diffusion.schedule import NoiseSchedule, anneal_ratio, block_times, sample_times
-from dlm_jax.diffusion.spec import BlockSpec, DiffusionSpec
+from dlm_jax.lazy import lazy_names
 
-__all__ = [
-    "Batch", "BlockSpec", "DiffusionSpec", "HeadPlan", "LossSums", "NoiseSchedule", "NoisyBatch", "ObjectiveConfig",
-    "anneal_ratio", "block_times", "check_mask_token", "clean_batch", "complementary_mask", "concat_noisy_and_clean",
-    "corrupt", "cross_entropy", "loss_sums", "noise_batch", "sample_times", "token_nll", "top1_correct",
-]
+__getattr__, __dir__, __all__ = lazy_names(__name__, {
+    "corruption": ("Batch", "NoisyBatch", "clean_batch", "complementary_mask", "concat_noisy_and_clean", "corrupt"),
+    "fused_loss": ("HeadPlan",),
+    "loss": ("LossSums", "cross_entropy", "loss_sums", "token_nll", "top1_correct"),
+    "objective": ("annealing", "block_spec", "check_mask_token", "noise_batch"),
+    "schedule": ("NoiseSchedule", "anneal_ratio", "block_times", "sample_times"),
+    "spec": ("BlockSpec", "DiffusionSpec"),
+    "config": ("ObjectiveConfig",),
+})

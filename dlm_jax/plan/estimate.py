@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from dlm_jax.checkpoints import resolve_lora
-from dlm_jax.diffusion import HeadPlan, ObjectiveConfig
+from dlm_jax.diffusion import HeadPlan, NoiseSchedule, ObjectiveConfig
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel import MeshConfig, make_mesh, num_batch_shards
 from dlm_jax.parallel.chips import GIB, Chip
@@ -108,7 +108,8 @@ def scored_share(objective: ObjectiveConfig) -> float:
     if objective.name == "autoregressive":
         return 1.0
     low, high = objective.time_curriculum[-1][1:] if objective.time_curriculum else (objective.min_time, 1.0)
-    masked = float(np.mean(objective.noise.mask_probability(np.linspace(max(low, objective.min_time), high, 1001))))
+    times = np.linspace(max(low, objective.min_time), high, 1001)
+    masked = float(np.mean(NoiseSchedule(objective.schedule, objective.power).mask_probability(times)))
     if objective.complementary:
         return 1.0
     if objective.name == "block_diffusion" and objective.shift:  # the first token of a block is always scored

@@ -17,12 +17,13 @@
 To add a reveal policy, write its score in `config` and name it in `config.POLICIES`.
 """
 
-from dlm_jax.sampling.batching import sample_rows
-from dlm_jax.sampling.config import POLICIES, SamplerConfig, sampler_config
-from dlm_jax.sampling.sampler import Sample, sample, stream
-from dlm_jax.sampling.spec import SamplingSpec
-from dlm_jax.sampling.text import GAP, PaddedBatch, bucket, pad_rows
-from dlm_jax.sampling.trace import Snapshot, Trace
+from dlm_jax.lazy import lazy_names
 
-__all__ = ["GAP", "POLICIES", "PaddedBatch", "Sample", "SamplerConfig", "SamplingSpec", "Snapshot", "Trace", "bucket",
-           "pad_rows", "sample", "sample_rows", "sampler_config", "stream"]
+__getattr__, __dir__, __all__ = lazy_names(__name__, {
+    "batching": ("sample_rows",),
+    "config": ("POLICIES", "SamplerConfig", "sampler_config"),
+    "sampler": ("Sample", "sample", "stream"),
+    "spec": ("SamplingSpec",),
+    "text": ("GAP", "PaddedBatch", "bucket", "pad_rows"),
+    "trace": ("Snapshot", "Trace"),
+})

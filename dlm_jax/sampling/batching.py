@@ -52,7 +52,7 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
     for start in tqdm(range(0, len(rows), size), desc="sampling", leave=False, disable=disable):
         chosen = np.resize(order[start : start + size], size)
         batch = padded.take(chosen)
-        arrays = [batch.tokens, batch.fixed, batch.lengths, jax.random.key_data(keys[chosen])]
+        arrays = [batch.tokens, batch.fixed, batch.lengths, _key_data(keys, chosen)]
         if mesh is not None:
             arrays = [shard_batch(np.asarray(x), mesh) for x in arrays]
         arrays[-1] = jax.random.wrap_key_data(arrays[-1])
@@ -64,6 +64,11 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
         for i, row in zip(chosen, to_host(tokens), strict=True):
             filled[i] = row[: len(rows[i])]
     return filled
+
+
+@jax.jit
+def _key_data(keys: jax.Array, rows: np.ndarray) -> jax.Array:
+    return jax.random.key_data(keys[rows])
 
 
 def _sample_with_callback(model: Network, arrays: list[jax.Array], spec: SamplingSpec, rows: np.ndarray,

@@ -4,9 +4,11 @@
 checkpoints, a profile), `metrics` measures and reports, and `flops` counts what a step computes.
 """
 
-from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.flops import count_params, step_seconds
-from dlm_jax.training.loop import train
-from dlm_jax.training.metrics import read_records
+from dlm_jax.lazy import lazy_names
 
-__all__ = ["TrainConfig", "count_params", "read_records", "step_seconds", "train"]
+__getattr__, __dir__, __all__ = lazy_names(__name__, {
+    "config": ("TrainConfig",),
+    "loop": ("train",),
+    "flops": ("count_params", "step_seconds"),
+    "metrics": ("read_records",),
+})

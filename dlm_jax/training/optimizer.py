@@ -4,49 +4,16 @@ Those follow from a parameter's logical axes, never from its rank: layers are st
 dimensions and a matrix three or four. Every rule here treats a stack as its layers one by one.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import optax
 from flax import nnx
 
-from dlm_jax.config_fields import check_at_least, check_choices, check_range, field
 from dlm_jax.errors import ConfigError
 from dlm_jax.parallel import is_param
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """How the loss is minimized."""
-
-    name: Literal["adamw", "lion", "adafactor", "muon"] = field("adamw", "the optimizer")
-    learning_rate: float = field(3e-4, "peak learning rate")
-    b1: float = field(0.9, "decay of the first moment (Muon: of the momentum, 0.95 is usual)")
-    b2: float = field(0.999, "decay of the second moment (Lion: of the momentum)")
-    eps: float = field(1e-8, "added to the root of the second moment (AdamW, and Adam beside Muon)")
-    weight_decay: float = field(0.0, "decay of matrices, times the learning rate; norms and biases do not decay")
-    clip_norm: float = field(1.0, "largest global norm of the gradient; 0: no clipping")
-    schedule: Literal["constant", "cosine", "wsd"] = field(
-        "cosine", "learning rate after the warm-up; wsd: constant, then linear decay")
-    warmup_steps: int = field(0, "steps of linear warm-up from 0")
-    decay_steps: int = field(0, "wsd: steps of the final decay, at the end of the run")
-    final_fraction: float = field(0.0, "learning rate at the end, as a share of the peak")
-    accumulate_steps: int = field(1, "micro-batches per step")
-    on_nonfinite: Literal["raise", "skip"] = field(
-        "raise", "if the loss or the gradient is not finite: raise an error, or skip the step and count it")
-    offload: bool = field(False, "keep the optimizer state in host memory between steps")
-    ema_decay: float = field(
-        0.0, "decay of the moving average of the parameters, which is then validated and exported; 0: none")
-
-    def __post_init__(self) -> None:
-        check_choices(self, "optimizer")
-        check_at_least(self.accumulate_steps, 1, "optimizer.accumulate_steps")
-        check_range(self.ema_decay, 0, 1, "optimizer.ema_decay", open_high=True)
-        for name in ("learning_rate", "weight_decay", "clip_norm", "warmup_steps", "decay_steps"):
-            check_at_least(getattr(self, name), 0, f"optimizer.{name}")
+from dlm_jax.training.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

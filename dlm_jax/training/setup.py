@@ -16,9 +16,9 @@ from dlm_jax.attention import AttentionSpec, BackendChoice, choose_backend
 from dlm_jax.checkpoints import Pretrained, load_pretrained
 from dlm_jax.checkpoints.orbax import restore_latest, restore_state
 from dlm_jax.checkpoints.pretrained import load_lora_base
+from dlm_jax.checkpoints.source import absolute_source
 from dlm_jax.checkpoints.workdir import (
     LoRABase,
-    absolute_source,
     base_fingerprint,
     read_lora_base,
     read_run_config,
@@ -28,7 +28,7 @@ from dlm_jax.data.chat_template import ChatTemplate
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import RowSource
-from dlm_jax.diffusion import Batch, DiffusionSpec, ObjectiveConfig, check_mask_token
+from dlm_jax.diffusion import Batch, DiffusionSpec, ObjectiveConfig, block_spec, check_mask_token
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.matmul import choose_matmul, resolve_dtype
 from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trainable
@@ -189,7 +189,7 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
                                   matmul=choose_matmul(model.dtype, mesh.devices.flat[0].platform, mesh.size))
     graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
     return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=DiffusionSpec(
-        base.diffusion.mask_token_id, config.objective.shift, config.objective.blocks))
+        base.diffusion.mask_token_id, config.objective.shift, block_spec(config.objective)))
 
 
 def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:

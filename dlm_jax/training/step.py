@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from dlm_jax.diffusion import Batch, HeadPlan, LossSums, ObjectiveConfig, loss_sums, noise_batch
+from dlm_jax.diffusion import Batch, HeadPlan, LossSums, ObjectiveConfig, annealing, loss_sums, noise_batch
 from dlm_jax.diffusion.objective import loss_weights
 from dlm_jax.matmul import MatmulKind, compiler_options
 from dlm_jax.models import LoRAParam, Transformer
@@ -149,7 +149,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             "loss": sums.loss / count,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(step),
-            "anneal_ratio": objective.anneal_ratio(step),
+            "anneal_ratio": annealing(objective, step),
         }
 
     def update(state: TrainState, grads: nnx.State, metrics: Metrics) -> TrainState:

@@ -1,39 +1,18 @@
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dlm_jax.checkpoints import is_workdir, load_pretrained
-from dlm_jax.checkpoints.workdir import split_step
+from dlm_jax.checkpoints import load_pretrained
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.prompts import prompt_format_from_run
 from dlm_jax.diffusion import DiffusionSpec, ObjectiveConfig
-from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.errors import ConfigError
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training import train
 from dlm_jax.training.config import ModelSource
 from dlm_jax.training.setup import load_base
-
-
-@pytest.mark.parametrize("path, expected", [
-    ("runs/a@500", (Path("runs/a"), "500")), ("runs/a@best", (Path("runs/a"), "best")),
-    ("runs/a", (Path("runs/a"), None)),
-    ("me@home/a", (Path("me@home/a"), None)), ("runs/a@last", (Path("runs/a@last"), None))])
-def test_split_step(path, expected):
-    assert split_step(path) == expected
-
-
-def test_split_step_of_a_directory_with_at_sign(tmp_path):
-    (tmp_path / "a@5").mkdir()
-    assert split_step(tmp_path / "a@5") == (tmp_path / "a@5", None)
-
-
-def test_other_directories_are_no_workdirs(tmp_path):
-    assert not is_workdir(tmp_path) and not is_workdir("gpt2")
-    with pytest.raises(CheckpointError, match="config.json"):
-        load_pretrained(tmp_path)
 
 
 def test_workdir_as_base(short_config, tmp_path):

@@ -1,0 +1,136 @@
+"""Which checkpoint a source means: a directory (on an object store too), a hub id, or a training `workdir[@step]`.
+
+Nothing here reads weights or imports JAX, so that a wrong path is refused at once.
+"""
+
+import re
+from pathlib import Path
+
+from etils import epath
+
+from dlm_jax.errors import CheckpointError, did_you_mean
+from dlm_jax.storage import ensure_accessible, is_remote, local_copy
+
+LORA_FILE = "adapter.json"  # of a run with LoRA: see `workdir.LoRABase`
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SETTINGS = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
+
+
+def is_workdir(path: epath.PathLike) -> bool:
+    """Returns whether a run has saved a checkpoint in this directory, with or without `@step`."""
+    directory, _ = split_step(path)
+    directory = ensure_accessible(directory)
+    return (directory / "config.json").is_file() and (directory / "checkpoints").is_dir()
+
+
+def has_lora(path: epath.PathLike) -> bool:
+    """Returns whether this is the workdir of a run with LoRA, whose checkpoints hold only what is trained."""
+    return is_workdir(path) and (split_step(path)[0] / LORA_FILE).is_file()
+
+
+def split_step(path: epath.PathLike) -> tuple[epath.Path, str | None]:
+    """Splits `runs/a@500` into (`runs/a`, "500"); the step is None without `@`, and for a directory of that name."""
+    head, at, step = str(path).rpartition("@")
+    if not at or epath.Path(path).is_dir() or not (step.isdecimal() or step == "best"):
+        return epath.Path(path), None
+    return epath.Path(head), step
+
+
+def absolute_source(source: str) -> str:
+    """Returns a source that resolves from any working directory: a directory's absolute path, with its step if any."""
+    directory, step = split_step(source)
+    if is_remote(source) or not directory.expanduser().is_dir():
+        return source
+    return str(directory.expanduser().resolve()) + ("" if step is None else f"@{step}")
+
+
+def check_source(source: str) -> None:
+    """Refuses a source from which no model can be loaded, as far as its files' names tell.
+
+    Raises:
+      CheckpointError: there is no such directory, repository or step, or the directory holds no checkpoint.
+    """
+    if is_remote(source):
+        return  # it is looked at once, when it is opened
+    directory, step = split_step(source)
+    if is_workdir(source):
+        saved = sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal())
+        if not saved:
+            raise CheckpointError(f"the run in {directory} has not saved a checkpoint yet")
+        if step not in (None, "best") and int(step) not in saved:
+            raise CheckpointError(f"{directory} has no checkpoint of step {step}; it has {', '.join(map(str, saved))}")
+        return
+    directory = locate(source, weights=False)
+    if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise CheckpointError(f"{source} has no config.json, so it holds no model; give the directory of a checkpoint "
+                              "or the workdir of a run")
+
+
+def find_base(source: str, beside: epath.PathLike) -> str:
+    """Returns the source of an adapter's base: `source` if it exists, else a directory so named in or next to `beside`.
+
+    If neither exists, returns `source` unchanged: it may be a hub id; otherwise loading it fails with a clear error.
+    """
+    named, at, step = source.rpartition("@")
+    directory, step = (named, at + step) if at and not Path(source).is_dir() else (source, "")
+    if is_remote(directory) or Path(directory).expanduser().is_dir():
+        return source
+    name = Path(directory).name if Path(directory).is_absolute() else directory
+    for folder in (epath.Path(beside), epath.Path(beside).parent):
+        if (folder / name).is_dir():
+            return f"{folder / name}{step}"
+    return source
+
+
+def is_hub_id(source: str) -> bool:
+    """Returns whether a source can only be a hub id: it has the form of one, and nothing here has that name."""
+    return _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+
+
+def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
+    """Returns the local directory of a checkpoint; a hub id is downloaded, or found in the hub's cache.
+
+    Args:
+      weights: False fetches only the configuration and tokenizer.
+
+    Raises:
+      CheckpointError: there is no such directory, or the hub cannot be reached or does not have it.
+    """
+    if is_remote(path_or_hub_id):
+        if not ensure_accessible(path_or_hub_id).is_dir():
+            raise CheckpointError(f"there is no directory {path_or_hub_id}")
+        return local_copy(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the directory that holds config.json and the weights")
+    name = str(path_or_hub_id)
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"there is no directory {name}{_similar(path)}")
+    from huggingface_hub import errors, snapshot_download
+
+    def download(patterns: list[str]) -> Path:  # top-level files: folders hold other formats of the same weights
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+    try:
+        directory = download([*_SETTINGS, *(["*.safetensors"] if weights else [])])
+        if weights and not any(directory.glob("*.safetensors")):
+            directory = download([*_SETTINGS, "*.bin"])
+    except errors.GatedRepoError as error:
+        raise CheckpointError(f"the hub gives {name} only to those who accepted its terms: accept them on its page, "
+                              "then log in with `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise CheckpointError(f"neither a directory here nor a repository on the hub is called "
+                              f"{name}{_similar(path)}") from error
+    except (OSError, errors.HfHubHTTPError) as error:
+        raise CheckpointError(f"{name} is not a directory here{_similar(path)}, and the Hugging Face hub cannot be "
+                              "reached to fetch it; check the network, or give the path of a local copy") from error
+    return directory
+
+
+def _similar(path: Path) -> str:
+    """Returns a hint at a directory beside `path` with a name like its own."""
+    folder = path.parent
+    names = [other.name for other in folder.iterdir() if other.is_dir()] if folder.is_dir() else []
+    return did_you_mean(path.name, names, prefix="" if folder == Path() else f"{folder}/")

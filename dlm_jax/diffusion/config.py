@@ -1,0 +1,110 @@
+"""What a step minimizes, as a recipe says it. It needs no JAX: a recipe is checked before JAX is imported."""
+
+import dataclasses
+import itertools
+from typing import Literal, Self
+
+from dlm_jax.config_fields import check_at_least, check_choices, check_range, field
+from dlm_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Noise, attention and weights of the loss."""
+
+    name: Literal["diffusion", "block_diffusion", "autoregressive"] = field(
+        "diffusion", "what the model learns; block_diffusion: one block after another, each by diffusion")
+    shift: bool = field(True, "position n is predicted from the state at n - 1, as in the AR parent")
+    schedule: Literal["linear", "cosine", "polynomial"] = field("linear", "masking probability as a function of time")
+    power: float = field(2.0, "exponent of the polynomial schedule")
+    loss_normalization: Literal["all_tokens", "masked_tokens", "per_example"] = field(
+        "all_tokens", "divide by the tokens that may be masked (unbiased); by those that were masked (as the "
+        "DiffuLLaMA reference implementation does); or each example by the length of its answer, so that all "
+        "examples count the same (as LLaDA does for fine-tuning)")
+    weight: Literal["elbo", "uniform"] = field("elbo", "weight of a masked token: the bound's (1/t if linear), or 1")
+    min_time: float = field(1e-3, "smallest time")
+    time_curriculum: tuple[tuple[int, float, float], ...] = field(
+        (), "(first step, low, high) triples: times are in [low, high] from that step on; empty: [min_time, 1]")
+    anneal_steps: int = field(0, "steps over which attention opens from causal; 0: bidirectional from the start")
+    share_annealed_mask: bool = field(
+        False, "one annealed attention pattern for all rows of a batch, as in the DiffuLLaMA reference implementation")
+    block_size: int = field(32, "block_diffusion: tokens per block; 1: autoregression, a row's length: full diffusion")
+    block_size_schedule: tuple[tuple[int, int], ...] = field(
+        (), "block_diffusion: (first step, tokens per block) pairs that grow to block_size; empty: always block_size")
+    clean_attention: Literal["causal", "block_bidirectional"] = field(
+        "causal", "block_diffusion: attention among clean tokens: causal, as in the parent; or bidirectional within "
+        "each block, as in BD3-LM, SDAR and Fast-dLLM v2")
+    complementary: bool = field(
+        False, "block_diffusion: two noisy views of each text, and each token masked in one of them")
+
+    def __post_init__(self) -> None:
+        check_choices(self, "objective")
+        check_range(self.min_time, 0, 1, "objective.min_time", open_low=True, open_high=True)
+        check_at_least(self.anneal_steps, 0, "objective.anneal_steps")
+        check_at_least(self.block_size, 1, "objective.block_size")
+        if self.name == "autoregressive" and not self.shift:
+            raise ConfigError("objective.shift must be true for the autoregressive objective, which predicts the next "
+                              "token")
+        if self.name == "block_diffusion":
+            self._check_blocks()
+        elif self.block_size_schedule or self.complementary or self.clean_attention != "causal":
+            raise ConfigError("objective.block_size_schedule, objective.complementary and objective.clean_attention "
+                              f"need objective.name block_diffusion, got {self.name}")
+        _check_starts(self.time_curriculum, "objective.time_curriculum")
+        if any(len(stage) != 3 or not 0 <= stage[1] < stage[2] <= 1 for stage in self.time_curriculum):
+            raise ConfigError("objective.time_curriculum must consist of (first step, low, high) with "
+                              f"0 <= low < high <= 1, got {self.time_curriculum}")
+
+    def _check_blocks(self) -> None:
+        if self.anneal_steps:
+            raise ConfigError("objective.anneal_steps is for the objective diffusion; for block_diffusion use "
+                              "objective.block_size_schedule instead")
+        _check_starts(self.block_size_schedule, "objective.block_size_schedule")
+        sizes = [size for _, size in self.block_size_schedule] or [self.block_size]
+        if min(sizes) < 1 or sizes[-1] != self.block_size:
+            raise ConfigError(f"objective.block_size_schedule must have sizes of at least 1 and end with block_size "
+                              f"{self.block_size}, got {self.block_size_schedule}")
+        if self.complementary and self.schedule != "linear":
+            raise ConfigError(f"objective.complementary needs objective.schedule linear, got {self.schedule}")
+
+    @property
+    def num_views(self) -> int:
+        """Noisy copies of each text in block diffusion."""
+        return 2 if self.complementary else 1
+
+    def at_step(self, step: int) -> Self:
+        """Returns the objective of one step: the same with the block size that the schedule has reached."""
+        sizes = [size for start, size in self.block_size_schedule if start <= step]
+        return dataclasses.replace(self, block_size=sizes[-1], block_size_schedule=()) if sizes else self
+
+    def for_validation(self) -> Self:
+        """Returns what held-out rows are scored by: the same without what only shapes training.
+
+        Every field that is not named here, a new one too, holds for validation as well.
+        """
+        return dataclasses.replace(self, time_curriculum=(), anneal_steps=0, share_annealed_mask=False,
+                                   block_size_schedule=(), complementary=False)
+
+    def canonicalize(self, length: int) -> Self:
+        """Returns the same objective for rows of `length` by its simplest name.
+
+        Blocks of one token under the shift are autoregression, and one block is full diffusion.
+        """
+        if self.name != "block_diffusion":
+            return self
+        plain = dataclasses.replace(self, complementary=False, block_size_schedule=(), block_size=1,
+                                    clean_attention="causal")
+        if self.block_size == 1 and self.shift:
+            return dataclasses.replace(plain, name="autoregressive")
+        one_block = self.block_size >= length and not self.complementary
+        return dataclasses.replace(plain, name="diffusion") if one_block else self
+
+    def forward_multiplier(self, length: int) -> int:
+        """Returns how often the network reads each token of a row per step: once, or for blocks per view and clean."""
+        return self.num_views + 1 if self.canonicalize(length).name == "block_diffusion" else 1
+
+
+def _check_starts(stages: tuple[tuple, ...], key: str) -> None:
+    starts = [stage[0] for stage in stages]
+    if starts and (starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts))):
+        raise ConfigError(f"{key} must start at step 0 with increasing first steps, got {stages}")
