@@ -142,7 +142,7 @@ def _run(name: str, command: ModuleType, arguments: argparse.Namespace) -> int:
 def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """Returns an error in the terms of the command that was typed, such as --length for data.length."""
     for key, flag in flags.items():
-        message = re.sub(rf"(?<![\w.]){re.escape(key)}(?![\w.]\w)", flag, message)
+        message = re.sub(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", flag, message)
     return message
 
 

@@ -3,13 +3,15 @@
 import argparse
 import importlib
 import inspect
+import platform
 import subprocess
 import sys
 
 import pytest
 
+import dlm_jax
 from dlm_jax.cli import sample
-from dlm_jax.cli.main import COMMANDS, OLD_FLAGS, Parser, main, split_overrides
+from dlm_jax.cli.main import COMMANDS, OLD_FLAGS, Parser, in_flags, main, split_overrides
 from dlm_jax.errors import DataError
 
 
@@ -27,6 +29,10 @@ def test_help(capsys):
     for argv in ((), ("--help",), ("-h",), ("help",)):
         status, out, err = run(capsys, *argv)
         assert status == 0 and not err and all(command in out for command in COMMANDS)
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"dlm_jax {dlm_jax.__version__}, Python {platform.python_version()}\n", "")
 
 
 def test_help_without_jax():
@@ -70,6 +76,13 @@ def test_errors(capsys, argv, mentions):
     assert status == 1 and not out and mentions in err and err.count("\n") == 1 and "Traceback" not in err
 
 
+def test_errors_in_flags():
+    flags = {"data.length": "--length", "mask_token=": "--mask_token"}
+    assert in_flags("a smaller data.length. See data.lengths, config.data.length", flags) == (
+        "a smaller --length. See data.lengths, config.data.length")
+    assert in_flags("name one with mask_token=", flags) == "name one with --mask_token"
+
+
 def test_old_flags():
     renamed = set()
     for command in COMMANDS:
@@ -81,14 +94,15 @@ def test_old_flags():
     assert renamed == set(OLD_FLAGS.values())
 
 
-def test_exit_statuses(capsys, monkeypatch):
+def test_exit_statuses(capsys, monkeypatch, tmp_path):
+    (tmp_path / "config.json").touch()
     for error, status, says in ((DataError("the file is empty"), 1, "dlm export: the file is empty\n"),
                                 (KeyboardInterrupt(), 130, "dlm export: interrupted\n")):
         def fail(arguments: argparse.Namespace, error: BaseException = error) -> None:
             raise error
 
         monkeypatch.setattr("dlm_jax.cli.export.run", fail)
-        assert run(capsys, "export", "--model=x", "--output=y") == (status, "", says)
+        assert run(capsys, "export", f"--model={tmp_path}", "--output=y") == (status, "", says)
 
 
 def test_override_spellings(capsys):
