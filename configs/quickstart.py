@@ -18,6 +18,7 @@ def get_config():
 
     config.model.source = str(ASSETS / "stories-gpt2")
     config.model.mask_token = "<|mask|>"
+    config.model.dtype = "auto"
 
     config.data.train = (str(ASSETS / "stories" / "train.jsonl"),)
     config.data.validation = (str(ASSETS / "stories" / "heldout.jsonl"),)
@@ -31,8 +32,8 @@ def get_config():
     config.optimizer.warmup_steps = 40
     config.optimizer.b2 = 0.99
 
-    config.validation.every = 100
+    config.validation.every = 200
     config.validation.num_rows = 64
-    config.checkpoint.every = 200
+    config.checkpoint.every = 400
     config.log.every = 50
     return config

@@ -77,6 +77,7 @@ def plan(arguments: argparse.Namespace) -> "TrainConfig":
     from dlm_jax.training import TrainConfig, count_params, step_seconds
 
     overrides = [("model.source", arguments.base), ("model.mask_token", MASK_TOKEN),
+                 ("model.dropout", "0.0"),  # the noise is different each time a text is read
                  ("data.train", ",".join(arguments.data)), ("data.validation", ",".join(arguments.validation)),
                  ("data.cache_dir", str(pathlib.Path(arguments.workdir) / "data")), *arguments.overrides]
     config = build_config(TrainConfig, load_recipe("quickstart"), overrides)
@@ -106,7 +107,7 @@ def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> 
     from dlm_jax.evaluation import autoregressive_nll, bound
     from dlm_jax.pipeline import DiffusionLM
 
-    start = DiffusionLM.from_pretrained(base, mask_token=MASK_TOKEN)
+    start = DiffusionLM.from_pretrained(base, mask_token=MASK_TOKEN, dtype=config.model.dtype)
     _, held_out = load_rows(config.data, start.tokenizer, vocab_size=start.config.vocab_size,
                             cache_dir=config.data.cache_dir)
     if held_out is None:
@@ -115,7 +116,7 @@ def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> 
     noisable_mask = np.ones(tokens.shape, bool)
     results = {"the AR parent, exact": autoregressive_nll(start.model, tokens, noisable_mask).nats_per_token}
     for name, source in {"before adaptation": None, **runs}.items():
-        lm = start if source is None else DiffusionLM.from_pretrained(source)
+        lm = start if source is None else DiffusionLM.from_pretrained(source, dtype=config.model.dtype)
         results[name] = bound(lm.model, tokens, noisable_mask, diffusion=lm.diffusion,
                               num_samples=BOUND_SAMPLES).nats_per_token
     return results
@@ -164,9 +165,7 @@ def sample(lm: "DiffusionLM", prompt: str, infill: str) -> str:
     """Samples without a prompt, after a prefix and into a gap."""
     settings = {"num_steps": 96, "policy": "confidence", "temperature": 1.0}
     length = min(96, lm.config.max_length - 32)
-    sections = {
-        "unconditional": lm.generate("", max_new_tokens=length, **settings)[0],
-        f"after the prefix {prompt!r}": lm.generate(prompt, max_new_tokens=length, **settings)[0],
-        f"into the gap of {infill!r}": lm.infill(infill, **settings)[0],
-    }
+    unconditional, continued = lm.generate(["", prompt], max_new_tokens=length, **settings)
+    sections = {"unconditional": unconditional, f"after the prefix {prompt!r}": continued,
+                f"into the gap of {infill!r}": lm.infill(infill, **settings)[0]}
     return "\n\n".join(f"[{title}]\n{text.strip()}" for title, text in sections.items()) + "\n"

@@ -121,7 +121,7 @@ class TrainConfig:
     num_steps: int = field(10_000, "optimizer steps")
     compilation_cache: str | None = field(
         None, "folder in which compiled programs are kept, for restarts and other runs; may be gs://; None: JAX's own "
-        "setting")
+        "setting, or for one process the user's cache")
     model: ModelSource = field(ModelSource(), "the base model")
     lora: LoRASettings = field(LoRASettings(), "what is trained of the base, if not all of it")
     data: DataConfig = field(DataConfig(), "the corpus and how it becomes batches")

@@ -47,13 +47,13 @@ def lm(model):
 
 
 @pytest.fixture
-def run(monkeypatch, lm):
+def run(monkeypatch, model, lm):
     """Runs the command on some input, with the model that is loaded already."""
     def run(given: str | bytes, *argv: str, lm: DiffusionLM = lm) -> int:
         given = given.encode() if isinstance(given, str) else given
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
         monkeypatch.setattr(chat, "load_model", lambda arguments: lm)
-        return main(["chat", "--model=x", *argv])
+        return main(["chat", f"--model={model}", *argv])
 
     return run
 
@@ -151,9 +151,9 @@ def test_autoregressive_run(capsys, run, lm):
 
 
 @pytest.mark.parametrize("argument", ["--max_new_tokens=0", "--seed=-1", "--policy=best", "--remask=2"])
-def test_bad_settings(capsys, monkeypatch, argument):
+def test_bad_settings(capsys, monkeypatch, model, argument):
     monkeypatch.setattr(chat, "load_model", lambda arguments: pytest.fail("the model was loaded"))
-    assert main(["chat", "--model=x", argument]) == 1
+    assert main(["chat", f"--model={model}", argument]) == 1
     error = capsys.readouterr().err
     assert argument.strip("-").split("=")[0] in error and error.count("\n") == 1
 
@@ -164,7 +164,7 @@ def test_bad_settings(capsys, monkeypatch, argument):
     (b"\xff\n", (), "UTF-8"),
     ("Tom", ("--separator=x",), "separator"),
     ("Tom", ("--format=alpaca", "--system=x"), "alpaca"),
-    ("Tom", ("--format=alpaca", "--chat_template=x"), "alpaca"),
+    ("Tom", ("--format=alpaca", f"--chat_template={__file__}"), "alpaca"),
     ("Tom", ("--chat_template=no/file",), "no/file"),
 ])
 def test_bad_input(capsys, run, given, arguments, mentions):

@@ -180,7 +180,7 @@ def test_help_names_every_task():
     (("--tasks=mawps", "--prompt_file=none.txt"), "none.txt"),
     (("--tasks=mawps", "--prompt_file=empty.txt"), "empty.txt"),
     (("--tasks=mawps", "--prompt_file=bytes.txt"), "bytes.txt"),
-    (("--tasks=mawps", "--prompt_file=."), "--prompt_file=."),
+    (("--tasks=mawps", "--prompt_file=."), "no file ."),
     (("--tasks=mawps", "--prompt_file=empty.txt", "--shots=1"), "--shots"),
     (("--tasks=text", "--prompt_file=empty.txt"), "text"),
     (("--tasks=mawps_cot", "--shots=1"), "example 0"),
@@ -203,6 +203,8 @@ def test_help_names_every_task():
 ])
 def test_refusals(capsys, model, data_dir, tmp_path, monkeypatch, arguments, named):
     monkeypatch.chdir(tmp_path)
+    for name in ("x", "x.jsonl"):
+        (tmp_path / name).touch()
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff")
     where = () if arguments[0] == "--data" and "--limit=8" not in arguments else (f"--data_dir={data_dir}",)

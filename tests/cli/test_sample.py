@@ -94,10 +94,13 @@ def test_settings_reach_the_sampler(capsys, model, lm):
     (("--prompts={prompts}", "--out=no/folder/x.jsonl"), "no/folder"),
     (("--prompts={prompts}", "--out=x.jsonl", "--stream"), "--stream"),
     (("--prompts=none.jsonl", "--out=x.jsonl"), "none.jsonl"),
-    (("--prompts=none.csv", "--out=x.jsonl"), ".jsonl"),
+    (("--prompts={csv}", "--out=x.jsonl"), ".jsonl"),
 ])
-def test_bad_settings(capsys, no_model, prompts, arguments, mentions):
-    assert mentions in refused(capsys, "--model=x", *(argument.format(prompts=prompts) for argument in arguments))
+def test_bad_settings(capsys, no_model, model, prompts, arguments, mentions):
+    csv = prompts.with_suffix(".csv")
+    csv.touch()
+    arguments = (argument.format(prompts=prompts, csv=csv) for argument in arguments)
+    assert mentions in refused(capsys, f"--model={model}", *arguments)
 
 
 @pytest.mark.parametrize(("content", "mentions"), [
@@ -113,10 +116,10 @@ def test_bad_settings(capsys, no_model, prompts, arguments, mentions):
     (b'"\\ud800"\n', "line 1"),
     (b"\n \n", "empty"),
 ])
-def test_malformed_line(capsys, no_model, tmp_path, content, mentions):
+def test_malformed_line(capsys, no_model, model, tmp_path, content, mentions):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
-    error = refused(capsys, "--model=x", f"--prompts={path}", f"--out={tmp_path / 'out.jsonl'}")
+    error = refused(capsys, f"--model={model}", f"--prompts={path}", f"--out={tmp_path / 'out.jsonl'}")
     assert mentions in error and str(path) in error
     assert [file.name for file in tmp_path.iterdir()] == ["bad.jsonl"]
 
