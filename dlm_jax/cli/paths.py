@@ -47,6 +47,14 @@ def check_model(source: str) -> None:
     check_source(source)
 
 
+def check_base(source: str) -> None:
+    """Checks a base, as far as it is a path: a plain name may be a directory beside the adapter, or on the hub."""
+    from dlm_jax.checkpoints.source import is_hub_id
+
+    if not is_hub_id(source):
+        check_model(source)
+
+
 def check_tokenizer(source: str) -> None:
     """Checks a directory or a hub id, whose model need not be there."""
     from dlm_jax.checkpoints.source import is_workdir, locate
@@ -118,9 +126,9 @@ def _check_task_file(text: str) -> None:
         check_file(path)
 
 
-# The arguments of all commands that name paths. An argument has one meaning in all commands that have it.
+# The arguments of all commands that name paths.
 CHECKS: dict[str, Callable[[str], None]] = {
-    "model": check_model, "base": check_model, "parent": check_model, "judge": check_model,
+    "model": check_model, "base": check_base, "parent": check_model, "judge": check_model,
     "tokenizer": check_tokenizer, "data": check_data, "validation": check_data, "examples": check_data,
     "prompts": check_file, "prompt_file": check_file, "chat_template": check_file,
     "data_dir": check_folder, "lm_eval_dir": check_folder, "data_files": _check_task_file,

@@ -16,7 +16,7 @@ import os
 import sys
 
 from dlm_jax.cli.config import build_config, load_recipe, recipe_names
-from dlm_jax.cli.paths import check_model
+from dlm_jax.cli.paths import check_base
 from dlm_jax.cli.shared import add_json_argument, write_result
 from dlm_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, ConfigError
 
@@ -41,12 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("nothing to plan for: name TPU slices with --topology=v5e:4x4, or GPUs with --gpu=h100:8")
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts: attached accelerators are not used
     recipe = load_recipe(arguments.config)
-    from dlm_jax.checkpoints.source import is_hub_id
     from dlm_jax.training.config import TrainConfig, flat_dict
 
     config = build_config(TrainConfig, recipe, arguments.overrides)
-    if config.model.source and not is_hub_id(config.model.source):
-        check_model(config.model.source)
+    if config.model.source:
+        check_base(config.model.source)
     from dlm_jax import plan as planning
     from dlm_jax.matmul import resolve_dtype
     from dlm_jax.plan import report

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dlm_jax.cli.config import build_config, load_recipe
+from dlm_jax.cli.paths import check_model
 from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_model(arguments.base)
     from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.training import train
 
@@ -78,6 +80,7 @@ def plan(arguments: argparse.Namespace) -> "TrainConfig":
 
     overrides = [("model.source", arguments.base), ("model.mask_token", MASK_TOKEN),
                  ("model.dropout", "0.0"),  # the noise is different each time a text is read
+                 ("log.tensorboard", "false"),  # the figure has the curves
                  ("data.train", ",".join(arguments.data)), ("data.validation", ",".join(arguments.validation)),
                  ("data.cache_dir", str(pathlib.Path(arguments.workdir) / "data")), *arguments.overrides]
     config = build_config(TrainConfig, load_recipe("quickstart"), overrides)

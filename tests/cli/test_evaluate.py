@@ -129,8 +129,8 @@ def test_code_execution(capsys, model, data_dir):
     assert result["items"] == 1 and [list(values) for values in result["models"].values()] == [["pass_at_1"]] * 2
 
 
-def test_code_execution_refused(capsys, data_dir, monkeypatch):
-    arguments = ("--model=none", "--tasks=humaneval_infilling", f"--data_dir={data_dir}")
+def test_code_execution_refused(capsys, model, data_dir, monkeypatch):
+    arguments = (f"--model={model}", "--tasks=humaneval_infilling", f"--data_dir={data_dir}")
     status, _, err = evaluate(capsys, *arguments)
     assert status == 1 and err.count("\n") == 1
     assert "--allow_code_execution" in err

@@ -108,7 +108,7 @@ def test_groups_and_greedy_metrics(capsys, harness_dir):
     (("--lm_eval=own_choice", "--out=results.txt"), "results.txt"),
     (("--lm_eval=own_choice", "--protocol=reference"), "--protocol"),
     (("--tasks=piqa",), "--lm_eval_dir"),
-    (("--data", "x.jsonl", "--limit=3"), "--limit"),
+    (("--data", __file__, "--limit=3"), "--limit"),
     (("--lm_eval=own_choice", "--tasks=piqa"), "--examples"),
     (("--lm_eval=own_choice",), "--mask_token"),
 ])
