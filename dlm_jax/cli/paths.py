@@ -66,7 +66,7 @@ def check_tokenizer(source: str) -> None:
 def check_data(spec: str) -> None:
     """Checks a file, a glob, or a directory made by `dlm prepare`; tfds:NAME and hf:NAME are left to their packages."""
     from dlm_jax.data.corpus import prepared_manifest
-    from dlm_jax.data.source_files import find_files
+    from dlm_jax.data.files import find_files
 
     if not spec.startswith(("tfds:", "hf:")) and prepared_manifest(spec) is None:
         find_files(spec)
