@@ -152,7 +152,7 @@ class DiffusionLM:
         settings = _Settings.make(**options)
         segments = [split_gaps(text, gap_length) for text in _as_list(texts, "texts")]
         if any(isinstance(segment, range) for text in segments for segment in text):
-            encode_text = functools.partial(encode, self.tokenizer, bos_token_id=self.pretrained.start_token_id)
+            encode_text = functools.partial(encode, self.tokenizer, start=self.pretrained.start_token_id)
             with self._mesh_context():
                 segments = infer_gap_lengths(self.model, segments, encode_text, diffusion=self.diffusion,
                                              batch_size=settings.batch_size)

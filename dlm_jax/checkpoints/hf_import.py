@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # Mask tokens of DiffuGPT-S and -M by vocabulary size, for a checkpoint without its tokenizer.
 _DIFFUGPT_MASK_IDS = {50257: 10541, 50258: 50257}
 
+# The exponent's bits by type: all of them are set in NaN and infinity. NumPy's own test of bfloat16 is slow.
+_EXPONENTS = {"float32": (np.uint32, 0x7F80_0000), "bfloat16": (np.uint16, 0x7F80)}
+
 Bounds = tuple[tuple[int, int], ...]  # start and stop along each axis
 
 
@@ -101,8 +104,9 @@ class _StoredParam:
 
     def __init__(self, tensors: Mapping[str, np.ndarray], key: hf_names.Key, leaf: nnx.Param, new_row: int | None):
         self.shape, self.dtype = leaf.shape, leaf.dtype
-        self.views = [hf_names.from_hf(tensors[name], key, shape)
-                      for name, shape in hf_names.layer_tensors(key, leaf.shape)]
+        named = hf_names.layer_tensors(key, leaf.shape)
+        self.names = [name for name, _ in named]
+        self.views = [hf_names.from_hf(tensors[name], key, shape) for name, shape in named]
         self.stacked = leaf.axes[0] == "layers"
         self.grows = new_row is not None and "vocab" in leaf.axes
         if self.grows:
@@ -117,18 +121,18 @@ class _StoredParam:
             self.shards[bounds] = shard = aligned_empty([stop - start for start, stop in bounds], self.dtype)
             window = tuple(slice(*pair) for pair in bounds)
             if self.stacked:
-                for target, view in zip(shard, self.views[window[0]], strict=True):
-                    _copy(target, view[window[1:]])
+                for target, view, name in zip(shard, self.views[window[0]], self.names[window[0]], strict=True):
+                    _copy(target, view[window[1:]], name)
             elif self.grows:
                 self._read_grown(shard, window)
             else:
-                _copy(shard, self.views[0][window])
+                _copy(shard, self.views[0][window], self.names[0])
         return self.shards[bounds]
 
     def _read_grown(self, shard: np.ndarray, window: tuple[slice, ...]) -> None:
         known = np.moveaxis(self.views[0][window], self.vocab_axis, 0)  # without the new row: numpy clips slices
         rows = np.moveaxis(shard, self.vocab_axis, 0)
-        _copy(rows[: len(known)], known)
+        _copy(rows[: len(known)], known, self.names[0])
         first = window[self.vocab_axis].start
         if first <= self.new_row < first + len(rows):
             rows[self.new_row - first] = self.mean[window[1 - self.vocab_axis]]
@@ -143,11 +147,23 @@ def aligned_empty(shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarra
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """Copies and converts; a transposed source in strips, which is several times faster."""
+def _copy(target: np.ndarray, source: np.ndarray, name: str) -> None:
+    """Copies and converts; a transposed source in strips, which is several times faster.
+
+    Raises:
+      CheckpointError: the copy, a part of the tensor `name`, has a number that is not finite.
+    """
     strip = target.shape[-1] if source.strides[-1] == source.itemsize else 16
     for i in range(0, target.shape[-1], strip):
         target[..., i : i + strip] = source[..., i : i + strip]
+    if not all(_is_finite(target[i : i + 64]) for i in range(0, len(target), 64)):
+        raise CheckpointError(f"the tensor {name} has numbers that are not finite (NaN or infinity); use another copy "
+                              "of the checkpoint, or an earlier one")
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    bits, exponent = _EXPONENTS[values.dtype.name]
+    return not ((values.view(bits) & bits(exponent)) == exponent).any()
 
 
 def _untie_different(config: ModelConfig, tensors: dict[str, np.ndarray]) -> ModelConfig:

@@ -18,8 +18,9 @@ from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_p
 from dlm_jax.checkpoints.source import find_base, is_workdir, locate, split_step
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
 from dlm_jax.checkpoints.workdir import LoRABase, read_lora_base, read_run_config
+from dlm_jax.data.tokenization import missing_ids, start_token
 from dlm_jax.diffusion import DiffusionSpec
-from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.errors import CheckpointError, ConfigError, DataError
 from dlm_jax.models import (
     Compute,
     LoRAConfig,
@@ -55,6 +56,8 @@ class Pretrained:
       base: the source of the base of a model with unmerged LoRA; None for a model without LoRA.
       provenance: fingerprints of what the parameters were computed from: a base and the adapters merged into it, in
         order, or a base before quantization. Empty if the parameters are as stored.
+      recorded_mask_token: the mask token that the checkpoint records, which the model was trained with; None if it has
+        none or the record is of its tokenizer alone.
       new_mask_token: whether the checkpoint has no row for the mask token, which then is the mean of all others.
     """
 
@@ -67,10 +70,11 @@ class Pretrained:
     base: str | None = None
     provenance: tuple[str, ...] = ()
     new_mask_token: bool = False
+    recorded_mask_token: int | None = None
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that starts a document."""
+        """The token before a text; None without one."""
         return self._special("bos_token_id")
 
     @property
@@ -80,16 +84,28 @@ class Pretrained:
 
     @property
     def start_token_id(self) -> int:
-        """The token at position 0 of a text: BOS, or EOS for a tokenizer without BOS.
+        """The token at position 0, from which generation starts: see `data.tokenization.start_token`.
+
+        Without a tokenizer it is the BOS of config.json, or else its EOS.
 
         Raises:
-          ConfigError: there is neither.
+          ConfigError: there is no such token, or the model has no embedding for it.
         """
-        for token_id in (self.bos_token_id, self.eos_token_id):
-            if token_id is not None and token_id < self.model.config.vocab_size:
-                return token_id
-        raise ConfigError(f"{self.source} has no BOS or EOS token for position 0; set bos_token in its "
-                          "tokenizer_config.json")
+        recipe = self.recipe or {}
+        try:
+            if self.tokenizer is None:
+                token = self.eos_token_id if self.bos_token_id is None else self.bos_token_id
+            else:
+                token = start_token(self.tokenizer, recipe.get("data.add_bos"), recipe.get("data.packing", "concat"))
+        except DataError:
+            token = None
+        if token is None:
+            raise ConfigError(f"{self.source} has no BOS or EOS token for position 0; set bos_token in its "
+                              "tokenizer_config.json")
+        if token >= self.model.config.vocab_size:
+            raise ConfigError(f"{self.source} has no embedding for token {token} of its tokenizer, which is at "
+                              "position 0; use the tokenizer that belongs to the model")
+        return token
 
     @property
     def is_autoregressive(self) -> bool:
@@ -97,9 +113,15 @@ class Pretrained:
         return (self.recipe or {}).get("objective.name") == "autoregressive"
 
     def _special(self, name: str) -> int | None:
-        value = getattr(self.tokenizer, name, None)
-        value = self.hf_config.get(name) if value is None else value
-        return value[0] if isinstance(value, list) else value  # LLaMA 3 lists several EOS tokens
+        """Returns the tokenizer's id of a special token, or that of config.json, which may be its class's default.
+
+        The latter counts only if the tokenizer has a special token of this id.
+        """
+        if (value := getattr(self.tokenizer, name, None)) is not None:
+            return value
+        value = self.hf_config.get(name)
+        value = value[0] if isinstance(value, list) else value  # LLaMA 3 lists several EOS tokens
+        return value if self.tokenizer is None or value in self.tokenizer.all_special_ids else None
 
 
 Shardings = Callable[[ModelConfig], Any]
@@ -188,6 +210,7 @@ def _load_hf(directory: Path, source: str, options: _Options) -> Pretrained:
     if init == "abstract" and tokenizer is None and isinstance(mask_token, str):
         mask_token_id, is_new = config.vocab_size, True  # planning needs no tokenizer to look the token up
     else:
+        recorded = dataclasses.replace(recorded, mask_token_id=mask_token_id)
         mask_token_id, is_new = choose_mask_token(mask_token, mask_token_id, config.vocab_size, tokenizer)
     if is_new:
         config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
@@ -207,8 +230,10 @@ def _load_hf(directory: Path, source: str, options: _Options) -> Pretrained:
         model, provenance = abstract_model(config, options.compute, options.param_dtype, lora), ()
     else:
         model, provenance = _build_model(config, lora, options, read)
-    return Pretrained(model, tokenizer, dataclasses.replace(recorded, mask_token_id=mask_token_id), hf_config, source,
-                      read_metadata(directory).get("recipe"), provenance=provenance, new_mask_token=is_new)
+    diffusion = dataclasses.replace(recorded, mask_token_id=mask_token_id,
+                                    missing_ids=missing_ids(tokenizer, config.vocab_size))
+    return Pretrained(model, tokenizer, diffusion, hf_config, source, read_metadata(directory).get("recipe"),
+                      provenance=provenance, new_mask_token=is_new, recorded_mask_token=recorded.mask_token_id)
 
 
 def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any], merge: bool,
@@ -230,7 +255,7 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
         def read(shapes: nnx.State, shardings: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
             layout = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding),
                                   shapes, jax.tree.unflatten(jax.tree.structure(shapes), shardings))
-            return nnx.to_flat_state(restore_params(directory, step, layout))
+            return nnx.to_flat_state(_check_finite(restore_params(directory, step, layout), loaded.source))
 
         model, provenance = _build_model(config, lora, options, read)
         return dataclasses.replace(loaded, model=model, provenance=provenance)
@@ -238,8 +263,8 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
     base = load_lora_base(directory, record, options.compute, options.shardings)
     graphdef, trained, frozen = split_trainable(base.model)
     record.check(frozen, base.provenance, directory)
-    learned = restore_params(directory, step, jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trained))
+    learned = _check_finite(restore_params(directory, step, jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trained)), loaded.source)
     model = nnx.merge(graphdef, learned, frozen)
     if not merge and lora is None:
         return dataclasses.replace(loaded, model=model, base=record.source)
@@ -264,14 +289,26 @@ def _load_peft(directory: Path, source: str, base: str | None, options: _Options
         loaded.diffusion, shift=metadata.get("shift", loaded.diffusion.shift),
         blocks=blocks_from_record(metadata) if "block_size" in metadata else loaded.diffusion.blocks)
     model = merge_peft_adapter(adapter, loaded.model, loaded.source, options.param_dtype)
+    tokenizer = load_tokenizer(directory) or loaded.tokenizer
+    diffusion = dataclasses.replace(diffusion, missing_ids=missing_ids(tokenizer, model.config.vocab_size))
     is_new, provenance = loaded.new_mask_token and not adapter.has_embedding, loaded.provenance
     lora = resolve_lora(options.lora, model.config, is_new)
     if lora is not None:
         provenance = (*(provenance or (fingerprint(nnx.state(loaded.model)),)), adapter.digest())
         model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
     return dataclasses.replace(
-        loaded, model=model, tokenizer=load_tokenizer(directory) or loaded.tokenizer, diffusion=diffusion,
+        loaded, model=model, tokenizer=tokenizer, diffusion=diffusion,
         source=source, recipe=metadata.get("recipe", loaded.recipe), provenance=provenance, new_mask_token=is_new)
+
+
+def _check_finite(params: nnx.State, source: str) -> nnx.State:
+    """Returns the parameters; raises CheckpointError that names one with NaN or infinity."""
+    finite = jax.jit(lambda state: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state))(params)
+    for path, leaf in nnx.to_flat_state(finite):
+        if not leaf[...]:
+            raise CheckpointError(f"{'.'.join(path)} in {source} has numbers that are not finite (NaN or infinity); "
+                                  "use an earlier checkpoint, as workdir@step")
+    return params
 
 
 def _build_model(config: ModelConfig, lora: LoRAConfig | None, options: _Options,

@@ -1,11 +1,14 @@
 """Loads a checkpoint's tokenizer, and finds or adds the mask token."""
 
+import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlm_jax.checkpoints.hf_config import EXTERNAL_ARCHS
+from dlm_jax.data.tokenization import PROBE, id_limit, tokenize
 from dlm_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,27 +26,93 @@ _CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2T
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     """Returns the tokenizer stored in a checkpoint directory, or None if there is none.
 
+    transformers may choose a class for the architecture that builds its own tokenizer around the stored vocabulary.
+    Text must get the ids of the stored file, with which the model was trained: where the class gives others, the file
+    is loaded as it is.
+
     Raises:
-      CheckpointError: its files cannot be read.
+      CheckpointError: its files cannot be read, or loaded so that text gets the ids of the stored file.
     """
-    files = {name for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-             if (directory / name).is_file()}
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    files = {name for name in names if (directory / name).is_file()}
     if not files:
         return None
-    import transformers
-
     try:
-        if (name := _plain_class(directory)) is not None:
-            return getattr(transformers, name).from_pretrained(directory, local_files_only=True)
-        if files == {"tokenizer.model"}:  # a bare sentencepiece model, as LLaMA's: AutoTokenizer does not recognize it
-            return transformers.LlamaTokenizer.from_pretrained(directory, add_bos_token=True)
-        external = EXTERNAL_ARCHS.get(_model_type(directory))
-        # For an unknown model_type, transformers would ask whether to run the checkpoint's own code.
-        known = {} if external is None else {"config": transformers.AutoConfig.for_model(external.family)}
-        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
-                                                          **known)
+        stored = _read_stored(directory)
+        tokenizer = None if files == {"tokenizer.model"} else _load_class(directory)
+        if tokenizer is None or (stored is not None and _difference(tokenizer, *stored) is not None):
+            tokenizer = _load_as_stored(directory, tokenizer)
     except Exception as error:  # transformers raises many kinds, with advice for other situations
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from error
+    if stored is not None and (text := _difference(tokenizer, *stored)) is not None:
+        raise CheckpointError(f"{stored[0]} and {type(tokenizer).__name__}, which transformers makes of it, give other "
+                              f"tokens for {text!r}; store the tokenizer as a tokenizer.json with the right tokens")
+    return tokenizer
+
+
+def _load_class(directory: Path) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer of the class that transformers chooses for the architecture."""
+    import transformers
+
+    if (name := _plain_class(directory)) is not None:
+        return getattr(transformers, name).from_pretrained(directory, local_files_only=True)
+    external = EXTERNAL_ARCHS.get(_model_type(directory))
+    # For an unknown model_type, transformers would ask whether to run the checkpoint's own code.
+    known = {} if external is None else {"config": transformers.AutoConfig.for_model(external.family)}
+    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
+                                                      **known)
+
+
+def _load_as_stored(directory: Path, named: "PreTrainedTokenizerBase | None") -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer of tokenizer.json or of the sentencepiece model, with the special tokens of `named`."""
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {} if named is None else {name: token for name, token in named.special_tokens_map.items()
+                                         if isinstance(token, str)}
+    config = directory / "tokenizer_config.json"
+    recorded = json.loads(config.read_text()) if config.is_file() else {}
+    if not (directory / "tokenizer.json").is_file() and "add_bos_token" not in recorded:
+        settings["add_bos_token"] = True  # as LLaMA's tokenizer, whose file is a sentencepiece model
+    return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **settings)
+
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+def _read_stored(directory: Path) -> tuple[Path, Encode, list[str]] | None:
+    """Returns the file that decides which ids a text has, its encoding, and tokens to test; None for other files.
+
+    Special tokens in a text are not read as such, see `data.tokenization.tokenize`.
+    """
+    if (path := directory / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_file(str(path))
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        tokens = sorted(backend.get_vocab(with_added_tokens=False))
+        return path, lambda texts: [row.ids for row in backend.encode_batch(texts, add_special_tokens=False)], tokens
+    if (path := directory / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        model = SentencePieceProcessor(model_file=str(path))
+        pieces = model.id_to_piece(list(range(len(model))))
+        return path, model.encode, [piece.replace("\u2581", " ") for piece in pieces]
+    return None
+
+
+def _difference(tokenizer: "PreTrainedTokenizerBase", path: Path, encode: Encode, tokens: list[str]) -> str | None:
+    """Returns a text to which `tokenizer` and the stored file give different ids; None if there is none.
+
+    The texts are difficult ones, and up to 2,000 tokens of the vocabulary, each before the next. Some files find
+    special tokens in text; these texts are not compared.
+    """
+    some = tokens[:: max(len(tokens) // 2000, 1)]
+    texts = [*PROBE, *(first + second for first, second in itertools.pairwise(some))]
+    pairs = zip(texts, tokenize(tokenizer, texts), encode(texts), strict=True)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return next((text for text, found, expected in pairs if found != expected and special.isdisjoint(expected)), None)
 
 
 def _plain_class(directory: Path) -> str | None:
@@ -72,19 +141,21 @@ def choose_mask_token(mask_token: str | int | None, recorded: int | None, vocab_
       vocab_size: rows of the checkpoint's embedding.
 
     Raises:
-      CheckpointError: the id is outside the vocabulary, or a token is named and there is no tokenizer.
+      CheckpointError: the id is outside the vocabulary, or that of BOS or EOS; the name is blank; or a token is named
+        and there is no tokenizer.
     """
     if isinstance(mask_token, str):
+        if not mask_token.strip():
+            raise CheckpointError(f"the mask token {mask_token!r} is blank; give the name or the id of a token")
         if tokenizer is None:
             raise CheckpointError(f"the checkpoint has no tokenizer to look up the mask token {mask_token!r}; "
                                   "give its id instead")
         known = tokenizer.get_vocab().get(mask_token)
         if known is None:
-            if len(tokenizer) > vocab_size:
-                raise CheckpointError(f"the tokenizer has {len(tokenizer)} tokens, more than the {vocab_size} rows of "
-                                      "the embedding; the two do not belong together")
-            tokenizer.add_special_tokens({"mask_token": mask_token})
-            return tokenizer.convert_tokens_to_ids(mask_token), True
+            if id_limit(tokenizer) > vocab_size:
+                raise CheckpointError(f"the tokenizer has ids up to {id_limit(tokenizer) - 1}, more than the "
+                                      f"{vocab_size} rows of the embedding; the two do not belong together")
+            return _add_mask_token(tokenizer, mask_token, 0 if recorded is None else recorded + 1), True
         mask_token = known
     if mask_token is None:
         mask_token = recorded
@@ -93,4 +164,25 @@ def choose_mask_token(mask_token: str | int | None, recorded: int | None, vocab_
     if mask_token is not None and not 0 <= mask_token < vocab_size:
         raise CheckpointError(f"the mask token id {mask_token} is outside the vocabulary of {vocab_size} tokens; "
                               "give the id of an existing token, or a new token by name")
+    for name in ("bos_token", "eos_token"):
+        if mask_token is not None and getattr(tokenizer, f"{name}_id", None) == mask_token:
+            raise CheckpointError(f"the mask token {mask_token} is also the tokenizer's {name}, "
+                                  f"{getattr(tokenizer, name)!r}; choose another token, or a new one by name")
     return mask_token, False
+
+
+def _add_mask_token(tokenizer: "PreTrainedTokenizerBase", name: str, least: int) -> int:
+    """Adds a mask token to the tokenizer in place and returns its id: one that no token has, at least `least`."""
+    new_id = max(id_limit(tokenizer), least)
+    if new_id != len(tokenizer):  # where ids are missing, `tokenizers` could give one that is taken
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        if isinstance(state["model"].get("vocab"), dict):
+            from tokenizers import Tokenizer
+
+            state["model"]["vocab"][name] = new_id
+            tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(state)).model
+    tokenizer.add_special_tokens({"mask_token": name})
+    if (found := tokenizer.convert_tokens_to_ids(name)) != new_id:
+        raise CheckpointError(f"the tokenizer cannot give the new mask token {name!r} the id {new_id} (it gives "
+                              f"{found}); use the id or the name of an existing token")
+    return new_id

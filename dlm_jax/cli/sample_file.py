@@ -136,7 +136,7 @@ def sample_file(prompts: PromptFile, arguments: argparse.Namespace, lm: "Diffusi
       DataError: a line is too long for the model.
     """
     for line, number in zip(prompts.lines, range(len(prompts.records)), strict=True):
-        row, _ = encode(lm.tokenizer, prompts.segments(number), bos_token_id=0)
+        row, _ = encode(lm.tokenizer, prompts.segments(number), lm.pretrained.start_token_id)
         if len(row) > lm.config.max_length:
             raise DataError(f"{prompts.path}, line {line}: {len(row)} tokens with its new ones, and the model takes at "
                             f"most {lm.config.max_length}; shorten it, or ask for fewer new tokens")

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dlm_jax.data.records import BadRecord, get_text, tokenize
+from dlm_jax.data.records import BadRecord, get_text
+from dlm_jax.data.tokenization import tokenize
 from dlm_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class ChatTemplate:
         rendered, end = self._try_render([*history, message], place), self.turn_end
         if not rendered.endswith(end.text):
             raise BadRecord(f"the chat template ends {place} with {rendered[-20:]!r}, not with {end.text!r}")
-        ids, = tokenize(self.tokenizer, [rendered.removesuffix(end.text) + end.learned])
+        ids, = tokenize(self.tokenizer, [rendered.removesuffix(end.text) + end.learned], special_tokens=True)
         if ids[:len(prompt)] != prompt:
             raise BadRecord(f"the tokens before {place} change when it is added, so that no prompt leads to it")
         return Turn(text, prompt, ids[len(prompt):], end.token_id is not None)
@@ -95,7 +96,7 @@ class ChatTemplate:
         place = f"message {len(history) + 1}"
         check_not_blank(f"history before {place}", "".join(before["content"] for before in history))
         text = self._try_render(history, place, add_generation_prompt=True)
-        ids, = tokenize(self.tokenizer, [text])
+        ids, = tokenize(self.tokenizer, [text], special_tokens=True)
         return text, ids
 
     @functools.cached_property

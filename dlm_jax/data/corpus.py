@@ -20,6 +20,7 @@ from dlm_jax.data.prepare import PROGRESS_FILE, make_encoder, prepare
 from dlm_jax.data.rows import ConcatenatedRows, RowSource
 from dlm_jax.data.source_files import Source
 from dlm_jax.data.sources import open_sources
+from dlm_jax.data.tokenization import id_limit
 from dlm_jax.errors import DataError
 from dlm_jax.storage import is_remote, read_file
 
@@ -41,9 +42,9 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
       DataError: nothing matches, a file is damaged, the corpus is too small for one row or for a validation split, or
         the tokenizer or prepared rows do not fit the model.
     """
-    if len(tokenizer) > vocab_size:
-        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, the model's vocabulary "
-                        f"only {vocab_size}; use the tokenizer that belongs to the model")
+    if id_limit(tokenizer) > vocab_size:
+        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} has ids up to {id_limit(tokenizer) - 1}, and the "
+                        f"model's vocabulary has {vocab_size}; use the tokenizer that belongs to the model")
     if not config.train:
         raise DataError("data.train names no text; give files or globs, or a directory made by `dlm prepare`")
     cache = Path(config.cache_dir or cache_dir)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlm_jax.data.config import RowsConfig
-from dlm_jax.data.records import RecordEncoder, tokenizer_fingerprint
+from dlm_jax.data.records import RecordEncoder
 from dlm_jax.data.shards import RowLayout, Shard, ShardedRows
 from dlm_jax.data.source_files import Source
+from dlm_jax.data.tokenization import start_token, tokenizer_fingerprint
 from dlm_jax.errors import DataError
 from dlm_jax.storage import cache_folder, fetch_files, is_remote, read_file, write_file
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2  # increase when the same inputs would give other rows, or the manifest has other fields
+FORMAT = 3  # increase when the same inputs would give other rows, or the manifest has other fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,12 @@ def check_compatible(manifest: Manifest, config: RowsConfig, tokenizer: "PreTrai
         if asked != found:
             raise DataError(f"the rows in {directory} were prepared with {name}={found}, but data.{name} is {asked}; "
                             f"set --config.data.{name}={found}, or prepare the corpus again")
+    found, asked = (start_token(tokenizer, add_bos, config.packing)
+                    for add_bos in (manifest.settings["add_bos"], config.add_bos))
+    if found != asked:  # the run's record, by which the model generates later, would be wrong
+        raise DataError(f"the rows in {directory} were prepared with add_bos={manifest.settings['add_bos']}, so that "
+                        f"token {found} is before a document, but with data.add_bos {config.add_bos} it is {asked}; "
+                        f"set --config.data.add_bos={manifest.settings['add_bos']}, or prepare the corpus again")
 
 
 def check_prompt_format(manifests: Sequence[Manifest], config: RowsConfig) -> None:

@@ -32,13 +32,12 @@ from dlm_jax.data.records import (
     RecordChunk,
     RecordEncoder,
     TextEncoder,
-    boundary_tokens,
-    tokenizer_fingerprint,
 )
 from dlm_jax.data.rows import RowPacker, TokenSpan
 from dlm_jax.data.shards import RowLayout, Shard, write_shard
 from dlm_jax.data.source_files import Source
 from dlm_jax.data.sources import read_chunks
+from dlm_jax.data.tokenization import boundary_tokens, id_limit, start_token, tokenizer_fingerprint
 from dlm_jax.errors import DataError
 from dlm_jax.storage import make_directory, read_file, remove_file, write_file
 
@@ -76,7 +75,7 @@ def prepare(sources: Sequence[Source], directory: str, tokenizer: "PreTrainedTok
             raise DataError(f"{directory} holds rows of other sources, settings or another tokenizer; choose another "
                             "directory, or remove this one")
         return found
-    layout = RowLayout.for_vocab(config.length, len(tokenizer), encoder.row_masks)
+    layout = RowLayout.for_vocab(config.length, id_limit(tokenizer), encoder.row_masks)
     make_directory(directory)
     progress = Progress.load(directory, identity, layout)
     skip, saved = config.on_bad_record == "skip", time.monotonic()
@@ -118,10 +117,10 @@ def make_encoder(tokenizer: "PreTrainedTokenizerBase", config: RowsConfig) -> Re
       DataError: the tokenizer lacks a token or a chat template.
     """
     if config.examples.format != "none":
-        return PromptFormat(tokenizer, config.examples, config.length)
-    document_mask = config.packing == "document_mask"
-    bos, eos = boundary_tokens(tokenizer, add_bos=config.add_bos, document_mask=document_mask)
-    return TextEncoder(tokenizer, config.text_key, bos, eos, ("starts",) if document_mask else ())
+        return PromptFormat(tokenizer, config.examples, config.length,
+                            start_token(tokenizer, config.add_bos, config.packing))
+    bos, eos = boundary_tokens(tokenizer, config.add_bos, config.packing)
+    return TextEncoder(tokenizer, config.text_key, bos, eos, ("starts",) if config.packing == "document_mask" else ())
 
 
 @dataclasses.dataclass(frozen=True)

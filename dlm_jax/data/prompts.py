@@ -17,8 +17,9 @@ import numpy as np
 
 from dlm_jax.data.chat_template import ChatTemplate, Message, check_not_blank, get_messages
 from dlm_jax.data.config import ExampleConfig
-from dlm_jax.data.records import BadRecord, get_text, tokenize
+from dlm_jax.data.records import BadRecord, get_text
 from dlm_jax.data.rows import TokenSpan
+from dlm_jax.data.tokenization import is_rendered, prepend_start, start_token, tokenize
 from dlm_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class PromptFormat:
 
     An example is held out by its prompt, a conversation by its first: no prompt is in both splits.
 
+    Attributes:
+      start: the token of position 0; None: what the tokenizer puts there, see `tokenization.start_token`.
+
     Raises:
       ConfigError: the format, the padding token or the file of the chat template cannot be used.
       DataError: the tokenizer has no EOS, or messages have no chat template, or one that does not work.
@@ -61,11 +65,12 @@ class PromptFormat:
     tokenizer: "PreTrainedTokenizerBase"
     config: ExampleConfig
     length: int
+    start: int | None = None
 
     def __post_init__(self) -> None:
         if self._eos is None:
             raise DataError(f"the tokenizer {self.tokenizer.name_or_path!r} has no EOS token to end a response with")
-        _ = self.columns, self._pad, self._chat  # each checks a setting, here and not at the first record
+        _ = self.columns, self._pad, self._chat, self._start  # each checks a setting, here and not at the first record
         if self.config.split_digits and self.tokenizer.decode(self._tokenize("a1b23")) != "a1b23":
             raise ConfigError("data.examples.split_digits does not work with the tokenizer "
                               f"{self.tokenizer.name_or_path!r}, which adds spaces between digits; set it to false")
@@ -92,7 +97,7 @@ class PromptFormat:
 
     @property
     def facts(self) -> list[Any]:
-        return [self._pad, self._chat and self._chat.template]
+        return [self._pad, self._start, self._chat and self._chat.template]
 
     def parse(self, record: str | dict[str, Any]) -> tuple[str, list[Example]] | None:
         if isinstance(record, str) and not record.strip():
@@ -101,10 +106,11 @@ class PromptFormat:
             raise BadRecord(f"a text where a record with {', '.join(self.columns)} was expected")
         if self._chat:
             turns = self._chat.turns(get_messages(record, self.config.messages_key))
-            key, examples = turns[0].text, [self._example(turn.prompt, turn.response, turn.closed) for turn in turns]
+            key, examples = turns[0].text, [self._example(self._prepend_start(turn.prompt, rendered=True),
+                                                          turn.response, turn.closed) for turn in turns]
         else:
             key, response = self._prompt_text(record), self._response_text(record)
-            examples = [self._example(self._with_separator(key), self._tokenize(response))]
+            examples = [self._example(self._encode_text(key), self._tokenize(response))]
         longest = max(example.length for example in examples)
         if longest > self.length and self.config.overlong == "error":
             raise DataError(f"an example of {longest} tokens does not fit a row of {self.length}; raise data.length, "
@@ -155,8 +161,8 @@ class PromptFormat:
         """
         if self._chat:
             _, prompt = self._chat.prompt(get_messages(record, self.config.messages_key))
-            return self._prepend_bos(prompt)
-        return self._prepend_bos(self._with_separator(self._prompt_text(record)))
+            return self._prepend_start(prompt, rendered=True)
+        return self._encode_text(self._prompt_text(record))
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -189,26 +195,24 @@ class PromptFormat:
         check_not_blank("response", response)
         return response
 
-    def _with_separator(self, prompt: str) -> list[int]:
-        return self._tokenize(prompt + self.config.separator)
+    def _encode_text(self, prompt: str) -> list[int]:
+        """Returns the token ids of a prompt that is a text, from position 0 to its separator."""
+        rendered = is_rendered(self.tokenizer, prompt)
+        tokens = self._tokenize(prompt + self.config.separator, special_tokens=rendered)
+        return self._prepend_start(tokens, rendered=rendered)
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """Returns the token ids of a text, without special tokens around it."""
         texts = re.findall(r"\d|\D+", text) if self.config.split_digits else [text]
-        return list(itertools.chain.from_iterable(tokenize(self.tokenizer, texts)))
+        return list(itertools.chain.from_iterable(tokenize(self.tokenizer, texts, special_tokens=special_tokens)))
 
-    def _prepend_bos(self, prompt: list[int]) -> list[int]:
-        """Returns `prompt` with the token of position 0, unless it has that already."""
+    def _prepend_start(self, prompt: list[int], *, rendered: bool) -> list[int]:
         if not prompt:
             raise BadRecord("the prompt has no token")
-        first = self.tokenizer.bos_token_id
-        if first is None and not self._chat:  # generation then starts from EOS; a chat template writes its own start
-            first = self._eos
-        return prompt if first is None or prompt[0] == first else [first, *prompt]
+        return prepend_start(self.tokenizer, self._start, prompt, rendered=rendered)
 
     def _example(self, prompt: list[int], response: list[int], closed: bool = False) -> Example:
         """Returns an example; `closed`: the response ends with an end-of-turn token, learned in place of EOS."""
-        prompt = self._prepend_bos(prompt)
         if not response:
             raise BadRecord("the response has no token")
         if self._eos in response[:-1]:
@@ -219,6 +223,10 @@ class PromptFormat:
     def _chat(self) -> ChatTemplate | None:
         messages = self.config.format == "messages"
         return ChatTemplate(self.tokenizer, self.config.chat_template) if messages else None
+
+    @functools.cached_property
+    def _start(self) -> int:
+        return start_token(self.tokenizer) if self.start is None else self.start
 
     @functools.cached_property
     def _eos(self) -> int | None:
@@ -262,4 +270,5 @@ def prompt_format_from_run(tokenizer: "PreTrainedTokenizerBase", recipe: Mapping
         raise ConfigError(f"a chat_template is for messages, and the format is {config.format}; remove one of them")
     if config.format == "messages" and "separator" in settings:
         raise ConfigError("a separator is not for messages, whose chat template writes the text between; remove it")
-    return PromptFormat(tokenizer, config, length)
+    start = start_token(tokenizer, recipe.get("data.add_bos"), recipe.get("data.packing", "concat"))
+    return PromptFormat(tokenizer, config, length, start)

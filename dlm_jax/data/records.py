@@ -2,7 +2,6 @@
 
 import array
 import dataclasses
-import functools
 import hashlib
 import json
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from dlm_jax.data.rows import TokenSpan
+from dlm_jax.data.tokenization import tokenize
 from dlm_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -187,64 +187,3 @@ class TextEncoder:
         starts = np.zeros(len(tokens), bool)
         starts[first] = True
         return TokenSpan(np.frombuffer(tokens, np.uint32), starts)
-
-
-def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    """Returns the token ids of each text, without special tokens around it and without truncation."""
-    if tokenizer.is_fast:  # the backend itself is faster than its wrapper in transformers
-        backend = _backend(tokenizer, len(tokenizer))
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                     verbose=False)["input_ids"]
-
-
-@functools.lru_cache(maxsize=4)
-def _backend(tokenizer: "PreTrainedTokenizerBase", vocab_size: int):
-    """Returns a copy of the backend that neither truncates nor pads; the size in the key renews it when it grows."""
-    import tokenizers
-
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def boundary_tokens(tokenizer: "PreTrainedTokenizerBase", *, add_bos: bool | None,
-                    document_mask: bool) -> tuple[int | None, int]:
-    """Returns the (BOS or None, EOS) token ids around each document.
-
-    With `add_bos` None, BOS is added where the tokenizer adds it by itself (LLaMA does, GPT-2 does not) and, if there
-    is one, with `document_mask`: the first position of a document is context, and generation starts from BOS.
-
-    Raises:
-      DataError: the tokenizer lacks the token.
-    """
-    name, bos, eos = tokenizer.name_or_path, tokenizer.bos_token_id, tokenizer.eos_token_id
-    if eos is None:
-        raise DataError(f"the tokenizer {name!r} has no EOS token to put between documents")
-    if add_bos is None:
-        add_bos = bos is not None and (document_mask or tokenizer("a")["input_ids"][0] == bos)
-    if add_bos and bos is None:
-        raise DataError(f"data.add_bos is set, but the tokenizer {name!r} has no BOS token")
-    return (bos if add_bos else None), eos
-
-
-# Scripts, spaces, digits, code and special tokens: text that tokenizers with the same vocabulary can treat differently.
-_PROBE = (
-    "Hello  world\n\n\tdef f(x): return 3.14e-10 * x**2  # naïve  café", " a", "a", "12345678 ½ ²",
-    "ÀÉ \ufb01 \uff21\uff11 A\u0300", "Привет, мир!", "你好\uff0c こんにちは", "مرحبا हिन्दी 🙂👩\u200d👧",
-    "<s> </s> <|endoftext|> [INST]", "\u200b\u00a0\r\n", "",
-)
-
-
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns a short hash of how text becomes ids: the vocabulary, and the ids of some difficult text.
-
-    A mask token that was added at the end does not count, since no text contains it: rows prepared for a base model
-    serve the model adapted from it.
-    """
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if vocabulary[-1][0] == tokenizer.mask_token:
-        vocabulary.pop()
-    facts = [vocabulary, tokenize(tokenizer, list(_PROBE)), tokenizer.bos_token_id, tokenizer.eos_token_id]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

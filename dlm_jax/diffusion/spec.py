@@ -59,8 +59,11 @@ class DiffusionSpec:
       mask_token_id: id of the mask token; None for an AR model that has none.
       shift: whether the logits at position n - 1 predict token n, as in the AR parent.
       blocks: the blocks that the model writes one after another; None for a model that sees the full row.
+      missing_ids: the ids of the vocabulary that no token of the tokenizer has, such as rows that pad the embedding;
+        they have no text and are never sampled.
     """
 
     mask_token_id: int | None
     shift: bool = True
     blocks: BlockSpec | None = None
+    missing_ids: tuple[range, ...] = ()

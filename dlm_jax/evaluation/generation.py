@@ -47,7 +47,7 @@ def make_generate(model: Transformer, tokenizer: "PreTrainedTokenizerBase", conf
     Raises:
       ConfigError: there is a text after a gap and the policy is autoregressive.
     """
-    encoder = functools.partial(encode, tokenizer, bos_token_id=bos_token_id)
+    encoder = functools.partial(encode, tokenizer, start=bos_token_id)
     eos_token_ids = () if eos_token_id is None else (eos_token_id,)
 
     def generate(requests: Sequence[GenerationRequest], *, temperature: float, num_steps: int | None) -> list[str]:

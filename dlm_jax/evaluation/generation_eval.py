@@ -13,6 +13,7 @@ from dlm_jax.checkpoints import Pretrained
 from dlm_jax.data.config import DataConfig
 from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.data.rows import Rows, RowSource
+from dlm_jax.data.tokenization import start_token
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.metrics import METRICS
@@ -104,7 +105,8 @@ class GenerationEval:
             raise ConfigError("validation.num_generations needs held-out examples; name some in data.validation, or "
                               "raise data.validation_fraction")
         self._base, self._mesh, self._sampler = base, mesh, sampler
-        self._format = PromptFormat(base.tokenizer, data.examples, data.length)
+        self._format = PromptFormat(base.tokenizer, data.examples, data.length,
+                                    start_token(base.tokenizer, data.add_bos, data.packing))
         self._questions = questions_of(held_out[np.arange(min(num_examples, len(held_out)))], self._format)
 
     def __call__(self, params: nnx.State) -> tuple[dict[str, float | str], str]:

@@ -169,16 +169,15 @@ class LmEvalAdapter(LM):
         return self._answer("generate_until", requests, texts)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Returns the messages as one prompt, without the BOS token, which is added to every row.
+        """Returns the messages as one prompt.
 
         Raises:
           ConfigError: there is no chat template.
         """
         self.chat_template(True)
-        text = self.tokenizer.apply_chat_template(chat_history, tokenize=False,
+        return self.tokenizer.apply_chat_template(chat_history, tokenize=False,
                                                   add_generation_prompt=add_generation_prompt,
                                                   continue_final_message=not add_generation_prompt)
-        return text.removeprefix(self.tokenizer.bos_token or "")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Returns the tokenizer's chat template for lm-eval's records; "" if `chat_template` is False.

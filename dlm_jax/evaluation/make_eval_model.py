@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlm_jax.checkpoints import Pretrained
+from dlm_jax.data.tokenization import is_rendered, tokenize_prompt
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
@@ -71,7 +72,8 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
     else:
         rule = reference_rule(num_samples, seed) if reference else bound_rule(num_samples, seed, mc_estimator)
         score = diffusion_score(pretrained.model, rule, diffusion=diffusion, **scored)
-    encode, encode_special = (functools.partial(_encode, tokenizer, special) for special in (False, True))
+    encode = functools.partial(_encode, tokenizer, None if reference else bos_token_id)
+    encode_special = functools.partial(_encode_special, tokenizer)
     generate = make_generate(pretrained.model, tokenizer,
                              sampler or SamplerConfig("autoregressive" if autoregressive else "confidence"),
                              diffusion=diffusion, bos_token_id=bos_token_id, eos_token_id=pretrained.eos_token_id,
@@ -102,5 +104,12 @@ def reference_rule(num_samples: int, seed: int) -> MaskRule:
     return masks
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", special: bool, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+def _encode(tokenizer: "PreTrainedTokenizerBase", start: int | None, text: str) -> list[int]:
+    """Returns the tokens of a text, without the one that precedes every context if a chat template has written it."""
+    tokens = tokenize_prompt(tokenizer, text)
+    return tokens[1:] if start in tokens[:1] and is_rendered(tokenizer, text) else tokens
+
+
+def _encode_special(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Returns the tokens of a text with those that the tokenizer puts around it."""
+    return tokenizer(text, verbose=False)["input_ids"]

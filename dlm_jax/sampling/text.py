@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from dlm_jax.data.tokenization import is_rendered, prepend_start, tokenize
 from dlm_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,13 +48,18 @@ def split_gaps(text: str, gap_length: int) -> list[Segment]:
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", segments: Sequence[Segment],
-           bos_token_id: int) -> tuple[list[int], list[range]]:
-    """Returns BOS and the tokens of the segments, a GAP for each token to be sampled, and the positions of each gap.
+           start: int) -> tuple[list[int], list[range]]:
+    """Returns the tokens of the segments from position 0, a GAP for each token to be sampled, and the gaps' positions.
 
-    A gap of unknown length gets its longest. Tokenizers join a space to the next word, so a space before a gap is not
-    encoded: the network rarely sees a single space. `decode` puts it back.
+    Special tokens are read only in what a chat template has written, see `tokenization.is_rendered`. A gap of unknown
+    length gets its longest. Tokenizers join a space to the next word, so a space before a gap is not encoded: the
+    network rarely sees a single space. `decode` puts it back.
+
+    Args:
+      start: the token of position 0, which precedes the text.
     """
-    row, gaps = [bos_token_id], []
+    rendered = isinstance(segments[0], str) and is_rendered(tokenizer, segments[0])
+    row, gaps = [start], []
     for number, segment in enumerate(segments):
         if not isinstance(segment, str):
             length = segment[-1] if isinstance(segment, range) else segment
@@ -61,8 +67,11 @@ def encode(tokenizer: "PreTrainedTokenizerBase", segments: Sequence[Segment],
             row += [GAP] * length
             continue
         segment = segment.removesuffix(" ") if number + 1 < len(segments) else segment
-        if segment:
-            row += _tokens(tokenizer, segment) if number == 0 else _inner_tokens(tokenizer, segment)
+        if number == 0:
+            tokens, = tokenize(tokenizer, [segment], special_tokens=rendered)
+            row = prepend_start(tokenizer, start, tokens, rendered=rendered)
+        elif segment:
+            row += _inner_tokens(tokenizer, segment, special_tokens=rendered)
     return row, gaps
 
 
@@ -140,15 +149,10 @@ def pad_rows(rows: Sequence[Sequence[int]], max_length: int, coarse: bool = Fals
     return PaddedBatch(np.where(fixed, tokens, 0), fixed, lengths, coarse)
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _inner_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def _inner_tokens(tokenizer: "PreTrainedTokenizerBase", text: str, *, special_tokens: bool) -> list[int]:
     """Returns the tokens of text inside a longer one: without the space that SentencePiece puts at a start."""
-    anchor = _tokens(tokenizer, "\n")
-    tokens = _tokens(tokenizer, "\n" + text)
-    return tokens[len(anchor) :] if tokens[: len(anchor)] == anchor else _tokens(tokenizer, text)
+    anchor, tokens, alone = tokenize(tokenizer, ["\n", "\n" + text, text], special_tokens=special_tokens)
+    return tokens[len(anchor) :] if tokens[: len(anchor)] == anchor else alone
 
 
 def _excerpt(text: str) -> str:

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_jax.sampling.config import POLICIES, SamplerConfig, log_prob
 from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState
@@ -75,13 +76,15 @@ def slice_size(config: SamplerConfig, batch: int, width: int, length: int) -> in
 
 
 def process_logits(logits: jax.Array, spec: SamplingSpec, seen: jax.Array | None) -> jax.Array:
-    """Applies guidance and penalties, and excludes the mask token: tokens are sampled and scored by the result.
+    """Applies guidance and penalties, and excludes the mask token and ids that no token has.
+
+    Tokens are sampled and scored by the result.
 
     Args:
       logits: float32 [batch, n, vocab]; twice the batch with guidance.
       seen: bool [batch, vocab], tokens that the row already has; None without repetition penalty.
     """
-    config, mask_token_id = spec.config, spec.diffusion.mask_token_id
+    config, diffusion = spec.config, spec.diffusion
     if config.cfg_scale:
         conditional, unconditional = jnp.split(logits, 2)
         logits = unconditional + (1 + config.cfg_scale) * (conditional - unconditional)
@@ -90,7 +93,12 @@ def process_logits(logits: jax.Array, spec: SamplingSpec, seen: jax.Array | None
         logits = jnp.where(seen[:, None], jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     if spec.eos_token_ids and config.eos_penalty:
         logits = logits.at[:, :, jnp.array(spec.eos_token_ids)].add(-config.eos_penalty)
-    return logits if mask_token_id is None else logits.at[:, :, mask_token_id].set(-jnp.inf)
+    excluded = np.zeros(logits.shape[-1], bool)
+    for ids in diffusion.missing_ids:
+        excluded[ids.start : ids.stop] = True
+    if diffusion.mask_token_id is not None:
+        excluded[diffusion.mask_token_id] = True
+    return jnp.where(excluded, -jnp.inf, logits) if excluded.any() else logits
 
 
 def sample_token(logits: jax.Array, key: jax.Array, config: SamplerConfig) -> jax.Array:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from dlm_jax.checkpoints.orbax import CheckpointWriter
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import RowSource
+from dlm_jax.data.tokenization import start_token
 from dlm_jax.diffusion import Batch, ObjectiveConfig
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import MatmulKind
@@ -154,10 +155,11 @@ def sample_hook(run: Run) -> PeriodicEval:
     """Returns the hook that samples an unconditional text into the log, with the same noise each time.
 
     Raises:
-      ConfigError: the tokenizer has no token to start from.
+      DataError: the tokenizer has no token to start from.
     """
     config, base = run.config, run.base
-    length, start = min(config.data.length, _SAMPLE_LENGTH), base.start_token_id
+    start = start_token(base.tokenizer, config.data.add_bos, config.data.packing)
+    length = min(config.data.length, _SAMPLE_LENGTH)
     spec = SamplingSpec(SamplerConfig(num_steps=config.log.sample_steps, top_p=0.9), base.diffusion)
 
     def evaluate(params: nnx.State) -> tuple[dict[str, str], str]:

@@ -28,7 +28,8 @@ from dlm_jax.data.chat_template import ChatTemplate
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import RowSource
-from dlm_jax.diffusion import Batch, DiffusionSpec, ObjectiveConfig, block_spec, check_mask_token
+from dlm_jax.data.tokenization import start_token
+from dlm_jax.diffusion import Batch, ObjectiveConfig, block_spec, check_mask_token
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.matmul import choose_matmul, resolve_dtype
 from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trainable
@@ -174,9 +175,8 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     else:
         base = load_pretrained(model.source, mask_token=model.mask_token, init=model.init, lora=config.lora,
                                seed=config.seed, compute=compute, param_dtype=model.param_dtype, shardings=shardings)
-        if config.objective.shift and not base.diffusion.shift and model.init == "pretrained":
-            raise ConfigError(f"{base.source} predicts each token at its own position, but objective.shift is true; "
-                              "set it to false")
+        if model.init == "pretrained":
+            check_recorded(config, base)
     if base.tokenizer is None:
         raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files next to its config.json")
     examples = config.data.examples
@@ -188,8 +188,34 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend,
                                   matmul=choose_matmul(model.dtype, mesh.devices.flat[0].platform, mesh.size))
     graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
-    return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=DiffusionSpec(
-        base.diffusion.mask_token_id, config.objective.shift, block_spec(config.objective)))
+    return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=dataclasses.replace(
+        base.diffusion, shift=config.objective.shift, blocks=block_spec(config.objective)))
+
+
+def check_recorded(config: TrainConfig, base: Pretrained) -> None:
+    """Raises ConfigError where the config contradicts what the base records of how it was trained."""
+    mask_token, diffusion, objective = base.recorded_mask_token, base.diffusion, config.objective
+    if mask_token is not None and diffusion.mask_token_id != mask_token:
+        raise ConfigError(f"{base.source} was trained with the mask token {mask_token}, but model.mask_token is "
+                          f"{config.model.mask_token!r}; set it to None, which takes the recorded one")
+    if objective.shift and not diffusion.shift:
+        raise ConfigError(f"{base.source} predicts each token at its own position, but objective.shift is true; "
+                          "set it to false")
+    if mask_token is None:  # an autoregressive model
+        return
+    if diffusion.shift and not objective.shift:
+        raise ConfigError(f"{base.source} was trained to predict the next position, but objective.shift is false; "
+                          "set it to true")
+    blocks = diffusion.blocks
+    if blocks and block_spec(objective) and blocks.clean_attention != objective.clean_attention:
+        raise ConfigError(f"{base.source} was trained with {blocks.clean_attention} attention in clean blocks, but "
+                          f"objective.clean_attention is {objective.clean_attention}; set it to the former")
+    if base.recipe and base.tokenizer is not None:
+        data, recorded = config.data, base.start_token_id
+        if (start := start_token(base.tokenizer, data.add_bos, data.packing)) != recorded:
+            raise ConfigError(f"{base.source} was trained with token {recorded} at position 0, but with data.add_bos "
+                              f"{data.add_bos} and data.packing {data.packing} it is {start}; set data.add_bos to "
+                              f"{recorded == base.tokenizer.bos_token_id}")
 
 
 def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import hf_import, load_pretrained
@@ -260,3 +261,15 @@ def test_diffugpt_mask_token_by_vocabulary_size(tmp_path, vocab_size, mask_token
     families.set_config(tmp_path, vocab_size=50257)
     to_diffugpt(tmp_path, ("embed_tokens.weight",))
     assert load_pretrained(tmp_path).diffusion.mask_token_id == mask_token_id
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value, dtype):
+    families.save("llama1", tmp_path)
+    tensors = {name: tensor.copy() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][3, 2] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=name):
+        load_pretrained(tmp_path, param_dtype=dtype)

@@ -3,8 +3,11 @@ import shutil
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
+from dlm_jax.data.tokenization import id_limit, missing_ids, tokenize
 from dlm_jax.errors import CheckpointError
 
 TEXT = "Once upon a time, there was a\nlittle girl."
@@ -76,6 +79,67 @@ def test_config_precedes_tokenizer(tokenizer):
     assert choose_mask_token(None, 3, 513, tokenizer) == (3, False)
     assert choose_mask_token(4, 3, 513, tokenizer) == (4, False)
     assert choose_mask_token(None, None, 513, None) == (None, False)
+
+
+SPACES = [" " * n + "x" + " " * n for n in range(20)]
+TEXTS = [
+    *SPACES, "def f(x):\n    return x  # two", "| a  |  1.50 |", "3.14 12345",
+    "na\u00efve \u4f60\u597d \U0001f642", "</s> <s>", "",
+]
+
+
+@pytest.mark.parametrize("name", ["llama2_tokenizer", "stories260K_hf"])
+def test_ids_are_those_of_sentencepiece(tmp_path, test_data, name):
+    shutil.copy(test_data / name / "tokenizer.model", tmp_path)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert tokenize(load_tokenizer(tmp_path), TEXTS) == own.encode(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_ids_of_a_new_sentencepiece_model(tmp_path, kind):
+    (tmp_path / "text").write_text("\n".join([*SPACES, *TEXTS, TEXT] * 5))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type=kind,
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=3)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert tokenize(load_tokenizer(tmp_path), TEXTS) == own.encode(TEXTS)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.Prepend("_"), None])
+def test_ids_are_those_of_tokenizer_json_whatever_the_architecture(tmp_path, model_type, normalizer):
+    raw = Tokenizer(models.BPE())
+    if normalizer is not None:
+        raw.normalizer = normalizer
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.train_from_iterator(TEXTS * 5, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    raw.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
+    raw.encode_special_tokens = True
+    assert tokenize(load_tokenizer(tmp_path), TEXTS) == [found.ids for found in raw.encode_batch(TEXTS)]
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2, 4), (0, 1, 2, 70000), (3, 5, 7, 9)])
+def test_new_token_takes_an_id_that_no_token_has(ids):
+    backend = Tokenizer(models.WordLevel(dict(zip(("<unk>", "</s>", "a", "b"), ids, strict=True)), unk_token="<unk>"))
+    sparse = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    assert choose_mask_token("<mask>", None, 80000, sparse) == (ids[-1] + 1, True)
+    assert sparse.get_vocab()["b"] == ids[-1] and id_limit(sparse) == ids[-1] + 2
+    holes = missing_ids(sparse, 80000)
+    assert sum(map(len, holes)) == 80000 - 5 and not any(token in hole for hole in holes for token in ids)
+
+
+def test_new_token_does_not_take_the_recorded_one(tokenizer):
+    assert choose_mask_token("<new>", 512, 600, tokenizer) == (513, True)
+
+
+@pytest.mark.parametrize("mask_token", ["", " ", "\n", "</s>", 1, 2, -1])
+def test_token_that_cannot_mean_a_mask_is_refused(tokenizer, mask_token):
+    with pytest.raises(CheckpointError):
+        choose_mask_token(mask_token, None, 512, tokenizer)
+    assert len(tokenizer) == 512
 
 
 def test_missing_and_oversized_tokenizer(tokenizer):

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.prompts import PromptFormat, prompt_format_from_run
 from dlm_jax.data.records import BadRecord, ChunkEncoder, RecordChunk
+from dlm_jax.data.tokenization import start_token
 from dlm_jax.errors import ConfigError, DataError
 
 BOS, EOS = 0, 1  # of the byte tokenizers
@@ -50,8 +51,8 @@ def gpt2(test_data):
 
 
 @pytest.fixture
-def chat_tokenizer(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
+def chat_tokenizer(bos_tokenizer):
+    tokenizer = copy.deepcopy(bos_tokenizer)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.chat_template = CHATML
     return tokenizer
@@ -120,7 +121,6 @@ def test_overlong_examples_are_dropped_or_refused(tokenizer):
     ("prompt_response", {"prompt": " \n", "response": "b"}, "prompt"),
     ("prompt_response", {"prompt": "a", "response": ""}, "response"),
     ("prompt_response", {"prompt": "a", "response": 7}, "int.*response"),
-    ("prompt_response", {"prompt": "a", "response": "b</s>c"}, "EOS"),
     ("prompt_response", "just text", "prompt, response"),
     ("alpaca", {"instruction": " ", "input": "x", "output": "b"}, "prompt"),
     ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "int.*input"),
@@ -326,7 +326,8 @@ def recipe(**settings):
     return {f"data.examples.{name}": value for name, value in vars(ExampleConfig(**settings)).items()}
 
 
-def test_prompt_format_of_a_run(tokenizer, chat_tokenizer):
+def test_prompt_format_of_a_run(bos_tokenizer, chat_tokenizer):
+    tokenizer = bos_tokenizer
     settings = dict(format="prompt_response", prompt_key="ask", separator=" => ", pad_token="<s>")
     prompt_format = prompt_format_from_run(tokenizer, recipe(**settings), 50)
     assert (prompt_format.config, prompt_format.length) == (ExampleConfig(**settings), 50)
@@ -361,3 +362,25 @@ def test_contradicting_settings_are_refused(tokenizer, chat_tokenizer):
         prompt_format_from_run(tokenizer, recipe(format="gsm8k"), 50, chat_template="some.jinja")
     with pytest.raises(DataError, match="chat_template"):
         prompt_format_from_run(tokenizer, recipe(format="messages"), 50)
+
+
+def test_special_tokens_in_prompts_and_answers_are_text(bos_tokenizer):
+    record = {"prompt": "what ends a page? </s>", "response": "</s> does, <s> starts it"}
+    tokens, _, noisable_mask, _ = encode(make_format(bos_tokenizer, "prompt_response", 100), [record])
+    end = np.flatnonzero(noisable_mask[0])[-1]
+    assert np.flatnonzero(np.isin(tokens[0, : end + 1], (BOS, EOS))).tolist() == [0, end]
+    assert bos_tokenizer.decode(tokens[0, 1:end]) == f"{record['prompt']}\n{record['response']}"
+
+
+def test_prompt_that_a_template_has_written_gets_no_second_bos(bos_tokenizer):
+    format = make_format(bos_tokenizer, "prompt_response", 100)
+    assert format.encode_prompt("<s>a</s>b") == [BOS, *bos_tokenizer.encode("a</s>b\n", add_special_tokens=False)]
+    assert format.encode_prompt("<s>a</s>b").count(EOS) == 1
+
+
+def test_position_0_is_what_is_before_documents(tokenizer, bos_tokenizer):
+    for given, start in ((tokenizer, EOS), (bos_tokenizer, BOS)):
+        assert make_format(given, "prompt_response").encode_prompt("a")[0] == start == start_token(given)
+    assert start_token(tokenizer, add_bos=True) == start_token(tokenizer, packing="document_mask") == BOS
+    record = {"data.examples.format": "prompt_response", "data.add_bos": True}
+    assert prompt_format_from_run(tokenizer, record, 50).encode_prompt("a")[0] == BOS

@@ -10,12 +10,10 @@ from transformers import AutoTokenizer
 from dlm_jax.data.records import (
     BadRecord,
     TextEncoder,
-    boundary_tokens,
     get_text,
     parse_record,
-    tokenize,
-    tokenizer_fingerprint,
 )
+from dlm_jax.data.tokenization import boundary_tokens, tokenize, tokenizer_fingerprint
 from dlm_jax.errors import DataError
 
 
@@ -55,26 +53,26 @@ def test_tokenize_matches_transformers(test_data):
     llama = AutoTokenizer.from_pretrained(test_data / "stories260K_hf")
     texts = ["Once upon a time, there was a girl.", "  two  spaces\n", "\u00e9"]
     assert tokenize(llama, texts) == [llama.encode(text, add_special_tokens=False) for text in texts]
-    assert boundary_tokens(llama, add_bos=None, document_mask=False) == (1, 2)
+    assert boundary_tokens(llama, add_bos=None) == (1, 2)
 
 
 def test_boundary_tokens_follow_the_tokenizer_by_default(tokenizer, bos_tokenizer):
-    assert boundary_tokens(tokenizer, add_bos=None, document_mask=False) == (None, 1)
-    assert boundary_tokens(tokenizer, add_bos=None, document_mask=True) == (0, 1)
-    assert boundary_tokens(bos_tokenizer, add_bos=None, document_mask=False) == (0, 1)
-    assert boundary_tokens(bos_tokenizer, add_bos=False, document_mask=True) == (None, 1)
-    assert boundary_tokens(tokenizer, add_bos=True, document_mask=False) == (0, 1)
+    assert boundary_tokens(tokenizer, add_bos=None) == (None, 1)
+    assert boundary_tokens(tokenizer, add_bos=None, packing="document_mask") == (0, 1)
+    assert boundary_tokens(bos_tokenizer, add_bos=None) == (0, 1)
+    assert boundary_tokens(bos_tokenizer, add_bos=False, packing="document_mask") == (None, 1)
+    assert boundary_tokens(tokenizer, add_bos=True) == (0, 1)
 
 
 def test_missing_boundary_tokens_are_refused(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.bos_token = None
-    assert boundary_tokens(bare, add_bos=None, document_mask=True) == (None, 1)
+    assert boundary_tokens(bare, add_bos=None, packing="document_mask") == (None, 1)
     with pytest.raises(DataError, match="BOS"):
-        boundary_tokens(bare, add_bos=True, document_mask=False)
+        boundary_tokens(bare, add_bos=True)
     bare.eos_token = None
     with pytest.raises(DataError, match="EOS"):
-        boundary_tokens(bare, add_bos=None, document_mask=False)
+        boundary_tokens(bare, add_bos=None)
 
 
 def test_fingerprint_depends_on_token_ids_alone(tokenizer):
