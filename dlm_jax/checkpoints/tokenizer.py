@@ -108,6 +108,7 @@ def _difference(tokenizer: "PreTrainedTokenizerBase", path: Path, encode: Encode
     The texts are difficult ones, and up to 2,000 tokens of the vocabulary, each before the next. Some files find
     special tokens in text; these texts are not compared.
     """
+    tokens = [token for token in tokens if token not in tokenizer.all_special_tokens]
     some = tokens[:: max(len(tokens) // 2000, 1)]
     texts = [*PROBE, *(first + second for first, second in itertools.pairwise(some))]
     pairs = zip(texts, tokenize(tokenizer, texts), encode(texts), strict=True)

@@ -86,7 +86,7 @@ def test_sharded_vocabulary_grows(test_data):
 def test_each_device_reads_only_its_shard(tmp_path, monkeypatch):
     families.save("llama1", tmp_path)
     copied = []
-    monkeypatch.setattr(hf_import, "_copy", lambda target, source: copied.append(target.size))
+    monkeypatch.setattr(hf_import, "_copy", lambda target, source, name: copied.append(target.size))
     loaded = load_pretrained(tmp_path, shardings=split_over(make_mesh(MeshConfig(fsdp=8))))
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(loaded.model)))
     assert sum(copied) == total  # each value once: no device reads what another holds
