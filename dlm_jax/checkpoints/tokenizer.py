@@ -97,7 +97,8 @@ def _read_stored(directory: Path) -> tuple[Path, Encode, list[str]] | None:
         from sentencepiece import SentencePieceProcessor
 
         model = SentencePieceProcessor(model_file=str(path))
-        pieces = model.id_to_piece(list(range(len(model))))
+        kinds = (model.is_byte, model.is_control, model.is_unknown, model.is_unused)
+        pieces = [model.id_to_piece(token) for token in range(len(model)) if not any(kind(token) for kind in kinds)]
         return path, model.encode, [piece.replace("\u2581", " ") for piece in pieces]
     return None
 

@@ -27,7 +27,7 @@ def test_workdir_as_base(short_config, tmp_path):
         return load_base(child, tmp_path / "child", make_mesh(child.mesh), resumed=False)
 
     base = open_base("<unk>")
-    assert base.diffusion == DiffusionSpec(10)
+    assert base.diffusion == DiffusionSpec(10, missing_ids=base.diffusion.missing_ids)
     stored = load_pretrained(tmp_path / "parent").model
     np.testing.assert_array_equal(base.model.embed.embedding[...], stored.embed.embedding[...])
     for mask_token in ("<mask>", None):

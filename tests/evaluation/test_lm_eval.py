@@ -251,7 +251,7 @@ def test_chat_templates(harness_folder, lm):
     tokenizer = copy.deepcopy(lm.tokenizer)
     tokenizer.chat_template = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
                                "{% if add_generation_prompt %}<bot>{% endif %}")
-    model = Scripted({f"<user>{row['q']}<bot>": "#### 4" for row in SUMS})
+    model = Scripted({f"<|endoftext|><user>{row['q']}<bot>": "#### 4" for row in SUMS})
     with_template = LmEvalAdapter(model.eval_model, tokenizer=tokenizer)
     found = evaluate(with_template, harness_folder, "sums", apply_chat_template=True)
     assert found["results"]["sums"]["exact_match,number"] == 0.5
