@@ -21,6 +21,7 @@ from dlm_jax.checkpoints.hf_config import config_to_hf
 from dlm_jax.checkpoints.hf_tensors import write_tensors
 from dlm_jax.checkpoints.peft import save_peft_adapter
 from dlm_jax.checkpoints.pretrained import Pretrained
+from dlm_jax.checkpoints.tokenizer import save_tokenizer
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import Transformer, merge_lora
 from dlm_jax.parallel import to_host
@@ -89,9 +90,9 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         write_json(folder / "generation_config.json", {name: hf_config[name] for name in special
                                                         if hf_config.get(name) is not None})
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         if layout == "diffugpt":
-            _rewrite_tokenizer_for_transformers_4(folder)
+            _join_merges(folder / "tokenizer.json")
         if pretrained.recipe is not None:
             write_json(folder / METADATA_FILE, {"recipe": pretrained.recipe})
         (folder / "README.md").write_text(model_card(pretrained, layout, dtype))
@@ -132,13 +133,9 @@ def _diffugpt_tokenizer(pretrained: Pretrained) -> Any:
     return tokenizer
 
 
-def _rewrite_tokenizer_for_transformers_4(folder: Path) -> None:
-    """Rewrites two entries so that transformers 4.44, the reference implementation's version, can read them."""
-    content = json.loads((folder / "tokenizer.json").read_text())
+def _join_merges(path: Path) -> None:
+    """Writes the merges of a tokenizer.json as text, as transformers 4.44, the reference's version, reads them."""
+    content = json.loads(path.read_text())
     if merges := content["model"].get("merges"):
         content["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    if settings["tokenizer_class"] == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(folder / "tokenizer_config.json", settings)
+    path.write_text(json.dumps(content, ensure_ascii=False))

@@ -99,7 +99,7 @@ def canonical(names: Iterable[str], family: str) -> dict[str, str]:
             return embedding_name(family)
         if name.startswith("denoise_model."):
             return prefix + name.removeprefix("denoise_model.")
-        return prefix + name if bare and name != HEAD else name
+        return prefix + name if bare and not name.startswith("lm_head.") else name
 
     return {hf_name(name): name for name in names}
 

@@ -45,6 +45,11 @@ def read_tensors(directory: Path, names: Iterable[str] = _SINGLE) -> dict[str, n
     raise CheckpointError(f"{directory} holds no weights; it should contain {looked_for}")
 
 
+def has_model_tensors(directory: Path) -> bool:
+    """Returns whether a directory holds the weights of a model, in one file or several."""
+    return any((directory / (single + index)).is_file() for single in _SINGLE for index in ("", ".index.json"))
+
+
 def _read_shards(index: Path, read: Callable[[Path], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     try:
         files = json.loads(index.read_text())["weight_map"]

@@ -25,6 +25,7 @@ from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import adapter_card
 from dlm_jax.checkpoints.hf_config import blocks_to_record
 from dlm_jax.checkpoints.hf_tensors import read_tensors, write_safetensors
+from dlm_jax.checkpoints.tokenizer import save_tokenizer
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import Transformer, abstract_model, kernel_norms, merge_kernel
 from dlm_jax.models.lora import full_kernel
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model"
 PREFIX, MAGNITUDE = "base_model.model.", "magnitude_vector"
+_EMBEDDING_SIDES = ("embedding_A", "embedding_B")
 
 # Features of PEFT beyond LoRA itself, with the values that have no effect. Initializations that change the base (PiSSA
 # and similar) are among them: their adapters belong to another base than the one that is named.
@@ -96,8 +98,10 @@ class PeftAdapter:
         layers = self.config.get("layers_to_transform")
         layers = [layers] if isinstance(layers, int) else layers
         layer = re.search(r"\.(\d+)\.", module)
-        if isinstance(included, str) or isinstance(excluded, str) or (layers and int(layer[1]) not in layers):
-            return included == "all-linear" and not excluded and not layers
+        if layers and (layer is None or int(layer[1]) not in layers):
+            return False
+        if isinstance(included, str) or isinstance(excluded, str):
+            return included == "all-linear" and not excluded and not layers and layer is not None
         matches = lambda names: any(f".{module}".endswith(f".{name}") for name in names)  # noqa: E731
         return matches(included or []) and not matches(excluded)
 
@@ -107,8 +111,8 @@ class _WrongBase(Exception):
 
 
 def is_peft_adapter(directory: Path) -> bool:
-    """Returns whether the directory holds an adapter and no model of its own."""
-    return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
+    """Returns whether the directory holds an adapter, perhaps beside its base or the base's config.json."""
+    return (directory / CONFIG).is_file()
 
 
 def read_peft_adapter(directory: Path) -> PeftAdapter:
@@ -125,13 +129,13 @@ def read_peft_adapter(directory: Path) -> PeftAdapter:
             raise CheckpointError(f"{directory / CONFIG} sets {name} to {config[name]!r}, which this library does not "
                                   "implement; merge the adapter with PEFT, and load the merged model")
     stored = read_tensors(directory, (f"{TENSORS}.safetensors", f"{TENSORS}.bin"))
-    tensors = {re.sub(r"\.(modules_to_save|default)(?=\.)", "", name.removeprefix(PREFIX)): tensor
+    tensors = {re.sub(r"\.(modules_to_save|default|base_layer)(?=\.)", "", name.removeprefix(PREFIX)): tensor
                for name, tensor in stored.items()}
     return PeftAdapter(directory, config, tensors, read_metadata(directory))
 
 
 def merge_peft_adapter(adapter: PeftAdapter, model: Transformer, source: str, param_dtype: str) -> Transformer:
-    """Returns a base with an adapter's products added to its kernels, in float32, and its full tables replaced.
+    """Returns a base with an adapter's products added to its kernels and tables, in float32, and full tables replaced.
 
     Args:
       source: of the base, for messages.
@@ -146,20 +150,73 @@ def merge_peft_adapter(adapter: PeftAdapter, model: Transformer, source: str, pa
     for name, stored in hf_names.canonical(adapter.tensors, family).items():
         module, found, side = name.partition(".lora_")
         side = side.removesuffix(".weight")
-        if found and side in adapter.sides:
+        if found and side in (*adapter.sides, *_EMBEDDING_SIDES):
             factors.setdefault(module, {})[side] = adapter.tensors[stored]
             scales[module] = adapter.rank_and_scale(stored.partition(".lora_")[0])
         elif name in (hf_names.embedding_name(family), hf_names.HEAD):
             tables[name] = adapter.tensors[stored]
         else:
             raise CheckpointError(f"the adapter {adapter.directory} holds {stored}, which cannot be merged; supported "
-                                  "are LoRA's factors beside projections, and the full embedding or head")
+                                  "are LoRA's factors beside projections, the embedding and the head, and a full "
+                                  "embedding or head")
     try:
+        tables |= _adapted_tables(adapter, model, factors, scales, tables)
+        if missing := [name for name in map(str, adapter.config.get("modules_to_save") or ())
+                       for table in (hf_names.embedding_name(family), hf_names.HEAD)
+                       if f".{table}".endswith(f".{name}.weight") and table not in tables]:
+            raise _WrongBase(f"it lacks {missing[0]}, which modules_to_save names")
         model = _replace_tables(adapter, model, tables, param_dtype)
         return _add_products(adapter, model, factors, scales, param_dtype)
     except _WrongBase as error:
         raise CheckpointError(f"the adapter {adapter.directory} is damaged, or for another base than {source}: "
                               f"{error}") from error
+
+
+def _adapted_tables(adapter: PeftAdapter, model: Transformer, factors: dict[str, dict[str, np.ndarray]],
+                    scales: dict[str, tuple[int, float]], stored_tables: Mapping[str, np.ndarray]
+                    ) -> dict[str, np.ndarray]:
+    """Returns the embedding and head that have LoRA, with its product, float32 [vocab, embed] on the host.
+
+    Their factors are removed from `factors`. As in PEFT, LoRA beside one of two tied tables leaves the other unchanged.
+    """
+    config, flat, tables = model.config, dict(nnx.to_flat_state(nnx.state(model))), {}
+    embedding = hf_names.embedding_name(config.family)
+    for name, sides in ((embedding, _EMBEDDING_SIDES), (hf_names.HEAD, adapter.sides)):
+        module = name.removesuffix(".weight")
+        if module not in factors:
+            if adapter.targets(module):
+                raise _WrongBase(f"it targets {module} and has no factors for it")
+            continue
+        if adapter.config.get("ensure_weight_tying") or (name == embedding and MAGNITUDE in adapter.sides):
+            setting = "ensure_weight_tying" if adapter.config.get("ensure_weight_tying") else "use_dora"
+            raise CheckpointError(f"{adapter.directory / CONFIG} sets {setting} with LoRA beside {module}, which this "
+                                  "library does not implement; merge the adapter with PEFT, and load the merged model")
+        stored, (rank, scale) = factors.pop(module), scales[module]
+        own = name == embedding or config.tie_embeddings
+        table = _host_float32(flat["embed", "embedding"][...] if own else flat["head", "kernel"][...].T)
+        if name in stored_tables:  # PEFT may store a copy of the table that the factors are beside
+            _check_table(name, stored_tables[name], table.shape)
+            table = stored_tables[name].astype(np.float32)
+        size, width = table.shape
+        a, b, *magnitude = _checked_factors(stored, module, sides, (
+            ((rank, size), (width, rank)) if name == embedding else ((rank, width), (size, rank), (size,))), rank)
+        table += scale * ((b @ a).T if name == embedding else b @ a)
+        for norms in magnitude:
+            table *= (norms / np.linalg.norm(table, axis=1))[:, None]
+        tables[name] = table
+    return tables
+
+
+def _checked_factors(found: dict[str, np.ndarray], module: str, sides: tuple[str, ...],
+                     shapes: tuple[tuple[int, ...], ...], rank: int) -> list[np.ndarray]:
+    """Returns a module's tensors, float32, in the order of `sides` and of these shapes."""
+    for side, expected in zip(sides, shapes, strict=False):
+        if side not in found:
+            raise _WrongBase(f"{module} has no lora_{side}")
+        if found[side].shape != expected:
+            raise _WrongBase(f"{module}.lora_{side} has the shape {list(found[side].shape)}, where its rank {rank} and "
+                             f"this base need {list(expected)}")
+    return [found[side].astype(np.float32) for side in sides]
 
 
 def _add_products(adapter: PeftAdapter, model: Transformer, factors: dict[str, dict[str, np.ndarray]],
@@ -206,14 +263,9 @@ def _module_factors(adapter: PeftAdapter, module: str, found: dict[str, np.ndarr
     """Returns one projection's float32 [inputs, rank], scaled [rank, outputs] and, for DoRA, magnitudes [outputs]; its
     third of a fused module."""
     stored_outputs = outputs * (1 if key.third is None else 3)
-    for side, expected in zip(adapter.sides, ((rank, inputs), (stored_outputs, rank), (stored_outputs,)), strict=False):
-        if side not in found:
-            raise _WrongBase(f"{module} has no lora_{side}")
-        if found[side].shape != expected:
-            raise _WrongBase(f"{module}.lora_{side} has the shape {list(found[side].shape)}, where its rank {rank} and "
-                             f"this base need {list(expected)}")
+    a, b, *magnitude = _checked_factors(found, module, adapter.sides,
+                                        ((rank, inputs), (stored_outputs, rank), (stored_outputs,)), rank)
     third = slice(None) if key.third is None else slice(key.third * outputs, (key.third + 1) * outputs)
-    a, b, *magnitude = (found[side].astype(np.float32) for side in adapter.sides)
     return a.T, scale * b[third].T, *(values[third] for values in magnitude)
 
 
@@ -228,8 +280,7 @@ def _replace_tables(adapter: PeftAdapter, model: Transformer, tables: dict[str, 
     names = (hf_names.embedding_name(config.family), hf_names.HEAD)
     expected = (config.vocab_size, config.hidden_size)
     for name, table in tables.items():
-        if table.shape != expected:
-            raise _WrongBase(f"its {name} has the shape {list(table.shape)}, where this base needs {list(expected)}")
+        _check_table(name, table, expected)
     embedding, head = (tables.get(name) for name in names)
     if embedding is None and head is None:
         return model
@@ -248,6 +299,11 @@ def _replace_tables(adapter: PeftAdapter, model: Transformer, tables: dict[str, 
     graphdef, shapes = nnx.split(abstract_model(config, model.compute, param_dtype))
     return nnx.merge(graphdef, nnx.from_flat_state(
         [(path, shape.replace(flat[path])) for path, shape in nnx.to_flat_state(shapes)]))
+
+
+def _check_table(name: str, table: np.ndarray, expected: tuple[int, ...]) -> None:
+    if table.shape != expected:
+        raise _WrongBase(f"its {name} has the shape {list(table.shape)}, where this base needs {list(expected)}")
 
 
 def _place_like(value: np.ndarray, like: jax.Array, dtype: str) -> jax.Array:
@@ -286,7 +342,7 @@ def save_peft_adapter(directory: epath.PathLike, pretrained: "Pretrained", *, dt
         write_json(folder / METADATA_FILE, {"mask_token_id": diffusion.mask_token_id, "mask_token": token,
                                             "shift": diffusion.shift, **blocks, "recipe": pretrained.recipe})
         if pretrained.tokenizer is not None:
-            pretrained.tokenizer.save_pretrained(folder)
+            save_tokenizer(pretrained.tokenizer, folder)
         size = model.config.vocab_size
         (folder / "README.md").write_text(
             adapter_card(pretrained.base, size, pretrained.hf_config.get("vocab_size", size)))

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from dlm_jax.checkpoints.hf_config import blocks_from_record, config_from_hf, read_config, recorded_diffusion
 from dlm_jax.checkpoints.hf_import import open_tensors, stream_parameters
+from dlm_jax.checkpoints.hf_tensors import has_model_tensors
 from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
 from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
 from dlm_jax.checkpoints.source import find_base, is_workdir, locate, split_step
@@ -155,7 +156,7 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
     Args:
       source: a Hugging Face directory (on an object store too) or hub id, a training workdir, `workdir@step` or
         `workdir@best`, or an adapter in PEFT's format. A workdir alone means its latest checkpoint. LoRA is merged into
-        its base, which is loaded by this function too.
+        its base, which is loaded by this function too: the weights beside an adapter, or else what it names.
       mask_token: the id or text of an existing token, or a new token, whose rows in embedding and head are the mean of
         all others; None: the token that the checkpoint records.
       base: the base of an adapter, in place of the one that the adapter names.
@@ -186,7 +187,8 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
     directory = locate(source, weights=init == "pretrained")
     if is_peft_adapter(directory):
         if init != "pretrained":
-            raise ConfigError(f"{source} is an adapter, which has no architecture of its own; name its base instead")
+            raise ConfigError(f"{source} is an adapter, and init={init} is for an architecture alone; name its base "
+                              "instead")
         return _load_peft(directory, str(source), base, options)
     if base is not None:
         raise ConfigError(f"{source} is not an adapter, so it has no base; omit the base")
@@ -276,15 +278,13 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
 
 def _load_peft(directory: Path, source: str, base: str | None, options: _Options) -> Pretrained:
     adapter = read_peft_adapter(directory)
-    metadata, base, mask_token = adapter.metadata, base or adapter.base, options.mask_token
+    metadata, mask_token = adapter.metadata, options.mask_token
     if mask_token is None:  # by text, if possible: the token may be new to the base
         mask_token = metadata.get("mask_token") or metadata.get("mask_token_id")
-    try:
-        loaded = load_pretrained(find_base(base, directory), mask_token=mask_token, compute=options.compute,
-                                 param_dtype=options.param_dtype, shardings=options.shardings)
-    except CheckpointError as error:
-        raise CheckpointError(f"the base {base!r} of the adapter {directory} cannot be loaded: {error}; put it there "
-                              "or beside the adapter, or say where it is (--base, or base=)") from error
+    if base is None and (directory / "config.json").is_file() and has_model_tensors(directory):
+        loaded = _load_hf(directory, source, dataclasses.replace(options, mask_token=mask_token, lora=None))
+    else:
+        loaded = _load_named_base(directory, base or adapter.base, mask_token, options)
     diffusion = dataclasses.replace(
         loaded.diffusion, shift=metadata.get("shift", loaded.diffusion.shift),
         blocks=blocks_from_record(metadata) if "block_size" in metadata else loaded.diffusion.blocks)
@@ -309,6 +309,20 @@ def _check_finite(params: nnx.State, source: str) -> nnx.State:
             raise CheckpointError(f"{'.'.join(path)} in {source} has numbers that are not finite (NaN or infinity); "
                                   "use an earlier checkpoint, as workdir@step")
     return params
+
+
+def _load_named_base(adapter: Path, base: str, mask_token: str | int | None, options: _Options) -> Pretrained:
+    found = find_base(base, adapter) if base else ""
+    if not found or (Path(found).is_dir() and Path(found).samefile(adapter)):
+        raise CheckpointError(f"the adapter {adapter} has no weights of a base beside it, and names "
+                              f"{'itself as its' if found else 'no'} base (base_model_name_or_path in "
+                              "adapter_config.json); say where its base is (--base, or base=)")
+    try:
+        return load_pretrained(found, mask_token=mask_token, compute=options.compute,
+                               param_dtype=options.param_dtype, shardings=options.shardings)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base {base!r} of the adapter {adapter} cannot be loaded: {error}; put it there "
+                              "or beside the adapter, or name another (--base, or base=)") from error
 
 
 def _build_model(config: ModelConfig, lora: LoRAConfig | None, options: _Options,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dlm_jax.checkpoints.hf_config import EXTERNAL_ARCHS
 from dlm_jax.data.tokenization import PROBE, id_limit, tokenize
 from dlm_jax.errors import CheckpointError
+from dlm_jax.storage import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,6 +125,23 @@ def _plain_class(directory: Path) -> str | None:
     name = _CLASSES.get(_model_type(directory))
     recorded = (settings.get("tokenizer_class") or "").removesuffix("Fast")
     return name if recorded == name and "auto_map" not in settings else None
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Writes a tokenizer so that transformers 4.5x and 5 both read its tokenizer.json as it is.
+
+    The class that transformers 5 records may be unknown to 4, or compute settings of its own, as LLaMA's does there.
+    """
+    tokenizer.save_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(extra := settings.pop("extra_special_tokens", None), list):  # only 5 takes a list under this name
+        settings["additional_special_tokens"] = extra
+    if named := settings.pop("model_specific_special_tokens", extra if isinstance(extra, dict) else None):
+        settings["extra_special_tokens"] = named
+    write_json(path, settings)
 
 
 def _model_type(directory: Path) -> str | None:

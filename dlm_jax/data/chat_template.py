@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]  # role, content and whatever else a template may read
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {  # other spellings, those of ShareGPT's data among them
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "bot": "assistant", "model": "assistant", "observation": "tool",
+    **{role: role for role in ("system", "user", "assistant", "tool")}}
 _ANSWER = "dlm-jax-answer"  # a placeholder, to see what a template writes after an answer
 
 
@@ -64,8 +68,11 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         _ = self.template, self.turn_end  # read and tried here, once, before the first record
 
-    def turns(self, messages: list[Message]) -> list[Turn]:
+    def turns(self, messages: list[Message], tools: list[Any] | None = None) -> list[Turn]:
         """Returns one turn per message of the assistant; its prompt is the conversation before it.
+
+        Args:
+          tools: descriptions of the functions that the assistant may call, as OpenAI's API takes them.
 
         Raises:
           BadRecord: there is none, one is blank or answers nothing, or the template cannot write it.
@@ -73,13 +80,14 @@ class ChatTemplate:
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise BadRecord("no message is the assistant's, so there is none to learn")
-        return [self._turn(messages[:number], messages[number]) for number in answers]
+        return [self._turn(messages[:number], messages[number], tools) for number in answers]
 
-    def _turn(self, history: list[Message], message: Message) -> Turn:
+    def _turn(self, history: list[Message], message: Message, tools: list[Any] | None) -> Turn:
         place = f"message {len(history) + 1}"
-        check_not_blank(place, message["content"])
-        text, prompt = self.prompt(history)
-        rendered, end = self._try_render([*history, message], place), self.turn_end
+        if not message.get("tool_calls"):
+            check_not_blank(place, message["content"])
+        text, prompt = self.prompt(history, tools)
+        rendered, end = self._try_render([*history, message], place, tools), self.turn_end
         if not rendered.endswith(end.text):
             raise BadRecord(f"the chat template ends {place} with {rendered[-20:]!r}, not with {end.text!r}")
         ids, = tokenize(self.tokenizer, [rendered.removesuffix(end.text) + end.learned], special_tokens=True)
@@ -87,7 +95,7 @@ class ChatTemplate:
             raise BadRecord(f"the tokens before {place} change when it is added, so that no prompt leads to it")
         return Turn(text, prompt, ids[len(prompt):], end.token_id is not None)
 
-    def prompt(self, history: list[Message]) -> tuple[str, list[int]]:
+    def prompt(self, history: list[Message], tools: list[Any] | None = None) -> tuple[str, list[int]]:
         """Returns the text of a history up to where the assistant's next message starts, and its token ids.
 
         Raises:
@@ -95,7 +103,7 @@ class ChatTemplate:
         """
         place = f"message {len(history) + 1}"
         check_not_blank(f"history before {place}", "".join(before["content"] for before in history))
-        text = self._try_render(history, place, add_generation_prompt=True)
+        text = self._try_render(history, place, tools, add_generation_prompt=True)
         ids, = tokenize(self.tokenizer, [text], special_tokens=True)
         return text, ids
 
@@ -104,13 +112,18 @@ class ChatTemplate:
         """The template's text."""
         if self.file is not None:
             try:
-                return Path(self.file).read_text(encoding="utf-8")
+                return Path(self.file).read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"the chat template {self.file} cannot be read ({error})") from error
         if self.tokenizer.chat_template is None:
             raise DataError(f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template to write messages "
                             "with; name a file that has one (data.examples.chat_template, or --chat_template of chat)")
-        return self.tokenizer.get_chat_template()
+        try:
+            return self.tokenizer.get_chat_template()
+        except ValueError as error:  # several, and none of them the default
+            raise DataError(f"the tokenizer {self.tokenizer.name_or_path!r} has several chat templates "
+                            f"({', '.join(self.tokenizer.chat_template)}) and no default; write one to a file, and "
+                            "name it (data.examples.chat_template, or --chat_template of chat)") from error
 
     @functools.cached_property
     def turn_end(self) -> TurnEnd:
@@ -130,19 +143,40 @@ class ChatTemplate:
             return TurnEnd(text, text.rstrip(), None)
         return TurnEnd(text, text[:token.end()], self.tokenizer.convert_tokens_to_ids(token[0]))
 
-    def _try_render(self, messages: list[Message], place: str, *, add_generation_prompt: bool = False) -> str:
+    def _try_render(self, messages: list[Message], place: str, tools: list[Any] | None, *,
+                    add_generation_prompt: bool = False) -> str:
+        for name, used in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
+            if used and not re.search(rf"\b{name}\b", self.template):
+                raise BadRecord(f"it has {name}, which the chat template {self.file or 'of the tokenizer'} does not "
+                                "write; name a file with one that does (data.examples.chat_template)")
         try:
-            return self._render(messages, add_generation_prompt=add_generation_prompt)
+            return self._render(messages, tools, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program: it can fail in any way
             raise BadRecord(f"the chat template fails at {place} ({error})") from error
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False,
+    def _render(self, messages: list[Message], tools: list[Any] | None = None, *,
+                add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=self.template, tokenize=False,
                                                   add_generation_prompt=add_generation_prompt)
+
+
+def get_tools(record: dict[str, Any]) -> list[Any] | None:
+    """Returns the tools of a record, a list or one written as JSON text; None without any.
+
+    Raises:
+      BadRecord: they are something else.
+    """
+    tools = _parse_json(record.get("tools") or None, "tools")
+    if tools is not None and not isinstance(tools, list):
+        raise BadRecord(f"{type(tools).__name__} under 'tools' where a list was expected")
+    return tools or None
 
 
 def get_messages(record: dict[str, Any], key: str) -> list[Message]:
     """Returns the messages under `key`, as {role, content}; ShareGPT's {from, value} is accepted too.
+
+    A message with `tool_calls`, as in OpenAI's API, needs no content; arguments in JSON text are parsed, as chat
+    templates expect. A record's `system`, as in ShareGPT's data, becomes the first message.
 
     Raises:
       BadRecord: there is no list of such messages.
@@ -153,14 +187,45 @@ def get_messages(record: dict[str, Any], key: str) -> list[Message]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise BadRecord(f"message {number}: {type(message).__name__} where role and content were expected")
-        if "from" in message:
-            message = {"role": message["from"], "content": message.get("value")}
         try:
-            role, _ = get_text(message, "role"), get_text(message, "content")
+            found.append(_read_message(message))
         except BadRecord as error:
             raise BadRecord(f"message {number}: {error}") from error
-        found.append({**message, "role": _SHAREGPT_ROLES.get(role, role)})
+    if record.get("system"):
+        if found and found[0]["role"] == "system":
+            raise BadRecord("a system prompt under 'system', and another as the first message")
+        found.insert(0, {"role": "system", "content": get_text(record, "system")})
     return found
+
+
+def _read_message(message: Message) -> Message:
+    if message.get("from") is not None:
+        message = {"role": message["from"], "content": message.get("value")}
+    calls = message.get("tool_calls")
+    if calls and message.get("content") is None:
+        message = {**message, "content": ""}
+    role, _ = get_text(message, "role"), get_text(message, "content")
+    message = {**message, "role": _ROLES.get(role.strip().lower(), role)}
+    if not calls:
+        return message
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise BadRecord("'tool_calls' is no list of calls")
+    return message | {"tool_calls": [_read_call(call) for call in calls]}
+
+
+def _read_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict):  # a call without the wrapper
+        return call if "arguments" not in call else call | {"arguments": _parse_json(call["arguments"], "arguments")}
+    return call | {"function": function | {"arguments": _parse_json(function.get("arguments"), "arguments")}}
+
+
+def _parse_json(value: Any, name: str) -> Any:
+    """Returns a value, from JSON if it is text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise BadRecord(f"{name!r} is text that is not JSON ({error})") from error
 
 
 def check_not_blank(what: str, text: str) -> None:

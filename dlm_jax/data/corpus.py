@@ -57,9 +57,9 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
     if all(prepared_manifest(entry) for entry in config.train):  # else the format says how raw text is read
         check_prompt_format(manifests, config)
     train = [_concatenate([manifest.rows("train", cache) for manifest in group]) for group in opened]
-    for entry, rows in zip(entries, train, strict=True):
+    for entry, group, rows in zip(entries, opened, train, strict=True):
         if not len(rows):
-            raise DataError(_too_short(", ".join(entry), config.length))
+            raise DataError(_no_rows(", ".join(entry), group, config.length))
     if config.validation:
         manifests = opener.open(config.validation, config.rows_config(0.0))
     else:
@@ -69,8 +69,8 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
     held_out = _concatenate([manifest.rows("validation" if "validation" in manifest.splits else "train", cache)
                              for manifest in manifests])
     if not len(held_out):
-        raise DataError(_too_short("the held-out text", config.length,
-                                   ", validation files or a larger data.validation_fraction"))
+        raise DataError(_no_rows("the held-out text", manifests, config.length,
+                                 ", validation files or a larger data.validation_fraction"))
     return train, held_out
 
 
@@ -141,6 +141,9 @@ def _concatenate(sources: list[RowSource]) -> RowSource:
     return sources[0] if len(sources) == 1 else ConcatenatedRows(sources)
 
 
-def _too_short(text: str, length: int, remedy: str = "") -> str:
+def _no_rows(text: str, manifests: Sequence[Manifest], length: int, remedy: str = "") -> str:
+    if dropped := sum(manifest.counts.get("dropped", 0) for manifest in manifests):
+        return (f"{text} gives no row: {dropped} examples are longer than a row of {length} tokens, and were dropped; "
+                "raise data.length, or set data.examples.overlong to truncate")
     return (f"{text} is too short for one row of {length} tokens; give more text{remedy} or a smaller data.length. "
             "(Without data.document_separator a .txt file is one document.)")

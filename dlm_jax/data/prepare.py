@@ -161,6 +161,9 @@ def _no_text(sources: Sequence[Source], progress: "Progress") -> str:
     if progress.bad:
         count = progress.counts["bad_records"]
         return f"no record of {names} could be used ({count} are bad); the first: {progress.bad[0]}"
+    if dropped := progress.counts["dropped"]:
+        return (f"all {dropped} examples of {names} are longer than a row of {progress.layout.length} tokens, and were "
+                "dropped; raise data.length, or set data.examples.overlong to truncate")
     return f"there is no text in {names}"
 
 

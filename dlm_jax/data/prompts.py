@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dlm_jax.data.chat_template import ChatTemplate, Message, check_not_blank, get_messages
+from dlm_jax.data.chat_template import ChatTemplate, Message, check_not_blank, get_messages, get_tools
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.records import BadRecord, get_text
 from dlm_jax.data.rows import TokenSpan
@@ -81,7 +81,7 @@ class PromptFormat:
         config = self.config
         formats = {
             "prompt_response": (config.prompt_key, config.response_key),
-            "messages": (config.messages_key,),
+            "messages": (config.messages_key, "tools", "system"),  # a record may lack the last two
             "alpaca": ("instruction", "input", "output"),  # a record may lack the input
             "gsm8k": ("question", "answer"),
             "gsm8k_symbolic": ("text",),
@@ -105,7 +105,7 @@ class PromptFormat:
         if isinstance(record, str) and self.config.format != "gsm8k_symbolic":
             raise BadRecord(f"a text where a record with {', '.join(self.columns)} was expected")
         if self._chat:
-            turns = self._chat.turns(get_messages(record, self.config.messages_key))
+            turns = self._chat.turns(get_messages(record, self.config.messages_key), get_tools(record))
             key, examples = turns[0].text, [self._example(self._prepend_start(turn.prompt, rendered=True),
                                                           turn.response, turn.closed) for turn in turns]
         else:
@@ -160,7 +160,7 @@ class PromptFormat:
           BadRecord: the record has no prompt, or it cannot be encoded.
         """
         if self._chat:
-            _, prompt = self._chat.prompt(get_messages(record, self.config.messages_key))
+            _, prompt = self._chat.prompt(get_messages(record, self.config.messages_key), get_tools(record))
             return self._prepend_start(prompt, rendered=True)
         return self._encode_text(self._prompt_text(record))
 

@@ -137,7 +137,7 @@ class LineSource(_StreamSource):
 
 
 class JsonSource(_StreamSource):
-    """A .json file: a list of values, or one value per line."""
+    """A .json file: a list of values, one value per line, or one object over several lines, which is one record."""
 
     unit = "line"  # until the first character shows a list
 
@@ -150,8 +150,24 @@ class JsonSource(_StreamSource):
         if head.endswith(b"["):
             self.unit = "item"
             yield from json.loads(head + stream.read())
-        else:
-            yield from itertools.chain(io.BytesIO(head + stream.readline()), stream)
+            return
+        first = head + stream.readline()
+        if head.endswith(b"{") and _parse_json(first) is None:
+            rest = stream.read()
+            if (value := _parse_json(first + rest)) is not None:
+                self.unit = "item"
+                yield value
+                return
+            stream = io.BytesIO(rest)
+        yield from itertools.chain(io.BytesIO(first), stream)
+
+
+def _parse_json(text: bytes) -> Any:
+    """Returns the value of a JSON text, None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 class _TableSource(FileSource):

@@ -15,12 +15,14 @@ class Pair(NamedTuple):
     Attributes:
       item: number of the item. Noise is a function of it, so that all options of an item get the same noise.
       option: index of the option among the item's options.
+      add_bos: whether a BOS token precedes the context; False: the context's first token is at position 0.
     """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
     item: int = 0
     option: int = 0
+    add_bos: bool = True
 
 
 class GenerationRequest(NamedTuple):

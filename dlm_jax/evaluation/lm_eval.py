@@ -18,6 +18,7 @@ from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair, ma
 
 try:
     from lm_eval.api.model import LM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ConfigError("lm-eval is not installed: pip install 'dlm-jax[evaluation]'") from error
 
@@ -133,9 +134,8 @@ class LmEvalAdapter(LM):
         for question in _questions(requests):
             for place in question.places:
                 tokens = self.eval_model.encode(requests[place].args[0])
-                size = max(len(tokens), 1) if self.max_length is None else self.max_length - 1
-                for number, (context, continuation) in enumerate(_windows(tokens, size)):
-                    pairs.append(Pair(context, continuation, _noise(question.noise, number), number))
+                for number, (context, continuation) in enumerate(self._windows(tokens)):
+                    pairs.append(Pair(context, continuation, _noise(question.noise, number), number, number == 0))
                     owner.append(place)
         found: list[list[float]] = [[] for _ in requests]
         for place, score in zip(owner, self.eval_model.score(pairs) if pairs else (), strict=True):
@@ -203,6 +203,19 @@ class LmEvalAdapter(LM):
         """Returns the model's entry in lm-eval's results."""
         return {"model": self.eval_model.name}
 
+    def _windows(self, tokens: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Yields lm-eval's windows of a text as (context, continuation); each token is in one continuation.
+
+        BOS precedes the first window, which has no context, and no other. The row of a diffusion model holds all of its
+        tokens, that of an autoregressive model all but the last.
+        """
+        size = max(len(tokens), 1)
+        if self.max_length is not None:
+            size = min(size, max(self.max_length - (not self.eval_model.autoregressive), 1))
+        windows = get_rolling_token_windows(list(tokens), prefix_token=None, max_seq_len=size, context_len=1)
+        for number, (context, continuation) in enumerate(map(make_disjoint_window, windows)):
+            yield tuple(context) if number else (), tuple(continuation)
+
     def _check(self, capability: str, requests: "Sequence[Instance]") -> None:
         if getattr(self.eval_model, capability) is None:
             raise ConfigError(f"{self.eval_model.name} has no {capability}, which the task {requests[0].task_name} "
@@ -238,14 +251,6 @@ def _questions(requests: "Iterable[Instance]") -> Iterator[_Question]:
 def _noise(*key: object) -> int:
     """Returns the same number for the same key, in every process and version."""
     return zlib.crc32(repr(key).encode())
-
-
-def _windows(tokens: Sequence[int], size: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields (context, continuation) of a text in rows of `size` tokens; each token is in one continuation."""
-    start, stop = 0, min(size, len(tokens))
-    while start < len(tokens):
-        yield tuple(tokens[max(stop - size, 0) : start]), tuple(tokens[start:stop])
-        start, stop = stop, min(stop + max(size - 1, 1), len(tokens))
 
 
 def _settings(asked: Mapping[str, Any], length: int, task: str) -> _Settings:

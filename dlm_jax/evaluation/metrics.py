@@ -13,11 +13,18 @@ from dlm_jax.errors import DataError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_STATED = re.compile(r"answer is[^\d\n]*?(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
+_DIGITS = r"-?\$?(?:\d[\d,]*(?:\.\d[\d,]*)?|\.\d[\d,]*)"  # -$1,250.50 and .5 too
+_NUMBER = re.compile(_DIGITS)
+_MARKED = re.compile(rf"####[ \t]*({_DIGITS})")
+_STATED = re.compile(rf"answer is[^\d\n]*?({_DIGITS})", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
-# A letter after "answer is"; alone or before punctuation at the start; the last one in parentheses.
-_LETTERS = (re.compile(r"[Aa]nswer is:?\s*\(?([A-Z])\b"), re.compile(r"\W*([A-Z])(?=[).:,]|\s*\n|\s*$)"),
+# A letter that may be in Markdown, in parentheses or in LaTeX, and is no word: "A" and "I" before another word are.
+_BEFORE = r"(?:[\s*_$(\[{\"'`]|\\\(|\\(?:boxed|text|textbf|mathrm|mathbf)\b)*"
+_CHOICE = rf"{_BEFORE}([A-Z])(?![\w'’])(?!(?<=[AI])\s+(?!because\b|since\b|as\b)\w)"
+# After "answer is" or "Answer:"; in the last box; at the start, alone or before punctuation; the last in parentheses.
+_LETTERS = (re.compile(rf"[Aa]nswer(?:\s+is|[*_]*:)[*_]*:?{_CHOICE}"),
+            re.compile(rf".*\\boxed{_CHOICE}", re.DOTALL),
+            re.compile(rf"{_BEFORE}([A-Z])(?=[).:,*_$}}\]\"'`\\]|\s*\n|\s*$)"),
             re.compile(r".*\(([A-Z])\)", re.DOTALL))
 
 
@@ -52,7 +59,10 @@ def stripped_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def strict_match(prediction: str, answers: Sequence[str]) -> float:
-    """Returns whether the number after `####` is an answer (GSM8K, arXiv 2110.14168); 18, 18.0 and $18 are equal."""
+    """Returns whether the first number after a `####` is an answer, as GSM8K's own grader finds it (arXiv 2110.14168).
+
+    Text after the number does not count, nor a `####` without a number; 18, 18.0 and $18 are equal.
+    """
     return _is_among(_strict(prediction), answers)
 
 
@@ -69,7 +79,8 @@ def stated_number(prediction: str, answers: Sequence[str]) -> float:
 def chosen_letter(prediction: str, answers: Sequence[str]) -> float:
     """Returns whether the chosen letter is an answer.
 
-    It is the letter after "The answer is"; else one at the start; else the last one in parentheses.
+    It is the letter after "The answer is" or "Answer:"; else the one in the last `\\boxed`; else one at the start; else
+    the last one in parentheses.
     """
     return float(_letter(prediction) in answers)
 
@@ -152,7 +163,8 @@ def _first_word(text: str) -> str | None:
 
 
 def _strict(text: str) -> str | None:
-    return _value(answer_after(text))
+    found = _MARKED.search(text)
+    return _value(found[1]) if found else None
 
 
 def _last(text: str) -> str | None:
@@ -166,8 +178,8 @@ def _stated(text: str) -> str | None:
 
 
 def _letter(text: str) -> str | None:
-    stated, first, last = _LETTERS
-    found = stated.search(text) or first.match(text) or last.match(text)
+    stated, boxed, first, last = _LETTERS
+    found = stated.search(text) or boxed.match(text) or first.match(text) or last.match(text)
     return found[1] if found else None
 
 
@@ -183,7 +195,7 @@ def _words(text: str) -> list[str]:
 def _value(text: str | None) -> str | None:
     """Returns a number as it is compared and voted on: 18, 18.0 and $18 are "18.0"."""
     try:
-        return str(float((text or "").replace(",", "").strip().strip("$%").rstrip(".")) + 0.0)  # -0.0 is 0.0
+        return str(float(re.sub(r"[,$\s]", "", text or "").rstrip("%.")) + 0.0)  # -0.0 is 0.0
     except ValueError:
         return None
 

@@ -150,7 +150,7 @@ def diffusion_score(model: Transformer, rule: MaskRule, *, diffusion: DiffusionS
       rule: `bound_masks` for the bound, `reference_masks` for the reference implementation's score.
       diffusion: mask token, shift and blocks of the model. Without a mask token nothing is masked, and attention is
         causal. With blocks the score is the bound of block diffusion, and each block has masks of its own.
-      bos_token_id: precedes every context; None: position 0 holds the first token of the context.
+      bos_token_id: precedes the context of a pair with `add_bos`; None: position 0 holds its first token.
       mesh: splits a batch over devices.
     """
     blocks = diffusion.blocks
@@ -158,7 +158,7 @@ def diffusion_score(model: Transformer, rule: MaskRule, *, diffusion: DiffusionS
     def masks_of(pair: Pair) -> MaskSample:
         if blocks is None:
             return rule(pair)
-        start = (bos_token_id is not None) + len(pair.context)
+        start = (pair.add_bos and bos_token_id is not None) + len(pair.context)
         return block_masks(lambda block, length: rule(pair._replace(
             continuation=pair.continuation[:length], item=pair.item + _BLOCK_ITEMS * block)), start,
             len(pair.continuation), blocks.size, shift=diffusion.shift)
@@ -236,10 +236,14 @@ def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[MaskSamp
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     head = () if bos_token_id is None else (bos_token_id,)
-    rows = [np.array([*head, *pair.context, *pair.continuation], np.int32) for pair in pairs]
+    rows = [np.array([*(head if pair.add_bos else ()), *pair.context, *pair.continuation], np.int32) for pair in pairs]
+    # An autoregressive model does not see the last token, which is predicted alone.
+    autoregressive = diffusion.mask_token_id is None and diffusion.blocks is None
+    longest = model.config.max_length + autoregressive
     for row, pair in zip(rows, pairs, strict=True):
-        _check_length(row, pair, model.config.max_length)
-    width = [bucket(len(row), model.config.max_length, _WIDTH_MULTIPLE) for row in rows]
+        _check_length(row, pair, longest)
+    width = [longest if len(row) == longest else bucket(len(row), model.config.max_length, _WIDTH_MULTIPLE)
+             for row in rows]
     passes = [_Pass(number, masked, np.where(masked, weights, 0) if np.ndim(weights) == 0 else weights)
               for number, sample in enumerate(samples) for masked, weights in zip(*sample, strict=True)]
     # A batch has one width, which is one compiled shape, and similar numbers of tokens for the head.
@@ -308,7 +312,9 @@ def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array
     nll_of = functools.partial(token_nll, unembed=model.unembed, shift=shift, chunk_size=_HEAD_CHUNK, measure=measure)
     if blocks is None:
         attention = AttentionMask.causal() if diffusion.mask_token_id is None else AttentionMask.bidirectional()
-        hidden = model.hidden(tokens, attention.with_lengths(lengths))
+        seen = min(tokens.shape[1], model.config.max_length)
+        hidden = model.hidden(tokens[:, :seen], attention.with_lengths(jnp.minimum(lengths, seen)))
+        hidden = jnp.pad(hidden, ((0, 0), (0, tokens.shape[1] - seen), (0, 0)))
         return jnp.sum(weights * nll_of(hidden, targets=targets, mask=scored), axis=1)
     both = concat_noisy_and_clean([NoisyBatch(tokens, targets, scored, scored, weights)], blocks.size, shift=shift)
     padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]

@@ -40,6 +40,9 @@ SETTINGS = {
                               use_dora=True),
     "llama2-grouped-tied-dora": dict(r=3, target_modules=["q_proj", "down_proj"], layers_to_transform=[1],
                                      use_dora=True, lora_dropout=0.2),
+    "gpt2-tables": dict(r=3, lora_alpha=5, target_modules=["c_attn", "wte", "lm_head"]),
+    "llama1-tables": dict(r=3, target_modules=["lm_head"], use_dora=True),
+    "llama-biases-tables": dict(r=4, target_modules=["embed_tokens", "q_proj"], rank_pattern={"embed_tokens": 2}),
     "qwen3": dict(r=2, target_modules=r".*\.(k_proj|down_proj)", exclude_modules=None),
 }
 
@@ -50,7 +53,7 @@ def logits(pretrained):
 
 def save_with_peft(case, directory, **settings):
     """Saves a base and an adapter with random factors by `peft`; returns its logits."""
-    model = families.save(re.sub("-(embedding|dora)$", "", case), directory / "base")
+    model = families.save(re.sub("-(embedding|dora|tables)$", "", case), directory / "base")
     model.name_or_path = str(directory / "base")
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     torch.manual_seed(1)
@@ -145,6 +148,21 @@ def test_base_is_found(tmp_path, monkeypatch):
         load_pretrained(tmp_path / "other", base="x")
 
 
+def test_adapter_in_the_folder_of_its_base(tmp_path):
+    """As transformers reads it: the weights beside an adapter are its base, and config.json alone changes nothing."""
+    expected = save_with_peft("llama1", tmp_path, **SETTINGS["llama1"])
+    shutil.copytree(tmp_path / "base", tmp_path / "both")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "both", dirs_exist_ok=True)
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "adapter")
+    np.testing.assert_allclose(logits(load_pretrained(tmp_path / "adapter")), expected, atol=1e-4)
+    shutil.move(tmp_path / "base", tmp_path / "away")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
+    np.testing.assert_allclose(families.torch_logits(reference, TOKENS), expected, atol=1e-4)
+    np.testing.assert_allclose(logits(load_pretrained(tmp_path / "both")), expected, atol=1e-4)
+    with pytest.raises(CheckpointError, match="both"):
+        load_pretrained(tmp_path)
+
+
 def test_adapters_stack(tmp_path):
     save_with_peft("gpt2", tmp_path, **SETTINGS["gpt2"])
     below = load_pretrained(tmp_path / "adapter")
@@ -182,7 +200,11 @@ def remove(name):
     ({"target_modules": ["q_proj", "v_proj"]}, "layers.0.self_attn.v_proj"),
     (add("model.norm.weight", 32), "norm.weight"),
     (add("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 32), "lora_magnitude_vector"),
-    (add("lm_head.lora_A.weight", 4, 32), "lm_head"), (remove("model.layers.1.mlp.up_proj.lora_B.weight"), "lora_B"),
+    (add("lm_head.lora_A.weight", 4, 32), "lm_head has no lora_B"), ({"modules_to_save": ["lm_head"]}, "lm_head"),
+    ({"target_modules": ["q_proj", "up_proj", "embed_tokens"]}, "embed_tokens"),
+    ({"base_model_name_or_path": None}, "base_model_name_or_path"),
+    ({"base_model_name_or_path": "adapter"}, "base_model_name_or_path"),
+    (remove("model.layers.1.mlp.up_proj.lora_B.weight"), "lora_B"),
     (add("model.layers.7.mlp.up_proj.lora_A.weight", 4, 32), "layers.7"),
     (add("lm_head.weight", 5, 32), "lm_head.weight")])
 def test_unfit_settings_and_tensors_are_refused_by_name(adapter, change, message, tmp_path):

@@ -114,6 +114,15 @@ def test_unusable_corpora_are_refused(tmp_path, tokenizer):
         load(DataConfig(train=(train,), length=8), bare, tmp_path)
 
 
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.5])
+def test_examples_that_are_all_too_long_are_not_called_too_short(tmp_path, tokenizer, validation_fraction):
+    (tmp_path / "a.jsonl").write_text((json.dumps({"prompt": "x" * 50, "response": "y"}) + "\n") * 9)
+    config = DataConfig(train=(str(tmp_path / "a.jsonl"),), length=32, validation_fraction=validation_fraction,
+                        examples=ExampleConfig("prompt_response", overlong="drop"))
+    with pytest.raises(DataError, match=r"9 examples.*data\.length.*overlong"):
+        load(config, tokenizer, tmp_path)
+
+
 def test_real_stories(tmp_path, test_data):
     tokenizer = AutoTokenizer.from_pretrained(test_data / "stories260K_hf")
     config = DataConfig(train=(str(test_data / "tinystories/*.json"),), length=128, validation_fraction=0.05)

@@ -241,11 +241,59 @@ def test_examples_are_held_out_by_their_first_prompt(chat_tokenizer):
     assert pairs.parse({"prompt": "a", "response": "b"})[0] == pairs.parse({"prompt": "a", "response": "c"})[0]
 
 
+TOOLS = "{% if tools %}<tools>{{ tools | tojson }}\n{% endif %}" + CHATML.replace(
+    "{{ m.content | trim }}",
+    "{{ m.content | trim }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %}")
+TOOL = {"type": "function", "function": {"name": "half", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_calls_reach_the_template(chat_tokenizer, as_text):
+    """As transformers writes them with arguments as objects; OpenAI's form has JSON text, and null as content."""
+    call = {"id": "1", "type": "function", "function": {"name": "half", "arguments": {"x": 18}}}
+    talk = [{"role": "user", "content": "Half of 18?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "9"}, {"role": "assistant", "content": "Nine."}]
+    chat_tokenizer.chat_template = TOOLS
+    expected = chat_tokenizer.apply_chat_template(talk, tools=[TOOL], tokenize=False)
+    given = copy.deepcopy(talk)
+    given[1]["content"] = None
+    if as_text:
+        given[1]["tool_calls"][0]["function"]["arguments"] = '{"x": 18}'
+    record = {"messages": given, "tools": json.dumps([TOOL]) if as_text else [TOOL]}
+    prompt_format = make_format(chat_tokenizer, "messages", 1000)
+    tokens, _, noisable_mask, _ = encode(prompt_format, [record])
+    assert [prompt_format.decode_response(row[mask]) for row, mask in zip(tokens, noisable_mask, strict=True)] == [
+        "18", "Nine."]
+    start = "".join(chat_tokenizer.decode(prompt_format.encode_record_prompt({**record, "messages": given[:1]})))
+    assert expected.startswith("<tools>") and (start.removeprefix("<s>") + "18<|im_end|>") in expected
+    for bad in ({**record, "tools": "{"}, {**record, "tools": {"a": 1}},
+                {"messages": [talk[0], {**talk[1], "tool_calls": "half"}]}):
+        with pytest.raises(BadRecord, match="tool"):
+            prompt_format.parse(bad)
+    chat_tokenizer.chat_template = CHATML  # which writes neither
+    for lost in ({"messages": [TALK[1], TALK[2]], "tools": [TOOL]}, {"messages": talk}):
+        with pytest.raises(BadRecord, match="tool"):
+            make_format(chat_tokenizer, "messages").parse(lost)
+
+
+def test_other_spellings_of_roles_and_prompts(chat_tokenizer, tmp_path):
+    prompt_format = make_format(chat_tokenizer, "messages", 200)
+    expected = prompt_format.parse({"messages": TALK})
+    roles = iter(["SYSTEM", "Human", "gpt", "user ", "Model"])
+    assert prompt_format.parse({"messages": [{**message, "role": next(roles)} for message in TALK]}) == expected
+    assert prompt_format.parse({"messages": TALK[1:], "system": TALK[0]["content"]}) == expected
+    with pytest.raises(BadRecord, match="system"):
+        prompt_format.parse({"messages": TALK, "system": "Be long."})
+    (tmp_path / "with_bom.jinja").write_text(CHATML, encoding="utf-8-sig")
+    template = str(tmp_path / "with_bom.jinja")
+    assert make_format(chat_tokenizer, "messages", 200, chat_template=template).parse({"messages": TALK}) == expected
+
+
 def test_sharegpt_is_read_as_messages(chat_tokenizer):
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     shared = [{"from": names[message["role"]], "value": message["content"]} for message in TALK]
     prompt_format = make_format(chat_tokenizer, "messages", 200, messages_key="conversations")
-    assert prompt_format.columns == ("conversations",)
+    assert prompt_format.columns == ("conversations", "tools", "system")
     assert prompt_format.parse({"conversations": shared}) == prompt_format.parse({"conversations": TALK})
 
 

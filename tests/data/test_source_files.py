@@ -240,3 +240,14 @@ def test_json_list_is_recognized_by_its_first_character(tmp_path, content, unit)
     with contextlib.suppress(BrokenSource):
         list(source.records())
     assert source.unit == unit
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_object_over_several_lines_is_one_record(tmp_path, bom):
+    file = tmp_path / "one.json"
+    file.write_bytes(bom + b'{\n "text": "a",\n "more": [1,\n 2]\n}\n')
+    source, = open_sources([str(file)])
+    assert list(source.records()) == [{"text": "a", "more": [1, 2]}] and source.unit == "item"
+    file.write_bytes(bom + b'{"text": "a"}\n{"text": "b"}\n{bad\n')
+    source, = open_sources([str(file)])
+    assert len(list(source.records())) == 3 and source.unit == "line"

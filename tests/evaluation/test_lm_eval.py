@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
@@ -62,7 +64,7 @@ def test_choices_against_our_own_tasks(harness_folder, lm, autoregressive, block
 def test_blocks_of_one_token_are_the_parent(lm):
     """Scores, texts in windows, greedy checks and generated texts."""
     requests = by_hand("loglikelihood", ("Once", " upon a time"), ("Tom", " ran home to his mum."))
-    texts = by_hand("loglikelihood_rolling", ("Once upon a time there was a little girl. " * 12,), ("Sue sat.",))
+    texts = by_hand("loglikelihood_rolling", ("Once upon a time there was a little girl. " * 4,), ("Sue sat.",))
     asked = by_hand("generate_until", ("Once upon", {"until": ["\n\n"], "max_gen_toks": 9}))
     parent = LmEvalAdapter(make_eval_model(lm.pretrained, "parent", autoregressive=True))
     blocks = LmEvalAdapter(make_eval_model(with_blocks(lm.pretrained, BlockSpec(1)), "blocks", num_samples=2))
@@ -117,11 +119,30 @@ def test_rolling_windows():
     lm = LmEvalAdapter(model.eval_model)
     text = "a b c d e f g h i"
     both = lm.loglikelihood_rolling(by_hand("loglikelihood_rolling", (text,), ("a b",)))
-    windows = [(decode(pair.context), decode(pair.continuation)) for pair in model.pairs.pop()]
-    assert windows == [("", "a b c d"), (" d", " e f g"), (" f g", " h i"), ("", "a b")]
+    pairs = model.pairs.pop()
+    windows = [(decode(pair.context), decode(pair.continuation)) for pair in pairs]
+    assert windows == [("", "a b c d"), (" d", " e f g h"), (" e f g h", " i"), ("", "a b")]
+    assert [pair.add_bos for pair in pairs] == [True, False, False, True]
     assert both == pytest.approx([-sum(Scripted.cost(text) for _, text in windows[:3]), -Scripted.cost("a b")])
     assert lm.loglikelihood_rolling(by_hand("loglikelihood_rolling", ("",))) == [0.0]
     LmEvalAdapter(Scripted(max_length=2).eval_model).loglikelihood_rolling(by_hand("loglikelihood_rolling", ("a b",)))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 129, 150])
+def test_rolling_likelihood_is_that_of_lm_evals_windows(lm, length):
+    """From the logits of a parent, each window in a row of its own as lm-eval's own models take it."""
+    tokens = np.random.default_rng(length).integers(1, 4000, length).tolist()
+    eval_model = dataclasses.replace(make_eval_model(lm.pretrained, "parent", autoregressive=True),
+                                     encode=lambda text: tokens)
+    found, = LmEvalAdapter(eval_model).loglikelihood_rolling(by_hand("loglikelihood_rolling", ("x",)))
+    expected = 0.0
+    for context, scored in map(make_disjoint_window, get_rolling_token_windows(
+            tokens, lm.tokenizer.bos_token_id, lm.config.max_length, 1)):
+        row = [*context, *scored]
+        logits = np.asarray(lm.logits(np.array([row[:-1]]), AttentionMask.causal()), np.float64)[0]
+        log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        expected += log_p[np.arange(len(row) - 1), row[1:]][len(context) - 1 :].sum()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_rolling_likelihood_against_scores(harness_folder, lm):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -26,6 +27,11 @@ from dlm_jax.evaluation.metrics import ANSWERS, METRICS, answer_after, majority,
     ("strict_match", "so 3*6\n#### $1,800.0", ["1800"], 1),
     ("strict_match", "so 18", ["18"], 0),
     ("strict_match", "#### many", ["18"], 0),
+    ("strict_match", "####\n18", ["18"], 0),
+    ("last_number", "so -$5", ["-5"], 1),
+    ("last_number", "or .5", ["0.5"], 1),
+    ("stated_number", "the answer is -$1,250.50", ["-1250.5"], 1),
+    ("stated_number", "the answer is .5.", ["0.5"], 1),
     ("last_number", "3 and then 1,800.", ["1800"], 1),
     ("last_number", "18 or -18", ["18"], 0),
     ("last_number", "", ["18"], 0),
@@ -50,6 +56,44 @@ from dlm_jax.evaluation.metrics import ANSWERS, METRICS, answer_after, majority,
 ])
 def test_metric_by_hand(name, text, answers, value):
     assert METRICS[name](text, answers) == pytest.approx(value)
+
+
+def test_numbers_as_the_fields_graders_find_them():
+    """The paper's grader of GSM8K, and the filters of lm-eval's task gsm8k, on texts that hold a number."""
+    rng = random.Random(0)
+    numbers = ["18", "-5", "1,250", "1,250.50", "$18", "-$7", "0.5", "3.", "-0.25", "120,000"]
+    before, after = ["so ", "\n", "", "is: ", "("], [" dollars", "%", ".", "\n", " (eighteen)", "", ","]
+    for _ in range(500):
+        text = " ".join(rng.choice(before) + rng.choice(["#### ", "#### Step ", "", "= "]) + rng.choice(numbers)
+                        + rng.choice(after) for _ in range(rng.randint(1, 3)))
+        if found := re.search(r"#### (-?[0-9.,]+)", text.replace("$", "")):
+            value = float(found[1].replace(",", "").rstrip("."))
+            assert METRICS["strict_match"](text, [str(value)]) == 1
+        else:
+            assert ANSWERS["strict_match"](text) is None
+        one, other = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)[-1]
+        value = (one or other).replace(",", "").replace("$", "").rstrip(".")
+        if any(digit.isdigit() for digit in value):  # lm-eval takes "., " and the like as a number too
+            assert METRICS["last_number"](text, [value]) == 1
+
+
+@pytest.mark.parametrize("decorated", [
+    "{}", "({})", "**{}**", "**({})**", "${}$", r"\boxed{{{}}}", r"$\boxed{{{}}}$", r"\(\boxed{{\text{{{}}}}}\)",
+    r"\textbf{{({})}}", "`{}`", "[{}]", '"{}"'])
+@pytest.mark.parametrize("letter", ["A", "B", "I"])
+def test_decorated_letters_are_chosen(decorated, letter):
+    shown = decorated.format(letter)
+    for text in ("{}", "{}.", "The answer is {}", "The answer is: {}.", "So the answer is {} because 1 < 2",
+                 "Answer: {}", "**Answer: {}**", "**Answer:** {}\n", "The correct answer is {}, not (C).", " {}\nmore"):
+        assert METRICS["chosen_letter"](text.format(shown), [letter]) == 1, text.format(shown)
+    assert METRICS["chosen_letter"](f"Half of (C) is 4, so \\boxed{{{letter}}} fits.", [letter]) == 1
+
+
+@pytest.mark.parametrize("text", [
+    "The answer is A triangle", "A train leaves at noon.", "I think so", "The answer is I don't know",
+    "The answer is Bob", "The answer is B2", "Answer: A dog", "BE", "**Ask**", "The answer is a"])
+def test_words_are_no_letters(text):
+    assert ANSWERS["chosen_letter"](text) is None
 
 
 def test_rouge_against_its_reference():
