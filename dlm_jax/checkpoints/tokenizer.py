@@ -122,9 +122,11 @@ def _plain_class(directory: Path) -> str | None:
     """Returns the class of a tokenizer that needs no search; None for any other."""
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text()) if path.is_file() and (directory / "tokenizer.json").is_file() else {}
-    name = _CLASSES.get(_model_type(directory))
-    recorded = (settings.get("tokenizer_class") or "").removesuffix("Fast")
-    return name if recorded == name and "auto_map" not in settings else None
+    recorded, name = settings.get("tokenizer_class") or "", _CLASSES.get(_model_type(directory))
+    if recorded == "PreTrainedTokenizerFast":  # what `save_tokenizer` writes
+        name = recorded
+    known = name and recorded.removesuffix("Fast") == name.removesuffix("Fast") and "auto_map" not in settings
+    return name if known else None
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
