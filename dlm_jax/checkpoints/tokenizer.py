@@ -124,9 +124,8 @@ def _plain_class(directory: Path) -> str | None:
     settings = json.loads(path.read_text()) if path.is_file() and (directory / "tokenizer.json").is_file() else {}
     recorded, name = settings.get("tokenizer_class") or "", _CLASSES.get(_model_type(directory))
     if recorded == "PreTrainedTokenizerFast":  # what `save_tokenizer` writes
-        name = recorded
-    known = name and recorded.removesuffix("Fast") == name.removesuffix("Fast") and "auto_map" not in settings
-    return name if known else None
+        return None if "auto_map" in settings else recorded
+    return name if recorded.removesuffix("Fast") == name and "auto_map" not in settings else None
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

@@ -241,7 +241,7 @@ def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[MaskSamp
     autoregressive = diffusion.mask_token_id is None and diffusion.blocks is None
     longest = model.config.max_length + autoregressive
     for row, pair in zip(rows, pairs, strict=True):
-        _check_length(row, pair, longest)
+        _check_length(row, pair, model.config.max_length, longest)
     width = [longest if len(row) == longest else bucket(len(row), model.config.max_length, _WIDTH_MULTIPLE)
              for row in rows]
     passes = [_Pass(number, masked, np.where(masked, weights, 0) if np.ndim(weights) == 0 else weights)
@@ -268,14 +268,14 @@ def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[MaskSamp
     return scores
 
 
-def _check_length(row: np.ndarray, pair: Pair, max_length: int) -> None:
+def _check_length(row: np.ndarray, pair: Pair, max_length: int, longest: int) -> None:
     where = f"item {pair.item}, option {pair.option}"
     if not pair.continuation:
         raise DataError(f"{where}: the continuation has no token to score")
     if len(row) == len(pair.continuation):
         raise DataError(f"{where}: no token precedes the continuation, so nothing predicts its first token; "
                         "give the model a BOS token or the item a context")
-    if len(row) > max_length:
+    if len(row) > longest:
         raise DataError(f"{where}: {len(row)} tokens, and the model takes at most {max_length}; shorten the context")
 
 

@@ -87,6 +87,6 @@ def test_judge(base):  # noqa: F811
     texts = ["<<1+1=2>> #### 2", "#### 2", "<<1+1=3>> #### 3", "<<1+1=2>> #### 2 #", "two"]
     values = judge(texts, [Question((0,), texts[0])] * 5, PromptFormat(tokenizer, ExampleConfig("gsm8k_symbolic"), 16))
     assert np.array([list(value.values()) for value in values]).tolist() == [
-        [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
+        [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 1, 0], [0, 0, 0]]
     near, = judge(["a b c"], [Question((0,), "a b d")], PromptFormat(tokenizer, ExampleConfig("prompt_response"), 16))
     assert near == {"exact_match": 0.0, "rougeL": pytest.approx(2 / 3)}

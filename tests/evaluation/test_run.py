@@ -110,7 +110,7 @@ def test_text_longer_than_a_row():
     model = scripted("model", lambda text: math.log(2) * text.count("x"), max_length=3)
     job = Job(TASKS["text"], [Item(options=(("", "x x x x x"),)), Item(options=(("", "é"),))])
     records = run([job], [model])
-    assert [list(map(len, pairs)) for pairs in [pairs_of(model, job.task, job.items[0], 0)]] == [[4, 4, 4]]
+    assert len(pairs_of(model, job.task, job.items[0], 0)) == 3
     assert records[0]["values"] == {"nats": pytest.approx(5 * math.log(2)), "tokens": 5, "bytes": 9}
     found = summarize(records, ["text"], ["model"])["text"]["models"]["model"]
     assert found["bits_per_byte"]["mean"] == pytest.approx(5 / 11)
