@@ -1,6 +1,6 @@
 """Has the shipped base model write the text that the quickstart adapts it on.
 
-    python assets/write_stories.py --model=assets/stories-gpt2 --out=assets/stories
+    python assets/write_stories.py --model=assets/stories-gpt2 --out=assets/stories-text
 
 samples whole stories (from end-of-text to end-of-text) with torch's `generate`, which keeps a key/value cache, and
 writes OUT/train.jsonl and OUT/heldout.jsonl. Needs torch, which the library itself does not.
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEMPERATURE, TOP_P = 0.8, 0.95
-TRAIN_BYTES, HELDOUT_BYTES = 900_000, 60_000
+HELDOUT_BYTES = 60_000
 
 
 def stories(directory: pathlib.Path, seed: int, batch_size: int):
@@ -41,11 +41,12 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train_bytes", type=int, default=900_000)
     parser.add_argument("--batch_size", type=int, default=64)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     written = stories(arguments.model, arguments.seed, arguments.batch_size)
-    for name, budget in (("heldout", HELDOUT_BYTES), ("train", TRAIN_BYTES)):
+    for name, budget in (("heldout", HELDOUT_BYTES), ("train", arguments.train_bytes)):
         lines, size = [], 0
         while size < budget:
             lines.append(json.dumps({"text": next(written)}) + "\n")

@@ -1,7 +1,7 @@
 """How block size affects quality and speed: one base adapted at one budget to full and to block diffusion, over seeds.
 
-    python benchmarks/block_quality.py --base=assets/stories-gpt2 --data assets/stories/train.jsonl \\
-        --validation assets/stories/heldout.jsonl
+    python benchmarks/block_quality.py --base=assets/stories-gpt2 --data assets/stories-text/train.jsonl \\
+        --validation assets/stories-text/heldout.jsonl
 
 adapts the base by each of the variants (the parent trained further, full diffusion with annealed attention, blocks of a
 constant size, blocks that grow from one token, blocks whose clean tokens attend to each other in both directions), with

@@ -63,7 +63,7 @@ def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[harness.
 def held_out_loss(lora: LoRAConfig | None) -> float:
     """Returns the autoregressive loss of the shipped base, nats per token, on its held-out stories."""
     base = load_pretrained(harness.ROOT / "assets" / "stories-gpt2", lora=lora)
-    lines = (harness.ROOT / "assets" / "stories" / "heldout.jsonl").read_text().splitlines()
+    lines = (harness.ROOT / "assets" / "stories-text" / "heldout.jsonl").read_text().splitlines()
     rows = [base.tokenizer.encode(json.loads(line)["text"])[:256] for line in lines]
     tokens = np.zeros((len(rows), 256), np.int32)
     for row, ids in zip(tokens, rows, strict=True):

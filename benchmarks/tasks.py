@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--parent", required=True, help="the autoregressive model it was adapted from")
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder for the results of each task")
-    parser.add_argument("--text", default="assets/stories/heldout.jsonl", help="for tasks on plain text")
+    parser.add_argument("--text", default="assets/stories-text/heldout.jsonl", help="for tasks on plain text")
     args = parser.parse_args()
     there, missing = [], []
     for name, task in TASKS.items():

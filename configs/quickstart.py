@@ -20,8 +20,8 @@ def get_config():
     config.model.mask_token = "<|mask|>"
     config.model.dtype = "auto"
 
-    config.data.train = (str(ASSETS / "stories" / "train.jsonl"),)
-    config.data.validation = (str(ASSETS / "stories" / "heldout.jsonl"),)
+    config.data.train = (str(ASSETS / "stories-text" / "train.jsonl"),)
+    config.data.validation = (str(ASSETS / "stories-text" / "heldout.jsonl"),)
     config.data.length = 128
     config.data.batch_size = 8
 

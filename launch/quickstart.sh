@@ -17,6 +17,6 @@ case " $* " in
 esac
 case " $* " in
     *" --data"*) ;;
-    *) set -- --data "$root/assets/stories/train.jsonl" --validation "$root/assets/stories/heldout.jsonl" "$@" ;;
+    *) set -- --data "$root/assets/stories-text/train.jsonl" --validation "$root/assets/stories-text/heldout.jsonl" "$@" ;;
 esac
 exec "$PYTHON" -m dlm_jax.cli.main quickstart "$@"

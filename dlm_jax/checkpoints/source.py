@@ -87,8 +87,17 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
 
 
+def shipped_model(name: str) -> Path | None:
+    """Returns the directory of a model that comes with the library, as "stories" does; None if none has this name."""
+    package = Path(__file__).parents[1]
+    folders = (folder / "assets" / name for folder in (package, package.parent))  # installed, or in a checkout
+    is_name = re.fullmatch(r"[\w-]+", name) is not None
+    return next((folder for folder in folders if is_name and (folder / "config.json").is_file()), None)
+
+
 def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
-    """Returns the local directory of a checkpoint; a hub id is downloaded, or found in the hub's cache.
+    """Returns the local directory of a checkpoint: one of that path, else one that comes with the library, else the
+    hub's of that id, which is downloaded or found in the hub's cache.
 
     Args:
       weights: False fetches only the configuration and tokenizer.
@@ -103,6 +112,8 @@ def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
+    if (shipped := shipped_model(str(path_or_hub_id))) is not None and not path.exists():
+        return shipped
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json and the weights")
     name = str(path_or_hub_id)

@@ -1,6 +1,6 @@
 """The main job from end to end: adapts an autoregressive model to diffusion, measures it, samples it, exports it.
 
-  dlm quickstart --base=assets/stories-gpt2 --data='assets/stories/train.jsonl' --workdir=quickstart
+  dlm quickstart --base=assets/stories-gpt2 --data='assets/stories-text/train.jsonl' --workdir=quickstart
 
 It adapts the base with annealed attention, trains the same network from random weights with the same budget for
 comparison, and writes a figure and a Hugging Face export. Run it again to resume, or to see the results again.

@@ -19,6 +19,14 @@ def test_missing_path(name):
         locate(name)
 
 
+def test_shipped_model(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert (locate("stories-gpt2") / "model.safetensors").is_file()
+    check_source("stories-gpt2")
+    (tmp_path / "stories-gpt2").mkdir()  # what the user has comes first
+    assert locate("stories-gpt2") == Path("stories-gpt2")
+
+
 def test_file_instead_of_directory(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="config.json"):

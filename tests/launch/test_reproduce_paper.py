@@ -96,7 +96,7 @@ def test_measures_a_published_checkpoint_and_its_parent(tmp_path):
     (tmp_path / "reference").mkdir()
     (tmp_path / "reference/model.py").write_text(REFERENCE)
     output = tmp_path / "out"
-    done = script(f"--data={ROOT / 'assets/stories/heldout.jsonl'}", "--models=diffugpt-s",
+    done = script(f"--data={ROOT / 'assets/stories-text/heldout.jsonl'}", "--models=diffugpt-s",
                   f"--checkpoints={checkpoints}", f"--reference={tmp_path / 'reference'}",
                   f"--reference_python={sys.executable}", f"--output={output}",
                   f"--data_dir={tmp_path / 'tasks'}", "--tasks=piqa,lambada,rocstories", "--limit=2",
