@@ -228,6 +228,15 @@ def test_fine_tuning_recipes():
     assert all(config.objective.anneal_steps == 0 for config in (ours, parents, instruct))
 
 
+def test_recipes_of_one_machine():
+    full, blocks, lora = map(build, ("smollm2_135m", "smollm2_135m_blocks", "smollm2_135m_lora"))
+    assert all(config.data == full.data and config.model == full.model for config in (blocks, lora))
+    assert (blocks.objective.name, blocks.objective.block_size) == ("block_diffusion", 4)
+    assert full.lora.rank == 0 < lora.lora.rank
+    assert full.optimizer.learning_rate < lora.optimizer.learning_rate
+    assert build("smollm2_135m_lora", **{"model.source": "x.gguf"}).model.source == "x.gguf"
+
+
 @pytest.mark.parametrize(("content", "mentions"), [
     ("def get_config(:", "SyntaxError"),
     ("import nonsense_module", "nonsense_module"),
