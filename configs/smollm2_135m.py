@@ -2,10 +2,10 @@
 
     dlm train --config=smollm2_135m --workdir=DIR --config.data.train=TEXT
 
-The source may be a file: --config.model.source=SmolLM2-135M-Instruct.Q8_0.gguf. The budget shows the effect within an
-hour or two on cores that multiply in bfloat16; a GPU can do with --config.num_steps=50000. The mask is a token that the
-vocabulary has and the model did not learn: its row equals those of ten other such tokens. smollm2_135m_blocks generates
-block by block, smollm2_135m_lora trains fewer parameters.
+The source may be a file: --config.model.source=SmolLM2-135M-Instruct.Q8_0.gguf. The budget is for cores that multiply
+in bfloat16, which take hours for it; on a GPU set --config.num_steps=50000. The mask is a token that the vocabulary has
+and the model did not learn: its row equals those of ten other such tokens. smollm2_135m_blocks generates block by
+block, smollm2_135m_lora trains fewer parameters.
 """
 
 from dlm_jax.cli.config import train_defaults
