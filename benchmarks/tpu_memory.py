@@ -36,7 +36,7 @@ def plan(args: argparse.Namespace) -> Plan:
         data=DataConfig(length=args.length, batch_size=args.rows_a_chip * 2048 * chips // args.length),
         mesh=MeshConfig(data=args.data, fsdp=-1, tensor=args.tensor, context=args.context),
         objective=ObjectiveConfig(anneal_steps=100 if args.anneal else 0))
-    base = describe_base(config.model)
+    base, config = describe_base(config)
     changes = {"max_length": 1 << 17} | ({"num_layers": args.layers} if args.layers else {})
     base = dataclasses.replace(base, config=dataclasses.replace(base.config, **changes))
     return make_plan(config, base, tpu_target(config, base.config, args.topology))

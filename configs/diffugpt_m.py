@@ -14,7 +14,7 @@ def get_config():
     config.num_steps = 160_000
 
     config.model.source = "gpt2-medium"
-    config.model.mask_token = "<|mask|>"  # new: id 50257, the vocabulary grows to 50258
+    config.model.default_mask_token = "<|mask|>"  # new: id 50257, the vocabulary grows to 50258
 
     config.data.length = 1024
     config.data.batch_size = 1280

@@ -18,7 +18,7 @@ def get_config():
     config.num_steps = 1_000_000
 
     config.model.source = "gpt2"  # with its dropout of 0.1, as the paper
-    config.model.mask_token = 10541  # an existing token
+    config.model.default_mask_token = 10541  # an existing token
     config.model.dtype = "bfloat16"
 
     config.data.length = 512

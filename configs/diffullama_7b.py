@@ -20,7 +20,7 @@ def get_config():
     config.num_steps = 2_070  # 65B tokens
 
     config.model.source = "meta-llama/Llama-2-7b-hf"
-    config.model.mask_token = 811  # an existing token
+    config.model.default_mask_token = 811  # an existing token
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
 

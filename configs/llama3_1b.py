@@ -14,7 +14,7 @@ def get_config():
     config.num_steps = 2_000
 
     config.model.source = "meta-llama/Llama-3.2-1B"
-    config.model.mask_token = 128_002  # <|reserved_special_token_0|>
+    config.model.default_mask_token = 128_002  # <|reserved_special_token_0|>
 
     config.data.batch_size = 256
     config.optimizer.accumulate_steps = 16

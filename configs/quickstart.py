@@ -17,7 +17,6 @@ def get_config():
     config.num_steps = 800
 
     config.model.source = str(ASSETS / "stories-gpt2")
-    config.model.mask_token = "<|mask|>"
     config.model.dtype = "auto"
 
     config.data.train = (str(ASSETS / "stories-text" / "train.jsonl"),)

@@ -11,5 +11,5 @@ from dlm_jax.cli.config import load_recipe
 def get_config():
     config = load_recipe("llama3_1b")
     config.model.source = "Qwen/Qwen3-0.6B-Base"
-    config.model.mask_token = "<|mask|>"
+    config.model.default_mask_token = "<|mask|>"
     return config

@@ -19,7 +19,7 @@ def get_config():
     config.num_steps = 64_000
 
     config.model.source = "diffusionfamily/diffullama"
-    config.model.mask_token = 811
+    config.model.default_mask_token = 811
     config.model.remat = "full"
 
     config.lora.rank = 16

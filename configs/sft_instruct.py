@@ -20,7 +20,7 @@ def get_config():
 
     config.data.length = 1024
     config.data.examples.format = "messages"
-    config.data.examples.separator = "\n"
+    config.data.examples.separator = None  # as the base, or else a newline
     config.data.examples.pad_token = None  # the end of the text
     config.objective.loss_normalization = "per_example"
 

@@ -3,14 +3,32 @@
 import dataclasses
 import math
 import typing
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, TypeVar
 
 from dlm_jax.errors import ConfigError
+
+Config = TypeVar("Config")
 
 
 def field(default: typing.Any, help: str) -> typing.Any:
     """Returns a dataclass field with a default and the meaning that `--print_config` shows."""
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+def open_field(parent: type, name: str) -> typing.Any:
+    """Returns a field of a subclass of `parent` that is None where a recipe leaves it open; see `settle`."""
+    original = parent.__dataclass_fields__[name]
+    default = str(original.default).lower() if isinstance(original.default, bool) else original.default
+    if isinstance(default, str) and not default.isprintable():
+        default = repr(default)
+    return field(None, f"{original.metadata['help']}; None: as the source records, or else {default}")
+
+
+def settle(config: Config, parent: type[Config], recorded: Mapping[str, typing.Any]) -> Config:
+    """Returns the fields of `config` as a `parent`: what is None is as in `recorded`, or else by default."""
+    stated = {item.name: getattr(config, item.name) for item in dataclasses.fields(parent)}
+    return parent(**{**recorded, **{name: value for name, value in stated.items() if value is not None}})
 
 
 def check_choices(config: object, group: str = "") -> None:

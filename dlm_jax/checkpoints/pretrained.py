@@ -133,6 +133,7 @@ class _Options:
     """The arguments of `load_pretrained` that hold for every kind of checkpoint."""
 
     mask_token: str | int | None
+    default_mask_token: str | int | None
     init: str
     lora: LoRASettings | LoRAConfig | None
     seed: int
@@ -150,7 +151,7 @@ class _Options:
 def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = None, base: str | None = None,
                     merge: bool = True, init: str = "pretrained", lora: LoRASettings | LoRAConfig | None = None,
                     seed: int = 0, compute: Compute = Compute(), param_dtype: str | None = None,
-                    shardings: Shardings | None = None) -> Pretrained:
+                    shardings: Shardings | None = None, default_mask_token: str | int | None = None) -> Pretrained:
     """Loads a model and its tokenizer from any kind of checkpoint, onto whatever devices there are.
 
     Args:
@@ -166,6 +167,7 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
       lora: LoRA to put beside the model, with new factors from `seed`; the model's parameters get its `frozen_dtype`.
       param_dtype: "float32" or "bfloat16"; None: the run's dtype for a workdir, float32 for everything else.
       shardings: maps an architecture to a pytree of shardings like the parameters; None: the first device.
+      default_mask_token: the token for a checkpoint that records none; it may be new.
 
     Raises:
       CheckpointError: the checkpoint is missing, damaged or unsupported, or the base of LoRA has changed.
@@ -173,7 +175,7 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
     """
     if init not in INITS:
         raise ConfigError(f"init {init!r} is unknown; choose {', '.join(INITS)}")
-    options = _Options(mask_token, init, lora, seed, compute, param_dtype or "float32", shardings)
+    options = _Options(mask_token, default_mask_token, init, lora, seed, compute, param_dtype or "float32", shardings)
     if is_workdir(source):
         if base is not None:
             raise ConfigError(f"{source} is a training workdir, which records its base; omit the base")
@@ -209,11 +211,14 @@ def _load_hf(directory: Path, source: str, options: _Options) -> Pretrained:
     mask_token_id = recorded.mask_token_id
     if init == "pretrained":
         tensors, config, mask_token_id = open_tensors(directory, config, mask_token_id, tokenizer)
+    if mask_token_id is None and mask_token is None and tokenizer is None:
+        mask_token = options.default_mask_token
     if init == "abstract" and tokenizer is None and isinstance(mask_token, str):
         mask_token_id, is_new = config.vocab_size, True  # planning needs no tokenizer to look the token up
     else:
         recorded = dataclasses.replace(recorded, mask_token_id=mask_token_id)
-        mask_token_id, is_new = choose_mask_token(mask_token, mask_token_id, config.vocab_size, tokenizer)
+        mask_token_id, is_new = choose_mask_token(mask_token, mask_token_id, config.vocab_size, tokenizer,
+                                                  options.default_mask_token)
     if is_new:
         config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
     lora = resolve_lora(options.lora, config, is_new)
@@ -248,8 +253,8 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
     if options.init != "pretrained":
         return loaded
     if loaded.new_mask_token:
-        raise ConfigError(f"model.mask_token {options.mask_token!r} is new to {directory}, and its vocabulary is "
-                          "fixed; export it first, and start from the export")
+        raise ConfigError(f"the mask token {loaded.tokenizer.mask_token!r} is new to {directory}, and its vocabulary "
+                          "is fixed; export it first, and start from the export")
     step, config, lora = resolve_step(directory, step), loaded.model.config, loaded.model.lora
     loaded = dataclasses.replace(loaded, source=f"{directory}@{step}")
     record = read_lora_base(directory)
@@ -296,9 +301,13 @@ def _load_peft(directory: Path, source: str, base: str | None, options: _Options
     if lora is not None:
         provenance = (*(provenance or (fingerprint(nnx.state(loaded.model)),)), adapter.digest())
         model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
+    recorded = metadata.get("mask_token_id")
+    if recorded is not None and options.mask_token is None:
+        recorded = diffusion.mask_token_id
     return dataclasses.replace(
         loaded, model=model, tokenizer=tokenizer, diffusion=diffusion,
-        source=source, recipe=metadata.get("recipe", loaded.recipe), provenance=provenance, new_mask_token=is_new)
+        source=source, recipe=metadata.get("recipe", loaded.recipe), provenance=provenance, new_mask_token=is_new,
+        recorded_mask_token=loaded.recorded_mask_token if recorded is None else recorded)
 
 
 def _check_finite(params: nnx.State, source: str) -> nnx.State:
@@ -318,8 +327,8 @@ def _load_named_base(adapter: Path, base: str, mask_token: str | int | None, opt
                               f"{'itself as its' if found else 'no'} base (base_model_name_or_path in "
                               "adapter_config.json); say where its base is (--base, or base=)")
     try:
-        return load_pretrained(found, mask_token=mask_token, compute=options.compute,
-                               param_dtype=options.param_dtype, shardings=options.shardings)
+        return load_pretrained(found, mask_token=mask_token, default_mask_token=options.default_mask_token,
+                               compute=options.compute, param_dtype=options.param_dtype, shardings=options.shardings)
     except CheckpointError as error:
         raise CheckpointError(f"the base {base!r} of the adapter {adapter} cannot be loaded: {error}; put it there "
                               "or beside the adapter, or name another (--base, or base=)") from error

@@ -5,11 +5,12 @@ Nothing here reads weights or imports JAX, so that a wrong path is refused at on
 
 import re
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from dlm_jax.errors import CheckpointError, did_you_mean
-from dlm_jax.storage import ensure_accessible, is_remote, local_copy
+from dlm_jax.storage import ensure_accessible, is_remote, local_copy, read_json, read_metadata
 
 LORA_FILE = "adapter.json"  # of a run with LoRA: see `workdir.LoRABase`
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -138,6 +139,18 @@ def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
         raise CheckpointError(f"{name} is not a directory here{_similar(path)}, and the Hugging Face hub cannot be "
                               "reached to fetch it; check the network, or give the path of a local copy") from error
     return directory
+
+
+def settings_folder(source: str) -> Path:
+    """Returns the local directory with the config.json and the tokenizer of a source; raises as `locate`."""
+    return local_copy(split_step(source)[0] / "model") if is_workdir(source) else locate(source, weights=False)
+
+
+def read_recipe(source: str) -> dict[str, Any]:
+    """Returns the settings of the run that trained a source, by dotted keys; {} where unknown."""
+    if is_workdir(source):
+        return read_json(split_step(source)[0] / "config.json")
+    return read_metadata(locate(source, weights=False)).get("recipe") or {}
 
 
 def _similar(path: Path) -> str:

@@ -152,12 +152,13 @@ def _model_type(directory: Path) -> str | None:
 
 
 def choose_mask_token(mask_token: str | int | None, recorded: int | None, vocab_size: int,
-                      tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int | None, bool]:
+                      tokenizer: "PreTrainedTokenizerBase | None",
+                      default: str | int | None = None) -> tuple[int | None, bool]:
     """Returns the mask token's id, and whether it is a new token that needs a row of its own.
 
     Args:
       mask_token: an id, an existing token, or a new token, which is added to the tokenizer in place;
-        None: the token that the checkpoint's config.json or else its tokenizer records.
+        None: the token that the checkpoint's config.json or else its tokenizer records, or else `default`.
       recorded: the id in the checkpoint's config.json.
       vocab_size: rows of the checkpoint's embedding.
 
@@ -165,6 +166,12 @@ def choose_mask_token(mask_token: str | int | None, recorded: int | None, vocab_
       CheckpointError: the id is outside the vocabulary, or that of BOS or EOS; the name is blank; or a token is named
         and there is no tokenizer.
     """
+    if mask_token is None:
+        mask_token = recorded
+    if mask_token is None and tokenizer is not None:
+        mask_token = tokenizer.mask_token_id
+    if mask_token is None:
+        mask_token = default
     if isinstance(mask_token, str):
         if not mask_token.strip():
             raise CheckpointError(f"the mask token {mask_token!r} is blank; give the name or the id of a token")
@@ -178,10 +185,6 @@ def choose_mask_token(mask_token: str | int | None, recorded: int | None, vocab_
                                       f"{vocab_size} rows of the embedding; the two do not belong together")
             return _add_mask_token(tokenizer, mask_token, 0 if recorded is None else recorded + 1), True
         mask_token = known
-    if mask_token is None:
-        mask_token = recorded
-    if mask_token is None and tokenizer is not None:
-        mask_token = tokenizer.mask_token_id
     if mask_token is not None and not 0 <= mask_token < vocab_size:
         raise CheckpointError(f"the mask token id {mask_token} is outside the vocabulary of {vocab_size} tokens; "
                               "give the id of an existing token, or a new token by name")

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     dtype = resolve_dtype(config.model.dtype, "tpu", 1)  # the same on GPUs
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    base = planning.describe_base(config.model)
+    base, config = planning.describe_base(config)
     targets = [make(config, base.config, name) for make, names in
                ((planning.tpu_target, arguments.topology), (planning.gpu_target, arguments.gpu))
                for name in ",".join(names).split(",") if name]

@@ -51,17 +51,19 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not arguments.data or not arguments.tokenizer:
         check_run(config)
-    from dlm_jax.checkpoints.source import locate
+    from dlm_jax.checkpoints.source import read_recipe, settings_folder
     from dlm_jax.checkpoints.tokenizer import load_tokenizer
     from dlm_jax.data.corpus import open_raw_sources
     from dlm_jax.data.prepare import prepare
+    from dlm_jax.training.recorded import settle_data
 
-    tokenizer = load_tokenizer(locate(model, weights=False))
+    tokenizer = load_tokenizer(settings_folder(model))
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer files")
+    data = settle_data(config.data, read_recipe(model), tokenizer, model)  # as training from this model will
     start = time.monotonic()
-    manifest = prepare(open_raw_sources(config.data, specs), arguments.output.rstrip("/"), tokenizer,
-                       config.data.rows_config(), workers=workers, shard_bytes=arguments.shard_size << 20,
+    manifest = prepare(open_raw_sources(data, specs), arguments.output.rstrip("/"), tokenizer,
+                       data.rows_config(), workers=workers, shard_bytes=arguments.shard_size << 20,
                        note=arguments.note)
     seconds = time.monotonic() - start
     splits = {name: {"rows": split.rows, "documents": split.documents, "tokens": split.tokens,

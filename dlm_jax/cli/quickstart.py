@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dlm_jax.training import TrainConfig
 
 FLAGS = {"data.train": "--data", "data.validation": "--validation", "model.source": "--base"}
-MASK_TOKEN = "<|mask|>"
 BOUND_SAMPLES = 16
 
 
@@ -78,7 +77,7 @@ def plan(arguments: argparse.Namespace) -> "TrainConfig":
     from dlm_jax.checkpoints import load_pretrained
     from dlm_jax.training import TrainConfig, count_params, step_seconds
 
-    overrides = [("model.source", arguments.base), ("model.mask_token", MASK_TOKEN),
+    overrides = [("model.source", arguments.base),
                  ("model.dropout", "0.0"),  # the noise is different each time a text is read
                  ("log.tensorboard", "false"),  # the figure has the curves
                  ("data.train", ",".join(arguments.data)), ("data.validation", ",".join(arguments.validation)),
@@ -106,11 +105,15 @@ def measure(base: str, config: "TrainConfig", runs: dict[str, pathlib.Path]) -> 
     """Returns nats per token on the held-out rows: the parent's exact loss, and bounds before and after."""
     import numpy as np
 
+    from dlm_jax.checkpoints import load_pretrained
     from dlm_jax.data.corpus import load_rows
     from dlm_jax.evaluation import autoregressive_nll, bound
     from dlm_jax.pipeline import DiffusionLM
 
-    start = DiffusionLM.from_pretrained(base, mask_token=MASK_TOKEN, dtype=config.model.dtype)
+    model = config.model
+    recorded = load_pretrained(base, init="abstract", mask_token=model.mask_token).diffusion.mask_token_id
+    start = DiffusionLM.from_pretrained(base, dtype=model.dtype, mask_token=(
+        model.default_mask_token if recorded is None else model.mask_token))
     _, held_out = load_rows(config.data, start.tokenizer, vocab_size=start.config.vocab_size,
                             cache_dir=config.data.cache_dir)
     if held_out is None:

@@ -76,6 +76,7 @@ def extra_hooks(config: "TrainConfig") -> "list[HookFactory]":
     from dlm_jax.training.hooks import PeriodicEval
 
     def generation_hook(run: "Run") -> "Hook":
+        config = run.config  # nothing is open there
         sampler = (SamplerConfig("autoregressive", temperature=0.0) if config.objective.name == "autoregressive"
                    else SamplerConfig("confidence", config.validation.generation_steps, temperature=0.0))
         evaluate = GenerationEval(run.base, run.held_out, run.mesh, config.data, sampler=sampler,

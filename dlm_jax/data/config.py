@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from dlm_jax.config_fields import check_at_least, check_choices, check_range, field
+from dlm_jax.config_fields import check_at_least, check_choices, check_range, field, open_field, settle
 from dlm_jax.errors import ConfigError
 
 
@@ -33,6 +33,14 @@ class ExampleConfig:
         check_choices(self, "data.examples")
         if self.split_digits and self.format == "messages":
             raise ConfigError("data.examples.split_digits does not apply to messages; set it to false")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenExamples(ExampleConfig):
+    """Examples as a recipe says them, which may leave to the source how it was prompted."""
+
+    separator: str | None = open_field(ExampleConfig, "separator")
+    split_digits: bool | None = open_field(ExampleConfig, "split_digits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +76,7 @@ class DataConfig(RowsConfig):
         (), "share of each entry of train in the rows; empty: in proportion to its size")
     validation: tuple[str, ...] = field(
         (), "validation text of the same kinds; empty: the documents held out of the training text")
+    examples: OpenExamples = field(OpenExamples(), "fine-tuning on prompts and responses instead of running text")
     batch_size: int = field(256, "rows per step, over all devices and micro-batches")
     random_length: float = field(0.0, "share of the rows that are cut to a random length")
     cache_dir: str | None = field(
@@ -92,4 +101,5 @@ class DataConfig(RowsConfig):
         values = {key.name: getattr(self, key.name) for key in dataclasses.fields(RowsConfig)}
         if validation_fraction is None:
             validation_fraction = 0.0 if self.validation else self.validation_fraction
-        return RowsConfig(**values | {"validation_fraction": validation_fraction})
+        return RowsConfig(**values | {"validation_fraction": validation_fraction,
+                                      "examples": settle(self.examples, ExampleConfig, {})})

@@ -2,9 +2,10 @@
 
 import dataclasses
 import itertools
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from dlm_jax.config_fields import check_at_least, check_choices, check_range, field
+from dlm_jax.config_fields import check_at_least, check_choices, check_range, field, open_field, settle
 from dlm_jax.errors import ConfigError
 
 
@@ -102,6 +103,30 @@ class ObjectiveConfig:
     def forward_multiplier(self, length: int) -> int:
         """Returns how often the network reads each token of a row per step: once, or for blocks per view and clean."""
         return self.num_views + 1 if self.canonicalize(length).name == "block_diffusion" else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenObjective(ObjectiveConfig):
+    """The objective as a recipe says it, which may leave to the source what the source was trained with."""
+
+    name: Literal["diffusion", "block_diffusion", "autoregressive"] | None = open_field(ObjectiveConfig, "name")
+    shift: bool | None = open_field(ObjectiveConfig, "shift")
+    block_size: int | None = open_field(ObjectiveConfig, "block_size")
+    clean_attention: Literal["causal", "block_bidirectional"] | None = open_field(ObjectiveConfig, "clean_attention")
+
+    def __post_init__(self) -> None:
+        blocks = self.block_size_schedule or self.complementary or self.clean_attention
+        self.settle({"name": "block_diffusion"} if blocks else {})  # checks what is stated
+
+    def settle(self, recorded: Mapping[str, Any]) -> ObjectiveConfig:
+        """Returns the objective for a source that records these fields.
+
+        Raises:
+          ConfigError: they do not go together.
+        """
+        if self.block_size_schedule:
+            recorded = {**recorded, "block_size": self.block_size_schedule[-1][1]}
+        return settle(self, ObjectiveConfig, recorded)
 
 
 def _check_starts(stages: tuple[tuple, ...], key: str) -> None:

@@ -19,8 +19,9 @@ from dlm_jax.errors import ConfigError, DLMError
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model, split_trainable
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.parallel.chips import GIB
-from dlm_jax.training.config import ModelSource, TrainConfig
+from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.optimizer import make_optimizer
+from dlm_jax.training.recorded import default_mask_token, settle_resumed, settle_run
 from dlm_jax.training.setup import check_fit, with_dropout
 from dlm_jax.training.step import HOST, TrainState, make_train_step, state_layout
 
@@ -64,27 +65,32 @@ class Memory:
     breakdown: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def describe_base(model: ModelSource) -> Base:
+def describe_base(config: TrainConfig) -> tuple[Base, TrainConfig]:
     """Reads what `model.source` is: a known id by the table, everything else by its config.json.
 
-    A mask token given as text is new if there is no tokenizer to look it up.
+    A mask token given as text is new if there is no tokenizer to look it up. Also returns the config with what the
+    source records of how it was trained in place of what is open.
 
     Raises:
-      ConfigError: no source is given.
+      ConfigError: no source is given, or the config says otherwise than the source records.
       CheckpointError: it cannot be found or read, or the mask token is outside its vocabulary.
     """
+    model, default = config.model, default_mask_token(config)
     if not model.source:
         raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
     if model.source in KNOWN and not Path(model.source).is_dir():
-        config, is_new = config_from_hf(KNOWN[model.source]), isinstance(model.mask_token, str)
-        mask_token_id = config.vocab_size
+        architecture = config_from_hf(KNOWN[model.source])
+        mask_token = default if model.mask_token is None else model.mask_token
+        mask_token_id, is_new = architecture.vocab_size, isinstance(mask_token, str)
         if not is_new:
-            mask_token_id, _ = choose_mask_token(model.mask_token, None, config.vocab_size, None)
-        config = dataclasses.replace(config, vocab_size=config.vocab_size + is_new)
+            mask_token_id, _ = choose_mask_token(mask_token, None, architecture.vocab_size, None)
+        architecture = dataclasses.replace(architecture, vocab_size=architecture.vocab_size + is_new)
+        config = settle_resumed(config, {})
     else:
-        base = load_pretrained(model.source, init="abstract", mask_token=model.mask_token)
-        config, mask_token_id, is_new = base.model.config, base.diffusion.mask_token_id, base.new_mask_token
-    return Base(with_dropout(config, model.dropout), mask_token_id, is_new)
+        base = load_pretrained(model.source, init="abstract", mask_token=model.mask_token, default_mask_token=default)
+        architecture, mask_token_id, is_new = base.model.config, base.diffusion.mask_token_id, base.new_mask_token
+        config = settle_run(config, base)
+    return Base(with_dropout(architecture, model.dropout), mask_token_id, is_new), config
 
 
 def check_plan(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -> None:

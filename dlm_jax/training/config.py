@@ -6,7 +6,7 @@ from typing import Literal
 from dlm_jax.checkpoints.lora import LoRASettings
 from dlm_jax.config_fields import check_at_least, check_choices, check_range, field
 from dlm_jax.data.config import DataConfig
-from dlm_jax.diffusion import ObjectiveConfig
+from dlm_jax.diffusion.config import OpenObjective
 from dlm_jax.errors import ConfigError
 from dlm_jax.parallel import MeshConfig
 
@@ -17,7 +17,9 @@ class ModelSource:
 
     source: str = field("", "the base model: a directory, a hub id, or a workdir[@step]")
     init: Literal["pretrained", "random"] = field("pretrained", "use the source's weights, or only its shape")
-    mask_token: int | str | None = field(None, "an id, an existing token or a new one; None: what the source records")
+    mask_token: int | str | None = field(
+        None, "an id, an existing token or a new one; None: as the source records, or else default_mask_token")
+    default_mask_token: int | str = field("<|mask|>", "the mask token for a source that records none")
     param_dtype: Literal["float32", "bfloat16"] = field("float32", "type of the stored parameters")
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         "float32", "type of activations and matrix products; auto: bfloat16 where this machine is faster in it")
@@ -125,7 +127,7 @@ class TrainConfig:
     model: ModelSource = field(ModelSource(), "the base model")
     lora: LoRASettings = field(LoRASettings(), "what is trained of the base, if not all of it")
     data: DataConfig = field(DataConfig(), "the corpus and how it becomes batches")
-    objective: ObjectiveConfig = field(ObjectiveConfig(), "what is minimized")
+    objective: OpenObjective = field(OpenObjective(), "what is minimized")
     optimizer: OptimizerConfig = field(OptimizerConfig(), "how it is minimized")
     mesh: MeshConfig = field(MeshConfig(), "how devices share the computation; -1: all remaining devices")
     checkpoint: CheckpointConfig = field(CheckpointConfig(), "what is saved")
@@ -141,7 +143,7 @@ class TrainConfig:
         if self.validation.num_generations and (self.data.examples.format == "none" or not self.validation.every):
             raise ConfigError("validation.num_generations needs examples with prompts, and validations; set "
                               "data.examples.format and validation.every, or validation.num_generations to 0")
-        if self.log.sample_every and self.objective.name != "diffusion":
+        if self.log.sample_every and self.objective.name not in (None, "diffusion"):
             raise ConfigError("log.sample_every needs objective.name diffusion, and this run's is "
                               f"{self.objective.name}; set it to 0")
 

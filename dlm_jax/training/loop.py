@@ -16,6 +16,7 @@ from dlm_jax.storage import ensure_accessible, write_json
 from dlm_jax.training.config import TrainConfig, config_changes
 from dlm_jax.training.flops import peak_flops, peak_memory_gib, train_flops
 from dlm_jax.training.hooks import Hook, HookFactory, make_hooks
+from dlm_jax.training.recorded import settle_resumed
 from dlm_jax.training.setup import Run, latest_records, open_run
 from dlm_jax.training.step import Metrics
 
@@ -41,7 +42,7 @@ def train(config: TrainConfig, workdir: epath.PathLike, hooks: Sequence[HookFact
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if config.num_steps <= (taken := max(saved_steps(workdir), default=0)):
-        config_changes(read_run_config(workdir), config)
+        config_changes(saved := read_run_config(workdir), settle_resumed(config, saved))
         if jax.process_index() == 0:
             print(f"{workdir} has taken its {taken} steps; raise num_steps to continue")
         return _summary(config, workdir, taken, latest_records(workdir))

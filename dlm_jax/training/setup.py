@@ -28,7 +28,6 @@ from dlm_jax.data.chat_template import ChatTemplate
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import RowSource
-from dlm_jax.data.tokenization import start_token
 from dlm_jax.diffusion import Batch, ObjectiveConfig, block_spec, check_mask_token
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.matmul import choose_matmul, resolve_dtype
@@ -46,6 +45,7 @@ from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
 from dlm_jax.training.flops import count_params
 from dlm_jax.training.metrics import Console, GoodputClock, MetricAccumulator, MetricsLog, read_records
 from dlm_jax.training.optimizer import make_optimizer
+from dlm_jax.training.recorded import default_mask_token, settle_resumed, settle_run
 from dlm_jax.training.step import HOST, TrainState, create_state, make_train_step, state_layout
 
 
@@ -108,8 +108,11 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     stack.enter_context(jax.set_mesh(mesh))  # for `shard_map` inside the model
     first_step, damaged = restore_latest(workdir)
-    changes = config_changes(read_run_config(workdir), config) if first_step else []
-    base = load_base(config, workdir, mesh, resumed=bool(first_step))
+    changes = []
+    if first_step:
+        config = settle_resumed(config, saved := read_run_config(workdir))
+        changes = config_changes(saved, config)
+    base, config = load_base(config, workdir, mesh, resumed=bool(first_step))
     graphdef, params, frozen = split_trainable(base.model)
     # From here on the parameters are in the state; of the model only the shapes are kept.
     base = dataclasses.replace(base, model=nnx.eval_shape(lambda: base.model))
@@ -148,13 +151,13 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
                accumulator=MetricAccumulator(config.optimizer.on_nonfinite == "skip", **progress.get("metrics", {})))
 
 
-def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: bool) -> Pretrained:
-    """Returns the model that training starts from, its parameters on the mesh.
+def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: bool) -> tuple[Pretrained, TrainConfig]:
+    """Returns the model that training starts from, its parameters on the mesh, and the config with nothing left open.
 
     For a resumed run only shapes, as its checkpoint has the parameters; with LoRA the base, which it does not have.
 
     Raises:
-      ConfigError: the objective, the data or the mesh do not fit the model.
+      ConfigError: the objective, the data or the mesh do not fit the model, or what it records.
       CheckpointError: the source cannot be read.
     """
     model = config.model
@@ -174,9 +177,9 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
         raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
     else:
         base = load_pretrained(model.source, mask_token=model.mask_token, init=model.init, lora=config.lora,
-                               seed=config.seed, compute=compute, param_dtype=model.param_dtype, shardings=shardings)
-        if model.init == "pretrained":
-            check_recorded(config, base)
+                               seed=config.seed, compute=compute, param_dtype=model.param_dtype, shardings=shardings,
+                               default_mask_token=default_mask_token(config))
+        config = settle_run(config, base)
     if base.tokenizer is None:
         raise ConfigError(f"the model {base.source} has no tokenizer; put its tokenizer files next to its config.json")
     examples = config.data.examples
@@ -189,33 +192,7 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
                                   matmul=choose_matmul(model.dtype, mesh.devices.flat[0].platform, mesh.size))
     graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
     return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=dataclasses.replace(
-        base.diffusion, shift=config.objective.shift, blocks=block_spec(config.objective)))
-
-
-def check_recorded(config: TrainConfig, base: Pretrained) -> None:
-    """Raises ConfigError where the config contradicts what the base records of how it was trained."""
-    mask_token, diffusion, objective = base.recorded_mask_token, base.diffusion, config.objective
-    if mask_token is not None and diffusion.mask_token_id != mask_token:
-        raise ConfigError(f"{base.source} was trained with the mask token {mask_token}, but model.mask_token is "
-                          f"{config.model.mask_token!r}; set it to None, which takes the recorded one")
-    if objective.shift and not diffusion.shift:
-        raise ConfigError(f"{base.source} predicts each token at its own position, but objective.shift is true; "
-                          "set it to false")
-    if mask_token is None:  # an autoregressive model
-        return
-    if diffusion.shift and not objective.shift:
-        raise ConfigError(f"{base.source} was trained to predict the next position, but objective.shift is false; "
-                          "set it to true")
-    blocks = diffusion.blocks
-    if blocks and block_spec(objective) and blocks.clean_attention != objective.clean_attention:
-        raise ConfigError(f"{base.source} was trained with {blocks.clean_attention} attention in clean blocks, but "
-                          f"objective.clean_attention is {objective.clean_attention}; set it to the former")
-    if base.recipe and base.tokenizer is not None:
-        data, recorded = config.data, base.start_token_id
-        if (start := start_token(base.tokenizer, data.add_bos, data.packing)) != recorded:
-            raise ConfigError(f"{base.source} was trained with token {recorded} at position 0, but with data.add_bos "
-                              f"{data.add_bos} and data.packing {data.packing} it is {start}; set data.add_bos to "
-                              f"{recorded == base.tokenizer.bos_token_id}")
+        base.diffusion, shift=config.objective.shift, blocks=block_spec(config.objective))), config
 
 
 def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:

@@ -24,7 +24,7 @@ def test_workdir_as_base(short_config, tmp_path):
     def open_base(mask_token):
         model = ModelSource(source=f"{tmp_path / 'parent'}@1", mask_token=mask_token)
         child = dataclasses.replace(short_config, model=model)
-        return load_base(child, tmp_path / "child", make_mesh(child.mesh), resumed=False)
+        return load_base(child, tmp_path / "child", make_mesh(child.mesh), resumed=False)[0]
 
     base = open_base("<unk>")
     assert base.diffusion == DiffusionSpec(10, missing_ids=base.diffusion.missing_ids)

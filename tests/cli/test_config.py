@@ -207,12 +207,13 @@ def test_recipes_of_the_paper():
     assert [round(t) for t in tokens] == [131, 210, 65]
     assert [c.objective.anneal_steps for c in (small, medium, large)] == [10_000, 10_000, 0]
     assert build("diffullama_7b_annealed").objective.anneal_steps > 0
-    assert [c.model.mask_token for c in (small, medium, large)] == [10541, "<|mask|>", 811]
-    assert all(c.objective.shift and c.model.dtype == "bfloat16" and not c.data.train for c in (small, medium, large))
+    assert [c.model.default_mask_token for c in (small, medium, large)] == [10541, "<|mask|>", 811]
+    assert all(c.objective.settle({}).shift for c in (small, medium, large))
+    assert all(c.model.dtype == "bfloat16" and not c.data.train for c in (small, medium, large))
     gsm8k = build("sft_gsm8k_llama_lora")
     lora = gsm8k.lora
     assert (lora.rank, lora.embedding, lora.head, lora.targets) == (16, True, False, ("all",))
-    assert (gsm8k.optimizer.learning_rate, gsm8k.model.mask_token, gsm8k.data.length) == (1e-4, 811, 256)
+    assert (gsm8k.optimizer.learning_rate, gsm8k.model.default_mask_token, gsm8k.data.length) == (1e-4, 811, 256)
 
 
 def test_fine_tuning_recipes():

@@ -38,4 +38,4 @@ def config(tiny) -> TrainConfig:
 
 @pytest.fixture(scope="session")
 def base(config) -> Base:
-    return describe_base(config.model)
+    return describe_base(config)[0]

@@ -10,11 +10,15 @@ from transformers import GPT2Config, LlamaConfig
 from dlm_jax.checkpoints import config_from_hf
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel.chips import CHIPS
-from dlm_jax.plan.compile import KNOWN, CompileError, compile_step, describe_base, exhausted
+from dlm_jax.plan.compile import KNOWN, Base, CompileError, compile_step, describe_base, exhausted
 from dlm_jax.plan.topology import read_topology, tpu_devices
-from dlm_jax.training.config import ModelSource
+from dlm_jax.training.config import ModelSource, TrainConfig
 from dlm_jax.training.flops import count_params
 from tests.plan.conftest import needs_libtpu
+
+
+def describe(model: ModelSource) -> Base:
+    return describe_base(TrainConfig(model=model))[0]
 
 
 @pytest.mark.parametrize(("source", "params"), [
@@ -22,7 +26,7 @@ from tests.plan.conftest import needs_libtpu
     ("meta-llama/Llama-2-7b-hf", 6_738_415_616), ("meta-llama/Llama-3.2-1B", 1_235_814_400),
     ("Qwen/Qwen3-0.6B", 596_049_920)])
 def test_known_models_count_parameters(source, params):
-    base = describe_base(ModelSource(source=source, mask_token=7))
+    base = describe(ModelSource(source=source, mask_token=7))
     assert count_params(base.config) == params and base.mask_token_id == 7
 
 
@@ -36,12 +40,12 @@ def test_known_models_match_transformers():
 
 def test_new_mask_token_adds_a_row(tiny):
     for source, size in (("gpt2", 50257), (str(tiny), 300)):
-        new = describe_base(ModelSource(source=source, mask_token="<|mask|>"))
+        new = describe(ModelSource(source=source, mask_token="<|mask|>"))
         assert (new.config.vocab_size, new.mask_token_id) == (size + 1, size)
-        old = describe_base(ModelSource(source=source, mask_token=11))
+        old = describe(ModelSource(source=source, mask_token=11))
         assert (old.config.vocab_size, old.mask_token_id) == (size, 11)
     with pytest.raises(CheckpointError, match="50257"):
-        describe_base(ModelSource(source="gpt2", mask_token=50257))
+        describe(ModelSource(source="gpt2", mask_token=50257))
 
 
 def test_directory_before_known_id(tmp_path, monkeypatch, tiny):
@@ -49,20 +53,20 @@ def test_directory_before_known_id(tmp_path, monkeypatch, tiny):
     (tmp_path / "gpt2").mkdir()
     content = json.loads((tiny / "config.json").read_text()) | {"mask_token_id": 5}
     (tmp_path / "gpt2" / "config.json").write_text(json.dumps(content))
-    base = describe_base(ModelSource(source="gpt2"))
+    base = describe(ModelSource(source="gpt2"))
     assert (base.config.hidden_size, base.mask_token_id) == (128, 5)
 
 
 def test_missing_sources():
     with pytest.raises(ConfigError, match=r"model\.source"):
-        describe_base(ModelSource())
+        describe(ModelSource())
     with pytest.raises(CheckpointError, match="no/such/folder"):
-        describe_base(ModelSource(source="no/such/folder"))
+        describe(ModelSource(source="no/such/folder"))
 
 
 def test_random_weights(tiny):
     source = ModelSource(source=str(tiny), init="random", mask_token=3)
-    assert describe_base(source) == dataclasses.replace(describe_base(dataclasses.replace(source, init="pretrained")))
+    assert describe(source) == dataclasses.replace(describe(dataclasses.replace(source, init="pretrained")))
 
 
 def test_workdir(tmp_path, tiny):
@@ -71,7 +75,7 @@ def test_workdir(tmp_path, tiny):
         (tmp_path / folder).mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"model.param_dtype": "float32"}))
     (tmp_path / "model" / "config.json").write_text(json.dumps(content))
-    base = describe_base(ModelSource(source=f"{tmp_path}@500"))
+    base = describe(ModelSource(source=f"{tmp_path}@500"))
     assert (base.config.hidden_size, base.mask_token_id) == (128, 5)
 
 

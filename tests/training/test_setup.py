@@ -58,7 +58,7 @@ def test_base_without_shift_and_other_dropout(config, pretrained, tmp_path):
 def test_dropout_is_that_of_the_config(config, base, tmp_path):
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        own, given = (load_base(changed(config, "model.dropout", rate), tmp_path, mesh, resumed=False).model
+        own, given = (load_base(changed(config, "model.dropout", rate), tmp_path, mesh, resumed=False)[0].model
                       for rate in (None, 0.0))
     assert own.config == with_dropout(given.config, 0.1) != given.config
     assert nnx.graphdef(own) != nnx.graphdef(given)
