@@ -16,7 +16,7 @@ def get_config():
     config.num_steps = 2_000
 
     config.model.source = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    config.model.mask_token = "<empty_output>"  # id 16; the vocabulary stays a multiple of 128
+    config.model.default_mask_token = "<empty_output>"  # id 16; the vocabulary stays a multiple of 128
     config.model.dtype = "auto"
 
     config.data.length = 128

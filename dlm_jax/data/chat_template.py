@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dlm_jax.data.records import BadRecord, get_text
-from dlm_jax.data.tokenization import tokenize
+from dlm_jax.data.special_tokens import hide, show, tokenize_rendered
 from dlm_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class ChatTemplate:
         rendered, end = self._try_render([*history, message], place, tools), self.turn_end
         if not rendered.endswith(end.text):
             raise BadRecord(f"the chat template ends {place} with {rendered[-20:]!r}, not with {end.text!r}")
-        ids, = tokenize(self.tokenizer, [rendered.removesuffix(end.text) + end.learned], special_tokens=True)
+        ids = tokenize_rendered(self.tokenizer, rendered.removesuffix(end.text) + end.learned)
         if ids[:len(prompt)] != prompt:
             raise BadRecord(f"the tokens before {place} change when it is added, so that no prompt leads to it")
         return Turn(text, prompt, ids[len(prompt):], end.token_id is not None)
@@ -103,9 +103,8 @@ class ChatTemplate:
         """
         place = f"message {len(history) + 1}"
         check_not_blank(f"history before {place}", "".join(before["content"] for before in history))
-        text = self._try_render(history, place, tools, add_generation_prompt=True)
-        ids, = tokenize(self.tokenizer, [text], special_tokens=True)
-        return text, ids
+        rendered = self._try_render(history, place, tools, add_generation_prompt=True)
+        return show(self.tokenizer, rendered), tokenize_rendered(self.tokenizer, rendered)
 
     @functools.cached_property
     def template(self) -> str:
@@ -145,10 +144,12 @@ class ChatTemplate:
 
     def _try_render(self, messages: list[Message], place: str, tools: list[Any] | None, *,
                     add_generation_prompt: bool = False) -> str:
+        """Returns what the template writes of messages and tools, whose special tokens are hidden."""
         for name, used in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
             if used and not re.search(rf"\b{name}\b", self.template):
                 raise BadRecord(f"it has {name}, which the chat template {self.file or 'of the tokenizer'} does not "
                                 "write; name a file with one that does (data.examples.chat_template)")
+        messages, tools = hide(self.tokenizer, [messages, tools])
         try:
             return self._render(messages, tools, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program: it can fail in any way
@@ -175,8 +176,9 @@ def get_tools(record: dict[str, Any]) -> list[Any] | None:
 def get_messages(record: dict[str, Any], key: str) -> list[Message]:
     """Returns the messages under `key`, as {role, content}; ShareGPT's {from, value} is accepted too.
 
-    A message with `tool_calls`, as in OpenAI's API, needs no content; arguments in JSON text are parsed, as chat
-    templates expect. A record's `system`, as in ShareGPT's data, becomes the first message.
+    As in OpenAI's API, content may be a list of parts, whose texts are joined by newlines, and a message with
+    `tool_calls` needs no content; arguments in JSON text are parsed, as chat templates expect. A record's `system`, as
+    in ShareGPT's data, becomes the first message.
 
     Raises:
       BadRecord: there is no list of such messages.
@@ -204,6 +206,8 @@ def _read_message(message: Message) -> Message:
     calls = message.get("tool_calls")
     if calls and message.get("content") is None:
         message = {**message, "content": ""}
+    if isinstance(message.get("content"), list):
+        message = {**message, "content": "\n".join(map(_part_text, message["content"]))}
     role, _ = get_text(message, "role"), get_text(message, "content")
     message = {**message, "role": _ROLES.get(role.strip().lower(), role)}
     if not calls:
@@ -211,6 +215,14 @@ def _read_message(message: Message) -> Message:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise BadRecord("'tool_calls' is no list of calls")
     return message | {"tool_calls": [_read_call(call) for call in calls]}
+
+
+def _part_text(part: Any) -> str:
+    """Returns the text of a part of a message, as OpenAI's API takes them."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text":
+        raise BadRecord(f"a part of the type {kind!r} in 'content'; only parts of text can be read")
+    return get_text(part, "text")
 
 
 def _read_call(call: dict[str, Any]) -> dict[str, Any]:

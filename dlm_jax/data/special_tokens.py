@@ -1,0 +1,85 @@
+"""Special tokens that someone has spelled out in a conversation: text, while those of its chat template are tokens.
+
+Before a template is rendered, `hide` puts marks in place of such text; `tokenize_rendered` then sees what the template
+has written itself. The marks are of noncharacters, which no text should have.
+"""
+
+import functools
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from dlm_jax.data.records import BadRecord
+from dlm_jax.data.tokenization import tokenize
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_TOKEN = "\ufdd0{}\ufdd1"  # a special token, by its id
+_TEXT = "\ufdd2{}\ufdd3"  # the text that spells one
+_MARKS = re.compile("[\ufdd0-\ufdd3]")
+
+
+def hide(tokenizer: "PreTrainedTokenizerBase", value: Any) -> Any:
+    """Returns messages, or any other JSON, with marks in place of the special tokens that its texts spell.
+
+    Raises:
+      BadRecord: a text has a noncharacter that is one of the marks.
+    """
+    if isinstance(value, str):
+        if mark := _MARKS.search(value):
+            raise BadRecord(f"the text has U+{ord(mark[0]):X}, which is not a character; remove it")
+        pattern, ids = _special(tokenizer, len(tokenizer))
+        return pattern.sub(lambda match: _TEXT.format(ids[match[0]]), value)
+    if isinstance(value, dict):
+        return {key: hide(tokenizer, item) for key, item in value.items()}
+    return [hide(tokenizer, item) for item in value] if isinstance(value, list) else value
+
+
+def show(tokenizer: "PreTrainedTokenizerBase", rendered: str) -> str:
+    """Returns a rendered text with the texts that `hide` had replaced."""
+    return re.sub(_TEXT.format(r"(\d+)"), lambda match: _spelling(tokenizer, int(match[1])), rendered)
+
+
+def tokenize_rendered(tokenizer: "PreTrainedTokenizerBase", rendered: str) -> list[int]:
+    """Returns the token ids of what a template has made of hidden messages: only its own special tokens are tokens.
+
+    Raises:
+      BadRecord: a special token is spelled out, and the tokenizer is not one of the library `tokenizers`.
+    """
+    if not _MARKS.search(rendered):
+        row, = tokenize(tokenizer, [rendered], special_tokens=True)
+        return row
+    if not tokenizer.is_fast:
+        raise BadRecord(f"a message spells out a special token, which {type(tokenizer).__name__} cannot read as text")
+    pattern, ids = _special(tokenizer, len(tokenizer))
+    backend, marked = _marking_backend(tokenizer, len(tokenizer))
+    text = show(tokenizer, pattern.sub(lambda match: _TOKEN.format(ids[match[0]]), rendered))
+    return [marked.get(token, token) for token in backend.encode(text, add_special_tokens=False).ids]
+
+
+@functools.lru_cache(maxsize=8)
+def _special(tokenizer: "PreTrainedTokenizerBase", size: int) -> tuple[re.Pattern, dict[str, int]]:
+    """Returns a pattern of the special tokens, the longest first, and their ids; `size` renews it when they grow."""
+    ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    names = sorted(filter(str.strip, ids), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)"), ids
+
+
+def _spelling(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
+    return str(tokenizer.added_tokens_decoder[token])
+
+
+@functools.lru_cache(maxsize=8)
+def _marking_backend(tokenizer: "PreTrainedTokenizerBase", size: int) -> "tuple[Tokenizer, dict[int, int]]":
+    """Returns a backend whose special tokens are spelled by their marks, and their ids from its own."""
+    import tokenizers
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {
+        "truncation": None, "padding": None, "post_processor": None}
+    special = [token for token in state["added_tokens"] if token["special"]]
+    for token in special:
+        token["content"] = _TOKEN.format(token["id"])
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    return backend, {backend.token_to_id(token["content"]): token["id"] for token in special}
