@@ -74,7 +74,26 @@ def _load_as_stored(directory: Path, named: "PreTrainedTokenizerBase | None") ->
     recorded = json.loads(config.read_text()) if config.is_file() else {}
     if not (directory / "tokenizer.json").is_file() and "add_bos_token" not in recorded:
         settings["add_bos_token"] = True  # as LLaMA's tokenizer, whose file is a sentencepiece model
-    return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **settings)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **settings)
+    if recorded.get("legacy") is False and not (directory / "tokenizer.json").is_file():
+        _add_space_to_first_text(tokenizer)
+    return tokenizer
+
+
+def _add_space_to_first_text(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Puts sentencepiece's space before the first text alone, not before one that follows a special token.
+
+    transformers omits it also before a text that starts with a space of its own. Spaces are "\u2581" here already, so a
+    step that adds one where there is none adds one always.
+    """
+    from tokenizers import pre_tokenizers
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps = (state["pre_tokenizer"] or {}).get("pretokenizers", [state["pre_tokenizer"]])
+    if steps == [{"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}]:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
+            pre_tokenizers.Metaspace("\u2581", prepend_scheme="never", split=False)])
 
 
 Encode = Callable[[list[str]], list[list[int]]]

@@ -5,19 +5,16 @@ has written itself. The marks are of noncharacters, which no text should have.
 """
 
 import functools
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
 from dlm_jax.data.records import BadRecord
-from dlm_jax.data.tokenization import tokenize
+from dlm_jax.data.tokenization import MARK, marked_backend, special_tokens_of, tokenize
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-_TOKEN = "\ufdd0{}\ufdd1"  # a special token, by its id
-_TEXT = "\ufdd2{}\ufdd3"  # the text that spells one
+_TEXT = "\ufdd2{}\ufdd3"  # text that spells a special token, by its id
 _MARKS = re.compile("[\ufdd0-\ufdd3]")
 
 
@@ -54,32 +51,18 @@ def tokenize_rendered(tokenizer: "PreTrainedTokenizerBase", rendered: str) -> li
     if not tokenizer.is_fast:
         raise BadRecord(f"a message spells out a special token, which {type(tokenizer).__name__} cannot read as text")
     pattern, ids = _special(tokenizer, len(tokenizer))
-    backend, marked = _marking_backend(tokenizer, len(tokenizer))
-    text = show(tokenizer, pattern.sub(lambda match: _TOKEN.format(ids[match[0]]), rendered))
-    return [marked.get(token, token) for token in backend.encode(text, add_special_tokens=False).ids]
+    backend = marked_backend(tokenizer, len(tokenizer), read_marks=True)
+    text = show(tokenizer, pattern.sub(lambda match: MARK.format(ids[match[0]]), rendered))
+    return backend.encode(text, add_special_tokens=False).ids
 
 
 @functools.lru_cache(maxsize=8)
 def _special(tokenizer: "PreTrainedTokenizerBase", size: int) -> tuple[re.Pattern, dict[str, int]]:
     """Returns a pattern of the special tokens, the longest first, and their ids; `size` renews it when they grow."""
-    ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = special_tokens_of(tokenizer, size)
     names = sorted(filter(str.strip, ids), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)"), ids
 
 
 def _spelling(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
     return str(tokenizer.added_tokens_decoder[token])
-
-
-@functools.lru_cache(maxsize=8)
-def _marking_backend(tokenizer: "PreTrainedTokenizerBase", size: int) -> "tuple[Tokenizer, dict[int, int]]":
-    """Returns a backend whose special tokens are spelled by their marks, and their ids from its own."""
-    import tokenizers
-
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {
-        "truncation": None, "padding": None, "post_processor": None}
-    special = [token for token in state["added_tokens"] if token["special"]]
-    for token in special:
-        token["content"] = _TOKEN.format(token["id"])
-    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    return backend, {backend.token_to_id(token["content"]): token["id"] for token in special}

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MARK = "\ufdd0{}\ufdd1"  # spells a special token by its id, in noncharacters, which no text should have
+
+
 def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *,
              special_tokens: bool = False) -> list[list[int]]:
     """Returns the token ids of each text, without special tokens around it and without truncation.
@@ -25,12 +28,8 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *,
         return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=not special_tokens,
                          return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     # The backend itself is faster than its wrapper in transformers.
-    backend = _backend(tokenizer, len(tokenizer), special_tokens)
-    rows = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    if special_tokens:
-        return rows
-    reserved = _special_ids(tokenizer, len(tokenizer))
-    return [row if reserved.isdisjoint(row) else _spell_out(row, backend, reserved) for row in rows]
+    backend = _backend(tokenizer, len(tokenizer)) if special_tokens else marked_backend(tokenizer, len(tokenizer))
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def tokenize_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -45,31 +44,57 @@ def is_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _backend(tokenizer: "PreTrainedTokenizerBase", size: int, special_tokens: bool) -> "Tokenizer":
+def _backend(tokenizer: "PreTrainedTokenizerBase", size: int) -> "Tokenizer":
     """Returns a copy of the backend that neither truncates nor pads; `size` in the key renews it when it grows."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = not special_tokens
     return backend
 
 
 @functools.lru_cache(maxsize=8)
-def _special_ids(tokenizer: "PreTrainedTokenizerBase", size: int) -> frozenset[int]:
-    """Returns the ids that no text has; unknown text has one, and the mask token may be an ordinary token."""
-    return frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id, tokenizer.mask_token_id}
+def special_tokens_of(tokenizer: "PreTrainedTokenizerBase", size: int) -> dict[str, int]:
+    """Returns the ids of the tokens that no text has; `size` in the key renews them when they grow.
+
+    The mask token may be an ordinary token, which texts have.
+    """
+    ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    mask = tokenizer.mask_token
+    if mask is not None and mask in (tokenizer.backend_tokenizer.get_vocab(False) if tokenizer.is_fast else ()):
+        ids.pop(mask, None)
+    return ids
 
 
-def _spell_out(row: list[int], backend: "Tokenizer", reserved: frozenset[int]) -> list[int]:
-    """Replaces special tokens by the tokens of their characters, for a model (Unigram) that finds them in text."""
-    spelled = []
-    for token in row:
-        text = backend.id_to_token(token) if token in reserved else ""
-        spelled += [found.id for half in (text[:1], text[1:]) for found in backend.model.tokenize(half)
-                    ] if text else [token]
-    return spelled
+@functools.lru_cache(maxsize=8)
+def marked_backend(tokenizer: "PreTrainedTokenizerBase", size: int, *, read_marks: bool = False) -> "Tokenizer":
+    """Returns a copy of the backend in which special tokens are spelled by their marks, so that no text is one.
+
+    Args:
+      size: of the tokenizer; in the key, it renews the copy when it grows.
+      read_marks: whether marks in a text are read as the tokens they spell.
+    """
+    import tokenizers
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {
+        "truncation": None, "padding": None, "post_processor": None}
+    model, added = state["model"], state["added_tokens"]
+    marks = {name: MARK.format(token) for name, token in special_tokens_of(tokenizer, size).items()}
+    for token in added:
+        token["content"] = marks.get(token["content"], token["content"])
+    if model.get("unk_token") in marks:
+        model["unk_token"] = marks[model["unk_token"]]
+    if isinstance(model["vocab"], list):  # Unigram
+        model["vocab"] = [[marks.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {marks.get(piece, piece): number for piece, number in model["vocab"].items()}
+    if "merges" in model:
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & marks.keys()]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    backend.encode_special_tokens = not read_marks
+    return backend
 
 
 def id_limit(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -84,7 +84,7 @@ def test_config_precedes_tokenizer(tokenizer):
 SPACES = [" " * n + "x" + " " * n for n in range(20)]
 TEXTS = [
     *SPACES, "def f(x):\n    return x  # two", "| a  |  1.50 |", "3.14 12345",
-    "na\u00efve \u4f60\u597d \U0001f642", "</s> <s>", "",
+    "na\u00efve \u4f60\u597d \U0001f642", "</s> <s>", "<unk> a<unk>", "",
 ]
 
 
@@ -93,6 +93,18 @@ def test_ids_are_those_of_sentencepiece(tmp_path, test_data, name):
     shutil.copy(test_data / name / "tokenizer.model", tmp_path)
     own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert tokenize(load_tokenizer(tmp_path), TEXTS) == own.encode(TEXTS)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_space_after_special_tokens(tmp_path, test_data, legacy):
+    """sentencepiece's space before a text: with `legacy` also after a special token."""
+    shutil.copy(test_data / "llama2_tokenizer" / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": legacy}))
+    tokenizer, own = load_tokenizer(tmp_path), sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    assert tokenize(tokenizer, TEXTS) == own.encode(TEXTS)
+    for text in ("a", " a", "  a", "[INST] x", "\nA"):
+        after = own.encode(text) if legacy else own.encode("\n" + text)[len(own.encode("\n")):]
+        assert tokenize(tokenizer, [f" b<s>{text}"], special_tokens=True) == [[*own.encode(" b"), 1, *after]]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
