@@ -28,7 +28,7 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *,
         return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=not special_tokens,
                          return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     # The backend itself is faster than its wrapper in transformers.
-    backend = _backend(tokenizer, len(tokenizer)) if special_tokens else marked_backend(tokenizer, len(tokenizer))
+    backend = _backend(tokenizer, len(tokenizer), special_tokens)
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
@@ -44,13 +44,17 @@ def is_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _backend(tokenizer: "PreTrainedTokenizerBase", size: int) -> "Tokenizer":
+def _backend(tokenizer: "PreTrainedTokenizerBase", size: int, special_tokens: bool) -> "Tokenizer":
     """Returns a copy of the backend that neither truncates nor pads; `size` in the key renews it when it grows."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
+    backend.encode_special_tokens = not special_tokens
+    if not special_tokens and any(found.id == token for name, token in special_tokens_of(tokenizer, size).items()
+                                  for found in backend.model.tokenize(name)):
+        return marked_backend(tokenizer, size)  # the model (Unigram) finds special tokens in text by itself
     return backend
 
 
