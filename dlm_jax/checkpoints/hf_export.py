@@ -63,6 +63,8 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
     for name in ("bos_token_id", "eos_token_id"):  # without them, transformers uses its own defaults
         if hf_config.get(name) is None:
             hf_config[name] = getattr(pretrained, name)
+    if tokenizer is not None and "dlm_jax" in hf_config:
+        hf_config["dlm_jax"]["start_token_id"] = pretrained.start_token_id
     tensors = named_tensors(pretrained.model)
     if layout == "diffugpt":
         tokenizer = _diffugpt_tokenizer(pretrained)

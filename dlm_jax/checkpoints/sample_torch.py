@@ -8,11 +8,12 @@ fills some of the masked positions, until all are filled. `--temperature 0` take
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 
 def load_model(directory: str | Path) -> torch.nn.Module:
@@ -32,6 +33,31 @@ def bidirectional_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.
     return model(tokens, attention_mask=mask.expand(len(tokens), 1, -1, -1), use_cache=False).logits.float()
 
 
+def missing_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids of the vocabulary that no token has, such as rows that pad an embedding: they have no text."""
+    return sorted(set(range(model.config.vocab_size)) - set(tokenizer.get_vocab().values()))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int, suffix: str,
+           start: int) -> tuple[list[int], list[bool]]:
+    """Returns a row of tokens with a gap, and which of them are fixed; `start` is the token of position 0.
+
+    Special tokens are read only in what a chat template has written: a text that starts with one other than the mask.
+    """
+    special = tuple(token for token in tokenizer.all_special_tokens if token != tokenizer.mask_token)
+    rendered = prompt.startswith(special)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not rendered)
+
+    prefix, anchor, inner = ids(prompt.removesuffix(" ")), ids("\n"), ids("\n" + suffix)
+    if not rendered or (prefix[:1] != [start] and start == tokenizer.bos_token_id):  # a template writes its own start
+        prefix = [start, *prefix]
+    # Without the space that SentencePiece puts at a start.
+    inner = inner[len(anchor) :] if suffix and inner[: len(anchor)] == anchor else ids(suffix)
+    return prefix + [0] * length + inner, [True] * len(prefix) + [False] * length + [True] * len(inner)
+
+
 def choose(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> torch.Tensor:
     """Samples tokens [...] from logits [..., vocab], by temperature, within the top_p most probable mass."""
     if temperature == 0:
@@ -45,11 +71,12 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float, generator: to
 
 @torch.no_grad()
 def sample(model: torch.nn.Module, tokens: torch.Tensor, fixed: torch.Tensor, *, policy: str = "confidence",
-           num_steps: int = 64, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> torch.Tensor:
+           num_steps: int = 64, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
+           missing: Sequence[int] = ()) -> torch.Tensor:
     """Fills the positions of `tokens` [batch, length] that are not `fixed` (bool, same shape); position 0 is context.
 
     The policy "random" reveals each masked token at a uniformly random step; "confidence" reveals equally many at each
-    step, those whose sampled token is the most probable.
+    step, those whose sampled token is the most probable. The ids `missing` are never sampled.
     """
     settings = model.config.dlm_jax
     generator = torch.Generator(tokens.device).manual_seed(seed)
@@ -64,7 +91,7 @@ def sample(model: torch.nn.Module, tokens: torch.Tensor, fixed: torch.Tensor, *,
         logits = bidirectional_logits(model, tokens)
         if settings["shift"]:  # the output at n - 1 predicts the token at n
             logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
-        logits[..., settings["mask_token_id"]] = -torch.inf
+        logits[..., [settings["mask_token_id"], *missing]] = -torch.inf
         sampled = choose(logits, temperature, top_p, generator)
         if policy == "random":
             chance = torch.rand(masked.shape, generator=generator, device=tokens.device)
@@ -97,15 +124,15 @@ def main() -> None:
 
     model, tokenizer = load_model(args.model), AutoTokenizer.from_pretrained(args.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    prefix = [start, *tokenizer.encode(args.prompt, add_special_tokens=False)]
-    suffix = tokenizer.encode(args.suffix, add_special_tokens=False)
-    row = prefix + [0] * args.length + suffix
-    fixed = [True] * len(prefix) + [False] * args.length + [True] * len(suffix)
+    row, fixed = encode(tokenizer, args.prompt, args.length, args.suffix, model.config.dlm_jax["start_token_id"])
     tokens = torch.tensor([row] * args.num_samples, device=model.device)
     tokens = sample(model, tokens, torch.tensor([fixed] * args.num_samples, device=model.device), policy=args.policy,
-                    num_steps=args.num_steps, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+                    num_steps=args.num_steps, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+                    missing=missing_ids(model, tokenizer))
+    gap = fixed.index(False)
     for row in tokens.tolist():
+        if not args.suffix and tokenizer.eos_token_id in row[gap:]:
+            row = row[: row.index(tokenizer.eos_token_id, gap)]
         print(tokenizer.decode(row, skip_special_tokens=True))
 
 

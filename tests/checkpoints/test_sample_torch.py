@@ -1,6 +1,9 @@
 """The PyTorch sampler that goes with an export, against this library's own."""
 
+import dataclasses
+import itertools
 import runpy
+import shutil
 import sys
 
 import jax
@@ -8,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained, sample_torch, save_pretrained
 from dlm_jax.diffusion import DiffusionSpec
-from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
+from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, sample
+from dlm_jax.sampling.text import encode
 from tests.checkpoints import families
 
 MASK = 5
@@ -25,7 +30,7 @@ def export(case, directory):
     return pretrained, sample_torch.load_model(directory / "out")
 
 
-@pytest.mark.parametrize("case", ["gpt2", "mistral-window"])
+@pytest.mark.parametrize("case", ["gpt2", "llama3-rope", "mistral-window", "qwen2", "qwen3"])
 def test_logits_and_greedy_samples_agree(case, tmp_path):
     pretrained, model = export(case, tmp_path)
     tokens = families.tokens(length=20)
@@ -43,6 +48,55 @@ def test_logits_and_greedy_samples_agree(case, tmp_path):
     expected = sample(pretrained.model, tokens, fixed, jnp.array([20, 20]), jax.random.split(jax.random.key(0), 2),
                       spec).tokens
     np.testing.assert_array_equal(found, expected)
+
+
+def with_real_tokenizer(name, folder, test_data):
+    """Makes a tiny model of the family with a real tokenizer, whose embedding is padded to a multiple of 64."""
+    if name == "stories260K_hf":
+        return test_data / name
+    family, files, size = {
+        "gpt2_bpe": ("gpt2", {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}, 50304),
+        "llama2_tokenizer": ("llama1", {"tokenizer.model": "tokenizer.model"}, 32064)}[name]
+    model = families.make(family)
+    model.resize_token_embeddings(size)
+    model.save_pretrained(folder)
+    for stored, needed in files.items():
+        shutil.copy(test_data / name / stored, folder / needed)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2_bpe", "llama2_tokenizer", "stories260K_hf"])
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_rows_and_candidates_are_the_librarys(name, add_bos, tmp_path, test_data):
+    base = load_pretrained(with_real_tokenizer(name, tmp_path / "base", test_data), mask_token="<|mask|>")
+    recipe = {"data.add_bos": add_bos, "data.packing": "concat"}
+    save_pretrained(tmp_path / "out", dataclasses.replace(base, recipe=recipe))
+    ours = load_pretrained(tmp_path / "out")
+    model = sample_torch.load_model(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    bos = tokenizer.bos_token
+    prompts = ("", "Once  upon a time ", " a", f"a {bos} b</s>", f"{bos}[INST] Tom? [/INST]", "<|mask|> x", "\n", "1 2")
+    for prompt, suffix in itertools.product(prompts, ("", " the end.", "\nx", "</s>")):
+        row, fixed = sample_torch.encode(tokenizer, prompt, 3, suffix, model.config.dlm_jax["start_token_id"])
+        expected, _ = encode(ours.tokenizer, [prompt, 3, suffix], ours.start_token_id)
+        assert [token if keep else GAP for token, keep in zip(row, fixed, strict=True)] == expected, (prompt, suffix)
+    assert sample_torch.missing_ids(model, tokenizer) == [token for ids in ours.diffusion.missing_ids for token in ids]
+    tokens = np.array([expected])
+    tokens[tokens == GAP] = ours.diffusion.mask_token_id
+    with torch.no_grad():
+        logits = sample_torch.bidirectional_logits(model, torch.from_numpy(tokens))
+    np.testing.assert_allclose(
+        logits, families.logits(ours.model, tokens, AttentionMask.bidirectional()), atol=1e-4)
+
+
+def test_missing_ids_are_never_sampled(tmp_path):
+    _, model = export("gpt2", tmp_path)
+    tokens = torch.from_numpy(families.tokens(length=20)).long()
+    fixed = torch.zeros(tokens.shape, dtype=torch.bool)
+    allowed = [7, 11]
+    missing = sorted(set(range(model.config.vocab_size)) - set(allowed))
+    found = sample_torch.sample(model, tokens, fixed, num_steps=4, missing=missing)
+    assert set(found[:, 1:].flatten().tolist()) <= set(allowed)
 
 
 def test_random_policy_fills_all_gaps_by_seed(tmp_path):
