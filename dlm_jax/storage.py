@@ -232,6 +232,20 @@ def local_copy(directory: epath.PathLike) -> Path:
     return folder
 
 
+def local_file(path: epath.PathLike) -> Path:
+    """Returns a local copy of a file on an object store, kept in the user's cache and copied again if its size differs.
+
+    Raises:
+      CheckpointError: there is no such file.
+    """
+    remote = ensure_accessible(path)
+    if not remote.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    folder = cache_folder() / "copies" / hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
+    fetch_files(remote.parent, {remote.name: remote.stat().length}, folder)
+    return folder / remote.name
+
+
 @contextlib.contextmanager
 def atomic_directory(directory: epath.PathLike, last: str = "config.json") -> Iterator[Path]:
     """Yields a folder that becomes `directory` at the end, and replaces an earlier export there.

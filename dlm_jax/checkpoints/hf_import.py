@@ -17,12 +17,13 @@ from jax.sharding import Sharding
 from tqdm import tqdm
 
 from dlm_jax.checkpoints import hf_names
-from dlm_jax.checkpoints.hf_tensors import read_tensors
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import ModelConfig, abstract_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from dlm_jax.checkpoints.stored import Tensor
 
 # Mask tokens of DiffuGPT-S and -M by vocabulary size, for a checkpoint without its tokenizer.
 _DIFFUGPT_MASK_IDS = {50257: 10541, 50258: 50257}
@@ -33,13 +34,15 @@ _EXPONENTS = {"float32": (np.uint32, 0x7F80_0000), "bfloat16": (np.uint16, 0x7F8
 Bounds = tuple[tuple[int, int], ...]  # start and stop along each axis
 
 
-def open_tensors(directory: Path, config: ModelConfig, mask_token_id: int | None,
-                 tokenizer: "PreTrainedTokenizerBase | None"
-                 ) -> tuple[dict[str, np.ndarray], ModelConfig, int | None]:
-    """Opens a checkpoint's tensors and checks them.
+def open_tensors(stored: Mapping[str, "Tensor"], config: ModelConfig, mask_token_id: int | None,
+                 tokenizer: "PreTrainedTokenizerBase | None", path: Path
+                 ) -> tuple[dict[str, "Tensor"], ModelConfig, int | None]:
+    """Checks a checkpoint's tensors.
 
     Args:
+      stored: the tensors by the names that they have there.
       config, mask_token_id: as config.json records them.
+      path: of the checkpoint, for messages.
 
     Returns:
       The tensors by HF name, on disk until they are used, and `config` and `mask_token_id` as the tensors show them:
@@ -48,7 +51,6 @@ def open_tensors(directory: Path, config: ModelConfig, mask_token_id: int | None
     Raises:
       CheckpointError: tensors are missing, damaged, unknown, or not what `config` describes.
     """
-    stored = read_tensors(directory)
     tensors = {name: stored[found] for name, found in hf_names.canonical(stored, config.family).items()}
     config = _untie_different(config, tensors)
     if any(name.startswith("denoise_model.") for name in stored):  # DiffuGPT resizes its vocabulary, unrecorded
@@ -57,11 +59,11 @@ def open_tensors(directory: Path, config: ModelConfig, mask_token_id: int | None
             config = dataclasses.replace(config, vocab_size=len(embedding))
         if mask_token_id is None and getattr(tokenizer, "mask_token_id", None) is None:
             mask_token_id = _DIFFUGPT_MASK_IDS.get(config.vocab_size)
-    check_tensors(tensors, config, directory)
+    check_tensors(tensors, config, path)
     return tensors, config, mask_token_id
 
 
-def check_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig, directory: Path) -> None:
+def check_tensors(tensors: Mapping[str, "Tensor"], config: ModelConfig, path: Path) -> None:
     """Raises CheckpointError that names tensors that are missing, unknown, misshaped or not floating point."""
     expected = {name: hf_names.hf_shape(key, shape)
                 for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(config)))
@@ -78,11 +80,12 @@ def check_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig, direct
     }
     found = [f"{problem}: {_first_names(names)}" for problem, names in problems.items() if names]
     if found:
-        raise CheckpointError(f"{directory} does not hold the {config.family} model that its config.json describes; "
+        described_by = "config.json" if path.is_dir() else "metadata"
+        raise CheckpointError(f"{path} does not hold the {config.family} model that its {described_by} describes; "
                               f"it {'; it '.join(found)}")
 
 
-def stream_parameters(tensors: Mapping[str, np.ndarray], config: ModelConfig, shapes: nnx.State,
+def stream_parameters(tensors: Mapping[str, "Tensor"], config: ModelConfig, shapes: nnx.State,
                       shardings: list[Sharding], new_row: int | None) -> Iterator[tuple[tuple, nnx.Param]]:
     """Yields the parameters' paths and sharded arrays, in the dtypes of `shapes`, one parameter in memory at a time.
 
@@ -95,47 +98,51 @@ def stream_parameters(tensors: Mapping[str, np.ndarray], config: ModelConfig, sh
     progress = tqdm(zip(flat, shardings, strict=True), "importing", len(flat), leave=False, disable=None, delay=3)
     for (path, leaf), sharding in progress:
         key = hf_names.KEYS[config.family][".".join(path)]
-        stored = _StoredParam(tensors, key, leaf, new_row)
-        yield path, leaf.replace(jax.make_array_from_callback(leaf.shape, sharding, stored.read))
+        shards = _read_shards(tensors, key, leaf, new_row, sharding)
+        yield path, leaf.replace(jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index, leaf=leaf, shards=shards: shards[_bounds(index, leaf.shape)]))
 
 
-class _StoredParam:
-    """One parameter on disk: one view per layer, or a single view."""
+def _read_shards(tensors: Mapping[str, "Tensor"], key: hf_names.Key, leaf: nnx.Param, new_row: int | None,
+                 sharding: Sharding) -> dict[Bounds, np.ndarray]:
+    """Returns the shards of one parameter that this process needs; devices with the same shard share one copy.
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], key: hf_names.Key, leaf: nnx.Param, new_row: int | None):
-        self.shape, self.dtype = leaf.shape, leaf.dtype
-        named = hf_names.layer_tensors(key, leaf.shape)
-        self.names = [name for name, _ in named]
-        self.views = [hf_names.from_hf(tensors[name], key, shape) for name, shape in named]
-        self.stacked = leaf.axes[0] == "layers"
-        self.grows = new_row is not None and "vocab" in leaf.axes
-        if self.grows:
-            self.new_row, self.vocab_axis = new_row, leaf.axes.index("vocab")
-            self.mean = self.views[0].mean(axis=self.vocab_axis, dtype=np.float64)
-        self.shards: dict[Bounds, np.ndarray] = {}
+    Each stored tensor is read once, and only one is in memory beside the shards.
+    """
+    indices = sharding.addressable_devices_indices_map(leaf.shape).values()
+    shards = {bounds: aligned_empty([stop - start for start, stop in bounds], leaf.dtype)
+              for bounds in {_bounds(index, leaf.shape) for index in indices}}
+    windows = [(tuple(slice(*pair) for pair in bounds), shard) for bounds, shard in shards.items()]
+    stacked = leaf.axes[0] == "layers"
+    for layer, (name, shape) in enumerate(hf_names.layer_tensors(key, leaf.shape)):
+        view = hf_names.from_hf(np.asarray(tensors[name]), key, shape)
+        mean = None
+        if new_row is not None and "vocab" in leaf.axes:
+            vocab_axis = leaf.axes.index("vocab")
+            mean = view.mean(axis=vocab_axis, dtype=np.float64)
+        for window, shard in windows:
+            if mean is not None:
+                _copy_grown(shard, view, window, mean, new_row, vocab_axis, name)
+            elif not stacked:
+                _copy(shard, view[window], name)
+            elif window[0].start <= layer < window[0].stop:
+                _copy(shard[layer - window[0].start], view[window[1:]], name)
+    return shards
 
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns the shard at `index`; devices with the same shard share one copy."""
-        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, self.shape, strict=True))
-        if bounds not in self.shards:
-            self.shards[bounds] = shard = aligned_empty([stop - start for start, stop in bounds], self.dtype)
-            window = tuple(slice(*pair) for pair in bounds)
-            if self.stacked:
-                for target, view, name in zip(shard, self.views[window[0]], self.names[window[0]], strict=True):
-                    _copy(target, view[window[1:]], name)
-            elif self.grows:
-                self._read_grown(shard, window)
-            else:
-                _copy(shard, self.views[0][window], self.names[0])
-        return self.shards[bounds]
 
-    def _read_grown(self, shard: np.ndarray, window: tuple[slice, ...]) -> None:
-        known = np.moveaxis(self.views[0][window], self.vocab_axis, 0)  # without the new row: numpy clips slices
-        rows = np.moveaxis(shard, self.vocab_axis, 0)
-        _copy(rows[: len(known)], known, self.names[0])
-        first = window[self.vocab_axis].start
-        if first <= self.new_row < first + len(rows):
-            rows[self.new_row - first] = self.mean[window[1 - self.vocab_axis]]
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    return tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
+
+
+def _copy_grown(shard: np.ndarray, view: np.ndarray, window: tuple[slice, ...], mean: np.ndarray, new_row: int,
+                vocab_axis: int, name: str) -> None:
+    """Copies a table to which the row `new_row` is added, the mean of all others."""
+    known = np.moveaxis(view[window], vocab_axis, 0)  # without the new row: numpy clips slices
+    rows = np.moveaxis(shard, vocab_axis, 0)
+    _copy(rows[: len(known)], known, name)
+    first = window[vocab_axis].start
+    if first <= new_row < first + len(rows):
+        rows[new_row - first] = mean[window[1 - vocab_axis]]
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
@@ -166,7 +173,7 @@ def _is_finite(values: np.ndarray) -> bool:
     return not ((values.view(bits) & bits(exponent)) == exponent).any()
 
 
-def _untie_different(config: ModelConfig, tensors: dict[str, np.ndarray]) -> ModelConfig:
+def _untie_different(config: ModelConfig, tensors: dict[str, "Tensor"]) -> ModelConfig:
     """Returns `config` with the head untied if its tensor differs from the embedding; removes a tied head's tensor.
 
     A tied checkpoint may store either tensor, or both.

@@ -11,12 +11,13 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from dlm_jax.checkpoints.hf_config import blocks_from_record, config_from_hf, read_config, recorded_diffusion
+from dlm_jax.checkpoints.hf_config import blocks_from_record, config_from_hf, recorded_diffusion
 from dlm_jax.checkpoints.hf_import import open_tensors, stream_parameters
 from dlm_jax.checkpoints.hf_tensors import has_model_tensors
 from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
 from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
 from dlm_jax.checkpoints.source import find_base, is_workdir, locate, split_step
+from dlm_jax.checkpoints.stored import open_stored
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
 from dlm_jax.checkpoints.workdir import LoRABase, read_lora_base, read_run_config
 from dlm_jax.data.tokenization import missing_ids, start_token
@@ -37,7 +38,7 @@ from dlm_jax.models import (
     merge_lora,
     split_trainable,
 )
-from dlm_jax.storage import local_copy, read_metadata
+from dlm_jax.storage import local_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,9 +156,10 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
     """Loads a model and its tokenizer from any kind of checkpoint, onto whatever devices there are.
 
     Args:
-      source: a Hugging Face directory (on an object store too) or hub id, a training workdir, `workdir@step` or
-        `workdir@best`, or an adapter in PEFT's format. A workdir alone means its latest checkpoint. LoRA is merged into
-        its base, which is loaded by this function too: the weights beside an adapter, or else what it names.
+      source: a Hugging Face directory or a GGUF file (on an object store too), a hub id, a training workdir,
+        `workdir@step` or `workdir@best`, or an adapter in PEFT's format. A workdir alone means its latest checkpoint.
+        LoRA is merged into its base, which is loaded by this function too: the weights beside an adapter, or else
+        what it names.
       mask_token: the id or text of an existing token, or a new token, whose rows in embedding and head are the mean of
         all others; None: the token that the checkpoint records.
       base: the base of an adapter, in place of the one that the adapter names.
@@ -194,7 +196,7 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
         return _load_peft(directory, str(source), base, options)
     if base is not None:
         raise ConfigError(f"{source} is not an adapter, so it has no base; omit the base")
-    return _load_hf(directory, str(source), options)
+    return _load_stored(directory, str(source), options)
 
 
 def load_lora_base(workdir: epath.Path, record: LoRABase, compute: Compute, shardings: Shardings | None) -> Pretrained:
@@ -204,13 +206,13 @@ def load_lora_base(workdir: epath.Path, record: LoRABase, compute: Compute, shar
         param_dtype=read_run_config(workdir)["model.param_dtype"], shardings=shardings)
 
 
-def _load_hf(directory: Path, source: str, options: _Options) -> Pretrained:
-    hf_config, init, mask_token = read_config(directory), options.init, options.mask_token
-    config, tokenizer = config_from_hf(hf_config), load_tokenizer(directory)
+def _load_stored(path: Path, source: str, options: _Options) -> Pretrained:
+    stored, init, mask_token = open_stored(path), options.init, options.mask_token
+    hf_config, config, tokenizer = stored.config, config_from_hf(stored.config), stored.tokenizer
     recorded = recorded_diffusion(hf_config)
     mask_token_id = recorded.mask_token_id
     if init == "pretrained":
-        tensors, config, mask_token_id = open_tensors(directory, config, mask_token_id, tokenizer)
+        tensors, config, mask_token_id = open_tensors(stored.tensors(), config, mask_token_id, tokenizer, path)
     if mask_token_id is None and mask_token is None and tokenizer is None:
         mask_token = options.default_mask_token
     if init == "abstract" and tokenizer is None and isinstance(mask_token, str):
@@ -239,7 +241,7 @@ def _load_hf(directory: Path, source: str, options: _Options) -> Pretrained:
         model, provenance = _build_model(config, lora, options, read)
     diffusion = dataclasses.replace(recorded, mask_token_id=mask_token_id,
                                     missing_ids=missing_ids(tokenizer, config.vocab_size))
-    return Pretrained(model, tokenizer, diffusion, hf_config, source, read_metadata(directory).get("recipe"),
+    return Pretrained(model, tokenizer, diffusion, hf_config, source, stored.recipe,
                       provenance=provenance, new_mask_token=is_new, recorded_mask_token=recorded.mask_token_id)
 
 
@@ -248,7 +250,7 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
     from dlm_jax.checkpoints.orbax import resolve_step, restore_params  # Orbax is slow to import: for workdirs alone
 
     init = "random" if options.init == "random" else "abstract"
-    loaded = _load_hf(local_copy(directory / "model"), str(directory), dataclasses.replace(options, init=init))
+    loaded = _load_stored(local_copy(directory / "model"), str(directory), dataclasses.replace(options, init=init))
     loaded = dataclasses.replace(loaded, recipe=recipe)
     if options.init != "pretrained":
         return loaded
@@ -287,7 +289,7 @@ def _load_peft(directory: Path, source: str, base: str | None, options: _Options
     if mask_token is None:  # by text, if possible: the token may be new to the base
         mask_token = metadata.get("mask_token") or metadata.get("mask_token_id")
     if base is None and (directory / "config.json").is_file() and has_model_tensors(directory):
-        loaded = _load_hf(directory, source, dataclasses.replace(options, mask_token=mask_token, lora=None))
+        loaded = _load_stored(directory, source, dataclasses.replace(options, mask_token=mask_token, lora=None))
     else:
         loaded = _load_named_base(directory, base or adapter.base, mask_token, options)
     diffusion = dataclasses.replace(

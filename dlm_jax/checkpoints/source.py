@@ -1,4 +1,4 @@
-"""Which checkpoint a source means: a directory (on an object store too), a hub id, or a training `workdir[@step]`.
+"""Which checkpoint a source means: a directory or a GGUF file, a hub id, or a training `workdir[@step]`.
 
 Nothing here reads weights or imports JAX, so that a wrong path is refused at once.
 """
@@ -9,8 +9,9 @@ from typing import Any
 
 from etils import epath
 
+from dlm_jax.checkpoints.gguf_file import is_gguf, read_gguf
 from dlm_jax.errors import CheckpointError, did_you_mean
-from dlm_jax.storage import ensure_accessible, is_remote, local_copy, read_json, read_metadata
+from dlm_jax.storage import ensure_accessible, is_remote, local_copy, local_file, read_json, read_metadata
 
 LORA_FILE = "adapter.json"  # of a run with LoRA: see `workdir.LoRABase`
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -38,9 +39,9 @@ def split_step(path: epath.PathLike) -> tuple[epath.Path, str | None]:
 
 
 def absolute_source(source: str) -> str:
-    """Returns a source that resolves from any working directory: a directory's absolute path, with its step if any."""
+    """Returns a source that resolves from any working directory: the absolute path of what is there, with its step."""
     directory, step = split_step(source)
-    if is_remote(source) or not directory.expanduser().is_dir():
+    if is_remote(source) or not _is_here(directory.expanduser()):
         return source
     return str(directory.expanduser().resolve()) + ("" if step is None else f"@{step}")
 
@@ -62,30 +63,39 @@ def check_source(source: str) -> None:
             raise CheckpointError(f"{directory} has no checkpoint of step {step}; it has {', '.join(map(str, saved))}")
         return
     directory = locate(source, weights=False)
-    if not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise CheckpointError(f"{source} has no config.json, so it holds no model; give the directory of a checkpoint "
-                              "or the workdir of a run")
+    if is_gguf(directory):
+        read_gguf(directory)
+    elif not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
+        files = sorted(directory.glob("*.gguf"))
+        raise CheckpointError(f"{source} has no config.json, so it holds no model; " + (
+            f"give the GGUF file in it, {files[0]}" if files else
+            "give the directory of a checkpoint, the workdir of a run, or a GGUF file"))
 
 
 def find_base(source: str, beside: epath.PathLike) -> str:
-    """Returns the source of an adapter's base: `source` if it exists, else a directory so named in or next to `beside`.
+    """Returns the source of an adapter's base: `source` if it exists, else what is so named in or next to `beside`.
 
     If neither exists, returns `source` unchanged: it may be a hub id; otherwise loading it fails with a clear error.
     """
     named, at, step = source.rpartition("@")
     directory, step = (named, at + step) if at and not Path(source).is_dir() else (source, "")
-    if is_remote(directory) or Path(directory).expanduser().is_dir():
+    if is_remote(directory) or _is_here(Path(directory).expanduser()):
         return source
     name = Path(directory).name if Path(directory).is_absolute() else directory
     for folder in (epath.Path(beside), epath.Path(beside).parent):
-        if (folder / name).is_dir():
+        if _is_here(folder / name):
             return f"{folder / name}{step}"
     return source
 
 
+def _is_here(path: epath.PathLike) -> bool:
+    """Returns whether there is a directory or a GGUF file of this path."""
+    return epath.Path(path).is_dir() or (epath.Path(path).is_file() and is_gguf(Path(path)))
+
+
 def is_hub_id(source: str) -> bool:
     """Returns whether a source can only be a hub id: it has the form of one, and nothing here has that name."""
-    return _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    return _HUB_ID.fullmatch(source) is not None and not Path(source).exists() and not is_gguf(Path(source))
 
 
 def shipped_model(name: str) -> Path | None:
@@ -97,16 +107,18 @@ def shipped_model(name: str) -> Path | None:
 
 
 def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
-    """Returns the local directory of a checkpoint: one of that path, else one that comes with the library, else the
-    hub's of that id, which is downloaded or found in the hub's cache.
+    """Returns the local directory or GGUF file of a checkpoint: one of that path, else one that comes with the
+    library, else the hub's of that id, which is downloaded or found in the hub's cache.
 
     Args:
       weights: False fetches only the configuration and tokenizer.
 
     Raises:
-      CheckpointError: there is no such directory, or the hub cannot be reached or does not have it.
+      CheckpointError: there is no such directory or file, or the hub cannot be reached or does not have it.
     """
     if is_remote(path_or_hub_id):
+        if str(path_or_hub_id).endswith(".gguf"):
+            return local_file(path_or_hub_id)
         if not ensure_accessible(path_or_hub_id).is_dir():
             raise CheckpointError(f"there is no directory {path_or_hub_id}")
         return local_copy(path_or_hub_id)
@@ -115,8 +127,13 @@ def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
         return path
     if (shipped := shipped_model(str(path_or_hub_id))) is not None and not path.exists():
         return shipped
+    if is_gguf(path):
+        if not path.exists():
+            raise CheckpointError(f"there is no file {path}{_similar(path)}")
+        return path
     if path.exists():
-        raise CheckpointError(f"{path} is a file; give the directory that holds config.json and the weights")
+        raise CheckpointError(f"{path} is a file, and not in GGUF; give the directory that holds config.json and the "
+                              "weights")
     name = str(path_or_hub_id)
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"there is no directory {name}{_similar(path)}")
@@ -142,7 +159,7 @@ def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
 
 
 def settings_folder(source: str) -> Path:
-    """Returns the local directory with the config.json and the tokenizer of a source; raises as `locate`."""
+    """Returns the local directory or GGUF file with the configuration and the tokenizer of a source; as `locate`."""
     return local_copy(split_step(source)[0] / "model") if is_workdir(source) else locate(source, weights=False)
 
 
@@ -154,7 +171,8 @@ def read_recipe(source: str) -> dict[str, Any]:
 
 
 def _similar(path: Path) -> str:
-    """Returns a hint at a directory beside `path` with a name like its own."""
+    """Returns a hint at a directory or GGUF file beside `path` with a name like its own."""
     folder = path.parent
-    names = [other.name for other in folder.iterdir() if other.is_dir()] if folder.is_dir() else []
+    names = [other.name for other in folder.iterdir() if other.is_dir() or other.suffix == ".gguf"
+             ] if folder.is_dir() else []
     return did_you_mean(path.name, names, prefix="" if folder == Path() else f"{folder}/")

@@ -32,7 +32,7 @@ class LoRABase:
     """The record of a run with LoRA: its LoRA and the base for its checkpoints, which hold only what is trained.
 
     Attributes:
-      source: of the base: a directory, a hub id, or a workdir@step.
+      source: of the base: a directory, a GGUF file, a hub id, or a workdir@step.
       mask_token: the argument with which the base was loaded.
       fingerprint: `base_fingerprint` of the base.
     """

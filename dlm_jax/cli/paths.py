@@ -41,7 +41,7 @@ def check_run(config: "TrainConfig", workdir: str | None = None) -> None:
 
 
 def check_model(source: str) -> None:
-    """Checks a directory, a hub id, or a workdir[@step]."""
+    """Checks a directory, a GGUF file, a hub id, or a workdir[@step]."""
     from dlm_jax.checkpoints.source import check_source
 
     check_source(source)

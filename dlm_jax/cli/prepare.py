@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+", action="extend", metavar="SOURCE",
                         help="files, globs, tfds:NAME or hf:NAME (default: the recipe's data.train)")
     parser.add_argument("--tokenizer", metavar="MODEL",
-                        help="a directory or hub id (default: the recipe's model.source)")
+                        help="a directory, a GGUF file or a hub id (default: the recipe's model.source)")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the rows go, local or gs://...")
     parser.add_argument("--workers", type=int, help="processes that tokenize (default: one per core)")
     parser.add_argument("--shard_size", type=int, default=64, metavar="MIB",
@@ -52,12 +52,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.data or not arguments.tokenizer:
         check_run(config)
     from dlm_jax.checkpoints.source import read_recipe, settings_folder
-    from dlm_jax.checkpoints.tokenizer import load_tokenizer
+    from dlm_jax.checkpoints.stored import open_stored
     from dlm_jax.data.corpus import open_raw_sources
     from dlm_jax.data.prepare import prepare
     from dlm_jax.training.recorded import settle_data
 
-    tokenizer = load_tokenizer(settings_folder(model))
+    tokenizer = open_stored(settings_folder(model)).tokenizer
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer files")
     data = settle_data(config.data, read_recipe(model), tokenizer, model)  # as training from this model will

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, computes: bool = True) -> None:
     """Adds the arguments that `load_model` takes; a command that `computes` nothing has no --dtype=auto."""
-    parser.add_argument("--model", required=True, help="a directory, a hub id, a workdir[@step], or stories: the small "
-                        "model that comes with the library")
+    parser.add_argument("--model", required=True, help="a directory, a GGUF file, a hub id, a workdir[@step], or "
+                        "stories: the small model that comes with the library")
     parser.add_argument("--base", metavar="MODEL",
                         help="the base of an adapter in PEFT's format, instead of the one that the adapter names")
     parser.add_argument("--mask_token", metavar="TOKEN",

@@ -77,7 +77,8 @@ def describe_base(config: TrainConfig) -> tuple[Base, TrainConfig]:
     """
     model, default = config.model, default_mask_token(config)
     if not model.source:
-        raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
+        raise ConfigError("model.source names no base model; give a directory, a GGUF file, a hub id, or a "
+                          "workdir[@step]")
     if model.source in KNOWN and not Path(model.source).is_dir():
         architecture = config_from_hf(KNOWN[model.source])
         mask_token = default if model.mask_token is None else model.mask_token

@@ -15,7 +15,7 @@ from dlm_jax.parallel import MeshConfig
 class ModelSource:
     """Where the network comes from and how it is computed."""
 
-    source: str = field("", "the base model: a directory, a hub id, or a workdir[@step]")
+    source: str = field("", "the base model: a directory, a GGUF file, a hub id, or a workdir[@step]")
     init: Literal["pretrained", "random"] = field("pretrained", "use the source's weights, or only its shape")
     mask_token: int | str | None = field(
         None, "an id, an existing token or a new one; None: as the source records, or else default_mask_token")

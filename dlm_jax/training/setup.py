@@ -174,7 +174,8 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
             lora_base = load_lora_base(workdir, record, compute, shardings)
             base = dataclasses.replace(base, model=lora_base.model, provenance=lora_base.provenance)
     elif not model.source:
-        raise ConfigError("model.source names no base model; give a directory, a hub id, or a workdir[@step]")
+        raise ConfigError("model.source names no base model; give a directory, a GGUF file, a hub id, or a "
+                          "workdir[@step]")
     else:
         base = load_pretrained(model.source, mask_token=model.mask_token, init=model.init, lora=config.lora,
                                seed=config.seed, compute=compute, param_dtype=model.param_dtype, shardings=shardings,
