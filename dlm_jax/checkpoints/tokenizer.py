@@ -96,6 +96,12 @@ def _add_space_to_first_text(tokenizer: "PreTrainedTokenizerBase") -> None:
             pre_tokenizers.Metaspace("\u2581", prepend_scheme="never", split=False)])
 
 
+def compared_file(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Returns the name of the stored file whose ids text was found to get; None where no such file is stored."""
+    names = (name for name in ("tokenizer.json", "tokenizer.model") if (Path(tokenizer.name_or_path) / name).is_file())
+    return next(names, None)
+
+
 Encode = Callable[[list[str]], list[list[int]]]
 
 

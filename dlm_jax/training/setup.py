@@ -47,6 +47,7 @@ from dlm_jax.training.metrics import Console, GoodputClock, MetricAccumulator, M
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.recorded import default_mask_token, settle_resumed, settle_run
 from dlm_jax.training.step import HOST, TrainState, create_state, make_train_step, state_layout
+from dlm_jax.training.token_lines import token_lines
 
 
 @dataclasses.dataclass
@@ -146,7 +147,8 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     stack.callback(console.close)
     return Run(config=config, workdir=workdir, mesh=mesh, base=base, held_out=held_out, batches=batches,
                make_step=make_step, state=state, first_step=first_step, data_fingerprint=fingerprint,
-               summary_lines=summary_lines(config, base, mesh, first_step, changes, damaged), changes=changes,
+               summary_lines=[*summary_lines(config, base, mesh, first_step, changes, damaged),
+                              *token_lines(config.data, base, sources[0])], changes=changes,
                clock=clock, log=log, console=console, latest=latest_records(workdir), exit_stack=stack,
                accumulator=MetricAccumulator(config.optimizer.on_nonfinite == "skip", **progress.get("metrics", {})))
 
