@@ -9,6 +9,7 @@ import sys
 import pytest
 from etils import epath
 
+from dlm_jax.checkpoints.source import locate
 from dlm_jax.errors import CheckpointError, ConfigError, DataError
 from dlm_jax.storage import (
     atomic_directory,
@@ -16,6 +17,7 @@ from dlm_jax.storage import (
     filesystem,
     is_remote,
     local_copy,
+    local_file,
     read_json,
     upload,
     write_json,
@@ -57,6 +59,14 @@ def test_upload_and_local_copy(bucket, tmp_path, monkeypatch):
     assert local_copy(f"{remote}/") == copy and local_copy(folder) == folder
     assert {path.name: path.read_text() for path in copy.iterdir()} == {"config.json": "[]", "weights": "x" * 1000}
     assert (copy / "weights").stat().st_ino == fetched  # of equal size, so not copied again
+
+
+def test_local_file(bucket):
+    remote = epath.Path(bucket) / "models" / "x.gguf"
+    remote.write_text("GGUF and more")
+    assert locate(str(remote)).read_text() == "GGUF and more" and locate(remote).name == "x.gguf"
+    with pytest.raises(CheckpointError, match="none.gguf"):
+        local_file(f"{bucket}/models/none.gguf")
 
 
 def test_write_json(bucket, tmp_path):

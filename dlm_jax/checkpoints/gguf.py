@@ -16,7 +16,7 @@ import numpy as np
 from dlm_jax.checkpoints.gguf_file import GGUFContent, GGUFTensor, check_types, read_gguf
 from dlm_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from dlm_jax.checkpoints.hf_config import config_from_hf
-from dlm_jax.errors import CheckpointError
+from dlm_jax.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ def read_config(content: GGUFContent) -> dict[str, Any]:
             config[f"{name}_token_id"] = token
     try:
         config_from_hf(config)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}, read as a Hugging Face checkpoint, is refused: {error}") from error
     return config
 

@@ -152,10 +152,15 @@ def _known_merges(merges: Sequence[str], vocabulary: dict[str, int], path: Path)
 
 def _merges_of_scores(vocabulary: dict[str, int], scores: Sequence[float],
                       kinds: Sequence[int]) -> list[tuple[str, str]]:
-    """Returns all pairs of tokens whose concatenation is a normal token, that with the highest score first."""
-    pairs = [(-scores[index], cut, token) for token, index in vocabulary.items() if kinds[index] == _NORMAL
+    """Returns all pairs of tokens whose concatenation is a normal token, that with the highest score first.
+
+    Of equal scores, as LLaMA 2 has for runs of spaces, sentencepiece merges the leftmost pair, and so grows the first
+    token from the left: pairs with a longer left part come first.
+    """
+    found = [(scores[index], cut, token) for token, index in vocabulary.items() if kinds[index] == _NORMAL
              for cut in range(1, len(token)) if token[:cut] in vocabulary and token[cut:] in vocabulary]
-    return [(token[:cut], token[cut:]) for _, cut, token in sorted(pairs)]
+    found.sort(key=lambda pair: (pair[0], pair[1], len(pair[2])), reverse=True)
+    return [(token[:cut], token[cut:]) for _, cut, token in found]
 
 
 def _finish(backend: "Tokenizer", metadata: dict[str, Any], path: Path, tokens: Sequence[str], kinds: Sequence[int],
