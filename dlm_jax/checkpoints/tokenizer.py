@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlm_jax.checkpoints.hf_config import EXTERNAL_ARCHS
-from dlm_jax.data.tokenization import PROBE, id_limit, tokenize
+from dlm_jax.data.tokenization import PROBE, id_limit, special_tokens_of, tokenize
 from dlm_jax.errors import CheckpointError
 from dlm_jax.storage import read_json, write_json
 
@@ -75,9 +75,24 @@ def _load_as_stored(directory: Path, named: "PreTrainedTokenizerBase | None") ->
     if not (directory / "tokenizer.json").is_file() and "add_bos_token" not in recorded:
         settings["add_bos_token"] = True  # as LLaMA's tokenizer, whose file is a sentencepiece model
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **settings)
-    if recorded.get("legacy") is False and not (directory / "tokenizer.json").is_file():
-        _add_space_to_first_text(tokenizer)
+    if not (directory / "tokenizer.json").is_file():
+        _compose_accents(tokenizer)
+        if recorded.get("legacy") is False:
+            _add_space_to_first_text(tokenizer)
     return tokenizer
+
+
+def _compose_accents(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Composes letters and their accents before a sentencepiece normalizer that ignores case.
+
+    `tokenizers` takes the shortest entry of its table that a letter with accents starts with, and so loses the accents.
+    """
+    from tokenizers import normalizers
+
+    found = tokenizer.backend_tokenizer.normalizer
+    has_table = "Precompiled" in tokenizer.backend_tokenizer.to_str().partition('"pre_tokenizer"')[0]
+    if has_table and found.normalize_str("A\u0300") != found.normalize_str("\u00c0"):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), found])
 
 
 def _add_space_to_first_text(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -139,7 +154,8 @@ def _difference(tokenizer: "PreTrainedTokenizerBase", path: Path, encode: Encode
     some = tokens[:: max(len(tokens) // 2000, 1)]
     texts = [*PROBE, *(first + second for first, second in itertools.pairwise(some))]
     pairs = zip(texts, tokenize(tokenizer, texts), encode(texts), strict=True)
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    named = special_tokens_of(tokenizer, len(tokenizer))
+    special = {*tokenizer.all_special_ids, *named.values()} - {tokenizer.unk_token_id}
     return next((text for text, found, expected in pairs if found != expected and special.isdisjoint(expected)), None)
 
 

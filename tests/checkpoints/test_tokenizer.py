@@ -107,12 +107,13 @@ def test_space_after_special_tokens(tmp_path, test_data, legacy):
         assert tokenize(tokenizer, [f" b<s>{text}"], special_tokens=True) == [[*own.encode(" b"), 1, *after]]
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_ids_of_a_new_sentencepiece_model(tmp_path, kind):
+@pytest.mark.parametrize("kind, rule", [("bpe", "nmt_nfkc"), ("unigram", "nmt_nfkc"), ("unigram", "nmt_nfkc_cf"),
+                                        ("bpe", "identity")])
+def test_ids_of_a_new_sentencepiece_model(tmp_path, kind, rule):
     (tmp_path / "text").write_text("\n".join([*SPACES, *TEXTS, TEXT] * 5))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type=kind,
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=3)
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=3, normalization_rule_name=rule)
     own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert tokenize(load_tokenizer(tmp_path), TEXTS) == own.encode(TEXTS)
 
@@ -141,6 +142,16 @@ def test_new_token_takes_an_id_that_no_token_has(ids):
     assert sparse.get_vocab()["b"] == ids[-1] and id_limit(sparse) == ids[-1] + 2
     holes = missing_ids(sparse, 80000)
     assert sum(map(len, holes)) == 80000 - 5 and not any(token in hole for hole in holes for token in ids)
+
+
+def test_unigram_vocabulary_whose_special_tokens_the_config_does_not_name(tmp_path):
+    """The raw file finds them in text; here text is text."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), *((letter, -3.0) for letter in "<s>unka/ ")]
+    raw = Tokenizer(models.Unigram(list(dict(pieces).items()), unk_id=0))
+    raw.add_special_tokens(["<unk>", "<s>"])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    found, = tokenize(load_tokenizer(tmp_path), ["a <s> <unk>"])
+    assert raw.decode(found, skip_special_tokens=False).replace(" ", "") == "a<s><unk>" and min(found) > 1
 
 
 def test_new_token_does_not_take_the_recorded_one(tokenizer):
