@@ -87,6 +87,11 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
                         "text; inf: never end (default %(default)s)")
     tokens.add_argument("--cfg_scale", type=float, default=0.0, help="weight of classifier-free guidance by the given "
                         "text, at twice the cost (default %(default)s)")
+    drafts = parser.add_argument_group("drafts", "speculative decoding: the text of the policy autoregressive, in "
+                                       "fewer passes")
+    drafts.add_argument("--drafter", default="none", help="what guesses the next tokens: ngram looks them up in the "
+                        "text so far (default %(default)s)")
+    drafts.add_argument("--num_drafts", type=int, help="tokens guessed at a time (default: 8)")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--cache", default="none", help="keys and values kept while a block is filled: none, prefix "
                        "(those before it) or dual (also those after it); faster, not exact (default %(default)s)")
@@ -156,12 +161,13 @@ def sampler_settings(arguments: argparse.Namespace) -> "SamplerConfig":
     from dlm_jax.sampling import SamplerConfig
 
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplerConfig)}
-    return SamplerConfig(**settings | {"policy": arguments.policy or SamplerConfig.policy})
+    policy = SamplerConfig.policy if arguments.drafter == "none" else "autoregressive"
+    return SamplerConfig(**settings | {"policy": arguments.policy or policy})
 
 
 def resolve_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM") -> "SamplerConfig":
-    """Fills in a policy that was not given: autoregressive for a model that was trained so."""
-    if policy is not None:
+    """Fills in a policy that was not given: autoregressive for a model that was trained so, or with a drafter."""
+    if policy is not None or config.drafter != "none":
         return config
     if lm.pretrained.is_autoregressive:
         return dataclasses.replace(config, policy="autoregressive")

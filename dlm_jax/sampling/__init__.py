@@ -9,6 +9,7 @@
       |   steppers.DenoisingStepper      entire rows, or blocks of them with caches that grow stale
       |   steppers.BlockStepper          one block after another, for models trained by block diffusion
       |   steppers.AutoregressiveStepper from left to right, as the AR parent
+      |   speculative.SpeculativeStepper the same text in fewer steps, by checking what a drafter guesses
       |     every step:  network -> hidden states -> tokens.sample_tokens: LM head, penalties, temperature, top-k, top-p
       |                  spec.num_revealed: how many tokens -> policy: which positions -> revealed
       v

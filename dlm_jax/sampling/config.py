@@ -95,6 +95,9 @@ class SamplerConfig:
       cache: which keys and values outside the block are reused from step to step and grow stale (Fast-dLLM, arXiv
         2505.22618): "none", "prefix" for those before the block, "dual" also for those after it.
       cache_refresh_interval: steps in a block after which all are computed again; None: only at its first step.
+      drafter: guesses tokens for autoregressive decoding, which then takes fewer passes for the same text; "ngram"
+        looks them up in the text so far (`speculative.NgramDrafter`).
+      num_drafts: tokens that the drafter guesses at a time; None: 8.
 
     Raises:
       ConfigError: a setting is out of range or does not go with the policy.
@@ -114,12 +117,14 @@ class SamplerConfig:
     cfg_scale: float = 0.0
     cache: Literal["none", "prefix", "dual"] = "none"
     cache_refresh_interval: int | None = None
+    drafter: Literal["none", "ngram"] = "none"
+    num_drafts: int | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         check_choices(self)
-        for name in ("num_steps", "block_length", "top_k", "cache_refresh_interval"):
+        for name in ("num_steps", "block_length", "top_k", "cache_refresh_interval", "num_drafts"):
             if getattr(self, name) is not None:
                 check_at_least(getattr(self, name), 1, name)
         for name in ("top_p", "threshold"):
@@ -134,6 +139,11 @@ class SamplerConfig:
             for field in dataclasses.fields(self):
                 if field.name in _DENOISING_ONLY and getattr(self, field.name) != field.default:
                     raise ConfigError(f"autoregressive decoding has no {field.name}; remove it")
+        elif self.drafter != "none":
+            raise ConfigError(f"a drafter guesses for autoregressive decoding, and the policy is {self.policy}; choose "
+                              "autoregressive, or drafter=none")
+        if self.num_drafts is not None and self.drafter == "none":
+            raise ConfigError("num_drafts is for a drafter, and there is none; name one, or remove num_drafts")
         if self.threshold is not None and self.policy != "threshold":
             raise ConfigError(f"threshold belongs to the policy threshold, and the policy is {self.policy}")
         if self.remask and self.policy == "random":

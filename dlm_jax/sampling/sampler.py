@@ -13,7 +13,8 @@ from flax import nnx
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import jit_model
 from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState, find_gaps, pending_mask
-from dlm_jax.sampling.steppers import make_stepper
+from dlm_jax.sampling.speculative import NgramDrafter, SpeculativeStepper
+from dlm_jax.sampling.steppers import AutoregressiveStepper, BlockStepper, DenoisingStepper, Stepper
 from dlm_jax.sampling.text import bucket
 
 
@@ -64,8 +65,15 @@ def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
         yield state if more else state._replace(tokens=_final_tokens(spec, state))
 
 
+def make_stepper(network: Network, spec: SamplingSpec) -> Stepper:
+    """Returns the stepper for the policy and the model."""
+    if spec.config.policy == "autoregressive":
+        return (AutoregressiveStepper if spec.drafter is None else SpeculativeStepper)(network, spec)
+    return (DenoisingStepper if spec.diffusion.blocks is None else BlockStepper)(network, spec)
+
+
 def _resolve(spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> SamplingSpec:
-    """Checks that the policy can fill the gaps; returns the spec with its prompt width."""
+    """Checks that the policy can fill the gaps; returns the spec with its prompt width and drafter."""
     config, diffusion = spec.config, spec.diffusion
     gaps, prompt, inside = (int(number) for number in _measure(fixed, lengths))
     if config.policy == "first_hitting" and config.num_steps is not None and gaps > config.num_steps:
@@ -88,7 +96,10 @@ def _resolve(spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> Sampli
         if inside:
             raise ConfigError("a model with blocks does not see text after a gap; continue a text with it, or fill "
                               "gaps with a model trained on entire rows")
-    return dataclasses.replace(spec, prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
+    drafter = spec.drafter
+    if drafter is None and config.drafter == "ngram":
+        drafter = NgramDrafter() if config.num_drafts is None else NgramDrafter(config.num_drafts)
+    return dataclasses.replace(spec, drafter=drafter, prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """What a sampling run is given and carries, and the step schedule: which step reveals how many tokens."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.models import Cache, ModelConfig
 from dlm_jax.sampling.config import SamplerConfig
+
+if TYPE_CHECKING:
+    from dlm_jax.sampling.speculative import Drafter
 
 
 class Network(Protocol):
@@ -36,6 +39,7 @@ class SamplingSpec:
       stop_at_eos: whether positions after a sampled end of text stay unfilled.
       prompt_width: room for the longest prompt of the batch, for autoregressive decoding and models with blocks;
         `sample` and `stream` fill it in.
+      drafter: guesses tokens for autoregressive decoding; None: the one that `config` names, if any.
     """
 
     config: SamplerConfig
@@ -43,6 +47,7 @@ class SamplingSpec:
     eos_token_ids: tuple[int, ...] = ()
     stop_at_eos: bool = False
     prompt_width: int = 0
+    drafter: "Drafter | None" = None
 
 
 class SamplingInputs(NamedTuple):

@@ -41,13 +41,6 @@ class Stepper(Protocol):
         """Returns the state after one forward pass of the batch."""
 
 
-def make_stepper(network: Network, spec: SamplingSpec) -> Stepper:
-    """Returns the stepper for the policy and the model."""
-    if spec.config.policy == "autoregressive":
-        return AutoregressiveStepper(network, spec)
-    return (DenoisingStepper if spec.diffusion.blocks is None else BlockStepper)(network, spec)
-
-
 @dataclasses.dataclass(frozen=True)
 class DenoisingStepper:
     """Denoises entire rows, all of a batch in the same block: a row that has filled its own waits for the others."""
@@ -89,26 +82,26 @@ class DenoisingStepper:
 
         def sample_at(positions: jax.Array) -> tuple[jax.Array, ...]:
             """Returns tokens, log-probabilities and scores [batch, length], defined where `positions` is True."""
-            chosen = jnp.take_along_axis(positions, jnp.minimum(window, length - 1), axis=1) & (window < length)
-            sampled = sample_tokens(self.network, spec, hidden, chosen, window, inputs, state, _fold(step_keys, 1))
+            wanted = jnp.take_along_axis(positions, jnp.minimum(window, length - 1), axis=1) & (window < length)
+            sampled = sample_tokens(self.network, spec, hidden, wanted, window, inputs, state, _fold(step_keys, 1))
             return tuple(jnp.zeros(here.shape, x.dtype).at[rows, window].set(x, mode="drop") for x in sampled)
 
         if policy.independent:
             step = planned_step(config, _uniform(plan_keys, length), steps[:, None])
             step = jnp.where(active, step, steps[:, None])
             # Each row jumps to the next of its steps that reveals something: the others would change nothing.
-            reveal = active & (step == step.min(axis=1, keepdims=True))
-            tokens, confidence, _ = sample_at(reveal)
+            chosen = active & (step == step.min(axis=1, keepdims=True))
+            tokens, confidence, _ = sample_at(chosen)
         elif policy.score is None:
-            reveal = _highest(_uniform(_fold(step_keys, 2), length), active, count)
-            tokens, confidence, _ = sample_at(reveal)
+            chosen = _highest(_uniform(_fold(step_keys, 2), length), active, count)
+            tokens, confidence, _ = sample_at(chosen)
         else:
             tokens, confidence, score = sample_at(active)
-            reveal = _highest(score, active, count)
+            chosen = _highest(score, active, count)
             if config.reveal_threshold is not None:
-                reveal |= active & (confidence >= jnp.log(config.reveal_threshold))
+                chosen |= active & (confidence >= jnp.log(config.reveal_threshold))
 
-        state = _reveal(state, reveal, tokens, confidence, unfinished)
+        state = reveal(state, chosen, tokens, confidence, unfinished)
         return self._move_on(state, self._current_block(inputs, state))
 
     def _move_on(self, state: SamplingState, block: jax.Array) -> SamplingState:
@@ -253,8 +246,8 @@ class AutoregressiveStepper:
                                                    AttentionMask.causal(), last, state.cache)
         tokens, confidence, _ = sample_tokens(self.network, self.spec, hidden, unfinished[:, None], at, inputs, state,
                                               inputs.keys)
-        reveal = unfinished[:, None] & (jnp.arange(state.tokens.shape[1]) == at)
-        return _reveal(state, reveal, tokens, confidence, unfinished)._replace(cache=cache)
+        here = unfinished[:, None] & (jnp.arange(state.tokens.shape[1]) == at)
+        return reveal(state, here, tokens, confidence, unfinished)._replace(cache=cache)
 
 
 def _initial(spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
@@ -279,11 +272,12 @@ def _prefill(network: Network, tokens: jax.Array, width: int, attention: Attenti
     return network.cached_hidden(prompts, attention, jnp.broadcast_to(jnp.arange(width), prompts.shape), cache)
 
 
-def _reveal(state: SamplingState, reveal: jax.Array, tokens: jax.Array, confidence: jax.Array,
-            unfinished: jax.Array) -> SamplingState:
+def reveal(state: SamplingState, where: jax.Array, tokens: jax.Array, confidence: jax.Array,
+           unfinished: jax.Array) -> SamplingState:
+    """Returns the state after a step that reveals `tokens` [batch, length] in the places `where`."""
     return state._replace(
-        tokens=jnp.where(reveal, tokens, state.tokens), masked=state.masked & ~reveal,
-        confidence=jnp.where(reveal, confidence, state.confidence), steps=state.steps + unfinished,
+        tokens=jnp.where(where, tokens, state.tokens), masked=state.masked & ~where,
+        confidence=jnp.where(where, confidence, state.confidence), steps=state.steps + unfinished,
         steps_in_block=state.steps_in_block + 1)
 
 

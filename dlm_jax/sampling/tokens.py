@@ -17,8 +17,8 @@ _CDF_BLOCK = 256  # tokens per block of the two-level inversion
 
 
 def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, active: jax.Array, positions: jax.Array,
-                  inputs: SamplingInputs, state: SamplingState,
-                  keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+                  inputs: SamplingInputs, state: SamplingState, keys: jax.Array,
+                  drafts: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples a token at each `active` position.
 
     Args:
@@ -27,6 +27,8 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
       positions: int32 [batch, width], places in the row; with the row's key they determine the random numbers.
       inputs, state: the rows, for the repetition penalty.
       keys: random keys [batch].
+      drafts: int32 [batch, width - 1], a token at each of the positions but the last, which later ones count as tokens
+        that the row has, for the repetition penalty; None: there are none.
 
     Returns:
       Tokens int32, their log-probabilities and the policy's scores float32, all [batch, width], defined where `active`.
@@ -37,7 +39,9 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
     rows = jnp.arange(batch)[:, None]
     order = jnp.argsort(~active, axis=1, stable=True)  # active ones first
     order = jnp.pad(order, ((0, 0), (0, -width % size)), constant_values=width)
-    seen = None if spec.config.repetition_penalty == 1 else _seen_tokens(network.config.vocab_size, inputs, state)
+    seen = None
+    if spec.config.repetition_penalty != 1:
+        seen = _seen_tokens(network.config.vocab_size, inputs, state, drafts)
 
     def fill_slice(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         start, *filled = carry
@@ -45,7 +49,8 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
         read = jnp.minimum(at, width - 1)
         index = jnp.tile(read, (len(hidden) // batch, 1))
         logits = network.unembed(jnp.take_along_axis(hidden, index[:, :, None], axis=1))
-        logits = process_logits(logits, spec, seen)
+        seen_here = seen if drafts is None or seen is None else jnp.take_along_axis(seen, read[:, :, None], axis=1)
+        logits = process_logits(logits, spec, seen_here)
         position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
             keys, jnp.take_along_axis(positions, read, axis=1))
         token = jax.vmap(jax.vmap(functools.partial(sample_token, config=spec.config)))(logits, position_keys)
@@ -82,7 +87,7 @@ def process_logits(logits: jax.Array, spec: SamplingSpec, seen: jax.Array | None
 
     Args:
       logits: float32 [batch, n, vocab]; twice the batch with guidance.
-      seen: bool [batch, vocab], tokens that the row already has; None without repetition penalty.
+      seen: bool [batch, n or 1, vocab], tokens that the row already has; None without repetition penalty.
     """
     config, diffusion = spec.config, spec.diffusion
     if config.cfg_scale:
@@ -90,7 +95,7 @@ def process_logits(logits: jax.Array, spec: SamplingSpec, seen: jax.Array | None
         logits = unconditional + (1 + config.cfg_scale) * (conditional - unconditional)
     if seen is not None:
         penalty = config.repetition_penalty
-        logits = jnp.where(seen[:, None], jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     if spec.eos_token_ids and config.eos_penalty:
         logits = logits.at[:, :, jnp.array(spec.eos_token_ids)].add(-config.eos_penalty)
     excluded = np.zeros(logits.shape[-1], bool)
@@ -154,12 +159,16 @@ def invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     return jnp.argmax(edges > uniform * edges.max()).astype(jnp.int32)
 
 
-def _seen_tokens(vocab: int, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
-    """Returns which tokens each row has, bool [batch, vocab]."""
+def _seen_tokens(vocab: int, inputs: SamplingInputs, state: SamplingState, drafts: jax.Array | None) -> jax.Array:
+    """Returns which tokens each row has, bool [batch, 1, vocab]; with drafts before it, [batch, width, vocab]."""
     batch, length = state.tokens.shape
     padding = jnp.arange(length) >= inputs.lengths[:, None]
     tokens = jnp.where(state.masked | padding, vocab, state.tokens)
-    return jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], tokens].set(True, mode="drop")
+    seen = jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], tokens].set(True, mode="drop")[:, None]
+    if drafts is None:
+        return seen
+    drafted = jnp.cumsum(jax.nn.one_hot(drafts, vocab, dtype=jnp.int32), axis=1) > 0
+    return seen | jnp.pad(drafted, ((0, 0), (1, 0), (0, 0)))
 
 
 def _float(bits: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def test_flags_and_defaults():
     sample.add_arguments(parser)
     groups = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
     settings = {field.name for field in dataclasses.fields(SamplerConfig)}
-    assert groups["steps"] | groups["tokens"] | groups["cache"] == settings
+    assert set.union(*(groups[title] for title in ("steps", "tokens", "cache", "drafts"))) == settings
     for field in dataclasses.fields(SamplerConfig):
         assert parser.get_default(field.name) == (None if field.name == "policy" else field.default)
     assert {*POLICIES, "linear", "cosine", "none", "prefix", "dual"} <= set(re.findall(r"\w+", parser.format_help()))
