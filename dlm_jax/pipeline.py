@@ -97,6 +97,13 @@ class DiffusionLM:
     def mask_token_id(self) -> int:
         return self.diffusion.mask_token_id
 
+    @property
+    def default_policy(self) -> str:
+        """The policy where none is named: "threshold" for a model with blocks, "autoregressive" for one trained so."""
+        if self.pretrained.is_autoregressive:
+            return "autoregressive"
+        return "confidence" if self.pretrained.diffusion.blocks is None else "threshold"
+
     def logits(self, tokens: np.ndarray, attention: AttentionMask | None = None) -> jax.Array:
         """Returns float32 logits [batch, length, vocab] of int `tokens` [batch, length]; position n predicts n + 1.
 
@@ -120,14 +127,14 @@ class DiffusionLM:
                            AttentionMask.bidirectional() if attention is None else attention)
 
     def generate(self, prompts: str | Sequence[str] = "", max_new_tokens: int = 128, num_steps: int | None = None,
-                 policy: str = "confidence", temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
+                 policy: str | None = None, temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
                  **options: Any) -> list[str]:
         """Continues each prompt, "" for none: returns the prompt as it was and the text after it, up to an EOS token.
 
         Args:
           max_new_tokens: the most tokens after each prompt.
-          num_steps, policy, temperature, top_p: see `sampling.SamplerConfig`. The policy "autoregressive" decodes from
-            left to right, as the model's parent does, and needs no mask token.
+          num_steps, policy, temperature, top_p: see `sampling.SamplerConfig`; the policy None is `default_policy`. The
+            policy "autoregressive" decodes from left to right, as the model's parent does, and needs no mask token.
           seed: with `example_index` it determines the random numbers.
           options: the other fields of `sampling.SamplerConfig`, and
             batch_size: rows at a time, 16 by default; it does not change the texts.
@@ -135,7 +142,7 @@ class DiffusionLM:
             on_step: called with a `sampling.Snapshot` before the first step of each batch and after every step.
         """
         check_at_least(max_new_tokens, 1, "max_new_tokens")
-        settings = _Settings.make(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, seed=seed,
+        settings = self._settings(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, seed=seed,
                                   **options)
         segments = [[prompt, max_new_tokens] for prompt in _as_list(prompts, "prompts")]
         return self._fill(segments, settings, stop_at_eos=True)
@@ -149,7 +156,7 @@ class DiffusionLM:
         Args:
           options: the keywords of `generate`, from `num_steps` on.
         """
-        settings = _Settings.make(**options)
+        settings = self._settings(**options)
         segments = [split_gaps(text, gap_length) for text in _as_list(texts, "texts")]
         if any(isinstance(segment, range) for text in segments for segment in text):
             encode_text = functools.partial(encode, self.tokenizer, start=self.pretrained.start_token_id)
@@ -169,7 +176,7 @@ class DiffusionLM:
           options: the keywords of `generate`, from `num_steps` on.
         """
         check_at_least(max_new_tokens, 1, "max_new_tokens")
-        settings = _Settings.make(**options)
+        settings = self._settings(**options)
         prompt_format = self.prompt_format() if prompt_format is None else prompt_format
         is_conversation = not isinstance(questions, str) and questions and isinstance(questions[0], dict)
         questions = [questions] if is_conversation else _as_list(questions, "questions")
@@ -203,6 +210,9 @@ class DiffusionLM:
         """Writes weights, config and tokenizer for `transformers` ("hf") or in DiffuGPT's layout ("diffugpt"), or the
         adapter of a model loaded with `merge=False` ("peft")."""
         save_pretrained(directory, self.pretrained, layout=layout)
+
+    def _settings(self, *, policy: str | None = None, **options: Any) -> "_Settings":
+        return _Settings.make(policy=policy or self.default_policy, **options)
 
     def _fill(self, segments: Sequence[Sequence[Segment]], settings: "_Settings", *, stop_at_eos: bool) -> list[str]:
         """Returns texts with their gaps filled."""

@@ -14,6 +14,7 @@ import dlm_jax
 from dlm_jax import AttentionMask, DiffusionLM, DLMError
 from dlm_jax.checkpoints import load_pretrained
 from dlm_jax.checkpoints.hf_import import aligned_empty
+from dlm_jax.diffusion import BlockSpec
 from dlm_jax.evaluation import bound
 
 STEPS = {"num_steps": 5}
@@ -49,6 +50,16 @@ def test_import_does_not_load_jax():
         assert getattr(dlm_jax, name) is not None
     with pytest.raises(AttributeError, match="Missing"):
         dlm_jax.Missing  # noqa: B018
+
+
+def test_default_policy(lm):
+    blocks = dataclasses.replace(lm.diffusion, blocks=BlockSpec(4))
+    with_blocks = dataclasses.replace(lm, pretrained=dataclasses.replace(lm.pretrained, diffusion=blocks))
+    parent = dataclasses.replace(lm, pretrained=dataclasses.replace(lm.pretrained,
+                                                                    recipe={"objective.name": "autoregressive"}))
+    for model, policy in ((lm, "confidence"), (with_blocks, "threshold"), (parent, "autoregressive")):
+        assert model.default_policy == policy
+        assert model.generate("ab", max_new_tokens=6) == model.generate("ab", max_new_tokens=6, policy=policy)
 
 
 def test_logits_attention(lm):

@@ -66,7 +66,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_argument_group("steps")
     steps.add_argument("--policy", help="which positions are revealed first: random, random_exact, first_hitting, "
                        "confidence, margin, entropy, threshold; or autoregressive, from left to right (default: "
-                       "confidence, or autoregressive for a model that was trained autoregressively)")
+                       "confidence; threshold for a model with blocks, autoregressive for one trained so)")
     steps.add_argument("--num_steps", type=int, help="denoising steps (default: 64; for first_hitting one per token, "
                        "for threshold as many as it takes)")
     steps.add_argument("--step_schedule", default="linear", help="linear: equally many tokens at each step; cosine: "
@@ -166,15 +166,13 @@ def sampler_settings(arguments: argparse.Namespace) -> "SamplerConfig":
 
 
 def resolve_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM") -> "SamplerConfig":
-    """Fills in a policy that was not given: autoregressive for a model that was trained so, or with a drafter."""
+    """Fills in the model's own policy where none was given; a drafter has one."""
     if policy is not None or config.drafter != "none":
         return config
-    if lm.pretrained.is_autoregressive:
-        return dataclasses.replace(config, policy="autoregressive")
-    if lm.pretrained.diffusion.mask_token_id is None:
+    if lm.pretrained.diffusion.mask_token_id is None and lm.default_policy != "autoregressive":
         raise ConfigError(f"{lm.pretrained.source} records no mask token; name one with --mask_token, or "
                           "sample from left to right with --policy=autoregressive")
-    return config
+    return dataclasses.replace(config, policy=lm.default_policy)
 
 
 def sample_with_trace(lm: "DiffusionLM", given: list[str], config: "SamplerConfig",
