@@ -1,8 +1,11 @@
 """What the model will see, for people, before it trains: how text becomes tokens, and one row of them."""
 
+from pathlib import Path
+
 import numpy as np
 
 from dlm_jax.checkpoints import Pretrained
+from dlm_jax.checkpoints.gguf_file import is_gguf
 from dlm_jax.checkpoints.tokenizer import compared_file
 from dlm_jax.data.config import DataConfig
 from dlm_jax.data.rows import RowSource
@@ -13,8 +16,11 @@ _SHOWN = 80  # characters of a text
 
 def token_lines(data: DataConfig, base: Pretrained, rows: RowSource) -> list[str]:
     """Returns lines on the tokenizer, its special tokens, the first of the training rows, and what of it is scored."""
-    tokenizer, name = base.tokenizer, compared_file(base.tokenizer)
-    check = "no file to compare it with" if name is None else f"text has the ids of {name}, as tested"
+    tokenizer, name, source = base.tokenizer, compared_file(base.tokenizer), Path(base.tokenizer.name_or_path)
+    if name is not None:
+        check = f"text has the ids of {name}, as tested"
+    else:
+        check = f"as {source.name} describes it" if is_gguf(source) else "no file to compare it with"
     special = {"BOS": base.bos_token_id, "EOS": base.eos_token_id, "mask": base.diffusion.mask_token_id,
                "generation starts from": start_token(tokenizer, data.add_bos, data.packing)}
     named = ", ".join(f"{kind} {_describe(tokenizer, token)}" for kind, token in special.items())
