@@ -20,9 +20,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import harness
 
 from dlm_jax.data.config import DataConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.parallel import MeshConfig
 from dlm_jax.plan import Plan, describe_base, make_plan, read_topology, tpu_target
-from dlm_jax.training.config import ModelSource, ObjectiveConfig, OptimizerConfig, TrainConfig
+from dlm_jax.training.config import ModelSource, OptimizerConfig, TrainConfig
 
 
 def plan(args: argparse.Namespace) -> Plan:

@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from dlm_jax.data.config import DataConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.plan import Base, describe_base
 from dlm_jax.training.config import ModelSource, OptimizerConfig, TrainConfig
 
@@ -32,7 +33,7 @@ def tiny(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def config(tiny) -> TrainConfig:
     return TrainConfig(model=ModelSource(source=str(tiny), mask_token="<mask>", dtype="bfloat16"),
-                       data=DataConfig(length=128, batch_size=32), num_steps=100,
+                       data=DataConfig(length=128, batch_size=32), num_steps=100, objective=ObjectiveConfig(),
                        optimizer=OptimizerConfig(weight_decay=0.1, accumulate_steps=2))
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from dlm_jax.checkpoints import resolve_lora
 from dlm_jax.data.config import DataConfig
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import Compute, ModelConfig, abstract_model, base_shapes, split_trainable
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.parallel.chips import Chip
@@ -25,7 +26,7 @@ from dlm_jax.plan.estimate import (
     scored_share,
     step_flops,
 )
-from dlm_jax.training.config import ModelSource, ObjectiveConfig, TrainConfig
+from dlm_jax.training.config import ModelSource, TrainConfig
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.step import create_state
 from tests.plan.conftest import with_values

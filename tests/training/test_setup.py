@@ -22,7 +22,7 @@ from tests.training.conftest import changed, checkpoint_arrays
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("model.mask_token", None, "model.mask_token"), ("data.length", 64, "data.length"),
+    ("data.length", 64, "data.length"),
     ("data.batch_size", 24, "data.batch_size"), ("model.source", "", "model.source"), ("mesh.context", 3, "mesh"),
     ("log.wandb", "project", "wandb")])
 def test_invalid_runs_are_refused(config, tmp_path, key, value, message):
