@@ -1,0 +1,170 @@
+"""Measures models that were adapted from one real parent, beside the parent: bounds, tasks, speed, and texts.
+
+    python benchmarks/real_model.py --parent=smollm2.gguf --data_dir=DIR --work=runs/measured \\
+        --models "full diffusion=runs/full" "blocks of 4=runs/blocks" \\
+        --heldout stories=stories.jsonl wikitext=wikitext.jsonl
+
+DIR holds a folder per task, as for `dlm evaluate`. Models are workdirs of `dlm train`. Each part is kept under --work,
+so that the same command continues after an interruption. It writes docs/figures/real_model.png and
+benchmarks/results/real_model.json, and prints the tables of docs/results/real_model.md.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+
+import harness
+
+from dlm_jax import DiffusionLM
+from dlm_jax.cli.main import main as dlm
+from dlm_jax.evaluation.report import table
+from dlm_jax.sampling import SamplerConfig
+from dlm_jax.storage import write_json
+from dlm_jax.training import read_records
+
+PARENT = "the parent"
+TASKS = ("hellaswag", "piqa", "winogrande", "lambada", "text")
+PROMPTS = ("Once upon a time, there was", "The city of Paris is known for", "def add(a, b):")
+COLORS = ("#1b6ca8", "#d1495b", "#edae49", "#00798c")
+
+
+def evaluate(out: pathlib.Path, *arguments: str) -> dict:
+    """Runs `dlm evaluate` unless its result exists, and returns it."""
+    if not out.exists() and (code := dlm(["evaluate", *arguments])):
+        sys.exit(code)
+    return json.loads(out.read_text())
+
+
+def bounds(name: str, source: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Returns nats per token of each held-out file, with the error of the bound's estimate."""
+    found = {}
+    for text, file in args.heldout.items():
+        out = args.work / f"bound-{name}-{text}.json".replace(" ", "_")
+        kind = "autoregressive" if name == PARENT else "diffusion"
+        result = evaluate(out, f"--model={source}", f"--objective={kind}", f"--json={out}", "--data", file,
+                          f"--length={args.length}", f"--num_rows={args.rows}", f"--dtype={args.dtype}",
+                          *([] if name == PARENT else ["--num_masks=16"]))
+        found[text] = {key: result[key] for key in ("nats_per_token", "standard_error", "num_tokens")}
+    return found
+
+
+def tasks(name: str, source: str, args: argparse.Namespace) -> dict:
+    """Returns the summaries of all tasks for a model and the parent."""
+    summary = {}
+    for task in TASKS:
+        out = args.work / f"{task}-{name}.json".replace(" ", "_")
+        file = args.heldout["wikitext"]
+        result = evaluate(out, f"--model={source}", f"--parent={args.parent}", f"--tasks={task}", f"--out={out}",
+                          f"--limit={args.limit}", f"--data_dir={args.data_dir}", "--batch_size=32",
+                          f"--dtype={args.dtype}", *(["--data_files", f"text={file}"] if task == "text" else []))
+        summary |= result["tasks"]
+    for found in summary.values():
+        found["models"] = dict(zip((name, PARENT), found["models"].values(), strict=True))
+    return summary
+
+
+def samplers(lm: DiffusionLM, temperature: float) -> dict[str, SamplerConfig]:
+    """Returns the ways in which a model's speed is measured."""
+    if lm.pretrained.diffusion.mask_token_id is None:
+        return {"left to right": SamplerConfig("autoregressive", temperature=temperature)}
+    if lm.diffusion.blocks is None:
+        return {"64 steps": SamplerConfig("confidence", 64, temperature=temperature)}
+    return {f"threshold {threshold}": SamplerConfig("threshold", threshold=threshold, temperature=temperature)
+            for threshold in (0.9, 0.5)}
+
+
+def speeds(source: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Returns tokens per second and forward passes per text, one row and eight rows at a time."""
+    lm, found = DiffusionLM.from_pretrained(source, dtype=args.dtype), {}
+    for way, config in samplers(lm, args.temperature).items():
+        for rows in (1, 8):
+            sampled = harness.sample_texts(lm, config, args.length, rows, rows, seed=0)
+            found[f"{way}, {rows} rows"] = {key: sampled[key] for key in ("tokens_per_second", "forwards")}
+    return found
+
+
+def texts(source: str, args: argparse.Namespace) -> dict[str, list[str]]:
+    """Returns continuations of the fixed prompts, by each checkpoint that a workdir has."""
+    steps = sorted(int(path.name) for path in (pathlib.Path(source) / "checkpoints").glob("*") if path.name.isdecimal())
+    found = {}
+    for step in steps or [None]:
+        lm = DiffusionLM.from_pretrained(source if step is None else f"{source}@{step}", dtype=args.dtype)
+        policy = None if lm.pretrained.diffusion.mask_token_id is not None else "autoregressive"
+        found[str(step or "")] = lm.generate(PROMPTS, max_new_tokens=48, policy=policy, temperature=args.temperature)
+    return found
+
+
+def cached(path: pathlib.Path, make: Callable[[], object]) -> object:
+    """Returns what a file holds, or makes it and writes it there."""
+    if not path.exists():
+        write_json(path, make())
+    return json.loads(path.read_text())
+
+
+def plot(results: dict[str, dict], args: argparse.Namespace) -> None:
+    """Plots held-out bounds over tokens, and at the end by kind of text, with the parent's values."""
+    with harness.figure(harness.FIGURES / "real_model.png", 2, (11, 4.2)) as (curves, bars):
+        for (name, workdir), color in zip(args.models.items(), COLORS, strict=False):
+            run = json.loads((pathlib.Path(workdir) / "config.json").read_text())
+            per_step = run["data"]["batch_size"] * run["data"]["length"] / 1e6
+            records = read_records(workdir, "validation")
+            curves.plot([record["step"] * per_step for record in records], [record["bound"] for record in records],
+                        color=color, marker="o", markersize=3, label=name)
+        names = [PARENT, *args.models]
+        for number, (name, color) in enumerate(zip(names, ("#222222", *COLORS), strict=False)):
+            values = [found["nats_per_token"] for found in results[name]["bounds"].values()]
+            bars.bar([place + number * 0.8 / len(names) for place in range(len(values))], values, 0.8 / len(names),
+                     color=color, label=name)
+        curves.set(xlabel="tokens (millions)", ylabel="held-out bound, nats per token", ylim=(0, None))
+        curves.legend(frameon=False)
+        bars.set_xticks([place + 0.4 - 0.4 / len(names) for place in range(len(args.heldout))], list(args.heldout))
+        bars.set(ylabel="nats per token (bounds for diffusion)")
+        bars.legend(frameon=False)
+
+
+def named(items: list[str]) -> dict[str, str]:
+    """Reads NAME=VALUE arguments."""
+    return dict(item.split("=", 1) for item in items)
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, limit=100, length=128, rows=64, temperature=0.7)
+    parser.add_argument("--parent", required=True, help="a directory, a hub id or a GGUF file")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=WORKDIR")
+    parser.add_argument("--heldout", nargs="+", required=True, metavar="NAME=FILE", help="one is called wikitext")
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--work", type=pathlib.Path, required=True, help="where the parts of the result are kept")
+    parser.add_argument("--dtype", default="auto", help="default %(default)s")
+    args = parser.parse_args()
+    args.models, args.heldout = named(args.models), named(args.heldout)
+    args.work.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict] = {}
+    for name, source in {PARENT: args.parent, **args.models}.items():
+        results[name] = {"bounds": bounds(name, source, args)}
+        for part, measure in {"speeds": speeds, "texts": texts}.items():
+            out = args.work / f"{part}-{name}.json".replace(" ", "_")
+            results[name][part] = cached(out, lambda measure=measure, source=source: measure(source, args))
+        if name != PARENT:
+            results[name]["tasks"] = tasks(name, source, args)
+    plot(results, args)
+    print(harness.table_head("nats per token", *args.heldout))
+    for name, found in results.items():
+        print(harness.row(name, *(f"{one['nats_per_token']:.3f}" + (f" ± {one['standard_error']:.3f}" if
+                                  one["standard_error"] else "") for one in found["bounds"].values())))
+    for name in args.models:
+        print("\n" + table(results[name]["tasks"], [name, PARENT], markdown=True))
+    print("\n" + harness.table_head("model", "way", "tokens per second", "forward passes per text"))
+    for name, found in results.items():
+        for way, speed in found["speeds"].items():
+            print(harness.row(name, way, f"{speed['tokens_per_second']:.1f}", f"{speed['forwards']:.0f}"))
+    for name, found in results.items():
+        for step, continued in found["texts"].items():
+            print(f"\n{name} {step}\n" + "\n".join(f"  {text!r}" for text in continued))
+    harness.write_results("real_model", {"settings": harness.settings(args, "parent", "models", "heldout", "data_dir"),
+                                         "models": results}, "jax")
+
+
+if __name__ == "__main__":
+    main()
