@@ -84,6 +84,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         inner = sorted(file.parent.name for kind in ("config.json", "adapter_config.json")
                        for file in directory.glob(f"*/{kind}"))
         hint = f"; give one of the folders in it ({', '.join(dict.fromkeys(inner))})" if inner else ""
+        if files := sorted(file.name for file in directory.glob("*.gguf")):
+            hint = f"; give a GGUF file in it ({', '.join(files)})"
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint{hint}")
     return _rewrite_external(read_json(path))
 

@@ -128,6 +128,8 @@ def test_paths(tmp_path, monkeypatch):
             check_source(name)
     with pytest.raises(CheckpointError, match="x.gguf"):
         check_source(str(tmp_path))  # the folder in which it is
+    with pytest.raises(CheckpointError, match="x.gguf"):
+        load_pretrained(tmp_path)
     (tmp_path / "runs").mkdir()
     assert find_base("/moved/x.gguf", tmp_path / "runs") == str(path)
     assert DiffusionLM.from_pretrained("x.gguf").config.hidden_size == 256
