@@ -22,7 +22,7 @@ class MaskParams(NamedTuple):
     threshold: jax.Array  # int32: annealing opens a later key with probability threshold / 2**24
     pattern: jax.Array  # uint32: the hash of (seed, example) that annealing continues
     length: jax.Array  # int32: keys from here on are padding
-    causal_before: jax.Array  # int32: under "block_causal", queries before it are causal
+    causal_before: jax.Array  # int32: under "block_causal", queries before it are causal; see `MaskSpec` for "drafts"
 
 
 class Span(NamedTuple):
@@ -38,6 +38,10 @@ class MaskSpec:
 
     "block_diffusion" covers `views` noisy copies of a text followed by a clean one, each of `text_length` positions.
     The clean copy is causal, or bidirectional within each block with `bidirectional_clean`.
+
+    "drafts" covers a text of `text_length` positions, which is causal, and after it groups of `block_size` positions.
+    The positions of a group see each other, and the text that the group continues: `causal_before` tokens of it for the
+    first group, and one more for each group after that.
     """
 
     kind: str
@@ -72,6 +76,11 @@ class MaskSpec:
                 allowed = (q_copy * count + q_block == k_copy * count + k_block) & ~k_clean
                 before = k_block <= q_block if self.bidirectional_clean else k <= q
                 allowed |= k_clean & ((~q_clean & (k_block < q_block)) | (q_clean & before))
+            case "drafts":
+                q_group, k_group = ((x - self.text_length) // self.block_size for x in (q, k))
+                q_text, k_text = q < self.text_length, k < self.text_length
+                continued = k < params.causal_before + q_group
+                allowed = (q_text & (k <= q)) | (~q_text & ((k_text & continued) | (~k_text & (k_group == q_group))))
             case _:
                 raise ValueError(f"unknown attention mask kind {self.kind!r}")
         if self.window is not None:
@@ -213,6 +222,20 @@ class AttentionMask:
         check_at_least(block_size, 1, "block_size")
         return cls(MaskSpec("block_diffusion", block_size, text_length=text_length, views=views,
                             bidirectional_clean=bidirectional_clean))
+
+    @classmethod
+    def drafts(cls, text_length: int, group_size: int, start: jax.Array) -> Self:
+        """Returns the mask of a causal text of `text_length` positions, and of groups of drafts after it.
+
+        Group j sees itself and the first `start` + j positions of the text, which it continues; nothing sees a group
+        but the group itself.
+
+        Args:
+          start: int [batch].
+        """
+        check_at_least(group_size, 1, "group_size")
+        return cls(MaskSpec("drafts", group_size, text_length=text_length),
+                   causal_before=jnp.asarray(start, jnp.int32))
 
     @classmethod
     def matrix(cls, allowed: jax.Array) -> Self:

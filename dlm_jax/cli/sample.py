@@ -90,8 +90,8 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     drafts = parser.add_argument_group("drafts", "speculative decoding: the text of the policy autoregressive, in "
                                        "fewer passes")
     drafts.add_argument("--drafter", default="none", help="what guesses the next tokens: ngram looks them up in the "
-                        "text so far (default %(default)s)")
-    drafts.add_argument("--num_drafts", type=int, help="tokens guessed at a time (default: 8)")
+                        "text so far; self: a model with blocks does it itself (default %(default)s)")
+    drafts.add_argument("--num_drafts", type=int, help="tokens guessed at a time (default: 8, or the rest of a block)")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--cache", default="none", help="keys and values kept while a block is filled: none, prefix "
                        "(those before it) or dual (also those after it); faster, not exact (default %(default)s)")

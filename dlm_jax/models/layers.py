@@ -88,7 +88,7 @@ class Cache(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """A cache as one layer uses it: with the layer's index, and the positions of its queries, int [batch, Q]."""
+    """A cache as one layer uses it: with the layer's index, and the places of its queries in it, int [batch, Q]."""
 
     cache: Cache
     layer: jax.Array

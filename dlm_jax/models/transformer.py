@@ -82,19 +82,21 @@ class Transformer(nnx.Module):
         """
         return self._run(tokens, attention, positions, dropout_seeds, None)[0]
 
-    def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
-                      cache: Cache) -> tuple[jax.Array, Cache]:
+    def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array, cache: Cache,
+                      slots: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Returns `hidden` of some positions that attend to the cache: int `tokens` [batch, Q] to [batch, Q, embed].
 
         Args:
           attention: a mask on positions of the full row; it must forbid positions that have not been written.
           positions: int [batch, Q], each token's position in its row; past the cache's end: not written.
           cache: the keys and values so far; those of `tokens` are written before attention.
+          slots: int [batch, Q], where in the cache, and for the mask, each token is; None: at its position.
         """
-        return self._run(tokens, attention, positions, None, cache)
+        return self._run(tokens, attention, positions, None, cache, slots)
 
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
-             dropout_seeds: jax.Array | None, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+             dropout_seeds: jax.Array | None, cache: Cache | None,
+             slots: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -121,7 +123,7 @@ class Transformer(nnx.Module):
                   layer_input: tuple[jax.Array, nnx.State]) -> tuple[tuple[jax.Array, Cache | None], None]:
             (x, cache), (index, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
-            layer_cache = None if cache is None else LayerCache(cache, index, positions)
+            layer_cache = None if cache is None else LayerCache(cache, index, positions if slots is None else slots)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
             return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, layer_cache), None

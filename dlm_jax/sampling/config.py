@@ -96,8 +96,9 @@ class SamplerConfig:
         2505.22618): "none", "prefix" for those before the block, "dual" also for those after it.
       cache_refresh_interval: steps in a block after which all are computed again; None: only at its first step.
       drafter: guesses tokens for autoregressive decoding, which then takes fewer passes for the same text; "ngram"
-        looks them up in the text so far (`speculative.NgramDrafter`).
-      num_drafts: tokens that the drafter guesses at a time; None: 8.
+        looks them up in the text so far; with "self" a model with blocks guesses the rest of a block itself, while it
+        checks what it guessed before (`sampling.speculative`).
+      num_drafts: tokens that the drafter guesses at a time; None: 8, or the rest of a block.
 
     Raises:
       ConfigError: a setting is out of range or does not go with the policy.
@@ -117,7 +118,7 @@ class SamplerConfig:
     cfg_scale: float = 0.0
     cache: Literal["none", "prefix", "dual"] = "none"
     cache_refresh_interval: int | None = None
-    drafter: Literal["none", "ngram"] = "none"
+    drafter: Literal["none", "ngram", "self"] = "none"
     num_drafts: int | None = None
 
     def __post_init__(self) -> None:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import jit_model
+from dlm_jax.sampling.config import SamplerConfig
 from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState, find_gaps, pending_mask
-from dlm_jax.sampling.speculative import NgramDrafter, SpeculativeStepper
+from dlm_jax.sampling.speculative import NgramDrafter, SelfDraftingStepper, SpeculativeStepper
 from dlm_jax.sampling.steppers import AutoregressiveStepper, BlockStepper, DenoisingStepper, Stepper
 from dlm_jax.sampling.text import bucket
 
@@ -68,6 +70,8 @@ def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
 def make_stepper(network: Network, spec: SamplingSpec) -> Stepper:
     """Returns the stepper for the policy and the model."""
     if spec.config.policy == "autoregressive":
+        if spec.config.drafter == "self":
+            return SelfDraftingStepper(network, spec)
         return (AutoregressiveStepper if spec.drafter is None else SpeculativeStepper)(network, spec)
     return (DenoisingStepper if spec.diffusion.blocks is None else BlockStepper)(network, spec)
 
@@ -85,6 +89,8 @@ def _resolve(spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> Sampli
                               "trained without the shift; choose another policy")
         if inside:
             raise ConfigError("autoregressive decoding cannot fill a gap with text after it; choose another policy")
+        if config.drafter == "self":
+            _check_guesses_itself(config, diffusion)
     elif diffusion.mask_token_id is None:
         raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
     elif diffusion.blocks is None:
@@ -100,6 +106,17 @@ def _resolve(spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> Sampli
     if drafter is None and config.drafter == "ngram":
         drafter = NgramDrafter() if config.num_drafts is None else NgramDrafter(config.num_drafts)
     return dataclasses.replace(spec, drafter=drafter, prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
+
+
+def _check_guesses_itself(config: SamplerConfig, diffusion: DiffusionSpec) -> None:
+    """Refuses the drafter "self" for a model that cannot guess as it was trained."""
+    blocks = diffusion.blocks
+    if blocks is None or blocks.size == 1 or blocks.clean_attention != "causal" or diffusion.mask_token_id is None:
+        raise ConfigError("drafter=self needs a model that was trained with blocks of two or more tokens and causal "
+                          "clean attention, which this one was not; choose drafter=ngram")
+    if config.num_drafts is not None and config.num_drafts >= blocks.size:
+        raise ConfigError(f"num_drafts is at most {blocks.size - 1} with drafter=self, the rest of a block of "
+                          f"{blocks.size} tokens, got {config.num_drafts}")
 
 
 @jax.jit

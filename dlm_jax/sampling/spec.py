@@ -22,8 +22,8 @@ class Network(Protocol):
 
     def hidden(self, tokens: jax.Array, attention: AttentionMask) -> jax.Array: ...
 
-    def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
-                      cache: Cache) -> tuple[jax.Array, Cache]: ...
+    def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array, cache: Cache,
+                      slots: jax.Array | None = None) -> tuple[jax.Array, Cache]: ...
 
     def unembed(self, hidden: jax.Array) -> jax.Array: ...
 
@@ -77,6 +77,7 @@ class SamplingState(NamedTuple):
     steps_in_block: jax.Array  # int32, steps since that block started; shape as `block`
     cache: Cache | None
     frontier: DecodeFrontier | None = None  # for models with blocks
+    drafts: jax.Array | None = None  # int32 [batch, num_drafts], what the model itself guesses to come next
 
 
 def find_gaps(fixed: jax.Array, lengths: jax.Array) -> jax.Array:

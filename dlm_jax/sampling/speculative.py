@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.config_fields import check_at_least
+from dlm_jax.errors import ConfigError
 from dlm_jax.sampling.spec import SamplingInputs, SamplingState, pending_mask
 from dlm_jax.sampling.steppers import AutoregressiveStepper, reveal
-from dlm_jax.sampling.tokens import sample_tokens
+from dlm_jax.sampling.tokens import process_logits, sample_tokens
 
 NO_DRAFT = -1
 
@@ -80,34 +81,102 @@ class SpeculativeStepper(AutoregressiveStepper):
     """Decodes from left to right, in each step as many tokens as the drafter guessed right, and one more."""
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
+        unfinished = pending_mask(self.spec, inputs, state).any(axis=1)
+        at = jnp.argmax(state.masked, axis=1)
+        drafts = jnp.where(unfinished[:, None], self.spec.drafter.draft(state.tokens, at), NO_DRAFT)
+
+        def check(guesses: jax.Array, state: SamplingState) -> SamplingState:
+            given, window = last_token_and(guesses, at, state.tokens)
+            hidden, cache = self.network.cached_hidden(given, AttentionMask.causal(), window - 1, state.cache)
+            return self.verify(hidden, guesses, at, unfinished, inputs, state)[0]._replace(cache=cache)
+
+        # Without any guess a pass over the last token is enough.
+        return jax.lax.cond((drafts[:, 0] != NO_DRAFT).any(), lambda state: check(drafts, state),
+                            lambda state: check(drafts[:, :0], state), state)
+
+    def verify(self, hidden: jax.Array, guesses: jax.Array, at: jax.Array, unfinished: jax.Array,
+               inputs: SamplingInputs, state: SamplingState) -> tuple[SamplingState, jax.Array]:
+        """Samples at each guess and after the last, and reveals what follows from the tokens before it.
+
+        Args:
+          hidden: [batch, guesses + 1, embed], the states of the last token and of the guesses.
+          guesses: int32 [batch, guesses], for the positions from `at` [batch] on.
+
+        Returns:
+          The state with the revealed tokens, and how many they are, int32 [batch].
+        """
         spec, length = self.spec, state.tokens.shape[1]
+        window = at[:, None] + jnp.arange(guesses.shape[1] + 1)
+        # A position is wanted if all guesses before it exist: after a missing one nothing can be kept.
+        wanted = _all_before(guesses != NO_DRAFT) & unfinished[:, None] & (window < inputs.lengths[:, None])
+        tokens, confidence, _ = sample_tokens(self.network, spec, hidden, wanted, window, inputs, state, inputs.keys,
+                                              guesses)
+        kept = wanted & _all_before(tokens[:, :-1] == guesses)
+        if spec.stop_at_eos:  # the text ends at its first end of text, whatever was guessed after it
+            ends = jnp.isin(tokens, jnp.array(spec.eos_token_ids))
+            kept &= jnp.cumsum(ends, axis=1) - ends == 0
+        rows, places = jnp.arange(len(at))[:, None], jnp.where(kept, window, length)
+        revealed = (jnp.zeros(state.tokens.shape, x.dtype).at[rows, places].set(x, mode="drop")
+                    for x in (kept, tokens, confidence))
+        return reveal(state, *revealed, unfinished), kept.sum(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfDraftingStepper(SpeculativeStepper):
+    """Speculative decoding by a model with blocks that guesses for itself, in the pass that checks its last guesses.
+
+    After each token that may turn out to be the last, there is a block of masks, which sees the text up to that token.
+    Of the block that follows the token that is kept, the most likely tokens are the next guesses. The text is that of
+    the model's clean attention, from left to right (Apple, arXiv 2507.11851, has masks after each prefix too).
+    """
+
+    @property
+    def num_drafts(self) -> int:
+        return self.spec.config.num_drafts or self.spec.diffusion.blocks.size - 1
+
+    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+        if self.network.config.sliding_window is not None:
+            raise ConfigError("drafter=self does not know sliding windows, which this model has; choose drafter=ngram")
+        inputs, state = super().start(tokens, fixed, lengths, keys)
+        groups = (self.num_drafts + 1) * self.spec.diffusion.blocks.size
+        room = ((0, 0), (0, 0), (0, groups), (0, 0), (0, 0))  # [layers, batch, length, kv_heads, head_dim]
+        cache = jax.tree.map(lambda x: jnp.pad(x, room), state.cache)
+        return inputs, state._replace(cache=cache, drafts=jnp.full((len(tokens), self.num_drafts), NO_DRAFT))
+
+    def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
+        spec, (batch, length) = self.spec, state.tokens.shape
+        number, size = self.num_drafts + 1, spec.diffusion.blocks.size
         unfinished = pending_mask(spec, inputs, state).any(axis=1)
         at = jnp.argmax(state.masked, axis=1)
-        drafts = jnp.where(unfinished[:, None], spec.drafter.draft(state.tokens, at), NO_DRAFT)
+        given, window = last_token_and(state.drafts, at, state.tokens)
+        masks = jnp.full((batch, number * size), spec.diffusion.mask_token_id)
+        places = (window[:, :, None] + jnp.arange(size)).reshape(batch, -1)
+        slots = jnp.where(window <= length, window - 1, length + number * size)  # past the row's end: not cached
+        scratch = jnp.broadcast_to(length + jnp.arange(number * size), masks.shape)
+        hidden, cache = self.network.cached_hidden(
+            jnp.concatenate([given, masks], axis=1), AttentionMask.drafts(length, size, at),
+            jnp.concatenate([window - 1, places], axis=1), state.cache, jnp.concatenate([slots, scratch], axis=1))
+        checked, guessing = hidden[:, :number], hidden[:, number:].reshape(batch, number, size, -1)
+        state, kept = self.verify(checked, state.drafts, at, unfinished, inputs, state)
+        last = jnp.maximum(kept - 1, 0)[:, None, None, None]
+        block = jnp.take_along_axis(guessing, last, axis=1)[:, 0, : self.num_drafts]
+        logits = process_logits(self.network.unembed(block), spec, None)
+        return state._replace(cache=cache, drafts=jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
-        def verify(width: int, state: SamplingState) -> SamplingState:
-            """Runs the model on the last token and `width` - 1 drafts, and reveals what it samples there."""
-            window = at[:, None] + jnp.arange(width)
-            last = jnp.take_along_axis(state.tokens, jnp.maximum(at - 1, 0)[:, None], axis=1)
-            guesses = drafts[:, : width - 1]
-            given = jnp.concatenate([last, jnp.maximum(guesses, 0)], axis=1)
-            hidden, cache = self.network.cached_hidden(given, AttentionMask.causal(), window - 1, state.cache)
-            # A position is wanted if all drafts before it exist: after a missing one nothing can be kept.
-            exist = jnp.cumprod(jnp.pad(guesses != NO_DRAFT, ((0, 0), (1, 0)), constant_values=True), axis=1) > 0
-            wanted = exist & unfinished[:, None] & (window < inputs.lengths[:, None])
-            tokens, confidence, _ = sample_tokens(self.network, spec, hidden, wanted, window, inputs, state,
-                                                  inputs.keys, guesses)
-            right = jnp.cumprod(jnp.pad(tokens[:, :-1] == guesses, ((0, 0), (1, 0)), constant_values=True), axis=1)
-            kept = wanted & (right > 0)
-            if spec.stop_at_eos:  # the text ends at its first end of text, whatever was drafted after it
-                ends = jnp.isin(tokens, jnp.array(spec.eos_token_ids))
-                kept &= jnp.cumsum(ends, axis=1) - ends == 0
-            rows, places = jnp.arange(len(at))[:, None], jnp.where(kept, window, length)
-            revealed, chosen, confident = (
-                jnp.zeros(state.tokens.shape, x.dtype).at[rows, places].set(x, mode="drop")
-                for x in (kept, tokens, confidence))
-            return reveal(state, revealed, chosen, confident, unfinished)._replace(cache=cache)
 
-        widths = [1, spec.drafter.num_drafts + 1]
-        return jax.lax.switch((drafts[:, 0] != NO_DRAFT).any().astype(jnp.int32),
-                              [lambda state, width=width: verify(width, state) for width in widths], state)
+def last_token_and(guesses: jax.Array, at: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what a pass reads, the last token and the guesses, and the positions after each of them.
+
+    Args:
+      guesses: int32 [batch, guesses], for the positions from `at` [batch] on.
+      tokens: int32 [batch, length].
+    """
+    last = jnp.take_along_axis(tokens, jnp.maximum(at - 1, 0)[:, None], axis=1)
+    window = at[:, None] + jnp.arange(guesses.shape[1] + 1)
+    return jnp.concatenate([last, jnp.maximum(guesses, 0)], axis=1), window
+
+
+def _all_before(right: jax.Array) -> jax.Array:
+    """Returns whether all before a position are True, for each and one after the last: [batch, n] to [batch, n + 1]."""
+    return jnp.cumprod(jnp.pad(right, ((0, 0), (1, 0)), constant_values=True), axis=1) > 0

@@ -191,3 +191,16 @@ def test_tile_coverage_bounds_the_rule(spec):
             np.testing.assert_array_equal(some[in_one_copy], found_some[in_one_copy])
             np.testing.assert_array_equal(every[in_one_copy], found_every[in_one_copy])
     assert seen == {(False, False), (True, False), (True, True)}
+
+
+def test_drafts_continue_longer_and_longer_texts():
+    """Groups of 2 after a text of 5, of which the two examples have 2 and 4 tokens: 0-4 is text, 5-6 a group, 7-8..."""
+    mask = AttentionMask.drafts(5, 2, jnp.array([2, 4]))
+    allowed = mask.allowed(jnp.arange(9), jnp.arange(9))
+    for start, found in zip((2, 4), allowed, strict=True):
+        expected = np.tri(9, dtype=bool)
+        for group in range(2):
+            seen = np.zeros(9, bool)
+            seen[: min(start + group, 5)] = seen[5 + 2 * group : 7 + 2 * group] = True
+            expected[5 + 2 * group : 7 + 2 * group] = seen
+        np.testing.assert_array_equal(found, expected)

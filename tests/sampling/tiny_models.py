@@ -44,13 +44,14 @@ def make_keys(count, seed=0):
 
 
 def run_sampler(network, tokens, fixed, lengths=None, *, keys=None, mask=MASK, shift=True, eos=None, stop=False,
-                drafter_object=None, **config):
+                drafter_object=None,
+                blocks=None, **config):
     """Returns a `Sample` of NumPy arrays; `eos` is a token that ends a text, or several."""
     tokens = np.asarray(tokens)
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
     keys = make_keys(len(tokens)) if keys is None else keys
     ends = () if eos is None else tuple(np.atleast_1d(eos).tolist())
-    spec = SamplingSpec(SamplerConfig(**config), DiffusionSpec(mask, shift), ends, stop, drafter=drafter_object)
+    spec = SamplingSpec(SamplerConfig(**config), DiffusionSpec(mask, shift, blocks), ends, stop, drafter=drafter_object)
     return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, spec))
 
 
