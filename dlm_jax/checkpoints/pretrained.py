@@ -286,8 +286,12 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
 def _load_peft(directory: Path, source: str, base: str | None, options: _Options) -> Pretrained:
     adapter = read_peft_adapter(directory)
     metadata, mask_token = adapter.metadata, options.mask_token
-    if mask_token is None:  # by text, if possible: the token may be new to the base
-        mask_token = metadata.get("mask_token") or metadata.get("mask_token_id")
+    recorded = metadata.get("mask_token") or metadata.get("mask_token_id")  # by text: it may be new to the base
+    if mask_token is None:
+        mask_token = recorded
+    elif adapter.has_embedding and recorded and mask_token not in (recorded, metadata.get("mask_token_id")):
+        raise ConfigError(f"{source} has the embedding of the mask token {recorded!r}, with which it was trained, but "
+                          f"the mask token is to be {mask_token!r}; omit it")
     if base is None and (directory / "config.json").is_file() and has_model_tensors(directory):
         loaded = _load_stored(directory, source, dataclasses.replace(options, mask_token=mask_token, lora=None))
     else:
@@ -303,13 +307,13 @@ def _load_peft(directory: Path, source: str, base: str | None, options: _Options
     if lora is not None:
         provenance = (*(provenance or (fingerprint(nnx.state(loaded.model)),)), adapter.digest())
         model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
-    recorded = metadata.get("mask_token_id")
-    if recorded is not None and options.mask_token is None:
-        recorded = diffusion.mask_token_id
+    recorded_id = metadata.get("mask_token_id")
+    if recorded_id is not None and options.mask_token is None:
+        recorded_id = diffusion.mask_token_id
     return dataclasses.replace(
         loaded, model=model, tokenizer=tokenizer, diffusion=diffusion,
         source=source, recipe=metadata.get("recipe", loaded.recipe), provenance=provenance, new_mask_token=is_new,
-        recorded_mask_token=loaded.recorded_mask_token if recorded is None else recorded)
+        recorded_mask_token=loaded.recorded_mask_token if recorded_id is None else recorded_id)
 
 
 def _check_finite(params: nnx.State, source: str) -> nnx.State:

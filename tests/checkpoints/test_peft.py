@@ -17,6 +17,7 @@ from flax import nnx
 
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.checkpoints.peft import adapter_config
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError, DLMError
 from dlm_jax.models import LoRAConfig, LoRAParam
 from tests.checkpoints import families
@@ -107,6 +108,16 @@ def test_export_to_peft(case, settings, tmp_path):
     save_pretrained(tmp_path / "merged", pretrained)
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     np.testing.assert_allclose(families.torch_logits(merged, TOKENS), logits(pretrained), atol=1e-4)
+
+
+def test_mask_token_of_an_adapter_is_recorded(tmp_path):
+    _, pretrained = make_lora("gpt2", tmp_path, targets=("q",), embedding=True)
+    pretrained = dataclasses.replace(pretrained, diffusion=DiffusionSpec(7, shift=False))
+    save_pretrained(tmp_path / "adapter", pretrained, layout="peft")
+    loaded = load_pretrained(tmp_path / "adapter")
+    assert (loaded.recorded_mask_token, loaded.diffusion.mask_token_id, loaded.diffusion.shift) == (7, 7, False)
+    with pytest.raises(ConfigError, match=r"7.* 9"):
+        load_pretrained(tmp_path / "adapter", mask_token=9)
 
 
 def test_diffullama_adapter_layout(tmp_path):
