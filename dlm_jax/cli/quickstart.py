@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_model(arguments.base)
+    from dlm_jax.checkpoints.source import shipped_model
     from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.training import train
 
@@ -76,6 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     texts = sample(DiffusionLM.from_pretrained(folders["adapted"], dtype=config.model.dtype), arguments.prompt,
                    arguments.infill)
+    base = shipped_model(arguments.base) or pathlib.Path(arguments.base)
+    if base.resolve() == shipped_model("stories-gpt2").resolve():
+        texts += sample_shipped(DiffusionLM.from_pretrained("stories", dtype=config.model.dtype), arguments.prompt)
     (workdir / "samples.txt").write_text(texts)
     DiffusionLM.from_pretrained(folders["adapted"]).save_pretrained(workdir / "export")
     print(f"\n== samples\n{texts}\n"
@@ -216,6 +220,13 @@ def plot(runs: dict[str, pathlib.Path], config: "TrainConfig", results: dict[str
     right.legend(frameon=False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def sample_shipped(lm: "DiffusionLM", prompt: str) -> str:
+    """Samples the model that comes with the library, which was adapted from the same base for longer."""
+    text, = lm.generate([prompt], max_new_tokens=96, temperature=0.7)
+    return (f"\n[for comparison, the model `stories`, adapted from the same base for longer, in blocks of "
+            f"{lm.diffusion.blocks.size} tokens: after the prefix {prompt!r}]\n{text.strip()}\n")
 
 
 def sample(lm: "DiffusionLM", prompt: str, infill: str) -> str:

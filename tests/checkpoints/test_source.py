@@ -21,8 +21,9 @@ def test_missing_path(name):
 
 def test_shipped_model(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert (locate("stories-gpt2") / "model.safetensors").is_file()
-    check_source("stories-gpt2")
+    for name in ("stories", "stories-gpt2"):
+        assert (locate(name) / "model.safetensors").is_file()
+        check_source(name)
     (tmp_path / "stories-gpt2").mkdir()  # what the user has comes first
     assert locate("stories-gpt2") == Path("stories-gpt2")
 

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlm_jax import DiffusionLM
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError
-from dlm_jax.sampling import SamplerConfig
+from dlm_jax.sampling import GAP, SamplerConfig, pad_rows
 from dlm_jax.sampling.speculative import NO_DRAFT, NgramDrafter
 from tests.sampling.tiny_models import EOS, MASK, make_batch, run_sampler, tiny
 
@@ -172,3 +173,19 @@ def test_config_names_drafter():
     for found in (by_name, by_object):
         np.testing.assert_array_equal(found.tokens, plain.tokens)
     np.testing.assert_array_equal(by_name.steps, by_object.steps)
+
+
+def test_trained_model_needs_fewer_passes():
+    lm = DiffusionLM.from_pretrained("stories")
+    prompt = lm.tokenizer("Once upon a time, there was a little", add_special_tokens=False)["input_ids"]
+    batch = pad_rows([[0, *prompt, *[GAP] * 80]] * 2, 128)
+    settings = dict(policy="autoregressive", temperature=0.0, mask=lm.mask_token_id, blocks=lm.diffusion.blocks)
+    plain = run_sampler(lm.model, *batch_of(batch), **settings)
+    for drafter in ("self", "ngram"):
+        found = run_sampler(lm.model, *batch_of(batch), **settings, drafter=drafter)
+        np.testing.assert_array_equal(found.tokens, plain.tokens)
+        assert found.steps.sum() < 0.9 * plain.steps.sum()
+
+
+def batch_of(batch):
+    return batch.tokens, batch.fixed, batch.lengths
