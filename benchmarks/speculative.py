@@ -27,7 +27,7 @@ def read_prompts(data_dir: pathlib.Path, number: int) -> dict[str, list[str]]:
     articles = [line for line in (data_dir / "wikitext2" / "valid.txt").read_text().splitlines() if len(line) > 400]
     questions = map(json.loads, (data_dir / "gsm8k" / "test.jsonl").read_text().splitlines())
     with gzip.open(data_dir / "humaneval_infilling" / "HumanEval-SingleLineInfilling.jsonl.gz", "rt") as file:
-        records = {record["task_id"].split("/")[1]: record for record in map(json.loads, file)}
+        records = {record["task_id"].split("/")[2]: record for record in map(json.loads, file)}
     prompts = {"stories": [story[:120] for story in stories], "wikitext": [text[:200] for text in articles],
                "GSM8K": [f"Question: {record['question']}\nAnswer:" for record in questions],
                "HumanEval": [record["prompt"] for record in records.values()]}

@@ -1,9 +1,10 @@
 """Speculative decoding: a drafter guesses the next tokens, and the model checks all of them in one forward pass.
 
-The text is the one that autoregressive decoding gives for the same seed, whatever the drafter. The model samples a
-token at every drafted position, with that position's own random numbers, and keeps the tokens up to the first that
-differs from its draft: each of them was sampled given the right tokens before it. A draft is therefore accepted with
-its probability under the model (Leviathan et al., arXiv 2211.17192, for a drafter that is certain of its drafts).
+The text is the one that autoregressive decoding gives for the same seed, whatever the drafter, as far as passes of
+different widths round alike. The model samples a token at every drafted position, with that position's own random
+numbers, and keeps the tokens up to the first that differs from its draft: each of them was sampled given the right
+tokens before it. A draft is therefore accepted with its probability under the model (Leviathan et al., arXiv
+2211.17192, for a drafter that is certain of its drafts).
 """
 
 import dataclasses
