@@ -108,8 +108,8 @@ def plot(results: dict[str, dict], args: argparse.Namespace) -> None:
     with harness.figure(harness.FIGURES / "real_model.png", 2, (11, 4.2)) as (curves, bars):
         for (name, workdir), color in zip(args.models.items(), COLORS, strict=False):
             run = json.loads((pathlib.Path(workdir) / "config.json").read_text())
-            per_step = run["data"]["batch_size"] * run["data"]["length"] / 1e6
-            records = read_records(workdir, "validation")
+            per_step = run["data.batch_size"] * run["data.length"] / 1e6
+            records = read_records(pathlib.Path(workdir), "validation")
             curves.plot([record["step"] * per_step for record in records], [record["bound"] for record in records],
                         color=color, marker="o", markersize=3, label=name)
         names = [PARENT, *args.models]
