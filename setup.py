@@ -1,4 +1,4 @@
-"""Packaging. Recipes and the small base model travel inside the package, as `dlm_jax/configs` and `dlm_jax/assets`."""
+"""Packaging. Recipes and the small models travel inside the package, as `dlm_jax/configs` and `dlm_jax/assets`."""
 
 import pathlib
 import re

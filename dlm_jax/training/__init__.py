@@ -9,6 +9,6 @@ from dlm_jax.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "config": ("TrainConfig",),
     "loop": ("train",),
-    "flops": ("count_params", "step_seconds"),
+    "flops": ("count_params",),
     "metrics": ("read_records",),
 })

@@ -2,17 +2,12 @@
 
 import functools
 import math
-import time
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from dlm_jax.data.config import DataConfig
 from dlm_jax.models import LoRAConfig, LoRAFactor, ModelConfig, abstract_model
 from dlm_jax.parallel.chips import GIB, find_chip
-
-_USUAL_MFU = 0.3  # share of the peak, or of a large matrix product's speed, that a training step reaches
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -53,25 +48,6 @@ def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
         blocks += 6 * _count_lora(config, lora) * tokens
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
     return blocks + attention + head * config.hidden_size * config.vocab_size * scored
-
-
-def step_seconds(config: ModelConfig, data: DataConfig) -> float:
-    """Returns a rough estimate of the seconds per step on the available devices, before anything is compiled."""
-    tokens = data.batch_size * data.length
-    peak = peak_flops(jax.devices()[0])
-    speed = peak * jax.device_count() if peak else measured_flops()
-    return train_flops(config, tokens, tokens / 2, data.length) / (_USUAL_MFU * speed)
-
-
-def measured_flops() -> float:
-    """Measures the FLOP/s of a large float32 matrix product on the default device."""
-    size, repeats = 1024, 4
-    product, matrix = jax.jit(jnp.matmul), jnp.ones((size, size), jnp.float32)
-    product(matrix, matrix).block_until_ready()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        product(matrix, matrix).block_until_ready()
-    return repeats * 2 * size**3 / (time.perf_counter() - start)
 
 
 def peak_memory_gib() -> float | None:

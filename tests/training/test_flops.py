@@ -1,9 +1,7 @@
-import jax
 import pytest
 
-from dlm_jax.data.config import DataConfig
 from dlm_jax.models import LoRAConfig, ModelConfig
-from dlm_jax.training.flops import count_params, peak_flops, step_seconds, train_flops
+from dlm_jax.training.flops import count_params, peak_flops, train_flops
 
 GPT2 = ModelConfig("gpt2", 50257, 768, 12, 12, 12, 64, 3072, 1024, norm="layer", positions="learned", gated_mlp=False,
                    qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True)
@@ -32,8 +30,3 @@ def test_peak_flops(kind, peak):
         device_kind = kind
 
     assert peak_flops(Device()) == peak
-
-
-def test_step_seconds_grow_with_the_batch():
-    short, long = (step_seconds(GPT2, DataConfig(batch_size=size, length=64)) for size in (8, 64))
-    assert 0 < short < long and jax.device_count() == 8
