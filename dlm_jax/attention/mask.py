@@ -42,6 +42,10 @@ class MaskSpec:
     "drafts" covers a text of `text_length` positions, which is causal, and after it groups of `block_size` positions.
     The positions of a group see each other, and the text that the group continues: `causal_before` tokens of it for the
     first group, and one more for each group after that.
+
+    "anchored" covers a text of `text_length` positions, which asks nothing, and after it blocks of `block_size`
+    positions. A block sees itself and the text before its anchor, the place where it begins in the text; with
+    `causal_blocks` its queries see nothing later. The window is measured in the text.
     """
 
     kind: str
@@ -52,9 +56,10 @@ class MaskSpec:
     text_length: int = 0
     views: int = 0
     bidirectional_clean: bool = False
+    causal_blocks: bool = False
 
     def allowed(self, q: jax.Array, k: jax.Array, params: MaskParams, query_segments: jax.Array | None = None,
-                key_segments: jax.Array | None = None) -> jax.Array:
+                key_segments: jax.Array | None = None, query_anchors: jax.Array | None = None) -> jax.Array:
         """Returns whether a query sees a key, bool; the arguments broadcast against each other."""
         index = k  # in all copies
         match self.kind:
@@ -81,6 +86,12 @@ class MaskSpec:
                 q_text, k_text = q < self.text_length, k < self.text_length
                 continued = k < params.causal_before + q_group
                 allowed = (q_text & (k <= q)) | (~q_text & ((k_text & continued) | (~k_text & (k_group == q_group))))
+            case "anchored":
+                k_text, own = k < self.text_length, self.anchored_block(k) == self.anchored_block(q)
+                own = own & (k <= q) if self.causal_blocks else own
+                allowed = (q >= self.text_length) & ((k_text & (k < query_anchors)) | (~k_text & own))
+                q = query_anchors + (q - self.text_length) % self.block_size
+                k = jnp.where(k_text, k, query_anchors + (k - self.text_length) % self.block_size)
             case _:
                 raise ValueError(f"unknown attention mask kind {self.kind!r}")
         if self.window is not None:
@@ -128,6 +139,10 @@ class MaskSpec:
         """Returns the last key that a "block_causal" query sees; it never decreases as `q` grows."""
         return jnp.where(q < params.causal_before, q, q // self.block_size * self.block_size + self.block_size - 1)
 
+    def anchored_block(self, x: jax.Array) -> jax.Array:
+        """Returns the number of the block that an "anchored" position is in; in the text it is negative."""
+        return (x - self.text_length) // self.block_size
+
     def _split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Splits positions in all copies into the copy and the position in its text."""
         copy = sum((x >= number * self.text_length).astype(jnp.int32) for number in range(1, self.views + 1))
@@ -173,6 +188,7 @@ class AttentionMask:
     segment_ids: jax.Array | None = None  # int32 [batch, length of all copies]
     lengths: jax.Array | None = None  # int32 [batch]
     causal_before: jax.Array | None = None  # int32 [batch]
+    anchors: jax.Array | None = None  # int32 [batch, blocks]
 
     @classmethod
     def causal(cls) -> Self:
@@ -238,13 +254,32 @@ class AttentionMask:
                    causal_before=jnp.asarray(start, jnp.int32))
 
     @classmethod
+    def anchored(cls, text_length: int, block_size: int, anchors: jax.Array, *, causal: bool = False) -> Self:
+        """Returns the mask of blocks that continue a text at different places (DFlash, arXiv 2602.06036).
+
+        Keys are a text of `text_length` positions and one block for each anchor after it; queries are the blocks. A
+        block sees the text before its anchor, and itself.
+
+        Args:
+          anchors: int [batch, blocks], the positions in the text at which the blocks begin.
+          causal: within its block a query sees no later position.
+        """
+        check_at_least(block_size, 1, "block_size")
+        return cls(MaskSpec("anchored", block_size, text_length=text_length, causal_blocks=causal),
+                   anchors=jnp.asarray(anchors, jnp.int32))
+
+    @classmethod
     def matrix(cls, allowed: jax.Array) -> Self:
         """Returns a mask from a bool matrix [length, length]: query i sees key j where allowed[i, j]."""
         return cls(MaskSpec("matrix"), allowed_matrix=jnp.asarray(allowed, bool))
 
     def with_segments(self, segment_ids: jax.Array) -> Self:
         """Also forbids keys of another segment; `segment_ids` int [batch, length], of one copy of the text."""
-        segment_ids = jnp.tile(jnp.asarray(segment_ids, jnp.int32), self.spec.views + 1)
+        segment_ids = jnp.asarray(segment_ids, jnp.int32)
+        if self.anchors is not None:  # a block is in the segment of its anchor
+            of_blocks = jnp.take_along_axis(segment_ids, self.anchors, axis=1)
+            segment_ids = jnp.concatenate([segment_ids, jnp.repeat(of_blocks, self.spec.block_size, axis=1)], axis=1)
+        segment_ids = jnp.tile(segment_ids, self.spec.views + 1)
         spec = dataclasses.replace(self.spec, segments=True)
         return dataclasses.replace(self, spec=spec, segment_ids=segment_ids)
 
@@ -282,6 +317,11 @@ class AttentionMask:
             index = jnp.broadcast_to(query_positions, (len(self.segment_ids), q.shape[1]))
             query_segments = jnp.take_along_axis(self.segment_ids, index, axis=1)[:, :, None]
             key_segments = jnp.take(self.segment_ids, key_positions, axis=1)[:, None, :]
+        query_anchors = None
+        if self.anchors is not None:
+            block = jnp.clip(self.spec.anchored_block(query_positions), 0, self.anchors.shape[1] - 1)
+            block = jnp.broadcast_to(block, (len(self.anchors), q.shape[1]))
+            query_anchors = jnp.take_along_axis(self.anchors, block, axis=1)[:, :, None]
         params = MaskParams(*(x[:, None, None] for x in self.params()))
-        allowed = self.spec.allowed(q, k, params, query_segments, key_segments)
+        allowed = self.spec.allowed(q, k, params, query_segments, key_segments, query_anchors)
         return allowed if self.allowed_matrix is None else allowed & self.allowed_matrix[q, k]

@@ -6,6 +6,7 @@ logical axes in `.axes`, one per dimension; `parallel.sharding` maps them to a m
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask, attend, xla_attention
-from dlm_jax.matmul import add_bias, dense
+from dlm_jax.matmul import DEFAULT, add_bias, dense
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
 from dlm_jax.models.lora import (
     LoRAConfig,
@@ -34,6 +35,14 @@ _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+}
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer input"], offload_src="device",
+        offload_dst="pinned_host"),
 }
 
 
@@ -196,12 +205,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
                  dropout_seeds: jax.Array | None, lora_seeds: jax.Array | None,
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
-        # [batch, length, heads or kv_heads, head_dim]
-        query, key, value = (project(x, lora_seeds) for project in (self.q, self.k, self.v))
-        if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if cos_sin is not None:
-            query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+        query, (key, value) = self.queries(x, cos_sin, lora_seeds), self.keys_and_values(x, cos_sin, lora_seeds)
         if layer_cache is not None:
             cache, layer, positions = layer_cache
             cache = cache.write(layer, positions, key, value)
@@ -212,6 +216,21 @@ class Attention(nnx.Module):
                           matmul_kind=self.compute.matmul,
                           dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)
         return self.out(attended, lora_seeds), None
+
+
+    def queries(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None,
+                lora_seeds: jax.Array | None = None) -> jax.Array:
+        """Returns [batch, length, heads, head_dim] of `x` [batch, length, embed]."""
+        query = self.q(x, lora_seeds)
+        query = query if self.q_norm is None else self.q_norm(query)
+        return query if cos_sin is None else rotate(query, cos_sin)
+
+    def keys_and_values(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None,
+                        lora_seeds: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values [batch, length, kv_heads, head_dim] of `x` [batch, length, embed]."""
+        key, value = self.k(x, lora_seeds), self.v(x, lora_seeds)
+        key = key if self.k_norm is None else self.k_norm(key)
+        return key if cos_sin is None else rotate(key, cos_sin), value
 
 
 class MLP(nnx.Module):
@@ -264,6 +283,22 @@ class Block(nnx.Module):
         x = x + dropout(y, self.dropout_rate, seeds[1])
         y = self.mlp(self.mlp_norm(x), seeds[3])
         return x + dropout(y, self.dropout_rate, seeds[2]), cache
+
+
+def split_layers(blocks: nnx.Module, compute: Compute) -> tuple[nnx.GraphDef, nnx.State]:
+    """Splits stacked layers into what a scan merges again and the parameters that it runs over."""
+    graphdef, stacked = nnx.split(blocks)
+    if compute.matmul != DEFAULT:  # else the backward pass would store each layer's converted kernels
+        dtype = jnp.dtype(compute.dtype)
+        stacked = nnx.map_state(
+            lambda path, param: param.replace(param[...].astype(dtype))
+            if path[-1] == "kernel" and jnp.issubdtype(param.dtype, jnp.floating) else param, stacked)
+    return graphdef, stacked
+
+
+def rematerialize(layer: Callable, kind: str) -> Callable:
+    """Returns the body of a scan over layers, which the backward pass recomputes as `Compute.remat` says."""
+    return layer if kind == "none" else jax.checkpoint(layer, policy=_REMAT_POLICIES[kind], prevent_cse=False)
 
 
 def residual_stddev(config: ModelConfig) -> float:

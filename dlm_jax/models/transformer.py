@@ -4,24 +4,27 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
-from dlm_jax.matmul import DEFAULT, matmul
+from dlm_jax.matmul import matmul
 from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.layers import Block, Cache, Initializer, LayerCache, Norm, frequencies, rotation
+from dlm_jax.models.layers import (
+    Block,
+    Cache,
+    Initializer,
+    LayerCache,
+    Norm,
+    frequencies,
+    rematerialize,
+    rotation,
+    split_layers,
+)
 from dlm_jax.models.lora import LoRAConfig
 from dlm_jax.random import counter_hash, dropout
-
-_REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    "full": None,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer input"], offload_src="device",
-        offload_dst="pinned_host"),
-}
 
 
 class Embedding(nnx.Module):
@@ -92,11 +95,27 @@ class Transformer(nnx.Module):
           cache: the keys and values so far; those of `tokens` are written before attention.
           slots: int [batch, Q], where in the cache, and for the mask, each token is; None: at its position.
         """
-        return self._run(tokens, attention, positions, None, cache, slots)
+        return self._run(tokens, attention, positions, None, cache, slots)[:2]
+
+    def hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, target_layer_ids: tuple[int, ...], *,
+                            positions: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Returns `hidden` without dropout, and what some layers put out: [batch, length, taps * embed].
+
+        Args:
+          target_layer_ids: layers from 0 on. A layer's output is the residual stream after it, before any norm.
+        """
+        hidden, _, features = self._run(tokens, attention, positions, None, None, taps=target_layer_ids)
+        return hidden, features
+
+    def cached_hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
+                                   cache: Cache, target_layer_ids: tuple[int, ...],
+                                   slots: jax.Array | None = None) -> tuple[jax.Array, Cache, jax.Array]:
+        """Returns `cached_hidden`, and the features of `hidden_and_features`, [batch, Q, taps * embed]."""
+        return self._run(tokens, attention, positions, None, cache, slots, target_layer_ids)
 
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
-             dropout_seeds: jax.Array | None, cache: Cache | None,
-             slots: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
+             dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,
+             taps: tuple[int, ...] = ()) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -113,25 +132,28 @@ class Transformer(nnx.Module):
             cos_sin = rotation(positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
         x = dropout(x, config.embed_dropout, dropout_seeds)
 
-        graphdef, stacked = nnx.split(self.blocks)
-        if self.compute.matmul != DEFAULT:  # else the backward pass would store each layer's converted kernels
-            stacked = nnx.map_state(
-                lambda path, param: param.replace(param[...].astype(dtype))
-                if path[-1] == "kernel" and jnp.issubdtype(param.dtype, jnp.floating) else param, stacked)
+        graphdef, stacked = split_layers(self.blocks, self.compute)
+        # Where each layer's output goes: to its place among the taps, or to one more place that nobody reads.
+        places = np.full(config.num_layers, len(taps))
+        places[list(taps)] = np.arange(len(taps))
+        tapped = jnp.zeros((*x.shape[:-1], len(taps) + 1, x.shape[-1]), dtype) if taps else None
+        Carry = tuple[jax.Array, Cache | None, jax.Array | None]
 
-        def layer(carry: tuple[jax.Array, Cache | None],
-                  layer_input: tuple[jax.Array, nnx.State]) -> tuple[tuple[jax.Array, Cache | None], None]:
-            (x, cache), (index, params) = carry, layer_input
+        def layer(carry: Carry, layer_input: tuple[jax.Array, jax.Array, nnx.State]) -> tuple[Carry, None]:
+            (x, cache, tapped), (index, place, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
             layer_cache = None if cache is None else LayerCache(cache, index, positions if slots is None else slots)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
-            return nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, layer_cache), None
+            x, cache = nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, layer_cache)
+            if tapped is not None:
+                tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, place, axis=-2)
+            return (x, cache, tapped), None
 
-        if self.compute.remat != "none":
-            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
-        (x, cache), _ = jax.lax.scan(layer, (x, cache), (jnp.arange(config.num_layers), stacked))
-        return self.final_norm(x), cache
+        layers = jnp.arange(config.num_layers), jnp.asarray(places), stacked
+        (x, cache, tapped), _ = jax.lax.scan(rematerialize(layer, self.compute.remat), (x, cache, tapped), layers)
+        features = None if tapped is None else tapped[..., :-1, :].reshape(*x.shape[:-1], -1)
+        return self.final_norm(x), cache, features
 
     @property
     def head_kernel(self) -> nnx.Param:

@@ -204,3 +204,19 @@ def test_drafts_continue_longer_and_longer_texts():
             seen[: min(start + group, 5)] = seen[5 + 2 * group : 7 + 2 * group] = True
             expected[5 + 2 * group : 7 + 2 * group] = seen
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("window, causal", [(None, False), (3, True)])
+def test_anchored_blocks(window, causal):
+    """By the table of who sees whom: blocks of 2 in a text of 8, of two documents."""
+    length, size, anchors, documents = 8, 2, np.array([[1, 6], [5, 3]]), np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    mask = AttentionMask.anchored(length, size, anchors, causal=causal).with_window(window)
+    mask = mask.with_segments(np.tile(documents, (2, 1)))
+    found = allowed_of(mask, jnp.arange(length + 4), jnp.arange(length + 4))
+    assert not found[:, :length].any()
+    for row, block, slot in itertools.product(range(2), range(2), range(size)):
+        anchor = anchors[row, block]
+        text = [t for t in range(anchor) if documents[t] == documents[anchor]
+                and (window is None or anchor + slot - t < window)]
+        own = [length + block * size + other for other in range(size) if other <= slot or not causal]
+        assert np.flatnonzero(found[row, length + block * size + slot]).tolist() == text + own
