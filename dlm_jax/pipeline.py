@@ -23,7 +23,16 @@ from dlm_jax.matmul import choose_matmul, jit_model, resolve_dtype
 from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
 from dlm_jax.random import example_keys
-from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, Snapshot, pad_rows, sample_rows, sampler_config
+from dlm_jax.sampling import (
+    GAP,
+    SamplerConfig,
+    SamplingSpec,
+    SamplingStats,
+    Snapshot,
+    pad_rows,
+    sample_rows,
+    sampler_config,
+)
 from dlm_jax.sampling.gap_length import infer_gap_lengths
 from dlm_jax.sampling.text import Segment, before_end, decode, encode, split_gaps
 
@@ -140,6 +149,7 @@ class DiffusionLM:
             batch_size: rows at a time, 16 by default; it does not change the texts.
             example_index: which random numbers each prompt gets, 0, 1, 2, ... by default.
             on_step: called with a `sampling.Snapshot` before the first step of each batch and after every step.
+            stats: a `sampling.SamplingStats`, which counts tokens, forward passes and accepted drafts.
         """
         check_at_least(max_new_tokens, 1, "max_new_tokens")
         settings = self._settings(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, seed=seed,
@@ -233,7 +243,7 @@ class DiffusionLM:
         return sample_rows(self.model, rows, _example_keys(np.uint32(settings.seed), index.astype(np.uint32)),
                            SamplingSpec(settings.config, diffusion, eos_token_ids, stop_at_eos and bool(eos_token_ids)),
                            batch_size=min(settings.batch_size, len(rows)), mesh=self.mesh, on_step=settings.on_step,
-                           coarse=coarse, progress=settings.on_step is None)
+                           coarse=coarse, progress=settings.on_step is None, stats=settings.stats)
 
     def _mesh_context(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -248,12 +258,14 @@ class _Settings:
     batch_size: int
     example_index: Sequence[int] | None
     on_step: Callable[[Snapshot], None] | None
+    stats: SamplingStats | None
 
     @classmethod
     def make(cls, *, seed: int = 0, batch_size: int = 16, example_index: Sequence[int] | None = None,
-             on_step: Callable[[Snapshot], None] | None = None, **sampler: Any) -> Self:
+             on_step: Callable[[Snapshot], None] | None = None, stats: SamplingStats | None = None,
+             **sampler: Any) -> Self:
         check_at_least(batch_size, 1, "batch_size")
-        return cls(sampler_config(**sampler), seed, batch_size, example_index, on_step)
+        return cls(sampler_config(**sampler), seed, batch_size, example_index, on_step, stats)
 
 
 def _as_list(texts: str | Sequence[str], name: str) -> list[str]:

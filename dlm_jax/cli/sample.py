@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import pathlib
 import sys
-import time
 from typing import TYPE_CHECKING, Any, Self
 
 from dlm_jax.cli.shared import (
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dlm_jax.pipeline import DiffusionLM
-    from dlm_jax.sampling import SamplerConfig, Snapshot
+    from dlm_jax.sampling import SamplerConfig, SamplingStats, Snapshot
 
 FLAGS = {"mask_token=": "--mask_token"}
 MASK = "\N{LIGHT SHADE}"
@@ -109,18 +108,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 def sample_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
     """Samples the texts of the command line and prints them."""
-    lm = load_model(arguments)
+    from dlm_jax.sampling import SamplingStats
+
+    lm, stats = load_model(arguments), SamplingStats()
     config = resolve_policy(config, arguments.policy, lm)
     given = [text for text in arguments.infill or arguments.prompt or [""] for _ in range(arguments.num_samples)]
-    start = time.perf_counter()
-    texts = sample_with_trace(lm, given, config, arguments)
-    seconds = time.perf_counter() - start
+    texts = sample_with_trace(lm, given, config, arguments, stats)
     samples = [{"infill" if arguments.infill else "prompt": source, "text": text}
                for source, text in zip(given, texts, strict=True)]
     heading = "" if len(texts) == 1 else "--- {number} of {total}\n"
     table = "\n\n".join(heading.format(number=i, total=len(texts)) + text for i, text in enumerate(texts, 1))
     write_result(arguments.json, {"model": lm.pretrained.source, **dataclasses.asdict(config), "seed": arguments.seed,
-                                  "batch_size": arguments.batch_size, "seconds": seconds, "samples": samples}, table)
+                                  "batch_size": arguments.batch_size, **stats.summary(), "samples": samples}, table)
+    print(f"({stats})", file=sys.stderr)
 
 
 def sample_to_file(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
@@ -134,7 +134,8 @@ def sample_to_file(arguments: argparse.Namespace, config: "SamplerConfig") -> No
     write_result(arguments.json, result,
                  f"{result['texts']} texts in {result['out']}; {result['texts_now']} of them now, "
                  f"{result['tokens_now']:,} tokens in {result['seconds']:.0f} s "
-                 f"({result['tokens_now'] / result['seconds']:,.0f} per second)")
+                 f"({result['tokens_now'] / result['seconds']:,.0f} per second, "
+                 f"{result['tokens_per_pass']:.2f} per forward pass)")
 
 
 def check(arguments: argparse.Namespace) -> "SamplerConfig":
@@ -176,8 +177,8 @@ def resolve_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM
 
 
 def sample_with_trace(lm: "DiffusionLM", given: list[str], config: "SamplerConfig",
-                      arguments: argparse.Namespace) -> list[str]:
-    """Returns the texts; shows and saves the steps as the flags say."""
+                      arguments: argparse.Namespace, stats: "SamplingStats | None" = None) -> list[str]:
+    """Returns the texts; shows and saves the steps as the flags say, and counts them in `stats`."""
     from dlm_jax.sampling.trace import Trace
 
     trace = Trace() if arguments.trace else None
@@ -185,7 +186,7 @@ def sample_with_trace(lm: "DiffusionLM", given: list[str], config: "SamplerConfi
     with LiveText(lm.tokenizer) if streaming else contextlib.nullcontext() as live:
         observers = [observer for observer in (trace, live) if observer is not None]
         settings: dict[str, Any] = {
-            **dataclasses.asdict(config), "seed": arguments.seed, "batch_size": arguments.batch_size,
+            **dataclasses.asdict(config), "seed": arguments.seed, "batch_size": arguments.batch_size, "stats": stats,
             "on_step": (lambda snapshot: [observe(snapshot) for observe in observers]) if observers else None}
         if arguments.infill:
             texts = lm.infill(given, gap_length=arguments.gap_length, **settings)

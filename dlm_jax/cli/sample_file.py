@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dlm_jax.cli.shared import ResumeState
 from dlm_jax.errors import DataError
+from dlm_jax.sampling import SamplingStats
 from dlm_jax.sampling.text import Segment, encode, split_gaps
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def sample_file(prompts: PromptFile, arguments: argparse.Namespace, lm: "Diffusi
                 "num_samples": each}
     size = min(arguments.batch_size, total)
     call = lm.infill if prompts.kind == "infill" else lm.generate
-    start, tokens = time.perf_counter(), 0
+    start, stats = time.perf_counter(), SamplingStats()
     with (ResumeState(arguments.out, {**settings, "input_sha256": prompts.digest[:16]}) as state,
           tqdm(total=total, initial=state.done, desc="texts", unit="text", disable=None) as bar):
         before = state.done
@@ -154,21 +155,12 @@ def sample_file(prompts: PromptFile, arguments: argparse.Namespace, lm: "Diffusi
             first = min(state.done // size * size, total - size)
             numbers = range(first, first + size)
             texts = call([prompts.text(number // each) for number in numbers], example_index=numbers, batch_size=size,
-                         seed=arguments.seed, **prompts.room, **dataclasses.asdict(config))
+                         seed=arguments.seed, stats=stats, **prompts.room, **dataclasses.asdict(config))
             new = list(zip(numbers, texts, strict=True))[state.done - first :]
             state.add([{**prompts.records[number // each], **({} if each == 1 else {"sample": number % each}),
                         "text": text} for number, text in new])
-            tokens += sum(_count_generated(prompts, number // each, text, lm) for number, text in new)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{stats.tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
             bar.update(len(new))
         state.finish()
-    return {**settings, "out": arguments.out, "texts": total, "texts_now": total - before, "tokens_now": tokens,
-            "seconds": time.perf_counter() - start}
-
-
-def _count_generated(prompts: PromptFile, number: int, text: str, lm: "DiffusionLM") -> int:
-    """Returns how many new tokens `text` has, up to an end of text; a gap of unknown length counts at its longest."""
-    if prompts.kind == "infill":
-        return sum(gap[-1] if isinstance(gap, range) else gap for gap in prompts.segments(number)[1::2])
-    added = lm.tokenizer(text[len(prompts.text(number)) :], add_special_tokens=False)["input_ids"]
-    return min(len(added), prompts.room["max_new_tokens"])
+    return {**settings, "out": arguments.out, **stats.summary(), "texts": total,
+            "texts_now": total - before, "tokens_now": stats.tokens, "seconds": time.perf_counter() - start}

@@ -21,7 +21,7 @@ To add a reveal policy, write its score in `config` and name it in `config.POLIC
 from dlm_jax.lazy import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
-    "batching": ("sample_rows",),
+    "batching": ("SamplingStats", "sample_rows"),
     "config": ("POLICIES", "SamplerConfig", "sampler_config"),
     "sampler": ("Sample", "sample", "stream"),
     "spec": ("SamplingSpec",),

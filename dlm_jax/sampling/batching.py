@@ -1,6 +1,8 @@
 """Samples any number of rows, of any lengths, in batches of one size."""
 
 import contextlib
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,15 +11,64 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dlm_jax.parallel import num_batch_shards, shard_batch, to_host
-from dlm_jax.sampling.sampler import sample, stream
-from dlm_jax.sampling.spec import Network, SamplingSpec
+from dlm_jax.sampling.sampler import Sample, sample, stream
+from dlm_jax.sampling.spec import Network, SamplingSpec, find_gaps
 from dlm_jax.sampling.text import GAP, bucket, pad_rows
 from dlm_jax.sampling.trace import Snapshot
 
 
+@dataclasses.dataclass
+class SamplingStats:
+    """Counts what `sample_rows` did; give one object to several calls to add them up.
+
+    Attributes:
+      texts: rows.
+      tokens: sampled tokens, up to each text's end.
+      passes: forward passes that the rows needed; several rows share a pass of their batch.
+      accepted: how many of the passes accepted the first draft, the second, and so on; empty without a drafter.
+      seconds: time of sampling, compilation included.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    passes: int = 0
+    accepted: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.tokens / max(self.passes, 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """The share of passes that accepted each draft, all those before it included."""
+        return [number / max(self.passes, 1) for number in self.accepted]
+
+    def add(self, result: Sample, number: int, seconds: float) -> None:
+        """Adds the first `number` rows of a batch."""
+        self.texts, self.seconds = self.texts + number, self.seconds + seconds
+        self.tokens += int(to_host(result.num_sampled)[:number].sum())
+        self.passes += int(to_host(result.steps)[:number].sum())
+        if result.accepted is not None:
+            accepted = to_host(result.accepted)[:number].sum(axis=0).tolist()
+            self.accepted = tuple(map(sum, zip(self.accepted or [0] * len(accepted), accepted, strict=True)))
+
+    def summary(self) -> dict[str, float | list[float]]:
+        """Returns counts and shares, for a table or a JSON file."""
+        drafts = {"acceptance_by_position": self.acceptance} if self.accepted else {}
+        return {"texts": self.texts, "tokens": self.tokens, "forward_passes": self.passes,
+                "tokens_per_pass": self.tokens_per_pass, "seconds": self.seconds, **drafts}
+
+    def __str__(self) -> str:
+        line = (f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.passes:,} forward passes, "
+                f"{self.tokens_per_pass:.2f} tokens per pass")
+        return line if not self.accepted else f"{line}; drafts accepted by position " + ", ".join(
+            f"{100 * share:.0f}%" for share in self.acceptance)
+
+
 def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, spec: SamplingSpec, *, batch_size: int,
                 mesh: Mesh | None = None, on_step: Callable[[Snapshot], None] | None = None, coarse: bool = False,
-                progress: bool = False) -> list[np.ndarray]:
+                progress: bool = False, stats: SamplingStats | None = None) -> list[np.ndarray]:
     """Fills the gaps of rows of token ids and `GAP`s, similar rows together.
 
     A row's tokens depend on its own ids and key, never on other rows or the batch size. With several processes all
@@ -31,6 +82,7 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
       on_step: called before the first step of each batch and after every step; it does not change the rows.
       coarse: as in `text.bucket`.
       progress: whether to show a bar when there are several batches.
+      stats: counts what is done.
 
     Returns:
       The tokens of each row, int32 [its length].
@@ -56,13 +108,16 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
         if mesh is not None:
             arrays = [shard_batch(np.asarray(x), mesh) for x in arrays]
         arrays[-1] = jax.random.wrap_key_data(arrays[-1])
+        began = time.perf_counter()
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             if on_step is None:
-                tokens = sample(model, *arrays, spec).tokens
+                result = sample(model, *arrays, spec)
             else:
-                tokens = _sample_with_callback(model, arrays, spec, chosen, on_step)
-        for i, row in zip(chosen, to_host(tokens), strict=True):
+                result = _sample_with_callback(model, arrays, spec, chosen, on_step)
+        for i, row in zip(chosen, to_host(result.tokens), strict=True):
             filled[i] = row[: len(rows[i])]
+        if stats is not None:
+            stats.add(result, len(np.unique(chosen)), time.perf_counter() - began)
     return filled
 
 
@@ -72,10 +127,11 @@ def _key_data(keys: jax.Array, rows: np.ndarray) -> jax.Array:
 
 
 def _sample_with_callback(model: Network, arrays: list[jax.Array], spec: SamplingSpec, rows: np.ndarray,
-                          on_step: Callable[[Snapshot], None]) -> jax.Array:
-    """Returns the same tokens as `sample`; `on_step` sees every step."""
+                          on_step: Callable[[Snapshot], None]) -> Sample:
+    """Returns what `sample` does; `on_step` sees every step."""
     number = len(np.unique(rows))  # without repeated rows
     for step, state in enumerate(stream(model, *arrays, spec)):
         tokens, masked, confidence = (np.asarray(x)[:number] for x in (state.tokens, state.masked, state.confidence))
         on_step(Snapshot(step, rows[:number], np.asarray(arrays[2])[:number], tokens, masked, confidence))
-    return state.tokens
+    gaps = find_gaps(arrays[1], arrays[2])
+    return Sample(state.tokens, state.confidence, state.steps, (gaps & ~state.masked).sum(axis=1), state.accepted)

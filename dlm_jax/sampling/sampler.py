@@ -28,11 +28,16 @@ class Sample(NamedTuple):
         first of `eos_token_ids`.
       confidence: float32 [batch, length], the log-probability of each token when it was sampled, 0 where given.
       steps: int32 [batch], the forward passes that each row needed.
+      num_sampled: int32 [batch], the tokens that each row needed: its gaps up to the end of text.
+      accepted: int32 [batch, num_drafts], how many of the passes accepted the first draft, the second, and so on; None
+        without a drafter.
     """
 
     tokens: jax.Array
     confidence: jax.Array
     steps: jax.Array
+    num_sampled: jax.Array
+    accepted: jax.Array | None = None
 
 
 def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
@@ -147,7 +152,8 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
     inputs, state = stepper.start(tokens, fixed, lengths, keys)
     state = jax.lax.while_loop(lambda state: pending_mask(spec, inputs, state).any(),
                                functools.partial(stepper.advance, inputs), state)
-    return Sample(_final_tokens(spec, state), state.confidence, state.steps)
+    return Sample(_final_tokens(spec, state), state.confidence, state.steps, (inputs.gaps & ~state.masked).sum(axis=1),
+                  state.accepted)
 
 
 # Unused parameters are kept so that the state is on their devices, as it is after a step: `_step` compiles once.

@@ -14,6 +14,8 @@ from dlm_jax.sampling.config import SamplerConfig
 if TYPE_CHECKING:
     from dlm_jax.sampling.speculative import Drafter
 
+NO_DRAFT = -1  # where a drafter guesses nothing
+
 
 class Network(Protocol):
     """The methods of a model that sampling calls; the model is also a Flax NNX module."""
@@ -78,6 +80,7 @@ class SamplingState(NamedTuple):
     cache: Cache | None
     frontier: DecodeFrontier | None = None  # for models with blocks
     drafts: jax.Array | None = None  # int32 [batch, num_drafts], what the model itself guesses to come next
+    accepted: jax.Array | None = None  # int32 [batch, num_drafts], passes that accepted each draft of a window
 
 
 def find_gaps(fixed: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -1,10 +1,16 @@
 """Speculative decoding: a drafter guesses the next tokens, and the model checks all of them in one forward pass.
 
-The text is the one that autoregressive decoding gives for the same seed, whatever the drafter, as far as passes of
-different widths round alike. The model samples a token at every drafted position, with that position's own random
-numbers, and keeps the tokens up to the first that differs from its draft: each of them was sampled given the right
-tokens before it. A draft is therefore accepted with its probability under the model (Leviathan et al., arXiv
-2211.17192, for a drafter that is certain of its drafts).
+The text follows the model's own distribution, whatever the drafter. The model chooses a token at every drafted
+position, and keeps the tokens up to the first that differs from its draft: each of them was chosen given the right
+tokens before it. There are two kinds of drafts.
+
+Certain ones, which are looked up or the most likely tokens: the model samples with each position's own random numbers,
+so that the text is the one that autoregressive decoding gives for the same seed, as far as passes of different widths
+round alike. A draft is accepted with its probability under the model.
+
+Sampled ones, from a distribution q that the drafter gives: the model accepts them or samples again, so that a draft is
+accepted with probability sum min(p, q) (Leviathan et al., arXiv 2211.17192). The text is another sample of the same
+distribution.
 """
 
 import dataclasses
@@ -16,11 +22,9 @@ import jax.numpy as jnp
 from dlm_jax.attention import AttentionMask
 from dlm_jax.config_fields import check_at_least
 from dlm_jax.errors import ConfigError
-from dlm_jax.sampling.spec import SamplingInputs, SamplingState, pending_mask
+from dlm_jax.sampling.spec import NO_DRAFT, SamplingInputs, SamplingState, pending_mask
 from dlm_jax.sampling.steppers import AutoregressiveStepper, reveal
 from dlm_jax.sampling.tokens import process_logits, sample_tokens
-
-NO_DRAFT = -1
 
 
 class Drafter(Protocol):
@@ -81,6 +85,15 @@ class NgramDrafter:
 class SpeculativeStepper(AutoregressiveStepper):
     """Decodes from left to right, in each step as many tokens as the drafter guessed right, and one more."""
 
+    @property
+    def num_drafts(self) -> int:
+        return self.spec.drafter.num_drafts
+
+    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+        inputs, state = super().start(tokens, fixed, lengths, keys)
+        return inputs, state._replace(accepted=jnp.zeros((len(tokens), self.num_drafts), jnp.int32))
+
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         unfinished = pending_mask(self.spec, inputs, state).any(axis=1)
         at = jnp.argmax(state.masked, axis=1)
@@ -96,12 +109,14 @@ class SpeculativeStepper(AutoregressiveStepper):
                             lambda state: check(drafts[:, :0], state), state)
 
     def verify(self, hidden: jax.Array, guesses: jax.Array, at: jax.Array, unfinished: jax.Array,
-               inputs: SamplingInputs, state: SamplingState) -> tuple[SamplingState, jax.Array]:
+               inputs: SamplingInputs, state: SamplingState,
+               probs: jax.Array | None = None) -> tuple[SamplingState, jax.Array]:
         """Samples at each guess and after the last, and reveals what follows from the tokens before it.
 
         Args:
           hidden: [batch, guesses + 1, embed], the states of the last token and of the guesses.
           guesses: int32 [batch, guesses], for the positions from `at` [batch] on.
+          probs: float32 [batch, guesses, vocab], the distributions that guesses are samples of; None: they are certain.
 
         Returns:
           The state with the revealed tokens, and how many they are, int32 [batch].
@@ -111,7 +126,7 @@ class SpeculativeStepper(AutoregressiveStepper):
         # A position is wanted if all guesses before it exist: after a missing one nothing can be kept.
         wanted = _all_before(guesses != NO_DRAFT) & unfinished[:, None] & (window < inputs.lengths[:, None])
         tokens, confidence, _ = sample_tokens(self.network, spec, hidden, wanted, window, inputs, state, inputs.keys,
-                                              guesses)
+                                              guesses, probs)
         kept = wanted & _all_before(tokens[:, :-1] == guesses)
         if spec.stop_at_eos:  # the text ends at its first end of text, whatever was guessed after it
             ends = jnp.isin(tokens, jnp.array(spec.eos_token_ids))
@@ -119,7 +134,9 @@ class SpeculativeStepper(AutoregressiveStepper):
         rows, places = jnp.arange(len(at))[:, None], jnp.where(kept, window, length)
         revealed = (jnp.zeros(state.tokens.shape, x.dtype).at[rows, places].set(x, mode="drop")
                     for x in (kept, tokens, confidence))
-        return reveal(state, *revealed, unfinished), kept.sum(axis=1)
+        right = kept[:, :-1] & (tokens[:, :-1] == guesses)
+        accepted = state.accepted.at[:, : guesses.shape[1]].add(right)
+        return reveal(state, *revealed, unfinished)._replace(accepted=accepted), kept.sum(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.sampling.config import POLICIES, SamplerConfig, log_prob
-from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState
+from dlm_jax.sampling.spec import NO_DRAFT, Network, SamplingInputs, SamplingSpec, SamplingState
 
 _HEAD_ROWS = 8  # with fewer rows the head's product takes as long as reading its kernel
 _CDF_BLOCK = 256  # tokens per block of the two-level inversion
@@ -18,7 +18,8 @@ _CDF_BLOCK = 256  # tokens per block of the two-level inversion
 
 def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, active: jax.Array, positions: jax.Array,
                   inputs: SamplingInputs, state: SamplingState, keys: jax.Array,
-                  drafts: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+                  drafts: jax.Array | None = None,
+                  draft_probs: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples a token at each `active` position.
 
     Args:
@@ -29,6 +30,9 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
       keys: random keys [batch].
       drafts: int32 [batch, width - 1], a token at each of the positions but the last, which later ones count as tokens
         that the row has, for the repetition penalty; None: there are none.
+      draft_probs: float32 [batch, width - 1, vocab], the distributions that the drafts are samples of. The token is
+        then the draft wherever that leaves its distribution as it is, see `accept_or_resample`. None: the token does
+        not depend on the draft.
 
     Returns:
       Tokens int32, their log-probabilities and the policy's scores float32, all [batch, width], defined where `active`.
@@ -53,7 +57,14 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
         logits = process_logits(logits, spec, seen_here)
         position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
             keys, jnp.take_along_axis(positions, read, axis=1))
-        token = jax.vmap(jax.vmap(functools.partial(sample_token, config=spec.config)))(logits, position_keys)
+        if draft_probs is None:
+            token = jax.vmap(jax.vmap(functools.partial(sample_token, config=spec.config)))(logits, position_keys)
+        else:
+            at_draft = jnp.minimum(read, width - 2)
+            draft = jnp.where(read < width - 1, jnp.take_along_axis(drafts, at_draft, axis=1), NO_DRAFT)
+            probs = jnp.take_along_axis(draft_probs, at_draft[:, :, None], axis=1)
+            accept = functools.partial(accept_or_resample, config=spec.config)
+            token = jax.vmap(jax.vmap(accept))(logits, draft, probs, position_keys)
         confidence = log_prob(logits, token)
         scores = confidence if score in (None, log_prob) else score(logits, token)
         return start + size, *(x.at[rows, at].set(y, mode="drop")
@@ -113,12 +124,46 @@ def sample_token(logits: jax.Array, key: jax.Array, config: SamplerConfig) -> ja
     """
     if config.temperature == 0:
         return jnp.argmax(logits).astype(jnp.int32)
+    return categorical(token_weights(logits, config), key)
+
+
+def token_weights(logits: jax.Array, config: SamplerConfig) -> jax.Array:
+    """Returns what tokens are sampled in proportion to, float32 [vocab], for a temperature above 0."""
     weights = jax.nn.softmax((logits - logits.max()) / config.temperature)  # subtracted first: no overflow near 0
     if config.top_k is not None and config.top_k < logits.shape[0]:
         weights = keep_largest(weights, jnp.ones_like(weights), config.top_k)
     if config.top_p is not None and config.top_p < 1:
         weights = keep_largest(weights, weights, config.top_p * weights.sum())
-    return categorical(weights, key)
+    return weights
+
+
+def token_probs(logits: jax.Array, config: SamplerConfig) -> jax.Array:
+    """Returns the distribution that `sample_token` samples, float32 [vocab]; at temperature 0 all on one token."""
+    if config.temperature == 0:
+        return jax.nn.one_hot(jnp.argmax(logits), len(logits))
+    weights = token_weights(logits, config)
+    return weights / weights.sum()
+
+
+def accept_or_resample(logits: jax.Array, draft: jax.Array, draft_probs: jax.Array, key: jax.Array,
+                       config: SamplerConfig) -> jax.Array:
+    """Returns a sample of `sample_token`'s distribution p that equals the draft as often as possible.
+
+    The draft, a sample of the distribution q, is taken with probability min(1, p / q), and otherwise a sample of
+    max(p - q, 0) (speculative sampling, arXiv 2211.17192). They are equal with probability sum min(p, q).
+
+    Args:
+      logits: float32 [vocab], of p.
+      draft: int32 scalar; `NO_DRAFT`: there is none, and the result is a sample of p.
+      draft_probs: float32 [vocab], q.
+    """
+    probs = token_probs(logits, config)
+    found = draft != NO_DRAFT
+    ratio = probs[draft] / jnp.maximum(draft_probs[draft], jnp.finfo(jnp.float32).tiny)
+    accepted = found & (jax.random.uniform(jax.random.fold_in(key, 1)) < ratio)
+    rest = jnp.where(found, jnp.maximum(probs - draft_probs, 0), probs)
+    rest = jnp.where(rest.sum() > 0, rest, probs)  # p and q are equal but for rounding
+    return jnp.where(accepted, draft, categorical(rest, key))
 
 
 def keep_largest(weights: jax.Array, measure: jax.Array, target: jax.Array | float) -> jax.Array:

@@ -148,7 +148,9 @@ def test_file_of_prompts(model, lm, prompts, tmp_path, each, batch_sizes):
     assert [line.get("sample") for line in lines] == ([None] if each == 1 else [0, 1]) * len(PROMPTS)
     assert all(line["note"] == "é\u2028" for line in lines)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["texts"] == len(lines) and 0 < result["tokens_now"] <= 6 * len(lines)
+    computed = -(-len(lines) // min(batch_sizes[-1], len(lines))) * min(batch_sizes[-1], len(lines))
+    assert result["texts"] == len(lines) and 0 < result["tokens_now"] <= 6 * computed
+    assert result["tokens_per_pass"] == result["tokens"] / result["forward_passes"]
 
 
 def test_gaps_and_plain_lines(model, lm, tmp_path):

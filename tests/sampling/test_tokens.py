@@ -4,9 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from dlm_jax.sampling import POLICIES, SamplerConfig
-from dlm_jax.sampling.tokens import categorical, invert_cdf, keep_largest, sample_token, slice_size
+from dlm_jax.sampling.spec import NO_DRAFT
+from dlm_jax.sampling.tokens import (
+    accept_or_resample,
+    categorical,
+    invert_cdf,
+    keep_largest,
+    sample_token,
+    slice_size,
+    token_probs,
+)
 from tests.sampling.enumerated import truncated
 
 jitted_keep_largest = jax.jit(keep_largest)
@@ -74,6 +84,42 @@ def test_temperature_top_k_and_top_p_together():
     expected = truncated(np.exp(np.asarray(logits, np.float64)), temperature=1.5, top_k=6, top_p=0.8)
     np.testing.assert_allclose(share, expected, atol=4 * (0.25 / 10_000) ** 0.5)
     np.testing.assert_array_equal(share > 0, expected > 0)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def propose_and_accept(logits, q, keys, config):
+    """Returns 100,000 samples of q, and what is made of them."""
+    draft_keys, keys = (jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(100_000)) for key in keys)
+    drafts = jax.vmap(functools.partial(categorical, q))(draft_keys)
+    accept = functools.partial(accept_or_resample, logits, config=config)
+    return drafts, jax.vmap(lambda draft, key: accept(draft, q, key))(drafts, keys)
+
+
+@pytest.mark.parametrize("settings", [dict(top_p=0.8), dict(top_k=4, temperature=2.0), dict(temperature=0.0)], ids=str)
+def test_accepted_drafts_leave_the_distribution_as_it_is(settings):
+    """The law is the model's, and a draft is taken with probability sum min(p, q), the most that is possible."""
+    config, logits = SamplerConfig(**settings), jnp.array([1.5, 0.3, -0.2, 0.9, -1.0, 0.0, 0.4, -jnp.inf])
+    p, keys = token_probs(logits, config), jax.random.split(jax.random.key(0))
+    for shift in (0.0, 0.4, 3.0):  # a perfect drafter, one that is near, and one that is far
+        q = token_probs(logits + shift * jnp.arange(8), config)
+        drafts, tokens = propose_and_accept(logits, q, keys, config)
+        check_law(tokens, p)
+        rate = float(jnp.minimum(p, q).sum())
+        assert abs(np.mean(drafts == tokens) - rate) < 4.5 * np.sqrt(rate * (1 - rate) / len(tokens)) + 1e-5
+
+
+def test_without_a_draft_it_is_plain_sampling():
+    config, logits = SamplerConfig(temperature=0.7), jnp.array([1.5, 0.3, -0.2, 0.9])
+    for seed in range(5):
+        key = jax.random.key(seed)
+        assert accept_or_resample(logits, NO_DRAFT, jnp.zeros(4), key, config) == sample_token(logits, key, config)
+
+
+def check_law(tokens, p):
+    counts, expected = np.bincount(tokens, minlength=len(p)), len(tokens) * np.asarray(p, np.float64)
+    kept = expected > 0
+    assert not counts[~kept].any()
+    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < stats.chi2.ppf(1 - 1e-4, max(kept.sum() - 1, 1))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
