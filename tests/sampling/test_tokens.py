@@ -88,8 +88,8 @@ def test_temperature_top_k_and_top_p_together():
 
 @functools.partial(jax.jit, static_argnames="config")
 def propose_and_accept(logits, q, keys, config):
-    """Returns 100,000 samples of q, and what is made of them."""
-    draft_keys, keys = (jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(100_000)) for key in keys)
+    """Returns 20,000 samples of q, and what is made of them."""
+    draft_keys, keys = (jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(20_000)) for key in keys)
     drafts = jax.vmap(functools.partial(categorical, q))(draft_keys)
     accept = functools.partial(accept_or_resample, logits, config=config)
     return drafts, jax.vmap(lambda draft, key: accept(draft, q, key))(drafts, keys)
