@@ -2,14 +2,15 @@
 
 import jax
 
+from dlm_jax.attention.anchored import anchored_attention
 from dlm_jax.attention.backend import BACKENDS, AttentionSpec, BackendChoice, choose_backend
 from dlm_jax.attention.mask import AttentionMask
 from dlm_jax.attention.partition import Partition
 from dlm_jax.attention.xla import xla_attention, xla_block_attention
 from dlm_jax.matmul import MatmulKind
 
-__all__ = ["BACKENDS", "AttentionMask", "AttentionSpec", "BackendChoice", "Partition", "attend", "choose_backend",
-           "xla_attention"]
+__all__ = ["BACKENDS", "AttentionMask", "AttentionSpec", "BackendChoice", "Partition", "anchored_attention", "attend",
+           "choose_backend", "xla_attention"]
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, backend: str = "auto",

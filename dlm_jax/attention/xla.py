@@ -9,7 +9,7 @@ from dlm_jax.attention.mask import AttentionMask, MaskParams
 from dlm_jax.matmul import MatmulKind, matmul, product
 from dlm_jax.random import dropout
 
-_FORBIDDEN = -1e30  # finite, so that a query that sees nothing gives a mean of values and not NaN
+FORBIDDEN = -1e30  # finite, so that a query that sees nothing gives a mean of values and not NaN
 
 
 def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
@@ -69,7 +69,7 @@ def _attend_backward(dropout_rate: float, groups: int, kind: MatmulKind, saved: 
     dropped = _dropout(weights, dropout_rate, seeds, groups).astype(value.dtype)
     dweights = _dropout(product(g, value, -1, -1, kind), dropout_rate, seeds, groups)
     mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dscores = jnp.where(scores > _FORBIDDEN, weights * (dweights - mean), 0).astype(key.dtype)
+    dscores = jnp.where(scores > FORBIDDEN, weights * (dweights - mean), 0).astype(key.dtype)
     grads = (product(dscores, key, -1, -2, kind), product(dscores, query, -2, -2, kind),
              product(dropped, g, -2, -2, kind))
     return *(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), None, None, None
@@ -88,7 +88,7 @@ def _masked_scores(query: jax.Array, key: jax.Array, mask: AttentionMask, positi
     q_len = query.shape[2] // groups
     allowed = mask.allowed(jnp.arange(q_len) if positions is None else positions, jnp.arange(key.shape[2]))
     split = scores.reshape(*scores.shape[:2], groups, q_len, -1)
-    return jnp.where(allowed[:, None, None], split, _FORBIDDEN).reshape(scores.shape)  # allowed: [batch or 1, Q, K]
+    return jnp.where(allowed[:, None, None], split, FORBIDDEN).reshape(scores.shape)  # allowed: [batch or 1, Q, K]
 
 
 def _dropout(weights: jax.Array, rate: float, seeds: jax.Array | None, groups: int) -> jax.Array:
@@ -130,14 +130,14 @@ def xla_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask
     rows = (batch, kv_heads, groups * total)  # one group's queries share a matrix
     clean_scores = matmul(query.reshape(*rows, head_dim), key[:, :, noised:], matmul_kind, transpose_b=True)
     clean_scores = clean_scores.reshape(batch, kv_heads, groups, total, text)
-    clean_scores = jnp.where(allowed, clean_scores, _FORBIDDEN)
+    clean_scores = jnp.where(allowed, clean_scores, FORBIDDEN)
 
     own = to_blocks(positions[:noised])[..., 0]  # [views, blocks, size]: positions by block, padded with 0
     is_token = to_blocks(jnp.ones((noised, 1), bool))[..., 0]
     allowed = _allowed_pairs(mask, own[..., :, None], own[..., None, :]) & is_token[..., None, :]
     block_key, block_value = to_blocks(key[:, :, :noised]), to_blocks(value[:, :, :noised])
     own_scores = _product("bhgvnqd,bhvnkd->bhgvnqk", to_blocks(query[:, :, :, :noised]), block_key)
-    own_scores = from_blocks(jnp.where(allowed[:, None, None], own_scores, _FORBIDDEN))  # [.., groups, noised, size]
+    own_scores = from_blocks(jnp.where(allowed[:, None, None], own_scores, FORBIDDEN))  # [.., groups, noised, size]
 
     maximum = jnp.max(clean_scores, axis=-1, keepdims=True)
     maximum = jax.lax.stop_gradient(maximum.at[..., :noised, :].max(jnp.max(own_scores, axis=-1, keepdims=True)))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dlm_jax.attention import AttentionMask, xla_attention
+from dlm_jax.attention import AttentionMask, anchored_attention
 from dlm_jax.config_fields import check_at_least, check_choices
 from dlm_jax.errors import ConfigError
 from dlm_jax.models.config import Compute, ModelConfig
@@ -148,12 +148,9 @@ class DrafterBlock(nnx.Module):
           mask: of the kind `AttentionMask.anchored`.
         """
         def attend(y: jax.Array) -> jax.Array:
-            own = self.attention.keys_and_values(y, cos_sin)
-            key, value = (jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(text, own, strict=True))
-            places = text[0].shape[1] + jnp.arange(y.shape[1])
-            attended = xla_attention(self.attention.queries(y, cos_sin), key, value, mask, query_positions=places,
-                                     matmul_kind=self.attention.compute.matmul)
-            return self.attention.out(attended)
+            return self.attention.out(anchored_attention(
+                self.attention.queries(y, cos_sin), text, self.attention.keys_and_values(y, cos_sin), mask,
+                matmul_kind=self.attention.compute.matmul))
 
         x = x + _convolved(attend, self.attention_norm(x), self.attention_conv, block_size)
         return x + _convolved(self.mlp, self.mlp_norm(x), self.mlp_conv, block_size)
