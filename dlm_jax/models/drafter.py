@@ -339,6 +339,16 @@ class DraftedModel(nnx.Module):
                               f"last that the target gives is {theirs.num_layers - 2}")
         self.target, self.drafter = target, drafter
 
+    @property
+    def config(self) -> ModelConfig:
+        """The target's architecture."""
+        return self.target.config
+
+    @property
+    def compute(self) -> Compute:
+        """How the target is computed."""
+        return self.target.compute
+
     def block_embeddings(self, anchor_tokens: jax.Array, slots: int | None = None) -> jax.Array:
         """Returns the target's embeddings of blocks: anchor tokens int [batch, A] to [batch, A * slots, embed].
 

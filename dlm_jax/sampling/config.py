@@ -65,6 +65,7 @@ POLICIES = {
     "threshold": Policy(log_prob, needs_num_steps=False),
     "autoregressive": Policy(log_prob, needs_num_steps=False),  # by its own stepper, without denoising
 }
+BUILT_IN_DRAFTERS = ("none", "ngram", "self")
 _DEFAULT_STEPS, _DEFAULT_THRESHOLD = 64, 0.9
 _DENOISING_ONLY = ("num_steps", "step_schedule", "block_length", "threshold", "remask", "cfg_scale", "cache",
                    "cache_refresh_interval")
@@ -95,10 +96,13 @@ class SamplerConfig:
       cache: which keys and values outside the block are reused from step to step and grow stale (Fast-dLLM, arXiv
         2505.22618): "none", "prefix" for those before the block, "dual" also for those after it.
       cache_refresh_interval: steps in a block after which all are computed again; None: only at its first step.
-      drafter: guesses tokens for autoregressive decoding, which then takes fewer passes for the same text; "ngram"
-        looks them up in the text so far; with "self" a model with blocks guesses the rest of a block itself, while it
-        checks what it guessed before (`sampling.speculative`).
-      num_drafts: tokens that the drafter guesses at a time; None: 8, or the rest of a block.
+      drafter: guesses tokens for autoregressive decoding, which then takes fewer passes for text of the same
+        distribution (`sampling.speculative`). "ngram" looks them up in the text so far. With "self" a model guesses for
+        itself, in the pass that checks what it guessed before. Else the place of a trained drafter: a workdir, a
+        directory or a hub id.
+      num_drafts: tokens that the drafter guesses at a time; None: 8 with "ngram", else a full block.
+      draft_threshold: the confidence below which a trained drafter's guess, and all after it, are not checked; None:
+        all are.
 
     Raises:
       ConfigError: a setting is out of range or does not go with the policy.
@@ -118,8 +122,9 @@ class SamplerConfig:
     cfg_scale: float = 0.0
     cache: Literal["none", "prefix", "dual"] = "none"
     cache_refresh_interval: int | None = None
-    drafter: Literal["none", "ngram", "self"] = "none"
+    drafter: str = "none"
     num_drafts: int | None = None
+    draft_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -128,7 +133,7 @@ class SamplerConfig:
         for name in ("num_steps", "block_length", "top_k", "cache_refresh_interval", "num_drafts"):
             if getattr(self, name) is not None:
                 check_at_least(getattr(self, name), 1, name)
-        for name in ("top_p", "threshold"):
+        for name in ("top_p", "threshold", "draft_threshold"):
             if getattr(self, name) is not None:
                 check_range(getattr(self, name), 0, 1, name, open_low=True)
         check_range(self.remask, 0, 1, "remask", open_high=True)
@@ -143,8 +148,13 @@ class SamplerConfig:
         elif self.drafter != "none":
             raise ConfigError(f"a drafter guesses for autoregressive decoding, and the policy is {self.policy}; choose "
                               "autoregressive, or drafter=none")
-        if self.num_drafts is not None and self.drafter == "none":
-            raise ConfigError("num_drafts is for a drafter, and there is none; name one, or remove num_drafts")
+        for name in ("num_drafts", "draft_threshold"):
+            if getattr(self, name) is not None and self.drafter == "none":
+                raise ConfigError(f"{name} is for a drafter, and there is none; name one, or remove {name}")
+        if not self.drafter.strip():
+            raise ConfigError("drafter is empty; give ngram, self, the place of a trained drafter, or none")
+        if self.draft_threshold is not None and self.drafter in BUILT_IN_DRAFTERS:
+            raise ConfigError(f"draft_threshold is for a trained drafter, and this one is {self.drafter}; remove it")
         if self.threshold is not None and self.policy != "threshold":
             raise ConfigError(f"threshold belongs to the policy threshold, and the policy is {self.policy}")
         if self.remask and self.policy == "random":

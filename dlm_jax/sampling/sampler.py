@@ -13,7 +13,9 @@ from flax import nnx
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import jit_model
-from dlm_jax.sampling.config import SamplerConfig
+from dlm_jax.models.drafter import DraftedModel
+from dlm_jax.sampling.config import BUILT_IN_DRAFTERS, SamplerConfig
+from dlm_jax.sampling.drafted import DraftedStepper, check_drafter
 from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState, find_gaps, pending_mask
 from dlm_jax.sampling.speculative import NgramDrafter, SelfDraftingStepper, SpeculativeStepper
 from dlm_jax.sampling.steppers import AutoregressiveStepper, BlockStepper, DenoisingStepper, Stepper
@@ -56,14 +58,14 @@ def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
       ConfigError: the policy cannot fill these gaps: one token per step in too few steps; no mask token; or, for
         autoregressive decoding and models with blocks, text after a gap or a model without the shift.
     """
-    spec = _resolve(spec, fixed, lengths)
+    spec = _resolve(model, spec, fixed, lengths)
     return _sample(*nnx.split(model), *_as_inputs(tokens, fixed, lengths), keys, spec)
 
 
 def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
            spec: SamplingSpec) -> Iterator[SamplingState]:
     """Does what `sample` does, one compiled step at a time: yields the state before the first step and after each."""
-    spec = _resolve(spec, fixed, lengths)
+    spec = _resolve(model, spec, fixed, lengths)
     graphdef, params = nnx.split(model)
     inputs, state, more = _start(graphdef, params, *_as_inputs(tokens, fixed, lengths), keys, spec)
     yield state
@@ -75,13 +77,15 @@ def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
 def make_stepper(network: Network, spec: SamplingSpec) -> Stepper:
     """Returns the stepper for the policy and the model."""
     if spec.config.policy == "autoregressive":
+        if isinstance(network, DraftedModel):
+            return DraftedStepper(network.target, spec, network)
         if spec.config.drafter == "self":
             return SelfDraftingStepper(network, spec)
         return (AutoregressiveStepper if spec.drafter is None else SpeculativeStepper)(network, spec)
     return (DenoisingStepper if spec.diffusion.blocks is None else BlockStepper)(network, spec)
 
 
-def _resolve(spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> SamplingSpec:
+def _resolve(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> SamplingSpec:
     """Checks that the policy can fill the gaps; returns the spec with its prompt width and drafter."""
     config, diffusion = spec.config, spec.diffusion
     gaps, prompt, inside = (int(number) for number in _measure(fixed, lengths))
@@ -94,8 +98,13 @@ def _resolve(spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> Sampli
                               "trained without the shift; choose another policy")
         if inside:
             raise ConfigError("autoregressive decoding cannot fill a gap with text after it; choose another policy")
-        if config.drafter == "self":
+        if isinstance(network, DraftedModel):
+            check_drafter(config.num_drafts, config.draft_threshold, network)
+        elif config.drafter == "self":
             _check_guesses_itself(config, diffusion)
+        elif config.drafter not in BUILT_IN_DRAFTERS:
+            raise ConfigError(f"drafter must be {', '.join(BUILT_IN_DRAFTERS)}, or the model a DraftedModel, got "
+                              f"{config.drafter!r}")
     elif diffusion.mask_token_id is None:
         raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
     elif diffusion.blocks is None:

@@ -80,6 +80,7 @@ class SamplingState(NamedTuple):
     cache: Cache | None
     frontier: DecodeFrontier | None = None  # for models with blocks
     drafts: jax.Array | None = None  # int32 [batch, num_drafts], what the model itself guesses to come next
+    drafter_cache: Cache | None = None  # the drafter's keys and values of the text before the last token
     accepted: jax.Array | None = None  # int32 [batch, num_drafts], passes that accepted each draft of a window
 
 

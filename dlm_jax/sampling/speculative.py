@@ -14,6 +14,7 @@ distribution.
 """
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import jax
@@ -94,19 +95,36 @@ class SpeculativeStepper(AutoregressiveStepper):
         inputs, state = super().start(tokens, fixed, lengths, keys)
         return inputs, state._replace(accepted=jnp.zeros((len(tokens), self.num_drafts), jnp.int32))
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The numbers of drafts that a compiled pass can check; without any, a pass over the last token is enough."""
+        return 0, self.num_drafts
+
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         unfinished = pending_mask(self.spec, inputs, state).any(axis=1)
         at = jnp.argmax(state.masked, axis=1)
-        drafts = jnp.where(unfinished[:, None], self.spec.drafter.draft(state.tokens, at), NO_DRAFT)
+        drafts, probs = self.guess(inputs, state, at)
+        drafts = jnp.where(unfinished[:, None], drafts, NO_DRAFT)
+        branches = [functools.partial(self.check, drafts[:, :width], None if probs is None else probs[:, :width], at,
+                                      unfinished, inputs) for width in self.widths]
+        number = _all_before(drafts != NO_DRAFT)[:, 1:].sum(axis=1).max()
+        return jax.lax.switch(jnp.searchsorted(jnp.array(self.widths), number), branches, state)
 
-        def check(guesses: jax.Array, state: SamplingState) -> SamplingState:
-            given, window = last_token_and(guesses, at, state.tokens)
-            hidden, cache = self.network.cached_hidden(given, AttentionMask.causal(), window - 1, state.cache)
-            return self.verify(hidden, guesses, at, unfinished, inputs, state)[0]._replace(cache=cache)
+    def guess(self, inputs: SamplingInputs, state: SamplingState,
+              at: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Returns drafts int32 [batch, num_drafts] for the positions from `at` [batch] on, or `NO_DRAFT`.
 
-        # Without any guess a pass over the last token is enough.
-        return jax.lax.cond((drafts[:, 0] != NO_DRAFT).any(), lambda state: check(drafts, state),
-                            lambda state: check(drafts[:, :0], state), state)
+        The second result is the distributions that they are samples of, [batch, num_drafts, vocab], or None where they
+        are certain.
+        """
+        return self.spec.drafter.draft(state.tokens, at), None
+
+    def check(self, drafts: jax.Array, probs: jax.Array | None, at: jax.Array, unfinished: jax.Array,
+              inputs: SamplingInputs, state: SamplingState) -> SamplingState:
+        """Runs the model over the last token and the drafts, and reveals what it accepts and one more."""
+        given, window = last_token_and(drafts, at, state.tokens)
+        hidden, cache = self.network.cached_hidden(given, AttentionMask.causal(), window - 1, state.cache)
+        return self.verify(hidden, drafts, at, unfinished, inputs, state, probs)[0]._replace(cache=cache)
 
     def verify(self, hidden: jax.Array, guesses: jax.Array, at: jax.Array, unfinished: jax.Array,
                inputs: SamplingInputs, state: SamplingState,

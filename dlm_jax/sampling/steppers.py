@@ -50,7 +50,7 @@ class DenoisingStepper:
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = _initial(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
+        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
         config, cache = self.spec.config, None
         if config.cache != "none":
             rows = 2 * len(tokens) if config.cfg_scale else len(tokens)
@@ -177,7 +177,7 @@ class BlockStepper(DenoisingStepper):
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
         blocks, width = self.spec.diffusion.blocks, self.spec.prompt_width
-        inputs, state = _initial(self.spec, tokens, fixed, lengths, keys, jnp.zeros_like(lengths))
+        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, jnp.zeros_like(lengths))
         inputs = inputs._replace(block_ids=jnp.broadcast_to(jnp.arange(tokens.shape[1]) // blocks.size, tokens.shape))
         block = self._current_block(inputs, state)
         hidden, cache = _prefill(self.network, state.tokens, width, blocks.prefill_mask().with_lengths(lengths))
@@ -234,7 +234,7 @@ class AutoregressiveStepper:
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = _initial(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
+        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
         _, cache = _prefill(self.network, state.tokens, self.spec.prompt_width, AttentionMask.causal())
         return inputs, state._replace(cache=cache)
 
@@ -250,7 +250,7 @@ class AutoregressiveStepper:
         return reveal(state, here, tokens, confidence, unfinished)._replace(cache=cache)
 
 
-def _initial(spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+def initial_state(spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
              block: jax.Array) -> tuple[SamplingInputs, SamplingState]:
     """Returns the state with every gap masked, and all gaps in block 0; `block` also has the count of steps' shape."""
     gaps, mask_token_id = find_gaps(fixed, lengths), spec.diffusion.mask_token_id

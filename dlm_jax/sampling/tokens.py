@@ -45,7 +45,7 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
     order = jnp.pad(order, ((0, 0), (0, -width % size)), constant_values=width)
     seen = None
     if spec.config.repetition_penalty != 1:
-        seen = _seen_tokens(network.config.vocab_size, inputs, state, drafts)
+        seen = seen_tokens(network.config.vocab_size, inputs, state, drafts)
 
     def fill_slice(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         start, *filled = carry
@@ -204,7 +204,7 @@ def invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     return jnp.argmax(edges > uniform * edges.max()).astype(jnp.int32)
 
 
-def _seen_tokens(vocab: int, inputs: SamplingInputs, state: SamplingState, drafts: jax.Array | None) -> jax.Array:
+def seen_tokens(vocab: int, inputs: SamplingInputs, state: SamplingState, drafts: jax.Array | None) -> jax.Array:
     """Returns which tokens each row has, bool [batch, 1, vocab]; with drafts before it, [batch, width, vocab]."""
     batch, length = state.tokens.shape
     padding = jnp.arange(length) >= inputs.lengths[:, None]

@@ -151,7 +151,7 @@ def test_look_up_refuses_impossible_sizes(settings):
 
 
 @pytest.mark.parametrize("settings", [dict(policy="confidence", drafter="ngram"), dict(policy="autoregressive",
-                                      num_drafts=3), dict(policy="autoregressive", drafter="unknown")])
+                                      num_drafts=3), dict(policy="autoregressive", drafter=" ")])
 def test_config_refuses(settings):
     with pytest.raises(ConfigError, match="draft"):
         SamplerConfig(**settings)

@@ -1,0 +1,130 @@
+"""Speculative decoding with a trained drafter: a small model that reads the hidden states of the model it guesses for.
+
+A step is a pass of the drafter over one block, and a pass of the model, the target, over the guessed tokens. A drafter
+whose guesses depend on the token before each (by a Markov head, or a selector) samples them one after another, and the
+target accepts them or samples again. Any other drafter guesses the most likely token of each position: sampled without
+knowing each other, guesses would contradict each other. `sampling.speculative` says why the text follows the target's
+distribution either way.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.errors import ConfigError
+from dlm_jax.models import Cache
+from dlm_jax.models.drafter import DraftedModel
+from dlm_jax.sampling.spec import NO_DRAFT, SamplingInputs, SamplingState
+from dlm_jax.sampling.speculative import SpeculativeStepper, last_token_and
+from dlm_jax.sampling.steppers import initial_state
+from dlm_jax.sampling.tokens import categorical, process_logits, seen_tokens, token_probs
+
+_DRAFT_KEYS = 7  # the drafts' random numbers are not those of the tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftedStepper(SpeculativeStepper):
+    """Speculative decoding of a target, `network`, with the drafter of `model`, which has both."""
+
+    model: DraftedModel
+
+    @property
+    def num_drafts(self) -> int:
+        return self.spec.config.num_drafts or self.model.drafter.config.num_drafts
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        number = self.num_drafts
+        return (number,) if self.spec.config.draft_threshold is None else (0, -(-number // 2), number)
+
+    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
+        (batch, length), width = tokens.shape, self.spec.prompt_width
+        positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+        _, cache, features = self.network.cached_hidden_and_features(
+            state.tokens[:, :width], AttentionMask.causal(), positions,
+            Cache.empty(self.network.config, batch, length, self.network.compute.dtype), self._taps)
+        state = state._replace(cache=cache, drafter_cache=self.model.drafter.empty_cache(batch, length),
+                               accepted=jnp.zeros((batch, self.num_drafts), jnp.int32))
+        anchor = jnp.argmax(state.masked, axis=1)[:, None] - 1
+        return inputs, self._read_features(features, positions, positions < anchor, state)
+
+    def guess(self, inputs: SamplingInputs, state: SamplingState,
+              at: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        spec, drafter, number = self.spec, self.model.drafter, self.num_drafts
+        anchor = jnp.maximum(at - 1, 0)[:, None]
+        slots = number + drafter.config.first_slot  # fewer than a full block, if fewer drafts are wanted
+        last = jnp.take_along_axis(state.tokens, anchor, axis=1)
+        hidden = drafter.cached_hidden(self.model.block_embeddings(last, slots), anchor + jnp.arange(slots),
+                                       state.drafter_cache)[:, drafter.config.first_slot :]
+        logits = self.network.unembed(hidden)
+        is_chain = drafter.markov is not None or drafter.selector is not None
+        is_sampled = is_chain and spec.config.temperature > 0
+        keys = jax.vmap(jax.random.fold_in, (0, None))(inputs.keys, _DRAFT_KEYS)
+        seen = None
+        if spec.config.repetition_penalty != 1:
+            seen = seen_tokens(self.network.config.vocab_size, inputs, state, None)
+        rows = jnp.arange(len(at))
+
+        Arrays = tuple[jax.Array | None, ...]
+
+        def guess_next(carry: Arrays, slot: Arrays) -> tuple[Arrays, Arrays]:
+            (previous, markov_state, seen, goes_on), (hidden, logits, position) = carry, slot
+            if drafter.markov is not None:
+                bias, markov_state = drafter.markov_bias(previous, hidden, markov_state)
+                logits = logits + bias
+            logits = process_logits(logits[:, None], spec, seen)[:, 0]
+            if drafter.selector is not None:
+                top, candidates = jax.lax.top_k(logits, drafter.config.selector_top_k)
+                scores = drafter.select(previous, hidden, candidates, top)
+                logits = jnp.full_like(logits, -jnp.inf).at[rows[:, None], candidates].set(scores)
+            if is_sampled:
+                probs = jax.vmap(functools.partial(token_probs, config=spec.config))(logits)
+                token = jax.vmap(categorical)(probs, jax.vmap(jax.random.fold_in)(keys, position))
+            else:
+                probs, token = None, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            if spec.config.draft_threshold is not None:
+                goes_on &= jax.nn.sigmoid(drafter.confidence(previous, hidden)) >= spec.config.draft_threshold
+            if seen is not None:
+                seen = seen.at[rows, 0, token].set(True)
+            return (token, markov_state, seen, goes_on), (jnp.where(goes_on, token, NO_DRAFT), probs)
+
+        start = last[:, 0], drafter.markov_state((len(at),)), seen, jnp.ones(len(at), bool)
+        by_slot = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(logits, 0, 1), at + jnp.arange(number)[:, None]
+        _, (drafts, probs) = jax.lax.scan(guess_next, start, by_slot)
+        return drafts.T, None if probs is None else jnp.swapaxes(probs, 0, 1)
+
+    def check(self, drafts: jax.Array, probs: jax.Array | None, at: jax.Array, unfinished: jax.Array,
+              inputs: SamplingInputs, state: SamplingState) -> SamplingState:
+        given, window = last_token_and(drafts, at, state.tokens)
+        hidden, cache, features = self.network.cached_hidden_and_features(
+            given, AttentionMask.causal(), window - 1, state.cache, self._taps)
+        state, kept = self.verify(hidden, drafts, at, unfinished, inputs, state, probs)
+        # The tokens read by this pass that stay: the last one, and the accepted drafts.
+        stay = jnp.arange(given.shape[1]) < kept[:, None]
+        return self._read_features(features, window - 1, stay, state._replace(cache=cache))
+
+    @property
+    def _taps(self) -> tuple[int, ...]:
+        return self.model.drafter.config.target_layer_ids
+
+    def _read_features(self, features: jax.Array, positions: jax.Array, stay: jax.Array,
+                       state: SamplingState) -> SamplingState:
+        """Returns the state in which the drafter has read the features of the positions that `stay`."""
+        drafter = self.model.drafter
+        positions = jnp.where(stay, positions, state.tokens.shape[1])  # past the end: not written
+        return state._replace(drafter_cache=drafter.extend_cache(drafter.fuse(features), positions,
+                                                                 state.drafter_cache))
+
+
+def check_drafter(num_drafts: int | None, draft_threshold: float | None, model: DraftedModel) -> None:
+    """Raises ConfigError where settings of the drafter do not fit it."""
+    config = model.drafter.config
+    if num_drafts is not None and num_drafts > config.num_drafts:
+        raise ConfigError(f"this drafter guesses at most {config.num_drafts} tokens, got num_drafts {num_drafts}")
+    if draft_threshold is not None and not config.confidence_head:
+        raise ConfigError("draft_threshold needs a drafter with a confidence head, which this one lacks; remove it")

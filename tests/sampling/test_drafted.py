@@ -1,0 +1,182 @@
+"""Trained drafters: the target's own text from drafters of every kind, whatever they guess."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.errors import ConfigError
+from dlm_jax.models import DraftedModel, Drafter, DrafterConfig
+from dlm_jax.sampling import SamplerConfig
+from tests.sampling.enumerated import truncated
+from tests.sampling.test_tokens import check_law
+from tests.sampling.tiny_models import make_batch, make_keys, run_sampler, tiny
+
+DFLASH = dict(block_size=4, sample_from_anchor=False)
+KINDS = {
+    "dflash": DFLASH,
+    "dspark": dict(block_size=3, sample_from_anchor=True, markov_rank=4, confidence_head=True),
+    "gated": dict(block_size=3, sample_from_anchor=True, markov_rank=4, markov_head="gated"),
+    "rnn": dict(block_size=3, sample_from_anchor=True, markov_rank=4, markov_head="rnn"),
+    "dflash2": DFLASH | dict(conv_kernel_size=2, selector_rank=4, selector_top_k=4, conv_group_size=8),
+}
+CHAINS = [kind for kind in KINDS if kind != "dflash"]  # drafters that see the token before each guess
+
+
+VOCAB = 5  # the last is the mask
+
+
+@functools.cache
+def drafted(kind, target_kind="llama", vocab_size=VOCAB):
+    """Returns a random target with the first of many random drafters that guesses right now and then."""
+    target = tiny(target_kind, num_layers=4, vocab_size=vocab_size)
+    layers = dataclasses.replace(target.config, family="qwen3", num_layers=1, num_kv_heads=2, norm="rms",
+                                 positions="rope", gated_mlp=True, activation="silu", qk_norm=True, qkv_bias=False,
+                                 out_bias=False, mlp_bias=False, sliding_window=None)
+    config = DrafterConfig(layers, target_layer_ids=(1, 2), mask_token_id=vocab_size - 1, **KINDS[kind])
+    drafter, noise = jax.jit(lambda: Drafter(config, rngs=nnx.Rngs(1)))(), np.random.default_rng(0)
+    model, first = DraftedModel(target, drafter), nnx.state(drafter)
+    for _ in range(100):
+        nnx.update(drafter, jax.tree.map(lambda x: x + jnp.asarray(0.3 * noise.normal(size=x.shape), x.dtype), first))
+        if run(model, mask=vocab_size - 1, temperature=0.0).accepted.sum() > 8:
+            return model
+    raise AssertionError("no drafter guesses right")
+
+
+def run(model, temperature=0.0, mask=VOCAB - 1, **settings):
+    """Samples four rows of several lengths from left to right."""
+    tokens, fixed, lengths = make_batch("autoregressive")
+    return run_sampler(model, tokens % mask, fixed, lengths, policy="autoregressive", mask=mask,
+                       temperature=temperature, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_is_the_targets(kind):
+    model, settings = drafted(kind), dict(repetition_penalty=1.3, eos=1, stop=True)
+    plain, found = run(model.target, **settings), run(model, **settings)
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+    np.testing.assert_allclose(found.confidence, plain.confidence, atol=2e-4)
+    # A pass gives the accepted drafts and one token more, unless the text ends with a draft.
+    assert set(found.steps + found.accepted.sum(axis=1) - found.num_sampled) <= {0, 1}
+
+
+def test_certain_drafts_leave_sampled_text_as_it_is():
+    for target, settings in (("gpt2", dict(temperature=1.0, top_p=0.9)),
+                             ("window", dict(temperature=0.7, repetition_penalty=1.2))):
+        model = drafted("dflash", target)
+        plain, found = run(model.target, **settings), run(model, **settings)
+        np.testing.assert_array_equal(found.tokens, plain.tokens)
+        assert found.accepted.sum() > 3
+
+
+@jax.jit
+def _block(model, tokens, anchors):
+    """Returns the target's logits [batch, length, vocab], and the drafter's states [batch, slots, embed], uncached."""
+    mask, drafter = AttentionMask.causal(), model.drafter
+    hidden, features = model.target.hidden_and_features(tokens, mask, drafter.config.target_layer_ids)
+    embeddings = model.block_embeddings(jnp.take_along_axis(tokens, anchors, axis=1))
+    states = drafter.hidden(drafter.fuse(features), embeddings, anchors)
+    return model.target.unembed(hidden), states[:, drafter.config.first_slot :]
+
+
+@jax.jit
+def _next_guess(model, state, previous, markov_state):
+    logits = model.target.unembed(state)
+    if model.drafter.markov is not None:
+        bias, markov_state = model.drafter.markov_bias(previous, state, markov_state)
+        logits = logits + bias
+    logits = logits.at[:, VOCAB - 1].set(-jnp.inf)
+    if model.drafter.selector is not None:
+        top, candidates = jax.lax.top_k(logits, model.drafter.config.selector_top_k)
+        scores = model.drafter.select(previous, state, candidates, top)
+        return jnp.take_along_axis(candidates, scores.argmax(axis=-1)[:, None], axis=1)[:, 0], markov_state
+    return logits.argmax(axis=-1), markov_state
+
+
+@pytest.mark.parametrize("kind", ["dflash", "rnn", "dflash2"])
+def test_cached_drafts_are_those_of_the_training_forward(kind):
+    """As many passes as an uncached simulation needs, in rows of several lengths."""
+    model, accepted = drafted(kind), 0
+    found = run(model)
+    for row, length, first, steps in zip(found.tokens, (40, 17, 29, 3), (4, 11, 1, 2), found.steps, strict=True):
+        at, passes = first, 0
+        while at < length:
+            _, states = _block(model, jnp.asarray(row)[None], jnp.array([[at - 1]]))
+            previous, markov_state, right = jnp.array([row[at - 1]]), model.drafter.markov_state((1,)), 0
+            for slot in range(model.drafter.config.num_drafts):
+                previous, markov_state = _next_guess(model, states[:, slot], previous, markov_state)
+                if at + right >= length or int(previous[0]) != row[at + right]:
+                    break
+                right += 1
+            accepted += right
+            at, passes = at + right + 1, passes + 1
+        assert steps == passes
+    assert accepted > 3
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("dflash", dict(temperature=0.8)), ("dspark", dict()), ("dspark", dict(temperature=0.7, top_p=0.8)),
+    ("gated", dict(top_k=3)), ("rnn", dict(temperature=1.5)), ("dflash2", dict(temperature=0.9, top_p=0.9))], ids=str)
+def test_law_of_short_texts_is_the_targets(kind, settings):
+    """Counts of all texts of three tokens, in a batch whose rows accept different numbers, against the exact law."""
+    model, rows, valid, start = drafted(kind, vocab_size=6), 6000, 5, [1, 3]
+    tokens = np.tile([*start, 0, 0, 0], (rows, 1))
+    found = run_sampler(model, tokens, np.arange(5) < 2 + np.zeros((rows, 1)), policy="autoregressive", mask=5,
+                        keys=make_keys(rows, seed=3), **settings)
+    texts = np.array([[*start, *text] for text in itertools.product(range(valid), repeat=3)])
+    logits, _ = _block(model, jnp.asarray(texts), jnp.ones((len(texts), 1), int))
+    logits = np.asarray(logits, np.float64)[:, 1:4, :valid]
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p = np.apply_along_axis(truncated, -1, p / p.sum(axis=-1, keepdims=True), **settings)
+    law = np.prod(np.take_along_axis(p, texts[:, 2:, None], axis=-1)[..., 0], axis=-1)
+    assert abs(law.sum() - 1) < 1e-6
+    common = law >= 5 / rows  # the rest is one cell
+    number = {tuple(text): i for i, text in enumerate(texts[common, 2:].tolist())}
+    cells = np.array([number.get(tuple(text), len(number)) for text in found.tokens[:, 2:].tolist()])
+    rare = law[~common].sum()
+    check_law(cells, np.append(law[common], rare) if rare else law[common])
+    assert len(collections.Counter(found.steps.tolist())) > 1
+    assert found.accepted.sum() > 0.1 * rows
+
+
+def test_threshold_checks_fewer_drafts():
+    model, number = drafted("dspark"), []
+    plain = run(model)
+    for threshold in (1e-6, 0.5, 1.0):
+        found = run(model, drafter="given", draft_threshold=threshold)
+        np.testing.assert_array_equal(found.tokens, plain.tokens)
+        number.append(int(found.accepted.sum()))
+    assert number[0] == plain.accepted.sum() > number[1] > number[2] == 0
+
+
+def test_fewer_drafts():
+    model = drafted("dflash")
+    full, one = run(model), run(model, drafter="given", num_drafts=1)
+    np.testing.assert_array_equal(one.tokens, full.tokens)
+    assert one.accepted.shape == (4, 1) and full.steps.sum() < one.steps.sum() < one.num_sampled.sum()
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("dflash", dict(num_drafts=4)), ("dflash", dict(draft_threshold=0.5)),
+                                                ("dspark", dict(num_drafts=4))])
+def test_settings_that_the_drafter_cannot_follow(kind, settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        run(drafted(kind), drafter="given", **settings)
+
+
+@pytest.mark.parametrize("settings", [dict(draft_threshold=0.5), dict(drafter="ngram", draft_threshold=0.5),
+                                      dict(drafter="given", draft_threshold=1.5)])
+def test_config_refuses(settings):
+    with pytest.raises(ConfigError, match="draft_threshold"):
+        SamplerConfig("autoregressive", **settings)
+
+
+def test_a_named_drafter_must_be_given():
+    with pytest.raises(ConfigError, match="drafter"):
+        run(drafted("dflash").target, drafter="somewhere")
