@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TIMES, CORRUPTION, DROPOUT, ANNEALING = range(4)  # purposes
+TIMES, CORRUPTION, DROPOUT, ANNEALING, ANCHORS = range(5)  # purposes
 RESOLUTION = 1 << 24  # values compared with a probability; float32 holds 0 .. 2**24 exactly
 _GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio
 
@@ -20,9 +20,9 @@ def purpose_key(seed: jax.Array | int, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
-def example_keys(seed: jax.Array | int, example_index: jax.Array) -> jax.Array:
-    """Returns a key for the corruption of each example: `example_index` [batch] to keys [batch]."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(purpose_key(seed, CORRUPTION), example_index)
+def example_keys(seed: jax.Array | int, example_index: jax.Array, purpose: int = CORRUPTION) -> jax.Array:
+    """Returns a key for each example, of one purpose: `example_index` [batch] to keys [batch]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(purpose_key(seed, purpose), example_index)
 
 
 def dropout_seeds(seed: jax.Array | int, example_index: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from dlm_jax.checkpoints.hf_import import open_tensors, stream_parameters
 from dlm_jax.checkpoints.hf_tensors import has_model_tensors
 from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
 from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
-from dlm_jax.checkpoints.source import find_base, is_workdir, locate, split_step
+from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, locate, split_step
 from dlm_jax.checkpoints.stored import open_stored
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
 from dlm_jax.checkpoints.workdir import LoRABase, read_lora_base, read_run_config
@@ -254,6 +254,9 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
     loaded = dataclasses.replace(loaded, recipe=recipe)
     if options.init != "pretrained":
         return loaded
+    if (directory / DRAFTER_FILE).exists():
+        raise CheckpointError(f"{directory} is the run of a drafter, which writes no text without its target; give the "
+                              "target as the model, and this run as its drafter")
     if loaded.new_mask_token:
         raise ConfigError(f"the mask token {loaded.tokenizer.mask_token!r} is new to {directory}, and its vocabulary "
                           "is fixed; export it first, and start from the export")

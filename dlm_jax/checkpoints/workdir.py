@@ -3,6 +3,7 @@
     config.json       the settings of the run, by dotted keys
     model/            HF config.json and tokenizer, from which the model can be described without its base
     adapter.json      for a run with LoRA, whose checkpoints hold only what is trained: see `LoRABase`
+    drafter.json      for a run that trains a drafter, the same: see `drafter.DrafterRecord`
     checkpoints/      see `orbax`
     metrics.jsonl     see `training.metrics`
 """
@@ -16,8 +17,9 @@ import jax
 from etils import epath
 from flax import nnx
 
+from dlm_jax.checkpoints.drafter import DrafterRecord
 from dlm_jax.checkpoints.hf_config import config_to_hf
-from dlm_jax.checkpoints.source import LORA_FILE
+from dlm_jax.checkpoints.source import DRAFTER_FILE, LORA_FILE
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import LoRAConfig, combine_fingerprints, fingerprint
 from dlm_jax.storage import read_json, upload, write_json
@@ -77,8 +79,13 @@ def read_lora_base(workdir: epath.Path) -> LoRABase | None:
 
 
 def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrained: "Pretrained",
-                       lora_base: LoRABase | None) -> None:
-    """Writes everything but checkpoints and metrics, from process 0; `lora_base` is None for a run without LoRA."""
+                       lora_base: LoRABase | None, drafter: DrafterRecord | None = None) -> None:
+    """Writes everything but checkpoints and metrics, from process 0.
+
+    Args:
+      lora_base: None for a run without LoRA.
+      drafter: None for a run that trains no drafter.
+    """
     if jax.process_index() != 0:
         return
     model = workdir / "model"
@@ -93,6 +100,10 @@ def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrai
         (workdir / LORA_FILE).unlink(missing_ok=True)
     else:
         write_json(workdir / LORA_FILE, dataclasses.asdict(lora_base))
+    if drafter is None:
+        (workdir / DRAFTER_FILE).unlink(missing_ok=True)
+    else:
+        drafter.write(workdir)
     write_json(workdir / "config.json", settings)
 
 

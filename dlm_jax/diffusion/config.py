@@ -2,19 +2,44 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from dlm_jax.config_fields import check_at_least, check_choices, check_range, field, open_field, settle
 from dlm_jax.errors import ConfigError
 
+ObjectiveName = Literal["diffusion", "block_diffusion", "autoregressive", "drafter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftObjective:
+    """Anchors and losses of the objective `drafter`; each loss is multiplied by the number of its name."""
+
+    num_anchors: int = field(512, "blocks per row, at places drawn anew at each step; a row of packed documents needs "
+                             "as many for each of them")
+    decay: float = field(4.0, "the k-th guess of a block, from 0 on, has the weight exp(-k / decay)")
+    adaptive: bool = field(False, "weights by the number of guesses that still have to be accepted instead (D-PACE)")
+    cross_entropy: float = field(1.0, "cross-entropy of the text's own token")
+    l1: float = field(0.0, "sum of the absolute differences from the target's probabilities")
+    confidence: float = field(0.0, "binary cross-entropy of the confidence head, against the share that the target "
+                              "accepts")
+    selector: float = field(0.0, "cross-entropy of the selector, where the token is among its candidates")
+
+    def __post_init__(self) -> None:
+        check_at_least(self.num_anchors, 1, "objective.drafts.num_anchors")
+        check_range(self.decay, 0, math.inf, "objective.drafts.decay", open_low=True)
+        for name in ("cross_entropy", "l1", "confidence", "selector"):
+            check_at_least(getattr(self, name), 0, f"objective.drafts.{name}")
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """Noise, attention and weights of the loss."""
 
-    name: Literal["diffusion", "block_diffusion", "autoregressive"] = field(
-        "diffusion", "what the model learns; block_diffusion: one block after another, each by diffusion")
+    name: ObjectiveName = field(
+        "diffusion", "what is learned; block_diffusion: one block after another, each by diffusion; drafter: a small "
+        "model guesses what the base, which does not change, writes next")
     shift: bool = field(True, "position n is predicted from the state at n - 1, as in the AR parent")
     schedule: Literal["linear", "cosine", "polynomial"] = field("linear", "masking probability as a function of time")
     power: float = field(2.0, "exponent of the polynomial schedule")
@@ -37,6 +62,7 @@ class ObjectiveConfig:
         "each block, as in BD3-LM, SDAR and Fast-dLLM v2")
     complementary: bool = field(
         False, "block_diffusion: two noisy views of each text, and each token masked in one of them")
+    drafts: DraftObjective = field(DraftObjective(), "anchors and losses of a drafter")
 
     def __post_init__(self) -> None:
         check_choices(self, "objective")
@@ -109,7 +135,7 @@ class ObjectiveConfig:
 class OpenObjective(ObjectiveConfig):
     """The objective as a recipe says it, which may leave to the source what the source was trained with."""
 
-    name: Literal["diffusion", "block_diffusion", "autoregressive"] | None = open_field(ObjectiveConfig, "name")
+    name: ObjectiveName | None = open_field(ObjectiveConfig, "name")
     shift: bool | None = open_field(ObjectiveConfig, "shift")
     block_size: int | None = open_field(ObjectiveConfig, "block_size")
     clean_attention: Literal["causal", "block_bidirectional"] | None = open_field(ObjectiveConfig, "clean_attention")

@@ -22,7 +22,14 @@ from dlm_jax.attention import AttentionMask, anchored_attention
 from dlm_jax.config_fields import check_at_least, check_choices
 from dlm_jax.errors import ConfigError
 from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.drafter_heads import BlockConvolution, CandidateSelector, MarkovHead, Projection, convolve
+from dlm_jax.models.drafter_heads import (
+    BlockConvolution,
+    CandidateSelector,
+    MarkovHead,
+    Projection,
+    convolve,
+    score_candidates,
+)
 from dlm_jax.models.layers import (
     MLP,
     Attention,
@@ -318,7 +325,14 @@ class Drafter(nnx.Module):
           candidates: int [..., k], the `selector_top_k` tokens with the highest logits.
           logits: float32 [..., k], theirs.
         """
-        return self.selector(hidden, candidates, logits, previous)
+        query = self.selector.query(previous, hidden)
+        return score_candidates(query, self.selector.successors[...], candidates, logits)
+
+
+def abstract_drafter(config: DrafterConfig, compute: Compute, param_dtype: str) -> Drafter:
+    """Returns a drafter with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: Drafter(config, rngs=nnx.Rngs(0), compute=compute,
+                                          param_dtype=jnp.dtype(param_dtype)))
 
 
 class DraftedModel(nnx.Module):
@@ -348,6 +362,11 @@ class DraftedModel(nnx.Module):
     def compute(self) -> Compute:
         """How the target is computed."""
         return self.target.compute
+
+    @property
+    def lora(self) -> None:
+        """None: a model with a drafter has no LoRA."""
+        return None
 
     def block_embeddings(self, anchor_tokens: jax.Array, slots: int | None = None) -> jax.Array:
         """Returns the target's embeddings of blocks: anchor tokens int [batch, A] to [batch, A * slots, embed].

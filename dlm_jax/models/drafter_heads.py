@@ -97,19 +97,28 @@ class CandidateSelector(nnx.Module):
         self.successors = init.normal((vocab, rank), ("vocab", "embed"), stddev=0.0)
         self.projection = Projection(embed, rank, (None, None), init)
 
-    def __call__(self, hidden: jax.Array, candidates: jax.Array, logits: jax.Array, previous: jax.Array) -> jax.Array:
-        """Returns float32 scores [..., k], the logits of a choice among the candidates.
+    def query(self, previous: jax.Array, hidden: jax.Array) -> jax.Array:
+        """Returns what candidates are compared with, float32 [..., rank].
 
         Args:
-          hidden: [..., embed].
-          candidates: int [..., k], the tokens with the highest logits.
-          logits: float32 [..., k], of the candidates.
           previous: int [...], the token before.
+          hidden: [..., embed].
         """
         before = jnp.take(self.predecessors[...], previous, axis=0).astype(jnp.float32)
-        after = jnp.take(self.successors[...], candidates, axis=0).astype(jnp.float32)
-        query = before * self.projection(hidden).astype(jnp.float32)
-        return logits + jnp.einsum("...r,...kr->...k", query, after)
+        return before * self.projection(hidden).astype(jnp.float32)
+
+
+def score_candidates(query: jax.Array, successors: jax.Array, candidates: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns float32 scores [..., k], the logits of a choice among candidates.
+
+    Args:
+      query: float32 [..., rank].
+      successors: [vocab, rank].
+      candidates: int [..., k], the tokens with the highest logits.
+      logits: float32 [..., k], theirs.
+    """
+    after = jnp.take(successors, candidates, axis=0).astype(jnp.float32)
+    return logits + jnp.einsum("...r,...kr->...k", query, after)
 
 
 class BlockConvolution(nnx.Module):

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from dlm_jax.models.config import Compute, ModelConfig
+from dlm_jax.models.drafter import DraftedModel
 from dlm_jax.models.lora import LoRAConfig, LoRAFactor, LoRAParam, full_kernel, output_norms, quantize_kernel
 from dlm_jax.models.transformer import Transformer, abstract_model
 from dlm_jax.random import counter_hash
@@ -23,8 +24,10 @@ def split_lora(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return graphdef, base, factors
 
 
-def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Splits a model into its graph, trained parameters (all without LoRA), and frozen ones."""
+def split_trainable(model: Transformer | DraftedModel) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Splits a model into its graph, trained parameters (all without LoRA, or those of a drafter), and frozen ones."""
+    if isinstance(model, DraftedModel):
+        return nnx.split(model, lambda path, _: path[0] == "drafter", ...)
     if model.lora is None:
         graphdef, params = nnx.split(model)
         return graphdef, params, nnx.State({})

@@ -84,6 +84,22 @@ def param_shardings(params: nnx.State | nnx.Module, mesh: Mesh) -> nnx.State:
     return jax.tree_util.tree_map_with_path(sharding, params, is_leaf=is_param)
 
 
+def all_gather_embeddings(params: nnx.State, mesh: Mesh) -> nnx.State:
+    """Gathers embedding tables along `embed`, once per step.
+
+    A lookup in a table that is sharded along `embed` would move activations instead, which are larger.
+    """
+    def gather(param: nnx.Variable) -> nnx.Variable:
+        if "layers" in param.axes or "embed" not in param.axes:
+            return param
+        axes = tuple(None if axis == "embed" else axis for axis in param.axes)
+        value = param.get_value()
+        return param.replace(jax.lax.with_sharding_constraint(
+            value, NamedSharding(mesh, partition_spec(axes, value.shape, mesh))))
+
+    return jax.tree.map(gather, params, is_leaf=is_param)
+
+
 def state_shardings(state: object, mesh: Mesh) -> object:
     """Returns shardings for anything built from parameters, such as optimizer state: it follows its parameter.
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from dlm_jax.checkpoints.drafter import DrafterSettings
 from dlm_jax.checkpoints.lora import LoRASettings
 from dlm_jax.config_fields import check_at_least, check_choices, check_range, field
 from dlm_jax.data.config import DataConfig
@@ -126,6 +127,7 @@ class TrainConfig:
         "setting, or for one process the user's cache")
     model: ModelSource = field(ModelSource(), "the base model")
     lora: LoRASettings = field(LoRASettings(), "what is trained of the base, if not all of it")
+    drafter: DrafterSettings = field(DrafterSettings(), "objective drafter: what is trained beside the base")
     data: DataConfig = field(DataConfig(), "the corpus and how it becomes batches")
     objective: OpenObjective = field(OpenObjective(), "what is minimized")
     optimizer: OptimizerConfig = field(OptimizerConfig(), "how it is minimized")
@@ -143,15 +145,24 @@ class TrainConfig:
         if self.validation.num_generations and (self.data.examples.format == "none" or not self.validation.every):
             raise ConfigError("validation.num_generations needs examples with prompts, and validations; set "
                               "data.examples.format and validation.every, or validation.num_generations to 0")
+        if self.objective.name == "drafter":
+            self._check_drafter()
         if self.log.sample_every and self.objective.name not in (None, "diffusion"):
             raise ConfigError("log.sample_every needs objective.name diffusion, and this run's is "
                               f"{self.objective.name}; set it to 0")
 
+    def _check_drafter(self) -> None:
+        for key, value, needed in (("lora.rank", self.lora.rank, 0), ("model.init", self.model.init, "pretrained"),
+                                   ("validation.num_generations", self.validation.num_generations, 0)):
+            if value != needed:
+                raise ConfigError(f"objective.name drafter needs {key} {needed}, and it is {value}: the base, which "
+                                  "the drafter learns from, stays as it is")
+
 
 # Changing these would make it another run: other parameters, batches, noise or optimizer state.
 # Everything else may change when a run is resumed, and the change is shown.
-_FIXED_ON_RESUME = ("seed", "model.source", "model.init", "model.mask_token", "model.param_dtype", "lora.", "data.",
-                    "objective.name", "objective.shift", "optimizer.name")
+_FIXED_ON_RESUME = ("seed", "model.source", "model.init", "model.mask_token", "model.param_dtype", "lora.", "drafter.",
+                    "data.", "objective.name", "objective.shift", "optimizer.name")
 # Rows from another place are compared by their content.
 _FREE_ON_RESUME = ("data.cache_dir", "data.on_bad_record", "data.train", "data.validation")
 

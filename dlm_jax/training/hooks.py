@@ -24,13 +24,14 @@ from dlm_jax.checkpoints.orbax import CheckpointWriter
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import RowSource
 from dlm_jax.data.tokenization import start_token
-from dlm_jax.diffusion import Batch, ObjectiveConfig
+from dlm_jax.diffusion import Batch, DraftSums, ObjectiveConfig
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import MatmulKind
 from dlm_jax.parallel import make_global_batch
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 from dlm_jax.storage import is_remote, upload
+from dlm_jax.training.drafting import held_out_line
 from dlm_jax.training.setup import Run
 from dlm_jax.training.step import make_eval_step, metrics_from_sums
 
@@ -112,6 +113,8 @@ def validation_hook(run: Run) -> PeriodicEval:
 
     def evaluate(params: nnx.State) -> tuple[dict[str, float], str]:
         values = validate(params)
+        if config.objective.name == "drafter":
+            return values, held_out_line(values)
         return values, f"held-out bound {values['bound']:.4f} nats per token  accuracy {values['accuracy']:.3f}"
 
     every = (config.validation.every, *[config.checkpoint.every] * config.checkpoint.keep_best)
@@ -145,10 +148,14 @@ class Validation:
         return dataclasses.replace(batch, noisable_mask=batch.noisable_mask & is_used[:, None])
 
     def __call__(self, params: nnx.State) -> dict[str, float]:
-        """Returns the bound in nats per token and other metrics; see `metrics_from_sums`."""
+        """Returns the bound in nats per token, or a drafter's loss, and other metrics."""
         sums = functools.reduce(operator.add, (self._eval_step(params, batch, np.int32(sample))
                                                for batch in self._batches for sample in range(self.num_samples)))
-        return {name: float(value) for name, value in jax.device_get(metrics_from_sums(sums)).items()}
+        if isinstance(sums, DraftSums):
+            metrics = sums.metrics() | {"loss": sums.loss / sums.normalizer()}
+        else:
+            metrics = metrics_from_sums(sums)
+        return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
 def sample_hook(run: Run) -> PeriodicEval:
@@ -185,7 +192,7 @@ class Checkpoints:
 
     def __call__(self, run: Run, step: int) -> None:
         validation = run.latest.get("validation", {})
-        bound = validation["bound"] if validation.get("step") == step else math.inf
+        bound = validation.get("bound", validation.get("loss")) if validation.get("step") == step else math.inf
         with run.clock.measure("checkpointing"):
             progress = {"metrics": run.accumulator.state(), "data": run.data_fingerprint,
                         "seconds": run.clock.seconds()}

@@ -120,7 +120,8 @@ def _throughput(run: Run, step: int) -> dict[str, float]:
         tokens = interval["steps"] * data.batch_size * data.length
         values = {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / interval["steps"],
                   "slowest_step_seconds": interval["slowest"], "data_stall": interval["data_stall"] / seconds}
-        if peak := peak_flops(run.mesh.devices.flat[0]):
+        # What a drafter and its target compute is not counted.
+        if run.config.objective.name != "drafter" and (peak := peak_flops(run.mesh.devices.flat[0])):
             model, objective = run.base.model, run.config.objective.at_step(step - 1)
             flops = train_flops(model.config, tokens * objective.forward_multiplier(data.length), interval["scored"],
                                 data.length, model.lora)
@@ -131,9 +132,9 @@ def _throughput(run: Run, step: int) -> dict[str, float]:
 
 def _format_means(means: dict[str, float]) -> str:
     """Returns a record for people; if all steps were skipped, there are no means."""
-    formats = {"loss": "{:.4f}", "bound": "{:.4f}", "accuracy": "{:.3f}", "grad_norm": "{:.2f}",
-               "learning_rate": "{:.2e}", "skipped": "{}", "tokens_per_second": "{:,.0f}", "mfu": "{:.1%}",
-               "peak_memory_gib": "{:.2f}"}
+    formats = {"loss": "{:.4f}", "bound": "{:.4f}", "accuracy": "{:.3f}", "tokens_per_pass": "{:.3f}",
+               "grad_norm": "{:.2f}", "learning_rate": "{:.2e}", "skipped": "{}", "tokens_per_second": "{:,.0f}",
+               "mfu": "{:.1%}", "peak_memory_gib": "{:.2f}"}
     names = {"grad_norm": "grad", "learning_rate": "lr", "tokens_per_second": "tokens/s", "peak_memory_gib": "GiB"}
     if means.get("slowest_step_seconds", 0) > _OUTLIER * means.get("seconds_per_step", 0):
         formats["slowest_step_seconds"], names["slowest_step_seconds"] = "{:.2f} s", "slowest step"

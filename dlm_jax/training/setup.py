@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.attention import AttentionSpec, BackendChoice, choose_backend
 from dlm_jax.checkpoints import Pretrained, load_pretrained
+from dlm_jax.checkpoints.drafter import DrafterRecord
 from dlm_jax.checkpoints.orbax import restore_latest, restore_state
 from dlm_jax.checkpoints.pretrained import load_lora_base
 from dlm_jax.checkpoints.source import absolute_source
@@ -42,6 +43,7 @@ from dlm_jax.parallel import (
 )
 from dlm_jax.storage import cache_folder, is_remote
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
+from dlm_jax.training.drafting import add_drafter, describe_drafter, drafter_record, load_target
 from dlm_jax.training.flops import count_params
 from dlm_jax.training.metrics import Console, GoodputClock, MetricAccumulator, MetricsLog, read_records
 from dlm_jax.training.optimizer import make_optimizer
@@ -115,6 +117,8 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
         changes = config_changes(saved, config)
     base, config = load_base(config, workdir, mesh, resumed=bool(first_step))
     graphdef, params, frozen = split_trainable(base.model)
+    drafts = config.objective.name == "drafter"
+    record = (DrafterRecord.read(workdir) if first_step else drafter_record(config, base)) if drafts else None
     # From here on the parameters are in the state; of the model only the shapes are kept.
     base = dataclasses.replace(base, model=nnx.eval_shape(lambda: base.model))
 
@@ -137,7 +141,7 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     else:
         state = create_state(params, optimizer, ema, mesh, config.optimizer.offload, frozen)
     write_run_metadata(workdir, flat_dict(config), base,
-                       resolve_lora_base(config, workdir, base, state.frozen, bool(first_step)))
+                       resolve_lora_base(config, workdir, base, state.frozen, bool(first_step)), record)
 
     clock.add(progress.get("seconds", {}))
     clock.add({"lost_steps": lost_seconds(workdir, first_step)})
@@ -162,25 +166,29 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
       ConfigError: the objective, the data or the mesh do not fit the model, or what it records.
       CheckpointError: the source cannot be read.
     """
-    model = config.model
+    model, drafter = config.model, None
+    drafts = config.objective.name == "drafter"
+    param_dtype = config.drafter.target_dtype if drafts else model.param_dtype
     compute = Compute(model.dtype, model.remat, model.attention, ATTENTION_PARTITION)
 
     def shardings(model_config: ModelConfig) -> object:
         # An attention backend that cannot run is refused before any weights are read.
         choose_attention(config, with_dropout(model_config, model.dropout), mesh)
-        return param_shardings(abstract_model(model_config, compute, model.param_dtype), mesh)
+        return param_shardings(abstract_model(model_config, compute, param_dtype), mesh)
 
     if resumed:
         base = load_pretrained(workdir, init="abstract", compute=compute)
         if record := read_lora_base(workdir):
             lora_base = load_lora_base(workdir, record, compute, shardings)
             base = dataclasses.replace(base, model=lora_base.model, provenance=lora_base.provenance)
+        if drafter := DrafterRecord.read(workdir):
+            base = dataclasses.replace(base, model=load_target(drafter, config, workdir, compute, shardings).model)
     elif not model.source:
         raise ConfigError("model.source names no base model; give a directory, a GGUF file, a hub id, or a "
                           "workdir[@step]")
     else:
         base = load_pretrained(model.source, mask_token=model.mask_token, init=model.init, lora=config.lora,
-                               seed=config.seed, compute=compute, param_dtype=model.param_dtype, shardings=shardings,
+                               seed=config.seed, compute=compute, param_dtype=param_dtype, shardings=shardings,
                                default_mask_token=default_mask_token(config))
         config = settle_run(config, base)
     if base.tokenizer is None:
@@ -193,9 +201,10 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     check_fit(config, architecture, base.diffusion.mask_token_id, mesh)
     compute = dataclasses.replace(compute, attention=choose_attention(config, architecture, mesh).backend,
                                   matmul=choose_matmul(model.dtype, mesh.devices.flat[0].platform, mesh.size))
-    graphdef = nnx.graphdef(abstract_model(architecture, compute, model.param_dtype, base.model.lora))
-    return dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=dataclasses.replace(
-        base.diffusion, shift=config.objective.shift, blocks=block_spec(config.objective))), config
+    graphdef = nnx.graphdef(abstract_model(architecture, compute, param_dtype, base.model.lora))
+    base = dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=dataclasses.replace(
+        base.diffusion, shift=config.objective.shift, blocks=block_spec(config.objective)))
+    return (add_drafter(base, config, mesh, drafter) if drafts else base), config
 
 
 def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:
@@ -311,6 +320,9 @@ def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first_step:
         tables = "".join(f", all of the {name}" for name in ("embedding", "head") if getattr(lora, name))
         lines.insert(1, f"lora       rank {lora.rank} on {', '.join(lora.targets)}{tables}: {trained / 1e6:,.2f}M "
                         f"parameters are trained, frozen matrices are stored in {lora.frozen_dtype}")
+    if config.objective.name == "drafter":
+        trained = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(base.model.drafter)))
+        lines.insert(1, f"drafter    {describe_drafter(base.model.drafter.config, trained, architecture)}")
     lines += [f"damaged    {remark}, and has been moved to damaged/" for remark in damaged]
     if first_step:
         lines.append(f"resumed    from step {first_step:,}")
@@ -322,6 +334,10 @@ def _describe_objective(objective: ObjectiveConfig, mask_token_id: int | None) -
         attention = (f"annealed over {objective.anneal_steps} steps" if objective.anneal_steps
                      else "bidirectional from the start")
         return f"diffusion, mask token {mask_token_id}, attention {attention}"
+    if objective.name == "drafter":
+        losses = {name: getattr(objective.drafts, name) for name in ("cross_entropy", "l1", "confidence", "selector")}
+        weighted = ", ".join(f"{weight:g} {name}" for name, weight in losses.items() if weight)
+        return f"drafter, mask token {mask_token_id}, {objective.drafts.num_anchors} blocks per row, loss {weighted}"
     if objective.name == "block_diffusion":
         sizes = [size for _, size in objective.block_size_schedule] or [objective.block_size]
         return (f"block_diffusion, mask token {mask_token_id}, blocks of {' -> '.join(map(str, sizes))} tokens, "

@@ -3,29 +3,40 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Self
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from dlm_jax.diffusion import Batch, HeadPlan, LossSums, ObjectiveConfig, annealing, loss_sums, noise_batch
+from dlm_jax.diffusion import (
+    Batch,
+    DraftSums,
+    HeadPlan,
+    LossSums,
+    ObjectiveConfig,
+    annealing,
+    loss_sums,
+    noise_batch,
+)
 from dlm_jax.diffusion.objective import loss_weights
 from dlm_jax.matmul import MatmulKind, compiler_options
 from dlm_jax.models import LoRAParam, Transformer
 from dlm_jax.parallel import (
+    all_gather_embeddings,
     array_sharding,
-    is_param,
     num_batch_shards,
     param_shardings,
     partition_spec,
     state_shardings,
 )
 from dlm_jax.random import dropout_seeds
+from dlm_jax.training.drafting import DraftLoss
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
 
+Sums = LossSums | DraftSums
 DEVICE, HOST = "device", "pinned_host"  # JAX's names for kinds of memory
 Metrics = dict[str, jax.Array]
 
@@ -102,6 +113,53 @@ def shardings_of(layout: object) -> object:
     return jax.tree.map(lambda leaf: leaf.sharding, layout)
 
 
+class StepLoss(Protocol):
+    """What a step minimizes."""
+
+    def zero(self, params: nnx.State, frozen: nnx.State) -> Sums:
+        """Returns the sums of no batch."""
+
+    def __call__(self, params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array, batch_size: int) -> Sums:
+        """Returns sums over a batch, any slice of a global one of `batch_size` rows; of `loss` there is a gradient."""
+
+    def normalizer(self, sums: Sums) -> jax.Array:
+        """Returns what the loss of the global batch is divided by."""
+
+    def metrics(self, sums: Sums, step: jax.Array) -> Metrics:
+        """Returns what a record says besides the loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionLoss:
+    """What a step of diffusion or autoregression minimizes; see `StepLoss`."""
+
+    graphdef: nnx.GraphDef
+    mesh: Mesh
+    objective: ObjectiveConfig
+    seed: int
+    mask_token_id: int | None
+
+    def zero(self, params: nnx.State, frozen: nnx.State) -> LossSums:
+        return LossSums.zero()
+
+    def __call__(self, params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
+                 batch_size: int) -> LossSums:
+        objective, mesh = self.objective, self.mesh
+        model = nnx.merge(self.graphdef, all_gather_embeddings(params, mesh), all_gather_embeddings(frozen, mesh))
+        noisy, mask = noise_batch(objective, batch, step, seed=self.seed, batch_size=batch_size,
+                                  mask_token_id=self.mask_token_id)
+        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions,
+                              dropout_seeds=dropout_seeds(self.seed, batch.example_index))
+        return loss_sums(hidden, *lm_head(nnx.merge(self.graphdef, params, frozen), mesh), noisy,
+                         weights=loss_weights(objective, noisy), shift=objective.shift)
+
+    def normalizer(self, sums: LossSums) -> jax.Array:
+        return sums.normalizer(self.objective.loss_normalization)
+
+    def metrics(self, sums: LossSums, step: jax.Array) -> Metrics:
+        return metrics_from_sums(sums) | {"anneal_ratio": annealing(self.objective, step)}
+
+
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                     objective: ObjectiveConfig, config: OptimizerConfig, num_steps: int, seed: int,
                     mask_token_id: int | None,
@@ -114,42 +172,39 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     """
     rate = learning_rate(config, num_steps)
     num_shards = num_batch_shards(mesh)
+    if objective.name == "drafter":
+        step_loss: StepLoss = DraftLoss(graphdef, mesh, objective.drafts, seed)
+    else:
+        step_loss = DiffusionLoss(graphdef, mesh, objective, seed, mask_token_id)
 
     def loss(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
-             batch_size: int) -> tuple[jax.Array, LossSums]:
-        model = nnx.merge(graphdef, all_gather_embeddings(params, mesh), all_gather_embeddings(frozen, mesh))
-        noisy, mask = noise_batch(objective, batch, step, seed=seed, batch_size=batch_size,
-                                  mask_token_id=mask_token_id)
-        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions,
-                              dropout_seeds=dropout_seeds(seed, batch.example_index))
-        sums = loss_sums(hidden, *lm_head(nnx.merge(graphdef, params, frozen), mesh), noisy,
-                         weights=loss_weights(objective, noisy), shift=objective.shift)
+             batch_size: int) -> tuple[jax.Array, Sums]:
+        sums = step_loss(params, frozen, batch, step, batch_size)
         return sums.loss, sums
 
     def gradients(params: nnx.State, frozen: nnx.State, batch: Batch,
-                  step: jax.Array) -> tuple[nnx.State, LossSums]:
+                  step: jax.Array) -> tuple[nnx.State, Sums]:
         """Returns the gradients and the sums of all micro-batches."""
         gradient = jax.grad(functools.partial(loss, batch_size=batch.tokens.shape[0]), has_aux=True)
         if config.accumulate_steps == 1:
             return gradient(params, frozen, batch, step)
 
-        def add(total: tuple[nnx.State, LossSums], micro_batch: Batch) -> tuple[tuple[nnx.State, LossSums], None]:
+        def add(total: tuple[nnx.State, Sums], micro_batch: Batch) -> tuple[tuple[nnx.State, Sums], None]:
             return jax.tree.map(jnp.add, total, gradient(params, frozen, micro_batch, step)), None
 
-        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums.zero()
+        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), step_loss.zero(params, frozen)
         return jax.lax.scan(add, zero, micro_batches(batch, config.accumulate_steps, num_shards))[0]
 
     def gradients_and_metrics(params: nnx.State, frozen: nnx.State, batch: Batch,
                               step: jax.Array) -> tuple[nnx.State, Metrics]:
         """Returns the gradient for the optimizer, float32, and the metrics."""
         grads, sums = gradients(params, frozen, batch, step)
-        count = sums.normalizer(objective.loss_normalization)
+        count = step_loss.normalizer(sums)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
-        return grads, metrics_from_sums(sums) | {
+        return grads, step_loss.metrics(sums, step) | {
             "loss": sums.loss / count,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(step),
-            "anneal_ratio": annealing(objective, step),
         }
 
     def update(state: TrainState, grads: nnx.State, metrics: Metrics) -> TrainState:
@@ -203,8 +258,10 @@ def _offloaded_step(gradients_and_metrics: Callable, update: Callable, mesh: Mes
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveConfig, seed: int, num_rows: int,
                    num_samples: int, mask_token_id: int | None,
-                   matmul: MatmulKind = "default") -> Callable[[nnx.State, Batch, jax.Array], LossSums]:
+                   matmul: MatmulKind = "default") -> Callable[[nnx.State, Batch, jax.Array], Sums]:
     """Returns the jitted sums of the bound over held-out rows, for one noise sample: bidirectional, without dropout.
+
+    For a drafter they are those of its losses, and of what the target accepts, for one sample of anchors.
 
     The noise depends on (seed, row, sample) only, and covers all times whatever training does: the samples of a row are
     neighbors among `num_rows * num_samples` examples, whose times are spread over the range, and so are those of a row.
@@ -212,9 +269,12 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
     objective = objective.for_validation()
 
     @functools.partial(jax.jit, compiler_options=compiler_options(matmul))
-    def eval_step(params: nnx.State, batch: Batch, sample: jax.Array) -> LossSums:
-        model = nnx.merge(graphdef, all_gather_embeddings(params, mesh))
+    def eval_step(params: nnx.State, batch: Batch, sample: jax.Array) -> Sums:
         batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + sample.astype(jnp.uint32))
+        if objective.name == "drafter":
+            loss = DraftLoss(graphdef, mesh, objective.drafts, seed, measure=True)
+            return loss(params, nnx.State({}), batch, jnp.int32(0), num_rows * num_samples)
+        model = nnx.merge(graphdef, all_gather_embeddings(params, mesh))
         noisy, mask = noise_batch(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
                                   mask_token_id=mask_token_id)
         hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions)
@@ -245,22 +305,6 @@ def metrics_from_sums(sums: LossSums) -> Metrics:
         "accuracy": sums.correct / scored,
         "masked_tokens": sums.num_scored,
     }
-
-
-def all_gather_embeddings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """Gathers embedding tables along `embed`, once per step.
-
-    A lookup in a table that is sharded along `embed` would move activations instead, which are larger.
-    """
-    def gather(param: nnx.Variable) -> nnx.Variable:
-        if "layers" in param.axes or "embed" not in param.axes:
-            return param
-        axes = tuple(None if axis == "embed" else axis for axis in param.axes)
-        value = param.get_value()
-        return param.replace(jax.lax.with_sharding_constraint(
-            value, NamedSharding(mesh, partition_spec(axes, value.shape, mesh))))
-
-    return jax.tree.map(gather, params, is_leaf=is_param)
 
 
 def lm_head(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:

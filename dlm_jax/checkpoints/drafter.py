@@ -1,0 +1,166 @@
+"""A drafter as a user asks for it, and the workdir of the run that trains one.
+
+Such a workdir has, beside what every run has, `drafter.json`: the drafter's architecture, and which target it is for.
+Its checkpoints hold the drafter alone.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+from dlm_jax.checkpoints.source import DRAFTER_FILE, split_step
+from dlm_jax.config_fields import check_at_least, check_choices, field
+from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.storage import read_json, write_json
+
+if TYPE_CHECKING:
+    import jax
+    from etils import epath
+
+    from dlm_jax.models import Compute, Drafter, DrafterConfig, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterSettings:
+    """The config group `drafter`."""
+
+    num_layers: int = field(5, "layers of the drafter, of the width of the base and as many heads")
+    init: Literal["random", "target"] = field(
+        "random", "new layers as in Qwen3, with norms of queries and keys; or copies of the base's last ones")
+    num_target_layers: int = field(5, "layers of the base whose outputs the drafter reads, evenly spread")
+    target_layer_ids: tuple[int, ...] = field((), "which layers, from 0 on; empty: num_target_layers of them")
+    target_dtype: Literal["float32", "bfloat16"] = field("float32", "type of the base's stored parameters")
+    block_size: int = field(16, "slots of a block, the anchor's included")
+    sample_from_anchor: bool = field(False, "every slot guesses the token after it (DSpark); else the token at its own "
+                                            "position, and the anchor's slot none (DFlash)")
+    causal: bool = field(False, "a slot sees no later slots of its block")
+    sliding_window: int | None = field(None, "tokens of the text that sliding_layers see")
+    sliding_layers: tuple[int, ...] = field((), "layers of the drafter, from 0 on, that see sliding_window tokens")
+    sliding_causal: bool = field(True, "the same as causal, for sliding_layers")
+    markov_rank: int = field(0, "rank of a head that adds logits by the token before (DSpark); 0: none")
+    markov_head: Literal["vanilla", "gated", "rnn"] = field("vanilla", "what else these logits depend on: nothing; the "
+                                                            "hidden state; it and the earlier tokens of the block")
+    confidence_head: bool = field(False, "also learn how likely each guess is accepted (DSpark)")
+    conv_kernel_size: int = field(0, "slots of the block that convolutions see (DFlash2); 0: none")
+    conv_group_size: int = field(16, "channels that share the part of a convolution that depends on its input")
+    selector_rank: int = field(0, "rank of the scores of a choice among candidates (DFlash2); 0: none")
+    selector_top_k: int = field(16, "candidates for each token")
+
+    def __post_init__(self) -> None:
+        check_choices(self, "drafter")
+        check_at_least(self.num_layers, 1, "drafter.num_layers")
+        check_at_least(self.num_target_layers, 1, "drafter.num_target_layers")
+
+
+def resolve_drafter(settings: DrafterSettings, target: "ModelConfig", mask_token_id: int) -> "DrafterConfig":
+    """Returns the architecture of a new drafter for a target.
+
+    Raises:
+      ConfigError: the settings do not go together, or do not fit the target.
+    """
+    from dlm_jax.models import DrafterConfig, spread_layer_ids  # here, as a recipe is checked before JAX is imported
+
+    layers = dataclasses.replace(
+        target, num_layers=settings.num_layers, sliding_window=settings.sliding_window, embed_dropout=0.0,
+        attention_dropout=0.0, residual_dropout=0.0)
+    if settings.init == "random":
+        layers = dataclasses.replace(
+            layers, family="qwen3", norm="rms", activation="silu", gated_mlp=True, positions="rope", qkv_bias=False,
+            out_bias=False, mlp_bias=False, qk_norm=True)
+    elif settings.num_layers > target.num_layers:
+        raise ConfigError(f"drafter.num_layers {settings.num_layers} is more than the {target.num_layers} layers of "
+                          "the base, whose last ones it copies; set drafter.init to random")
+    ids = settings.target_layer_ids or spread_layer_ids(target.num_layers, settings.num_target_layers)
+    names = {item.name for item in dataclasses.fields(DrafterConfig)} & {
+        item.name for item in dataclasses.fields(DrafterSettings)} - {"target_layer_ids"}
+    return DrafterConfig(layers, target_layer_ids=ids, mask_token_id=mask_token_id,
+                         **{name: getattr(settings, name) for name in sorted(names)})
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterRecord:
+    """What a run records of its drafter.
+
+    Attributes:
+      target: the source of the target: a directory, a GGUF file, a hub id, or a workdir@step.
+      mask_token: the argument with which the target was loaded.
+      fingerprint: of the target's parameters.
+    """
+
+    config: "DrafterConfig"
+    target: str
+    mask_token: int | str | None
+    fingerprint: str
+
+    def write(self, workdir: "epath.Path") -> None:
+        """Writes the record into a workdir."""
+        write_json(workdir / DRAFTER_FILE, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, workdir: "epath.Path") -> Self | None:
+        """Reads the record of a run; None for a run that trains no drafter.
+
+        Raises:
+          CheckpointError: the file is damaged.
+        """
+        from dlm_jax.models import DrafterConfig, ModelConfig, RopeScaling
+
+        path = workdir / DRAFTER_FILE
+        if not path.exists():
+            return None
+        content = read_json(path)
+        try:
+            config = content.pop("config")
+            layers = config.pop("layers")
+            if layers["rope_scaling"] is not None:
+                layers["rope_scaling"] = RopeScaling(**layers["rope_scaling"])
+            config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+            return cls(DrafterConfig(ModelConfig(**layers), **config), **content)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error!r}; restore it from a copy") from error
+
+    def check(self, fingerprint: str, workdir: "epath.Path") -> None:
+        """Raises CheckpointError if the target has other parameters than when the run started."""
+        if fingerprint != self.fingerprint:
+            raise CheckpointError(f"the model at {self.target} has other weights than when the drafter in {workdir} "
+                                  f"was begun; restore them, or correct the target in {workdir / DRAFTER_FILE}")
+
+
+class StoredDrafter(NamedTuple):
+    """A drafter and the source of the target that it was trained for."""
+
+    drafter: "Drafter"
+    target: str
+
+
+def open_drafter(path: "epath.PathLike", *, compute: "Compute | None" = None, param_dtype: str | None = None,
+                 sharding: "jax.sharding.Sharding | None" = None) -> StoredDrafter:
+    """Loads the drafter of a run; `DraftedModel(target, drafter)` joins it to its target, loaded from `.target`.
+
+    Args:
+      path: a workdir, its `@step` or `@best`.
+      compute: how it is computed; None: in float32.
+      param_dtype: "float32" or "bfloat16"; None: the run's.
+      sharding: of every parameter; None: on the first device.
+
+    Raises:
+      CheckpointError: there is no drafter, or its checkpoint is missing or damaged.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from dlm_jax.checkpoints.orbax import resolve_step, restore_params
+    from dlm_jax.checkpoints.source import find_base
+    from dlm_jax.models import Compute, abstract_drafter
+
+    workdir, step = split_step(path)
+    record = DrafterRecord.read(workdir)
+    if record is None:
+        raise CheckpointError(f"{path} is not the workdir of a run that trains a drafter; it has no {DRAFTER_FILE}")
+    stored_dtype = read_json(workdir / "config.json")["model.param_dtype"]
+    graphdef, shapes = nnx.split(abstract_drafter(record.config, compute or Compute(), stored_dtype))
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    layout = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    params: Any = restore_params(workdir, resolve_step(workdir, step), nnx.State({"drafter": layout}))["drafter"]
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(param_dtype or stored_dtype)), params)
+    return StoredDrafter(nnx.merge(graphdef, params), find_base(record.target, workdir))

@@ -1,0 +1,266 @@
+"""Training a drafter: the same on every mesh, exact resumption, a target that stays as it is, and what is refused."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.checkpoints import load_pretrained, open_drafter, save_pretrained
+from dlm_jax.checkpoints.drafter import DrafterRecord, DrafterSettings, resolve_drafter
+from dlm_jax.diffusion import Batch, DraftObjective, ObjectiveConfig, drafts
+from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.models import DraftedModel, Drafter, ModelConfig, Transformer, split_trainable
+from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh
+from dlm_jax.training import train
+from dlm_jax.training.drafting import DraftLoss, copy_layers
+from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dlm_jax.training.step import create_state, make_eval_step, make_train_step
+from tests.training.conftest import changed, checkpoint_arrays
+from tests.training.test_step import one_device
+
+TARGET = ModelConfig("llama", vocab_size=24, hidden_size=16, num_layers=5, num_heads=8, num_kv_heads=8, head_dim=4,
+                     mlp_size=32, max_length=32, tie_embeddings=True, initializer_range=0.3)
+DSPARK = DrafterSettings(num_layers=2, num_target_layers=2, block_size=3, sample_from_anchor=True, markov_rank=8,
+                         markov_head="rnn", confidence_head=True)
+DFLASH2 = DrafterSettings(num_layers=2, num_target_layers=2, block_size=4, conv_kernel_size=2, conv_group_size=8,
+                          selector_rank=8, selector_top_k=4)
+OBJECTIVES = {"dspark": DraftObjective(num_anchors=6, cross_entropy=0.1, l1=0.9, confidence=1.0),
+              "dflash2": DraftObjective(num_anchors=6, decay=7.0, selector=1.0)}
+ROWS, LENGTH, MASK = 16, 16, 23
+
+
+@functools.cache
+def split_model(settings):
+    """The graph, and the trained and frozen parameters on the host."""
+    @jax.jit
+    def make():
+        config = resolve_drafter(settings, TARGET, MASK)
+        return DraftedModel(Transformer(TARGET, rngs=nnx.Rngs(0)), Drafter(config, rngs=nnx.Rngs(1)))
+
+    graphdef, params, frozen = split_trainable(make())
+    return graphdef, jax.device_get(params), jax.device_get(frozen)
+
+
+def batch_of(step, mesh):
+    """Random tokens in two documents per row; position 0 is context."""
+    def read(rows):
+        tokens = np.random.default_rng(step).integers(0, 23, (ROWS, LENGTH)).astype(np.int32)
+        noisable = np.broadcast_to(np.arange(LENGTH) > 0, tokens.shape)
+        second = np.broadcast_to(np.arange(LENGTH) >= 7, tokens.shape).astype(np.int32)
+        positions = np.where(second, np.arange(LENGTH) - 7, np.arange(LENGTH)).astype(np.int32)
+        return Batch(*(x[rows] for x in (tokens, noisable, np.arange(ROWS, dtype=np.uint32) + ROWS * step, second,
+                                         positions)))
+
+    return make_global_batch(read, ROWS, mesh)
+
+
+def run(mesh, steps, kind, **settings):
+    """Metrics of each step, and the last state on the host."""
+    config = OptimizerConfig(**{"learning_rate": 1e-2, "schedule": "constant"} | settings)
+    rule = make_optimizer(config, 10)
+    graphdef, params, frozen = split_model({"dspark": DSPARK, "dflash2": DFLASH2}[kind])
+    state = create_state(jax.tree.map(jnp.asarray, params), rule, False, mesh, False, jax.tree.map(jnp.asarray, frozen))
+    step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig("drafter", drafts=OBJECTIVES[kind]),
+                           config=config, num_steps=10, seed=1, mask_token_id=MASK)
+    metrics = []
+    for i in range(steps):
+        state, last = step(state, batch_of(i, mesh))
+        metrics.append(jax.device_get(last))
+    return metrics, jax.device_get(state)
+
+
+reference = functools.cache(lambda kind: run(one_device(), 3, kind))
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash2"])
+def test_the_drafter_alone_is_trained(kind):
+    metrics, state = reference(kind)
+    _, params, frozen = split_model({"dspark": DSPARK, "dflash2": DFLASH2}[kind])
+    for (path, before), (_, after) in zip(nnx.to_flat_state(params), nnx.to_flat_state(state.params), strict=True):
+        assert path[0] == "drafter" and not np.array_equal(before[...], after[...]), path
+    for before, after in zip(jax.tree.leaves(frozen), jax.tree.leaves(state.frozen), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert ("tokens_per_pass" in metrics[0]) == (kind == "dspark")
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash2"])
+def test_the_target_has_no_gradient(kind):
+    """If it were trained too: through features, embeddings, head and distributions."""
+    settings = {"dspark": DSPARK, "dflash2": DFLASH2}[kind]
+    (graphdef, _, frozen), params = split_model(settings), reference(kind)[1].params  # none is 0 as in a new selector
+    loss = DraftLoss(graphdef, one_device(), OBJECTIVES[kind], 0)
+
+    def value(frozen, params):
+        return loss(params, frozen, batch_of(0, one_device()), jnp.int32(0), ROWS).loss
+
+    by_frozen, by_params = jax.jit(jax.grad(value, argnums=(0, 1)))(frozen, params)
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(by_params))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(by_frozen))
+
+
+@pytest.mark.parametrize("kind, mesh, accumulate", [
+    ("dspark", MeshConfig(fsdp=8), 2), ("dspark", MeshConfig(data=2, fsdp=2, tensor=2), 4),
+    ("dspark", MeshConfig(fsdp=2, tensor=2, context=2), 1), ("dflash2", MeshConfig(data=2, fsdp=2, tensor=2), 2)])
+def test_loss_curve_is_the_same_on_every_mesh(kind, mesh, accumulate, capfd, monkeypatch):
+    monkeypatch.setattr(drafts, "_GUESSES", 6)  # several chunks, where the reference has one
+    metrics, _ = run(make_mesh(mesh), 3, kind, accumulate_steps=accumulate)
+    for found, expected in zip(metrics, reference(kind)[0], strict=True):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, err_msg=name)
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_validation_measures_what_the_target_accepts():
+    """By the rule of `speculative sampling`, slot by slot: the smaller of both probabilities, summed over tokens."""
+    graphdef, params, frozen = split_model(DFLASH2)
+    step = make_eval_step(graphdef, one_device(), objective=ObjectiveConfig("drafter", drafts=OBJECTIVES["dflash2"]),
+                          seed=0, num_rows=ROWS, num_samples=1, mask_token_id=MASK)
+    metrics = step(nnx.merge_state(params, frozen), batch_of(0, one_device()), jnp.int32(0)).metrics()
+    assert 1 <= metrics["tokens_per_pass"] <= 4 and 0 < metrics["acceptance_1"] < 1 and "acceptance_4" not in metrics
+
+
+@pytest.mark.parametrize("settings", [DSPARK, DFLASH2, dataclasses.replace(DSPARK, init="target")],
+                         ids=["dspark", "dflash2", "copied layers"])
+def test_one_overfitted_sample_accepts_full_blocks(settings):
+    """Learned from a text that the target wrote greedily; then every block, drafted in the cached way, is that text."""
+    graphdef, params, frozen = split_model(settings)
+    length, causal = 20, AttentionMask.causal()
+    model = nnx.merge(graphdef, params, frozen)
+    if settings.init == "target":
+        copy_layers(model.target, model.drafter)
+        np.testing.assert_array_equal(model.drafter.blocks.mlp.up.kernel[1], model.target.blocks.mlp.up.kernel[4])
+        _, params, _ = split_trainable(model)
+    write = jax.jit(lambda target, tokens: jnp.argmax(target(tokens, causal), axis=-1))
+    tokens = jnp.zeros((1, length), jnp.int32).at[0, 0].set(5)
+    for i in range(length - 1):
+        tokens = tokens.at[0, i + 1].set(write(model.target, tokens)[0, i])
+    objective = DraftObjective(num_anchors=length, confidence=float(settings.confidence_head),
+                               selector=float(settings.selector_rank > 0))
+    rule = make_optimizer(config := OptimizerConfig(learning_rate=1e-2, schedule="constant"), 10**6)
+    state = create_state(jax.tree.map(jnp.asarray, params), rule, False, one_device(),
+                         frozen=jax.tree.map(jnp.asarray, frozen))
+    step = make_train_step(graphdef, rule, one_device(), objective=ObjectiveConfig("drafter", drafts=objective),
+                           config=config, num_steps=10**6, seed=0, mask_token_id=MASK)
+    for i in range(150):
+        batch = Batch(tokens, jnp.arange(length)[None] > 0, jnp.full((1,), i, jnp.uint32))
+        state, metrics = step(state, batch)
+    assert metrics["accuracy"] == 1
+
+    drafter = nnx.merge(graphdef, state.params, state.frozen).drafter
+    config, target = drafter.config, model.target
+
+    @jax.jit
+    def draft(model, drafter, anchor):
+        _, features = target.hidden_and_features(tokens, causal, config.target_layer_ids)
+        places = jnp.where(jnp.arange(length) < anchor, jnp.arange(length), length)[None]
+        cache = drafter.extend_cache(drafter.fuse(features), places, drafter.empty_cache(1, length))
+        positions = anchor + jnp.arange(config.block_size)[None]
+        states = drafter.cached_hidden(model.block_embeddings(tokens[:, anchor][:, None]), positions, cache)
+        previous, state, guesses = tokens[:, anchor], drafter.markov_state((1,)), []
+        for slot in range(config.first_slot, config.block_size):
+            logits = target.unembed(states[:, slot])
+            if config.markov_rank:
+                bias, state = drafter.markov_bias(previous, states[:, slot], state)
+                logits += bias
+            if config.selector_rank:
+                top, candidates = jax.lax.top_k(logits, config.selector_top_k)
+                best = jnp.argmax(drafter.select(previous, states[:, slot], candidates, top), axis=-1)
+                previous = candidates[jnp.arange(1), best]
+            else:
+                previous = jnp.argmax(logits, axis=-1)
+            guesses.append(previous)
+        return jnp.concatenate(guesses)
+
+    for anchor in range(1, length - config.num_drafts):
+        np.testing.assert_array_equal(draft(model, drafter, jnp.int32(anchor)),
+                                      tokens[0, anchor + 1 : anchor + 1 + config.num_drafts])
+
+
+@pytest.fixture(scope="module")
+def target(base, tmp_path_factory):
+    """A GPT-2 with weights, and a free row for the mask token."""
+    shape, directory = tmp_path_factory.mktemp("shape"), tmp_path_factory.mktemp("target") / "model"
+    for file in base.iterdir():
+        (shape / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((base / "config.json").read_text()) | {"n_layer": 5, "initializer_range": 0.2}
+    (shape / "config.json").write_text(json.dumps(settings))
+    save_pretrained(directory, load_pretrained(shape, init="random", seed=5))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def draft_config(config, target):
+    for key, value in {"model.source": str(target), "model.init": "pretrained", "model.mask_token": 11,
+                       "objective": ObjectiveConfig("drafter", drafts=OBJECTIVES["dspark"]), "drafter": DSPARK,
+                       "num_steps": 10, "validation.every": 5}.items():
+        config = changed(config, key, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def drafter_run(draft_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "drafter"
+    return workdir, train(draft_config, workdir)
+
+
+def test_a_run_of_a_drafter(drafter_run, draft_config, target, tmp_path):
+    workdir, summary = drafter_run
+    assert summary["train"]["loss"] > 0 and 1 <= summary["validation"]["tokens_per_pass"] <= 4
+    assert summary["best_step"] in (5, 10)
+    names = {name.split("/")[1].split(".")[0] for name in checkpoint_arrays(workdir, 10) if name.startswith("params")}
+    assert names == {"drafter"}
+
+    stored = open_drafter(workdir)
+    assert stored.target == str(target) and stored.drafter.config == DrafterRecord.read(workdir).config
+    average = checkpoint_arrays(workdir, 10)["ema/drafter.fc.kernel"]
+    np.testing.assert_array_equal(stored.drafter.fc.kernel[...], average)
+    DraftedModel(load_pretrained(stored.target).model, stored.drafter)
+    at = open_drafter(f"{workdir}@5", param_dtype="bfloat16").drafter
+    assert at.fc.kernel.dtype == jnp.bfloat16 and not np.array_equal(at.fc.kernel[...], average)
+    with pytest.raises(CheckpointError, match=r"drafter\.json"):
+        open_drafter(tmp_path)
+    with pytest.raises(CheckpointError, match="target"):
+        load_pretrained(workdir)
+
+
+def test_resuming_is_exact(drafter_run, draft_config, tmp_path):
+    train(dataclasses.replace(draft_config, num_steps=5, optimizer=draft_config.optimizer), tmp_path)
+    train(draft_config, tmp_path)
+    full, resumed = (checkpoint_arrays(workdir, 10) for workdir in (drafter_run[0], tmp_path))
+    assert full.keys() == resumed.keys()
+    for name in full:
+        np.testing.assert_array_equal(full[name], resumed[name], err_msg=name)
+
+
+def test_a_changed_target_is_refused(draft_config, target, tmp_path):
+    moved = tmp_path / "target"
+    moved.mkdir()
+    for file in target.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    config = changed(changed(draft_config, "model.source", str(moved)), "num_steps", 5)
+    train(config, tmp_path / "run")
+    save_pretrained(tmp_path / "other", load_pretrained(target, init="random", seed=6))
+    (moved / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="weights"):
+        train(changed(config, "num_steps", 10), tmp_path / "run")
+
+
+@pytest.mark.parametrize("key, value, named", [
+    ("model.mask_token", "<new>", "mask_token"), ("drafter.confidence_head", False, "confidence_head"),
+    ("drafter.num_target_layers", 4, "layers"), ("drafter.init", "target", "rotary")])
+def test_what_does_not_fit_is_refused(draft_config, tmp_path, key, value, named):
+    with pytest.raises(ConfigError, match=named):
+        train(changed(draft_config, key, value), tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [("lora.rank", 4), ("model.init", "random")])
+def test_what_would_change_the_target_is_refused(draft_config, key, value):
+    with pytest.raises(ConfigError, match=key):
+        changed(draft_config, key, value)
