@@ -1,6 +1,7 @@
 """README.md of an export: what the model is, how to use it, and the recipe that made it."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from flax import nnx
 
 if TYPE_CHECKING:
     from dlm_jax.checkpoints.pretrained import Pretrained
+    from dlm_jax.models import DrafterConfig
 
 _USE = {
     "hf": """\
@@ -80,6 +82,42 @@ def adapter_card(base: str, vocab_size: int, base_vocab_size: int) -> str:
     resize = f", after `base.resize_token_embeddings({vocab_size})`" if vocab_size != base_vocab_size else ""
     name = Path(base).name
     return _card([f"# LoRA beside {name}", f"{_USE_ADAPTER}{resize}."], base_model=name, tags=["lora", "peft"])
+
+
+def drafter_card(config: "DrafterConfig", layout: str, target: str, size: int, dtype: str) -> str:
+    """Returns the card of a drafter; `target` is the source of the model that it guesses for, `size` its parameters."""
+    layers, name = config.layers, Path(target).resolve().name
+    facts = {
+        "guesses for": name,
+        "layout": layout,
+        "architecture": f"{layers.num_layers} layers of width {layers.hidden_size}, {layers.num_heads} heads",
+        "parameters": f"{size:,} ({dtype}), without the target's embedding and head",
+        "block": f"{config.block_size} slots, of which {config.num_drafts} guess a token",
+        "features": f"outputs of the target's layers {', '.join(map(str, config.target_layer_ids))}",
+        "mask token id": config.mask_token_id,
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    use = (f"With dlm_jax: `dlm sample --model=TARGET --drafter=THIS_DIRECTORY`. The text is {name}'s own; it takes "
+           f"fewer passes.\n\n```bash\n" + "\n".join(engine_commands(config, layout)) + "\n```")
+    return _card([f"# Drafter of {name}", f"| | |\n| --- | --- |\n{table}", f"## Use\n\n{use}"],
+                 pipeline_tag="text-generation", tags=["speculative-decoding", layout])
+
+
+def engine_commands(config: "DrafterConfig", layout: str, directory: str = "THIS_DIRECTORY") -> list[str]:
+    """Returns the commands with which engines serve a target with a drafter in this layout, and their widths.
+
+    vLLM counts the guesses; SGLang the tokens that the target checks at a time, the last one of the text included.
+    """
+    method = "dspark" if layout == "dspark" else "dflash"
+    settings = {"method": method, "model": directory, "num_speculative_tokens": config.num_drafts}
+    is_mixed = 0 < len(config.sliding_layers) < config.layers.num_layers
+    runner = "VLLM_USE_V2_MODEL_RUNNER=1 " if layout != "dflash" or is_mixed else ""
+    commands = [f"{runner}vllm serve TARGET --speculative-config {shlex.quote(json.dumps(settings))}"]
+    if layout != "dspark" or config.markov_rank:
+        commands.append(f"python -m sglang.launch_server --model-path TARGET --speculative-algorithm {method.upper()} "
+                        f"--speculative-draft-model-path {directory} --speculative-num-draft-tokens "
+                        f"{config.num_drafts + 1}")
+    return commands
 
 
 def _card(sections: list[str], **metadata: object) -> str:

@@ -1,4 +1,4 @@
-"""A drafter as a user asks for it, and the workdir of the run that trains one.
+"""A drafter as a user asks for it, the workdir of the run that trains one, and the opener of every kind of drafter.
 
 Such a workdir has, beside what every run has, `drafter.json`: the drafter's architecture, and which target it is for.
 Its checkpoints hold the drafter alone.
@@ -7,7 +7,7 @@ Its checkpoints hold the drafter alone.
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from dlm_jax.checkpoints.source import DRAFTER_FILE, split_step
+from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, split_step
 from dlm_jax.config_fields import check_at_least, check_choices, field
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.storage import read_json, write_json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import jax
     from etils import epath
 
-    from dlm_jax.models import Compute, Drafter, DrafterConfig, ModelConfig
+    from dlm_jax.models import Compute, Drafter, DrafterConfig, ModelConfig, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,40 +126,56 @@ class DrafterRecord:
 
 
 class StoredDrafter(NamedTuple):
-    """A drafter and the source of the target that it was trained for."""
+    """A drafter, and the source of the target that it was trained for, None where its files do not say."""
 
     drafter: "Drafter"
-    target: str
+    target: str | None
 
 
-def open_drafter(path: "epath.PathLike", *, compute: "Compute | None" = None, param_dtype: str | None = None,
-                 sharding: "jax.sharding.Sharding | None" = None) -> StoredDrafter:
-    """Loads the drafter of a run; `DraftedModel(target, drafter)` joins it to its target, loaded from `.target`.
+def open_drafter(source: "epath.PathLike", *, target: "Transformer | None" = None, compute: "Compute | None" = None,
+                 param_dtype: str | None = None, sharding: "jax.sharding.Sharding | None" = None) -> StoredDrafter:
+    """Loads a drafter of any kind; `DraftedModel(target, drafter)` joins it to its target.
 
     Args:
-      path: a workdir, its `@step` or `@best`.
+      source: the workdir of a run, its `@step` or `@best`; a directory or a hub id in the layout dflash, dspark or
+        dflash2, or one of speculators.
+      target: the model that it guesses for; None: whether it fits a target is not checked.
       compute: how it is computed; None: in float32.
-      param_dtype: "float32" or "bfloat16"; None: the run's.
+      param_dtype: "float32" or "bfloat16"; None: the run's, else float32.
       sharding: of every parameter; None: on the first device.
 
     Raises:
-      CheckpointError: there is no drafter, or its checkpoint is missing or damaged.
+      CheckpointError: there is no drafter, it is damaged or not supported, or it is another model's.
     """
+    import jax
+
+    from dlm_jax.checkpoints.drafter_layouts import check_target, read_drafter
+    from dlm_jax.models import Compute
+
+    compute, sharding = compute or Compute(), sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if not is_workdir(source):
+        return StoredDrafter(read_drafter(str(source), target, compute, param_dtype or "float32", sharding), None)
+    stored = _open_run(source, compute, param_dtype, sharding)
+    if target is not None:
+        check_target(stored.drafter, target, source)
+    return stored
+
+
+def _open_run(source: "epath.PathLike", compute: "Compute", param_dtype: str | None,
+              sharding: "jax.sharding.Sharding") -> StoredDrafter:
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from dlm_jax.checkpoints.orbax import resolve_step, restore_params
-    from dlm_jax.checkpoints.source import find_base
-    from dlm_jax.models import Compute, abstract_drafter
+    from dlm_jax.models import abstract_drafter
 
-    workdir, step = split_step(path)
+    workdir, step = split_step(source)
     record = DrafterRecord.read(workdir)
     if record is None:
-        raise CheckpointError(f"{path} is not the workdir of a run that trains a drafter; it has no {DRAFTER_FILE}")
+        raise CheckpointError(f"{source} is not the workdir of a run that trains a drafter; it has no {DRAFTER_FILE}")
     stored_dtype = read_json(workdir / "config.json")["model.param_dtype"]
-    graphdef, shapes = nnx.split(abstract_drafter(record.config, compute or Compute(), stored_dtype))
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    graphdef, shapes = nnx.split(abstract_drafter(record.config, compute, stored_dtype))
     layout = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
     params: Any = restore_params(workdir, resolve_step(workdir, step), nnx.State({"drafter": layout}))["drafter"]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(param_dtype or stored_dtype)), params)

@@ -69,6 +69,12 @@ def check_tensors(tensors: Mapping[str, "Tensor"], config: ModelConfig, path: Pa
                 for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(config)))
                 for key in [hf_names.KEYS[config.family][".".join(path)]]
                 for name, shape in hf_names.layer_tensors(key, leaf.shape)}
+    check_names_and_shapes(tensors, expected, path, f"{config.family} model")
+
+
+def check_names_and_shapes(tensors: Mapping[str, "Tensor"], expected: Mapping[str, tuple[int, ...]], path: Path,
+                           what: str) -> None:
+    """Raises CheckpointError as `check_tensors` does; `expected` has the shapes by name, `what` names the model."""
     common = expected.keys() & tensors.keys()
     problems = {
         "lacks": expected.keys() - tensors.keys(),
@@ -81,7 +87,7 @@ def check_tensors(tensors: Mapping[str, "Tensor"], config: ModelConfig, path: Pa
     found = [f"{problem}: {_first_names(names)}" for problem, names in problems.items() if names]
     if found:
         described_by = "config.json" if path.is_dir() else "metadata"
-        raise CheckpointError(f"{path} does not hold the {config.family} model that its {described_by} describes; "
+        raise CheckpointError(f"{path} does not hold the {what} that its {described_by} describes; "
                               f"it {'; it '.join(found)}")
 
 

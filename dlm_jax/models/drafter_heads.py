@@ -47,8 +47,9 @@ class MarkovHead(nnx.Module):
         self.kind = config.markov_head
         self.previous = init.normal((vocab, rank), ("vocab", "embed"))  # sharded like an embedding
         self.next = init.normal((vocab, rank), ("vocab", "embed"))
-        self.gate = Projection(rank + embed, rank, (None, None), init) if self.kind == "gated" else None
-        self.joint = Projection(2 * rank + embed, 3 * rank, (None, None), init) if self.kind == "rnn" else None
+        is_gated, is_rnn = self.kind == "gated", self.kind == "rnn"
+        self.gate = Projection(rank + embed, rank, (None, None), init, bias=True) if is_gated else None
+        self.joint = Projection(2 * rank + embed, 3 * rank, (None, None), init, bias=True) if is_rnn else None
 
     def embed(self, previous: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Returns the rows [..., rank] of the tokens before, int [...]."""
