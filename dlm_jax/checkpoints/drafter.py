@@ -7,7 +7,7 @@ Its checkpoints hold the drafter alone.
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, split_step
+from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, locate, split_step
 from dlm_jax.config_fields import check_at_least, check_choices, field
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.storage import read_json, write_json
@@ -161,6 +161,25 @@ def open_drafter(source: "epath.PathLike", *, target: "Transformer | None" = Non
     return stored
 
 
+def recorded_target(source: "epath.PathLike") -> str | None:
+    """Returns the source of the target that a drafter was trained for; None where its files do not say.
+
+    Raises:
+      CheckpointError: there is no drafter.
+    """
+    if not is_workdir(source):
+        locate(str(source), weights=False)
+        return None
+    return find_base(_read_record(source).target, split_step(source)[0])
+
+
+def _read_record(source: "epath.PathLike") -> DrafterRecord:
+    record = DrafterRecord.read(split_step(source)[0])
+    if record is None:
+        raise CheckpointError(f"{source} is not the workdir of a run that trains a drafter; it has no {DRAFTER_FILE}")
+    return record
+
+
 def _open_run(source: "epath.PathLike", compute: "Compute", param_dtype: str | None,
               sharding: "jax.sharding.Sharding") -> StoredDrafter:
     import jax
@@ -170,10 +189,7 @@ def _open_run(source: "epath.PathLike", compute: "Compute", param_dtype: str | N
     from dlm_jax.checkpoints.orbax import resolve_step, restore_params
     from dlm_jax.models import abstract_drafter
 
-    workdir, step = split_step(source)
-    record = DrafterRecord.read(workdir)
-    if record is None:
-        raise CheckpointError(f"{source} is not the workdir of a run that trains a drafter; it has no {DRAFTER_FILE}")
+    record, (workdir, step) = _read_record(source), split_step(source)
     stored_dtype = read_json(workdir / "config.json")["model.param_dtype"]
     graphdef, shapes = nnx.split(abstract_drafter(record.config, compute, stored_dtype))
     layout = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)

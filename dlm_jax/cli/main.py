@@ -32,7 +32,7 @@ COMMANDS = {
     "sample": "generate text: from nothing, from a prompt, or into gaps",
     "chat": "talk with a fine-tuned model",
     "evaluate": "measure a model: on tasks, against its parent, and on held-out text",
-    "export": "write a model in Hugging Face format",
+    "export": "write a model in Hugging Face format, or a drafter for inference engines",
     "plan": "does a recipe fit on TPUs or GPUs that are not here, and how long does it take",
 }
 # Flags of the version before: refused, with the new name.

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from dlm_jax.pipeline import DiffusionLM
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, computes: bool = True) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, computes: bool = True, required: bool = True) -> None:
     """Adds the arguments that `load_model` takes; a command that `computes` nothing has no --dtype=auto."""
-    parser.add_argument("--model", required=True, help="a directory, a GGUF file, a hub id, a workdir[@step], or "
+    parser.add_argument("--model", required=required, help="a directory, a GGUF file, a hub id, a workdir[@step], or "
                         "stories: the small model that comes with the library")
     parser.add_argument("--base", metavar="MODEL",
                         help="the base of an adapter in PEFT's format, instead of the one that the adapter names")

@@ -12,6 +12,7 @@ from flax import nnx
 
 from dlm_jax.checkpoints import drafter_layouts, load_pretrained, open_drafter, save_drafter
 from dlm_jax.checkpoints.hf_tensors import read_tensors
+from dlm_jax.cli.main import main
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import Drafter, DrafterConfig, ModelConfig
 from tests.checkpoints import drafter_files, families
@@ -221,3 +222,21 @@ def test_files_of_speculators(files, targets, case):
         path.write_text(json.dumps({name: value for name, value in theirs.items() if name != "sample_from_anchor"}))
         with pytest.raises(CheckpointError, match="sample_from_anchor"):
             read(folder)
+
+
+def test_export_on_the_command_line(files, targets, tmp_path, capsys):
+    folder, out = files("dspark"), tmp_path / "out"
+
+    def export(*arguments):
+        status = main(["export", f"--output={out}", f"--drafter={folder}", *arguments])
+        return status, capsys.readouterr().err
+
+    assert export(f"--model={targets / 'qwen3'}") == (0, "")
+    assert_same(read(out), read(folder))
+    for arguments, name in (((), "--model"), ((f"--model={targets / 'qwen3'}", "--layout=dflash"), "dspark"),
+                            ((f"--model={targets / 'qwen3'}", "--layout=hf"), "--layout=hf"),
+                            ((f"--drafter={tmp_path / 'typo'}",), "typo")):
+        status, message = export(*arguments)
+        assert status == 1 and name in message and message.count("\n") == 1
+    status = main(["export", f"--output={out}"])
+    assert status == 1 and "--drafter" in capsys.readouterr().err

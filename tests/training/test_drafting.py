@@ -13,6 +13,7 @@ from flax import nnx
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained, open_drafter, save_pretrained
 from dlm_jax.checkpoints.drafter import DrafterRecord, DrafterSettings, resolve_drafter
+from dlm_jax.cli.main import main
 from dlm_jax.diffusion import Batch, DraftObjective, ObjectiveConfig, drafts
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import DraftedModel, Drafter, ModelConfig, Transformer, split_trainable
@@ -228,6 +229,19 @@ def test_a_run_of_a_drafter(drafter_run, draft_config, target, tmp_path):
         open_drafter(tmp_path)
     with pytest.raises(CheckpointError, match="target"):
         load_pretrained(workdir)
+
+
+def test_export_of_a_run(drafter_run, target, tmp_path, capsys):
+    workdir, _ = drafter_run
+    assert main(["export", f"--drafter={workdir}@5", f"--output={tmp_path / 'out'}"]) == 0
+    assert "layout" in capsys.readouterr().out
+    stored = open_drafter(f"{workdir}@5", target=load_pretrained(target).model).drafter
+    exported = open_drafter(tmp_path / "out", target=load_pretrained(target).model).drafter
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(exported), nnx.state(stored))
+    tokens, fused = jnp.full((1, 3, exported.config.layers.hidden_size), 0.1), jnp.ones((1, 9, 16))
+    for a, b in zip(*(jax.tree.leaves(jax.jit(lambda d: d.hidden(fused, tokens, jnp.array([[4]])))(d))
+                      for d in (stored, exported)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_resuming_is_exact(drafter_run, draft_config, tmp_path):
