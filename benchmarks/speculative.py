@@ -1,12 +1,14 @@
 """Times speculative decoding beside plain decoding from left to right, on prompts of several kinds.
 
-    python benchmarks/speculative.py --model=smollm2.gguf --data_dir=DIR
+    python benchmarks/speculative.py --model=smollm2.gguf --data_dir=DIR --drafters ngram runs/drafter
 
-DIR has the folders tinystories, wikitext2, gsm8k and humaneval_infilling. The two take turns, and their texts are
-compared: they are the same, but where float rounding decides between two tokens.
+DIR has the folders tinystories, wikitext2, gsm8k and humaneval_infilling. All take turns, and their texts are compared.
+They are the same, but where float rounding decides between two tokens, and where drafts are sampled: then they are
+other texts of the same distribution, unless the temperature is 0.
 """
 
 import argparse
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -18,7 +20,7 @@ import numpy as np
 
 from dlm_jax import DiffusionLM
 from dlm_jax.random import example_keys
-from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, pad_rows, sample
+from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, SamplingStats, pad_rows, sample
 
 
 def read_prompts(data_dir: pathlib.Path, number: int) -> dict[str, list[str]]:
@@ -35,12 +37,12 @@ def read_prompts(data_dir: pathlib.Path, number: int) -> dict[str, list[str]]:
 
 
 def compare(lm: DiffusionLM, prompts: list[str], batch_size: int, new_tokens: int, configs: dict[str, SamplerConfig],
-            repeats: int) -> dict[str, float]:
-    """Returns tokens a pass, and tokens per second of both, over batches of the prompts."""
+            repeats: int) -> dict[str, dict]:
+    """Returns what each way of decoding needs for batches of the prompts; "plain" is the first."""
     ids = [lm.tokenizer(prompt, add_special_tokens=False)["input_ids"][-96:] for prompt in prompts]
     rows = [[lm.pretrained.start_token_id or row[0], *row, *[GAP] * new_tokens] for row in ids]
-    seconds = dict.fromkeys(configs, 0.0)
-    passes, new, equal = 0, 0, 0
+    seconds, stats = dict.fromkeys(configs, 0.0), {name: SamplingStats() for name in configs}
+    passes, equal = dict.fromkeys(configs, 0), dict.fromkeys(configs, 0)
     for start in range(0, len(rows) - batch_size + 1, batch_size):
         batch = pad_rows(rows[start : start + batch_size], 256)
         keys = example_keys(0, np.arange(start, start + batch_size, dtype=np.uint32))
@@ -48,46 +50,61 @@ def compare(lm: DiffusionLM, prompts: list[str], batch_size: int, new_tokens: in
 
         def run(_: int, name: str, batch=batch, keys=keys, found=found) -> None:
             spec = SamplingSpec(configs[name], lm.pretrained.diffusion)
-            found[name] = jax.block_until_ready(sample(lm.model, batch.tokens, batch.fixed, batch.lengths, keys, spec))
+            model = lm.model_with_drafter(configs[name].drafter)
+            found[name] = jax.block_until_ready(sample(model, batch.tokens, batch.fixed, batch.lengths, keys, spec))
 
         times = harness.time_in_turns({name: lambda n, name=name: run(n, name) for name in configs}, repeats,
                                       warmup=1 if start == 0 else 0)
-        for name in configs:
+        plain = np.asarray(next(iter(found.values())).tokens)
+        for name, result in found.items():
             seconds[name] += statistics.median(times[name])
-        plain, drafted = found.values()
-        passes += int(np.max(drafted.steps))
-        new += new_tokens
-        equal += int(np.sum(np.all(np.asarray(plain.tokens) == np.asarray(drafted.tokens), axis=1)))
-    plain, drafted = (new * batch_size / value for value in seconds.values())
-    return {"tokens per pass": new / passes, "equal texts": equal, "texts": len(rows) // batch_size * batch_size,
-            "tokens per second": drafted, "plain": plain, "ratio": drafted / plain}
+            stats[name].add(result, batch_size, 0.0)
+            passes[name] += int(np.max(result.steps))  # of the batch
+            equal[name] += int(np.sum(np.all(plain == np.asarray(result.tokens), axis=1)))
+    tokens, per_second = next(iter(stats.values())).tokens, {}
+    for name in configs:
+        per_second[name] = tokens / seconds[name]
+    return {name: {"tokens per pass": stats[name].tokens_per_pass, "acceptance": stats[name].acceptance,
+                   "batch passes": passes[name], "tokens per second": per_second[name],
+                   "ratio": per_second[name] / next(iter(per_second.values())), "equal texts": equal[name],
+                   "texts": stats[name].texts} for name in configs}
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, prompts=8, new_tokens=128, num_drafts=8, repeats=1)
+    parser = harness.parser(__doc__, prompts=8, new_tokens=128, repeats=1)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a directory or a GGUF file")
     parser.add_argument("--data_dir", type=pathlib.Path, required=True)
+    parser.add_argument("--drafters", nargs="+", default=["ngram"], help="ngram, self, or trained ones")
+    parser.add_argument("--draft_threshold", type=float, help="of trained drafters with a confidence head")
+    parser.add_argument("--kinds", nargs="+", default=["stories", "wikitext", "GSM8K", "HumanEval"])
     parser.add_argument("--dtype", default="float32", help="default %(default)s")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
+    parser.add_argument("--name", default="speculative", help="of the results file, default %(default)s")
     args: argparse.Namespace = parser.parse_args()
     lm, results = DiffusionLM.from_pretrained(args.model, dtype=args.dtype), []
-    print(harness.table_head("prompts", "batch", "temperature", "tokens per pass", "tokens per second", "plain",
-                             "ratio", "equal texts"), flush=True)
-    for kind, prompts in read_prompts(args.data_dir, args.prompts).items():
+    print(harness.table_head("prompts", "batch", "temperature", "drafter", "tokens per pass", "accepted by position",
+                             "tokens per second", "ratio", "equal texts"), flush=True)
+    prompts = read_prompts(args.data_dir, args.prompts)
+    for kind in args.kinds:
         for batch_size in args.batch_sizes:
             for temperature in args.temperatures:
-                plain = SamplerConfig("autoregressive", temperature=temperature)
-                drafted = SamplerConfig("autoregressive", temperature=temperature, drafter="ngram",
-                                        num_drafts=args.num_drafts)
-                found = compare(lm, prompts, batch_size, args.new_tokens, {"plain": plain, "drafted": drafted},
-                                args.repeats)
-                results.append({"prompts": kind, "batch": batch_size, "temperature": temperature, **found})
-                print(harness.row(kind, batch_size, temperature, f"{found['tokens per pass']:.2f}",
-                                  f"{found['tokens per second']:.1f}", f"{found['plain']:.1f}",
-                                  f"{found['ratio']:.2f}", f"{found['equal texts']} of {found['texts']}"), flush=True)
-    harness.write_results(f"speculative-{harness.device_name()}", {
-        "settings": harness.settings(args, "model", "data_dir"), "model": args.model.name, "results": results}, "jax")
+                configs = {"none": SamplerConfig("autoregressive", temperature=temperature)}
+                for drafter in args.drafters:
+                    threshold = None if drafter in ("ngram", "self") else args.draft_threshold
+                    configs[drafter] = dataclasses.replace(configs["none"], drafter=drafter, draft_threshold=threshold)
+                found = compare(lm, prompts[kind], batch_size, args.new_tokens, configs, args.repeats)
+                for drafter, one in found.items():
+                    name = pathlib.PurePath(drafter).name
+                    results.append({"prompts": kind, "batch": batch_size, "temperature": temperature, "drafter": name,
+                                    **one})
+                    accepted = " ".join(f"{share:.2f}" for share in one["acceptance"])
+                    print(harness.row(kind, batch_size, temperature, name, f"{one['tokens per pass']:.2f}", accepted,
+                                      f"{one['tokens per second']:.1f}", f"{one['ratio']:.2f}",
+                                      f"{one['equal texts']} of {one['texts']}"), flush=True)
+    harness.write_results(f"{args.name}-{harness.device_name()}", {
+        "settings": harness.settings(args, "model", "data_dir", "drafters", "name"), "model": args.model.name,
+        "results": results}, "jax")
 
 
 if __name__ == "__main__":

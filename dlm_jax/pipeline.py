@@ -13,17 +13,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.checkpoints import Pretrained, load_pretrained, save_pretrained
+from dlm_jax.checkpoints import Pretrained, load_pretrained, open_drafter, save_pretrained
 from dlm_jax.config_fields import check_at_least
 from dlm_jax.data.prompts import Prompt, PromptFormat, prompt_format_from_run
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
 from dlm_jax.matmul import choose_matmul, jit_model, resolve_dtype
-from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
+from dlm_jax.models import Compute, DraftedModel, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import (
+    BUILT_IN_DRAFTERS,
     GAP,
     SamplerConfig,
     SamplingSpec,
@@ -49,6 +50,7 @@ class DiffusionLM:
 
     pretrained: Pretrained
     mesh: Mesh | None = None
+    _drafters: dict[str, DraftedModel] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, mask_token: str | int | None = None,
@@ -105,6 +107,20 @@ class DiffusionLM:
     @property
     def mask_token_id(self) -> int:
         return self.diffusion.mask_token_id
+
+    def model_with_drafter(self, name: str) -> Transformer | DraftedModel:
+        """Returns the model, joined with a drafter unless `name` is one that needs no parameters of its own.
+
+        Args:
+          name: as in `sampling.SamplerConfig`. A drafter is loaded once.
+        """
+        if name in BUILT_IN_DRAFTERS:
+            return self.model
+        if name not in self._drafters:
+            compute = self.model.compute
+            self._drafters[name] = DraftedModel(self.model, open_drafter(name, compute=compute,
+                                                                         param_dtype=compute.dtype).drafter)
+        return self._drafters[name]
 
     @property
     def default_policy(self) -> str:
@@ -240,7 +256,8 @@ class DiffusionLM:
         if len(index) != len(rows):
             raise ConfigError(f"example_index has {len(index)} entries for {len(rows)} texts")
         diffusion = self.pretrained.diffusion if settings.config.policy == "autoregressive" else self.diffusion
-        return sample_rows(self.model, rows, _example_keys(np.uint32(settings.seed), index.astype(np.uint32)),
+        model = self.model_with_drafter(settings.config.drafter)
+        return sample_rows(model, rows, _example_keys(np.uint32(settings.seed), index.astype(np.uint32)),
                            SamplingSpec(settings.config, diffusion, eos_token_ids, stop_at_eos and bool(eos_token_ids)),
                            batch_size=min(settings.batch_size, len(rows)), mesh=self.mesh, on_step=settings.on_step,
                            coarse=coarse, progress=settings.on_step is None, stats=settings.stats)

@@ -89,8 +89,11 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     drafts = parser.add_argument_group("drafts", "speculative decoding: the text of the policy autoregressive, in "
                                        "fewer passes")
     drafts.add_argument("--drafter", default="none", help="what guesses the next tokens: ngram looks them up in the "
-                        "text so far; self: a model with blocks does it itself (default %(default)s)")
-    drafts.add_argument("--num_drafts", type=int, help="tokens guessed at a time (default: 8, or the rest of a block)")
+                        "text so far; self: the model does it itself; or the workdir or directory of a trained drafter "
+                        "(default %(default)s)")
+    drafts.add_argument("--num_drafts", type=int, help="tokens guessed at a time (default: 8, or a full block)")
+    drafts.add_argument("--draft_threshold", type=float, help="the confidence below which a trained drafter's guess is "
+                        "not checked (default: all are)")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--cache", default="none", help="keys and values kept while a block is filled: none, prefix "
                        "(those before it) or dual (also those after it); faster, not exact (default %(default)s)")

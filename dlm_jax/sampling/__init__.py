@@ -9,7 +9,8 @@
       |   steppers.DenoisingStepper      entire rows, or blocks of them with caches that grow stale
       |   steppers.BlockStepper          one block after another, for models trained by block diffusion
       |   steppers.AutoregressiveStepper from left to right, as the AR parent
-      |   speculative.SpeculativeStepper the same text in fewer steps, by checking what a drafter guesses
+      |   speculative.SpeculativeStepper the same text in fewer steps, by checking what is looked up
+      |   drafted.DraftedStepper         the same, of what a trained drafter guesses
       |     every step:  network -> hidden states -> tokens.sample_tokens: LM head, penalties, temperature, top-k, top-p
       |                  spec.num_revealed: how many tokens -> policy: which positions -> revealed
       v
@@ -22,7 +23,7 @@ from dlm_jax.lazy import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "batching": ("SamplingStats", "sample_rows"),
-    "config": ("POLICIES", "SamplerConfig", "sampler_config"),
+    "config": ("BUILT_IN_DRAFTERS", "POLICIES", "SamplerConfig", "sampler_config"),
     "sampler": ("Sample", "sample", "stream"),
     "spec": ("SamplingSpec",),
     "text": ("GAP", "PaddedBatch", "bucket", "pad_rows"),
