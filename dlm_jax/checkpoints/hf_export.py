@@ -19,7 +19,7 @@ from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import model_card
 from dlm_jax.checkpoints.hf_config import config_to_hf
 from dlm_jax.checkpoints.hf_tensors import write_tensors
-from dlm_jax.checkpoints.peft import save_peft_adapter
+from dlm_jax.checkpoints.peft import check_expressible, save_peft_adapter
 from dlm_jax.checkpoints.pretrained import Pretrained
 from dlm_jax.checkpoints.tokenizer import save_tokenizer
 from dlm_jax.errors import CheckpointError, ConfigError
@@ -57,6 +57,7 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         save_peft_adapter(directory, pretrained, dtype=dtype)
         return
     if pretrained.model.lora is not None:
+        check_expressible(pretrained.model.lora, layout)
         pretrained = dataclasses.replace(pretrained, model=merge_lora(pretrained.model, "float32"), base=None)
     config, tokenizer = pretrained.model.config, pretrained.tokenizer
     hf_config = config_to_hf(config, pretrained.hf_config, pretrained.diffusion, dtype)

@@ -25,6 +25,9 @@ class LoRASettings:
     dora: bool = field(False, "learn the norm of each output's weights apart from their direction (DoRA)")
     frozen_dtype: Literal["bfloat16", "float32", "int8", "nf4"] = field(
         "bfloat16", "stored dtype of matrices that are not trained; int8 and nf4: of those in the blocks")
+    where: Literal["all", "noised"] = field("all", "positions at which the products are added; noised: those of the "
+                                                   "noised copy, so that clean text is computed as by the base")
+    draft_head: bool = field(False, "also train an MLP by which drafts see the token before them")
 
 
 def resolve_lora(lora: "LoRASettings | LoRAConfig | None", config: "ModelConfig",
@@ -48,4 +51,4 @@ def resolve_lora(lora: "LoRASettings | LoRAConfig | None", config: "ModelConfig"
         rank=lora.rank, alpha=2.0 * lora.rank if lora.alpha is None else lora.alpha, dropout=lora.dropout,
         targets=read_targets(lora.targets, config),
         embedding=new_mask_token if lora.embedding is None else lora.embedding, head=lora.head, rslora=lora.rslora,
-        dora=lora.dora, frozen_dtype=lora.frozen_dtype)
+        dora=lora.dora, frozen_dtype=lora.frozen_dtype, where=lora.where, draft_head=lora.draft_head)

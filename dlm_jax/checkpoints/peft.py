@@ -28,7 +28,7 @@ from dlm_jax.checkpoints.hf_tensors import read_tensors, write_safetensors
 from dlm_jax.checkpoints.tokenizer import save_tokenizer
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import Transformer, abstract_model, kernel_norms, merge_kernel
-from dlm_jax.models.lora import full_kernel
+from dlm_jax.models.lora import LoRAConfig, full_kernel
 from dlm_jax.parallel import to_host
 from dlm_jax.storage import METADATA_FILE, atomic_directory, read_json, read_metadata, write_json
 
@@ -315,6 +315,13 @@ def _match_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any)
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
+def check_expressible(lora: LoRAConfig, layout: str) -> None:
+    """Raises CheckpointError for LoRA that acts at some positions only, which no layout of others knows."""
+    if lora.where != "all":
+        raise CheckpointError(f"the layout {layout} has no LoRA that acts at noised positions only (lora.where="
+                              f"{lora.where}); export the base instead, or keep the workdir, which dlm_jax reads")
+
+
 def save_peft_adapter(directory: epath.PathLike, pretrained: "Pretrained", *, dtype: str = "float32") -> None:
     """Writes the LoRA factors and full tables beside a base, atomically; with several processes all call this.
 
@@ -325,6 +332,7 @@ def save_peft_adapter(directory: epath.PathLike, pretrained: "Pretrained", *, dt
     if model.lora is None or pretrained.base is None:
         raise CheckpointError(f"{pretrained.source} has no LoRA beside a base, which the layout peft needs; name the "
                               "workdir of a run with LoRA (from Python with merge=False), or choose the layout hf")
+    check_expressible(model.lora, "peft")
     tensors = adapter_tensors(model)
     if dtype == "float16" and max(np.abs(value).max() for value in tensors.values()) > np.finfo(np.float16).max:
         raise CheckpointError("the adapter exceeds the range of float16; export as bfloat16 or float32")

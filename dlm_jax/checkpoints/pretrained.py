@@ -278,12 +278,25 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
     learned = _check_finite(restore_params(directory, step, jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trained)), loaded.source)
     model = nnx.merge(graphdef, learned, frozen)
-    if not merge and lora is None:
+    gated = model.lora.where == "noised"  # such products are no part of any kernel
+    if gated and lora is not None:
+        raise ConfigError(f"{loaded.source} has LoRA at noised positions only, beside which no other LoRA can be "
+                          "trained; start from its base")
+    if (gated or not merge) and lora is None:
+        if merge:
+            model = _cast(model, options.param_dtype)
         return dataclasses.replace(loaded, model=model, base=record.source)
     model = merge_lora(model, options.param_dtype)
     if lora is not None:
         model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
     return dataclasses.replace(loaded, model=model, provenance=(record.fingerprint, fingerprint(learned)))
+
+
+def _cast(model: Transformer, dtype: str) -> Transformer:
+    """Returns the model with its floating-point parameters in another dtype; codes of quantized kernels stay."""
+    graphdef, params = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params))
 
 
 def _load_peft(directory: Path, source: str, base: str | None, options: _Options) -> Pretrained:

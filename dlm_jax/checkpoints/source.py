@@ -16,6 +16,7 @@ from dlm_jax.storage import ensure_accessible, is_remote, local_copy, local_file
 LORA_FILE = "adapter.json"  # of a run with LoRA: see `workdir.LoRABase`
 DRAFTER_FILE = "drafter.json"  # of a run that trains a drafter: see `drafter.DrafterRecord`
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w./-]+\.gguf)")  # a GGUF file in a repository
 _SETTINGS = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
 
@@ -109,7 +110,8 @@ def shipped_model(name: str) -> Path | None:
 
 def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """Returns the local directory or GGUF file of a checkpoint: one of that path, else one that comes with the
-    library, else the hub's of that id, which is downloaded or found in the hub's cache.
+    library, else the hub's of that id, or of the form `org/repository/file.gguf`, which is downloaded or found in the
+    hub's cache.
 
     Args:
       weights: False fetches only the configuration and tokenizer.
@@ -128,35 +130,49 @@ def locate(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
         return path
     if (shipped := shipped_model(str(path_or_hub_id))) is not None and not path.exists():
         return shipped
+    name = str(path_or_hub_id)
     if is_gguf(path):
-        if not path.exists():
+        if path.exists():
+            return path
+        if (on_hub := _HUB_FILE.fullmatch(name)) is None or path.parent.is_dir():
             raise CheckpointError(f"there is no file {path}{_similar(path)}")
-        return path
+        repository, file = on_hub.groups()
+        parts = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-*\1", file)  # all files, if the model is split
+        directory = _download(repository, [parts], path)
+        if not (directory / file).is_file():
+            raise CheckpointError(f"the repository {repository} on the hub has no file {file}")
+        return directory / file
     if path.exists():
         raise CheckpointError(f"{path} is a file, and not in GGUF; give the directory that holds config.json and the "
                               "weights")
-    name = str(path_or_hub_id)
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"there is no directory {name}{_similar(path)}")
+    # Top-level files alone: folders hold other formats of the same weights.
+    directory = _download(name, [*_SETTINGS, *(["*.safetensors"] if weights else [])], path, ["*/*"])
+    if weights and not any(directory.glob("*.safetensors")):
+        directory = _download(name, [*_SETTINGS, "*.bin"], path, ["*/*"])
+    return directory
+
+
+def _download(repository: str, patterns: list[str], path: Path, ignore_patterns: list[str] | None = None) -> Path:
+    """Returns the directory of a repository's files of these patterns, which are fetched or found in the hub's cache.
+
+    Args:
+      path: what may have been meant, for the hint in an error.
+    """
     from huggingface_hub import errors, snapshot_download
 
-    def download(patterns: list[str]) -> Path:  # top-level files: folders hold other formats of the same weights
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-
     try:
-        directory = download([*_SETTINGS, *(["*.safetensors"] if weights else [])])
-        if weights and not any(directory.glob("*.safetensors")):
-            directory = download([*_SETTINGS, "*.bin"])
+        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=ignore_patterns))
     except errors.GatedRepoError as error:
-        raise CheckpointError(f"the hub gives {name} only to those who accepted its terms: accept them on its page, "
-                              "then log in with `hf auth login`") from error
+        raise CheckpointError(f"the hub gives {repository} only to those who accepted its terms: accept them on its "
+                              "page, then log in with `hf auth login`") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise CheckpointError(f"neither a directory here nor a repository on the hub is called "
-                              f"{name}{_similar(path)}") from error
+                              f"{repository}{_similar(path)}") from error
     except (OSError, errors.HfHubHTTPError) as error:
-        raise CheckpointError(f"{name} is not a directory here{_similar(path)}, and the Hugging Face hub cannot be "
-                              "reached to fetch it; check the network, or give the path of a local copy") from error
-    return directory
+        raise CheckpointError(f"{repository} is not a directory here{_similar(path)}, and the Hugging Face hub cannot "
+                              "be reached to fetch it; check the network, or give the path of a local copy") from error
 
 
 def settings_folder(source: str) -> Path:

@@ -1,6 +1,7 @@
 """What a step minimizes: from a batch to a noisy batch and an attention mask, and the weights of the loss."""
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,27 @@ def noise_batch(config: ObjectiveConfig, batch: Batch, step: jax.Array, *, seed:
     if config.complementary:
         views.append(complementary_mask(noisy, mask_token_id, schedule.weight(1.0 - times)))
     return concat_noisy_and_clean(views, config.block_size, shift=config.shift), mask
+
+
+class DenoisingModel(Protocol):
+    """The methods of a model that an objective calls."""
+
+    def hidden(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None,
+               dropout_seeds: jax.Array | None, noised: jax.Array | None) -> jax.Array: ...
+
+    def correct_drafts(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array: ...
+
+
+def hidden_states(model: DenoisingModel, batch: NoisyBatch, attention: AttentionMask,
+                  dropout_seeds: jax.Array | None = None) -> jax.Array:
+    """Returns the states [batch, length, embed] that the loss scores.
+
+    Noised states are corrected by the clean tokens at their places, which drafting knows when it comes to them.
+    """
+    hidden = model.hidden(batch.tokens, attention, positions=batch.positions, dropout_seeds=dropout_seeds,
+                          noised=batch.noised)
+    corrected = model.correct_drafts(hidden, batch.targets)
+    return hidden if batch.noised is None else jnp.where(batch.noised[..., None], corrected, hidden)
 
 
 def block_spec(config: ObjectiveConfig) -> BlockSpec | None:

@@ -106,7 +106,7 @@ def _block_values(model: Transformer, batch: Batch, keys: jax.Array, sample: jax
                        batch.noisable_mask, weights, batch.positions)
     both = concat_noisy_and_clean([noisy], blocks.size, shift=diffusion.shift)
     noised = dataclasses.replace(batch, tokens=both.tokens, positions=both.positions)
-    nll = _nll(model, noised, both.targets, both.loss_mask, blocks.training_mask(length), diffusion.shift)
+    nll = _nll(model, noised, both.targets, both.loss_mask, blocks.training_mask(length), diffusion.shift, both.noised)
     return jnp.sum(both.weights * nll, axis=1)
 
 
@@ -124,11 +124,11 @@ def _mask_row(noisable_mask: jax.Array, key: jax.Array, sample: jax.Array, *,
 
 
 def _nll(model: Transformer, batch: Batch, targets: jax.Array, loss_mask: jax.Array, attention: AttentionMask,
-         shift: bool) -> jax.Array:
+         shift: bool, noised: jax.Array | None = None) -> jax.Array:
     """Returns the cross-entropy of `targets` given `batch.tokens`, 0 outside `loss_mask`: float32 [batch, length]."""
     if batch.segment_ids is not None:
         attention = attention.with_segments(batch.segment_ids)
-    hidden = model.hidden(batch.tokens, attention, positions=batch.positions)
+    hidden = model.hidden(batch.tokens, attention, positions=batch.positions, noised=noised)
     return token_nll(hidden, model.unembed, targets, loss_mask, shift=shift)
 
 

@@ -98,8 +98,9 @@ def summarize(records: Sequence[Record], tasks: Sequence[str], models: Sequence[
 
 def cells(summary: dict[str, Any], models: Sequence[str]) -> list[list[str]]:
     """Returns the header, and one row per task and metric; shares in percent, with their standard errors."""
-    head = ["task", "metric", "items", *models]
-    head += [f"{models[0]} - {models[1]} (95 %)"] if len(models) > 1 else []
+    names = short_names(models)
+    head = ["task", "metric", "items", *names]
+    head += [f"{names[0]} - {names[1]} (95 %)"] if len(models) > 1 else []
     rows = [head]
     for task, found in summary.items():
         for metric in found["models"][models[0]]:
@@ -111,6 +112,12 @@ def cells(summary: dict[str, Any], models: Sequence[str]) -> list[list[str]]:
                 row.append(_difference(Difference(**difference), scale) if difference else "-")
             rows.append(row)
     return rows
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """Returns the models' names without their directories, unless two would be called the same."""
+    short = [name.rstrip("/").rpartition("/")[2] for name in models]
+    return short if len(set(short)) == len(models) else list(models)
 
 
 def table(summary: dict[str, Any], models: Sequence[str], *, markdown: bool = False) -> str:

@@ -319,7 +319,7 @@ def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array
     both = concat_noisy_and_clean([NoisyBatch(tokens, targets, scored, scored, weights)], blocks.size, shift=shift)
     padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
     attention = blocks.training_mask(tokens.shape[1]).with_segments(padding)
-    hidden = model.hidden(both.tokens, attention, positions=both.positions)
+    hidden = model.hidden(both.tokens, attention, positions=both.positions, noised=both.noised)
     # The clean copy predicts a block's first token, with the weight that it has in the pass that scores it.
     return jnp.sum(both.weights * nll_of(hidden, targets=both.targets, mask=both.loss_mask), axis=1)
 

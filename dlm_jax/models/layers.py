@@ -21,6 +21,7 @@ from dlm_jax.models.lora import (
     LoRAConfig,
     LoRAFactor,
     LoRAFactors,
+    LoRAInputs,
     LoRAParam,
     dense_quantized,
     full_kernel,
@@ -173,15 +174,15 @@ class Linear(nnx.Module):
         bias_axes = tuple(None if axis == "embed" else axis for axis in axes[len(inputs):])
         self.bias = init.full((num_layers, *outputs), ("layers", *bias_axes), 0.0) if bias else None
 
-    def __call__(self, x: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
-        """Projects `x`; `seeds` uint32 [batch] for the dropout of the factors' inputs, None turns it off."""
+    def __call__(self, x: jax.Array, lora: LoRAInputs = LoRAInputs()) -> jax.Array:
+        """Projects `x` [batch, length, *inputs] to [batch, length, *outputs]."""
         if self.kernel_scale is None:
             y = dense(x, self.kernel[...].astype(x.dtype), self.num_inputs, self.compute.matmul)
         else:
             y = dense_quantized(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, self.compute.matmul,
                                 remat=self.compute.remat == "none")
         if self.factors is not None:
-            y += self.factors(x, seeds)
+            y = self.factors(x, y, lora)
             if self.factors.magnitude is not None:
                 y = self.factors.apply_dora_scale(y, full_kernel(self.kernel, self.kernel_scale))
         return y if self.bias is None else add_bias(y, self.bias[...].astype(x.dtype), self.compute.matmul)
@@ -203,32 +204,31 @@ class Attention(nnx.Module):
         self.k_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
-                 dropout_seeds: jax.Array | None, lora_seeds: jax.Array | None,
+                 dropout_seeds: jax.Array | None, lora: LoRAInputs,
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
-        query, (key, value) = self.queries(x, cos_sin, lora_seeds), self.keys_and_values(x, cos_sin, lora_seeds)
+        query, (key, value) = self.queries(x, cos_sin, lora), self.keys_and_values(x, cos_sin, lora)
         if layer_cache is not None:
             cache, layer, positions = layer_cache
             cache = cache.write(layer, positions, key, value)
             attended = xla_attention(query, *cache.read(layer), mask, query_positions=positions,
                                      matmul_kind=self.compute.matmul)
-            return self.out(attended, lora_seeds), cache
+            return self.out(attended, lora), cache
         attended = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
                           matmul_kind=self.compute.matmul,
                           dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)
-        return self.out(attended, lora_seeds), None
-
+        return self.out(attended, lora), None
 
     def queries(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None,
-                lora_seeds: jax.Array | None = None) -> jax.Array:
+                lora: LoRAInputs = LoRAInputs()) -> jax.Array:
         """Returns [batch, length, heads, head_dim] of `x` [batch, length, embed]."""
-        query = self.q(x, lora_seeds)
+        query = self.q(x, lora)
         query = query if self.q_norm is None else self.q_norm(query)
         return query if cos_sin is None else rotate(query, cos_sin)
 
     def keys_and_values(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None,
-                        lora_seeds: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+                        lora: LoRAInputs = LoRAInputs()) -> tuple[jax.Array, jax.Array]:
         """Returns keys and values [batch, length, kv_heads, head_dim] of `x` [batch, length, embed]."""
-        key, value = self.k(x, lora_seeds), self.v(x, lora_seeds)
+        key, value = self.k(x, lora), self.v(x, lora)
         key = key if self.k_norm is None else self.k_norm(key)
         return key if cos_sin is None else rotate(key, cos_sin), value
 
@@ -243,7 +243,7 @@ class MLP(nnx.Module):
         self.up = Linear("up", d, f, ("embed", "mlp"), n, config.mlp_bias, init)
         self.down = Linear("down", f, d, ("mlp", "embed"), n, config.mlp_bias, init, stddev=residual_stddev(config))
 
-    def __call__(self, x: jax.Array, lora_seeds: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, lora: LoRAInputs = LoRAInputs()) -> jax.Array:
         def activation(x: jax.Array) -> jax.Array:
             if self.compute.matmul == "default":
                 return _ACTIVATIONS[self.activation](x)
@@ -251,9 +251,9 @@ class MLP(nnx.Module):
             return _ACTIVATIONS[self.activation](x.astype(jnp.float32)).astype(x.dtype)
 
         def down(gate: jax.Array | None, up: jax.Array, down: Linear) -> jax.Array:
-            return down(activation(up) if gate is None else activation(gate) * up, lora_seeds)
+            return down(activation(up) if gate is None else activation(gate) * up, lora)
 
-        gate, up = None if self.gate is None else self.gate(x, lora_seeds), self.up(x, lora_seeds)
+        gate, up = None if self.gate is None else self.gate(x, lora), self.up(x, lora)
         if self.compute.remat == "none":  # only the inputs of the activation are saved: recomputing it is cheaper
             down = jax.checkpoint(down, prevent_cse=False)
         return down(gate, up, self.down)
@@ -271,17 +271,17 @@ class Block(nnx.Module):
         self.mlp = MLP(config, compute, init)
 
     def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
-                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None, jax.Array | None],
+                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None], lora: LoRAInputs,
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         """Runs a layer.
 
         Args:
           x: [batch, length, embed].
-          seeds: uint32 [batch] for the dropout of probabilities, of the two branches, and of LoRA's inputs.
+          seeds: uint32 [batch] for the dropout of probabilities, and of the two branches.
         """
-        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], seeds[3], layer_cache)
+        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], lora, layer_cache)
         x = x + dropout(y, self.dropout_rate, seeds[1])
-        y = self.mlp(self.mlp_norm(x), seeds[3])
+        y = self.mlp(self.mlp_norm(x), lora)
         return x + dropout(y, self.dropout_rate, seeds[2]), cache
 
 

@@ -3,6 +3,9 @@
 LoRA adds a trained product of two low-rank matrices to a frozen kernel. DoRA also trains the norm of each output's
 column of the sum. The type of a parameter says what is trained: with LoRA, a `LoRAParam` is and any other is not.
 
+With `where="noised"` the factors act at noised positions alone, so that at clean positions the model is its base, bit
+for bit: the base drafts for itself (Apple, arXiv 2507.11851, "gated LoRA").
+
 A quantized kernel is codes in 8 or 4 bits and a float32 scale for each block of them along `embed`. The arithmetic is
 qwix's (github.com/google/qwix): `int8`, with evenly spaced levels, and `nf4`, the 4-bit NormalFloat of QLoRA (arXiv
 2305.14314). Every projection has the axis `embed`, which tensor parallelism does not split, so codes and their scale
@@ -12,18 +15,19 @@ are on the same device wherever the number of blocks divides.
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dlm_jax.config_fields import check_at_least, check_range
+from dlm_jax.config_fields import check_at_least, check_choices, check_range
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import MatmulKind, dense
 from dlm_jax.random import dropout
 
 if TYPE_CHECKING:
+    from dlm_jax.models.config import ModelConfig
     from dlm_jax.models.layers import Initializer
 
 QUANTIZED = ("int8", "nf4")
@@ -51,6 +55,8 @@ class LoRAConfig:
       dora: whether the norm of each output's column is trained too.
       embedding, head: whether the full table is trained; a tied head is the embedding.
       frozen_dtype: dtype of frozen matrices; one of QUANTIZED applies to blocks alone, and tables are bfloat16.
+      where: the positions at which products are added: "all", or those of a noised copy alone.
+      draft_head: whether a `DraftHead` is trained too.
     """
 
     rank: int
@@ -62,8 +68,11 @@ class LoRAConfig:
     rslora: bool = False
     dora: bool = False
     frozen_dtype: str = "bfloat16"
+    where: Literal["all", "noised"] = "all"
+    draft_head: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self, "lora")
         check_at_least(self.rank, 1, "lora.rank")
         check_range(self.alpha, 0, math.inf, "lora.alpha", open_low=True)
         check_range(self.dropout, 0, 1, "lora.dropout", open_high=True)
@@ -74,6 +83,13 @@ class LoRAConfig:
         choices = ("float32", "bfloat16", *QUANTIZED)
         if self.frozen_dtype not in choices:
             raise ConfigError(f"lora.frozen_dtype must be one of {', '.join(choices)}, got {self.frozen_dtype!r}")
+        if self.where == "noised":
+            for name in ("dora", "embedding", "head"):
+                if getattr(self, name):
+                    raise ConfigError(f"lora.where=noised leaves clean positions as they are, which lora.{name} would "
+                                      f"change; set lora.{name} to false")
+        elif self.draft_head:
+            raise ConfigError("lora.draft_head is for drafts of the base's own text, with lora.where=noised; set both")
 
     @property
     def scale(self) -> float:
@@ -89,6 +105,13 @@ class LoRAConfig:
     def read_dtype(self) -> str:
         """The dtype of frozen matrices before kernels are quantized; the tables keep it."""
         return "bfloat16" if self.quantized else self.frozen_dtype
+
+
+class LoRAInputs(NamedTuple):
+    """What the factors of all projections need to know of a batch."""
+
+    dropout_seeds: jax.Array | None = None  # uint32 [batch], of their inputs' dropout; None: no dropout
+    noised: jax.Array | None = None  # bool [batch, length], which positions are of a noised copy; None: none are
 
 
 class LoRAFactors(nnx.Module):
@@ -114,11 +137,17 @@ class LoRAFactors(nnx.Module):
         output_axes = tuple(None if axis == "embed" else axis for axis in axes[1 + num_inputs :])  # as for a bias
         self.magnitude = init.factor((layers, *outputs), ("layers", *output_axes), 0.0) if lora.dora else None
 
-    def __call__(self, x: jax.Array, seeds: jax.Array | None) -> jax.Array:
-        """Returns what is added to the projection of `x` [batch, ..., *inputs]; `seeds` uint32 [batch] for dropout."""
-        x = dropout(x, self.lora.dropout, seeds, self.site)
-        low_rank = dense(x, self.a[...].astype(x.dtype), self.num_inputs, self.matmul)
-        return dense(low_rank * self.lora.scale, self.b[...].astype(x.dtype), 1, self.matmul)
+    def __call__(self, x: jax.Array, y: jax.Array, inputs: LoRAInputs) -> jax.Array:
+        """Adds the product for `x` [batch, length, *inputs] to its projection `y` [batch, length, *outputs]."""
+        if self.lora.where == "noised" and inputs.noised is None:
+            return y
+        x = dropout(x, self.lora.dropout, inputs.dropout_seeds, self.site)
+        low_rank = dense(x, self.a[...].astype(x.dtype), self.num_inputs, self.matmul) * self.lora.scale
+        added = dense(low_rank, self.b[...].astype(x.dtype), 1, self.matmul)
+        if self.lora.where == "all":
+            return y + added
+        noised = inputs.noised.reshape(*inputs.noised.shape, *(1,) * (y.ndim - 2))
+        return jnp.where(noised, y + added, y)
 
     def apply_dora_scale(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
         """Rescales `y` [batch, ..., *outputs], the projection by kernel and product, to DoRA's trained norms.
@@ -128,6 +157,31 @@ class LoRAFactors(nnx.Module):
         a, b = (jax.lax.stop_gradient(factor[...]).astype(jnp.float32) for factor in (self.a, self.b))
         norms = output_norms(kernel.astype(jnp.float32) + self.lora.scale * jnp.tensordot(a, b, 1), self.num_inputs)
         return (y * (self.magnitude[...] / norms)).astype(y.dtype)
+
+
+class DraftHead(nnx.Module):
+    """Corrects a noised state by the token at its place, which is known when the next token is drafted.
+
+    Masks draft several tokens at once, each without knowing the others. This MLP on the state and the embedding of the
+    token before each draft makes them depend on each other; the model's head makes logits of the corrected state. A new
+    one changes nothing.
+    """
+
+    def __init__(self, config: "ModelConfig", init: "Initializer"):
+        embed, hidden = config.hidden_size, 2 * config.hidden_size
+        self.matmul = init.compute.matmul
+        self.from_state = init.factor((embed, hidden), ("embed", "mlp"), (2 * embed) ** -0.5)
+        self.from_token = init.factor((embed, hidden), ("embed", "mlp"), (2 * embed) ** -0.5)
+        self.down = init.factor((hidden, embed), ("mlp", "embed"), 0.0)
+
+    def __call__(self, state: jax.Array, embedding: jax.Array) -> jax.Array:
+        """Returns the corrected states; both arguments [..., embed]."""
+        token = embedding.astype(jnp.float32)
+        token *= jax.lax.rsqrt(jnp.mean(token * token, axis=-1, keepdims=True) + 1e-6)  # tables differ in scale
+        dtype = state.dtype
+        hidden = dense(state, self.from_state[...].astype(dtype), 1, self.matmul) + dense(
+            token.astype(dtype), self.from_token[...].astype(dtype), 1, self.matmul)
+        return state + dense(jax.nn.silu(hidden), self.down[...].astype(dtype), 1, self.matmul)
 
 
 def output_norms(kernel: jax.Array, num_inputs: int) -> jax.Array:

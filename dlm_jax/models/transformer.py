@@ -23,7 +23,7 @@ from dlm_jax.models.layers import (
     rotation,
     split_layers,
 )
-from dlm_jax.models.lora import LoRAConfig
+from dlm_jax.models.lora import DraftHead, LoRAConfig, LoRAInputs
 from dlm_jax.random import counter_hash, dropout
 
 
@@ -70,23 +70,25 @@ class Transformer(nnx.Module):
         self.blocks = Block(config, compute, init)
         self.final_norm = Norm(config, (config.hidden_size,), init)
         self.head = None if config.tie_embeddings else Head(config, init)
+        self.draft_head = DraftHead(config, init) if lora is not None and lora.draft_head else None
 
     def hidden(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None,
-               dropout_seeds: jax.Array | None = None) -> jax.Array:
+               dropout_seeds: jax.Array | None = None, noised: jax.Array | None = None) -> jax.Array:
         """Returns the input of the head: int `tokens` [batch, length] to [batch, length, embed] in the compute dtype.
 
         Args:
           attention: the mask, to which the model's sliding window, if any, is added.
           positions: int [length] or [batch, length], within the model's length; None counts from 0.
           dropout_seeds: uint32 [batch], one per example; None turns dropout off.
+          noised: bool [batch, length], the positions of a noised copy, for LoRA that acts there; None: there are none.
 
         Raises:
           ConfigError: the sequence is longer than the learned positions.
         """
-        return self._run(tokens, attention, positions, dropout_seeds, None)[0]
+        return self._run(tokens, attention, positions, dropout_seeds, None, noised=noised)[0]
 
     def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array, cache: Cache,
-                      slots: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+                      slots: jax.Array | None = None, noised: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Returns `hidden` of some positions that attend to the cache: int `tokens` [batch, Q] to [batch, Q, embed].
 
         Args:
@@ -94,8 +96,9 @@ class Transformer(nnx.Module):
           positions: int [batch, Q], each token's position in its row; past the cache's end: not written.
           cache: the keys and values so far; those of `tokens` are written before attention.
           slots: int [batch, Q], where in the cache, and for the mask, each token is; None: at its position.
+          noised: bool [batch, Q], as in `hidden`.
         """
-        return self._run(tokens, attention, positions, None, cache, slots)[:2]
+        return self._run(tokens, attention, positions, None, cache, slots, noised=noised)[:2]
 
     def hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, target_layer_ids: tuple[int, ...], *,
                             positions: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -115,7 +118,8 @@ class Transformer(nnx.Module):
 
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
              dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,
-             taps: tuple[int, ...] = ()) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+             taps: tuple[int, ...] = (),
+             noised: jax.Array | None = None) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -145,7 +149,8 @@ class Transformer(nnx.Module):
             layer_cache = None if cache is None else LayerCache(cache, index, positions if slots is None else slots)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
-            x, cache = nnx.merge(graphdef, params)(x, attention, cos_sin, seeds, layer_cache)
+            x, cache = nnx.merge(graphdef, params)(x, attention, cos_sin, seeds[:3], LoRAInputs(seeds[3], noised),
+                                                   layer_cache)
             if tapped is not None:
                 tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, place, axis=-2)
             return (x, cache, tapped), None
@@ -154,6 +159,12 @@ class Transformer(nnx.Module):
         (x, cache, tapped), _ = jax.lax.scan(rematerialize(layer, self.compute.remat), (x, cache, tapped), layers)
         features = None if tapped is None else tapped[..., :-1, :].reshape(*x.shape[:-1], -1)
         return self.final_norm(x), cache, features
+
+    def correct_drafts(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Returns noised states [..., embed], corrected by the tokens at their places, int [...], if a head does so."""
+        if self.draft_head is None:
+            return hidden
+        return self.draft_head(hidden, self.embed(tokens, hidden.dtype))
 
     @property
     def head_kernel(self) -> nnx.Param:

@@ -8,7 +8,6 @@ distribution either way.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,10 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import Cache
 from dlm_jax.models.drafter import DraftedModel
-from dlm_jax.sampling.spec import NO_DRAFT, SamplingInputs, SamplingState
-from dlm_jax.sampling.speculative import SpeculativeStepper, last_token_and
+from dlm_jax.sampling.spec import SamplingInputs, SamplingState
+from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, choose_drafts, last_token_and
 from dlm_jax.sampling.steppers import initial_state
-from dlm_jax.sampling.tokens import categorical, process_logits, seen_tokens, token_probs
-
-_DRAFT_KEYS = 7  # the drafts' random numbers are not those of the tokens
+from dlm_jax.sampling.tokens import process_logits, seen_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,41 +59,31 @@ class DraftedStepper(SpeculativeStepper):
         hidden = drafter.cached_hidden(self.model.block_embeddings(last, slots), anchor + jnp.arange(slots),
                                        state.drafter_cache)[:, drafter.config.first_slot :]
         logits = self.network.unembed(hidden)
-        is_chain = drafter.markov is not None or drafter.selector is not None
-        is_sampled = is_chain and spec.config.temperature > 0
-        keys = jax.vmap(jax.random.fold_in, (0, None))(inputs.keys, _DRAFT_KEYS)
-        seen = None
-        if spec.config.repetition_penalty != 1:
-            seen = seen_tokens(self.network.config.vocab_size, inputs, state, None)
-        rows = jnp.arange(len(at))
+        if drafter.markov is None and drafter.selector is None:
+            seen = None
+            if spec.config.repetition_penalty != 1:
+                seen = seen_tokens(self.network.config.vocab_size, inputs, state, None)
+            return jnp.argmax(process_logits(logits, spec, seen), axis=-1).astype(jnp.int32), None
+        rows = jnp.arange(len(at))[:, None]
 
-        Arrays = tuple[jax.Array | None, ...]
-
-        def guess_next(carry: Arrays, slot: Arrays) -> tuple[Arrays, Arrays]:
-            (previous, markov_state, seen, goes_on), (hidden, logits, position) = carry, slot
+        def next_draft(previous: jax.Array, markov_state: jax.Array, slot: tuple[jax.Array, jax.Array]) -> NextDraft:
+            hidden, logits = slot
+            goes_on = None
             if drafter.markov is not None:
                 bias, markov_state = drafter.markov_bias(previous, hidden, markov_state)
                 logits = logits + bias
-            logits = process_logits(logits[:, None], spec, seen)[:, 0]
             if drafter.selector is not None:
-                top, candidates = jax.lax.top_k(logits, drafter.config.selector_top_k)
+                top, candidates = jax.lax.top_k(process_logits(logits[:, None], spec, None)[:, 0],
+                                                drafter.config.selector_top_k)
                 scores = drafter.select(previous, hidden, candidates, top)
-                logits = jnp.full_like(logits, -jnp.inf).at[rows[:, None], candidates].set(scores)
-            if is_sampled:
-                probs = jax.vmap(functools.partial(token_probs, config=spec.config))(logits)
-                token = jax.vmap(categorical)(probs, jax.vmap(jax.random.fold_in)(keys, position))
-            else:
-                probs, token = None, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+                logits = jnp.full_like(logits, -jnp.inf).at[rows, candidates].set(scores)
             if spec.config.draft_threshold is not None:
-                goes_on &= jax.nn.sigmoid(drafter.confidence(previous, hidden)) >= spec.config.draft_threshold
-            if seen is not None:
-                seen = seen.at[rows, 0, token].set(True)
-            return (token, markov_state, seen, goes_on), (jnp.where(goes_on, token, NO_DRAFT), probs)
+                goes_on = jax.nn.sigmoid(drafter.confidence(previous, hidden)) >= spec.config.draft_threshold
+            return NextDraft(logits, markov_state, goes_on)
 
-        start = last[:, 0], drafter.markov_state((len(at),)), seen, jnp.ones(len(at), bool)
-        by_slot = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(logits, 0, 1), at + jnp.arange(number)[:, None]
-        _, (drafts, probs) = jax.lax.scan(guess_next, start, by_slot)
-        return drafts.T, None if probs is None else jnp.swapaxes(probs, 0, 1)
+        slots = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(logits, 0, 1)
+        return choose_drafts(next_draft, slots, drafter.markov_state((len(at),)), last[:, 0], at, self.network, spec,
+                             inputs, state)
 
     def check(self, drafts: jax.Array, probs: jax.Array | None, at: jax.Array, unfinished: jax.Array,
               inputs: SamplingInputs, state: SamplingState) -> SamplingState:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import jit_model
 from dlm_jax.models.drafter import DraftedModel
-from dlm_jax.sampling.config import BUILT_IN_DRAFTERS, SamplerConfig
+from dlm_jax.sampling.config import BUILT_IN_DRAFTERS
 from dlm_jax.sampling.drafted import DraftedStepper, check_drafter
+from dlm_jax.sampling.self_drafting import SelfDraftingStepper, check_drafts_itself
 from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState, find_gaps, pending_mask
-from dlm_jax.sampling.speculative import NgramDrafter, SelfDraftingStepper, SpeculativeStepper
+from dlm_jax.sampling.speculative import NgramDrafter, SpeculativeStepper
 from dlm_jax.sampling.steppers import AutoregressiveStepper, BlockStepper, DenoisingStepper, Stepper
 from dlm_jax.sampling.text import bucket
 
@@ -101,7 +101,7 @@ def _resolve(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths: ja
         if isinstance(network, DraftedModel):
             check_drafter(config.num_drafts, config.draft_threshold, network)
         elif config.drafter == "self":
-            _check_guesses_itself(config, diffusion)
+            check_drafts_itself(config, diffusion, network.config)
         elif config.drafter not in BUILT_IN_DRAFTERS:
             raise ConfigError(f"drafter must be {', '.join(BUILT_IN_DRAFTERS)}, or the model a DraftedModel, got "
                               f"{config.drafter!r}")
@@ -120,17 +120,6 @@ def _resolve(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths: ja
     if drafter is None and config.drafter == "ngram":
         drafter = NgramDrafter() if config.num_drafts is None else NgramDrafter(config.num_drafts)
     return dataclasses.replace(spec, drafter=drafter, prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
-
-
-def _check_guesses_itself(config: SamplerConfig, diffusion: DiffusionSpec) -> None:
-    """Refuses the drafter "self" for a model that cannot guess as it was trained."""
-    blocks = diffusion.blocks
-    if blocks is None or blocks.size == 1 or blocks.clean_attention != "causal" or diffusion.mask_token_id is None:
-        raise ConfigError("drafter=self needs a model that was trained with blocks of two or more tokens and causal "
-                          "clean attention, which this one was not; choose drafter=ngram")
-    if config.num_drafts is not None and config.num_drafts >= blocks.size:
-        raise ConfigError(f"num_drafts is at most {blocks.size - 1} with drafter=self, the rest of a block of "
-                          f"{blocks.size} tokens, got {config.num_drafts}")
 
 
 @jax.jit

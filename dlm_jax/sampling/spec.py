@@ -25,7 +25,8 @@ class Network(Protocol):
     def hidden(self, tokens: jax.Array, attention: AttentionMask) -> jax.Array: ...
 
     def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array, cache: Cache,
-                      slots: jax.Array | None = None) -> tuple[jax.Array, Cache]: ...
+                      slots: jax.Array | None = None,
+                      noised: jax.Array | None = None) -> tuple[jax.Array, Cache]: ...
 
     def unembed(self, hidden: jax.Array) -> jax.Array: ...
 
@@ -80,6 +81,7 @@ class SamplingState(NamedTuple):
     cache: Cache | None
     frontier: DecodeFrontier | None = None  # for models with blocks
     drafts: jax.Array | None = None  # int32 [batch, num_drafts], what the model itself guesses to come next
+    draft_probs: jax.Array | None = None  # float32 [batch, num_drafts, vocab], what these are samples of, if they are
     drafter_cache: Cache | None = None  # the drafter's keys and values of the text before the last token
     accepted: jax.Array | None = None  # int32 [batch, num_drafts], passes that accepted each draft of a window
 

@@ -15,17 +15,19 @@ distribution.
 
 import dataclasses
 import functools
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.config_fields import check_at_least
-from dlm_jax.errors import ConfigError
-from dlm_jax.sampling.spec import NO_DRAFT, SamplingInputs, SamplingState, pending_mask
+from dlm_jax.sampling.spec import NO_DRAFT, Network, SamplingInputs, SamplingSpec, SamplingState, pending_mask
 from dlm_jax.sampling.steppers import AutoregressiveStepper, reveal
-from dlm_jax.sampling.tokens import process_logits, sample_tokens
+from dlm_jax.sampling.tokens import categorical, process_logits, sample_tokens, seen_tokens, token_probs
+
+_DRAFT_KEYS = 7  # the drafts' random numbers are not those of the tokens
 
 
 class Drafter(Protocol):
@@ -157,48 +159,52 @@ class SpeculativeStepper(AutoregressiveStepper):
         return reveal(state, *revealed, unfinished)._replace(accepted=accepted), kept.sum(axis=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class SelfDraftingStepper(SpeculativeStepper):
-    """Speculative decoding by a model with blocks that guesses for itself, in the pass that checks its last guesses.
+class NextDraft(NamedTuple):
+    """What a drafter gives for one place of a row, given the token before it."""
 
-    After each token that may turn out to be the last, there is a block of masks, which sees the text up to that token.
-    Of the block that follows the token that is kept, the most likely tokens are the next guesses. The text is that of
-    the model's clean attention, from left to right (Apple, arXiv 2507.11851, has masks after each prefix too).
+    logits: jax.Array  # float32 [batch, vocab]
+    carry: Any  # for the next place
+    goes_on: jax.Array | None = None  # bool [batch], whether this draft is worth checking; None: it is
+
+
+def choose_drafts(next_draft: Callable[[jax.Array, Any, Any], NextDraft], slots: Any, carry: Any, last: jax.Array,
+                  at: jax.Array, network: Network, spec: SamplingSpec, inputs: SamplingInputs,
+                  state: SamplingState) -> tuple[jax.Array, jax.Array | None]:
+    """Chooses drafts one after another, each given the one before it: samples, or at temperature 0 the most likely.
+
+    Args:
+      next_draft: called with the token before, int32 [batch], the carry, and one place's part of `slots`.
+      slots: a pytree of arrays [num_drafts, ...].
+      last: int32 [batch], the token before the first draft.
+      at: int32 [batch], the position of the first draft.
+
+    Returns:
+      Tokens int32 [batch, num_drafts], and the distributions that they are samples of, or None, as `guess` does.
     """
+    is_sampled, rows = spec.config.temperature > 0, jnp.arange(len(at))
+    keys = jax.vmap(jax.random.fold_in, (0, None))(inputs.keys, _DRAFT_KEYS)
+    seen = None
+    if spec.config.repetition_penalty != 1:
+        seen = seen_tokens(network.config.vocab_size, inputs, state, None)
 
-    @property
-    def num_drafts(self) -> int:
-        return self.spec.config.num_drafts or self.spec.diffusion.blocks.size - 1
+    def choose(before: tuple[Any, ...], here: tuple[jax.Array, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        (previous, carry, seen, worthwhile), (number, slot) = before, here
+        logits, carry, goes_on = next_draft(previous, carry, slot)
+        logits = process_logits(logits[:, None], spec, seen)[:, 0]
+        probs, token = None, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if is_sampled:
+            probs = jax.vmap(functools.partial(token_probs, config=spec.config))(logits)
+            token = jax.vmap(categorical)(probs, jax.vmap(jax.random.fold_in)(keys, at + number))
+        if goes_on is not None:
+            worthwhile &= goes_on
+        if seen is not None:
+            seen = seen.at[rows, 0, token].set(True)
+        return (token, carry, seen, worthwhile), (jnp.where(worthwhile, token, NO_DRAFT), probs)
 
-    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        if self.network.config.sliding_window is not None:
-            raise ConfigError("drafter=self does not know sliding windows, which this model has; choose drafter=ngram")
-        inputs, state = super().start(tokens, fixed, lengths, keys)
-        groups = (self.num_drafts + 1) * self.spec.diffusion.blocks.size
-        room = ((0, 0), (0, 0), (0, groups), (0, 0), (0, 0))  # [layers, batch, length, kv_heads, head_dim]
-        cache = jax.tree.map(lambda x: jnp.pad(x, room), state.cache)
-        return inputs, state._replace(cache=cache, drafts=jnp.full((len(tokens), self.num_drafts), NO_DRAFT))
-
-    def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
-        spec, (batch, length) = self.spec, state.tokens.shape
-        number, size = self.num_drafts + 1, spec.diffusion.blocks.size
-        unfinished = pending_mask(spec, inputs, state).any(axis=1)
-        at = jnp.argmax(state.masked, axis=1)
-        given, window = last_token_and(state.drafts, at, state.tokens)
-        masks = jnp.full((batch, number * size), spec.diffusion.mask_token_id)
-        places = (window[:, :, None] + jnp.arange(size)).reshape(batch, -1)
-        slots = jnp.where(window <= length, window - 1, length + number * size)  # past the row's end: not cached
-        scratch = jnp.broadcast_to(length + jnp.arange(number * size), masks.shape)
-        hidden, cache = self.network.cached_hidden(
-            jnp.concatenate([given, masks], axis=1), AttentionMask.drafts(length, size, at),
-            jnp.concatenate([window - 1, places], axis=1), state.cache, jnp.concatenate([slots, scratch], axis=1))
-        checked, guessing = hidden[:, :number], hidden[:, number:].reshape(batch, number, size, -1)
-        state, kept = self.verify(checked, state.drafts, at, unfinished, inputs, state)
-        last = jnp.maximum(kept - 1, 0)[:, None, None, None]
-        block = jnp.take_along_axis(guessing, last, axis=1)[:, 0, : self.num_drafts]
-        logits = process_logits(self.network.unembed(block), spec, None)
-        return state._replace(cache=cache, drafts=jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    number = jnp.arange(len(jax.tree.leaves(slots)[0]))
+    start = last, carry, seen, jnp.ones(len(at), bool)
+    _, (drafts, probs) = jax.lax.scan(choose, start, (number, slots))
+    return drafts.T, None if probs is None else jnp.swapaxes(probs, 0, 1)
 
 
 def last_token_and(guesses: jax.Array, at: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -238,6 +238,11 @@ def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int
     if data.length > architecture.max_length:
         raise ConfigError(f"data.length {data.length} is longer than the {architecture.max_length} positions of "
                           f"the model {config.model.source}")
+    if config.lora.rank and config.lora.where == "noised":
+        objective = config.objective
+        if objective.name != "block_diffusion" or objective.clean_attention != "causal" or not objective.shift:
+            raise ConfigError("lora.where=noised keeps the base's own text beside noised blocks; set objective.name to "
+                              "block_diffusion, objective.clean_attention to causal, and objective.shift to true")
     offloads = config.optimizer.offload or config.model.remat == "offload"
     if offloads and not has_host_memory(device := mesh.devices.flat[0]):
         raise ConfigError(f"{device.device_kind} cannot use {HOST} memory; set optimizer.offload to false and "

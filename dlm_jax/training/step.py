@@ -21,7 +21,7 @@ from dlm_jax.diffusion import (
     loss_sums,
     noise_batch,
 )
-from dlm_jax.diffusion.objective import loss_weights
+from dlm_jax.diffusion.objective import hidden_states, loss_weights
 from dlm_jax.matmul import MatmulKind, compiler_options
 from dlm_jax.models import LoRAParam, Transformer
 from dlm_jax.parallel import (
@@ -148,8 +148,7 @@ class DiffusionLoss:
         model = nnx.merge(self.graphdef, all_gather_embeddings(params, mesh), all_gather_embeddings(frozen, mesh))
         noisy, mask = noise_batch(objective, batch, step, seed=self.seed, batch_size=batch_size,
                                   mask_token_id=self.mask_token_id)
-        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions,
-                              dropout_seeds=dropout_seeds(self.seed, batch.example_index))
+        hidden = hidden_states(model, noisy, mask, dropout_seeds(self.seed, batch.example_index))
         return loss_sums(hidden, *lm_head(nnx.merge(self.graphdef, params, frozen), mesh), noisy,
                          weights=loss_weights(objective, noisy), shift=objective.shift)
 
@@ -277,7 +276,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
         model = nnx.merge(graphdef, all_gather_embeddings(params, mesh))
         noisy, mask = noise_batch(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
                                   mask_token_id=mask_token_id)
-        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions)
+        hidden = hidden_states(model, noisy, mask)
         return loss_sums(hidden, *lm_head(nnx.merge(graphdef, params), mesh), noisy, shift=objective.shift)
 
     return eval_step

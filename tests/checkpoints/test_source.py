@@ -56,6 +56,28 @@ def test_weights_are_fetched_on_request(monkeypatch, tmp_path):
     assert patterns == [[], ["*.safetensors"], ["*.bin"], ["*.safetensors"]]
 
 
+def test_gguf_file_of_a_repository(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        asked.append((name, allow_patterns))
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q4").mkdir()
+    for name, pattern in (("small-Q8_0.gguf", "small-Q8_0.gguf"),
+                          ("q4/big-00001-of-00003.gguf", "q4/big-*-of-00003.gguf")):
+        (tmp_path / name).touch()
+        assert locate(f"org/models-GGUF/{name}") == tmp_path / name
+        assert asked.pop() == ("org/models-GGUF", [pattern])
+    with pytest.raises(CheckpointError, match="other.gguf"):
+        locate("org/models-GGUF/other.gguf")
+    with pytest.raises(CheckpointError, match="q4/other.gguf"):
+        locate("q4/other.gguf")
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("path, expected", [
     ("runs/a@500", (Path("runs/a"), "500")), ("runs/a@best", (Path("runs/a"), "best")),
     ("runs/a", (Path("runs/a"), None)),

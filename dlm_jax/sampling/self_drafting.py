@@ -1,0 +1,92 @@
+"""Speculative decoding by a model that drafts for itself, in the same pass that checks what it drafted before.
+
+After each token that may turn out to be the last, there is a block of masks, which sees the text up to that token. Of
+the block that follows the token that is kept, the next drafts are made: the most likely tokens, or with a `DraftHead`,
+which sees the token before each, samples. The text is that of the model's clean attention, from left to right; with
+LoRA at noised positions alone it is the text of the base (Apple, arXiv 2507.11851).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.diffusion import DiffusionSpec
+from dlm_jax.errors import ConfigError
+from dlm_jax.models import ModelConfig
+from dlm_jax.sampling.config import SamplerConfig
+from dlm_jax.sampling.spec import NO_DRAFT, SamplingInputs, SamplingState, pending_mask
+from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, choose_drafts, last_token_and
+from dlm_jax.sampling.tokens import process_logits
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfDraftingStepper(SpeculativeStepper):
+    """Speculative decoding by a model with blocks that guesses for itself, in the pass that checks its last guesses."""
+
+    @property
+    def num_drafts(self) -> int:
+        return self.spec.config.num_drafts or self.spec.diffusion.blocks.size - 1
+
+    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+        inputs, state = super().start(tokens, fixed, lengths, keys)
+        groups = (self.num_drafts + 1) * self.spec.diffusion.blocks.size
+        room = ((0, 0), (0, 0), (0, groups), (0, 0), (0, 0))  # [layers, batch, length, kv_heads, head_dim]
+        cache = jax.tree.map(lambda x: jnp.pad(x, room), state.cache)
+        drafts = jnp.full((len(tokens), self.num_drafts), NO_DRAFT)
+        probs = jnp.zeros((*drafts.shape, self.network.config.vocab_size)) if self._is_sampled else None
+        return inputs, state._replace(cache=cache, drafts=drafts, draft_probs=probs)
+
+    def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
+        spec, (batch, length) = self.spec, state.tokens.shape
+        number, size = self.num_drafts + 1, spec.diffusion.blocks.size
+        unfinished = pending_mask(spec, inputs, state).any(axis=1)
+        at = jnp.argmax(state.masked, axis=1)
+        given, window = last_token_and(state.drafts, at, state.tokens)
+        masks = jnp.full((batch, number * size), spec.diffusion.mask_token_id)
+        places = (window[:, :, None] + jnp.arange(size)).reshape(batch, -1)
+        slots = jnp.where(window <= length, window - 1, length + number * size)  # past the row's end: not cached
+        scratch = jnp.broadcast_to(length + jnp.arange(number * size), masks.shape)
+        is_draft = jnp.arange(number * (1 + size)) >= number
+        hidden, cache = self.network.cached_hidden(
+            jnp.concatenate([given, masks], axis=1), AttentionMask.drafts(length, size, at),
+            jnp.concatenate([window - 1, places], axis=1), state.cache, jnp.concatenate([slots, scratch], axis=1),
+            noised=jnp.broadcast_to(is_draft, (batch, len(is_draft))))
+        checked, guessing = hidden[:, :number], hidden[:, number:].reshape(batch, number, size, -1)
+        state, kept = self.verify(checked, state.drafts, at, unfinished, inputs, state, state.draft_probs)
+        kept = jnp.maximum(kept, 1)
+        block = jnp.take_along_axis(guessing, kept[:, None, None, None] - 1, axis=1)[:, 0, : self.num_drafts]
+        drafts, probs = self._draft(block, at + kept, inputs, state)
+        return state._replace(cache=cache, drafts=drafts, draft_probs=probs)
+
+    @property
+    def _is_sampled(self) -> bool:
+        return self.network.draft_head is not None and self.spec.config.temperature > 0
+
+    def _draft(self, block: jax.Array, at: jax.Array, inputs: SamplingInputs,
+               state: SamplingState) -> tuple[jax.Array, jax.Array | None]:
+        """Returns drafts, as `guess` does, of masks' states [batch, num_drafts, embed], from position `at` [batch]."""
+        network, spec = self.network, self.spec
+        if network.draft_head is None:
+            return jnp.argmax(process_logits(network.unembed(block), spec, None), axis=-1).astype(jnp.int32), None
+
+        def next_draft(previous: jax.Array, carry: None, hidden: jax.Array) -> NextDraft:
+            return NextDraft(network.unembed(network.correct_drafts(hidden, previous)), carry)
+
+        last = jnp.take_along_axis(state.tokens, jnp.minimum(at, state.tokens.shape[1])[:, None] - 1, axis=1)[:, 0]
+        return choose_drafts(next_draft, jnp.swapaxes(block, 0, 1), None, last, at, network, spec, inputs, state)
+
+
+def check_drafts_itself(config: SamplerConfig, diffusion: DiffusionSpec, model: ModelConfig) -> None:
+    """Raises ConfigError for a model that cannot guess as it was trained."""
+    blocks = diffusion.blocks
+    if blocks is None or blocks.size == 1 or blocks.clean_attention != "causal" or diffusion.mask_token_id is None:
+        raise ConfigError("drafter=self needs a model that was trained with blocks of two or more tokens and causal "
+                          "clean attention, which this one was not; choose drafter=ngram")
+    if model.sliding_window is not None:
+        raise ConfigError("drafter=self does not know sliding windows, which this model has; choose drafter=ngram")
+    if config.num_drafts is not None and config.num_drafts >= blocks.size:
+        raise ConfigError(f"num_drafts is at most {blocks.size - 1} with drafter=self, the rest of a block of "
+                          f"{blocks.size} tokens, got {config.num_drafts}")
