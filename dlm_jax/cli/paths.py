@@ -47,6 +47,14 @@ def check_model(source: str) -> None:
     check_source(source)
 
 
+def check_drafter(name: str) -> None:
+    """Checks a drafter that is not built in: the workdir of a run, a directory, or a hub id."""
+    from dlm_jax.checkpoints.source import is_hub_id, is_workdir, locate
+
+    if name not in ("none", "ngram", "self") and not is_workdir(name) and (not is_hub_id(name) or "/" not in name):
+        locate(name, weights=False)
+
+
 def check_base(source: str) -> None:
     """Checks a base, as far as it is a path: a plain name may be a directory beside the adapter, or on the hub."""
     from dlm_jax.checkpoints.source import is_hub_id
@@ -128,7 +136,7 @@ def _check_task_file(text: str) -> None:
 
 # The arguments of all commands that name paths.
 CHECKS: dict[str, Callable[[str], None]] = {
-    "model": check_model, "base": check_base, "parent": check_model, "judge": check_model,
+    "model": check_model, "drafter": check_drafter, "base": check_base, "parent": check_model, "judge": check_model,
     "tokenizer": check_tokenizer, "data": check_data, "validation": check_data, "examples": check_data,
     "prompts": check_file, "prompt_file": check_file, "chat_template": check_file,
     "data_dir": check_folder, "lm_eval_dir": check_folder, "data_files": _check_task_file,

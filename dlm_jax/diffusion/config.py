@@ -48,7 +48,7 @@ class ObjectiveConfig:
         "DiffuLLaMA reference implementation does); or each example by the length of its answer, so that all "
         "examples count the same (as LLaDA does for fine-tuning)")
     weight: Literal["elbo", "uniform"] = field("elbo", "weight of a masked token: the bound's (1/t if linear), or 1")
-    min_time: float = field(1e-3, "smallest time")
+    min_time: float = field(1e-3, "smallest time; 1: everything is masked")
     time_curriculum: tuple[tuple[int, float, float], ...] = field(
         (), "(first step, low, high) triples: times are in [low, high] from that step on; empty: [min_time, 1]")
     anneal_steps: int = field(0, "steps over which attention opens from causal; 0: bidirectional from the start")
@@ -66,7 +66,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "objective")
-        check_range(self.min_time, 0, 1, "objective.min_time", open_low=True, open_high=True)
+        check_range(self.min_time, 0, 1, "objective.min_time", open_low=True, open_high=self.complementary)
         check_at_least(self.anneal_steps, 0, "objective.anneal_steps")
         check_at_least(self.block_size, 1, "objective.block_size")
         if self.name == "autoregressive" and not self.shift:

@@ -28,7 +28,7 @@ from dlm_jax.models import (
     split_lora,
     split_trainable,
 )
-from dlm_jax.models.lora import dequantize, quantize_kernel
+from dlm_jax.models.lora import LoRAInputs, dequantize, quantize_kernel
 from dlm_jax.parallel import MeshConfig, make_mesh, param_shardings
 from tests.models.test_transformer import GPT2 as DROPPING_GPT2
 from tests.models.test_transformer import QWEN3, TOKENS, hidden
@@ -175,7 +175,8 @@ def test_dropout_of_factors():
     q = model.blocks.attention.q.factors
     one = nnx.merge(*nnx.split(q))
     one.a, one.b = nnx.Param(q.a[...][0]), nnx.Param(q.b[...][0])
-    dropped, plain = one(jnp.ones((2000, 1, 32)), jnp.arange(2000, dtype=jnp.uint32)), one(jnp.ones((1, 1, 32)), None)
+    seeds = LoRAInputs(jnp.arange(2000, dtype=jnp.uint32))
+    dropped, plain = one(jnp.ones((2000, 1, 32)), 0.0, seeds), one(jnp.ones((1, 1, 32)), 0.0, LoRAInputs())
     np.testing.assert_allclose(dropped.mean(0), plain[0], atol=0.15)
     assert jnp.abs(dropped[0] - plain[0]).max() > 0.2
 
@@ -203,7 +204,7 @@ def test_dora_gradient_ignores_the_divisor():
 
     def projected(values):
         factors = nnx.merge(graphdef, values)
-        return factors.apply_dora_scale(x @ kernel + factors(x, None), kernel)
+        return factors.apply_dora_scale(factors(x, x @ kernel, LoRAInputs()), kernel)
 
     norms = jnp.linalg.norm(kernel + 1.5 * factors.a[...] @ factors.b[...], axis=0)
 
@@ -348,3 +349,27 @@ def test_split_kernels_are_dequantized_without_communication(kind):
         assert "all-" not in program and "collective" not in program
         np.testing.assert_array_equal(dequantize(codes, scales), dequantize(
             *(expected["blocks"]["attention"][name][part][...] for part in ("kernel", "kernel_scale"))))
+
+
+def test_noised_lora_leaves_clean_positions_alone():
+    """Bit for bit, where no noised position is seen; and at noised positions it is plain LoRA."""
+    base, plain = build("qwen3")
+    plain = with_noise(plain)
+    gated = nnx.merge(nnx.graphdef(abstract_model(base.config, lora=dataclasses.replace(plain.lora, where="noised"))),
+                      nnx.state(plain))
+    noised = jnp.arange(TOKENS.shape[1]) >= 5
+    noised = jnp.broadcast_to(noised, TOKENS.shape)
+    causal = AttentionMask.causal()
+    of_base, mixed = hidden(base, TOKENS, causal), hidden(gated, TOKENS, causal, noised=noised)
+    np.testing.assert_array_equal(hidden(gated, TOKENS, causal), of_base)
+    np.testing.assert_array_equal(mixed[:, :5], of_base[:, :5])
+    assert jnp.abs(mixed[:, 5:] - of_base[:, 5:]).max() > 0.01
+    everywhere = hidden(gated, TOKENS, causal, noised=jnp.ones(TOKENS.shape, bool))
+    np.testing.assert_allclose(everywhere, hidden(plain, TOKENS, causal), atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [dict(where="noised", dora=True), dict(where="noised", embedding=True),
+                                      dict(where="noised", head=True), dict(draft_head=True), dict(where="masked")])
+def test_noised_lora_refuses_what_changes_clean_text(settings):
+    with pytest.raises(ConfigError, match="lora"):
+        LoRAConfig(rank=2, alpha=4.0, **settings)

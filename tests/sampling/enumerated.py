@@ -190,3 +190,18 @@ def assert_follows(law, samples):
     keep = expected > 0
     assert keep.sum() > 1
     assert stats.chisquare(observed[keep], expected[keep], sum_check=False).pvalue > 1e-4
+
+
+def law_of_texts(logits, texts, settings):
+    """Returns the probabilities of texts written from left to right.
+
+    Args:
+      logits: [texts, n, vocab], of the last n tokens of each text, which are all continuations of one start.
+      settings: of `truncated`.
+    """
+    logits = np.asarray(logits, np.float64)
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p = np.apply_along_axis(truncated, -1, p / p.sum(axis=-1, keepdims=True), **settings)
+    law = np.prod(np.take_along_axis(p, texts[:, -logits.shape[1] :, None], axis=-1)[..., 0], axis=-1)
+    np.testing.assert_allclose(law.sum(), 1, atol=1e-6)
+    return law

@@ -15,7 +15,7 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import DraftedModel, Drafter, DrafterConfig
 from dlm_jax.sampling import SamplerConfig
-from tests.sampling.enumerated import truncated
+from tests.sampling.enumerated import law_of_texts
 from tests.sampling.test_tokens import check_law
 from tests.sampling.tiny_models import make_batch, make_keys, run_sampler, tiny
 
@@ -132,11 +132,7 @@ def test_law_of_short_texts_is_the_targets(kind, settings):
                         keys=make_keys(rows, seed=3), **settings)
     texts = np.array([[*start, *text] for text in itertools.product(range(valid), repeat=3)])
     logits, _ = _block(model, jnp.asarray(texts), jnp.ones((len(texts), 1), int))
-    logits = np.asarray(logits, np.float64)[:, 1:4, :valid]
-    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    p = np.apply_along_axis(truncated, -1, p / p.sum(axis=-1, keepdims=True), **settings)
-    law = np.prod(np.take_along_axis(p, texts[:, 2:, None], axis=-1)[..., 0], axis=-1)
-    assert abs(law.sum() - 1) < 1e-6
+    law = law_of_texts(logits[:, 1:4, :valid], texts, settings)
     common = law >= 5 / rows  # the rest is one cell
     number = {tuple(text): i for i, text in enumerate(texts[common, 2:].tolist())}
     cells = np.array([number.get(tuple(text), len(number)) for text in found.tokens[:, 2:].tolist()])

@@ -1,17 +1,14 @@
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dlm_jax import DiffusionLM
-from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.sampling import GAP, SamplerConfig, pad_rows
 from dlm_jax.sampling.speculative import NO_DRAFT, NgramDrafter
-from tests.sampling.tiny_models import EOS, MASK, make_batch, run_sampler, tiny
+from tests.sampling.tiny_models import EOS, make_batch, run_sampler, tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,62 +63,6 @@ def test_right_drafts_save_passes():
     wrong = run_sampler(network, tokens, fixed, lengths, policy="autoregressive",
                         drafter_object=scripted(plain.tokens, wrong=range(40)))
     np.testing.assert_array_equal(wrong.steps, gaps)
-
-
-@pytest.mark.parametrize(("kind", "choice"), [CHOICES["greedy"], CHOICES["repetition"], CHOICES["end of text"]],
-                         ids=["greedy", "repetition", "end of text"])
-def test_text_does_not_depend_on_own_guesses(kind, choice):
-    network, (tokens, fixed, lengths) = tiny(kind), make_batch("autoregressive")
-    settings = dict(policy="autoregressive", blocks=BlockSpec(4), **choice)
-    plain = run_sampler(network, tokens, fixed, lengths, **settings)
-    found = run_sampler(network, tokens, fixed, lengths, drafter="self", **settings)
-    np.testing.assert_array_equal(found.tokens, plain.tokens)
-    assert (found.steps <= plain.steps).all()
-
-
-def guess(network, prefix, size):
-    """Returns the most likely tokens of a block of masks after the token that follows `prefix`, without a cache."""
-    tokens, start = np.full((1, 40), MASK), len(prefix)
-    tokens[0, :start] = prefix
-    queries, keys = np.arange(40)[:, None], np.arange(40)
-    allowed = np.where(queries < start, keys <= queries, keys < start + size)
-    logits = np.array(_logits(network, jnp.asarray(tokens), jnp.asarray(allowed)))[0, start : start + size - 1]
-    logits[:, MASK] = -np.inf
-    return logits.argmax(axis=-1).tolist()
-
-
-@jax.jit
-def _logits(network, tokens, allowed):
-    return network(tokens, AttentionMask.matrix(allowed))
-
-
-def test_own_guesses_are_those_of_block_diffusion():
-    """As many passes as an uncached simulation needs, which guesses after each prefix that turns out to be kept."""
-    network, size = tiny("llama", vocab_size=61, num_layers=1), 3
-    tokens, fixed, lengths = make_batch("autoregressive")
-    settings = dict(policy="autoregressive", temperature=0.0, blocks=BlockSpec(size))
-    found = run_sampler(network, tokens, fixed, lengths, drafter="self", **settings)
-    accepted = 0
-    for row, length, first, steps in zip(found.tokens, lengths, (4, 11, 1, 2), found.steps, strict=True):
-        at, guesses, expected = first, [], 0
-        while at < length:
-            right = 0
-            while right < len(guesses) and at + right < length and guesses[right] == row[at + right]:
-                right += 1
-            accepted += right
-            at, expected = at + right + 1, expected + 1
-            guesses = guess(network, row[: at - 1], size)
-        assert steps == expected
-    assert accepted > 3
-
-
-@pytest.mark.parametrize(("kind", "settings"), [
-    ("llama", dict(blocks=None)), ("llama", dict(blocks=BlockSpec(1))), ("window", dict(blocks=BlockSpec(4))),
-    ("llama", dict(blocks=BlockSpec(4, "block_bidirectional"))), ("llama", dict(blocks=BlockSpec(4), num_drafts=4))])
-def test_own_guesses_need_causal_blocks(kind, settings):
-    tokens, fixed, lengths = make_batch("autoregressive")
-    with pytest.raises(ConfigError, match="drafter=self"):
-        run_sampler(tiny(kind), tokens, fixed, lengths, policy="autoregressive", drafter="self", **settings)
 
 
 def reference_look_up(row, at, num_drafts, longest, shortest):

@@ -27,10 +27,10 @@ def tiny(kind, **changes):
     return random_model(ModelConfig(kind, **_SIZES | _KINDS[kind] | changes))
 
 
-def random_model(config, scale=0.3):
+def random_model(config, scale=0.3, lora=None):
     """Returns a model with random parameters, biases too, whose zeros would hide mistakes; by NumPy: no compilation."""
     rng = np.random.default_rng(0)
-    graphdef, shapes = nnx.split(abstract_model(config))
+    graphdef, shapes = nnx.split(abstract_model(config, lora=lora))
 
     def fill(path, leaf):
         center, spread = (1, 0.1) if "scale" in jax.tree_util.keystr(path) else (0, scale)

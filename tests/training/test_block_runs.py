@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from dlm_jax import DiffusionLM
+from dlm_jax import AttentionMask, DiffusionLM
 from dlm_jax.checkpoints.orbax import saved_steps
 from dlm_jax.diffusion import BlockSpec, ObjectiveConfig
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import MeshConfig
+from dlm_jax.sampling import SamplingStats
 from dlm_jax.training.config import LoRASettings, ModelSource
 from dlm_jax.training.loop import train
 from dlm_jax.training.metrics import read_records
@@ -78,3 +79,30 @@ def test_lora_learns_blocks_from_complementary_views(config, pretrained, tmp_pat
         lm = DiffusionLM.from_pretrained(tmp_path / folder)
         assert lm.pretrained.diffusion.blocks == BlockSpec(4, "block_bidirectional")
         assert [x.nats for x in lm.score(text, num_samples=4)] == expected
+
+
+def test_gated_lora_drafts_for_its_base(config, pretrained, tmp_path):
+    """What it learns changes its drafts alone: its text, its scores and its logits are the base's."""
+    run = dataclasses.replace(
+        changed(config, "optimizer.learning_rate", 0.03), num_steps=12,
+        objective=ObjectiveConfig(name="block_diffusion", block_size=4, min_time=1.0),
+        model=ModelSource(source=str(pretrained), mask_token=10),
+        lora=LoRASettings(rank=2, alpha=4.0, where="noised", draft_head=True, frozen_dtype="float32"))
+    train(run, tmp_path / "run")
+    first, *_, last = [record["bound"] for record in read_records(tmp_path / "run", "validation")]
+    assert last < first - 0.02
+    lm, base = DiffusionLM.from_pretrained(tmp_path / "run"), DiffusionLM.from_pretrained(pretrained)
+    tokens = np.arange(24).reshape(2, 12) % 10
+    np.testing.assert_array_equal(*(model.logits(tokens, AttentionMask.causal()) for model in (lm, base)))
+    stats, settings = SamplingStats(), dict(max_new_tokens=12, policy="autoregressive", temperature=0.0)
+    assert lm.generate(["abc", "ba"], drafter="self", stats=stats, **settings) == base.generate(["abc", "ba"],
+                                                                                                **settings)
+    assert len(stats.accepted) == 3 and stats.tokens == 24
+    assert np.isfinite(lm.score("abcdefgh", num_samples=4)[0].nats)
+    assert lm.generate("abc", max_new_tokens=8)[0].startswith("abc")  # block by block, with the drafts' LoRA
+    for layout, merge in (("hf", True), ("diffugpt", True), ("peft", False)):
+        with pytest.raises(CheckpointError, match="noised"):
+            DiffusionLM.from_pretrained(tmp_path / "run", merge=merge).save_pretrained(tmp_path / "out", layout=layout)
+    for settings in (dict(), dict(name="block_diffusion", clean_attention="block_bidirectional")):
+        with pytest.raises(ConfigError, match="noised"):
+            train(dataclasses.replace(run, objective=ObjectiveConfig(**settings)), tmp_path / "other")

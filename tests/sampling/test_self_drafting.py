@@ -1,0 +1,166 @@
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dlm_jax.attention import AttentionMask
+from dlm_jax.diffusion import BlockSpec
+from dlm_jax.errors import ConfigError
+from dlm_jax.models import LoRAConfig, split_lora
+from tests.sampling.enumerated import law_of_texts
+from tests.sampling.test_tokens import check_law
+from tests.sampling.tiny_models import EOS, MASK, make_batch, make_keys, random_model, run_sampler, tiny
+
+GATED = LoRAConfig(rank=4, alpha=8.0, where="noised", draft_head=True, frozen_dtype="float32")
+
+
+def gated(base, lora=GATED):
+    """Returns a model that drafts with random LoRA at noised positions, beside a base."""
+    if not base.config.gated_mlp:
+        lora = dataclasses.replace(lora, targets=("q", "k", "v", "out", "up", "down"))
+    graphdef, params, factors = split_lora(random_model(base.config, lora=lora))
+    del params
+    return nnx.merge(graphdef, nnx.state(base), factors)
+
+
+@pytest.mark.parametrize(("kind", "choice"), [("gpt2", dict(temperature=0.0)), ("llama", dict(
+    top_k=12, repetition_penalty=1.4)), ("llama", dict(eos=EOS, stop=True, repetition_penalty=1.2))], ids=str)
+def test_text_does_not_depend_on_own_guesses(kind, choice):
+    network, (tokens, fixed, lengths) = tiny(kind), make_batch("autoregressive")
+    settings = dict(policy="autoregressive", blocks=BlockSpec(4), **choice)
+    plain = run_sampler(network, tokens, fixed, lengths, **settings)
+    found = run_sampler(network, tokens, fixed, lengths, drafter="self", **settings)
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+    assert (found.steps <= plain.steps).all()
+
+
+def guess(network, prefix, size):
+    """Returns the most likely tokens of a block of masks after the token that follows `prefix`, without a cache."""
+    tokens, start = np.full((1, 40), MASK), len(prefix)
+    tokens[0, :start] = prefix
+    queries, keys = np.arange(40)[:, None], np.arange(40)
+    allowed = np.where(queries < start, keys <= queries, keys < start + size)
+    logits = np.array(_logits(network, jnp.asarray(tokens), jnp.asarray(allowed)))[0, start : start + size - 1]
+    logits[:, MASK] = -np.inf
+    return logits.argmax(axis=-1).tolist()
+
+
+@jax.jit
+def _logits(network, tokens, allowed):
+    return network(tokens, AttentionMask.matrix(allowed))
+
+
+def test_own_guesses_are_those_of_block_diffusion():
+    """As many passes as an uncached simulation needs, which guesses after each prefix that turns out to be kept."""
+    network, size = tiny("llama", vocab_size=61, num_layers=1), 3
+    tokens, fixed, lengths = make_batch("autoregressive")
+    settings = dict(policy="autoregressive", temperature=0.0, blocks=BlockSpec(size))
+    found = run_sampler(network, tokens, fixed, lengths, drafter="self", **settings)
+    accepted = 0
+    for row, length, first, steps in zip(found.tokens, lengths, (4, 11, 1, 2), found.steps, strict=True):
+        at, guesses, expected = first, [], 0
+        while at < length:
+            right = 0
+            while right < len(guesses) and at + right < length and guesses[right] == row[at + right]:
+                right += 1
+            accepted += right
+            at, expected = at + right + 1, expected + 1
+            guesses = guess(network, row[: at - 1], size)
+        assert steps == expected
+    assert accepted > 3
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("llama", dict(blocks=None)), ("llama", dict(blocks=BlockSpec(1))), ("window", dict(blocks=BlockSpec(4))),
+    ("llama", dict(blocks=BlockSpec(4, "block_bidirectional"))), ("llama", dict(blocks=BlockSpec(4), num_drafts=4))])
+def test_own_guesses_need_causal_blocks(kind, settings):
+    tokens, fixed, lengths = make_batch("autoregressive")
+    with pytest.raises(ConfigError, match="drafter=self"):
+        run_sampler(tiny(kind), tokens, fixed, lengths, policy="autoregressive", drafter="self", **settings)
+
+
+@pytest.mark.parametrize("choice", [dict(temperature=0.0), dict(temperature=0.0, repetition_penalty=1.3),
+                                    dict(temperature=0.0, eos=EOS, stop=True)], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gated_model_writes_its_bases_text(kind, choice):
+    base, (tokens, fixed, lengths) = tiny(kind), make_batch("autoregressive")
+    plain = run_sampler(base, tokens, fixed, lengths, policy="autoregressive", **choice)
+    for lora in (GATED, dataclasses.replace(GATED, draft_head=False)):
+        found = run_sampler(gated(base, lora), tokens, fixed, lengths, policy="autoregressive", drafter="self",
+                            blocks=BlockSpec(4), **choice)
+        np.testing.assert_array_equal(found.tokens, plain.tokens)
+
+
+def test_gated_model_without_drafts_is_its_base():
+    base, (tokens, fixed, lengths) = tiny("llama"), make_batch("autoregressive")
+    found = [run_sampler(model, tokens, fixed, lengths, policy="autoregressive") for model in (base, gated(base))]
+    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+    np.testing.assert_array_equal(found[0].confidence, found[1].confidence)  # bit for bit
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.7, top_p=0.8)], ids=str)
+def test_law_of_short_texts_is_the_bases(settings):
+    """Sampled drafts, of a head that sees the token before each, in rows that accept different numbers."""
+    base, rows, start = tiny("llama", vocab_size=6), 6000, [1, 3]
+    tokens = np.tile([*start, 0, 0, 0], (rows, 1))
+    found = run_sampler(gated(base), tokens, np.arange(5) < 2 + np.zeros((rows, 1)), policy="autoregressive", mask=5,
+                        keys=make_keys(rows, seed=3), drafter="self", blocks=BlockSpec(4), **settings)
+    texts = np.array([[*start, *text] for text in itertools.product(range(5), repeat=3)])
+    law = law_of_texts(jax.jit(lambda model, x: model(x, AttentionMask.causal()))(base, texts)[:, 1:4, :5], texts,
+                       settings)
+    common = law >= 5 / rows  # the rest is one cell
+    number = {tuple(text): i for i, text in enumerate(texts[common, 2:].tolist())}
+    cells = np.array([number.get(tuple(text), len(number)) for text in found.tokens[:, 2:].tolist()])
+    check_law(cells, np.append(law[common], law[~common].sum()))
+    assert found.accepted.sum() > 0.05 * rows
+
+
+def guess_in_turn(network, prefix, last, size):
+    """Returns the drafts after `prefix` and the token `last`, each given the one before, without a cache."""
+    tokens, start = np.full((1, 40), MASK), len(prefix)
+    tokens[0, :start] = prefix
+    queries, keys = np.arange(40)[:, None], np.arange(40)
+    allowed = np.where(queries < start, keys <= queries, (keys < start + size))
+    states = np.array(_states(network, jnp.asarray(tokens), jnp.asarray(allowed), jnp.arange(40)[None] >= start))
+    found = []
+    for place in range(start, min(start + size - 1, 40)):
+        logits = np.array(_corrected(network, states[:, place], jnp.array([last])))[0]
+        logits[MASK] = -np.inf
+        last = int(logits.argmax())
+        found.append(last)
+    return found
+
+
+@jax.jit
+def _states(network, tokens, allowed, noised):
+    return network.hidden(tokens, AttentionMask.matrix(allowed), noised=noised)
+
+
+@jax.jit
+def _corrected(network, state, last):
+    return network.unembed(network.correct_drafts(state, last))
+
+
+def test_gated_drafts_are_those_of_training():
+    network, size, accepted = gated(tiny("llama", vocab_size=61, num_layers=1)), 4, 0
+    tokens, fixed, lengths = make_batch("autoregressive")
+    found = run_sampler(network, tokens, fixed, lengths, policy="autoregressive", temperature=0.0,
+                        blocks=BlockSpec(size), drafter="self")
+    for row, length, first, steps, right_ones in zip(found.tokens, lengths, (4, 11, 1, 2), found.steps, found.accepted,
+                                                     strict=True):
+        at, guesses, expected, total = first, [], 0, 0
+        while at < length:
+            right = 0
+            while right < len(guesses) and at + right < length and guesses[right] == row[at + right]:
+                right += 1
+            total += right
+            at, expected = at + right + 1, expected + 1
+            if at < length:
+                guesses = guess_in_turn(network, row[: at - 1], row[at - 1], size)
+        assert steps == expected and right_ones.sum() == total
+        accepted += total
+    assert accepted > 0
