@@ -118,8 +118,8 @@ class DiffusionLM:
             return self.model
         if name not in self._drafters:
             compute = self.model.compute
-            self._drafters[name] = DraftedModel(self.model, open_drafter(name, compute=compute,
-                                                                         param_dtype=compute.dtype).drafter)
+            stored = open_drafter(name, target=self.model, compute=compute, param_dtype=compute.dtype)
+            self._drafters[name] = DraftedModel(self.model, stored.drafter)
         return self._drafters[name]
 
     @property
