@@ -92,6 +92,9 @@ def drafter_to_hf(config: DrafterConfig, target: ModelConfig, special_tokens: Ma
     Raises:
       CheckpointError: no layout can express this drafter.
     """
+    if config.layers.family != "qwen3":
+        raise CheckpointError(f"engines load drafters with the layers of qwen3, and this one has those of "
+                              f"{config.layers.family}; train it with drafter.init=random")
     config, layout = _canonical(config), layout_of(config)
     layers, sliding = config.layers, config.sliding_layers
     own = {"block_size": config.block_size, "mask_token_id": config.mask_token_id,
@@ -131,7 +134,7 @@ def _canonical(config: DrafterConfig) -> DrafterConfig:
               "confidence_with_markov": not (config.confidence_head and config.markov_rank),
               "selector_top_k": not config.selector_rank, "conv_group_size": not config.conv_kernel_size}
     defaults = {field.name: field.default for field in dataclasses.fields(DrafterConfig) if unused.get(field.name)}
-    layers = dataclasses.replace(config.layers, family="qwen3", tie_embeddings=False, embed_dropout=0.0,
+    layers = dataclasses.replace(config.layers, tie_embeddings=False, embed_dropout=0.0,
                                  attention_dropout=0.0, residual_dropout=0.0,
                                  sliding_window=config.layers.sliding_window if config.sliding_layers else None)
     return dataclasses.replace(config, layers=layers, **defaults)

@@ -113,8 +113,9 @@ def test_shards_types_and_replacement(files, targets, tmp_path):
 def test_what_a_layout_cannot_express_is_refused(files, targets, tmp_path):
     pretrained = load_pretrained(targets / "qwen3")
     window = read(files("dflash-window"), target=pretrained.model)
+    llama = dataclasses.replace(window.config.layers, family="llama", qk_norm=False)
     for changes, name in ((dict(causal=True, sliding_causal=False), "causal"), (dict(markov_rank=4), "layout"),
-                          (dict(mask_token_id=drafter_files.EOS), "eos_token_id")):
+                          (dict(layers=llama), "llama"), (dict(mask_token_id=drafter_files.EOS), "eos_token_id")):
         drafter = nnx.eval_shape(lambda c=changes: Drafter(dataclasses.replace(window.config, **c), rngs=nnx.Rngs(0)))
         with pytest.raises(CheckpointError, match=name):
             save_drafter(tmp_path / "out", drafter, pretrained)
