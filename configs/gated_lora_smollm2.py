@@ -12,9 +12,8 @@ from dlm_jax.cli.config import load_recipe
 
 def get_config():
     config = load_recipe("smollm2_135m")
-    config.objective.name = "block_diffusion"
+    config.objective.name = "self_drafting"
     config.objective.block_size = 4
-    config.objective.min_time = 1.0
     config.objective.anneal_steps = 0
     config.lora.rank = 32
     config.lora.where = "noised"

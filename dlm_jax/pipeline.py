@@ -124,8 +124,9 @@ class DiffusionLM:
 
     @property
     def default_policy(self) -> str:
-        """The policy where none is named: "threshold" for a model with blocks, "autoregressive" for one trained so."""
-        if self.pretrained.is_autoregressive:
+        """The policy where none is named: "autoregressive" for a model trained so, or to draft for its base; else
+        "threshold" for one with blocks, and "confidence"."""
+        if self.pretrained.is_autoregressive or self.pretrained.drafts_for_itself:
             return "autoregressive"
         return "confidence" if self.pretrained.diffusion.blocks is None else "threshold"
 

@@ -114,6 +114,11 @@ class Pretrained:
         """Whether the run that trained the model is on record as autoregressive."""
         return (self.recipe or {}).get("objective.name") == "autoregressive"
 
+    @property
+    def drafts_for_itself(self) -> bool:
+        """Whether the model is one that writes its base's text, and has learned to draft it."""
+        return (self.recipe or {}).get("objective.name") == "self_drafting"
+
     def _special(self, name: str) -> int | None:
         """Returns the tokenizer's id of a special token, or that of config.json, which may be its class's default.
 

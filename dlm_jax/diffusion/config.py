@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from dlm_jax.config_fields import check_at_least, check_choices, check_range, field, open_field, settle
 from dlm_jax.errors import ConfigError
 
-ObjectiveName = Literal["diffusion", "block_diffusion", "autoregressive", "drafter"]
+ObjectiveName = Literal["diffusion", "block_diffusion", "autoregressive", "drafter", "self_drafting"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ObjectiveConfig:
         "DiffuLLaMA reference implementation does); or each example by the length of its answer, so that all "
         "examples count the same (as LLaDA does for fine-tuning)")
     weight: Literal["elbo", "uniform"] = field("elbo", "weight of a masked token: the bound's (1/t if linear), or 1")
-    min_time: float = field(1e-3, "smallest time; 1: everything is masked")
+    min_time: float = field(1e-3, "smallest time")
     time_curriculum: tuple[tuple[int, float, float], ...] = field(
         (), "(first step, low, high) triples: times are in [low, high] from that step on; empty: [min_time, 1]")
     anneal_steps: int = field(0, "steps over which attention opens from causal; 0: bidirectional from the start")
@@ -66,12 +66,15 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "objective")
-        check_range(self.min_time, 0, 1, "objective.min_time", open_low=True, open_high=self.complementary)
+        check_range(self.min_time, 0, 1, "objective.min_time", open_low=True, open_high=True)
         check_at_least(self.anneal_steps, 0, "objective.anneal_steps")
         check_at_least(self.block_size, 1, "objective.block_size")
         if self.name == "autoregressive" and not self.shift:
             raise ConfigError("objective.shift must be true for the autoregressive objective, which predicts the next "
                               "token")
+        if self.name == "self_drafting" and (self.block_size < 2 or not self.shift):
+            raise ConfigError("objective.name self_drafting needs objective.block_size of at least 2, which is one more "
+                              f"than the drafts, and objective.shift; got {self.block_size} and {self.shift}")
         if self.name == "block_diffusion":
             self._check_blocks()
         elif self.block_size_schedule or self.complementary or self.clean_attention != "causal":
@@ -128,7 +131,7 @@ class ObjectiveConfig:
 
     def forward_multiplier(self, length: int) -> int:
         """Returns how often the network reads each token of a row per step: once, or for blocks per view and clean."""
-        return self.num_views + 1 if self.canonicalize(length).name == "block_diffusion" else 1
+        return self.num_views + 1 if self.canonicalize(length).name in ("block_diffusion", "self_drafting") else 1
 
 
 @dataclasses.dataclass(frozen=True)

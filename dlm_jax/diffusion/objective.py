@@ -1,7 +1,6 @@
 """What a step minimizes: from a batch to a noisy batch and an attention mask, and the weights of the loss."""
 
 import dataclasses
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,30 +49,10 @@ def noise_batch(config: ObjectiveConfig, batch: Batch, step: jax.Array, *, seed:
     return concat_noisy_and_clean(views, config.block_size, shift=config.shift), mask
 
 
-class DenoisingModel(Protocol):
-    """The methods of a model that an objective calls."""
-
-    def hidden(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None,
-               dropout_seeds: jax.Array | None, noised: jax.Array | None) -> jax.Array: ...
-
-    def correct_drafts(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array: ...
-
-
-def hidden_states(model: DenoisingModel, batch: NoisyBatch, attention: AttentionMask,
-                  dropout_seeds: jax.Array | None = None) -> jax.Array:
-    """Returns the states [batch, length, embed] that the loss scores.
-
-    Noised states are corrected by the clean tokens at their places, which drafting knows when it comes to them.
-    """
-    hidden = model.hidden(batch.tokens, attention, positions=batch.positions, dropout_seeds=dropout_seeds,
-                          noised=batch.noised)
-    corrected = model.correct_drafts(hidden, batch.targets)
-    return hidden if batch.noised is None else jnp.where(batch.noised[..., None], corrected, hidden)
-
-
 def block_spec(config: ObjectiveConfig) -> BlockSpec | None:
     """Returns the blocks that the trained model writes in; None: it sees the full row."""
-    return BlockSpec(config.block_size, config.clean_attention) if config.name == "block_diffusion" else None
+    has_blocks = config.name in ("block_diffusion", "self_drafting")
+    return BlockSpec(config.block_size, config.clean_attention) if has_blocks else None
 
 
 def annealing(config: ObjectiveConfig, step: jax.Array | int) -> jax.Array:
@@ -94,7 +73,7 @@ def attention_mask(config: ObjectiveConfig, batch: Batch, step: jax.Array, seed:
     """Returns the attention of a training step, under a canonical objective."""
     if config.name == "autoregressive":
         mask = AttentionMask.causal()
-    elif config.name == "block_diffusion":
+    elif config.name in ("block_diffusion", "self_drafting"):
         mask = block_spec(config).training_mask(batch.tokens.shape[1], config.num_views)
     elif config.anneal_steps == 0:
         mask = AttentionMask.bidirectional()

@@ -81,8 +81,7 @@ def block_times(times: jax.Array, block_size: int, length: int, *, low: jax.Arra
     """
     block = jnp.arange(length) // block_size
     steps = np.arange(-(-length // block_size)) * ((5**0.5 - 1) / 2) % 1.0  # in float64: there may be many blocks
-    width = jnp.maximum(high - low, jnp.finfo(jnp.float32).tiny)  # 0 where all times are the same
-    fraction = ((times - low) / width)[:, None] + jnp.asarray(steps, jnp.float32)[block]
+    fraction = ((times - low) / (high - low))[:, None] + jnp.asarray(steps, jnp.float32)[block]
     return jnp.where(block == 0, times[:, None], low + (high - low) * (fraction % 1.0))
 
 

@@ -16,6 +16,9 @@ from dlm_jax.checkpoints.drafter import DrafterRecord, resolve_drafter
 from dlm_jax.checkpoints.pretrained import Shardings
 from dlm_jax.checkpoints.source import absolute_source, find_base
 from dlm_jax.diffusion import Batch, DraftObjective, DraftSums, Guesses, draft_blocks, draft_losses, sum_chunks
+from dlm_jax.diffusion.config import ObjectiveConfig
+from dlm_jax.diffusion.corruption import clean_batch, concat_noisy_and_clean
+from dlm_jax.diffusion.objective import attention_mask
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import MatmulKind, matmul
 from dlm_jax.models import (
@@ -30,6 +33,7 @@ from dlm_jax.models import (
 )
 from dlm_jax.models.drafter_heads import score_candidates
 from dlm_jax.parallel import all_gather_embeddings, param_shardings
+from dlm_jax.random import dropout_seeds
 from dlm_jax.training.config import TrainConfig
 
 
@@ -88,6 +92,76 @@ class DraftLoss:
         plan = _ChunkPlan(self.objective, target.head is None, target.compute.matmul, config.selector_top_k)
         zero = functools.partial(DraftSums.zero, config.num_drafts, target=self._needs_target)
         return sum_chunks(functools.partial(_chunk_sums, plan), zero, tables, moving, head, fixed)
+
+    def normalizer(self, sums: DraftSums) -> jax.Array:
+        return sums.normalizer()
+
+    def metrics(self, sums: DraftSums, step: jax.Array) -> dict[str, jax.Array]:
+        return sums.metrics()
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfDraftLoss:
+    """What a step of the objective `self_drafting` minimizes; see `step.StepLoss`.
+
+    A row is read twice in one pass: as it is, which the base computes with all its knowledge, and as masks alone, where
+    LoRA acts. Each block of masks sees the text before it and drafts all its tokens but the first, which the base's
+    own state of the token before predicts.
+
+    Attributes:
+      graphdef: of a `Transformer` with LoRA at noised positions.
+      seed: of dropout; None: there is none.
+      measure: also compute what the base accepts where no loss needs the base's distribution.
+    """
+
+    graphdef: nnx.GraphDef
+    mesh: Mesh
+    objective: ObjectiveConfig
+    seed: int | None
+    mask_token_id: int
+    measure: bool = False
+
+    @property
+    def _needs_target(self) -> bool:
+        return self.measure or self.objective.drafts.l1 > 0
+
+    @property
+    def _num_drafts(self) -> int:
+        return self.objective.block_size - 1
+
+    def zero(self, params: nnx.State, frozen: nnx.State) -> DraftSums:
+        return DraftSums.zero(self._num_drafts, target=self._needs_target)
+
+    def __call__(self, params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
+                 batch_size: int) -> DraftSums:
+        gathered = (all_gather_embeddings(part, self.mesh) for part in (params, jax.lax.stop_gradient(frozen)))
+        model: Transformer = nnx.merge(self.graphdef, *gathered)
+        (rows, length), size = batch.tokens.shape, self.objective.block_size
+        clean = clean_batch(batch.tokens, batch.noisable_mask)
+        masked = dataclasses.replace(clean, tokens=jnp.full_like(batch.tokens, self.mask_token_id),
+                                     positions=batch.positions)
+        both = concat_noisy_and_clean([masked], size)
+        seeds = None if self.seed is None else dropout_seeds(self.seed, batch.example_index)
+        hidden = model.hidden(both.tokens, attention_mask(self.objective, batch, step, 0), positions=both.positions,
+                              noised=both.noised, dropout_seeds=seeds)
+
+        def blocks(x: jax.Array, first: int, last: int) -> jax.Array:
+            """Returns slots of all full blocks: [batch, length, ...] to [batch, blocks, last - first, ...]."""
+            full = x[:, : length // size * size]
+            return full.reshape(rows, -1, size, *x.shape[2:])[:, :, first:last]
+
+        counted, segments = blocks(batch.noisable_mask, 1, size), batch.segment_ids
+        if segments is not None:
+            counted &= blocks(segments, 1, size) == blocks(segments, 0, 1)
+        drafting = model.correct_drafts(hidden[:, :length], batch.tokens)
+        fixed = {"labels": blocks(batch.tokens, 1, size), "counted": jnp.cumprod(counted, axis=-1).astype(bool)}
+        if self._needs_target:
+            fixed["target"] = jax.lax.stop_gradient(blocks(hidden[:, length:], 0, size - 1))
+        head = model.head_kernel[...].astype(hidden.dtype)
+        plan = _ChunkPlan(self.objective.drafts, model.head is None, model.compute.matmul, 0)
+        zero = functools.partial(DraftSums.zero, self._num_drafts, target=self._needs_target)
+        return sum_chunks(functools.partial(_chunk_sums, plan), zero, {}, {"hidden": blocks(drafting, 0, size - 1)},
+                          head, fixed)
 
     def normalizer(self, sums: DraftSums) -> jax.Array:
         return sums.normalizer()

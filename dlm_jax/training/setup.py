@@ -238,15 +238,26 @@ def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int
     if data.length > architecture.max_length:
         raise ConfigError(f"data.length {data.length} is longer than the {architecture.max_length} positions of "
                           f"the model {config.model.source}")
-    if config.lora.rank and config.lora.where == "noised":
-        objective = config.objective
-        if objective.name != "block_diffusion" or objective.clean_attention != "causal" or not objective.shift:
-            raise ConfigError("lora.where=noised keeps the base's own text beside noised blocks; set objective.name to "
-                              "block_diffusion, objective.clean_attention to causal, and objective.shift to true")
+    check_noised_lora(config)
     offloads = config.optimizer.offload or config.model.remat == "offload"
     if offloads and not has_host_memory(device := mesh.devices.flat[0]):
         raise ConfigError(f"{device.device_kind} cannot use {HOST} memory; set optimizer.offload to false and "
                           "model.remat to full")
+
+
+def check_noised_lora(config: TrainConfig) -> None:
+    """Raises ConfigError where LoRA at noised positions has no noised copy beside the base's own text."""
+    lora, objective = config.lora, config.objective
+    gated, drafts = lora.rank > 0 and lora.where == "noised", objective.name == "self_drafting"
+    if drafts and not gated:
+        raise ConfigError("objective.name self_drafting needs a base that stays as it is, with LoRA at masks alone; "
+                          "set lora.rank, and lora.where to noised")
+    if gated and not drafts and (objective.name != "block_diffusion" or objective.clean_attention != "causal"):
+        raise ConfigError("lora.where=noised keeps the base's own text beside noised blocks; set objective.name to "
+                          "self_drafting, or to block_diffusion with objective.clean_attention causal")
+    if lora.rank and lora.draft_head and not drafts:
+        raise ConfigError("lora.draft_head is trained by the objective self_drafting alone; set objective.name to it, "
+                          "or lora.draft_head to false")
 
 
 def has_host_memory(device: jax.Device) -> bool:
@@ -343,6 +354,9 @@ def _describe_objective(objective: ObjectiveConfig, mask_token_id: int | None) -
         losses = {name: getattr(objective.drafts, name) for name in ("cross_entropy", "l1", "confidence", "selector")}
         weighted = ", ".join(f"{weight:g} {name}" for name, weight in losses.items() if weight)
         return f"drafter, mask token {mask_token_id}, {objective.drafts.num_anchors} blocks per row, loss {weighted}"
+    if objective.name == "self_drafting":
+        return (f"self_drafting, mask token {mask_token_id}, {objective.block_size - 1} drafts, loss "
+                f"{objective.drafts.cross_entropy:g} cross_entropy, {objective.drafts.l1:g} l1")
     if objective.name == "block_diffusion":
         sizes = [size for _, size in objective.block_size_schedule] or [objective.block_size]
         return (f"block_diffusion, mask token {mask_token_id}, blocks of {' -> '.join(map(str, sizes))} tokens, "

@@ -21,7 +21,7 @@ from dlm_jax.diffusion import (
     loss_sums,
     noise_batch,
 )
-from dlm_jax.diffusion.objective import hidden_states, loss_weights
+from dlm_jax.diffusion.objective import loss_weights
 from dlm_jax.matmul import MatmulKind, compiler_options
 from dlm_jax.models import LoRAParam, Transformer
 from dlm_jax.parallel import (
@@ -33,7 +33,7 @@ from dlm_jax.parallel import (
     state_shardings,
 )
 from dlm_jax.random import dropout_seeds
-from dlm_jax.training.drafting import DraftLoss
+from dlm_jax.training.drafting import DraftLoss, SelfDraftLoss
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
 
 Sums = LossSums | DraftSums
@@ -148,7 +148,8 @@ class DiffusionLoss:
         model = nnx.merge(self.graphdef, all_gather_embeddings(params, mesh), all_gather_embeddings(frozen, mesh))
         noisy, mask = noise_batch(objective, batch, step, seed=self.seed, batch_size=batch_size,
                                   mask_token_id=self.mask_token_id)
-        hidden = hidden_states(model, noisy, mask, dropout_seeds(self.seed, batch.example_index))
+        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions, noised=noisy.noised,
+                              dropout_seeds=dropout_seeds(self.seed, batch.example_index))
         return loss_sums(hidden, *lm_head(nnx.merge(self.graphdef, params, frozen), mesh), noisy,
                          weights=loss_weights(objective, noisy), shift=objective.shift)
 
@@ -171,8 +172,11 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     """
     rate = learning_rate(config, num_steps)
     num_shards = num_batch_shards(mesh)
+    step_loss: StepLoss
     if objective.name == "drafter":
-        step_loss: StepLoss = DraftLoss(graphdef, mesh, objective.drafts, seed)
+        step_loss = DraftLoss(graphdef, mesh, objective.drafts, seed)
+    elif objective.name == "self_drafting":
+        step_loss = SelfDraftLoss(graphdef, mesh, objective, seed, mask_token_id)
     else:
         step_loss = DiffusionLoss(graphdef, mesh, objective, seed, mask_token_id)
 
@@ -273,10 +277,13 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
         if objective.name == "drafter":
             loss = DraftLoss(graphdef, mesh, objective.drafts, seed, measure=True)
             return loss(params, nnx.State({}), batch, jnp.int32(0), num_rows * num_samples)
+        if objective.name == "self_drafting":
+            loss = SelfDraftLoss(graphdef, mesh, objective, None, mask_token_id, measure=True)
+            return loss(params, nnx.State({}), batch, jnp.int32(0), num_rows * num_samples)
         model = nnx.merge(graphdef, all_gather_embeddings(params, mesh))
         noisy, mask = noise_batch(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
                                   mask_token_id=mask_token_id)
-        hidden = hidden_states(model, noisy, mask)
+        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions, noised=noisy.noised)
         return loss_sums(hidden, *lm_head(nnx.merge(graphdef, params), mesh), noisy, shift=objective.shift)
 
     return eval_step

@@ -76,11 +76,6 @@ def test_invalid_schedules_are_refused(arguments, key):
         NoiseSchedule(*arguments)
 
 
-def test_block_times_of_one_time():
-    times = block_times(jnp.ones(3), 4, 12, low=jnp.float32(1.0), high=jnp.float32(1.0))
-    np.testing.assert_array_equal(times, np.ones((3, 12)))
-
-
 def test_block_times_cover_the_range_and_are_uniform():
     low, high, size, length = 0.1, 0.9, 4, 64
     rows = low + (high - low) * (jnp.arange(4096) + 0.5) / 4096
