@@ -73,7 +73,7 @@ class ObjectiveConfig:
             raise ConfigError("objective.shift must be true for the autoregressive objective, which predicts the next "
                               "token")
         if self.name == "self_drafting" and (self.block_size < 2 or not self.shift):
-            raise ConfigError("objective.name self_drafting needs objective.block_size of at least 2, which is one more "
+            raise ConfigError("objective.name self_drafting needs objective.block_size of at least 2, one more "
                               f"than the drafts, and objective.shift; got {self.block_size} and {self.shift}")
         if self.name == "block_diffusion":
             self._check_blocks()
