@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dlm_jax import DiffusionLM
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained, open_drafter, save_pretrained
 from dlm_jax.checkpoints.drafter import DrafterRecord, DrafterSettings, resolve_drafter
@@ -18,6 +19,7 @@ from dlm_jax.diffusion import Batch, DraftObjective, ObjectiveConfig, drafts
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import DraftedModel, Drafter, ModelConfig, Transformer, split_trainable
 from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh
+from dlm_jax.sampling import SamplingStats
 from dlm_jax.training import train
 from dlm_jax.training.drafting import DraftLoss, copy_layers
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -229,6 +231,22 @@ def test_a_run_of_a_drafter(drafter_run, draft_config, target, tmp_path):
         open_drafter(tmp_path)
     with pytest.raises(CheckpointError, match="target"):
         load_pretrained(workdir)
+
+
+def test_sampling_with_a_run(drafter_run, target, tmp_path, capsys):
+    """By its name, from Python and from the command line: the target's own text, and what it took."""
+    workdir, _ = drafter_run
+    lm, stats = DiffusionLM.from_pretrained(target), SamplingStats()
+    settings = dict(max_new_tokens=10, policy="autoregressive", temperature=0.0)
+    expected = lm.generate(["ab", "cab"], **settings)
+    assert lm.generate(["ab", "cab"], drafter=str(workdir), stats=stats, **settings) == expected
+    assert stats.texts == 2 and len(stats.acceptance) == DSPARK.block_size
+    assert main(["sample", f"--model={target}", f"--drafter={workdir}", "--prompt=ab", "--max_new_tokens=10",
+                 "--temperature=0", f"--json={tmp_path / 'result.json'}"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["samples"][0]["text"] == expected[0] and len(result["acceptance_by_position"]) == DSPARK.block_size
+    assert main(["sample", f"--model={target}", f"--drafter={tmp_path / 'nowhere'}", "--prompt=ab"]) == 1
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_export_of_a_run(drafter_run, target, tmp_path, capsys):
