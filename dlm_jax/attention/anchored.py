@@ -68,11 +68,19 @@ def _attend(query: jax.Array, own: KeysAndValues, mask: AttentionMask, *, text: 
     scores = jnp.where(allowed, scores.reshape(batch, kv_heads, groups, total, length), FORBIDDEN)
 
     def to_blocks(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-2], total // size, size, x.shape[-1])
+        """[batch, kv_heads, groups, total, n] to [batch, kv_heads, blocks, groups * size, n]."""
+        x = jnp.swapaxes(x.reshape(*x.shape[:3], total // size, size, x.shape[-1]), 2, 3)
+        return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
-    own_key, own_value = (to_blocks(x.transpose(0, 2, 1, 3)) for x in own)
-    own_scores = _product("bhgaqd,bhakd->bhgaqk", to_blocks(query), own_key)
-    own_scores = jnp.where(_own_allowed(mask), own_scores, FORBIDDEN).reshape(*rows[:2], groups, total, size)
+    def from_blocks(x: jax.Array) -> jax.Array:
+        """The inverse of `to_blocks`, for queries."""
+        x = jnp.swapaxes(x.reshape(*x.shape[:3], groups, size, x.shape[-1]), 2, 3)
+        return x.reshape(*x.shape[:3], total, x.shape[-1])
+
+    own_key, own_value = (to_blocks(x.transpose(0, 2, 1, 3)[:, :, None]) for x in own)
+    own_scores = from_blocks(matmul(to_blocks(query), own_key, kind, transpose_b=True))
+    own_allowed = jnp.tile(_own_allowed(mask), (total // size, 1))  # [total, size]
+    own_scores = jnp.where(own_allowed, own_scores, FORBIDDEN)
 
     maximum = jnp.maximum(scores.max(axis=-1, keepdims=True), own_scores.max(axis=-1, keepdims=True))
     maximum = jax.lax.stop_gradient(maximum)
@@ -80,8 +88,8 @@ def _attend(query: jax.Array, own: KeysAndValues, mask: AttentionMask, *, text: 
     sums = weights.sum(axis=-1, keepdims=True) + own_weights.sum(axis=-1, keepdims=True)
     out = matmul(weights.astype(text_value.dtype).reshape(*rows, length), text_value, kind)
     out = out.reshape(batch, kv_heads, groups, total, head_dim)
-    own_out = _product("bhgaqk,bhakd->bhgaqd", to_blocks(own_weights.astype(own_value.dtype)), own_value)
-    out = (out + own_out.reshape(out.shape)) / sums
+    out += from_blocks(matmul(to_blocks(own_weights.astype(own_value.dtype)), own_value, kind))
+    out /= sums
     return out.astype(query.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, total, heads, head_dim)
 
 
@@ -91,7 +99,3 @@ def _own_allowed(mask: AttentionMask) -> jax.Array:
     first = jax.tree.map(lambda x: x[0], mask.params())
     spec = dataclasses.replace(mask.spec, segments=False)
     return spec.allowed(slots[:, None], slots[None], first, query_anchors=jnp.int32(0))
-
-
-def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dlm_jax.matmul import MatmulKind, dense
+from dlm_jax.matmul import MatmulKind, dense, matmul
 from dlm_jax.models.layers import Axes, Initializer, Linear
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class MarkovHead(nnx.Module):
 
     def __init__(self, config: "DrafterConfig", init: Initializer):
         rank, embed, vocab = config.markov_rank, config.layers.hidden_size, config.layers.vocab_size
-        self.kind = config.markov_head
+        self.kind, self.matmul = config.markov_head, init.compute.matmul
         self.previous = init.normal((vocab, rank), ("vocab", "embed"))  # sharded like an embedding
         self.next = init.normal((vocab, rank), ("vocab", "embed"))
         is_gated, is_rnn = self.kind == "gated", self.kind == "rnn"
@@ -86,7 +86,9 @@ class MarkovHead(nnx.Module):
 
     def unembed(self, mixed: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocab] of what `step` returns, [..., rank]."""
-        return jnp.matmul(mixed, self.next[...].astype(mixed.dtype).T, preferred_element_type=jnp.float32)
+        rows = mixed.reshape(-1, mixed.shape[-1])
+        logits = matmul(rows, self.next[...].astype(mixed.dtype), self.matmul, transpose_b=True)
+        return logits.reshape(*mixed.shape[:-1], -1)
 
 
 class CandidateSelector(nnx.Module):

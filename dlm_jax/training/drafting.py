@@ -248,11 +248,17 @@ def add_drafter(base: Pretrained, config: TrainConfig, mesh: Mesh, record: Draft
 
 
 def copy_layers(target: Transformer, drafter: Drafter) -> None:
-    """Sets a drafter's layers and final norm to the target's last ones."""
-    number = drafter.config.layers.num_layers
-    layers = jax.tree.map(lambda x: x[-number:].astype(drafter.fc.kernel.dtype), nnx.state(target.blocks))
+    """Sets a drafter's layers and final norm to the target's last ones.
+
+    They expect the residual stream of those layers, normed: what is fused begins as that of the last tapped layer.
+    """
+    number, embed = drafter.config.layers.num_layers, target.config.hidden_size
+    dtype = drafter.fc.kernel.dtype
+    layers = jax.tree.map(lambda x: x[-number:].astype(dtype), nnx.state(target.blocks))
     nnx.update(drafter.blocks, layers)
-    nnx.update(drafter.final_norm, nnx.state(target.final_norm))
+    nnx.update(drafter.final_norm, jax.tree.map(lambda x: x.astype(dtype), nnx.state(target.final_norm)))
+    drafter.hidden_norm.scale.set_value(layers["attention_norm"]["scale"][...][0])
+    drafter.fc.kernel.set_value(jnp.zeros(drafter.fc.kernel.shape, dtype).at[-embed:].set(jnp.eye(embed, dtype=dtype)))
 
 
 def check_losses(objective: DraftObjective, config: DrafterConfig) -> None:

@@ -14,14 +14,24 @@ from dlm_jax import DiffusionLM
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained, open_drafter, save_pretrained
 from dlm_jax.checkpoints.drafter import DrafterRecord, DrafterSettings, resolve_drafter
+from dlm_jax.cli.config import build_config, load_recipe
 from dlm_jax.cli.main import main
 from dlm_jax.diffusion import Batch, DraftObjective, ObjectiveConfig, drafts
 from dlm_jax.errors import CheckpointError, ConfigError
-from dlm_jax.models import DraftedModel, Drafter, ModelConfig, Transformer, split_trainable
+from dlm_jax.models import (
+    Compute,
+    DraftedModel,
+    Drafter,
+    ModelConfig,
+    Transformer,
+    abstract_drafter,
+    split_trainable,
+)
 from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh
 from dlm_jax.sampling import SamplingStats
 from dlm_jax.training import train
-from dlm_jax.training.drafting import DraftLoss, copy_layers
+from dlm_jax.training.config import TrainConfig
+from dlm_jax.training.drafting import DraftLoss, check_losses, copy_layers
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import create_state, make_eval_step, make_train_step
 from tests.training.conftest import changed, checkpoint_arrays
@@ -296,3 +306,24 @@ def test_what_does_not_fit_is_refused(draft_config, tmp_path, key, value, named)
 def test_what_would_change_the_target_is_refused(draft_config, key, value):
     with pytest.raises(ConfigError, match=key):
         changed(draft_config, key, value)
+
+
+@pytest.mark.parametrize("name, drafts, sizes", [
+    ("dflash_qwen3_8b", 15, {"fc": 5 * 4096 * 4096}),
+    ("dspark_qwen3_8b", 7, {"markov": 2 * 151_936 * 256, "confidence_head": 4096 + 256 + 1}),
+    ("dflash2_qwen3_8b", 15, {"selector": 2 * 151_936 * 256 + 4096 * 256})])
+def test_recipes_with_published_settings(name, drafts, sizes):
+    """The sizes of the tensors of the released drafters for Qwen3-8B."""
+    config = build_config(TrainConfig, load_recipe(name))
+    qwen3 = ModelConfig("qwen3", vocab_size=151_936, hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8,
+                        head_dim=128, mlp_size=12_288, max_length=40_960, rope_theta=1e6, qk_norm=True)
+    drafter_config = resolve_drafter(config.drafter, qwen3, config.model.mask_token)
+    check_losses(config.objective.drafts, drafter_config)
+    assert drafter_config.target_layer_ids == (1, 9, 17, 25, 33) and drafter_config.num_drafts == drafts
+    drafter = abstract_drafter(drafter_config, Compute(), "float32")
+    count = lambda module: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module)))  # noqa: E731
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12_288 + 2 * 4096 + 2 * 128
+    convolutions = 2 * (4 * 4096 + 4096 * 4 * 4096 // 16) if drafter_config.conv_kernel_size else 0
+    assert count(drafter.blocks) == 5 * (layer + convolutions)
+    for part, size in sizes.items():
+        assert count(getattr(drafter, part)) == size
