@@ -32,7 +32,7 @@ from dlm_jax.models import (
     fingerprint,
 )
 from dlm_jax.models.drafter_heads import score_candidates
-from dlm_jax.parallel import all_gather_embeddings, param_shardings
+from dlm_jax.parallel import all_gather_embeddings, array_sharding, param_shardings
 from dlm_jax.random import dropout_seeds
 from dlm_jax.training.config import TrainConfig
 
@@ -70,8 +70,14 @@ class DraftLoss:
         mask = mask if batch.segment_ids is None else mask.with_segments(batch.segment_ids)
         states, features = target.hidden_and_features(batch.tokens, mask, config.target_layer_ids,
                                                       positions=batch.positions)
-        hidden = drafter.hidden(drafter.fuse(features), model.block_embeddings(blocks.previous[..., 0]),
-                                blocks.anchors, positions=batch.positions, segment_ids=batch.segment_ids)
+
+        def by_rows(x: jax.Array) -> jax.Array:  # blocks begin anywhere in a text: it is not split among devices
+            return jax.lax.with_sharding_constraint(x, array_sharding(self.mesh, "batch", *[None] * (x.ndim - 1)))
+
+        embeddings = by_rows(model.block_embeddings(blocks.previous[..., 0]))
+        states, blocks = by_rows(states), jax.tree.map(by_rows, blocks)
+        hidden = by_rows(drafter.hidden(by_rows(drafter.fuse(features)), embeddings, blocks.anchors,
+                                        positions=batch.positions, segment_ids=batch.segment_ids))
         hidden = hidden.reshape(*blocks.anchors.shape, -1, hidden.shape[-1])[:, :, config.first_slot :]
 
         # What all blocks share, and what each has, for a function that sees a few blocks at a time.
