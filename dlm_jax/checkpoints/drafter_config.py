@@ -95,7 +95,7 @@ def drafter_to_hf(config: DrafterConfig, target: ModelConfig, special_tokens: Ma
     if config.layers.family != "qwen3":
         raise CheckpointError(f"engines load drafters with the layers of qwen3, and this one has those of "
                               f"{config.layers.family}; train it with drafter.init=random")
-    config, layout = _canonical(config), layout_of(config)
+    config, layout = canonical(config), layout_of(config)
     layers, sliding = config.layers, config.sliding_layers
     own = {"block_size": config.block_size, "mask_token_id": config.mask_token_id,
            "target_layer_ids": list(config.target_layer_ids)}
@@ -126,7 +126,7 @@ def drafter_to_hf(config: DrafterConfig, target: ModelConfig, special_tokens: Ma
     return hf
 
 
-def _canonical(config: DrafterConfig) -> DrafterConfig:
+def canonical(config: DrafterConfig) -> DrafterConfig:
     """Returns the drafter with the defaults for everything that does not change what it computes."""
     unused = {"sliding_causal": not config.sliding_layers,
               "causal": len(config.sliding_layers) == config.layers.num_layers,
@@ -224,7 +224,7 @@ def _drafter_config(settings: Mapping[str, Any]) -> DrafterConfig:
                  "confidence_with_markov": settings.get("confidence_head_with_markov", True)}
     elif layout == "dflash2":
         heads = {name: _integer(settings, name) for name in _HEADS["dflash2"]}
-    return _canonical(DrafterConfig(
+    return canonical(DrafterConfig(
         layers, target_layer_ids=_target_layer_ids(settings, layers), block_size=_integer(settings, "block_size"),
         mask_token_id=mask, sample_from_anchor=sample_from_anchor, causal=causal, sliding_layers=sliding,
         sliding_causal=sliding_causal, **heads))

@@ -4,6 +4,7 @@
   dlm export --model=runs/first --output=first-diffugpt --layout=diffugpt
   dlm export --model=runs/lora --output=first-adapter --layout=peft
   dlm export --drafter=runs/drafter@best --output=first-dflash --dtype=bfloat16
+  dlm export --drafter=runs/drafter --model=target.gguf --layout=gguf --output=first-drafter.gguf
 """
 
 import argparse
@@ -13,18 +14,20 @@ from dlm_jax.cli.shared import add_model_arguments, load_model
 from dlm_jax.errors import ConfigError
 
 MODEL_LAYOUTS = ("hf", "diffugpt", "peft")
-DRAFTER_LAYOUTS = ("dflash", "dspark", "dflash2")
+DRAFTER_LAYOUTS = ("dflash", "dspark", "dflash2", "gguf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, computes=False, required=False)
     parser.add_argument("--drafter", metavar="DRAFTER", help="write this drafter, a workdir[@step] or a directory in "
                         "another layout; --model is then its target (default: the one that the run records)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the directory, or with "
+                        "--layout=gguf the file, to write")
     parser.add_argument("--layout", choices=MODEL_LAYOUTS + DRAFTER_LAYOUTS,
                         help="hf: for transformers (the default); diffugpt: for the DiffuLLaMA reference "
                         "implementation; peft: the adapter of a run with LoRA alone; dflash, dspark, dflash2: of a "
-                        "drafter, for inference engines (default: the one that has its parts)")
+                        "drafter, for inference engines (default: the one that has its parts); gguf: of a drafter, for "
+                        "llama.cpp, beside a target that is a GGUF file")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         kind = "model" if arguments.drafter is None else "drafter"
         raise ConfigError(f"--layout={arguments.layout} is not for a {kind}; choose {', '.join(layouts)}, or leave it "
                           "out")
-    if not is_remote(arguments.output):
+    if not is_remote(arguments.output) and arguments.layout != "gguf":
         check_replaceable(pathlib.Path(arguments.output).expanduser())
     source, layout = _export_model(arguments) if arguments.drafter is None else _export_drafter(arguments)
     print(f"{source} is in {arguments.output}, layout {layout}, {arguments.dtype}")
@@ -69,5 +72,10 @@ def _export_drafter(arguments: argparse.Namespace) -> tuple[str, str]:
         raise ConfigError(f"{arguments.drafter} does not say whose drafter it is; name its target with --model")
     target = load_model(arguments).pretrained
     drafter = open_drafter(arguments.drafter, target=target.model).drafter
-    save_drafter(arguments.output, drafter, target, arguments.layout, dtype=arguments.dtype)
-    return arguments.drafter, layout_of(drafter.config)
+    if arguments.layout == "gguf":
+        from dlm_jax.checkpoints.drafter_gguf import save_drafter_gguf
+
+        save_drafter_gguf(arguments.output, drafter, target, dtype=arguments.dtype)
+    else:
+        save_drafter(arguments.output, drafter, target, arguments.layout, dtype=arguments.dtype)
+    return arguments.drafter, arguments.layout or layout_of(drafter.config)
