@@ -47,7 +47,7 @@ class NoisyBatch:
       noisable_mask: bool [batch, length], the positions that could have been noised; their number normalizes the bound.
       weights: float32 [batch, length], weight of each position's cross-entropy in the bound.
       positions: int32 [batch or 1, length], each token's position in its text; None: counted from 0.
-      noised: bool [batch, length], which positions are of a noised copy, where there is a clean one too; else None.
+      noised: first and last + 1 of the positions of noised copies, where there is a clean one too; else None.
     """
 
     tokens: jax.Array
@@ -56,7 +56,7 @@ class NoisyBatch:
     noisable_mask: jax.Array
     weights: jax.Array
     positions: jax.Array | None = None
-    noised: jax.Array | None = None
+    noised: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def corrupt(tokens: jax.Array, noisable_mask: jax.Array, times: jax.Array, keys: jax.Array, *, mask_token_id: int,
@@ -106,9 +106,9 @@ def concat_noisy_and_clean(views: list[NoisyBatch], block_size: int, *, shift: b
     from_clean = (jnp.arange(length) % block_size == 0) & shift  # first tokens of blocks
     none = jnp.zeros_like(first.noisable_mask)
     copies = [dataclasses.replace(view, loss_mask=view.loss_mask & ~from_clean, weights=view.weights / len(views),
-                                  noisable_mask=none if i else view.noisable_mask, positions=positions,
-                                  noised=~none)
+                                  noisable_mask=none if i else view.noisable_mask, positions=positions)
               for i, view in enumerate(views)]
     clean = NoisyBatch(tokens=first.targets, targets=first.targets, loss_mask=first.noisable_mask & from_clean,
-                       noisable_mask=none, weights=jnp.ones_like(first.weights), positions=positions, noised=none)
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *copies, clean)
+                       noisable_mask=none, weights=jnp.ones_like(first.weights), positions=positions)
+    both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *copies, clean)
+    return dataclasses.replace(both, noised=(0, len(views) * length))

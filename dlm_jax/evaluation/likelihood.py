@@ -124,7 +124,7 @@ def _mask_row(noisable_mask: jax.Array, key: jax.Array, sample: jax.Array, *,
 
 
 def _nll(model: Transformer, batch: Batch, targets: jax.Array, loss_mask: jax.Array, attention: AttentionMask,
-         shift: bool, noised: jax.Array | None = None) -> jax.Array:
+         shift: bool, noised: tuple[int, int] | None = None) -> jax.Array:
     """Returns the cross-entropy of `targets` given `batch.tokens`, 0 outside `loss_mask`: float32 [batch, length]."""
     if batch.segment_ids is not None:
         attention = attention.with_segments(batch.segment_ids)

@@ -111,7 +111,7 @@ class LoRAInputs(NamedTuple):
     """What the factors of all projections need to know of a batch."""
 
     dropout_seeds: jax.Array | None = None  # uint32 [batch], of their inputs' dropout; None: no dropout
-    noised: jax.Array | None = None  # bool [batch, length], which positions are of a noised copy; None: none are
+    noised: tuple[int, int] | None = None  # first and last + 1 of the positions of a noised copy; None: there is none
 
 
 class LoRAFactors(nnx.Module):
@@ -139,15 +139,15 @@ class LoRAFactors(nnx.Module):
 
     def __call__(self, x: jax.Array, y: jax.Array, inputs: LoRAInputs) -> jax.Array:
         """Adds the product for `x` [batch, length, *inputs] to its projection `y` [batch, length, *outputs]."""
-        if self.lora.where == "noised" and inputs.noised is None:
-            return y
+        first, last = inputs.noised or (0, 0)
+        if self.lora.where == "all":
+            return y + self._product(x, inputs)
+        return y if first == last else y.at[:, first:last].add(self._product(x[:, first:last], inputs))
+
+    def _product(self, x: jax.Array, inputs: LoRAInputs) -> jax.Array:
         x = dropout(x, self.lora.dropout, inputs.dropout_seeds, self.site)
         low_rank = dense(x, self.a[...].astype(x.dtype), self.num_inputs, self.matmul) * self.lora.scale
-        added = dense(low_rank, self.b[...].astype(x.dtype), 1, self.matmul)
-        if self.lora.where == "all":
-            return y + added
-        noised = inputs.noised.reshape(*inputs.noised.shape, *(1,) * (y.ndim - 2))
-        return jnp.where(noised, y + added, y)
+        return dense(low_rank, self.b[...].astype(x.dtype), 1, self.matmul)
 
     def apply_dora_scale(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
         """Rescales `y` [batch, ..., *outputs], the projection by kernel and product, to DoRA's trained norms.

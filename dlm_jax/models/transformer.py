@@ -73,14 +73,14 @@ class Transformer(nnx.Module):
         self.draft_head = DraftHead(config, init) if lora is not None and lora.draft_head else None
 
     def hidden(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None,
-               dropout_seeds: jax.Array | None = None, noised: jax.Array | None = None) -> jax.Array:
+               dropout_seeds: jax.Array | None = None, noised: tuple[int, int] | None = None) -> jax.Array:
         """Returns the input of the head: int `tokens` [batch, length] to [batch, length, embed] in the compute dtype.
 
         Args:
           attention: the mask, to which the model's sliding window, if any, is added.
           positions: int [length] or [batch, length], within the model's length; None counts from 0.
           dropout_seeds: uint32 [batch], one per example; None turns dropout off.
-          noised: bool [batch, length], the positions of a noised copy, for LoRA that acts there; None: there are none.
+          noised: first and last + 1 of the positions of a noised copy, where LoRA may act alone; None: there is none.
 
         Raises:
           ConfigError: the sequence is longer than the learned positions.
@@ -88,7 +88,7 @@ class Transformer(nnx.Module):
         return self._run(tokens, attention, positions, dropout_seeds, None, noised=noised)[0]
 
     def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array, cache: Cache,
-                      slots: jax.Array | None = None, noised: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+                      slots: jax.Array | None = None, noised: tuple[int, int] | None = None) -> tuple[jax.Array, Cache]:
         """Returns `hidden` of some positions that attend to the cache: int `tokens` [batch, Q] to [batch, Q, embed].
 
         Args:
@@ -96,7 +96,7 @@ class Transformer(nnx.Module):
           positions: int [batch, Q], each token's position in its row; past the cache's end: not written.
           cache: the keys and values so far; those of `tokens` are written before attention.
           slots: int [batch, Q], where in the cache, and for the mask, each token is; None: at its position.
-          noised: bool [batch, Q], as in `hidden`.
+          noised: as in `hidden`.
         """
         return self._run(tokens, attention, positions, None, cache, slots, noised=noised)[:2]
 
@@ -119,7 +119,7 @@ class Transformer(nnx.Module):
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
              dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,
              taps: tuple[int, ...] = (),
-             noised: jax.Array | None = None) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+             noised: tuple[int, int] | None = None) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "

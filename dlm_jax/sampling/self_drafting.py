@@ -49,11 +49,10 @@ class SelfDraftingStepper(SpeculativeStepper):
         places = (window[:, :, None] + jnp.arange(size)).reshape(batch, -1)
         slots = jnp.where(window <= length, window - 1, length + number * size)  # past the row's end: not cached
         scratch = jnp.broadcast_to(length + jnp.arange(number * size), masks.shape)
-        is_draft = jnp.arange(number * (1 + size)) >= number
         hidden, cache = self.network.cached_hidden(
             jnp.concatenate([given, masks], axis=1), AttentionMask.drafts(length, size, at),
             jnp.concatenate([window - 1, places], axis=1), state.cache, jnp.concatenate([slots, scratch], axis=1),
-            noised=jnp.broadcast_to(is_draft, (batch, len(is_draft))))
+            noised=(number, number * (1 + size)))
         checked, guessing = hidden[:, :number], hidden[:, number:].reshape(batch, number, size, -1)
         state, kept = self.verify(checked, state.drafts, at, unfinished, inputs, state, state.draft_probs)
         kept = jnp.maximum(kept, 1)

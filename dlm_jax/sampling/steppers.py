@@ -207,7 +207,7 @@ class BlockStepper(DenoisingStepper):
             at = start[:, None] + jnp.arange(first, size)
             tokens = jnp.take_along_axis(state.tokens, jnp.clip(at, 0, length - 1), axis=1)
             return self.network.cached_hidden(tokens, attention, jnp.where(at < 0, length, at), cache,  # not cached
-                                              noised=at >= start[:, None])
+                                              noised=(-first, size - first))
 
         def with_previous_block(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
             hidden, cache = run(-size, cache)

@@ -20,7 +20,8 @@ QWEN3 = ModelConfig("qwen3", vocab_size=61, hidden_size=32, num_layers=2, num_he
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 20)))
 
 
-logits, hidden = jax.jit(Transformer.__call__), jax.jit(Transformer.hidden)
+logits = jax.jit(Transformer.__call__)
+hidden = jax.jit(Transformer.hidden, static_argnames="noised")
 CAUSAL = AttentionMask.causal()
 
 

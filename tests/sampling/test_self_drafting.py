@@ -119,16 +119,15 @@ def test_law_of_short_texts_is_the_bases(settings):
     assert found.accepted.sum() > 0.05 * rows
 
 
-def guess_in_turn(network, prefix, last, size):
-    """Returns the drafts after `prefix` and the token `last`, each given the one before, without a cache."""
-    tokens, start = np.full((1, 40), MASK), len(prefix)
-    tokens[0, :start] = prefix
-    queries, keys = np.arange(40)[:, None], np.arange(40)
-    allowed = np.where(queries < start, keys <= queries, (keys < start + size))
-    states = np.array(_states(network, jnp.asarray(tokens), jnp.asarray(allowed), jnp.arange(40)[None] >= start))
-    found = []
-    for place in range(start, min(start + size - 1, 40)):
-        logits = np.array(_corrected(network, states[:, place], jnp.array([last])))[0]
+def guess_in_turn(network, row, start, size):
+    """Returns the drafts after the token at `start`, each given the one before, without a cache."""
+    tokens, places = np.append(row, np.full(size, MASK))[None], np.append(np.arange(40), start + np.arange(size))[None]
+    queries, keys = np.arange(40 + size)[:, None], np.arange(40 + size)
+    allowed = np.where(queries < 40, keys <= queries, (keys < start) | (keys >= 40))
+    states = np.array(_states(network, tokens, places, allowed))[:, 40:]
+    found, last = [], row[start]
+    for slot in range(min(size - 1, 39 - start)):
+        logits = np.array(_corrected(network, states[:, slot], jnp.array([last])))[0]
         logits[MASK] = -np.inf
         last = int(logits.argmax())
         found.append(last)
@@ -136,8 +135,8 @@ def guess_in_turn(network, prefix, last, size):
 
 
 @jax.jit
-def _states(network, tokens, allowed, noised):
-    return network.hidden(tokens, AttentionMask.matrix(allowed), noised=noised)
+def _states(network, tokens, places, allowed):
+    return network.hidden(tokens, AttentionMask.matrix(allowed), positions=places, noised=(40, tokens.shape[1]))
 
 
 @jax.jit
@@ -160,7 +159,7 @@ def test_gated_drafts_are_those_of_training():
             total += right
             at, expected = at + right + 1, expected + 1
             if at < length:
-                guesses = guess_in_turn(network, row[: at - 1], row[at - 1], size)
+                guesses = guess_in_turn(network, row, at - 1, size)
         assert steps == expected and right_ones.sum() == total
         accepted += total
     assert accepted > 0
