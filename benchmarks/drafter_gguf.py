@@ -3,8 +3,9 @@
     python benchmarks/drafter_gguf.py --model=smollm2.gguf --llama_cpp=PYTHON
 
 PYTHON is an interpreter that has llama-cpp-python. A DFlash, a DSpark and a DFlash2 drafter of the target in the GGUF
-file guess a block after 20 tokens, from the features that this library computes. Where the target is quantized, llama.cpp
-rounds the activations that its head multiplies. Prints a table, and writes benchmarks/results/drafter_gguf-NAME.json.
+file guess a block after 20 tokens, from the features that this library computes. Where the target is quantized,
+llama.cpp rounds the activations that its head multiplies. Prints a table, and writes
+benchmarks/results/drafter_gguf-NAME.json.
 """
 
 import dataclasses
