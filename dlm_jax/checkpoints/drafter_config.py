@@ -31,12 +31,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1), "use_swa": (None, False), "swa_window_size": (None,),
     "attention_sink_bias": (None, False), "add_swa_attention_sink_bias": (None, False),
     "is_neox_style": (None, True), "use_aux_hidden_state": (None, True), "causal_head": (None, False),
-    "projector_type": (None,),
+    "attention_mode": (None, "gqa"),
 }  # fmt: skip
 _CAUSAL = ("is_causal", "causal")  # of all layers; without them, of the layers with a window
 _SLOTS = ("sample_from_anchor", "shift_label")
-_NESTED = {"block_size", "mask_token_id", "mask_token", "target_layer_ids", *_CAUSAL, *_SLOTS, *_NEUTRAL,
-           *(name for names in _HEADS.values() for name in names)}
+_NESTED = {"block_size", "mask_token_id", "mask_token", "target_layer_ids", "projector_type", *_CAUSAL, *_SLOTS,
+           *_NEUTRAL, *(name for names in _HEADS.values() for name in names)}
 _WINDOW = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _NUM_ANCHORS = 512  # a setting of training, without which DeepSpec's class does not load
@@ -165,6 +165,9 @@ def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
         if settings.get(name) not in neutral:
             raise CheckpointError(f"config.json sets {name} to {settings[name]!r}, which this library does not "
                                   "implement")
+    if settings.get("projector_type") not in (None, layout):
+        raise CheckpointError(f"config.json sets projector_type to {settings['projector_type']!r}, and the "
+                              f"architecture is {architecture}; use the one that belongs to it")
     for name in ("hidden_size", "vocab_size"):
         other = name.replace("hidden", "target_hidden").replace("vocab", "draft_vocab")
         if settings.get(other) not in (None, settings.get(name)):

@@ -67,7 +67,7 @@ def read_drafter(source: str, target: Transformer | None, compute: Compute, para
     tensors = {_published_name(name): tensor for name, tensor in read_tensors(directory).items()}
     drafter = abstract_drafter(config, compute, param_dtype)
     expected = {name: shape for key, leaf in _keys(drafter) for name, shape in _stored_shapes(key, leaf.shape)}
-    needs_copies = layout == "dspark" and "speculators" not in settings
+    needs_copies = layout == "dspark" and not settings.keys() & {"speculators", "projector_type"}  # DeepSpec's own
     table = (config.layers.vocab_size, config.layers.hidden_size)
     expected |= {name: table for name in _COPIES if needs_copies or name in tensors}
     check_names_and_shapes(tensors, expected, directory, "drafter")

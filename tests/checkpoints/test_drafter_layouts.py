@@ -135,6 +135,7 @@ def test_what_a_layout_cannot_express_is_refused(files, targets, tmp_path):
     ("dflash-llama", {}, dict(rope_theta="absent"), ["rope_theta"]),
     ("dflash-llama", {}, dict(sample_from_anchor=True), ["sample_from_anchor"]),
     ("dflash-llama", {}, dict(markov_rank=8), ["markov_rank"]),
+    ("dflash-llama", dict(projector_type="domino"), {}, ["projector_type", "domino"]),
     ("dflash-llama", {}, dict(draft_vocab_size=30), ["draft_vocab_size", "30"]),
     ("dflash-llama", {}, dict(block_size="absent"), ["block_size"]),
     ("dflash-llama", {}, dict(architectures=["LlamaForCausalLM"]), ["LlamaForCausalLM"]),
