@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from dlm_jax.diffusion.config import DraftObjective
 from dlm_jax.diffusion.corruption import Batch
-from dlm_jax.diffusion.loss import cross_entropy
 from dlm_jax.random import ANCHORS, example_keys
 
 _GUESSES = 128  # of each row, whose logits exist at one time; at least one block
@@ -161,20 +160,22 @@ def draft_losses(objective: DraftObjective, guesses: Guesses, target_logits: jax
       target_logits: float32 [..., D, vocab]; None if nothing needs the target's distribution.
       labels, counted: int32 and bool [..., D].
     """
-    logits, losses = guesses.logits, jnp.zeros(labels.shape, jnp.float32)
-    nll = cross_entropy(logits, labels)
+    losses = jnp.zeros(labels.shape, jnp.float32)
+    drafter = _distribution(guesses.logits)
+    label_logits = jnp.take_along_axis(guesses.logits, labels[..., None], axis=-1)
+    nll = (drafter.logsumexp - label_logits)[..., 0]
     weights = guess_weights(objective, nll, counted)
     losses += objective.cross_entropy * nll
     of_target = (None,) * 5
     if target_logits is not None:
-        target = jax.nn.softmax(target_logits, axis=-1)
-        l1 = jnp.sum(jnp.abs(jax.nn.softmax(logits, axis=-1) - target), axis=-1)
+        target = _distribution(target_logits).probs
+        l1 = jnp.sum(jnp.abs(drafter.probs - target), axis=-1)
         losses += objective.l1 * l1
         if guesses.confidence is not None:
             accepted = jax.lax.stop_gradient(1.0 - l1 / 2)
             log_odds = guesses.confidence
             losses += objective.confidence * (jax.nn.softplus(log_odds) - accepted * log_odds)
-        of_target = _acceptance(guesses, target, l1, counted)
+        of_target = _acceptance(guesses, drafter.largest, target, l1, counted)
     if guesses.scores is not None:
         is_label = guesses.candidates == labels[..., None]
         chosen = jnp.sum(jnp.where(is_label, guesses.scores, 0.0), axis=-1)
@@ -185,7 +186,7 @@ def draft_losses(objective: DraftObjective, guesses: Guesses, target_logits: jax
         return jnp.sum(jnp.where(counted, x, 0.0), dtype=jnp.float32)
 
     slots = tuple(range(labels.ndim - 1))
-    correct = jnp.argmax(logits, axis=-1) == labels
+    correct = (label_logits >= drafter.largest)[..., 0]
     return DraftSums(total(weights * losses), total(weights), total(nll), total(correct),
                      jnp.sum(counted, axis=slots, dtype=jnp.float32), *of_target)
 
@@ -203,16 +204,34 @@ def guess_weights(objective: DraftObjective, nll: jax.Array, counted: jax.Array)
     return jnp.flip(jnp.cumsum(jnp.flip(reached, axis=-1), axis=-1), axis=-1)
 
 
-def _acceptance(guesses: Guesses, target: jax.Array, l1: jax.Array, counted: jax.Array) -> tuple[jax.Array, ...]:
+class _Distribution(NamedTuple):
+    """Probabilities [..., vocab], and the largest logit and the logsumexp of the logits, [..., 1]."""
+
+    probs: jax.Array
+    largest: jax.Array
+    logsumexp: jax.Array
+
+
+def _distribution(logits: jax.Array) -> _Distribution:
+    """Computes a softmax in few passes over the vocabulary, and without a division of each element."""
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    exp = jnp.exp(logits - largest)
+    total = jnp.sum(exp, axis=-1, keepdims=True)
+    return _Distribution(exp * (1.0 / total), largest, largest + jnp.log(total))
+
+
+def _acceptance(guesses: Guesses, largest: jax.Array, target: jax.Array, l1: jax.Array,
+                counted: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the sums of `DraftSums` that need the target's distribution, float32 [..., D, vocab]."""
     if guesses.scores is None:
-        accepted, top = 1.0 - l1 / 2, jnp.argmax(guesses.logits, axis=-1)
+        accepted = 1.0 - l1 / 2
+        top_accepted = jnp.max(jnp.where(guesses.logits >= largest, target, 0.0), axis=-1)  # faster than an argmax
     else:
         shared = jnp.minimum(jax.nn.softmax(guesses.scores, axis=-1), jnp.take_along_axis(
             target, guesses.candidates, axis=-1))
         accepted, best = jnp.sum(shared, axis=-1), jnp.argmax(guesses.scores, axis=-1)
-        top = jnp.take_along_axis(guesses.candidates, best[..., None], axis=-1)[..., 0]
-    top_accepted = jnp.take_along_axis(target, top[..., None], axis=-1)[..., 0]
+        top = jnp.take_along_axis(guesses.candidates, best[..., None], axis=-1)
+        top_accepted = jnp.take_along_axis(target, top, axis=-1)[..., 0]
     accepted, top_accepted = jax.lax.stop_gradient((accepted, top_accepted))
     is_full, slots = counted.all(axis=-1), tuple(range(counted.ndim - 1))
 
