@@ -12,12 +12,13 @@ from flax import nnx
 
 from dlm_jax import DiffusionLM
 from dlm_jax.attention import AttentionMask
-from dlm_jax.checkpoints import load_pretrained, open_drafter, save_pretrained
+from dlm_jax.checkpoints import Pretrained, load_pretrained, open_drafter, save_pretrained
 from dlm_jax.checkpoints.drafter import DrafterRecord, DrafterSettings, resolve_drafter
 from dlm_jax.cli.config import build_config, load_recipe
 from dlm_jax.cli.main import main
-from dlm_jax.diffusion import Batch, DraftObjective, ObjectiveConfig, drafts
+from dlm_jax.diffusion import Batch, DiffusionSpec, DraftObjective, ObjectiveConfig, drafts
 from dlm_jax.errors import CheckpointError, ConfigError
+from dlm_jax.matmul import compiler_options, has_bfloat16_units
 from dlm_jax.models import (
     Compute,
     DraftedModel,
@@ -31,7 +32,7 @@ from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh
 from dlm_jax.sampling import SamplingStats
 from dlm_jax.training import train
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.drafting import DraftLoss, check_losses, copy_layers
+from dlm_jax.training.drafting import DraftLoss, add_drafter, check_losses, copy_layers
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.step import create_state, make_eval_step, make_train_step
 from tests.training.conftest import changed, checkpoint_arrays
@@ -128,6 +129,49 @@ def test_loss_curve_is_the_same_on_every_mesh(kind, mesh, accumulate, capfd, mon
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, err_msg=name)
     assert "rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash2"])
+@pytest.mark.parametrize("products", ["default", pytest.param("cpu_bfloat16", marks=pytest.mark.skipif(
+    not has_bfloat16_units(), reason="XLA uses bfloat16 products only where the processor has them"))])
+def test_bfloat16_gradients(kind, products):
+    """Of each part together, relative to its largest, with the options under which such a step is compiled."""
+    def gradients(compute):
+        settings = {"dspark": DSPARK, "dflash2": DFLASH2}[kind]
+        config = resolve_drafter(settings, TARGET, MASK)
+        _, _, frozen = split_model(settings)
+        graphdef, _, _ = split_trainable(jax.eval_shape(lambda: DraftedModel(
+            Transformer(TARGET, rngs=nnx.Rngs(0), compute=compute),
+            Drafter(config, rngs=nnx.Rngs(1), compute=compute))))
+        loss = DraftLoss(graphdef, one_device(), OBJECTIVES[kind], 0)
+
+        def value(params, batch):
+            return loss(params, frozen, batch, jnp.int32(0), ROWS).loss
+
+        grads = jax.jit(jax.grad(value), compiler_options=compiler_options(compute.matmul))(
+            reference(kind)[1].params, batch_of(0, one_device()))["drafter"]
+        return {name: np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(part)])
+                for name, part in grads.items()}
+
+    exact, rounded = gradients(Compute()), gradients(Compute(dtype="bfloat16", matmul=products))
+    for part, gradient in rounded.items():
+        cosine = gradient @ exact[part] / np.linalg.norm(gradient) / np.linalg.norm(exact[part])
+        assert cosine > 0.99, (part, cosine)
+
+
+def test_a_drafter_begins_with_copies_of_the_last_layers():
+    target = Transformer(TARGET, rngs=nnx.Rngs(0))
+    base = Pretrained(target, None, DiffusionSpec(MASK), {}, "here")
+    config = TrainConfig(objective=ObjectiveConfig("drafter", drafts=OBJECTIVES["dspark"]),
+                         drafter=dataclasses.replace(DSPARK, init="target"))
+    drafter = add_drafter(base, config, one_device(), None).model.drafter
+    for found, expected in zip(jax.tree.leaves(nnx.state(drafter.blocks)), jax.tree.leaves(nnx.state(target.blocks)),
+                               strict=True):
+        np.testing.assert_array_equal(found, expected[-2:])
+    # What it fuses is what the first of them would have read after the last tapped layer.
+    features = jax.random.normal(jax.random.key(0), (1, 3, 2 * 16))
+    np.testing.assert_allclose(drafter.fuse(features)[0], jax.vmap(lambda x: x * jax.lax.rsqrt(
+        jnp.mean(x * x) + TARGET.norm_eps))(features[0, :, 16:]), rtol=1e-5)
 
 
 def test_validation_measures_what_the_target_accepts():
