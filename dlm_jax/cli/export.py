@@ -19,7 +19,7 @@ DRAFTER_LAYOUTS = ("dflash", "dspark", "dflash2", "gguf")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, computes=False, required=False)
-    parser.add_argument("--drafter", metavar="DRAFTER", help="write this drafter, a workdir[@step] or a directory in "
+    parser.add_argument("--drafter", metavar="SOURCE", help="write this drafter, a workdir[@step] or a directory in "
                         "another layout; --model is then its target (default: the one that the run records)")
     parser.add_argument("--output", required=True, metavar="DIR", help="the directory, or with "
                         "--layout=gguf the file, to write")

@@ -127,6 +127,11 @@ def check_output(path: str) -> None:
     check_new_file(path)
 
 
+def _check_export(path: str) -> None:
+    """Checks a folder that will be written, or a GGUF file."""
+    (check_new_file if path.endswith(".gguf") else check_new_folder)(path)
+
+
 def _check_task_file(text: str) -> None:
     """Checks TASK=FILE; what is not of that form is refused later."""
     path = text.partition("=")[2]
@@ -140,6 +145,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "tokenizer": check_tokenizer, "data": check_data, "validation": check_data, "examples": check_data,
     "prompts": check_file, "prompt_file": check_file, "chat_template": check_file,
     "data_dir": check_folder, "lm_eval_dir": check_folder, "data_files": _check_task_file,
-    "workdir": check_new_folder, "output": check_new_folder,
+    "workdir": check_new_folder, "output": _check_export,
     "out": check_output, "json": check_new_file, "trace": check_new_file,
 }

@@ -44,6 +44,8 @@ export --model={missing} --output=export
 export --model={model} --output={file}/export
 export --model={model} --output={parent}
 export --model={model} --output=export --layout=peft
+export --drafter={missing} --output=export
+export --output=export
 prepare --data {missing} --tokenizer={model} --output=rows
 prepare --data {text} --tokenizer={missing} --output=rows
 prepare --config=quickstart --config.data.train={missing} --output=rows
