@@ -75,7 +75,9 @@ class DraftLoss:
             return jax.lax.with_sharding_constraint(x, array_sharding(self.mesh, "batch", *[None] * (x.ndim - 1)))
 
         embeddings = by_rows(model.block_embeddings(blocks.previous[..., 0]))
-        states, blocks = by_rows(states), jax.tree.map(by_rows, blocks)
+        # Where no loss needs the states, XLA would drop them, and with them what tells it how to split the target.
+        states, features = jax.lax.optimization_barrier((by_rows(states), by_rows(features)))
+        blocks = jax.tree.map(by_rows, blocks)
         hidden = by_rows(drafter.hidden(by_rows(drafter.fuse(features)), embeddings, blocks.anchors,
                                         positions=batch.positions, segment_ids=batch.segment_ids))
         hidden = hidden.reshape(*blocks.anchors.shape, -1, hidden.shape[-1])[:, :, config.first_slot :]

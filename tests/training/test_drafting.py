@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ from dlm_jax.training import train
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.drafting import DraftLoss, add_drafter, check_losses, copy_layers
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.step import create_state, make_eval_step, make_train_step
+from dlm_jax.training.step import create_state, make_eval_step, make_train_step, state_layout
 from tests.training.conftest import changed, checkpoint_arrays
 from tests.training.test_step import one_device
 
@@ -172,6 +173,19 @@ def test_a_drafter_begins_with_copies_of_the_last_layers():
     features = jax.random.normal(jax.random.key(0), (1, 3, 2 * 16))
     np.testing.assert_allclose(drafter.fuse(features)[0], jax.vmap(lambda x: x * jax.lax.rsqrt(
         jnp.mean(x * x) + TARGET.norm_eps))(features[0, :, 16:]), rtol=1e-5)
+
+
+def test_each_device_computes_its_own_rows():
+    """Without a loss that needs the target's states, too: no array has the MLP's activations of all rows."""
+    mesh, graphdef, params, frozen = make_mesh(MeshConfig(fsdp=8)), *split_model(DFLASH2)
+    rule = make_optimizer(config := OptimizerConfig(), 10**6)
+    layout = state_layout(params, rule, False, mesh, frozen=frozen)
+    step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig("drafter", drafts=OBJECTIVES["dflash2"]),
+                           config=config, num_steps=10**6, seed=0, mask_token_id=MASK)
+    program = step.lower(layout, batch_of(0, mesh)).compile().as_text()
+    found = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", program)}
+    assert (ROWS // 8, LENGTH, TARGET.mlp_size) in found or (ROWS // 8 * LENGTH, TARGET.mlp_size) in found
+    assert (ROWS, LENGTH, TARGET.mlp_size) not in found and (ROWS * LENGTH, TARGET.mlp_size) not in found
 
 
 def test_validation_measures_what_the_target_accepts():
