@@ -44,9 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     from dlm_jax.training.config import TrainConfig, flat_dict
 
     config = build_config(TrainConfig, recipe, arguments.overrides)
-    if config.objective.name == "drafter":
-        raise ConfigError(f"{arguments.config} trains a drafter, which dlm plan does not know; name a recipe with "
-                          "another objective")
     if config.model.source:
         check_base(config.model.source)
     from dlm_jax import plan as planning

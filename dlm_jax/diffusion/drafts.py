@@ -20,7 +20,7 @@ from dlm_jax.diffusion.config import DraftObjective
 from dlm_jax.diffusion.corruption import Batch
 from dlm_jax.random import ANCHORS, example_keys
 
-_GUESSES = 128  # of each row, whose logits exist at one time; at least one block
+CHUNK_GUESSES = 128  # of each row, whose logits exist at one time; at least one block
 
 
 class DraftBlocks(NamedTuple):
@@ -280,7 +280,7 @@ def _sum_chunks(function: ChunkSums, zero: Callable[[], DraftSums], params: Any,
                 *, gradients: bool) -> tuple[DraftSums, Any]:
     """Returns the sums, and their gradients by `params` and `moving`, None unless `gradients`."""
     batch, blocks, drafts = fixed["counted"].shape
-    count = -(-blocks // max(1, _GUESSES // drafts))
+    count = -(-blocks // max(1, CHUNK_GUESSES // drafts))
     size = -(-blocks // count)
 
     def split(x: jax.Array) -> jax.Array:

@@ -13,10 +13,19 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.checkpoints import config_from_hf, load_pretrained, resolve_lora
+from dlm_jax.checkpoints.drafter import resolve_drafter
 from dlm_jax.checkpoints.tokenizer import choose_mask_token
 from dlm_jax.diffusion import Batch
 from dlm_jax.errors import ConfigError, DLMError
-from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model, split_trainable
+from dlm_jax.models import (
+    Compute,
+    DraftedModel,
+    ModelConfig,
+    Transformer,
+    abstract_drafter,
+    abstract_model,
+    split_trainable,
+)
 from dlm_jax.parallel import ATTENTION_PARTITION, array_sharding
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.training.config import TrainConfig
@@ -194,7 +203,11 @@ def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
                  ids, ids)
 
 
-def _model(config: TrainConfig, base: Base, attention: str) -> Transformer:
+def _model(config: TrainConfig, base: Base, attention: str) -> Transformer | DraftedModel:
     compute = Compute(config.model.dtype, config.model.remat, attention, ATTENTION_PARTITION)
+    if config.objective.name == "drafter":
+        drafter = resolve_drafter(config.drafter, base.config, base.mask_token_id)
+        return DraftedModel(abstract_model(base.config, compute, config.drafter.target_dtype),
+                            abstract_drafter(drafter, compute, config.model.param_dtype))
     return abstract_model(base.config, compute, config.model.param_dtype,
                           resolve_lora(config.lora, base.config, base.new_mask_token))

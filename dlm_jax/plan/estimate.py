@@ -14,14 +14,16 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from dlm_jax.checkpoints import resolve_lora
+from dlm_jax.checkpoints.drafter import resolve_drafter
 from dlm_jax.diffusion import HeadPlan, NoiseSchedule, ObjectiveConfig
+from dlm_jax.diffusion.drafts import CHUNK_GUESSES
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel import MeshConfig, make_mesh, num_batch_shards
 from dlm_jax.parallel.chips import GIB, Chip
 from dlm_jax.plan.compile import Base, Memory, abstract_state, device_bytes, trace_step
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.flops import count_params, train_flops
+from dlm_jax.training.flops import count_params, drafter_flops, train_flops
 
 # The share of their peaks that matrix products and memory reach in a training step. With 0.6, Llama-2-7B with full
 # rematerialization on 256 v5e has a utilization of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
@@ -38,10 +40,15 @@ _BACKWARD_PRODUCTS = {"xla": 4, "cudnn": 5, "tpu": 7}
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """FLOPs of a step over all chips: those of the model, and those executed, recomputation included."""
+    """FLOPs of a step over all chips: those of the model, and those executed, recomputation included.
+
+    Attributes:
+      target: of the model's, those of a drafter's target; 0 where there is none.
+    """
 
     model: float
     executed: float
+    target: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +100,8 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
     rematerialization, of attention under any, and the recomputation in the backend's backward pass."""
     length = config.data.length
     tokens = config.data.batch_size * length
+    if config.objective.name == "drafter":
+        return _drafter_flops(config, architecture)
     lora, scored = resolve_lora(config.lora, architecture, new_mask_token), tokens * scored_share(config.objective)
     tokens *= config.objective.forward_multiplier(length)
     model = train_flops(architecture, tokens, scored, length, lora)
@@ -103,10 +112,21 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
     return Flops(model, model + recomputed + (_BACKWARD_PRODUCTS[attention] - 4) * product)
 
 
+def _drafter_flops(config: TrainConfig, architecture: ModelConfig) -> Flops:
+    drafts, drafter = config.objective.drafts, resolve_drafter(config.drafter, architecture, 0)
+    found = drafter_flops(architecture, drafter, config.data.batch_size, config.data.length, drafts.num_anchors,
+                          reads_target=drafts.l1 > 0 or drafts.confidence > 0)
+    slots = config.data.batch_size * min(drafts.num_anchors, config.data.length) * drafter.block_size
+    again = 2 * count_params(drafter.layers, "blocks") * slots * (config.model.remat in ("full", "offload"))
+    return Flops(sum(found), sum(found) + again, found.target)
+
+
 def scored_share(objective: ObjectiveConfig) -> float:
     """Returns the mean fraction of tokens that are masked, and so scored, over the times of the last stage."""
     if objective.name == "autoregressive":
         return 1.0
+    if objective.name == "self_drafting":
+        return 1 - 1 / objective.block_size
     low, high = objective.time_curriculum[-1][1:] if objective.time_curriculum else (objective.min_time, 1.0)
     times = np.linspace(max(low, objective.min_time), high, 1001)
     masked = float(np.mean(NoiseSchedule(objective.schedule, objective.power).mask_probability(times)))
@@ -128,6 +148,8 @@ def memory_traffic(config: TrainConfig, base: Base, target: Target, state: float
     """
     micro_batches, passes = config.optimizer.accumulate_steps, 3 if config.model.remat in ("full", "offload") else 2
     weights = count_params(base.config) * jnp.dtype(config.model.dtype).itemsize / target.mesh.shape["tensor"]
+    if config.objective.name == "drafter":  # the target's weights are read forward alone, and the drafter's are few
+        passes = 1
     return 2 * GIB * (state + temporary * micro_batches) + weights * passes * micro_batches
 
 
@@ -164,11 +186,16 @@ def estimate_memory(config: TrainConfig, base: Base, target: Target) -> Memory:
     rows = config.data.batch_size / micro_batches / num_batch_shards(target.mesh)
     activations, without_remat = (rows * activation_bytes(config, base, target.attention, remat)
                                   for remat in (model.remat, "none"))
+    if config.objective.name == "drafter":  # features and what is fused of them, forward and back
+        taps = len(resolve_drafter(config.drafter, architecture, 0).target_layer_ids)
+        activations += 4 * rows * config.data.length * (taps + 1) * architecture.hidden_size
     width, gathers = jnp.dtype(model.dtype).itemsize, target.mesh.shape["fsdp"] > 1
     lora = resolve_lora(config.lora, architecture, base.new_mask_token)
     layer = count_params(architecture, "blocks") / architecture.num_layers
     table = architecture.vocab_size * architecture.hidden_size
     working = 8 * HeadPlan.chunk_size * architecture.vocab_size
+    if config.objective.name == "drafter":  # logits of drafter and target, and their probabilities or gradients
+        working = 16 * rows * CHUNK_GUESSES * architecture.vocab_size
     working += min(4 * table, HeadPlan.max_gradient_bytes) if gathers else 4 * table
     if gathers:
         working += width * (layer + table * (1 if architecture.tie_embeddings else 2))
@@ -201,10 +228,13 @@ def activation_bytes(config: TrainConfig, base: Base, attention: str, remat: str
 @functools.cache  # the same per row for batches of all sizes
 def _activation_bytes(config: TrainConfig, base: Base, attention: str) -> float:
     traced, = trace_step(config, base, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), attention)
-    layers = base.config.num_layers
-    forward = next(scan for scan in _scans(traced.jaxpr.jaxpr) if scan.params["length"] == layers)
-    stacked = [out.aval for out in forward.outvars if out.aval.shape[:1] == (layers,)]  # not the scan's carry
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape) / _TRACED_ROWS
+    layers = config.drafter.num_layers if config.objective.name == "drafter" else base.config.num_layers
+    found = []
+    for scan in _scans(traced.jaxpr.jaxpr):
+        if scan.params["length"] == layers:
+            stacked = [out.aval for out in scan.outvars if out.aval.shape[:1] == (layers,)]  # not the scan's carry
+            found.append(sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape))
+    return found[0] / _TRACED_ROWS
 
 
 def _scans(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:

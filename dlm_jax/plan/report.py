@@ -162,10 +162,12 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.sent is not None:
         kinds = ", ".join(f"{kind} {_bytes(sums['bytes'])} ({sums['count']:,}x)" for kind, sums in plan.sent.items())
         lines.append(f"  sent      {kinds or 'nothing'}")
+    if plan.flops.target:
+        lines.append(f"  target    its forward pass is {plan.flops.target / plan.flops.model:.0%} of the computation")
     if time := plan.time:
         lines += [f"  step      at least {_seconds(time.floor)} (by {max(time.limits, key=time.limits.get)}), about "
                   f"{_seconds(time.seconds)}; not measured",
-                  f"  run       about {time.days:,.1f} days, {time.chip_hours:,.0f} chip-hours, "
+                  f"  run       about {_days(time.days)}, {time.chip_hours:,.0f} chip-hours, "
                   f"{time.tokens_per_second:,.0f} tokens/s, utilization {time.utilization:.0%}"]
     return lines
 
@@ -200,6 +202,10 @@ def _memory(plan: Plan) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 0.1 else f"{seconds:.2f} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _days(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
 
 
 def _bytes(size: float) -> str:

@@ -2,11 +2,12 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
-from dlm_jax.models import LoRAConfig, LoRAFactor, ModelConfig, abstract_model
+from dlm_jax.models import DrafterConfig, LoRAConfig, LoRAFactor, ModelConfig, abstract_model
 from dlm_jax.parallel.chips import GIB, find_chip
 
 
@@ -48,6 +49,36 @@ def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
         blocks += 6 * _count_lora(config, lora) * tokens
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
     return blocks + attention + head * config.hidden_size * config.vocab_size * scored
+
+
+class DrafterFlops(NamedTuple):
+    """FLOPs of a step that trains a drafter: of the target's forward pass, and of the drafter's passes."""
+
+    target: float
+    drafter: float
+
+
+def drafter_flops(target: ModelConfig, drafter: DrafterConfig, rows: float, length: int, num_anchors: int, *,
+                  reads_target: bool) -> DrafterFlops:
+    """Returns the FLOPs of rows of `length` with `num_anchors` blocks each, counted as in `train_flops`.
+
+    The target's head runs where the drafter guesses, if a loss reads the target's distribution. The drafter's guesses
+    go through the same head, forward and back; keys and values of the text are computed by each of its layers.
+
+    Args:
+      num_anchors: at most `length`; rows that are shorter have fewer.
+    """
+    layers, tokens, anchors = drafter.layers, rows * length, rows * min(num_anchors, length)
+    head = target.hidden_size * target.vocab_size * anchors * drafter.num_drafts
+    attention = 4 * target.num_layers * target.num_heads * target.head_dim * length * tokens
+    of_target = 2 * count_params(target, "blocks") * tokens + attention + 2 * head * reads_target
+    slots, width = anchors * drafter.block_size, target.hidden_size
+    text = len(drafter.target_layer_ids) * width**2 + 2 * layers.num_layers * width * (
+        layers.num_kv_heads * layers.head_dim)
+    own = 6 * text * tokens + 6 * count_params(layers, "blocks") * slots + 4 * head
+    own += 12 * layers.num_layers * layers.num_heads * layers.head_dim * (length + drafter.block_size) * slots
+    own += 6 * drafter.markov_rank * target.vocab_size * anchors * drafter.num_drafts
+    return DrafterFlops(of_target, own)
 
 
 def peak_memory_gib() -> float | None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dlm_jax.checkpoints import resolve_lora
+from dlm_jax.checkpoints import DrafterSettings, resolve_lora
 from dlm_jax.data.config import DataConfig
-from dlm_jax.diffusion import ObjectiveConfig
+from dlm_jax.diffusion import DraftObjective, ObjectiveConfig
 from dlm_jax.models import Compute, ModelConfig, abstract_model, base_shapes, split_trainable
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.parallel.chips import Chip
-from dlm_jax.plan import gpu_target
+from dlm_jax.plan import Base, gpu_target
 from dlm_jax.plan.collectives import collectives
 from dlm_jax.plan.compile import abstract_state, device_bytes, trace_step
 from dlm_jax.plan.estimate import (
@@ -161,3 +161,35 @@ def test_estimate_scales(config, base):
     sharded = memory(mesh={"data": 1})
     assert sharded["state"] == pytest.approx(plain["state"] / 2, rel=0.05)
     assert sharded["activations"] == plain["activations"]
+
+
+def product_flops(jaxpr):
+    """Returns the FLOPs of all matrix products of a traced program; a conditional counts as its larger branch."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [getattr(one, "jaxpr", one) for one in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+            if hasattr(getattr(one, "jaxpr", one), "eqns")]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        elif equation.primitive.name == "cond":
+            total += max(map(product_flops, inner))
+        else:
+            total += equation.params.get("length", 1) * sum(map(product_flops, inner))
+    return total
+
+
+@pytest.mark.parametrize("losses", [dict(cross_entropy=0.1, l1=0.9, confidence=1.0), dict()], ids=["dspark", "dflash"])
+def test_flops_of_a_drafter_are_those_of_its_program(losses):
+    settings = dict(markov_rank=16, confidence_head=True, sample_from_anchor=True) if losses else {}
+    config = dataclasses.replace(
+        with_values(CONFIG, data=dict(batch_size=4, length=64)),
+        objective=ObjectiveConfig("drafter", drafts=DraftObjective(num_anchors=8, **losses)),
+        drafter=DrafterSettings(num_layers=2, num_target_layers=2, block_size=5, **settings))
+    model = ModelConfig("llama", 500, 64, 6, 4, 2, 16, 128, 64)
+    traced, = trace_step(config, Base(model, 3), make_mesh(MeshConfig(), jax.devices()[:1]), "xla")
+    found = step_flops(config, model, "xla")
+    assert found.model == found.executed == pytest.approx(product_flops(traced.jaxpr.jaxpr), rel=0.1)
+    assert 0.2 < found.target / found.model < 0.8
