@@ -46,7 +46,6 @@ def test_status_and_suggestions_if_it_does_not_fit(capsys, tiny):
     (("--gpu=h100:8", "--config.model.mask_token=300000"), "300000"),
     (("--gpu=h100:8", "--config.mesh.fsdp=3"), "8"),
     (("--gpu=h100:8", "--config.data.batchsize=3"), "data.batch_size"),
-    (("--gpu=h100:8", "--config.objective.name=drafter"), "drafter"),
 ])
 def test_errors_are_one_sentence(capsys, tiny, arguments, mentions):
     status, out, err = run(capsys, *tiny, *arguments)

@@ -146,7 +146,7 @@ def test_a_perfect_drafter_has_all_guesses_accepted():
 @pytest.mark.parametrize("guesses", [3, 6, 128])
 def test_chunks_change_nothing(guesses, monkeypatch):
     """One block at a time, two (the last alone), and all: the sums and the gradients of the head at once."""
-    monkeypatch.setattr(drafts, "_GUESSES", guesses)
+    monkeypatch.setattr(drafts, "CHUNK_GUESSES", guesses)
     _, _, labels, counted, log_odds = random_guesses()
     counted = counted.at[:, 2].set(False)  # a chunk without any
     table, head = (jax.random.normal(jax.random.key(i), (8, VOCAB)) for i in (1, 2))

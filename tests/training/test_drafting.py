@@ -123,7 +123,7 @@ def test_the_target_has_no_gradient(kind):
     ("dspark", MeshConfig(fsdp=8), 2), ("dspark", MeshConfig(data=2, fsdp=2, tensor=2), 4),
     ("dspark", MeshConfig(fsdp=2, tensor=2, context=2), 1), ("dflash2", MeshConfig(data=2, fsdp=2, tensor=2), 2)])
 def test_loss_curve_is_the_same_on_every_mesh(kind, mesh, accumulate, capfd, monkeypatch):
-    monkeypatch.setattr(drafts, "_GUESSES", 6)  # several chunks, where the reference has one
+    monkeypatch.setattr(drafts, "CHUNK_GUESSES", 6)  # several chunks, where the reference has one
     metrics, _ = run(make_mesh(mesh), 3, kind, accumulate_steps=accumulate)
     for found, expected in zip(metrics, reference(kind)[0], strict=True):
         assert found.keys() == expected.keys()
