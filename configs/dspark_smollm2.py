@@ -4,8 +4,9 @@
 
 TEXT is best what SmolLM2 itself writes, at temperature 1: the drafter learns what its target does. The source may be a
 file: --config.model.source=SmolLM2-135M-Instruct.Q8_0.gguf. The drafter begins as copies of the target's last 3
-layers and guesses 5 tokens at a time; losses, heads and learning rate are DSpark's (arXiv 2607.05147), whose drafters
-have 5 new layers and guess 7.
+layers and guesses 5 tokens at a time; losses and heads are DSpark's (arXiv 2607.05147), whose drafters have 5 new
+layers and guess 7. The learning rate is for a short run: with it, a pass over training text gave 1.50 tokens after 80
+steps, and 1.36 with DSpark's 6e-4.
 """
 
 from dlm_jax.cli.config import train_defaults
@@ -35,7 +36,7 @@ def get_config():
     config.data.length = 128
     config.data.batch_size = 8
 
-    config.optimizer.learning_rate = 6e-4
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 40
 
