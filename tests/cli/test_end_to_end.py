@@ -134,8 +134,8 @@ def test_errors(capsys, workdir, lora_workdir, pretrained, text, tmp_path):
             (("sample", f"--model={workdir}", "--json=no/such/folder/x.json", "--max_new_tokens=2"), "no/such/folder"),
             (("sample", f"--model={workdir}", "--max_new_tokens=500"), "32"),
             (("train", "--config=quickstart", f"--config.data.train={text}", f"--workdir={text}"), str(text)),
-            (("export", f"--model={text}", f"--output={tmp_path}"), str(text)),
-            (("export", f"--model={pretrained}", f"--output={tmp_path}", "--layout=peft"), str(pretrained)),
+            (("export", f"--model={text}", f"--output={tmp_path / 'out'}"), str(text)),
+            (("export", f"--model={pretrained}", f"--output={tmp_path / 'out'}", "--layout=peft"), str(pretrained)),
             (("sample", f"--model={pretrained}", "--base=gpt2", "--mask_token=3"), "adapter"),
             (("sample", f"--model={lora_workdir}", "--base=gpt2"), "base")):
         assert mentions in refused(capsys, *arguments)

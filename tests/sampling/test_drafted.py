@@ -122,8 +122,8 @@ def test_cached_drafts_are_those_of_the_training_forward(kind):
 
 
 @pytest.mark.parametrize(("kind", "settings"), [
-    ("dflash", dict(temperature=0.8)), ("dspark", dict()), ("dspark", dict(temperature=0.7, top_p=0.8)),
-    ("gated", dict(top_k=3)), ("rnn", dict(temperature=1.5)), ("dflash2", dict(temperature=0.9, top_p=0.9))], ids=str)
+    ("dflash", dict(temperature=0.8)), ("dspark", dict(temperature=0.7, top_p=0.8)), ("rnn", dict(top_k=3)),
+    ("dflash2", dict(temperature=1.5))], ids=str)
 def test_law_of_short_texts_is_the_targets(kind, settings):
     """Counts of all texts of three tokens, in a batch whose rows accept different numbers, against the exact law."""
     model, rows, valid, start = drafted(kind, vocab_size=6), 6000, 5, [1, 3]

@@ -175,7 +175,7 @@ def test_row_is_independent_of_other_rows_padding_and_values_in_gaps(kind, setti
     given = np.where(outside, rng.random(fixed.shape) < 0.5, fixed)
     changed[3], given[3], lengths[3] = changed[1], given[1], lengths[1]  # another row in the batch
     found = run_sampler(tiny(kind), changed, given, lengths, **settings)
-    for array, expected in zip(found, together, strict=True):
+    for array, expected in zip(jax.tree.leaves(found), jax.tree.leaves(together), strict=True):
         keep = ~outside[:3] if array.ndim == 2 else slice(None)
         np.testing.assert_array_equal(array[:3][keep], expected[:3][keep])
 
@@ -295,8 +295,9 @@ def test_stream_equals_sample_and_every_step_follows_the_model(kind, settings):
             assert abs(after.confidence[row, position] - expected) < 1e-3
 
     out = run_sampler(tiny(kind), tokens, fixed, lengths, **settings)
-    for name in out._fields:
+    for name in ("tokens", "confidence", "steps"):
         np.testing.assert_array_equal(getattr(states[-1], name), getattr(out, name))
+    np.testing.assert_array_equal(out.num_sampled, (gaps & ~states[-1].masked).sum(axis=1))
     assert settings.get("stop") or not states[-1].masked.any()
 
 
