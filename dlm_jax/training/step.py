@@ -172,13 +172,8 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     """
     rate = learning_rate(config, num_steps)
     num_shards = num_batch_shards(mesh)
-    step_loss: StepLoss
-    if objective.name == "drafter":
-        step_loss = DraftLoss(graphdef, mesh, objective.drafts, seed)
-    elif objective.name == "self_drafting":
-        step_loss = SelfDraftLoss(graphdef, mesh, objective, seed, mask_token_id)
-    else:
-        step_loss = DiffusionLoss(graphdef, mesh, objective, seed, mask_token_id)
+    step_loss = (_draft_loss(graphdef, mesh, objective, seed, mask_token_id)
+                 or DiffusionLoss(graphdef, mesh, objective, seed, mask_token_id))
 
     def loss(params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
              batch_size: int) -> tuple[jax.Array, Sums]:
@@ -232,6 +227,20 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     return _offloaded_step(gradients_and_metrics, update, mesh) if config.offload else train_step
 
 
+def _draft_loss(graphdef: nnx.GraphDef, mesh: Mesh, objective: ObjectiveConfig, seed: int, mask_token_id: int | None, *,
+                evaluates: bool = False) -> StepLoss | None:
+    """Returns the loss of an objective that trains drafts; None for any other.
+
+    Args:
+      evaluates: there is no dropout, and what the target accepts is measured whatever the loss.
+    """
+    if objective.name == "drafter":
+        return DraftLoss(graphdef, mesh, objective.drafts, seed, measure=evaluates)
+    if objective.name == "self_drafting":
+        return SelfDraftLoss(graphdef, mesh, objective, None if evaluates else seed, mask_token_id, measure=evaluates)
+    return None
+
+
 def _offloaded_step(gradients_and_metrics: Callable, update: Callable, mesh: Mesh) -> Callable:
     """Returns a step whose optimizer state is in host memory while the gradient is computed.
 
@@ -270,16 +279,13 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
     neighbors among `num_rows * num_samples` examples, whose times are spread over the range, and so are those of a row.
     """
     objective = objective.for_validation()
+    draft_loss = _draft_loss(graphdef, mesh, objective, seed, mask_token_id, evaluates=True)
 
     @functools.partial(jax.jit, compiler_options=compiler_options(matmul))
     def eval_step(params: nnx.State, batch: Batch, sample: jax.Array) -> Sums:
         batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + sample.astype(jnp.uint32))
-        if objective.name == "drafter":
-            loss = DraftLoss(graphdef, mesh, objective.drafts, seed, measure=True)
-            return loss(params, nnx.State({}), batch, jnp.int32(0), num_rows * num_samples)
-        if objective.name == "self_drafting":
-            loss = SelfDraftLoss(graphdef, mesh, objective, None, mask_token_id, measure=True)
-            return loss(params, nnx.State({}), batch, jnp.int32(0), num_rows * num_samples)
+        if draft_loss is not None:
+            return draft_loss(params, nnx.State({}), batch, jnp.int32(0), num_rows * num_samples)
         model = nnx.merge(graphdef, all_gather_embeddings(params, mesh))
         noisy, mask = noise_batch(objective, batch, jnp.int32(0), seed=seed, batch_size=num_rows * num_samples,
                                   mask_token_id=mask_token_id)
