@@ -102,6 +102,11 @@ class ObjectiveConfig:
         """Noisy copies of each text in block diffusion."""
         return 2 if self.complementary else 1
 
+    @property
+    def trains_drafts(self) -> bool:
+        """Whether what is learned are guesses that a model checks, which have losses and measures of their own."""
+        return self.name in ("drafter", "self_drafting")
+
     def at_step(self, step: int) -> Self:
         """Returns the objective of one step: the same with the block size that the schedule has reached."""
         sizes = [size for start, size in self.block_size_schedule if start <= step]

@@ -111,10 +111,10 @@ class Transformer(nnx.Module):
         return hidden, features
 
     def cached_hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
-                                   cache: Cache, target_layer_ids: tuple[int, ...],
-                                   slots: jax.Array | None = None) -> tuple[jax.Array, Cache, jax.Array]:
+                                   cache: Cache,
+                                   target_layer_ids: tuple[int, ...]) -> tuple[jax.Array, Cache, jax.Array]:
         """Returns `cached_hidden`, and the features of `hidden_and_features`, [batch, Q, taps * embed]."""
-        return self._run(tokens, attention, positions, None, cache, slots, target_layer_ids)
+        return self._run(tokens, attention, positions, None, cache, taps=target_layer_ids)
 
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
              dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,

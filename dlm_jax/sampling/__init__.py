@@ -11,6 +11,7 @@
       |   steppers.AutoregressiveStepper from left to right, as the AR parent
       |   speculative.SpeculativeStepper the same text in fewer steps, by checking what is looked up
       |   drafted.DraftedStepper         the same, of what a trained drafter guesses
+      |   self_drafting.SelfDraftingStepper   the same, of what the model itself guesses
       |     every step:  network -> hidden states -> tokens.sample_tokens: LM head, penalties, temperature, top-k, top-p
       |                  spec.num_revealed: how many tokens -> policy: which positions -> revealed
       v

@@ -113,7 +113,7 @@ def validation_hook(run: Run) -> PeriodicEval:
 
     def evaluate(params: nnx.State) -> tuple[dict[str, float], str]:
         values = validate(params)
-        if config.objective.name in ("drafter", "self_drafting"):
+        if config.objective.trains_drafts:
             return values, held_out_line(values)
         return values, f"held-out bound {values['bound']:.4f} nats per token  accuracy {values['accuracy']:.3f}"
 

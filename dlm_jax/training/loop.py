@@ -120,8 +120,8 @@ def _throughput(run: Run, step: int) -> dict[str, float]:
         tokens = interval["steps"] * data.batch_size * data.length
         values = {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / interval["steps"],
                   "slowest_step_seconds": interval["slowest"], "data_stall": interval["data_stall"] / seconds}
-        drafts = run.config.objective.name in ("drafter", "self_drafting")  # whose computation is not counted
-        if not drafts and (peak := peak_flops(run.mesh.devices.flat[0])):
+        # What training of drafts computes is not counted.
+        if not run.config.objective.trains_drafts and (peak := peak_flops(run.mesh.devices.flat[0])):
             model, objective = run.base.model, run.config.objective.at_step(step - 1)
             flops = train_flops(model.config, tokens * objective.forward_multiplier(data.length), interval["scored"],
                                 data.length, model.lora)
