@@ -145,7 +145,7 @@ def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None
                               "or a --parent")
         if task.executes and not arguments.allow_code_execution:
             raise ConfigError(f"the task {task.name} runs generated programs; allow it with "
-                              "--allow_code_execution, and read in docs/evaluation.md how they are isolated")
+                              "--allow_code_execution, and read in docs/guides/evaluate.md how they are isolated")
 
 
 def load_eval_models(arguments: argparse.Namespace, reference: bool = False,
