@@ -38,6 +38,7 @@ setup(
         "datasets": ["datasets>=3.0"],
         "tracking": ["wandb"],
         "evaluation": ["lm-eval>=0.4.13"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
         # torch is the reference that logits and gradients are compared with; nothing else needs it.
         "test": ["datasets>=3.0", "gcp-storage-emulator", "gcsfs", "import-linter>=2.17", "lm-eval>=0.4.13",
                  "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "rouge-score", "ruff==0.17.*", "scipy",

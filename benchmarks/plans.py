@@ -1,4 +1,4 @@
-"""Makes the tables of docs/plans.md: recipes of the paper on TPU slices and GPUs, by `dlm plan`; no TPU is needed.
+"""Makes the tables of docs/results/plans.md, recipes of the paper on TPU slices and GPUs, by `dlm plan` without a TPU.
 
     python benchmarks/plans.py              makes the plans missing in benchmarks/results/plans.json, minutes each
     python benchmarks/plans.py --one        makes the next of them; exit status 1 if none is missing

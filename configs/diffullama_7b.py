@@ -3,7 +3,7 @@ r"""DiffuLLaMA: Llama-2-7B, adapted on 65B tokens of SlimPajama and StarCoder (a
     dlm train --config=diffullama_7b --workdir=DIR --config.data.train=SLIMPAJAMA,STARCODER \
         --config.data.weights=0.693584,0.306416
 
-with directories made by `dlm prepare` (docs/data.md has the commands), in the paper's proportion. Attention is
+with directories made by `dlm prepare` (docs/guides/data.md has the commands), in the paper's proportion. Attention is
 bidirectional from the start, as in the paper; diffullama_7b_annealed anneals it. This recipe follows the paper. It
 differs from the DiffuLLaMA reference implementation in
     objective.loss_normalization   all noisable tokens, as in the bound; the reference divides by the masked tokens

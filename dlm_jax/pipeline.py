@@ -50,7 +50,7 @@ class DiffusionLM:
 
     pretrained: Pretrained
     mesh: Mesh | None = None
-    _drafters: dict[str, DraftedModel] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _drafters: dict[str, DraftedModel] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, mask_token: str | int | None = None,
@@ -159,8 +159,11 @@ class DiffusionLM:
 
         Args:
           max_new_tokens: the most tokens after each prompt.
-          num_steps, policy, temperature, top_p: see `sampling.SamplerConfig`; the policy None is `default_policy`. The
-            policy "autoregressive" decodes from left to right, as the model's parent does, and needs no mask token.
+          num_steps: denoising steps, as in `sampling.SamplerConfig`.
+          policy: which positions a step reveals, as there; None: `default_policy`. "autoregressive" decodes from left
+            to right, as the model's parent does, and needs no mask token.
+          temperature: divides the logits; 0 takes the most likely token.
+          top_p: sample from the fewest most likely tokens that reach this probability; None: from all.
           seed: with `example_index` it determines the random numbers.
           options: the other fields of `sampling.SamplerConfig`, and
             batch_size: rows at a time, 16 by default; it does not change the texts.

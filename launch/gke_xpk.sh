@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on TPUs of a GKE cluster through xpk (pip install xpk), with this checkout's HEAD. See docs/launching.md.
+# Trains on TPUs of a GKE cluster through xpk (pip install xpk), with this checkout's HEAD. See docs/guides/launch.md.
 #   bash launch/gke_xpk.sh --cluster=CLUSTER --name=NAME --type=v6e-256 [FLAG...] -- --config=NAME --workdir=gs://...
 #   bash launch/gke_xpk.sh --cluster=CLUSTER --name=NAME [FLAG...] --status | --follow | --delete
 # Arguments after -- go to `dlm train` unchanged. Flags:

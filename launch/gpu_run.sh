@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of this machine: sets the environment up, checks that JAX sees every GPU, trains on all of them,
-# and restarts a training that died from its last checkpoint. See docs/launching.md.
+# and restarts a training that died from its last checkpoint. See docs/guides/launch.md.
 #   bash launch/gpu_run.sh [FLAG...] -- --config=diffugpt_s --workdir=runs/gpt2 --config.data.train=fineweb-rows
 # Arguments after -- go to `dlm train` unchanged; CUDA_VISIBLE_DEVICES chooses among the GPUs. Flags:
 #   --extras=EXTRAS       what is installed with the code (default cuda)

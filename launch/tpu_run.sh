@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs: creates or reuses a TPU, installs this code on all its workers, trains on all of them,
 # follows the log, and after a preemption creates the TPU again and resumes from the last checkpoint.
-# See docs/launching.md.
+# See docs/guides/launch.md.
 #   bash launch/tpu_run.sh --name=NAME --zone=ZONE --type=v5litepod-16 [FLAG...] -- --config=NAME --workdir=gs://...
 #   bash launch/tpu_run.sh --name=NAME --zone=ZONE [FLAG...] --status | --follow | --stop | --delete
 # Arguments after -- go to `dlm train` unchanged. Flags:

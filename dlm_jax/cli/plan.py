@@ -6,8 +6,8 @@
 
 For a TPU, the step of `dlm train` is compiled by the TPU's own compiler on this host's CPU, in a few minutes per slice:
 it fits if the compiler accepts it. For GPUs, its memory is estimated. Times are estimates, by the formula in
-docs/plans.md. Only config.json of the base model is read. Exit status: 0 everything fits, 1 an error, 2 wrong usage,
-3 something does not fit.
+docs/guides/plan.md. Only config.json of the base model is read. Exit status: 0 everything fits, 1 an error, 2 wrong
+usage, 3 something does not fit.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             trials = planning.suggest(config, base, target, plan, progress)
             lines += report.suggestion_lines(trials)
         plans.append({"plan": dataclasses.asdict(plan), "suggestions": [dataclasses.asdict(trial) for trial in trials]})
-    lines += ["", "Times are estimates, not measurements; docs/plans.md has the formula and published figures."]
+    lines += ["", "Times are estimates, not measurements; docs/guides/plan.md has the formula and published figures."]
     fits = all(entry["plan"]["memory"]["fits"] for entry in plans)
     content = {"recipe": arguments.config, "config": flat_dict(config), "model": dataclasses.asdict(base), "fits": fits,
                "plans": plans}
