@@ -59,6 +59,17 @@ def test_programs_exist(path):
         assert (ROOT / folder / name).is_file(), f"there is no {folder}/{name}"
 
 
+@each_page
+def test_benchmarks_have_their_flags(path):
+    """A benchmark's flags are in its source, where those with a number are keywords of `harness.parser`."""
+    for block in blocks(PAGES[path]):
+        for words in commands(block.text) if block.language == "bash" else ():
+            if words[0] == "python" and words[1].startswith("benchmarks/"):
+                source = (ROOT / words[1]).read_text()
+                for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+                    assert re.search(rf"{flag}\b|\b{flag[2:]}=", source), f"{words[1]} has no {flag}"
+
+
 def train_arguments(words: list[str]) -> list[str] | None:
     """Returns the arguments of `dlm train` that a script of launch/ passes on; None for another command."""
     if "--" in words and any("launch/" in word for word in words):
