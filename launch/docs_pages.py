@@ -10,6 +10,8 @@ import html
 import importlib
 import json
 import pathlib
+import re
+import textwrap
 import typing
 
 from dlm_jax.cli.config import format_value, load_recipe, recipe_folder, recipe_names, type_name
@@ -70,7 +72,7 @@ def _group(config: object, prefix: str) -> typing.Iterator[str]:
     yield _table(["key", "default", "type", "meaning"], rows)
     for value, group, help_text in groups:
         yield f"## {group}"
-        yield f"{_text(help_text[0].upper() + help_text[1:])}."
+        yield f"{_capitalized(help_text)}."
         yield from _group(value, f"{group}.")
 
 
@@ -100,16 +102,9 @@ def command_parser(name: str) -> Parser:
 
 
 def _description(text: str) -> list[str]:
-    """Returns a docstring's paragraphs; what is indented becomes a block of code."""
-    parts = []
-    for paragraph in text.strip().split("\n\n"):
-        is_code = paragraph.startswith("  ")
-        parts.append(f"```text\n{_dedent(paragraph)}\n```" if is_code else _text(" ".join(paragraph.split())))
-    return parts
-
-
-def _dedent(text: str) -> str:
-    return "\n".join(line.removeprefix("  ") for line in text.rstrip().splitlines())
+    """Returns a docstring's paragraphs; what is indented are commands."""
+    return [f"```bash\n{textwrap.dedent(paragraph).rstrip()}\n```" if paragraph.startswith("  ")
+            else _text(" ".join(paragraph.split())) for paragraph in text.strip().split("\n\n")]
 
 
 def _arguments(parser: argparse.ArgumentParser) -> typing.Iterator[str]:
@@ -120,7 +115,9 @@ def _arguments(parser: argparse.ArgumentParser) -> typing.Iterator[str]:
         if not rows:
             continue
         if group.title not in ("positional arguments", "options"):
-            yield f"**{_text(group.title)}**"
+            yield f"**{_capitalized(group.title)}**"
+            if group.description:
+                yield f"{_capitalized(group.description)}."
         yield _table(["argument", ""], rows)
 
 
@@ -175,10 +172,20 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _code(text: str) -> str:
     """Returns text as code that may be in a table, whatever it has in it."""
-    return f"<code>{_text(text)}</code>"
+    return f"<code>{_escape(text)}</code>"
 
 
 def _text(text: str) -> str:
-    """Returns plain text with what Markdown or HTML would read otherwise escaped."""
+    """Returns plain text, in which only `code` is markup."""
+    parts = re.split(r"`([^`]+)`", text)
+    return "".join(_code(part) if number % 2 else _escape(part) for number, part in enumerate(parts))
+
+
+def _capitalized(text: str) -> str:
+    return _text(text[0].upper() + text[1:])
+
+
+def _escape(text: str) -> str:
+    """Returns text with what Markdown or HTML would read otherwise escaped."""
     escaped = html.escape(text, quote=False).replace("|", "&#124;")
     return "".join(f"\\{character}" if character in "*_`[]" else character for character in escaped)
