@@ -23,5 +23,6 @@ export NO_MKDOCS_2_WARNING=1  # the theme would announce its successor
 if [ "${1:-}" = --serve ]; then
     exec "$PYTHON" -m mkdocs serve --strict
 fi
-"$PYTHON" -m mkdocs build --strict --quiet --site-dir "$destination"
+# Not --quiet: --strict counts only the warnings that are shown.
+"$PYTHON" -m mkdocs build --strict --site-dir "$destination"
 echo "the site is in $destination; python -m http.server --directory $destination shows it at http://127.0.0.1:8000"

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,15 +17,30 @@ RUN = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")
 SHORT = "guides/install.md"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def build(source: pathlib.Path, destination: pathlib.Path) -> subprocess.CompletedProcess:
+    """Builds as launch/docs.sh does, without the installation."""
     if not all(importlib.util.find_spec(name) for name in ("material", "mkdocs", "mkdocstrings")):
         pytest.skip("mkdocs is not installed: pip install 'dlm-jax[docs]'")
+    return subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={destination}"],
+                          cwd=source, text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    built = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", f"--site-dir={folder}"],
-                           cwd=ROOT, text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    built = build(ROOT, folder)
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
+
+
+def test_a_broken_link_stops_the_build(tmp_path):
+    for folder in ("docs", "launch"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write("\n[a heading that is not there](guides/adapt.md#no-such-heading)\n")
+    built = build(tmp_path, tmp_path / "site")
+    assert built.returncode != 0 and "no-such-heading" in built.stdout + built.stderr
 
 
 def test_site_has_the_generated_pages(site):
