@@ -30,6 +30,7 @@ setup(
     packages=[*find_packages(include=["dlm_jax", "dlm_jax.*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={"dlm_jax.sampling": ["*.html"], "dlm_jax.plan": ["*.json"],
+                  "dlm_jax.evaluation": ["tasks/*.yaml"],
                   **{package: ["**/*"] for package in SHIPPED}},
     exclude_package_data={"": ["*.pyc"]},
     install_requires=requirements(),
@@ -39,7 +40,7 @@ setup(
         "gcs": ["gcsfs"],
         "datasets": ["datasets>=3.0"],
         "tracking": ["wandb"],
-        "evaluation": ["lm-eval>=0.4.13"],
+        "evaluation": ["datasets>=3.0", "evaluate>=0.4", "lm-eval>=0.4.13"],
         "docs": DOCS,
         # torch is the reference that logits and gradients are compared with; nothing else needs it.
         "test": [*DOCS, "datasets>=3.0", "gcp-storage-emulator", "gcsfs", "import-linter>=2.17", "lm-eval>=0.4.13",

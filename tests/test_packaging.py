@@ -16,7 +16,7 @@ ROOT = pathlib.Path(dlm_jax.__file__).parents[1]
 MODULES = sorted((ROOT / "dlm_jax").rglob("*.py"))
 # Packages whose import name differs from the name to install.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
-OPTIONAL = {"datasets", "lm_eval", "torch", "wandb"}
+OPTIONAL = {"datasets", "evaluate", "lm_eval", "torch", "wandb"}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,9 @@ def test_all_packages_are_shipped_with_recipes_and_assets(setup_arguments):
 def test_data_files_are_shipped(setup_arguments):
     for path in (ROOT / "dlm_jax").rglob("*"):
         if path.is_file() and path.suffix not in (".py", ".pyc"):
-            package = ".".join(path.parent.relative_to(ROOT).parts)
-            assert any(path.match(pattern) for pattern in setup_arguments["package_data"].get(package, ())), path
+            folders = [parent.relative_to(ROOT) for parent in path.parents if parent.is_relative_to(ROOT / "dlm_jax")]
+            assert any(path.relative_to(ROOT / folder).match(pattern) for folder in folders
+                       for pattern in setup_arguments["package_data"].get(".".join(folder.parts), ())), path
 
 
 def test_entry_point_exists(setup_arguments):

@@ -1,7 +1,7 @@
-"""`dlm evaluate --tasks`: tasks from local files or the hub, with the model and its parent on the same items.
+"""`dlm evaluate --tasks`: lm-eval's tasks, with the model and its parent on the same items.
 
---out=results.json writes three files: results.json; its table in results.md; and one record per item in
-results.items.jsonl, which grows during the run. A stopped command resumes from it.
+--out=results.json writes results.json; its table in results.md; a page, results.html; and a record an item in
+results.items.jsonl. Answers are stored while the command runs, so that a stopped one resumes and asks nothing twice.
 """
 
 import argparse
@@ -9,33 +9,36 @@ import contextlib
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dlm_jax.cli.paths import check_output
 from dlm_jax.cli.shared import ResumeState, check_at_least_one, load_model, read_mesh, write_result
 from dlm_jax.config_fields import check_at_least
 from dlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from dlm_jax.evaluation.eval_model import EvalModel
-    from dlm_jax.evaluation.run import Job
-    from dlm_jax.evaluation.tasks import Task
+    from dlm_jax.pipeline import DiffusionLM
     from dlm_jax.sampling import SamplerConfig
 
-PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "lm-eval")
 GENERATION_FLAGS = ("num_steps", "policy", "threshold", "block_length")  # how a diffusion model generates
-_OLD_CHOICES = {"release": "reference", "counts": "mask_count", "times": "time"}
+TASK_DEFAULTS = {"data_dir": None, "data_files": None, "include_path": None, "mc_estimator": "mask_count",
+                 "limit": None, "parent": None, "judge": None, "num_fewshot": None, "apply_chat_template": False,
+                 "allow_code_execution": False, "out": None}
+_REFERENCE = "diffullama"  # how the tasks of the paper's scripts, and the tag of all of them, begin
+_OLD_CHOICES = {"counts": "mask_count", "times": "time"}
+_SETTINGS = ("model", "parent", "objective", "mask_token", "dtype", "tasks", "limit", "num_fewshot", "num_masks",
+             "mc_estimator", "apply_chat_template", "judge", "seed", *GENERATION_FLAGS)
 
 
 def add_task_arguments(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--tasks", metavar="NAME,...", help="names of tasks, as listed above")
+    parser.add_argument("--tasks", metavar="NAME,...", help="tasks, groups and tags of lm-eval, and those listed above")
     parser.add_argument("--data_dir", metavar="DIR", help="folder with NAME.jsonl, or with NAME/ and a test file in it "
                         "(default: the tasks' datasets on the Hugging Face hub)")
     parser.add_argument("--data_files", nargs="+", action="extend", metavar="NAME=FILE", help="the file of a task: "
                         ".jsonl, .json (also .gz), .parquet, .arrow, .csv, .txt, or hf:NAME?name=&split=")
-    parser.add_argument("--protocol", type=_current_name, choices=("default", "reference"), help="default: unbiased "
-                        "estimates; reference: as the DiffuLLaMA reference implementation, including its quirks")
+    parser.add_argument("--include_path", metavar="DIR", help="folder with tasks of your own, as lm-eval's YAML files")
     parser.add_argument("--mc_estimator", type=_current_name, choices=("mask_count", "time"), help="how the bound is "
                         "estimated: by the number of masked tokens, where each token counts about equally, or by "
                         "stratified times with weights 1 / t (default mask_count)")
@@ -43,153 +46,13 @@ def add_task_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--parent", metavar="MODEL", help="an autoregressive model, evaluated on the same items")
     parser.add_argument("--judge", metavar="MODEL", help="an autoregressive model that computes the perplexity of "
                         "generated texts (default: the parent)")
-    parser.add_argument("--shots", type=int, help="examples before each prompt, the first of the task's training file "
-                        "in --data_dir (default 0)")
-    parser.add_argument("--prompt_file", metavar="FILE", help="a text to put before each prompt, for instance examples "
-                        "with their reasoning; a blank line follows it")
-    parser.add_argument("--samples", type=int, help="generated texts per item, which are averaged and vote on an "
-                        "answer (default 1)")
-    parser.add_argument("--temperature", type=float, help="sampling temperature (default 0, the most likely tokens; "
-                        "for generation 1); several samples need one above 0")
-    parser.add_argument("--allow_code_execution", action="store_true", default=None, help="run generated programs in "
-                        "a sandbox; without it tasks of programs are refused")
+    parser.add_argument("--num_fewshot", type=int, help="examples before each prompt (default: as the task says), from "
+                        "the task's training file if its data is in --data_dir")
+    parser.add_argument("--apply_chat_template", action="store_true", default=None, help="write prompts as messages, "
+                        "with the tokenizer's chat template")
+    parser.add_argument("--allow_code_execution", action="store_true", default=None, help="run generated programs "
+                        "under bubblewrap; without it tasks of programs are refused")
     parser.add_argument("--out", metavar="FILE.json", help="file for results; a stopped command resumes")
-
-
-def _current_name(value: str) -> str:
-    """Returns a choice; refuses a former one and names its successor."""
-    if value in _OLD_CHOICES:
-        raise argparse.ArgumentTypeError(f"{value} is now {_OLD_CHOICES[value]}; write that instead")
-    return value
-
-
-def run_tasks(arguments: argparse.Namespace) -> None:
-    from dlm_jax.evaluation.code_execution import Sandbox
-    from dlm_jax.evaluation.report import markdown_report, summarize, table
-    from dlm_jax.evaluation.run import run
-    from dlm_jax.evaluation.tasks import find_task
-    from dlm_jax.storage import write_json
-
-    _check(arguments)
-    reference = arguments.protocol == "reference"
-    if arguments.num_masks is None:
-        arguments.num_masks = 32 if reference else 16
-    names = arguments.tasks.split(",")
-    tasks = [find_task(name) for name in names]
-    _check_tasks(tasks, arguments)
-    text, about_text = read_prompt_file(arguments.prompt_file)
-    jobs, files = zip(*(make_job(task, arguments, reference, text) for task in tasks), strict=True)
-    execute = Sandbox() if any(task.executes for task in tasks) else None
-    eval_models = load_eval_models(arguments, reference, arguments.mc_estimator)
-    judge = None
-    if any(task.kind == "open_ended" for task in tasks):
-        judge = eval_models[1] if arguments.judge is None else _load_autoregressive(
-            arguments, arguments.judge, arguments.judge, batch_size=arguments.batch_size)
-    models = [eval_model.name for eval_model in eval_models]
-    settings = {name: getattr(arguments, name) for name in (
-        "model", "parent", "objective", "mask_token", "dtype", "protocol", "limit", "shots", "num_masks",
-        "mc_estimator", "samples", "temperature", "judge", "seed", *GENERATION_FLAGS)} | about_text | {"data": files}
-    with _records_file(arguments.out, json.loads(json.dumps(settings))) as (done, add):
-        records = run(jobs, eval_models, reference=reference, num_steps=arguments.num_steps,
-                      samples=arguments.samples, temperature=arguments.temperature, execute=execute, judge=judge,
-                      seed=arguments.seed, done=done, add=add)
-    result = {"models": models, "settings": settings,
-              "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-              "tasks": summarize(records, names, models, arguments.seed)}
-    if arguments.out:
-        out = pathlib.Path(arguments.out)
-        write_json(out, {**result, "records": records})
-        out.with_suffix(".md").write_text(markdown_report(result), encoding="utf-8")
-    write_result(arguments.json, result, table(result["tasks"], models))
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    """Checks the arguments before a model is loaded."""
-    check_shared(arguments, "tasks")
-    if arguments.protocol == "reference":
-        given = [name for name in (*GENERATION_FLAGS, "shots", "prompt_file") if getattr(arguments, name)]
-        given += ["mc_estimator"] if arguments.mc_estimator != "mask_count" else []
-        if given:
-            raise ConfigError(f"the protocol reference has its own generation and score, and no examples; leave "
-                              f"--{given[0]} out, or choose --protocol=default")
-    if arguments.shots and arguments.prompt_file:
-        raise ConfigError("--shots and --prompt_file both put text before a prompt; leave one of them out")
-    if arguments.out:
-        check_output(str(_items_path(arguments.out)))
-
-
-def check_shared(arguments: argparse.Namespace, mode: str) -> None:
-    """Checks what `--tasks` and `--lm_eval`, the `mode`, have in common."""
-    check_at_least_one(arguments, "limit", "num_steps", "num_masks", "samples", "batch_size")
-    if arguments.shots is not None:
-        check_at_least(arguments.shots, 0, "--shots")
-    names = getattr(arguments, mode).split(",")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--{mode}={getattr(arguments, mode)} names a task twice")
-    if arguments.out and pathlib.Path(arguments.out).suffix != ".json":
-        raise ConfigError(f"--out={arguments.out} must end in .json; all results go beside it")
-
-
-def _check_tasks(tasks: "Sequence[Task]", arguments: argparse.Namespace) -> None:
-    """Checks the settings against each task."""
-    from dlm_jax.evaluation.run import Setting, check, generates
-
-    setting = Setting(arguments.protocol == "reference", arguments.num_steps, arguments.samples, arguments.temperature)
-    check_used(arguments, any(generates(task) for task in tasks), f"--tasks={arguments.tasks}")
-    for task in tasks:
-        check(task, setting)
-        if task.kind in ("text", "reconstruct") and (arguments.shots or arguments.prompt_file):
-            raise ConfigError(f"the task {task.name} has no prompts; leave --shots and --prompt_file out")
-        if task.kind == "open_ended" and arguments.judge is None and arguments.parent is None:
-            raise ConfigError(f"the task {task.name} needs a model that judges generated texts; name it with --judge, "
-                              "or a --parent")
-        if task.executes and not arguments.allow_code_execution:
-            raise ConfigError(f"the task {task.name} runs generated programs; allow it with "
-                              "--allow_code_execution, and read in docs/guides/evaluate.md how they are isolated")
-
-
-def load_eval_models(arguments: argparse.Namespace, reference: bool = False,
-                     estimator: str = "mask_count") -> "list[EvalModel]":
-    """Returns the model, and its parent if there is one."""
-    from dlm_jax.evaluation.make_eval_model import make_eval_model
-
-    options = {"reference": reference, "mc_estimator": estimator, "num_samples": arguments.num_masks,
-               "seed": arguments.seed, "batch_size": arguments.batch_size}
-    autoregressive = arguments.objective == "autoregressive"
-    sampler = sampler_of(arguments, autoregressive)
-    lm = load_model(arguments)
-    found = [make_eval_model(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
-                             autoregressive=autoregressive)]
-    if arguments.parent is not None:
-        found.append(_load_autoregressive(arguments, arguments.parent, f"{arguments.parent} (parent)", **options))
-    return found
-
-
-def _load_autoregressive(arguments: argparse.Namespace, source: str, name: str, **options: Any) -> "EvalModel":
-    """Returns the parent or the judge, on the mesh of the flags."""
-    from dlm_jax.evaluation.make_eval_model import make_eval_model
-    from dlm_jax.pipeline import DiffusionLM
-
-    mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
-    lm = DiffusionLM.from_pretrained(source, dtype=arguments.dtype, mesh=mesh)
-    return make_eval_model(lm.pretrained, name, autoregressive=True, mesh=lm.mesh, **options)
-
-
-@contextlib.contextmanager
-def _records_file(out: str | None, settings: dict[str, Any]):
-    """Yields the existing records and a function that adds records; completes the file at the end."""
-    if out is None:
-        yield [], lambda records: None
-        return
-    path = _items_path(out)
-    with ResumeState(str(path), settings) as partial:
-        lines = pathlib.Path(f"{path}.partial").read_text(encoding="utf-8").split("\n")[: partial.done]
-        yield [json.loads(line) for line in lines], partial.add
-        partial.finish()
-
-
-def _items_path(out: str) -> pathlib.Path:
-    return pathlib.Path(out).with_suffix(".items.jsonl")
 
 
 def add_generation_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -200,6 +63,54 @@ def add_generation_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals "
                         "(default 0.9)")
     parser.add_argument("--block_length", type=int, help="generate blocks of this many tokens from left to right")
+
+
+def run_tasks(arguments: argparse.Namespace) -> None:
+    names = _check(arguments)
+    reference = all(name.startswith(_REFERENCE) for name in names)
+    if arguments.num_masks is None:
+        arguments.num_masks = 32 if reference else 16
+    files = dict(_named_file(text) for text in arguments.data_files or ())
+    from dlm_jax.evaluation import lm_eval  # noqa: F401  # raises ConfigError without lm-eval, in one sentence
+    from dlm_jax.evaluation.code_eval import Sandbox
+    from dlm_jax.evaluation.run import evaluate, quiet
+    from dlm_jax.evaluation.task_loading import load_tasks
+
+    sandbox = Sandbox() if arguments.allow_code_execution else None
+    with quiet():
+        tasks = load_tasks(names, data_dir=arguments.data_dir, data_files=files, include_path=arguments.include_path,
+                           num_fewshot=arguments.num_fewshot, sandbox=sandbox)
+    generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.tasks.values())
+    judged = [name for name, task in tasks.tasks.items() if type(task).__name__ == "OpenEndedTask"]
+    _check_tasks(arguments, generates, judged)
+    models = _load_eval_models(arguments, reference)
+    judge = models[1][0] if judged and arguments.judge is None else None
+    if arguments.judge is not None:
+        judge, _ = _load_autoregressive(arguments, arguments.judge, arguments.judge, batch_size=arguments.batch_size)
+    settings = {name: getattr(arguments, name) for name in _SETTINGS} | {"data": tasks.files}
+    with _answers_file(arguments.out, json.loads(json.dumps(settings))) as (known, store):
+        found = evaluate(tasks, [model for model, _ in models], reference=reference, limit=arguments.limit,
+                         num_steps=arguments.num_steps, judge=judge, seed=arguments.seed,
+                         tokenizers=[lm.tokenizer for _, lm in models],
+                         apply_chat_template=arguments.apply_chat_template, known=known, store=store)
+        result = {"models": [model.name for model, _ in models], "settings": settings,
+                  "versions": {name: importlib.metadata.version(name) for name in PACKAGES}, "tasks": found.tasks,
+                  "groups": found.groups, "shortened": found.shortened}
+        _write(arguments, result, found.records)
+
+
+def _write(arguments: argparse.Namespace, result: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    from dlm_jax.evaluation.report import markdown_report, page, table
+    from dlm_jax.storage import write_json
+
+    if arguments.out:
+        out = pathlib.Path(arguments.out)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        for suffix, content in ((".items.jsonl", lines), (".md", markdown_report(result)),
+                                (".html", page(result, records))):
+            out.with_suffix(suffix).write_text(content, encoding="utf-8")
+        write_json(out, result)
+    write_result(arguments.json, result, table(result))
 
 
 def sampler_of(arguments: argparse.Namespace, autoregressive: bool = False) -> "SamplerConfig":
@@ -223,64 +134,97 @@ def sampler_of(arguments: argparse.Namespace, autoregressive: bool = False) -> "
                          block_length=arguments.block_length, temperature=0.0)
 
 
-def check_used(arguments: argparse.Namespace, generates: bool, where: str) -> None:
-    """Raises ConfigError if a generation flag is given and nothing is generated."""
+def _check(arguments: argparse.Namespace) -> list[str]:
+    """Checks the arguments before anything is loaded; returns the tasks' names."""
+    check_at_least_one(arguments, "limit", "num_steps", "num_masks", "batch_size")
+    if arguments.num_fewshot is not None:
+        check_at_least(arguments.num_fewshot, 0, "--num_fewshot")
+    names = arguments.tasks.split(",")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--tasks={arguments.tasks} names a task twice")
+    reference = [name.startswith(_REFERENCE) for name in names]
+    if any(reference) and not all(reference):
+        raise ConfigError(f"--tasks={arguments.tasks}: the tasks {_REFERENCE}_... follow the paper's scripts, and the "
+                          "others do not; evaluate them by commands of their own")
+    if all(reference):
+        given = [name for name in (*GENERATION_FLAGS, "num_fewshot", "apply_chat_template") if getattr(arguments, name)]
+        given += ["mc_estimator"] if arguments.mc_estimator != "mask_count" else []
+        if given:
+            raise ConfigError(f"the tasks {_REFERENCE}_... have their own generation and score, and no examples; leave "
+                              f"--{given[0]} out")
+    sampler_of(arguments, arguments.objective == "autoregressive")
+    if arguments.out and pathlib.Path(arguments.out).suffix != ".json":
+        raise ConfigError(f"--out={arguments.out} must end in .json; all results go beside it")
+    return names
+
+
+def _check_tasks(arguments: argparse.Namespace, generates: bool, judged: list[str]) -> None:
     for name in GENERATION_FLAGS:
         if getattr(arguments, name) is not None and not generates:
-            raise ConfigError(f"--{name} is for generated texts, and {where} generates none; leave it out")
+            raise ConfigError(f"--{name} is for generated texts, and --tasks={arguments.tasks} generates none; leave "
+                              "it out")
+    if judged and arguments.judge is None and arguments.parent is None:
+        raise ConfigError(f"the task {judged[0]} needs a model that judges generated texts; name it with --judge, or a "
+                          "--parent")
+    if arguments.judge is not None and not judged:
+        raise ConfigError(f"--judge is for the task generation, which is not among --tasks={arguments.tasks}; leave it "
+                          "out")
 
 
-def read_prompt_file(path: str | None) -> tuple[str, dict[str, str]]:
-    """Returns the text before each prompt, and its source."""
-    from dlm_jax.evaluation.tasks import digest
+def _load_eval_models(arguments: argparse.Namespace, reference: bool) -> "list[tuple[EvalModel, DiffusionLM]]":
+    """Returns the model, and its parent if there is one."""
+    from dlm_jax.evaluation.make_eval_model import make_eval_model
 
-    if path is None:
-        return "", {}
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"--prompt_file={path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt_file={path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not text:
-        raise ConfigError(f"--prompt_file={path} is empty; write a text in it, or leave it out")
-    return text + "\n\n", {"prompt_file": path, "prompt_sha256": digest(path)}
-
-
-def make_job(task: "Task", arguments: argparse.Namespace, reference: bool, prefix: str) -> "tuple[Job, dict[str, str]]":
-    """Returns a task with its items, and the file or hub dataset of the items with its digest."""
-    from dlm_jax.evaluation.run import Job
-    from dlm_jax.evaluation.tasks import digest, few_shot_prefix, hub_spec, load_items
-
-    named = dict(_named_file(text) for text in arguments.data_files or ())
-    for name in named:
-        if name not in arguments.tasks.split(","):
-            raise ConfigError(f"--data_files {name}={named[name]}: {name} is not among --tasks={arguments.tasks}")
-    path = named.get(task.name) or _found(task, arguments.data_dir)
-    items = load_items(task, path, reference=reference, limit=arguments.limit)
-    about = {"task": task.name, "file": path, "sha256": digest(path)}
-    if arguments.shots:
-        if arguments.data_dir is None and (task.name in named or task.hub is None):
-            raise ConfigError("--shots needs --data_dir, where the tasks' training files are")
-        examples = hub_spec(task, "train") if arguments.data_dir is None else _found(task, arguments.data_dir, "train")
-        shown = load_items(task, examples, limit=arguments.shots)
-        if len(shown) < arguments.shots:
-            raise ConfigError(f"--shots={arguments.shots}, and {examples} has {len(shown)} items")
-        prefix = few_shot_prefix(shown)
-        about |= {"shots_file": examples, "shots_sha256": digest(examples)}
-    return Job(task, items, prefix), about
+    options = {"reference": reference, "mc_estimator": arguments.mc_estimator, "num_samples": arguments.num_masks,
+               "seed": arguments.seed, "batch_size": arguments.batch_size}
+    lm = load_model(arguments)
+    autoregressive = arguments.objective == "autoregressive" or lm.pretrained.is_autoregressive
+    sampler = sampler_of(arguments, autoregressive)
+    model = make_eval_model(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
+                            autoregressive=autoregressive)
+    if arguments.parent is None:
+        return [(model, lm)]
+    return [(model, lm),
+            _load_autoregressive(arguments, arguments.parent, f"{arguments.parent} (parent)", **options)]
 
 
-def _found(task: "Task", data_dir: str | None, split: str | None = None) -> str:
-    """Returns the task's file in a folder, or its dataset on the hub."""
-    from dlm_jax.evaluation.tasks import find_file, hub_spec
+def _load_autoregressive(arguments: argparse.Namespace, source: str, name: str,
+                         **options: Any) -> "tuple[EvalModel, DiffusionLM]":
+    """Returns the parent or the judge, on the mesh of the flags."""
+    from dlm_jax.evaluation.make_eval_model import make_eval_model
+    from dlm_jax.pipeline import DiffusionLM
 
-    if data_dir is not None:
-        return find_file(task, data_dir, None if split is None else (split,))
-    if task.hub is None:
-        raise ConfigError(f"where is the data of the task {task.name}? Name a folder with --data_dir, or its file with "
-                          f"--data_files {task.name}=FILE")
-    return hub_spec(task, split)
+    mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
+    lm = DiffusionLM.from_pretrained(source, dtype=arguments.dtype, mesh=mesh)
+    return make_eval_model(lm.pretrained, name, autoregressive=True, mesh=lm.mesh, **options), lm
+
+
+@contextlib.contextmanager
+def _answers_file(out: str | None, settings: dict[str, Any]) -> Iterator[tuple[dict, Callable]]:
+    """Yields the answers of a stopped run, by model, and a function that stores new ones; removes them at the end."""
+    if out is None:
+        yield {}, lambda name, answers: None
+        return
+    path = pathlib.Path(out).with_suffix(".answers.jsonl")
+    with ResumeState(str(path), settings) as partial:
+        known: dict[str, dict[str, Any]] = {}
+        for line in pathlib.Path(f"{path}.partial").read_text(encoding="utf-8").split("\n")[: partial.done]:
+            record = json.loads(line)
+            known.setdefault(record["model"], {}).update(record["answers"])
+
+        def store(name: str, answers: dict[str, Any]) -> None:
+            if answers:
+                partial.add([{"model": name, "answers": answers}])
+
+        yield known, store
+        partial.remove()
+
+
+def _current_name(value: str) -> str:
+    """Returns a choice; refuses a former one and names its successor."""
+    if value in _OLD_CHOICES:
+        raise argparse.ArgumentTypeError(f"{value} is now {_OLD_CHOICES[value]}; write that instead")
+    return value
 
 
 def _named_file(text: str) -> tuple[str, str]:

@@ -37,7 +37,8 @@ COMMANDS = {
 }
 # Flags of the version before: refused, with the new name.
 OLD_FLAGS = {"--grid": "--step_schedule", "--guidance": "--cfg_scale", "--refresh_every": "--cache_refresh_interval",
-             "--advise": "--suggest", "--harness": "--lm_eval", "--harness_dir": "--lm_eval_dir",
+             "--advise": "--suggest", "--harness": "--tasks", "--harness_dir": "--include_path",
+             "--lm_eval": "--tasks", "--lm_eval_dir": "--include_path", "--shots": "--num_fewshot",
              "--estimator": "--mc_estimator", "--num_samples": "--num_masks"}
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
           "TOKENIZERS_PARALLELISM": "true"}

@@ -143,8 +143,8 @@ def _check_task_file(text: str) -> None:
 CHECKS: dict[str, Callable[[str], None]] = {
     "model": check_model, "drafter": check_drafter, "base": check_base, "parent": check_model, "judge": check_model,
     "tokenizer": check_tokenizer, "data": check_data, "validation": check_data, "examples": check_data,
-    "prompts": check_file, "prompt_file": check_file, "chat_template": check_file,
-    "data_dir": check_folder, "lm_eval_dir": check_folder, "data_files": _check_task_file,
+    "prompts": check_file, "chat_template": check_file,
+    "data_dir": check_folder, "include_path": check_folder, "data_files": _check_task_file,
     "workdir": check_new_folder, "output": _check_export,
     "out": check_output, "json": check_new_file, "trace": check_new_file,
 }

@@ -142,6 +142,12 @@ class ResumeState:
         os.replace(self._path, self._out)
         self._settings_path.unlink(missing_ok=True)
 
+    def remove(self) -> None:
+        """Removes the lines, once what was made of them is written."""
+        self._file.close()
+        self._path.unlink()
+        self._settings_path.unlink(missing_ok=True)
+
     def _check_settings(self) -> None:
         try:
             saved = json.loads(self._settings_path.read_text())

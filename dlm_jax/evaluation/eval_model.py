@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from dlm_jax.errors import DataError
+
+if TYPE_CHECKING:
+    from dlm_jax.sampling.batching import SamplingStats
 
 
 class Pair(NamedTuple):
@@ -41,9 +44,13 @@ class GenerationRequest(NamedTuple):
 
 
 class Score(Protocol):
-    """Returns -log p(continuation | context) of each pair in nats, or a bound on it."""
+    """Returns -log p(continuation | context) of each pair in nats, or a bound on it.
 
-    def __call__(self, pairs: Sequence[Pair]) -> Sequence[float]: ...
+    An estimate may come as [pairs, 2], from each half of its forward passes: it is their mean, and their difference
+    shows its error.
+    """
+
+    def __call__(self, pairs: Sequence[Pair]) -> Sequence[float] | np.ndarray: ...
 
 
 class Generate(Protocol):
@@ -89,6 +96,7 @@ class EvalModel:
       encode_special: as the tokenizer encodes by default, with special tokens; for the protocol `reference`.
       is_greedy: None: lm-eval's metrics that need it are refused.
       masked_accuracy: None: reconstruction is refused.
+      stats: counts what `generate` has done so far; None: nobody counts.
     """
 
     name: str
@@ -101,6 +109,7 @@ class EvalModel:
     encode_special: Callable[[str], list[int]] | None = None
     is_greedy: IsGreedy | None = None
     masked_accuracy: MaskedAccuracy | None = None
+    stats: "SamplingStats | None" = None
 
 
 def make_pair(eval_model: EvalModel, context: str, continuation: str, item: int, option: int, where: str) -> Pair:

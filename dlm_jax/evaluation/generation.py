@@ -1,9 +1,9 @@
-"""Generation for the evaluation: continuations and infills in batches, greedy checks, and the diversity of texts."""
+"""Generation for the evaluation: continuations and infills in batches, and greedy checks."""
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dlm_jax.data.records import BadRecord, get_text
 from dlm_jax.diffusion import DiffusionSpec
-from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import Generate, GenerationRequest, IsGreedy, Pair
-from dlm_jax.evaluation.items import Fields, Item, truncate
 from dlm_jax.models import Transformer
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, sample_rows
+from dlm_jax.sampling.batching import SamplingStats
 from dlm_jax.sampling.gap_length import infer_gap_lengths
 from dlm_jax.sampling.text import Segment, decode, encode
 
@@ -26,12 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_NGRAM_SIZES = (1, 2, 3)  # of distinct-n
-
-
 def make_generate(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config: SamplerConfig, *,
                   diffusion: DiffusionSpec, bos_token_id: int, eos_token_id: int | None, seed: int = 0,
-                  batch_size: int = 16, mesh: Mesh | None = None, keep_bos: bool = True) -> Generate:
+                  batch_size: int = 16, mesh: Mesh | None = None, keep_bos: bool = True,
+                  stats: SamplingStats | None = None) -> Generate:
     """Returns a `Generate` that samples with `config`. A continuation ends at its first EOS token.
 
     Prompts that are too long are cut from the left. Texts on both sides of a gap are cut at the ends that are far from
@@ -43,6 +40,7 @@ def make_generate(model: Transformer, tokenizer: "PreTrainedTokenizerBase", conf
     Args:
       diffusion: mask token, shift and blocks of the model.
       keep_bos: whether position 0 holds BOS. Otherwise it holds the first token of the prompt.
+      stats: counts what is done.
 
     Raises:
       ConfigError: there is a text after a gap and the policy is autoregressive.
@@ -97,7 +95,7 @@ def make_generate(model: Transformer, tokenizer: "PreTrainedTokenizerBase", conf
             spec = SamplingSpec(config, diffusion, eos_token_ids, stop_at_eos=not infilling and bool(eos_token_ids))
             members = [i for i, request in enumerate(requests) if bool(request.after) == infilling]
             filled = sample_rows(model, [rows[i] for i in members], keys[np.array(members, int)], spec,
-                                 batch_size=batch_size, mesh=mesh)
+                                 batch_size=batch_size, mesh=mesh, stats=stats)
             for i, row in zip(members, filled, strict=True):
                 result[i] = row
         return result
@@ -136,37 +134,6 @@ def make_is_greedy(model: Transformer, *, autoregressive: bool, diffusion: Diffu
                 for row, pair in zip(filled, pairs, strict=True)]
 
     return is_greedy
-
-
-def opening(fields: Fields, reference: bool) -> Item:
-    """Reads {prompt}, perhaps empty; or {text}, whose first sentence becomes the prompt."""
-    del reference
-    if "prompt" in fields:
-        if not isinstance(fields["prompt"], str):
-            raise BadRecord("no text under 'prompt'")
-        return Item(prompt=fields["prompt"])
-    return Item(prompt=truncate(get_text(fields, "text"), "sentence"))
-
-
-def distinct(texts: Iterable[str], n: int) -> float:
-    """Returns distinct-n of all texts together: the share of their word n-grams that are different (arXiv 1510.03055).
-
-    Words are separated by spaces and lower-cased. It complements perplexity: repetition is likely, noise is diverse.
-
-    Raises:
-      DataError: no text has n words.
-    """
-    grams = [gram for text in texts for words in [text.lower().split()]
-             for gram in zip(*(words[start:] for start in range(n)), strict=False)]
-    if not grams:
-        raise DataError(f"no text has {n} words, so there is no distinct-{n}")
-    return len(set(grams)) / len(grams)
-
-
-def diversity(texts: Sequence[str]) -> dict[str, float]:
-    """Returns distinct-1, -2 and -3, as far as the longest text has that many words."""
-    longest = max((len(text.split()) for text in texts), default=0)
-    return {f"distinct_{n}": distinct(texts, n) for n in _NGRAM_SIZES if n <= longest}
 
 
 def _sample_keys(seed: int, requests: Sequence[GenerationRequest]) -> jax.Array:

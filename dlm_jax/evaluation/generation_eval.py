@@ -16,7 +16,7 @@ from dlm_jax.data.rows import Rows, RowSource
 from dlm_jax.data.tokenization import start_token
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.metrics import METRICS
+from dlm_jax.evaluation.metrics import rouge_l, strict_match
 from dlm_jax.models import Transformer
 from dlm_jax.parallel import num_batch_shards
 from dlm_jax.random import example_keys
@@ -122,9 +122,9 @@ class GenerationEval:
 
 
 def _number_metrics(text: str, answer: str) -> dict[str, float]:
-    return {"strict_match": METRICS["strict_match"](text, [answer.rpartition("####")[2].strip()]),
+    return {"strict_match": strict_match(text, answer.rpartition("####")[2].strip()),
             "well_formed": float(_NUMBER_AT_END.search(text) is not None)}
 
 
 def _word_metrics(text: str, answer: str) -> dict[str, float]:
-    return {"rougeL": METRICS["rougeL"](text, [answer])}
+    return {"rougeL": rouge_l(text, answer)}

@@ -23,6 +23,7 @@ from dlm_jax.evaluation.scoring import (
     time_masks,
 )
 from dlm_jax.sampling import SamplerConfig
+from dlm_jax.sampling.batching import SamplingStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,10 +75,12 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
         score = diffusion_score(pretrained.model, rule, diffusion=diffusion, **scored)
     encode = functools.partial(_encode, tokenizer, None if reference else bos_token_id)
     encode_special = functools.partial(_encode_special, tokenizer)
+    stats = SamplingStats()
     generate = make_generate(pretrained.model, tokenizer,
                              sampler or SamplerConfig("autoregressive" if autoregressive else "confidence"),
                              diffusion=diffusion, bos_token_id=bos_token_id, eos_token_id=pretrained.eos_token_id,
-                             seed=seed, keep_bos=not reference or encode_special("a")[0] == bos_token_id, **rows)
+                             seed=seed, stats=stats,
+                             keep_bos=not reference or encode_special("a")[0] == bos_token_id, **rows)
     is_greedy = make_is_greedy(pretrained.model, autoregressive=autoregressive, diffusion=diffusion, **scored)
     masked_accuracy = None  # a block diffusion model does not attend to later blocks
     if autoregressive or pretrained.diffusion.blocks is None:
@@ -85,7 +88,7 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
             pretrained.model, diffusion=DiffusionSpec(None) if autoregressive else diffusion, **scored)
     return EvalModel(name, encode, score, generate, config.max_length, autoregressive,
                      0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95, encode_special, is_greedy,
-                     masked_accuracy)
+                     masked_accuracy, stats)
 
 
 def bound_rule(num_samples: int, seed: int, mc_estimator: str = "mask_count") -> MaskRule:
@@ -97,7 +100,7 @@ def bound_rule(num_samples: int, seed: int, mc_estimator: str = "mask_count") ->
 def reference_rule(num_samples: int, seed: int) -> MaskRule:
     """Returns the reference implementation's rule, under which each option gets noise of its own."""
 
-    def masks(pair: Pair) -> MaskSample:
+    def masks(pair: Pair) -> list[MaskSample]:
         rng = np.random.default_rng([seed, pair.item, pair.option])
         return reference_masks(rng.random((num_samples, len(pair.continuation))))
 

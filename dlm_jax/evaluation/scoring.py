@@ -1,6 +1,7 @@
 """Scores of continuations: which tokens each forward pass masks, and all passes of all pairs in full batches.
 
-A mask rule returns a `MaskSample` for each pair, and a score is linear in the cross-entropies of its passes:
+A mask rule returns for each pair one `MaskSample`, or two that are estimates by themselves, whose mean is the score and
+whose difference shows its error. An estimate is linear in the cross-entropies of its passes:
 
     score = sum over passes s of weight[s] * (cross-entropy summed over the tokens masked in pass s)
 
@@ -44,14 +45,14 @@ class MaskSample(NamedTuple):
     weights: np.ndarray
 
 
-MaskRule = Callable[[Pair], MaskSample]
+MaskRule = Callable[[Pair], Sequence[MaskSample]]
 RECONSTRUCTION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _HEAD_CHUNK = 8  # masked tokens per row whose logits exist at one time
 _BLOCK_ITEMS = 1 << 24  # distance between the item numbers that seed the masks of successive blocks
 _WIDTH_MULTIPLE = 16  # row lengths are padded to a multiple of it
 
 
-def bound_masks(length: int, num_samples: int, seed: int, item: int) -> MaskSample:
+def bound_masks(length: int, num_samples: int, seed: int, item: int) -> list[MaskSample]:
     """Returns masks whose score is an unbiased estimate of the bound on -log p(continuation | context), in nats.
 
     The bound is the expectation of (length / l) times the cross-entropy of l masked tokens, for l uniform on
@@ -63,41 +64,49 @@ def bound_masks(length: int, num_samples: int, seed: int, item: int) -> MaskSamp
     far more between tokens than between the masks of one token, so this sum should be near 1 for every token: from the
     smallest mask to the largest, each pass masks the tokens that count least so far. Tokens are in random order, so
     that each mask by itself is a uniformly random subset of its size.
+
+    Each half is a systematic sample of its own. The offsets are half a step apart, so that both together are one too,
+    and one half goes on with the counts of the other.
     """
     if 2**length - 1 <= num_samples:
         codes = np.arange(1, 2**length)[:, None]
         masked = (codes >> np.arange(length) & 1).astype(bool)
-        return MaskSample(masked, np.array([1 / (row.sum() * math.comb(length, row.sum())) for row in masked]))
+        return [MaskSample(masked, np.array([1 / (row.sum() * math.comb(length, row.sum())) for row in masked]))]
     rng = np.random.default_rng([seed, item])
-    offset = rng.random()
+    fractions = _halves(num_samples, rng.random())
     # One random number per token, in order of position: options of different lengths share their first ones.
     order = np.argsort(rng.random(length), kind="stable")
-    sizes = 1 + np.floor((np.arange(num_samples) + offset) / num_samples * length).astype(int)
-    sizes = np.minimum(sizes, length)  # rounding
-    weights = length / sizes / num_samples
-    masked, counted = np.zeros((num_samples, length), bool), np.zeros(length)
-    for row, size, weight in zip(masked, sizes, weights, strict=True):
-        least = np.argsort(counted, kind="stable")[:size]
-        counted[least] += weight
-        row[order[least]] = True
-    return _merged(masked, weights)
+    halves, counted = {}, np.zeros(length)
+    for number in sorted(range(len(fractions)), key=lambda number: fractions[number][0]):  # the smallest mask first
+        half = np.minimum(1 + np.floor(fractions[number] * length).astype(int), length)  # rounding
+        weights, masked = length / half / len(half), np.zeros((len(half), length), bool)
+        for row, size, weight in zip(masked, half, weights, strict=True):
+            least = np.argsort(counted, kind="stable")[:size]
+            counted[least] += weight
+            row[order[least]] = True
+        halves[number] = _merged(masked, weights)
+    return [halves[number] for number in range(len(fractions))]
 
 
-def time_masks(length: int, num_samples: int, seed: int, item: int) -> MaskSample:
+def time_masks(length: int, num_samples: int, seed: int, item: int) -> list[MaskSample]:
     """Returns masks for the same bound by times: pass s masks each token with probability t and has the weight 1 / t.
 
     The times are stratified, one from each of `num_samples` equal intervals of (0, 1). This is the quantity that
     training minimizes (arXiv 2410.17891, eq. 4), with a larger error than `bound_masks` for the same number of passes.
-    Passes that mask nothing are skipped.
+    Passes that mask nothing are skipped. In each half the times are stratified, and in both together.
     """
     rng = np.random.default_rng([seed, item])
-    times = (np.arange(num_samples) + 1 - rng.random(num_samples)) / num_samples
-    masked = times[:, None] > rng.random((length, num_samples)).T  # options of different lengths share their first rows
-    some = masked.any(axis=1)
-    return _merged(masked[some], 1 / (num_samples * times[some]))
+    fractions = _halves(num_samples, rng.random((num_samples + 1) // 2))
+    halves = []
+    for times, uniform in zip((1 - fraction for fraction in fractions), _split(rng.random((length, num_samples)).T),
+                              strict=False):
+        masked = times[:, None] > uniform  # options of different lengths share their first columns
+        some = masked.any(axis=1)
+        halves.append(_merged(masked[some], 1 / (len(times) * times[some])))
+    return halves
 
 
-def reference_masks(uniform: np.ndarray) -> MaskSample:
+def reference_masks(uniform: np.ndarray) -> list[MaskSample]:
     """Returns the masks of the DiffuLLaMA reference implementation from noise.
 
     Row t of `uniform` [T, length], in [0, 1), masks the tokens below (T - t) / T. A pass counts with the unweighted
@@ -107,16 +116,16 @@ def reference_masks(uniform: np.ndarray) -> MaskSample:
     num_passes = len(uniform)
     masked = uniform < ((num_passes - np.arange(num_passes)) / num_passes)[:, None]
     masked = masked[masked.any(axis=1)]
-    return _merged(masked, 1 / (num_passes * masked.sum(axis=1)))
+    return [_merged(masked, 1 / (num_passes * masked.sum(axis=1)))]
 
 
-def mask_all(length: int) -> MaskSample:
+def mask_all(length: int) -> list[MaskSample]:
     """Returns one pass that scores every token once, as an autoregressive model needs it."""
-    return MaskSample(np.ones((1, length), bool), np.ones(1))
+    return [MaskSample(np.ones((1, length), bool), np.ones(1))]
 
 
-def block_masks(masks: Callable[[int, int], MaskSample], start: int, length: int, block_size: int, *,
-                shift: bool) -> MaskSample:
+def block_masks(masks: Callable[[int, int], Sequence[MaskSample]], start: int, length: int, block_size: int, *,
+                shift: bool) -> list[MaskSample]:
     """Returns masks for the bound of block diffusion, where each block is conditioned on the clean text before it.
 
     A pass masks tokens in every block at once, and each block has weights of its own: [passes, length]. With the shift
@@ -128,21 +137,25 @@ def block_masks(masks: Callable[[int, int], MaskSample], start: int, length: int
       start: position of the continuation in its row, at least 1; blocks are counted from position 0.
     """
     ends = [*range(start - start % block_size + block_size, start + length, block_size), start + length]
-    blocks = [masks((end - 1) // block_size, end - first) for first, end in zip([start, *ends], ends, strict=False)]
-    passes = max(len(block.weights) for block in blocks)
-    planes = [block.masked for block in blocks], [block.weights[:, None] * block.masked for block in blocks]
-    masked, weights = (np.concatenate([np.pad(x, ((0, passes - len(x)), (0, 0))) for x in plane], axis=1)
-                       for plane in planes)
-    if shift:
-        is_first = (start + np.arange(length)) % block_size == 0
-        weights[:, is_first] = np.arange(passes)[:, None] == 0
-    scores = weights.any(axis=1)
-    return MaskSample(masked[scores], weights[scores])
+    found = [masks((end - 1) // block_size, end - first) for first, end in zip([start, *ends], ends, strict=False)]
+    is_first = (start + np.arange(length)) % block_size == 0
+    halves = []
+    for half in range(max(map(len, found))):
+        blocks = [samples[half % len(samples)] for samples in found]  # a short block is exact in both halves
+        passes = max(len(block.weights) for block in blocks)
+        planes = [block.masked for block in blocks], [block.weights[:, None] * block.masked for block in blocks]
+        masked, weights = (np.concatenate([np.pad(x, ((0, passes - len(x)), (0, 0))) for x in plane], axis=1)
+                           for plane in planes)
+        if shift:
+            weights[:, is_first] = np.arange(passes)[:, None] == 0
+        scores = weights.any(axis=1)
+        halves.append(MaskSample(masked[scores], weights[scores]))
+    return halves
 
 
 def diffusion_score(model: Transformer, rule: MaskRule, *, diffusion: DiffusionSpec,
                     bos_token_id: int | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> Score:
-    """Returns a `Score` of the passes of `rule(pair)` under bidirectional attention, the context never masked.
+    """Returns a `Score` [pairs, 2] of the passes of `rule(pair)`, under bidirectional attention, context never masked.
 
     A pair's score does not depend on the other pairs or the batch size.
 
@@ -155,7 +168,7 @@ def diffusion_score(model: Transformer, rule: MaskRule, *, diffusion: DiffusionS
     """
     blocks = diffusion.blocks
 
-    def masks_of(pair: Pair) -> MaskSample:
+    def masks_of(pair: Pair) -> Sequence[MaskSample]:
         if blocks is None:
             return rule(pair)
         start = (pair.add_bos and bos_token_id is not None) + len(pair.context)
@@ -172,9 +185,10 @@ def diffusion_score(model: Transformer, rule: MaskRule, *, diffusion: DiffusionS
 
 def autoregressive_score(model: Transformer, *, bos_token_id: int | None = None, batch_size: int = 16,
                          mesh: Mesh | None = None) -> Score:
-    """Returns an exact `Score` by one pass under causal attention; arguments as in `diffusion_score`."""
-    return diffusion_score(model, lambda pair: mask_all(len(pair.continuation)), diffusion=DiffusionSpec(None),
-                           bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
+    """Returns an exact `Score` [pairs] by one pass under causal attention; arguments as in `diffusion_score`."""
+    score = diffusion_score(model, lambda pair: mask_all(len(pair.continuation)), diffusion=DiffusionSpec(None),
+                            bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
+    return lambda pairs: score(pairs)[:, 0]
 
 
 def make_masked_accuracy(model: Transformer, *, diffusion: DiffusionSpec, bos_token_id: int | None = None,
@@ -186,9 +200,9 @@ def make_masked_accuracy(model: Transformer, *, diffusion: DiffusionSpec, bos_to
     diffusion = dataclasses.replace(diffusion, blocks=None)
 
     def masked_accuracy(pairs: Sequence[Pair], masked: Sequence[np.ndarray]) -> np.ndarray:
-        samples = [MaskSample(mask[None], np.array([1 / mask.sum()])) for mask in masked]
+        samples = [[MaskSample(mask[None], np.array([1 / mask.sum()]))] for mask in masked]
         return _score(model, pairs, samples, diffusion=diffusion, bos_token_id=bos_token_id, batch_size=batch_size,
-                      mesh=mesh, measure=top1_correct)
+                      mesh=mesh, measure=top1_correct)[:, 0]
 
     return masked_accuracy
 
@@ -215,6 +229,17 @@ def reconstruction_mask(length: int, ratio: float, seed: int, item: int) -> np.n
     return masked
 
 
+def _halves(count: int, offset: float | np.ndarray) -> list[np.ndarray]:
+    """Returns fractions in [0, 1): a grid for each half, shifted by `offset` of a step, and half a step apart."""
+    sizes = (count + 1) // 2, count // 2
+    return [(np.arange(size) + (np.resize(offset, size) + half / 2) % 1) / size
+            for half, size in enumerate(sizes) if size]
+
+
+def _split(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return rows[: (len(rows) + 1) // 2], rows[(len(rows) + 1) // 2 :]
+
+
 def _merged(masked: np.ndarray, weights: np.ndarray) -> MaskSample:
     """Merges equal masks and adds their weights: the same score with fewer passes."""
     unique, which = np.unique(masked, axis=0, return_inverse=True)
@@ -222,17 +247,18 @@ def _merged(masked: np.ndarray, weights: np.ndarray) -> MaskSample:
 
 
 class _Pass(NamedTuple):
-    """One forward pass: the number of its pair, and the masked tokens and weights of the continuation, [length]."""
+    """One forward pass: the number of its pair, its half (None: both), and the masked tokens and weights, [length]."""
 
     pair: int
+    half: int | None
     masked: np.ndarray
     weights: np.ndarray
 
 
-def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[MaskSample], *, diffusion: DiffusionSpec,
-           bos_token_id: int | None, batch_size: int, mesh: Mesh | None,
+def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[Sequence[MaskSample]], *,
+           diffusion: DiffusionSpec, bos_token_id: int | None, batch_size: int, mesh: Mesh | None,
            measure: Measure = cross_entropy) -> np.ndarray:
-    """Returns float64 [pairs], each the weighted sum of `measure` over the masked tokens of all its passes."""
+    """Returns float64 [pairs, halves], the weighted sums of `measure` over the masked tokens of each half's passes."""
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     head = () if bos_token_id is None else (bos_token_id,)
@@ -244,14 +270,16 @@ def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[MaskSamp
         _check_length(row, pair, model.config.max_length, longest)
     width = [longest if len(row) == longest else bucket(len(row), model.config.max_length, _WIDTH_MULTIPLE)
              for row in rows]
-    passes = [_Pass(number, masked, np.where(masked, weights, 0) if np.ndim(weights) == 0 else weights)
-              for number, sample in enumerate(samples) for masked, weights in zip(*sample, strict=True)]
+    passes = [_Pass(number, half if len(halves) > 1 else None, masked,
+                    np.where(masked, weights, 0) if np.ndim(weights) == 0 else weights)
+              for number, halves in enumerate(samples) for half, sample in enumerate(halves)
+              for masked, weights in zip(*sample, strict=True)]
     # A batch has one width, which is one compiled shape, and similar numbers of tokens for the head.
     passes.sort(key=lambda one: (width[one.pair], one.masked.sum()), reverse=True)
     graphdef, params = nnx.split(model)
     shards = 1 if mesh is None else num_batch_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
-    scores = np.zeros(len(pairs))
+    scores = np.zeros((len(pairs), 2))
     running: list[tuple[list[_Pass], jax.Array]] = []
     for batch in _batches(passes, width, batch_size):
         arrays = _arrays([(rows[one.pair], one) for one in batch], width[batch[0].pair], batch_size,
@@ -325,4 +353,5 @@ def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array
 
 
 def _add(scores: np.ndarray, batch: Sequence[_Pass], nll: jax.Array) -> None:
-    np.add.at(scores, [one.pair for one in batch], np.asarray(nll, np.float64)[: len(batch)])
+    for one, value in zip(batch, np.asarray(nll, np.float64)[: len(batch)], strict=True):
+        scores[one.pair, slice(None) if one.half is None else one.half] += value

@@ -75,7 +75,7 @@ def test_limit_policies_and_refusals(run, objective, files, capsys):
         assert status == 1 and "leave it out" in err
     for arguments, named in ((("--limit=0",), "--limit"),
                                (("--length=8",), "--length"),
-                               (("--data", test), "--lm_eval")):
+                               (("--data", test), "--tasks")):
         assert main(["evaluate", f"--model={run}", "--examples", test, *arguments]) == 1
         assert named in capsys.readouterr().err
 

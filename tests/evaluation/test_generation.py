@@ -1,6 +1,5 @@
 """Generation, greedy checks and free texts against the sampler and plain computations."""
 
-import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,19 +8,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dlm_jax import AttentionMask
-from dlm_jax.data.records import BadRecord
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair
-from dlm_jax.evaluation.generation import distinct, diversity, make_generate, make_is_greedy, opening
-from dlm_jax.evaluation.items import Item
-from dlm_jax.evaluation.report import summarize, table
-from dlm_jax.evaluation.run import Job, run
-from dlm_jax.evaluation.tasks import TASKS
+from dlm_jax.evaluation.eval_model import GenerationRequest, Pair
+from dlm_jax.evaluation.generation import make_generate, make_is_greedy
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig
 from tests.evaluation.full_logits import log_probabilities
-from tests.evaluation.test_run import encode, scripted
 from tests.sampling.tiny_models import EOS, MASK, run_sampler, tiny
 
 BOS = 58
@@ -177,70 +170,3 @@ def test_is_greedy_refuses_long_pairs(lm):
         greedy([Pair((), (5,))])
     with pytest.raises(DataError, match="0"):
         greedy([Pair((1,) * lm.config.max_length, (5,))])
-
-
-JUDGE = scripted("judge", lambda text: 0.5 * len(text.split()) + text.count("odd"))
-
-
-def test_opening():
-    assert opening({"prompt": ""}, False) == Item()
-    assert opening({"text": "A cat sat. A dog ran."}, False) == Item(prompt="A cat sat.")
-    with pytest.raises(BadRecord, match="prompt"):
-        opening({"prompt": 3}, False)
-
-
-def test_distinct_by_hand():
-    texts = ["a b a", "A c"]
-    assert distinct(texts, 1) == 3 / 5 and distinct(texts, 2) == 3 / 3 and distinct(texts, 3) == 1
-    assert diversity(["a", "a"]) == {"distinct_1": 0.5} and diversity([""]) == {}
-    with pytest.raises(DataError, match="2"):
-        distinct(["a"], 2)
-
-
-def scripted_writer(*texts):
-    given = iter(texts)
-
-    def generate(requests, *, temperature, num_steps):
-        assert temperature == 1.0 and all(len(request.lengths) == 1 for request in requests)
-        return [next(given) for _ in requests]
-
-    return EvalModel("writer", encode, generate=generate)
-
-
-def test_generative_perplexity_by_hand():
-    job = Job(TASKS["generation"], [Item(prompt="one"), Item(prompt="two"), Item(prompt="three")])
-    records = run([job], [scripted_writer(" a b", "", " odd b c")], judge=JUDGE)
-    assert [record["values"] for record in records] == [
-        {"judged_nats": 1.0, "judged_tokens": 2, "words": 2}, {"judged_nats": 0, "judged_tokens": 0, "words": 0},
-        {"judged_nats": 2.5, "judged_tokens": 3, "words": 3}]
-    found = summarize(records, ["generation"], ["writer"])["generation"]["models"]["writer"]
-    assert found["generative_perplexity"]["mean"] == pytest.approx(math.exp(3.5 / 5))
-    residuals = [1 - 0.7 * 2, 0, 2.5 - 0.7 * 3]
-    error = (sum(r * r for r in residuals) - sum(residuals) ** 2 / 3) ** 0.5 / 2**0.5 / 3**0.5 / (5 / 3)
-    assert found["generative_perplexity"]["standard_error"] == pytest.approx(math.exp(0.7) * error)
-    assert found["distinct_1"]["mean"] == pytest.approx(4 / 5) and found["words"]["mean"] == pytest.approx(5 / 3)
-    shown = table(summarize(records, ["generation"], ["writer"]), ["writer"])
-    assert "generative perplexity  3      2.014" in shown and "distinct 1             3      80.0\n" in shown
-
-
-def test_samples_are_judged_together():
-    job = Job(TASKS["generation"], [Item(prompt="one")])
-    record, = run([job], [scripted_writer(" a b", " c")], judge=JUDGE, samples=2)
-    assert record["texts"] == [" a b", " c"]
-    assert record["values"] == {"judged_nats": 1.5, "judged_tokens": 3, "words": 1.5}
-    with pytest.raises(ConfigError, match="generation"):
-        run([job], [scripted_writer(" a")])
-    with pytest.raises(ConfigError, match="generation"):
-        run([job], [scripted_writer(" a")], judge=JUDGE, reference=True)
-
-
-def test_reconstruction_task():
-    def masked_accuracy(pairs, asked):
-        return [masked.mean() for masked in asked]
-
-    job = Job(TASKS["reconstruction"], [Item(options=(("", "one two three four five six seven eight nine ten"),))])
-    record, = run([job], [EvalModel("guesser", encode, masked_accuracy=masked_accuracy)])
-    assert record["values"] == pytest.approx({"10% masked": 0.1, "30% masked": 0.3, "50% masked": 0.5,
-                                              "70% masked": 0.7, "90% masked": 0.9})
-    with pytest.raises(ConfigError, match="silent.*reconstruction"):
-        run([job], [EvalModel("silent", encode)])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -15,12 +16,10 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
-from dlm_jax.evaluation.items import Item
 from dlm_jax.evaluation.lm_eval import LmEvalAdapter
 from dlm_jax.evaluation.make_eval_model import make_eval_model
-from dlm_jax.evaluation.run import Job, pairs_of, run
-from dlm_jax.evaluation.tasks import TASKS
-from tests.evaluation.lm_eval_tasks import CHOICES, SUMS, TEXTS, Scripted, by_hand, decode, encode, evaluate
+from dlm_jax.sampling.batching import SamplingStats
+from tests.evaluation.lm_eval_tasks import SUMS, TEXTS, Scripted, by_hand, decode, encode, evaluate
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -43,24 +42,6 @@ def test_multiple_choice_by_hand(harness_folder):
     assert model.looked == []  # no metric needs it
 
 
-@pytest.mark.parametrize("autoregressive, blocks", [
-    (True, None), (False, None), (False, BlockSpec(3, "block_bidirectional"))])
-def test_choices_against_our_own_tasks(harness_folder, lm, autoregressive, blocks):
-    pretrained = with_blocks(lm.pretrained, blocks)
-    eval_model = make_eval_model(pretrained, "ours", autoregressive=autoregressive, num_samples=64)
-    samples = evaluate(LmEvalAdapter(eval_model), harness_folder, "choice")["samples"]["choice"]
-    questions = [Item(tuple((row["q"], f" {option}") for option in row["options"]), gold=row["gold"])
-                 for row in CHOICES]
-    assert max(len(pair.continuation) for number, item in enumerate(questions)
-               for pair in pairs_of(eval_model, TASKS["piqa"], item, number)) <= 6  # all masks are taken: no noise
-    records = run([Job(TASKS["piqa"], questions)], [eval_model])
-    for sample, record in zip(samples, records, strict=True):
-        assert [answer[0] for answer in sample["filtered_resps"]] == pytest.approx(
-            [-score for score in record["scores"]], rel=1e-5)
-        assert sample["acc"] == record["values"]["accuracy"]
-        assert sample["acc_bytes"] == pytest.approx(record["values"]["accuracy_normalized"])
-
-
 def test_blocks_of_one_token_are_the_parent(lm):
     """Scores, texts in windows, greedy checks and generated texts."""
     requests = by_hand("loglikelihood", ("Once", " upon a time"), ("Tom", " ran home to his mum."))
@@ -78,7 +59,7 @@ def test_blocks_of_one_token_are_the_parent(lm):
 def test_options_share_noise(harness_folder):
     model = Scripted()
     evaluate(LmEvalAdapter(model.eval_model), harness_folder, "choice", "other_choice")
-    both = [pair.item for pair in model.pairs.pop()]
+    both = [pair.item for pairs in model.pairs for pair in pairs]
     assert both[0::2] == both[1::2] and len(set(both)) == 6
     assert all(0 <= item < 2**32 for item in both)
     evaluate(LmEvalAdapter(model.eval_model), harness_folder, "other_choice", limit=2)
@@ -119,7 +100,7 @@ def test_rolling_windows():
     lm = LmEvalAdapter(model.eval_model)
     text = "a b c d e f g h i"
     both = lm.loglikelihood_rolling(by_hand("loglikelihood_rolling", (text,), ("a b",)))
-    pairs = model.pairs.pop()
+    pairs, = model.pairs
     windows = [(decode(pair.context), decode(pair.continuation)) for pair in pairs]
     assert windows == [("", "a b c d"), (" d", " e f g h"), (" e f g h", " i"), ("", "a b")]
     assert [pair.add_bos for pair in pairs] == [True, False, False, True]
@@ -178,9 +159,9 @@ def test_is_greedy_where_metrics_need_it(harness_folder):
         math.exp((Scripted.cost(" boy.") + Scripted.cost(" be.")) / 2))
     assert [decode(pair.continuation) for pair in model.looked[0]] == [" boy.", " be."]  # and no option
     asked = evaluate(LmEvalAdapter(model.eval_model, is_greedy=True), harness_folder, "last_word", "choice")
-    assert len(model.looked[1]) == 8 and asked["results"]["last_word"]["acc,none"] == 0.5
+    assert sum(map(len, model.looked[1:])) == 8 and asked["results"]["last_word"]["acc,none"] == 0.5
     never = evaluate(LmEvalAdapter(model.eval_model, is_greedy=False), harness_folder, "last_word")["results"]
-    assert len(model.looked) == 2 and never["last_word"]["acc,none"] == 0.0
+    assert sum(map(len, model.looked[1:])) == 8 and never["last_word"]["acc,none"] == 0.0
 
 
 def test_missing_capability(harness_folder):
@@ -198,8 +179,8 @@ def test_missing_capability(harness_folder):
 
 
 def test_lm_eval_is_optional():
-    code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.make_eval_model, dlm_jax.evaluation.run, "
-            "dlm_jax.cli.evaluate\n"
+    code = ("import sys, dlm_jax.evaluation, dlm_jax.evaluation.make_eval_model, "
+            "dlm_jax.evaluation.report, dlm_jax.evaluation.generation_eval, dlm_jax.cli.evaluate\n"
             "assert not {'lm_eval', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -282,3 +263,39 @@ def test_chat_templates(harness_folder, lm):
         with pytest.raises(ConfigError, match="scripted"):
             evaluate(LmEvalAdapter(model.eval_model, tokenizer=tokenizer), harness_folder, "sums",
                      apply_chat_template=True)
+
+
+def test_known_answers_are_not_asked_again(harness_folder):
+    """A run that was stopped after its first answers; with other work, as many items as before."""
+    tasks = ("choice", "text", "last_word", "sums")
+    answers = {row["q"]: "#### 2" for row in SUMS}
+    stored = {}
+    first = evaluate(LmEvalAdapter(Scripted(answers).eval_model, store=stored.update), harness_folder, *tasks)
+    half = dict(list(json.loads(json.dumps(stored)).items())[::2])
+    model = Scripted(answers)
+    again = evaluate(LmEvalAdapter(model.eval_model, known=half), harness_folder, *tasks)
+    assert again["results"] == first["results"] and again["samples"] == first["samples"]
+    whole = Scripted(answers)
+    evaluate(LmEvalAdapter(whole.eval_model, known=json.loads(json.dumps(stored))), harness_folder, *tasks)
+    assert not whole.pairs and not whole.requests and not whole.looked
+
+
+def test_halves_and_costs(harness_folder):
+    """A bound's halves are kept beside its mean; seconds and tokens are counted by task."""
+    model = Scripted(stats=SamplingStats())
+
+    def score(pairs):
+        return np.array([[1.0 * len(pair.continuation), 3.0 * len(pair.continuation)] for pair in pairs])
+
+    def generate(requests, **settings):
+        model.eval_model.stats.tokens += 6 * len(requests)
+        model.eval_model.stats.passes += 2 * len(requests)
+        return [""] * len(requests)
+
+    lm = LmEvalAdapter(dataclasses.replace(model.eval_model, score=score, generate=generate))
+    samples = evaluate(lm, harness_folder, "choice", "text", "sums")["samples"]
+    assert samples["choice"][0]["filtered_resps"][0][0] == -2.0 and lm.halves["choice", 0, 0] == (-1.0, -3.0)
+    words = len(encode(TEXTS[0]["text"]))
+    assert lm.halves["text", 0, 0] == (-words, -3.0 * words) and samples["text"][0]["resps"] == [[-2.0 * words]]
+    assert (lm.costs["sums"].tokens, lm.costs["sums"].passes) == (12, 4)
+    assert lm.costs["choice"].tokens == 0 and all(cost.seconds > 0 for cost in lm.costs.values())

@@ -8,21 +8,12 @@ from scipy.special import log_softmax
 
 from dlm_jax import AttentionMask
 from dlm_jax.errors import ConfigError
-from dlm_jax.evaluation.eval_model import GenerationRequest
+from dlm_jax.evaluation.eval_model import GenerationRequest, Pair, make_pair
 from dlm_jax.evaluation.make_eval_model import make_eval_model
-from dlm_jax.evaluation.run import Job, pairs_of, run
-from dlm_jax.evaluation.tasks import TASKS
 from dlm_jax.sampling import SamplerConfig
 
 SEED, STEPS = 5, 32
-ROWS = {"hellaswag": {"activity_label": "Fun", "ctx_a": "A boy", "ctx_b": "ran", "label": 0,
-                      "endings": ["to the big tree.", "home."]},
-        "winogrande": {"sentence": "Tom saw Sue so _ was happy.", "option1": "Tom", "option2": "Sue", "answer": "2"},
-        "piqa": {"goal": "Eat an apple.", "sol1": "With a spoon.", "sol2": "Bite it.", "label": 1}}
-TEXTS = {"hellaswag": [("Fun: A boy Ran", "to the big tree."), ("Fun: A boy Ran", "home.")],
-         "winogrande": [("Tom saw Sue so ", "Tomwas happy."), ("Tom saw Sue so ", "Suewas happy.")],
-         "piqa": [("Question: Eat an apple.\nAnswer: ", " With a spoon."),
-                  ("Question: Eat an apple.\nAnswer: ", " Bite it.")]}
+CHOICES = [("Fun: A boy Ran", "to the big tree."), ("Fun: A boy Ran", "home."), ("Tom saw Sue so ", "Tomwas happy.")]
 
 
 def with_diffusion(pretrained, **changes):
@@ -41,35 +32,27 @@ def reference_score(lm, prompt, option, uniform):
     return np.mean(means)
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_reference_score_token_by_token(lm, name):
-    task, encode = TASKS[name], lm.tokenizer.encode
-    item = task.read(ROWS[name], True)
+def test_reference_score_token_by_token(lm):
     eval_model = make_eval_model(lm.pretrained, "model", reference=True, num_samples=STEPS, seed=SEED)
-    expected = []
-    pairs = pairs_of(eval_model, task, item, 0, reference=True)
-    for option, (pair, (prompt, text)) in enumerate(zip(pairs, TEXTS[name], strict=True)):
-        assert (list(pair.context), list(pair.continuation)) == (encode(prompt), encode(text))
-        uniform = np.random.default_rng([SEED, 0, option]).random((STEPS, len(pair.continuation)))
-        expected.append(reference_score(lm, encode(prompt), encode(text), uniform))
-    record, = run([Job(task, [item])], [eval_model], reference=True)
-    np.testing.assert_allclose(record["scores"], expected, rtol=1e-4)
-    assert record["picks"] == [int(np.argmin(expected))]
+    pairs, expected = [], []
+    for option, (prompt, text) in enumerate(CHOICES):
+        pairs.append(Pair(tuple(eval_model.encode_special(prompt)), tuple(eval_model.encode(text)), 3, option))
+        uniform = np.random.default_rng([SEED, 3, option]).random((STEPS, len(pairs[-1].continuation)))
+        expected.append(reference_score(lm, lm.tokenizer.encode(prompt), lm.tokenizer.encode(text), uniform))
+    np.testing.assert_allclose(np.mean(eval_model.score(pairs), axis=1), expected, rtol=1e-4)
 
 
 def test_parent_score_is_the_chain_rule(lm):
-    task = TASKS["hellaswag"]
-    item = task.read(ROWS["hellaswag"], False)
+    """Context and continuation are tokenized together, and BOS stands at position 0."""
     parent = make_eval_model(lm.pretrained, "parent", autoregressive=True)
-    model = make_eval_model(lm.pretrained, "model")
-    assert pairs_of(parent, task, item, 0) == pairs_of(model, task, item, 0)
-    record, = run([Job(task, [item])], [parent])
-    for (context, continuation), found in zip(item.options, record["scores"], strict=True):
-        full = lm.tokenizer.encode(context + continuation)
+    pairs = [make_pair(parent, context, " " + option, 0, 0, "") for context, option in CHOICES]
+    for (context, option), found in zip(CHOICES, parent.score(pairs), strict=True):
+        full = lm.tokenizer.encode(f"{context} {option}")
         row = [lm.pretrained.bos_token_id, *full]
         logp = log_softmax(np.asarray(lm.logits(np.array([row]), AttentionMask.causal()), np.float64)[0], axis=-1)
-        first = len(row) - len(full) + len(lm.tokenizer.encode(context))
-        assert found == pytest.approx(-sum(logp[n - 1, row[n]] for n in range(first, len(row))), rel=1e-4)
+        alone = lm.tokenizer.encode(context)
+        shared = next((n for n, (a, b) in enumerate(zip(alone, full, strict=False)) if a != b), len(alone))
+        assert found == pytest.approx(-sum(logp[n - 1, row[n]] for n in range(1 + shared, len(row))), rel=1e-4)
 
 
 def test_generation_follows_the_sampler(lm):

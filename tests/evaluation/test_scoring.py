@@ -33,7 +33,8 @@ def values_of(length, seed=0):
 
 
 def score(sample, values):
-    return float(sample.weights @ values[sample.masked @ (1 << np.arange(sample.masked.shape[1]))])
+    return float(np.mean([half.weights @ values[half.masked @ (1 << np.arange(half.masked.shape[1]))]
+                          for half in sample]))
 
 
 def enumerated(values, length):
@@ -60,28 +61,39 @@ def test_time_masks_are_unbiased(length, num_samples):
     values = values_of(length)
     found = [score(time_masks(length, num_samples, 1, item), values) for item in range(6000)]
     assert abs(np.mean(found) - enumerated(values, length)) < 4 * np.std(found) / len(found) ** 0.5
-    other = time_masks(length + 3, num_samples, 1, 7).masked
-    assert all(any((row == longer[:length]).all() for longer in other) for row in time_masks(
-        length, num_samples, 1, 7).masked)  # common random numbers
+    others = time_masks(length + 3, num_samples, 1, 7)
+    assert all(any((row == longer[:length]).all() for longer in other.masked) for half, other in zip(time_masks(
+        length, num_samples, 1, 7), others, strict=True) for row in half.masked)  # common random numbers
 
 
 @pytest.mark.parametrize(("length", "num_samples"), [(20, 8), (25, 16), (40, 16), (127, 32)])
 def test_bound_masks_weigh_tokens_equally(length, num_samples):
     for item in range(20):
-        sample = bound_masks(length, num_samples, 0, item)
-        counted = sample.weights @ sample.masked
+        halves = bound_masks(length, num_samples, 0, item)
+        assert len(halves) == 2
+        counted = np.mean([half.weights @ half.masked for half in halves], axis=0)
         assert counted.mean() == pytest.approx(1)
         # A token that is masked alone counts length / num_samples at once; no other is far from 1.
         assert np.sort(np.abs(counted - 1))[:-2].max() < 0.5 and counted.std() < 0.4
-        assert sample.masked.any(axis=1).all()
-        assert len(np.unique(sample.masked, axis=0)) == len(sample.masked) <= num_samples
+        for half in halves:
+            assert half.masked.any(axis=1).all()
+            assert len(np.unique(half.masked, axis=0)) == len(half.masked) <= num_samples / 2
+
+
+def test_halves_are_unbiased_by_themselves():
+    values = values_of(7)
+    found = np.array([[score([half], values) for half in bound_masks(7, 16, 1, item)] for item in range(4000)])
+    assert (abs(found.mean(axis=0) - enumerated(values, 7)) < 4 * found.std(axis=0) / len(found) ** 0.5).all()
+    error, estimate = found.mean(axis=1).std(), np.sqrt(np.mean((found[:, 0] - found[:, 1]) ** 2)) / 2
+    assert error < estimate < 4 * error  # each half misses more than both together
 
 
 def test_bound_masks_depend_on_seed_and_item():
     first, again = bound_masks(20, 8, 3, 5), bound_masks(20, 8, 3, 5)
-    np.testing.assert_array_equal(first.masked, again.masked)
+    np.testing.assert_array_equal(first[0].masked, again[0].masked)
     others = bound_masks(20, 8, 4, 5), bound_masks(20, 8, 3, 6)
-    assert all(other.masked.shape != first.masked.shape or (other.masked != first.masked).any() for other in others)
+    assert all(other[0].masked.shape != first[0].masked.shape or (other[0].masked != first[0].masked).any()
+               for other in others)
 
 
 def test_reference_masks_step_by_step():
@@ -93,19 +105,20 @@ def test_reference_masks_step_by_step():
         if masked:  # a step that masks nothing counts as 0
             total += values[sum(1 << position for position in masked)] / len(masked)
     assert score(reference_masks(uniform), values) == pytest.approx(total / 32)
-    assert len(reference_masks(uniform).masked) < 32
+    assert len(reference_masks(uniform)[0].masked) < 32
 
 
 def test_mask_all():
-    assert mask_all(3).masked.tolist() == [[True] * 3] and mask_all(3).weights.tolist() == [1]
+    sample, = mask_all(3)
+    assert sample.masked.tolist() == [[True] * 3] and sample.weights.tolist() == [1]
 
 
 def test_bound_masks_are_uniform_subsets():
     count = dict.fromkeys(itertools.combinations(range(5), 2), 0)
     for item in range(3000):
-        sample = bound_masks(5, 10, 0, item)
-        for row in sample.masked[sample.masked.sum(axis=1) == 2]:
-            count[tuple(np.flatnonzero(row))] += 1
+        for half in bound_masks(5, 10, 0, item):
+            for row in half.masked[half.masked.sum(axis=1) == 2]:
+                count[tuple(np.flatnonzero(row))] += 1
     observed = np.array(list(count.values()))
     assert observed.min() > 0.85 * observed.mean() and observed.max() < 1.15 * observed.mean()
 
@@ -136,7 +149,7 @@ def test_score_of_few_tokens_is_the_enumerated_bound(shift):
     expected = (beta(sizes, 4 - sizes + 1) * masked_nll(model, pair, masks, shift)).sum()
     score = diffusion_score(model, lambda pair: bound_masks(4, 15, 0, pair.item), diffusion=DiffusionSpec(MASK, shift),
                             bos_token_id=BOS)
-    np.testing.assert_allclose(score([pair]), expected, rtol=1e-5)
+    np.testing.assert_allclose(score([pair]), [[expected, expected]], rtol=1e-5)
 
 
 def test_score_is_unbiased():
@@ -146,7 +159,7 @@ def test_score_is_unbiased():
     expected = (beta(sizes, 5 - sizes + 1) * masked_nll(model, pair, masks)).sum()
     score = diffusion_score(model, lambda pair: bound_masks(5, 4, 0, pair.item), diffusion=DiffusionSpec(MASK),
                             bos_token_id=BOS, batch_size=256)
-    found = score([pair._replace(item=item) for item in range(600)])
+    found = score([pair._replace(item=item) for item in range(600)]).mean(axis=1)
     assert abs(found.mean() - expected) < 4 * found.std() / len(found) ** 0.5
 
 
@@ -164,7 +177,7 @@ def test_equal_options_score_equally():
     score = diffusion_score(model, lambda pair: bound_masks(12, 5, 0, pair.item), diffusion=DiffusionSpec(MASK),
                             bos_token_id=BOS)
     first, second = score([pair, pair._replace(option=1)])
-    assert first == pytest.approx(second, rel=1e-6)
+    np.testing.assert_allclose(first, second, rtol=1e-6)
 
 
 def test_reference_score_with_given_noise():
