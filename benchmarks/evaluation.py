@@ -35,12 +35,12 @@ def noise_of(pair: Pair, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, pair.item, pair.option]).random((NUM_PASSES, len(pair.continuation)))
 
 
-def reference_bound_masks(uniform: np.ndarray) -> MaskSample:
+def reference_bound_masks(uniform: np.ndarray) -> list[MaskSample]:
     """The bound from the reference's draws: iid masks at rates t / T, each pass with weight 1 / rate."""
     rates = (NUM_PASSES - np.arange(NUM_PASSES)) / NUM_PASSES
     masked = uniform < rates[:, None]
     some = masked.any(axis=1)
-    return MaskSample(masked[some], 1 / (NUM_PASSES * rates[some]))
+    return [MaskSample(masked[some], 1 / (NUM_PASSES * rates[some]))]
 
 
 def speed(args: argparse.Namespace) -> dict:
@@ -95,7 +95,7 @@ def speed(args: argparse.Namespace) -> dict:
     seconds = harness.time_in_turns({name: lambda _, name=name: run(name) for name in sides}, args.repeats)
     np.testing.assert_allclose(found["ours"], found["pytorch"], rtol=2e-4)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    passes = sum(len(reference_masks(noise_of(pair, 0)).masked) for pair in pairs)
+    passes = sum(len(half.masked) for pair in pairs for half in reference_masks(noise_of(pair, 0)))
     result = {"seconds": seconds, "items_per_second": {name: args.items / value for name, value in median.items()},
               "ratio": median["pytorch"] / median["ours"],
               "passes": {"pytorch": NUM_PASSES * len(pairs), "ours": passes}}
@@ -109,18 +109,19 @@ def speed(args: argparse.Namespace) -> dict:
 def error(args: argparse.Namespace) -> dict:
     """The variance of differences between options, per forward pass."""
     from dlm_jax import DiffusionLM
+    from dlm_jax.evaluation.eval_model import make_pair
     from dlm_jax.evaluation.make_eval_model import make_eval_model
-    from dlm_jax.evaluation.run import pairs_of
     from dlm_jax.evaluation.scoring import diffusion_score
-    from dlm_jax.evaluation.tasks import TASKS, load_items
+    from dlm_jax.evaluation.task_loading import load_tasks
 
     lm = DiffusionLM.from_pretrained(args.model)
-    eval_model, task = make_eval_model(lm.pretrained, "model"), TASKS[args.task]
-    items = load_items(task, args.data, limit=args.items)
-    asked = [pairs_of(eval_model, task, item, number) for number, item in enumerate(items)]
-    pairs = [pair for item in asked for pair in item]
+    eval_model = make_eval_model(lm.pretrained, "model")
+    task = load_tasks([args.task], data_files={args.task: args.data}, num_fewshot=0).tasks[args.task]
+    docs = [task.eval_docs[number] for number in range(args.items)]
+    pairs = [make_pair(eval_model, task.doc_to_text(doc), f" {choice}", number, option, args.task)
+             for number, doc in enumerate(docs) for option, choice in enumerate(task.doc_to_choice(doc))]
     lengths = np.array([len(pair.continuation) for pair in pairs])
-    rules: dict[str, tuple[int, Callable[[int], Callable[[Pair], MaskSample]], np.ndarray]] = {
+    rules: dict[str, tuple[int, Callable[[int], Callable[[Pair], list[MaskSample]]], np.ndarray]] = {
         "reference": (NUM_PASSES, lambda seed: lambda pair: reference_masks(noise_of(pair, seed)), np.ones(len(pairs))),
         "bound, reference's draws": (NUM_PASSES, lambda seed: lambda pair: reference_bound_masks(noise_of(pair, seed)),
                                    1 / lengths)}
@@ -135,13 +136,13 @@ def error(args: argparse.Namespace) -> dict:
     for name, (count, rule, scale) in rules.items():
         found = np.stack([diffusion_score(
             lm.model, rule(seed), diffusion=lm.diffusion,
-            bos_token_id=lm.pretrained.bos_token_id, batch_size=args.batch_size)(pairs) * scale
+            bos_token_id=lm.pretrained.bos_token_id, batch_size=args.batch_size)(pairs).mean(axis=1) * scale
             for seed in range(args.repeats)])  # nats a token, [repeats, pairs]
         gaps = found[:, first] - found[:, zero]
         noise = gaps.var(axis=0, ddof=1).mean()
         spread = gaps.mean(axis=0).var() - noise / args.repeats
         result[name] = {"num_samples": count, "error_nats_per_token": noise**0.5, "spread": spread**0.5,
-                        "passes": float(np.mean([len(rule(0)(pair).masked) for pair in pairs])),
+                        "passes": float(np.mean([sum(len(half.masked) for half in rule(0)(pair)) for pair in pairs])),
                         "relative_variance": noise / spread}
         row = result[name]
         row["passes_for_equal_error"] = (row["passes"] * row["relative_variance"]

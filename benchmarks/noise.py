@@ -87,21 +87,21 @@ def of_loss(lm: DiffusionLM, tokens: np.ndarray, num_draws: int) -> dict[str, di
     return result
 
 
-def from_times(length: int, times: np.ndarray, rng: np.random.Generator) -> MaskSample:
+def from_times(length: int, times: np.ndarray, rng: np.random.Generator) -> list[MaskSample]:
     """Independent masks at given rates, each pass with weight 1 / rate."""
     masked = rng.random((len(times), length)) < times[:, None]
     some = masked.any(axis=1)
-    return MaskSample(masked[some], 1 / (len(times) * times[some]))
+    return [MaskSample(masked[some], 1 / (len(times) * times[some]))]
 
 
-def from_counts(length: int, fractions: np.ndarray, rng: np.random.Generator) -> MaskSample:
+def from_counts(length: int, fractions: np.ndarray, rng: np.random.Generator) -> list[MaskSample]:
     """l tokens of each pass, l the given fraction of 1 .. length; weight length / l."""
     number = np.minimum(1 + np.floor(fractions * length).astype(int), length)
     order = np.argsort(rng.random((len(number), length)), axis=1)
-    return MaskSample(order < number[:, None], length / number / len(number))
+    return [MaskSample(order < number[:, None], length / number / len(number))]
 
 
-RULES: dict[str, Callable[[int, int, int, int], MaskSample]] = {
+RULES: dict[str, Callable[[int, int, int, int], list[MaskSample]]] = {
     "independent times": lambda length, passes, seed, row: from_times(
         length, (rng := np.random.default_rng([seed, row])).random(passes), rng),
     "the reference's evaluation, a grid of times": lambda length, passes, seed, row: from_times(
@@ -125,7 +125,7 @@ def of_bound(lm: DiffusionLM, tokens: np.ndarray, num_draws: int, passes: int) -
     for name, rule in RULES.items():
         found = np.stack([diffusion_score(
             lm.model, lambda pair, seed=seed, rule=rule: rule(length, passes, seed, pair.item),
-            diffusion=lm.diffusion, batch_size=32)(pairs) / length
+            diffusion=lm.diffusion, batch_size=32)(pairs).mean(axis=1) / length
             for seed in tqdm(range(num_draws), desc=name, leave=False, disable=None)])  # [draws, rows]
         variance = found.var(axis=0, ddof=1).mean()
         result[name] = {"mean": float(found.mean()), "error": float(variance**0.5),

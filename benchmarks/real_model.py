@@ -25,7 +25,7 @@ from dlm_jax.storage import write_json
 from dlm_jax.training import read_records
 
 PARENT = "the parent"
-TASKS = ("hellaswag", "piqa", "winogrande", "lambada", "text")
+TASKS = ("hellaswag", "piqa", "winogrande", "lambada_openai", "text")
 PROMPTS = ("Once upon a time, there was", "The city of Paris is known for", "def add(a, b):")
 COLORS = ("#1b6ca8", "#d1495b", "#edae49", "#00798c")
 
@@ -51,7 +51,7 @@ def bounds(name: str, source: str, args: argparse.Namespace) -> dict[str, dict[s
 
 
 def tasks(name: str, source: str, args: argparse.Namespace) -> dict:
-    """Returns the summaries of all tasks for a model and the parent."""
+    """Returns the results of all tasks for a model and the parent, under their names here."""
     summary = {}
     for task in TASKS:
         out = args.work / f"{task}-{name}.json".replace(" ", "_")
@@ -60,8 +60,11 @@ def tasks(name: str, source: str, args: argparse.Namespace) -> dict:
                           f"--limit={args.limit}", f"--data_dir={args.data_dir}", "--batch_size=32",
                           f"--dtype={args.dtype}", *(["--data_files", f"text={file}"] if task == "text" else []))
         summary |= result["tasks"]
+    names = (name, PARENT)
     for found in summary.values():
-        found["models"] = dict(zip((name, PARENT), found["models"].values(), strict=True))
+        for metric in found["metrics"].values():
+            metric["models"] = dict(zip(names, metric["models"].values(), strict=True))
+        found["costs"] = dict(zip(names, found["costs"].values(), strict=True))
     return summary
 
 
@@ -154,7 +157,7 @@ def main() -> None:
         print(harness.row(name, *(f"{one['nats_per_token']:.3f}" + (f" ± {one['standard_error']:.3f}" if
                                   one["standard_error"] else "") for one in found["bounds"].values())))
     for name in args.models:
-        print("\n" + table(results[name]["tasks"], [name, PARENT], markdown=True))
+        print("\n" + table({"models": [name, PARENT], "tasks": results[name]["tasks"], "groups": {}}, markdown=True))
     print("\n" + harness.table_head("model", "way", "tokens per second", "forward passes per text"))
     for name, found in results.items():
         for way, speed in found["speeds"].items():

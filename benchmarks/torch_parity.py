@@ -2,27 +2,33 @@
 
     python benchmarks/torch_parity.py --model=smollm2.gguf --data_dir=DIR
 
-DIR holds a folder per task, as for `dlm evaluate`. PyTorch reads the model by itself (transformers); both score the
-same token ids, in float32 and from left to right.
+DIR holds a folder per task, as for `dlm evaluate`. PyTorch reads the model by itself (transformers). Tasks are
+lm-eval's, by our adapter and by lm-eval's own backend `hf`, on the same items, in float32 and from left to right; both
+put the same token at position 0. Seconds are those of whole tasks, with compilation.
 """
 
 import argparse
+import copy
 import pathlib
+import time
 from collections.abc import Sequence
 
 import harness
 import numpy as np
 import torch
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate as lm_eval_evaluate
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from dlm_jax import AttentionMask, DiffusionLM
-from dlm_jax.evaluation.eval_model import EvalModel, Pair, make_pair
-from dlm_jax.evaluation.items import Item
+from dlm_jax.evaluation.lm_eval import LmEvalAdapter
 from dlm_jax.evaluation.make_eval_model import make_eval_model
-from dlm_jax.evaluation.run import pairs_of
-from dlm_jax.evaluation.tasks import Task, find_file, find_task, load_items
+from dlm_jax.evaluation.run import quiet
+from dlm_jax.evaluation.task_loading import load_tasks
 
-TASKS = ("hellaswag", "piqa", "winogrande", "siqa", "lambada")
+TASKS = ("hellaswag", "piqa", "winogrande", "social_iqa", "lambada_openai", "gsm8k")
+METRICS = ("acc", "exact_match")
 PROMPTS = ("Once upon a time", "The capital of France is", "def fibonacci(n):\n", "Q: What is 17 + 25?\nA:",
            "In 1905, Albert Einstein")
 NEW_TOKENS = 32
@@ -36,18 +42,23 @@ def load_torch(path: pathlib.Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
 
 
-def torch_score(model: torch.nn.Module, start: int | None, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns -log p(continuation | context) of each pair, in nats, and whether greedy decoding gives it."""
-    scores, greedy = [], []
-    for pair in pairs:
-        head = () if start is None or not pair.add_bos else (start,)
-        row = torch.tensor([*head, *pair.context, *pair.continuation])
-        with torch.inference_mode():
-            logits = model(row[None]).logits[0, -len(pair.continuation) - 1 : -1]
-        targets = row[-len(pair.continuation):]
-        scores.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
-        greedy.append(torch.equal(logits.argmax(-1), targets))
-    return np.array(scores), np.array(greedy)
+class Peer(HFLM):
+    """lm-eval's own backend, whose rows begin with the token that ours begin with."""
+
+    start: int | None = None
+
+    def tok_encode(self, string: str | list[str], *args: object, **settings: object) -> list:
+        found = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        head = [] if self.start is None else [self.start]
+        return head + found if isinstance(string, str) else [head + row for row in found]
+
+    def tok_batch_encode(self, strings: list[str], left_truncate_len: int | None = None,
+                         **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.tok_encode(strings)
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return ids, mask
 
 
 def compare_logits(lm: DiffusionLM, model: torch.nn.Module, texts: Sequence[str]) -> dict[str, float]:
@@ -76,45 +87,59 @@ def compare_greedy(lm: DiffusionLM, model: torch.nn.Module) -> dict[str, object]
     return {"prompts": len(PROMPTS), "new tokens": NEW_TOKENS, "equal": equal, "ours": list(ours), "theirs": theirs}
 
 
-def compare_task(task: Task, items: Sequence[Item], eval_model: EvalModel, model: torch.nn.Module,
-                 start: int | None) -> dict[str, object]:
-    """Returns the accuracies of both models, on how many items they choose the same, and how their scores differ.
+def compare_task(name: str, ours: dict, theirs: dict) -> dict[str, object]:
+    """Returns the metrics of both, on how many items they agree, and how the scores of options differ.
 
-    The choice is the option with the best score per byte; of LAMBADA it is whether greedy decoding gives the word.
+    Args:
+      ours, theirs: {"samples", "results", "seconds"} of the task.
     """
-    choice = task.kind == "choice"
-    rows = [pairs_of(eval_model, task, item, number) if choice else
-            [make_pair(eval_model, item.prompt, item.solution, number, 0, task.name)]
-            for number, item in enumerate(items)]
-    flat = [pair for row in rows for pair in row]
-    ours, (theirs, greedy) = np.array(eval_model.score(flat)), torch_score(model, start, flat)
-    if choice:
-        ends = np.cumsum([len(row) for row in rows])[:-1]
-        sizes = np.array([len(text.encode()) for item in items for _, text in item.options])
-        gold = np.array([item.gold for item in items])
-        picks = [np.array([part.argmin() for part in np.split(scores / sizes, ends)]) for scores in (ours, theirs)]
-    else:
-        gold, picks = np.ones(len(items)), [np.array(eval_model.is_greedy(flat)), greedy]
-    return {"task": task.name, "items": len(items), "accuracy": float(np.mean(picks[0] == gold)),
-            "accuracy, PyTorch": float(np.mean(picks[1] == gold)), "same choice": int(np.sum(picks[0] == picks[1])),
-            "largest difference of scores, nats": float(np.abs(ours - theirs).max())}
+    pairs = list(zip(ours["samples"], theirs["samples"], strict=True))
+    assert all(one["arguments"] == other["arguments"] for one, other in pairs)
+    metric = next(metric for metric in METRICS if metric in pairs[0][0])
+    gaps = [abs(a[0] - b[0]) for one, other in pairs for a, b in zip(
+        one["filtered_resps"], other["filtered_resps"], strict=True) if isinstance(a, (tuple, list))]
+    texts = [one["resps"] == other["resps"] for one, other in pairs] if not gaps else []
+    return {"task": name, "items": len(pairs), "metric": metric,
+            "dlm_jax": sum(one[metric] for one, _ in pairs) / len(pairs),
+            "lm-eval's hf": sum(other[metric] for _, other in pairs) / len(pairs),
+            "same": sum(one[metric] == other[metric] for one, other in pairs),
+            "largest difference, nats": max(gaps, default=None), "same text": sum(texts) if texts else None,
+            "seconds": ours["seconds"], "seconds of hf": theirs["seconds"],
+            "ratio": theirs["seconds"] / ours["seconds"]}
+
+
+def run_task(lm: LM, name: str, args: argparse.Namespace) -> dict:
+    """Evaluates a model on a task by lm-eval; returns its samples, results and seconds."""
+    tasks = load_tasks([name], data_dir=args.data_dir, num_fewshot=0)
+    settings = tasks.tasks[name].config.generation_kwargs
+    if settings is not None:
+        settings["max_gen_toks"] = args.max_gen_toks
+    started = time.perf_counter()
+    with quiet():
+        found = lm_eval_evaluate(lm=lm, task_dict=tasks.loaded, limit=args.limit, bootstrap_iters=0, log_samples=True)
+    return {"samples": found["samples"][name], "results": found["results"][name],
+            "seconds": time.perf_counter() - started}
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, limit=100)
+    parser = harness.parser(__doc__, limit=100, max_gen_toks=64, batch_size=16)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a directory or a GGUF file")
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--name", default="torch_parity", help="of the results file")
     args: argparse.Namespace = parser.parse_args()
     lm, model = DiffusionLM.from_pretrained(args.model), load_torch(args.model)
-    eval_model = make_eval_model(lm.pretrained, "dlm_jax", autoregressive=True)
-    start = lm.pretrained.start_token_id
+    ours = LmEvalAdapter(make_eval_model(lm.pretrained, "dlm_jax", autoregressive=True, batch_size=args.batch_size))
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    theirs = Peer(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
+    theirs.start = lm.pretrained.start_token_id
     tasks, texts = [], []
     for name in TASKS:
-        task = find_task(name)
-        items = load_items(task, find_file(task, args.data_dir), limit=args.limit)
-        texts += [item.shown for item in items[:4]]
-        tasks.append(compare_task(task, items, eval_model, model, start))
+        run_task(ours, name, argparse.Namespace(**vars(args) | {"limit": 2}))  # compilation of some widths
+        both = [run_task(one, name, args) for one in (ours, theirs)]
+        texts += [sample["arguments"][0][0] for sample in both[0]["samples"][:4]]
+        tasks.append(compare_task(name, *both))
+        print(tasks[-1], flush=True)
     logits, greedy = compare_logits(lm, model, texts), compare_greedy(lm, model)
     print(f"logits: they differ by at most {logits['largest difference']:.1e} (the largest is "
           f"{logits['largest logit']:.1f}) on {logits['texts']} texts\n"

@@ -11,33 +11,34 @@ from typing import Any
 # Table 1 of arXiv 2410.17891 in percent: (model, parent).
 PAPER: dict[str, dict[tuple[str, str], tuple[float, float]]] = {
     "diffugpt-s": {
-        ("triviaqa", "contains"): (2.0, 4.0), ("lambada", "last word"): (21.6, 25.9),
-        ("hellaswag", "accuracy"): (33.4, 29.9), ("winogrande", "accuracy"): (50.8, 48.5),
-        ("siqa", "accuracy"): (37.0, 35.7), ("piqa", "accuracy"): (57.7, 62.1), ("rocstories", "rouge1"): (13.7, 7.8),
+        ("triviaqa", "contains"): (2.0, 4.0), ("lambada_openai", "last word"): (21.6, 25.9),
+        ("hellaswag", "acc"): (33.4, 29.9), ("winogrande", "acc"): (50.8, 48.5),
+        ("social_iqa", "acc"): (37.0, 35.7), ("piqa", "acc"): (57.7, 62.1), ("rocstories", "rouge1"): (13.7, 7.8),
         ("rocstories", "rouge2"): (1.4, 0.8), ("rocstories", "rougeL"): (12.6, 7.4),
-        ("humaneval_infilling", "pass_at_1"): (0.3, 1.6)},
+        ("humaneval_fim_single_line", "pass@1"): (0.3, 1.6)},
     "diffugpt-m": {
-        ("triviaqa", "contains"): (3.8, 6.7), ("lambada", "last word"): (30.3, 37.7),
-        ("hellaswag", "accuracy"): (37.2, 38.3), ("winogrande", "accuracy"): (52.6, 50.7),
-        ("siqa", "accuracy"): (39.0, 37.7), ("piqa", "accuracy"): (59.6, 67.4), ("rocstories", "rouge1"): (18.7, 8.6),
+        ("triviaqa", "contains"): (3.8, 6.7), ("lambada_openai", "last word"): (30.3, 37.7),
+        ("hellaswag", "acc"): (37.2, 38.3), ("winogrande", "acc"): (52.6, 50.7),
+        ("social_iqa", "acc"): (39.0, 37.7), ("piqa", "acc"): (59.6, 67.4), ("rocstories", "rouge1"): (18.7, 8.6),
         ("rocstories", "rouge2"): (2.7, 0.9), ("rocstories", "rougeL"): (17.0, 8.2),
-        ("humaneval_infilling", "pass_at_1"): (2.9, 2.6)},
+        ("humaneval_fim_single_line", "pass@1"): (2.9, 2.6)},
     "diffullama": {
-        ("triviaqa", "contains"): (18.5, 45.4), ("lambada", "last word"): (53.9, 68.8),
-        ("hellaswag", "accuracy"): (58.7, 74.9), ("winogrande", "accuracy"): (56.4, 67.1),
-        ("siqa", "accuracy"): (43.2, 44.8), ("piqa", "accuracy"): (63.3, 78.3), ("rocstories", "rouge1"): (23.3, 11.6),
+        ("triviaqa", "contains"): (18.5, 45.4), ("lambada_openai", "last word"): (53.9, 68.8),
+        ("hellaswag", "acc"): (58.7, 74.9), ("winogrande", "acc"): (56.4, 67.1),
+        ("social_iqa", "acc"): (43.2, 44.8), ("piqa", "acc"): (63.3, 78.3), ("rocstories", "rouge1"): (23.3, 11.6),
         ("rocstories", "rouge2"): (5.5, 2.1), ("rocstories", "rougeL"): (21.2, 10.5),
-        ("humaneval_infilling", "pass_at_1"): (15.5, 1.7)},
+        ("humaneval_fim_single_line", "pass@1"): (15.5, 1.7)},
 }
-LAST_WORD = {"reference": "stripped_match", "default": "first_word"}
+# What lm-eval measures instead.
+OURS = {("triviaqa", "contains"): "exact_match, remove_whitespace", ("lambada_openai", "last word"): "acc"}
 
 
 def scores(folder: pathlib.Path, name: str) -> list[str]:
-    """Returns a table of the measured tasks: paper, reference protocol, ours; the model, then its parent."""
+    """Returns a table of the measured tasks: paper, the paper's task, lm-eval's; the model, then its parent."""
     found = {protocol: json.loads((folder / f"{name}.{protocol}.json").read_text())
              for protocol in ("reference", "default")}
-    lines = [f"## {name}", "", "| task | metric | items | paper | reference protocol | ours | parent: paper | "
-             "reference protocol | ours |", "|" + " --- |" * 9]
+    lines = [f"## {name}", "", "| task | metric | items | paper | the paper's task | lm-eval's | parent: paper | "
+             "the paper's task | lm-eval's |", "|" + " --- |" * 9]
     for (task, metric), paper in PAPER[name].items():
         if task in found["default"]["tasks"]:
             measured = [cell(found[protocol], task, metric, protocol, which)
@@ -50,8 +51,12 @@ def scores(folder: pathlib.Path, name: str) -> list[str]:
 
 def cell(result: dict[str, Any], task: str, metric: str, protocol: str, which: int) -> str:
     """Returns a mean with its standard error, in percent."""
-    model = result["models"][which]
-    mean = result["tasks"][task]["models"][model][LAST_WORD[protocol] if metric == "last word" else metric]
+    if protocol == "reference":
+        task = f"diffullama_{task.removesuffix('_openai')}"
+        metric = "stripped_match" if metric == "last word" else metric
+    else:
+        metric = OURS.get((task, metric), metric)
+    mean = result["tasks"][task]["metrics"][metric]["models"][result["models"][which]]
     error = "" if mean["standard_error"] is None else f" ± {100 * mean['standard_error']:.1f}"
     return f"{100 * mean['mean']:.1f}{error}"
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Measures the published checkpoints of DiffuGPT and DiffuLLaMA (arXiv 2410.17891) and their parents: the paper's table,
-# under the protocol of the DiffuLLaMA reference implementation and under ours, with standard errors; the likelihood of
-# a text; and, given the reference implementation, the difference of the logits of both codes.
+# by the tasks of the DiffuLLaMA reference implementation and by lm-eval's, with standard errors; the likelihood of a
+# text; and, given the reference implementation, the difference of the logits of both codes.
 #   bash launch/reproduce_paper.sh [FLAG...]
 # It needs a network, or copies under --checkpoints and --data_dir; Llama 2 needs a hub account that may read it. GSM8K
 # is not among the tasks: the paper's models are fine-tuned for it. The same command resumes. It sets its environment
 # up, unless the variable PYTHON names an interpreter. Flags:
-#   --tasks=NAME,...         default hellaswag,winogrande,siqa,piqa,lambada,triviaqa, which the hub has; rocstories and
-#                            humaneval_infilling need --data_dir
+#   --tasks=NAME,...         default hellaswag,winogrande,social_iqa,piqa,lambada_openai,triviaqa, which the hub has;
+#                            rocstories needs --data_dir, humaneval_fim_single_line bubblewrap
 #   --data_dir=DIR           the tasks' files, instead of the hub
 #   --limit=N                items per task (default all)
-#   --allow_code_execution   for humaneval_infilling
+#   --allow_code_execution   for humaneval_fim_single_line
 #   --data=FILE              a text to measure the likelihood of: a file, a glob, a directory made by `dlm prepare`,
 #                            tfds:NAME or hf:NAME (default none)
 #   --models=NAME,...        among diffugpt-s, diffugpt-m, diffullama (default all three)
@@ -27,7 +27,7 @@ source "$root/launch/lib.sh"
 
 # shellcheck disable=SC2034
 data='' models=diffugpt-s,diffugpt-m,diffullama checkpoints='' reference='' reference_python=python3 \
-    output=reproduction tasks=hellaswag,winogrande,siqa,piqa,lambada,triviaqa data_dir='' \
+    output=reproduction tasks=hellaswag,winogrande,social_iqa,piqa,lambada_openai,triviaqa data_dir='' \
     limit='' allow_code_execution='' batch_size='' num_rows='' num_masks='' length='' dtype='' mesh='' dry_run=''
 parse_flags "data models checkpoints reference reference_python output tasks data_dir limit batch_size num_rows \
     num_masks length dtype mesh" "dry_run allow_code_execution" "" "$@"
@@ -61,11 +61,14 @@ likelihood() {  # MODEL OBJECTIVE RESULT FLAG...
     run "${PYTHON:-python}" -m dlm_jax.cli.main evaluate --model="$1" --objective="$2" --data "$data" --json="$3" \
         "${shared[@]}" "${of_text[@]}" "${@:4}" > /dev/null
 }
-scores() {  # MODEL PARENT PROTOCOL RESULT
+scores() {  # MODEL PARENT TASKS RESULT
     [ -n "$dry_run" ] || [ ! -e "$4" ] || return 0
-    note "$1, tasks, protocol $3"
-    run "${PYTHON:-python}" -m dlm_jax.cli.main evaluate --model="$1" --parent="$2" --tasks="$tasks" --protocol="$3" \
-        --out="$4" "${shared[@]}" "${of_tasks[@]}" > /dev/null
+    note "$1, $3"
+    run "${PYTHON:-python}" -m dlm_jax.cli.main evaluate --model="$1" --parent="$2" --tasks="$3" --out="$4" \
+        "${shared[@]}" "${of_tasks[@]}" > /dev/null
+}
+of_paper() {  # the names of the same tasks as the paper's scripts ask them
+    sed -e 's/lambada_openai/lambada/g' -e 's/[^,]*/diffullama_&/g' <<< "$tasks"
 }
 
 IFS=, read -ra names <<< "$models"
@@ -79,7 +82,7 @@ if [ -z "$dry_run${PYTHON:-}" ]; then
     here=$PWD
     cd "$root"
     source launch/setup_env.sh
-    setup_env datasets >&2
+    setup_env evaluation >&2
     cd "$here"
 fi
 run mkdir -p "$output"
@@ -99,6 +102,7 @@ for name in "${names[@]}"; do
         likelihood "$base" autoregressive "$output/$name.text.parent.json"
         likelihood "$model" diffusion "$output/$name.text.json" ${num_masks:+--num_masks="$num_masks"}
     fi
-    for protocol in reference default; do scores "$model" "$base" "$protocol" "$output/$name.$protocol.json"; done
+    scores "$model" "$base" "$(of_paper)" "$output/$name.reference.json"
+    scores "$model" "$base" "$tasks" "$output/$name.default.json"
 done
 run "${PYTHON:-python}" "$root/launch/paper_table.py" "$output" "${names[@]}"

@@ -55,15 +55,17 @@ def test_dry_run_lists_the_measurements():
     parent, own, reference, default = [line for line in lines if "evaluate" in line]
     assert {"--model=gpt2-medium", "--objective=autoregressive"} <= set(parent) and "--num_masks=4" not in parent
     assert {"--model=diffusionfamily/diffugpt-m", "--num_masks=4", "--num_rows=8", "some text.txt"} <= set(own)
-    for line, protocol in ((reference, "reference"), (default, "default")):
-        assert {"--model=diffusionfamily/diffugpt-m", "--parent=gpt2-medium", f"--protocol={protocol}",
-                "--tasks=hellaswag,winogrande,siqa,piqa,lambada,triviaqa"} <= set(line)
+    names = "hellaswag,winogrande,social_iqa,piqa,lambada,triviaqa".split(",")
+    for line, tasks in ((reference, ",".join(f"diffullama_{name}" for name in names)),
+                        (default, ",".join(names).replace("lambada", "lambada_openai"))):
+        assert {"--model=diffusionfamily/diffugpt-m", "--parent=gpt2-medium", f"--tasks={tasks}"} <= set(line)
         assert not {"--num_rows=8", "--num_masks=4", "--data"} & set(line)
 
 
 def test_without_a_text_only_tasks_are_measured():
-    asked = ["--tasks=piqa", "--limit=3", "--data_dir=my tasks", "--batch_size=4"]
-    lines = [shlex.split(line) for line in script("--models=diffugpt-s", *asked, "--dry-run").stdout.splitlines()]
+    asked = ["--limit=3", "--data_dir=my tasks", "--batch_size=4"]
+    done = script("--models=diffugpt-s", "--tasks=piqa", *asked, "--dry-run")
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert [set(asked) <= set(line) for line in lines if "evaluate" in line] == [True, True]
 
 
@@ -99,7 +101,7 @@ def test_measures_a_published_checkpoint_and_its_parent(tmp_path):
     done = script(f"--data={ROOT / 'assets/stories-text/heldout.jsonl'}", "--models=diffugpt-s",
                   f"--checkpoints={checkpoints}", f"--reference={tmp_path / 'reference'}",
                   f"--reference_python={sys.executable}", f"--output={output}",
-                  f"--data_dir={tmp_path / 'tasks'}", "--tasks=piqa,lambada,rocstories", "--limit=2",
+                  f"--data_dir={tmp_path / 'tasks'}", "--tasks=piqa,lambada_openai,rocstories", "--limit=2",
                   "--num_rows=4", "--num_masks=2", "--length=64", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     assert json.loads((output / "diffugpt-s.parity.json").read_text())["max_difference"] < 1e-3
@@ -112,9 +114,10 @@ def test_measures_a_published_checkpoint_and_its_parent(tmp_path):
     assert found["reference"]["settings"]["num_masks"] == 32
     rows = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in table.splitlines()}
     for which, column in ((0, 4), (1, 7)):
-        for place, (protocol, metric) in enumerate((("reference", "stripped_match"), ("default", "first_word"))):
+        for place, (protocol, task, metric) in enumerate((("reference", "diffullama_lambada", "stripped_match"),
+                                                          ("default", "lambada_openai", "acc"))):
             model = found[protocol]["models"][which]
-            mean = found[protocol]["tasks"]["lambada"]["models"][model][metric]["mean"]
-            assert rows["| lambada", "last word"][column + place].startswith(f"{100 * mean:.1f} ± ")
-    assert rows["| piqa", "accuracy"][2:4] == ["2", "57.7"] and rows["| piqa", "accuracy"][6] == "62.1"
+            mean = found[protocol]["tasks"][task]["metrics"][metric]["models"][model]["mean"]
+            assert rows["| lambada_openai", "last word"][column + place].startswith(f"{100 * mean:.1f} ± ")
+    assert rows["| piqa", "acc"][2:4] == ["2", "57.7"] and rows["| piqa", "acc"][6] == "62.1"
     assert ("| rocstories", "rougeL") in rows and "hellaswag" not in table
