@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from dlm_jax.sampling import SamplerConfig
 
 PACKAGES = ("dlm-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "lm-eval")
-GENERATION_FLAGS = ("num_steps", "policy", "threshold", "block_length")  # how a diffusion model generates
+_DIFFUSION_FLAGS = ("num_steps", "policy", "threshold", "block_length")  # how a diffusion model generates
+GENERATION_FLAGS = (*_DIFFUSION_FLAGS, "drafter")
 TASK_DEFAULTS = {"data_dir": None, "data_files": None, "include_path": None, "mc_estimator": "mask_count",
                  "limit": None, "parent": None, "judge": None, "num_fewshot": None, "apply_chat_template": False,
                  "allow_code_execution": False, "out": None}
@@ -63,6 +64,8 @@ def add_generation_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals "
                         "(default 0.9)")
     parser.add_argument("--block_length", type=int, help="generate blocks of this many tokens from left to right")
+    parser.add_argument("--drafter", help="what guesses the next tokens of an autoregressive model, as for `dlm "
+                        "sample`: its texts stay the same")
 
 
 def run_tasks(arguments: argparse.Namespace) -> None:
@@ -80,7 +83,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     with quiet():
         tasks = load_tasks(names, data_dir=arguments.data_dir, data_files=files, include_path=arguments.include_path,
                            num_fewshot=arguments.num_fewshot, sandbox=sandbox)
-    generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.tasks.values())
+    generates = any(getattr(task, "generates", task.OUTPUT_TYPE == "generate_until") for task in tasks.tasks.values())
     judged = [name for name, task in tasks.tasks.items() if type(task).__name__ == "OpenEndedTask"]
     _check_tasks(arguments, generates, judged)
     models = _load_eval_models(arguments, reference)
@@ -122,11 +125,14 @@ def sampler_of(arguments: argparse.Namespace, autoregressive: bool = False) -> "
     from dlm_jax.sampling import SamplerConfig
 
     if autoregressive:
-        for name in GENERATION_FLAGS:
+        for name in _DIFFUSION_FLAGS:
             if getattr(arguments, name) is not None:
                 raise ConfigError(f"--{name} is for diffusion models, and this one is evaluated as autoregressive; "
                                   "leave it out")
-        return SamplerConfig("autoregressive", temperature=0.0)
+        return SamplerConfig("autoregressive", temperature=0.0, drafter=arguments.drafter or "none")
+    if arguments.drafter is not None:
+        raise ConfigError("--drafter is for models that generate from left to right; use --objective=autoregressive, "
+                          "or leave it out")
     if arguments.policy == "autoregressive":
         raise ConfigError("--policy=autoregressive is not for diffusion models; use "
                           "--objective=autoregressive")
@@ -181,7 +187,7 @@ def _load_eval_models(arguments: argparse.Namespace, reference: bool) -> "list[t
     autoregressive = arguments.objective == "autoregressive" or lm.pretrained.is_autoregressive
     sampler = sampler_of(arguments, autoregressive)
     model = make_eval_model(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
-                            autoregressive=autoregressive)
+                            autoregressive=autoregressive, network=lm.model_with_drafter(sampler.drafter))
     if arguments.parent is None:
         return [(model, lm)]
     return [(model, lm),

@@ -19,13 +19,14 @@ from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, sample_rows
 from dlm_jax.sampling.batching import SamplingStats
 from dlm_jax.sampling.gap_length import infer_gap_lengths
+from dlm_jax.sampling.spec import Network
 from dlm_jax.sampling.text import Segment, decode, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def make_generate(model: Transformer, tokenizer: "PreTrainedTokenizerBase", config: SamplerConfig, *,
+def make_generate(model: Network, tokenizer: "PreTrainedTokenizerBase", config: SamplerConfig, *,
                   diffusion: DiffusionSpec, bos_token_id: int, eos_token_id: int | None, seed: int = 0,
                   batch_size: int = 16, mesh: Mesh | None = None, keep_bos: bool = True,
                   stats: SamplingStats | None = None) -> Generate:

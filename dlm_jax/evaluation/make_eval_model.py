@@ -24,6 +24,7 @@ from dlm_jax.evaluation.scoring import (
 )
 from dlm_jax.sampling import SamplerConfig
 from dlm_jax.sampling.batching import SamplingStats
+from dlm_jax.sampling.spec import Network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,8 @@ MC_ESTIMATORS = {"mask_count": bound_masks, "time": time_masks}
 
 def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool = False, reference: bool = False,
                     num_samples: int = 16, seed: int = 0, mc_estimator: str = "mask_count",
-                    sampler: SamplerConfig | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> EvalModel:
+                    sampler: SamplerConfig | None = None, network: Network | None = None, batch_size: int = 16,
+                    mesh: Mesh | None = None) -> EvalModel:
     """Returns a pretrained model as an `EvalModel`, either as a diffusion or as an autoregressive model.
 
     An autoregressive model has exact scores and generates from left to right.
@@ -46,6 +48,7 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
       num_samples: forward passes per option of a diffusion model; fewer where masks repeat.
       sampler: how texts are generated. The tasks set its temperature and number of steps. None: by confidence, or from
         left to right.
+      network: the model joined with the drafter that the sampler names; None: no drafter of its own parameters.
 
     Raises:
       ConfigError: the checkpoint has no tokenizer, no BOS or EOS token for position 0, or, for a diffusion model, no
@@ -76,7 +79,7 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
     encode = functools.partial(_encode, tokenizer, None if reference else bos_token_id)
     encode_special = functools.partial(_encode_special, tokenizer)
     stats = SamplingStats()
-    generate = make_generate(pretrained.model, tokenizer,
+    generate = make_generate(network or pretrained.model, tokenizer,
                              sampler or SamplerConfig("autoregressive" if autoregressive else "confidence"),
                              diffusion=diffusion, bos_token_id=bos_token_id, eos_token_id=pretrained.eos_token_id,
                              seed=seed, stats=stats,

@@ -26,9 +26,11 @@ class OwnTask(ConfigurableTask):
     """A task whose requests lm-eval does not know; its options are under `metadata`.
 
     Attributes:
+      generates: whether models write texts for it.
       execute: runs programs; the loader of tasks sets it where the user allows that.
     """
 
+    generates = True
     execute: Callable[[Sequence[Program]], list[Outcome]]
 
     def __init__(self, config: dict[str, Any]):
@@ -83,6 +85,8 @@ class InfillingTask(OwnTask):
 
 class ReconstructionTask(OwnTask):
     """The masked tokens of a text whose top-1 prediction is right, at several ratios."""
+
+    generates = False
 
     def construct_requests(self, doc: Doc, ctx: str, metadata: tuple, **_: object) -> Instance:
         return self._request("reconstruct", doc, (self.doc_to_target(doc),), metadata)

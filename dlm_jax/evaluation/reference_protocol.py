@@ -68,6 +68,8 @@ class ReferenceTask(OwnTask):
 class ReferenceChoice(ReferenceTask):
     """A choice by the lowest score. Options: `bos`, `normalized` and `parent_choices` as the module says."""
 
+    generates = False
+
     def construct_requests(self, doc: Doc, ctx: str, metadata: tuple, **_: object) -> "list[Instance]":
         choices = self.doc_to_choice(doc)
         of_parent = choices

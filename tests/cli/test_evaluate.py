@@ -117,6 +117,17 @@ def test_reference_protocol(capsys, model, data_dir):
     assert list(result["tasks"]["diffullama_rocstories"]["metrics"]) == ["rouge1", "rouge2", "rougeL"]
 
 
+def test_drafter_keeps_the_texts(capsys, model, data_dir):
+    arguments = (f"--model={model}", "--objective=autoregressive", "--tasks=gsm8k", f"--data_dir={data_dir}",
+                 "--num_fewshot=0", "--json=-")
+    plain, drafted = (evaluate(capsys, *arguments, *more) for more in ((), ("--drafter=ngram",)))
+    assert plain[0] == drafted[0] == 0, drafted[2]
+    one, other = (json.loads(found[1])["tasks"]["gsm8k"] for found in (plain, drafted))
+    assert one["metrics"] == other["metrics"]
+    costs, fewer = (found["costs"][str(model)] for found in (one, other))
+    assert costs["tokens"] == fewer["tokens"] and costs["passes"] >= fewer["passes"]
+
+
 def test_own_tasks_groups_and_chat_templates(capsys, model, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"q": "The cat", "options": ["sat", "saw"], "gold": 0}\n' * 3)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({
@@ -164,6 +175,9 @@ def test_code_execution(capsys, model, data_dir, monkeypatch):
     (("--tasks=gsm8k", "--policy=autoregressive"), "--objective=autoregressive"),
     (("--tasks=gsm8k", "--objective=autoregressive", "--block_length=8"), "--block_length"),
     (("--tasks=piqa", "--block_length=8"), "--block_length"),
+    (("--tasks=reconstruction", "--num_steps=8"), "--num_steps"),
+    (("--tasks=gsm8k", "--num_fewshot=0", "--drafter=ngram"), "--objective=autoregressive"),
+    (("--tasks=piqa", "--objective=autoregressive", "--drafter=ngram"), "--drafter"),
     (("--tasks=piqa", "--judge=MODEL"), "--judge"),
     (("--data", "x.jsonl", "--policy=random"), "--policy"),
     (("--tasks=humaneval_fim_single_line",), "--allow_code_execution"),
