@@ -136,7 +136,8 @@ def sampler_of(arguments: argparse.Namespace, autoregressive: bool = False) -> "
     if arguments.policy == "autoregressive":
         raise ConfigError("--policy=autoregressive is not for diffusion models; use "
                           "--objective=autoregressive")
-    return SamplerConfig(arguments.policy or SamplerConfig.policy, arguments.num_steps, threshold=arguments.threshold,
+    policy = SamplerConfig.policy if arguments.threshold is None else "threshold"
+    return SamplerConfig(arguments.policy or policy, arguments.num_steps, threshold=arguments.threshold,
                          block_length=arguments.block_length, temperature=0.0)
 
 

@@ -65,7 +65,8 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_argument_group("steps")
     steps.add_argument("--policy", help="which positions are revealed first: random, random_exact, first_hitting, "
                        "confidence, margin, entropy, threshold; or autoregressive, from left to right (default: "
-                       "confidence; threshold for a model with blocks, autoregressive for one trained so)")
+                       "confidence; threshold for a model with blocks or with --threshold; autoregressive for a model "
+                       "trained so)")
     steps.add_argument("--num_steps", type=int, help="denoising steps (default: 64; for first_hitting one per token, "
                        "for threshold as many as it takes)")
     steps.add_argument("--step_schedule", default="linear", help="linear: equally many tokens at each step; cosine: "
@@ -165,13 +166,14 @@ def sampler_settings(arguments: argparse.Namespace) -> "SamplerConfig":
     from dlm_jax.sampling import SamplerConfig
 
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplerConfig)}
-    policy = SamplerConfig.policy if arguments.drafter == "none" else "autoregressive"
+    policy = SamplerConfig.policy if arguments.threshold is None else "threshold"
+    policy = policy if arguments.drafter == "none" else "autoregressive"
     return SamplerConfig(**settings | {"policy": arguments.policy or policy})
 
 
 def resolve_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM") -> "SamplerConfig":
-    """Fills in the model's own policy where none was given; a drafter has one."""
-    if policy is not None or config.drafter != "none":
+    """Fills in the model's own policy where none was given; a drafter and a threshold have one."""
+    if policy is not None or config.drafter != "none" or config.threshold is not None:
         return config
     if lm.pretrained.diffusion.mask_token_id is None and lm.default_policy != "autoregressive":
         raise ConfigError(f"{lm.pretrained.source} records no mask token; name one with --mask_token, or "

@@ -79,6 +79,14 @@ def test_settings_reach_the_sampler(capsys, model, lm):
     assert settings.items() <= result.items()
 
 
+def test_a_threshold_names_its_policy(capsys, model):
+    results = []
+    for flags in (("--threshold=0.4",), ("--threshold=0.4", "--policy=threshold")):
+        assert run(f"--model={model}", "--prompt", PROMPTS[0], "--max_new_tokens=8", "--json=-", *flags) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["samples"] == results[1]["samples"] and results[0]["policy"] == "threshold"
+
+
 @pytest.mark.parametrize(("arguments", "mentions"), [
     (("--policy=best",), "best"),
     (("--policy=autoregressive", "--num_steps=4"), "num_steps"),
