@@ -1,4 +1,4 @@
-"""Measures models that were adapted from one real parent, beside the parent: bounds, tasks, speed, and texts.
+"""Measures models that were adapted from one real parent, beside it: bounds, tasks, speed, memory, and texts.
 
     python benchmarks/real_model.py --parent=smollm2.gguf --data_dir=DIR --work=runs/measured \\
         --models "full diffusion=runs/full" "blocks of 4=runs/blocks" \\
@@ -11,7 +11,9 @@ benchmarks/results/real_model.json, and prints the tables of docs/results/real_m
 
 import argparse
 import json
+import os
 import pathlib
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -88,6 +90,18 @@ def speeds(source: str, args: argparse.Namespace) -> dict[str, dict[str, float]]
     return found
 
 
+def memory(source: str, args: argparse.Namespace) -> float:
+    """Returns the most memory in GiB of a process that writes one text."""
+    policy = ["--policy=autoregressive"] if source == args.parent else []
+    command = [sys.executable, "-m", "dlm_jax.cli.main", "sample", f"--model={source}", f"--prompt={PROMPTS[0]}",
+               "--max_new_tokens=48", f"--dtype={args.dtype}", *policy]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss / 2**20
+
+
 def texts(source: str, args: argparse.Namespace) -> dict[str, list[str]]:
     """Returns continuations of the fixed prompts, by each checkpoint that a workdir has."""
     steps = sorted(int(path.name) for path in (pathlib.Path(source) / "checkpoints").glob("*") if path.name.isdecimal())
@@ -146,7 +160,7 @@ def main() -> None:
     results: dict[str, dict] = {}
     for name, source in {PARENT: args.parent, **args.models}.items():
         results[name] = {"bounds": bounds(name, source, args)}
-        for part, measure in {"speeds": speeds, "texts": texts}.items():
+        for part, measure in {"speeds": speeds, "memory": memory, "texts": texts}.items():
             out = args.work / f"{part}-{name}.json".replace(" ", "_")
             results[name][part] = cached(out, lambda measure=measure, source=source: measure(source, args))
         if name != PARENT:
@@ -158,10 +172,11 @@ def main() -> None:
                                   one["standard_error"] else "") for one in found["bounds"].values())))
     for name in args.models:
         print("\n" + table({"models": [name, PARENT], "tasks": results[name]["tasks"], "groups": {}}, markdown=True))
-    print("\n" + harness.table_head("model", "way", "tokens per second", "forward passes per text"))
+    print("\n" + harness.table_head("model", "GiB", "way", "tokens per second", "forward passes per text"))
     for name, found in results.items():
         for way, speed in found["speeds"].items():
-            print(harness.row(name, way, f"{speed['tokens_per_second']:.1f}", f"{speed['forwards']:.0f}"))
+            print(harness.row(name, f"{found['memory']:.2f}", way, f"{speed['tokens_per_second']:.1f}",
+                              f"{speed['forwards']:.0f}"))
     for name, found in results.items():
         for step, continued in found["texts"].items():
             print(f"\n{name} {step}\n" + "\n".join(f"  {text!r}" for text in continued))
