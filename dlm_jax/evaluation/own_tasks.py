@@ -49,7 +49,7 @@ class OwnTask(ConfigurableTask):
             instance.filtered_resps["none"] = instance.resps[0]
 
     def higher_is_better(self) -> dict[str, bool]:
-        return dict.fromkeys(self.aggregation(), True)
+        return {name: name != "generative_perplexity" for name in self.aggregation()}
 
 
 class InfillingTask(OwnTask):
