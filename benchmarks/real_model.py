@@ -103,9 +103,9 @@ def memory(source: str, args: argparse.Namespace) -> float:
 
 
 def texts(source: str, args: argparse.Namespace) -> dict[str, list[str]]:
-    """Returns continuations of the fixed prompts, by each checkpoint that a workdir has."""
+    """Returns continuations of the fixed prompts, by three or four checkpoints of a workdir."""
     steps = sorted(int(path.name) for path in (pathlib.Path(source) / "checkpoints").glob("*") if path.name.isdecimal())
-    found = {}
+    found, steps = {}, steps[:: -(len(steps) // 3) or -1][::-1]  # three or four of them, the last included
     for step in steps or [None]:
         lm = DiffusionLM.from_pretrained(source if step is None else f"{source}@{step}", dtype=args.dtype)
         policy = None if lm.pretrained.diffusion.mask_token_id is not None else "autoregressive"

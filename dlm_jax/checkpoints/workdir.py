@@ -6,11 +6,17 @@
     drafter.json      for a run that trains a drafter, the same: see `drafter.DrafterRecord`
     checkpoints/      see `orbax`
     metrics.jsonl     see `training.metrics`
+    .lock             names the process that trains in it: see `hold_workdir`
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import os
 import pathlib
+import platform
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -22,11 +28,10 @@ from dlm_jax.checkpoints.hf_config import config_to_hf
 from dlm_jax.checkpoints.source import DRAFTER_FILE, LORA_FILE
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import LoRAConfig, combine_fingerprints, fingerprint
-from dlm_jax.storage import read_json, upload, write_json
+from dlm_jax.storage import is_remote, read_json, upload, write_json
 
 if TYPE_CHECKING:
     from dlm_jax.checkpoints.pretrained import Pretrained
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,34 @@ def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrai
     else:
         drafter.write(workdir)
     write_json(workdir / "config.json", settings)
+
+
+@contextlib.contextmanager
+def hold_workdir(workdir: epath.Path) -> Iterator[None]:
+    """Keeps other runs out of a directory as long as the context lasts, or the process.
+
+    An object store, and a file system without locks, keep nobody out.
+
+    Raises:
+      CheckpointError: another process trains in it.
+    """
+    if jax.process_index() != 0 or is_remote(workdir):
+        yield
+        return
+    with open(workdir / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: a child has none
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise CheckpointError(f"another run trains in {workdir} ({file.read().strip() or 'a process'}); wait for "
+                                  "its end, or name another workdir") from error
+        except OSError:
+            pass  # no locks here
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+        yield
 
 
 def read_run_config(workdir: epath.Path) -> dict[str, object]:

@@ -21,6 +21,7 @@ from dlm_jax.checkpoints.source import absolute_source
 from dlm_jax.checkpoints.workdir import (
     LoRABase,
     base_fingerprint,
+    hold_workdir,
     read_lora_base,
     read_run_config,
     write_run_metadata,
@@ -106,6 +107,7 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     """
     clock = GoodputClock()
     workdir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(hold_workdir(workdir))
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config.model.dtype, mesh.devices.flat[0].platform, mesh.size)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))

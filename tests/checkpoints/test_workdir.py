@@ -1,14 +1,19 @@
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from etils import epath
 
 from dlm_jax.checkpoints import load_pretrained
+from dlm_jax.checkpoints.workdir import hold_workdir
 from dlm_jax.data.config import ExampleConfig
 from dlm_jax.data.prompts import prompt_format_from_run
 from dlm_jax.diffusion import DiffusionSpec, ObjectiveConfig
-from dlm_jax.errors import ConfigError
+from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training import train
 from dlm_jax.training.config import ModelSource
@@ -52,3 +57,25 @@ def test_chat_template_is_kept(short_config, tmp_path):
     assert prompt_format.config == dataclasses.replace(examples, chat_template=None)
     assert trained.tokenizer.chat_template == content
     assert trained.tokenizer.decode(prompt_format.encode_prompt("cab")) == "<eos>cab "
+
+
+HOLD = """
+import sys
+from etils import epath
+from dlm_jax.checkpoints.workdir import hold_workdir
+with hold_workdir(epath.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_workdir_is_held_by_one_process(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(CheckpointError, match=f"process {other.pid} on "), hold_workdir(epath.Path(tmp_path)):
+        pass
+    other.kill()  # a lock ends with its process
+    other.wait()
+    with hold_workdir(epath.Path(tmp_path)), hold_workdir(epath.Path(tmp_path)):  # a process never locks itself out
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
