@@ -9,9 +9,10 @@ from dlm_jax.evaluation.compare import Difference, Mean
 _NOT_SHARES = ("perplexity", "bits", "nats", "words", "seconds", "tokens", "mcc", "brier")  # parts of metrics' names
 _SHOWN_ITEMS = 5  # of each task, in the page
 EXPLANATION = (
-    "Shares are in percent, ± the standard error over items, or with the 95 % limit if all items are equal; MC ± is at "
-    "most the error from the random masks of a bound. Differences are paired by item, with the 95 % interval of a "
-    "bootstrap over items. Smaller bits and perplexities are better, and a diffusion model's are upper bounds.")
+    "Shares are in percent, ± the standard error over items, or with the 95 % limit if all items are equal. MC ± is an "
+    "upper estimate of the error from the random masks of a bound. Differences are paired by item, with the 95 % "
+    "interval of a bootstrap over items. Smaller bits and perplexities are better, and a diffusion model's are upper "
+    "bounds.")
 
 
 def cells(result: dict[str, Any]) -> list[list[str]]:
