@@ -11,6 +11,7 @@ benchmarks/results/real_model.json, and prints the tables of docs/results/real_m
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -27,7 +28,7 @@ from dlm_jax.storage import write_json
 from dlm_jax.training import read_records
 
 PARENT = "the parent"
-TASKS = ("hellaswag", "piqa", "winogrande", "lambada_openai", "text")
+TASKS = ("hellaswag", "piqa", "winogrande", "lambada_openai")
 PROMPTS = ("Once upon a time, there was", "The city of Paris is known for", "def add(a, b):")
 COLORS = ("#1b6ca8", "#d1495b", "#edae49", "#00798c")
 
@@ -52,15 +53,24 @@ def bounds(name: str, source: str, args: argparse.Namespace) -> dict[str, dict[s
     return found
 
 
+def tokens_per_byte(args: argparse.Namespace) -> dict[str, float]:
+    """Returns the parent's tokens per byte of each held-out file."""
+    tokenizer, found = DiffusionLM.from_pretrained(args.parent).tokenizer, {}
+    for name, file in args.heldout.items():
+        texts = [json.loads(line)["text"] for line in pathlib.Path(file).read_text(encoding="utf-8").splitlines()]
+        found[name] = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) / sum(
+            len(text.encode()) for text in texts)
+    return found
+
+
 def tasks(name: str, source: str, args: argparse.Namespace) -> dict:
     """Returns the results of all tasks for a model and the parent, under their names here."""
     summary = {}
     for task in TASKS:
         out = args.work / f"{task}-{name}.json".replace(" ", "_")
-        file = args.heldout["wikitext"]
         result = evaluate(out, f"--model={source}", f"--parent={args.parent}", f"--tasks={task}", f"--out={out}",
                           f"--limit={args.limit}", f"--data_dir={args.data_dir}", "--batch_size=32",
-                          f"--dtype={args.dtype}", *(["--data_files", f"text={file}"] if task == "text" else []))
+                          f"--dtype={args.dtype}")
         summary |= result["tasks"]
     names = (name, PARENT)
     for found in summary.values():
@@ -150,7 +160,7 @@ def main() -> None:
     parser = harness.parser(__doc__, limit=100, length=128, rows=64, temperature=0.7)
     parser.add_argument("--parent", required=True, help="a directory, a hub id or a GGUF file")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=WORKDIR")
-    parser.add_argument("--heldout", nargs="+", required=True, metavar="NAME=FILE", help="one is called wikitext")
+    parser.add_argument("--heldout", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--work", type=pathlib.Path, required=True, help="where the parts of the result are kept")
     parser.add_argument("--dtype", default="auto", help="default %(default)s")
@@ -163,13 +173,18 @@ def main() -> None:
         for part, measure in {"speeds": speeds, "memory": memory, "texts": texts}.items():
             out = args.work / f"{part}-{name}.json".replace(" ", "_")
             results[name][part] = cached(out, lambda measure=measure, source=source: measure(source, args))
-        if name != PARENT:
-            results[name]["tasks"] = tasks(name, source, args)
+    rates = tokens_per_byte(args)
+    for found in results.values():
+        for text, bound in found["bounds"].items():
+            bound["bits_per_byte"] = bound["nats_per_token"] * rates[text] / math.log(2)
     plot(results, args)
-    print(harness.table_head("nats per token", *args.heldout))
+    for name, source in args.models.items():
+        results[name]["tasks"] = tasks(name, source, args)
+    print(harness.table_head("nats per token (bits per byte)", *args.heldout))
     for name, found in results.items():
-        print(harness.row(name, *(f"{one['nats_per_token']:.3f}" + (f" ± {one['standard_error']:.3f}" if
-                                  one["standard_error"] else "") for one in found["bounds"].values())))
+        print(harness.row(name, *(f"{one['nats_per_token']:.3f}" + (
+            f" ± {one['standard_error']:.3f}" if one["standard_error"] else "") + f" ({one['bits_per_byte']:.3f})"
+            for one in found["bounds"].values())))
     for name in args.models:
         print("\n" + table({"models": [name, PARENT], "tasks": results[name]["tasks"], "groups": {}}, markdown=True))
     print("\n" + harness.table_head("model", "GiB", "way", "tokens per second", "forward passes per text"))
