@@ -93,16 +93,17 @@ def compare_task(name: str, ours: dict, theirs: dict) -> dict[str, object]:
     Args:
       ours, theirs: {"samples", "results", "seconds"} of the task.
     """
-    pairs = list(zip(ours["samples"], theirs["samples"], strict=True))
+    first = ours["samples"][0]["filter"]
+    pairs = [pair for pair in zip(ours["samples"], theirs["samples"], strict=True) if pair[0]["filter"] == first]
     assert all(one["arguments"] == other["arguments"] for one, other in pairs)
     metric = next(metric for metric in METRICS if metric in pairs[0][0])
     gaps = [abs(a[0] - b[0]) for one, other in pairs for a, b in zip(
         one["filtered_resps"], other["filtered_resps"], strict=True) if isinstance(a, (tuple, list))]
     texts = [one["resps"] == other["resps"] for one, other in pairs] if not gaps else []
     return {"task": name, "items": len(pairs), "metric": metric,
-            "dlm_jax": sum(one[metric] for one, _ in pairs) / len(pairs),
-            "lm-eval's hf": sum(other[metric] for _, other in pairs) / len(pairs),
-            "same": sum(one[metric] == other[metric] for one, other in pairs),
+            "dlm_jax": float(sum(one[metric] for one, _ in pairs) / len(pairs)),
+            "lm-eval's hf": float(sum(other[metric] for _, other in pairs) / len(pairs)),
+            "same": int(sum(one[metric] == other[metric] for one, other in pairs)),
             "largest difference, nats": max(gaps, default=None), "same text": sum(texts) if texts else None,
             "seconds": ours["seconds"], "seconds of hf": theirs["seconds"],
             "ratio": theirs["seconds"] / ours["seconds"]}
