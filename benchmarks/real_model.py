@@ -195,8 +195,8 @@ def main() -> None:
     for name, found in results.items():
         for step, continued in found["texts"].items():
             print(f"\n{name} {step}\n" + "\n".join(f"  {text!r}" for text in continued))
-    harness.write_results("real_model", {"settings": harness.settings(args, "parent", "models", "heldout", "data_dir", "work"),
-                                         "models": results}, "jax")
+    settings = harness.settings(args, "parent", "models", "heldout", "data_dir", "work")
+    harness.write_results("real_model", {"settings": settings, "models": results}, "jax")
 
 
 if __name__ == "__main__":
