@@ -29,8 +29,8 @@ TASK_DEFAULTS = {"data_dir": None, "data_files": None, "include_path": None, "mc
                  "allow_code_execution": False, "out": None}
 _REFERENCE = "diffullama"  # how the tasks of the paper's scripts, and the tag of all of them, begin
 _OLD_CHOICES = {"counts": "mask_count", "times": "time"}
-_SETTINGS = ("model", "parent", "objective", "mask_token", "dtype", "tasks", "limit", "num_fewshot", "num_masks",
-             "mc_estimator", "apply_chat_template", "judge", "seed", *GENERATION_FLAGS)
+_SETTINGS = ("model", "parent", "objective", "mask_token", "dtype", "tasks", "include_path", "limit", "num_fewshot",
+             "num_masks", "mc_estimator", "apply_chat_template", "judge", "seed", *GENERATION_FLAGS)
 
 
 def add_task_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -76,6 +76,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     files = dict(_named_file(text) for text in arguments.data_files or ())
     from dlm_jax.evaluation import lm_eval  # noqa: F401  # raises ConfigError without lm-eval, in one sentence
     from dlm_jax.evaluation.code_eval import Sandbox
+    from dlm_jax.evaluation.own_tasks import OpenEndedTask
     from dlm_jax.evaluation.run import evaluate, quiet
     from dlm_jax.evaluation.task_loading import load_tasks
 
@@ -84,7 +85,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
         tasks = load_tasks(names, data_dir=arguments.data_dir, data_files=files, include_path=arguments.include_path,
                            num_fewshot=arguments.num_fewshot, sandbox=sandbox)
     generates = any(getattr(task, "generates", task.OUTPUT_TYPE == "generate_until") for task in tasks.tasks.values())
-    judged = [name for name, task in tasks.tasks.items() if type(task).__name__ == "OpenEndedTask"]
+    judged = [name for name, task in tasks.tasks.items() if isinstance(task, OpenEndedTask)]
     _check_tasks(arguments, generates, judged)
     models = _load_eval_models(arguments, reference)
     judge = models[1][0] if judged and arguments.judge is None else None

@@ -154,7 +154,7 @@ class LmEvalAdapter(LM):
                 raise ConfigError(f"{self.eval_model.name} has no is_greedy, which metrics of the task "
                                   f"{questions[0].task} may need; give the EvalModel one, or pass is_greedy=False to "
                                   "LmEvalAdapter and ignore these metrics")
-            scores = _halves(self.eval_model.score(pairs))
+            scores = halves_of(self.eval_model.score(pairs))
             looked = [pair for pair, is_checked in zip(pairs, checked, strict=True) if is_checked]
             found = iter(self.eval_model.is_greedy(looked) if looked else ())
             return [{"halves": [-score for score in both], "is_greedy": bool(is_checked and next(found))}
@@ -181,7 +181,7 @@ class LmEvalAdapter(LM):
                     owner.append(number)
             found = np.zeros((len(places), 2))
             if pairs:
-                np.add.at(found, owner, _halves(self.eval_model.score(pairs)))
+                np.add.at(found, owner, halves_of(self.eval_model.score(pairs)))
             return [{"halves": both} for both in (-found).tolist()]
 
         answers = self._run("loglikelihood_rolling", requests, answer)
@@ -268,7 +268,7 @@ class LmEvalAdapter(LM):
                 owner += [number] * len(found)
             nats, tokens = np.zeros(len(texts)), np.zeros(len(texts), int)
             if pairs:
-                np.add.at(nats, owner, _halves(self._judge.score(pairs)).mean(axis=1))
+                np.add.at(nats, owner, halves_of(self._judge.score(pairs)).mean(axis=1))
                 np.add.at(tokens, owner, [len(pair.continuation) for pair in pairs])
             return [{"text": text, "nats": cost, "tokens": count}
                     for text, cost, count in zip(texts, nats.tolist(), tokens.tolist(), strict=True)]
@@ -415,7 +415,7 @@ def _chunks(questions: Iterable[_Question]) -> Iterator[list[_Question]]:
         yield chunk
 
 
-def _halves(scores: Sequence[float] | np.ndarray) -> np.ndarray:
+def halves_of(scores: Sequence[float] | np.ndarray) -> np.ndarray:
     """Returns scores as float64 [pairs, 2], of each half of the passes; exact ones twice."""
     scores = np.asarray(scores, np.float64)
     return scores if scores.ndim == 2 else np.stack([scores, scores], axis=1)

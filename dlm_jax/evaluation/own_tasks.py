@@ -52,8 +52,33 @@ class OwnTask(ConfigurableTask):
         return {name: name != "generative_perplexity" for name in self.aggregation()}
 
 
-class InfillingTask(OwnTask):
+class GapTask(OwnTask):
     """A gap between `doc_to_text` and the option `suffix`, judged by the option `judge`: "rouge" or "pass@1".
+
+    For the latter the option `tests` is what runs after the program.
+    """
+
+    def suffix_of(self, doc: Doc) -> str:
+        """Returns the text after the gap."""
+        return apply_template(self.options["suffix"], doc)
+
+    def judge_gap(self, doc: Doc, text: str) -> dict[str, float]:
+        """Returns ROUGE-1, -2 and -L between 0 and 1, or whether all tests pass."""
+        if self.options["judge"] == "rouge":
+            solution = str(self.doc_to_target(doc))
+            return {"rouge1": rouge_n(text, solution, 1), "rouge2": rouge_n(text, solution, 2),
+                    "rougeL": rouge_l(text, solution)}
+        source = self.doc_to_text(doc) + text + self.suffix_of(doc)
+        outcome, = self.execute([Program(source, apply_template(self.options["tests"], doc))])
+        return {"pass@1": float(outcome.passed)}
+
+    def aggregation(self) -> dict[str, Callable]:
+        names = ("rouge1", "rouge2", "rougeL") if self.options["judge"] == "rouge" else ("pass@1",)
+        return dict.fromkeys(names, mean)
+
+
+class InfillingTask(GapTask):
+    """A gap whose length is unknown.
 
     Its length in tokens is one of the option `lengths`, [first, last, step]; a model that generates from left to right
     sees nothing after the gap and generates the most. Its text is cut as `cut` says: after a "sentence" or a "line", or
@@ -62,25 +87,13 @@ class InfillingTask(OwnTask):
 
     def construct_requests(self, doc: Doc, ctx: str, metadata: tuple, **_: object) -> Instance:
         first, last, *step = self.options["lengths"]
-        suffix = apply_template(self.options["suffix"], doc)
-        return self._request("infill", doc, (ctx, suffix, range(first, last + 1, *step)), metadata)
+        return self._request("infill", doc, (ctx, self.suffix_of(doc), range(first, last + 1, *step)), metadata)
 
     def process_results(self, doc: Doc, results: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Returns ROUGE-1, -2 and -L between 0 and 1, or whether all tests pass."""
-        answer, solution = results[0], str(self.doc_to_target(doc))
-        suffix, text = apply_template(self.options["suffix"], doc), answer["text"]
+        answer, text = results[0], results[0]["text"]
         if answer["left_to_right"]:
-            text = _CUTS[self.options["cut"]](text, suffix, solution)
-        if self.options["judge"] == "rouge":
-            return {"rouge1": rouge_n(text, solution, 1), "rouge2": rouge_n(text, solution, 2),
-                    "rougeL": rouge_l(text, solution)}
-        tests = apply_template(self.options["tests"], doc)
-        outcome, = self.execute([Program(self.doc_to_text(doc) + text + suffix, tests)])
-        return {"pass@1": float(outcome.passed)}
-
-    def aggregation(self) -> dict[str, Callable]:
-        names = ("rouge1", "rouge2", "rougeL") if self.options["judge"] == "rouge" else ("pass@1",)
-        return dict.fromkeys(names, mean)
+            text = _CUTS[self.options["cut"]](text, self.suffix_of(doc), str(self.doc_to_target(doc)))
+        return self.judge_gap(doc, text)
 
 
 class ReconstructionTask(OwnTask):

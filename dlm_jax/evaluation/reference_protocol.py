@@ -30,11 +30,10 @@ from lm_eval.api.metrics import mean
 from lm_eval.utils import apply_template
 
 from dlm_jax.errors import DataError
-from dlm_jax.evaluation.code_eval import Program
 from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair, fit_context
-from dlm_jax.evaluation.lm_eval import LmEvalAdapter
-from dlm_jax.evaluation.metrics import contains, first_sentence, rouge_l, rouge_n, token_f1
-from dlm_jax.evaluation.own_tasks import Doc, OwnTask
+from dlm_jax.evaluation.lm_eval import LmEvalAdapter, halves_of
+from dlm_jax.evaluation.metrics import contains, first_sentence, token_f1
+from dlm_jax.evaluation.own_tasks import Doc, GapTask, OwnTask
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -104,29 +103,16 @@ class ReferenceGeneration(ReferenceTask):
         return apply_template(self.options["answers"], doc).split("\n")
 
 
-class ReferenceInfilling(ReferenceTask):
-    """A gap of the solution's length.
-
-    Options: `suffix`, `judge` and `tests` as in `own_tasks.InfillingTask`; `num_steps`; `parent_prompt`.
-    """
+class ReferenceInfilling(ReferenceTask, GapTask):
+    """A gap of the solution's length. Options besides those of `GapTask`: `num_steps`, `parent_prompt`."""
 
     def construct_requests(self, doc: Doc, ctx: str, metadata: tuple, **_: object) -> "Instance":
-        suffix = apply_template(self.options["suffix"], doc)
         parent = apply_template(self.options["parent_prompt"], doc) if "parent_prompt" in self.options else ctx
-        return self._request("reference_infill", doc, (ctx, suffix, parent, str(self.doc_to_target(doc)),
+        return self._request("reference_infill", doc, (ctx, self.suffix_of(doc), parent, str(self.doc_to_target(doc)),
                                                        self.options), metadata)
 
     def process_results(self, doc: Doc, results: Sequence[str]) -> dict[str, float]:
-        solution, text = str(self.doc_to_target(doc)), results[0]
-        if self.options["judge"] == "rouge":
-            return {"rouge1": rouge_n(text, solution, 1), "rouge2": rouge_n(text, solution, 2),
-                    "rougeL": rouge_l(text, solution)}
-        suffix, tests = (apply_template(self.options[name], doc) for name in ("suffix", "tests"))
-        outcome, = self.execute([Program(self.doc_to_text(doc) + text + suffix, tests)])
-        return {"pass@1": float(outcome.passed)}
-
-    def aggregation(self) -> dict[str, Callable]:
-        return dict.fromkeys(("rouge1", "rouge2", "rougeL") if self.options["judge"] == "rouge" else ("pass@1",), mean)
+        return self.judge_gap(doc, results[0])
 
 
 class ReferenceAdapter(LmEvalAdapter):
@@ -148,8 +134,7 @@ class ReferenceAdapter(LmEvalAdapter):
                     context = fit_context(special(context), tokens, model, where)
                     pairs.append(Pair(context, tuple(tokens), question.noise, number))
                     sizes.append(len(tokens) if model.autoregressive and options.get("normalized") else 1)
-            scores = model.score(pairs)
-            scores = [float(one if getattr(one, "ndim", 0) == 0 else one.mean()) for one in scores]
+            scores = halves_of(model.score(pairs)).mean(axis=1).tolist()
             return [score / size for score, size in zip(scores, sizes, strict=True)]
 
         return self._run("reference_score", requests, answer)

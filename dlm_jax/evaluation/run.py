@@ -84,10 +84,10 @@ def evaluate(loaded: LoadedTasks, eval_models: Sequence[EvalModel], *, reference
         if isinstance(task, ReferenceTask):
             task.eval_models = eval_models
     found, records, shortened = [], [], {}
+    # Of the metrics of a multiple choice only exact_match needs is_greedy.
+    exact = any(task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in task.aggregation()
+                for task in loaded.tasks.values())
     for number, model in enumerate(eval_models):
-        # Of the metrics of a multiple choice only exact_match needs is_greedy.
-        exact = any(task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in task.aggregation()
-                    for task in loaded.tasks.values())
         adapter = (ReferenceAdapter if reference else LmEvalAdapter)(
             model, num_steps=num_steps, is_greedy=exact or None, judge=judge, seed=seed, progress=True,
             tokenizer=tokenizers[number] if tokenizers else None, known=(known or {}).get(model.name),
