@@ -8,7 +8,7 @@ the best. To add a policy, write its score and name it in `POLICIES`.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +165,14 @@ class SamplerConfig:
             raise ConfigError(f"cache={self.cache} needs block_length, for example 32")
         if self.cache == "none" and self.cache_refresh_interval is not None:
             raise ConfigError("cache_refresh_interval needs cache=prefix or cache=dual")
+
+    @property
+    def structure(self) -> Self:
+        """The settings that a sampling program is compiled for, the others at their defaults: see `RowSettings`."""
+        numbers = ("threshold", "remask", "temperature", "top_p", "top_k", "repetition_penalty", "eos_penalty",
+                   "cfg_scale")
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in numbers}
+        return dataclasses.replace(self, **defaults)
 
     @property
     def steps(self) -> int | None:

@@ -16,7 +16,7 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import Cache
 from dlm_jax.models.drafter import DraftedModel
-from dlm_jax.sampling.spec import SamplingInputs, SamplingState
+from dlm_jax.sampling.spec import RowSettings, SamplingInputs, SamplingState
 from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, choose_drafts, last_token_and
 from dlm_jax.sampling.steppers import initial_state
 from dlm_jax.sampling.tokens import process_logits, seen_tokens
@@ -38,8 +38,8 @@ class DraftedStepper(SpeculativeStepper):
         return (number,) if self.spec.config.draft_threshold is None else (0, -(-number // 2), number)
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
+              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
+        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, jnp.zeros_like(lengths))
         (batch, length), width = tokens.shape, self.spec.prompt_width
         positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
         _, cache, features = self.network.cached_hidden_and_features(
@@ -61,9 +61,9 @@ class DraftedStepper(SpeculativeStepper):
         logits = self.network.unembed(hidden)
         if drafter.markov is None and drafter.selector is None:
             seen = None
-            if spec.config.repetition_penalty != 1:
+            if inputs.settings.repetition_penalty is not None:
                 seen = seen_tokens(self.network.config.vocab_size, inputs, state, None)
-            return jnp.argmax(process_logits(logits, spec, seen), axis=-1).astype(jnp.int32), None
+            return jnp.argmax(process_logits(logits, spec, inputs.settings, seen), axis=-1).astype(jnp.int32), None
         rows = jnp.arange(len(at))[:, None]
 
         def next_draft(previous: jax.Array, markov_state: jax.Array, slot: tuple[jax.Array, jax.Array]) -> NextDraft:
@@ -73,7 +73,7 @@ class DraftedStepper(SpeculativeStepper):
                 bias, markov_state = drafter.markov_bias(previous, hidden, markov_state)
                 logits = logits + bias
             if drafter.selector is not None:
-                top, candidates = jax.lax.top_k(process_logits(logits[:, None], spec, None)[:, 0],
+                top, candidates = jax.lax.top_k(process_logits(logits[:, None], spec, inputs.settings, None)[:, 0],
                                                 drafter.config.selector_top_k)
                 scores = drafter.select(previous, hidden, candidates, top)
                 logits = jnp.full_like(logits, -jnp.inf).at[rows, candidates].set(scores)

@@ -16,7 +16,15 @@ from dlm_jax.models.drafter import DraftedModel
 from dlm_jax.sampling.config import BUILT_IN_DRAFTERS
 from dlm_jax.sampling.drafted import DraftedStepper, check_drafter
 from dlm_jax.sampling.self_drafting import SelfDraftingStepper, check_drafts_itself
-from dlm_jax.sampling.spec import Network, SamplingInputs, SamplingSpec, SamplingState, find_gaps, pending_mask
+from dlm_jax.sampling.spec import (
+    Network,
+    RowSettings,
+    SamplingInputs,
+    SamplingSpec,
+    SamplingState,
+    find_gaps,
+    pending_mask,
+)
 from dlm_jax.sampling.speculative import NgramDrafter, SpeculativeStepper
 from dlm_jax.sampling.steppers import AutoregressiveStepper, BlockStepper, DenoisingStepper, Stepper
 from dlm_jax.sampling.text import bucket
@@ -58,16 +66,18 @@ def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
       ConfigError: the policy cannot fill these gaps: one token per step in too few steps; no mask token; or, for
         autoregressive decoding and models with blocks, text after a gap or a model without the shift.
     """
-    spec = _resolve(model, spec, fixed, lengths)
-    return _sample(*nnx.split(model), *_as_inputs(tokens, fixed, lengths), keys, spec)
+    settings = RowSettings.of(spec.config, len(tokens))
+    spec = resolve_spec(model, spec, fixed, lengths)
+    return _sample(*nnx.split(model), *_as_inputs(tokens, fixed, lengths), keys, settings, spec)
 
 
 def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
            spec: SamplingSpec) -> Iterator[SamplingState]:
     """Does what `sample` does, one compiled step at a time: yields the state before the first step and after each."""
-    spec = _resolve(model, spec, fixed, lengths)
+    settings = RowSettings.of(spec.config, len(tokens))
+    spec = resolve_spec(model, spec, fixed, lengths)
     graphdef, params = nnx.split(model)
-    inputs, state, more = _start(graphdef, params, *_as_inputs(tokens, fixed, lengths), keys, spec)
+    inputs, state, more = _start(graphdef, params, *_as_inputs(tokens, fixed, lengths), keys, settings, spec)
     yield state
     while more:
         state, more = _step(graphdef, params, inputs, state, spec)
@@ -85,8 +95,12 @@ def make_stepper(network: Network, spec: SamplingSpec) -> Stepper:
     return (DenoisingStepper if spec.diffusion.blocks is None else BlockStepper)(network, spec)
 
 
-def _resolve(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> SamplingSpec:
-    """Checks that the policy can fill the gaps; returns the spec with its prompt width and drafter."""
+def resolve_spec(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> SamplingSpec:
+    """Checks that the policy can fill the gaps; returns the spec of the program, with prompt width and drafter.
+
+    Raises:
+      ConfigError: as in `sample`.
+    """
     config, diffusion = spec.config, spec.diffusion
     gaps, prompt, inside = (int(number) for number in _measure(fixed, lengths))
     if config.policy == "first_hitting" and config.num_steps is not None and gaps > config.num_steps:
@@ -108,7 +122,7 @@ def _resolve(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths: ja
     elif diffusion.mask_token_id is None:
         raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
     elif diffusion.blocks is None:
-        return spec
+        return dataclasses.replace(spec, config=config.structure)
     else:
         for name, unset in (("block_length", None), ("cache", "none"), ("cfg_scale", 0.0)):
             if getattr(config, name) != unset:
@@ -119,7 +133,8 @@ def _resolve(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths: ja
     drafter = spec.drafter
     if drafter is None and config.drafter == "ngram":
         drafter = NgramDrafter() if config.num_drafts is None else NgramDrafter(config.num_drafts)
-    return dataclasses.replace(spec, drafter=drafter, prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
+    return dataclasses.replace(spec, config=config.structure, drafter=drafter,
+                               prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
 
 
 @jax.jit
@@ -145,9 +160,9 @@ def _final_tokens(spec: SamplingSpec, state: SamplingState) -> jax.Array:
 
 @functools.partial(jit_model, static_argnames=("graphdef", "spec"))
 def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-            keys: jax.Array, spec: SamplingSpec) -> Sample:
+            keys: jax.Array, settings: RowSettings, spec: SamplingSpec) -> Sample:
     stepper = make_stepper(nnx.merge(graphdef, params), spec)
-    inputs, state = stepper.start(tokens, fixed, lengths, keys)
+    inputs, state = stepper.start(tokens, fixed, lengths, keys, settings)
     state = jax.lax.while_loop(lambda state: pending_mask(spec, inputs, state).any(),
                                functools.partial(stepper.advance, inputs), state)
     return Sample(_final_tokens(spec, state), state.confidence, state.steps, (inputs.gaps & ~state.masked).sum(axis=1),
@@ -157,8 +172,8 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
 # Unused parameters are kept so that the state is on their devices, as it is after a step: `_step` compiles once.
 @functools.partial(jit_model, static_argnames=("graphdef", "spec"), keep_unused=True)
 def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
-           spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState, jax.Array]:
-    inputs, state = make_stepper(nnx.merge(graphdef, params), spec).start(tokens, fixed, lengths, keys)
+           settings: RowSettings, spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState, jax.Array]:
+    inputs, state = make_stepper(nnx.merge(graphdef, params), spec).start(tokens, fixed, lengths, keys, settings)
     return inputs, state, pending_mask(spec, inputs, state).any()
 
 

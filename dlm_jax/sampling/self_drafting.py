@@ -16,7 +16,7 @@ from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
 from dlm_jax.sampling.config import SamplerConfig
-from dlm_jax.sampling.spec import NO_DRAFT, SamplingInputs, SamplingState, pending_mask
+from dlm_jax.sampling.spec import NO_DRAFT, RowSettings, SamplingInputs, SamplingState, pending_mask
 from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, choose_drafts, last_token_and
 from dlm_jax.sampling.tokens import process_logits
 
@@ -30,13 +30,14 @@ class SelfDraftingStepper(SpeculativeStepper):
         return self.spec.config.num_drafts or self.spec.diffusion.blocks.size - 1
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = super().start(tokens, fixed, lengths, keys)
+              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
+        inputs, state = super().start(tokens, fixed, lengths, keys, settings)
         groups = (self.num_drafts + 1) * self.spec.diffusion.blocks.size
         room = ((0, 0), (0, 0), (0, groups), (0, 0), (0, 0))  # [layers, batch, length, kv_heads, head_dim]
         cache = jax.tree.map(lambda x: jnp.pad(x, room), state.cache)
         drafts = jnp.full((len(tokens), self.num_drafts), NO_DRAFT)
-        probs = jnp.zeros((*drafts.shape, self.network.config.vocab_size)) if self._is_sampled else None
+        is_sampled = self.network.draft_head is not None and settings.temperature is not None
+        probs = jnp.zeros((*drafts.shape, self.network.config.vocab_size)) if is_sampled else None
         return inputs, state._replace(cache=cache, drafts=drafts, draft_probs=probs)
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
@@ -60,16 +61,13 @@ class SelfDraftingStepper(SpeculativeStepper):
         drafts, probs = self._draft(block, at + kept, inputs, state)
         return state._replace(cache=cache, drafts=drafts, draft_probs=probs)
 
-    @property
-    def _is_sampled(self) -> bool:
-        return self.network.draft_head is not None and self.spec.config.temperature > 0
-
     def _draft(self, block: jax.Array, at: jax.Array, inputs: SamplingInputs,
                state: SamplingState) -> tuple[jax.Array, jax.Array | None]:
         """Returns drafts, as `guess` does, of masks' states [batch, num_drafts, embed], from position `at` [batch]."""
         network, spec = self.network, self.spec
         if network.draft_head is None:
-            return jnp.argmax(process_logits(network.unembed(block), spec, None), axis=-1).astype(jnp.int32), None
+            logits = process_logits(network.unembed(block), spec, inputs.settings, None)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
 
         def next_draft(previous: jax.Array, carry: None, hidden: jax.Array) -> NextDraft:
             return NextDraft(network.unembed(network.correct_drafts(hidden, previous)), carry)

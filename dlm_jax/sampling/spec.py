@@ -1,10 +1,11 @@
 """What a sampling run is given and carries, and the step schedule: which step reveals how many tokens."""
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
@@ -53,6 +54,36 @@ class SamplingSpec:
     drafter: "Drafter | None" = None
 
 
+class RowSettings(NamedTuple):
+    """The numbers of `SamplerConfig`, arrays [batch]; None for what the program does not compute.
+
+    Rows of a batch may differ in them, and other numbers need no other program.
+    """
+
+    num_steps: jax.Array | None = None  # int32; None: at most one step per token
+    threshold: jax.Array | None = None
+    remask: jax.Array | None = None
+    temperature: jax.Array | None = None  # None: 0 for all rows
+    top_p: jax.Array | None = None
+    top_k: jax.Array | None = None  # int32
+    repetition_penalty: jax.Array | None = None
+    eos_penalty: jax.Array | None = None
+    cfg_scale: jax.Array | None = None
+
+    @classmethod
+    def of(cls, config: SamplerConfig, batch: int) -> Self:
+        """Returns the numbers of `config` for each row, NumPy arrays; None for those that change nothing."""
+        def per_row(number: float | None, neutral: float | None, dtype: type = np.float32) -> np.ndarray | None:
+            return None if number is None or number == neutral else np.full(batch, number, dtype)
+
+        return cls(
+            num_steps=per_row(config.steps, None, np.int32), threshold=per_row(config.reveal_threshold, None),
+            remask=per_row(config.remask, 0), temperature=per_row(config.temperature, 0),
+            top_p=per_row(config.top_p, 1), top_k=per_row(config.top_k, None, np.int32),
+            repetition_penalty=per_row(config.repetition_penalty, 1), eos_penalty=per_row(config.eos_penalty, 0),
+            cfg_scale=per_row(config.cfg_scale, 0))
+
+
 class SamplingInputs(NamedTuple):
     """What does not change while a batch is sampled."""
 
@@ -60,6 +91,7 @@ class SamplingInputs(NamedTuple):
     block_ids: jax.Array  # int32 [batch, length], the block of each gap
     lengths: jax.Array  # int32 [batch]; later positions are padding
     keys: jax.Array  # random keys [batch]
+    settings: RowSettings
 
 
 class DecodeFrontier(NamedTuple):
@@ -76,7 +108,7 @@ class SamplingState(NamedTuple):
     masked: jax.Array  # bool [batch, length]
     confidence: jax.Array  # float32 [batch, length], log-probability of a token when sampled; 0 where given
     steps: jax.Array  # int32 [batch], forward passes that each row needed
-    block: jax.Array  # int32, the current block of all rows; [batch], one per row, for models with blocks
+    block: jax.Array  # int32 [batch], each row's current block; scalar, of all rows, with a cache that grows stale
     steps_in_block: jax.Array  # int32, steps since that block started; shape as `block`
     cache: Cache | None
     frontier: DecodeFrontier | None = None  # for models with blocks
@@ -120,32 +152,34 @@ def block_ids(gaps: jax.Array, block_length: int | None) -> jax.Array:
     return ids.T
 
 
-def block_steps(config: SamplerConfig, gaps: jax.Array, block_ids: jax.Array, block: jax.Array) -> jax.Array:
+def block_steps(num_steps: jax.Array | None, gaps: jax.Array, block_ids: jax.Array, block: jax.Array) -> jax.Array:
     """Returns the number of steps that each row spends on its `block`, int32 [batch].
 
     A block gets steps in proportion to its gaps, at least one. All blocks together get exactly the number asked for,
     or one each where there are more blocks than that.
 
     Args:
+      num_steps: int32, for all rows or [batch]; None: one step for each gap.
       gaps, block_ids: [batch, length], as in `block_ids`.
       block: int32, for all rows or [batch].
     """
     block = jnp.broadcast_to(block, gaps.shape[:1])
-    if config.steps is None:
+    if num_steps is None:
         return jnp.maximum((gaps & (block_ids == block[:, None])).sum(axis=1), 1)
+    num_steps = jnp.broadcast_to(num_steps, block.shape)
     gap_blocks = jnp.where(gaps, block_ids, -1)
     num_blocks = gap_blocks.max(axis=1) + 1
     earlier = jnp.pad(jax.lax.cummax(gap_blocks, axis=1), ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     starts = gap_blocks > earlier
     rank, total = jnp.cumsum(gaps, axis=1) - gaps, jnp.maximum(gaps.sum(axis=1, keepdims=True), 1)
     # Steps before the block that starts here: its share, capped so that each later block can have one.
-    share = jnp.minimum(rank * config.steps // total, config.steps - num_blocks[:, None] + block_ids)
+    share = jnp.minimum(rank * num_steps[:, None] // total, (num_steps - num_blocks)[:, None] + block_ids)
 
     def steps_before(block: jax.Array) -> jax.Array:
         """Steps of all earlier blocks: the largest share of a block so far, plus one for each block since."""
         taken = jnp.max(share + block[:, None] - block_ids, axis=1, initial=0,
                         where=starts & (block_ids <= block[:, None]))
-        return jnp.where(block < num_blocks, jnp.maximum(taken, block), jnp.maximum(config.steps, num_blocks))
+        return jnp.where(block < num_blocks, jnp.maximum(taken, block), jnp.maximum(num_steps, num_blocks))
 
     return jnp.maximum(steps_before(block + 1) - steps_before(block), 1)
 

@@ -23,7 +23,15 @@ import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.config_fields import check_at_least
-from dlm_jax.sampling.spec import NO_DRAFT, Network, SamplingInputs, SamplingSpec, SamplingState, pending_mask
+from dlm_jax.sampling.spec import (
+    NO_DRAFT,
+    Network,
+    RowSettings,
+    SamplingInputs,
+    SamplingSpec,
+    SamplingState,
+    pending_mask,
+)
 from dlm_jax.sampling.steppers import AutoregressiveStepper, reveal
 from dlm_jax.sampling.tokens import categorical, process_logits, sample_tokens, seen_tokens, token_probs
 
@@ -93,8 +101,8 @@ class SpeculativeStepper(AutoregressiveStepper):
         return self.spec.drafter.num_drafts
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = super().start(tokens, fixed, lengths, keys)
+              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
+        inputs, state = super().start(tokens, fixed, lengths, keys, settings)
         return inputs, state._replace(accepted=jnp.zeros((len(tokens), self.num_drafts), jnp.int32))
 
     @property
@@ -181,19 +189,19 @@ def choose_drafts(next_draft: Callable[[jax.Array, Any, Any], NextDraft], slots:
     Returns:
       Tokens int32 [batch, num_drafts], and the distributions that they are samples of, or None, as `guess` does.
     """
-    is_sampled, rows = spec.config.temperature > 0, jnp.arange(len(at))
+    settings, rows = inputs.settings, jnp.arange(len(at))
     keys = jax.vmap(jax.random.fold_in, (0, None))(inputs.keys, _DRAFT_KEYS)
     seen = None
-    if spec.config.repetition_penalty != 1:
+    if settings.repetition_penalty is not None:
         seen = seen_tokens(network.config.vocab_size, inputs, state, None)
 
     def choose(before: tuple[Any, ...], here: tuple[jax.Array, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         (previous, carry, seen, worthwhile), (number, slot) = before, here
         logits, carry, goes_on = next_draft(previous, carry, slot)
-        logits = process_logits(logits[:, None], spec, seen)[:, 0]
-        probs, token = None, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        if is_sampled:
-            probs = jax.vmap(functools.partial(token_probs, config=spec.config))(logits)
+        logits = process_logits(logits[:, None], spec, settings, seen)
+        probs, token = None, jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+        if settings.temperature is not None:
+            probs = token_probs(logits, settings)[:, 0]
             token = jax.vmap(categorical)(probs, jax.vmap(jax.random.fold_in)(keys, at + number))
         if goes_on is not None:
             worthwhile &= goes_on

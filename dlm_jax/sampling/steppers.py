@@ -15,6 +15,7 @@ from dlm_jax.sampling.config import POLICIES
 from dlm_jax.sampling.spec import (
     DecodeFrontier,
     Network,
+    RowSettings,
     SamplingInputs,
     SamplingSpec,
     SamplingState,
@@ -34,8 +35,8 @@ class Stepper(Protocol):
     """How a kind of model or policy fills gaps."""
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        """Returns the state with every gap masked; arguments as in `sampler.sample`."""
+              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
+        """Returns the state with every gap masked; arguments as in `sampler.sample`, and each row's numbers."""
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         """Returns the state after one forward pass of the batch."""
@@ -43,34 +44,38 @@ class Stepper(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DenoisingStepper:
-    """Denoises entire rows, all of a batch in the same block: a row that has filled its own waits for the others."""
+    """Denoises entire rows, each in a block of its own.
+
+    With a cache that grows stale all rows are in the same block, since they refresh it together.
+    """
 
     network: Network
     spec: SamplingSpec
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
+              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
         config, cache = self.spec.config, None
+        block = jnp.zeros_like(lengths) if config.cache == "none" else jnp.int32(0)
+        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, block)
         if config.cache != "none":
-            rows = 2 * len(tokens) if config.cfg_scale else len(tokens)
+            rows = len(tokens) if settings.cfg_scale is None else 2 * len(tokens)
             cache = Cache.empty(self.network.config, rows, tokens.shape[1], self.network.compute.dtype)
         return inputs._replace(block_ids=block_ids(inputs.gaps, config.block_length)), state._replace(cache=cache)
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         spec, config, policy = self.spec, self.spec.config, POLICIES[self.spec.config.policy]
-        length = state.tokens.shape[1]
+        settings, length = inputs.settings, state.tokens.shape[1]
         plan_keys, step_keys = _fold(inputs.keys, 0), _fold(inputs.keys, 1)
         step_keys = jax.vmap(jax.random.fold_in)(step_keys, state.steps)
 
         here = inputs.gaps & (inputs.block_ids == state.block.reshape(-1, 1))
-        number, steps = here.sum(axis=1), block_steps(config, inputs.gaps, inputs.block_ids, state.block)
+        number, steps = here.sum(axis=1), block_steps(settings.num_steps, inputs.gaps, inputs.block_ids, state.block)
         active = here & pending_mask(spec, inputs, state)
         unfinished = active.any(axis=1)
-        if config.remask:
+        if settings.remask is not None:
             may_remask = unfinished & (state.steps_in_block + 1 < jnp.minimum(steps, number))
             remask = here & ~state.masked & may_remask[:, None]
-            remask &= _uniform(_fold(step_keys, 0), length) < config.remask
+            remask &= _uniform(_fold(step_keys, 0), length) < settings.remask[:, None]
             state = state._replace(tokens=jnp.where(remask, spec.diffusion.mask_token_id, state.tokens),
                                    masked=state.masked | remask)
             active = here & pending_mask(spec, inputs, state)
@@ -98,8 +103,8 @@ class DenoisingStepper:
         else:
             tokens, confidence, score = sample_at(active)
             chosen = _highest(score, active, count)
-            if config.reveal_threshold is not None:
-                chosen |= active & (confidence >= jnp.log(config.reveal_threshold))
+            if settings.threshold is not None:
+                chosen |= active & (confidence >= jnp.log(settings.threshold)[:, None])
 
         state = reveal(state, chosen, tokens, confidence, unfinished)
         return self._move_on(state, self._current_block(inputs, state))
@@ -109,8 +114,9 @@ class DenoisingStepper:
         return state._replace(block=block, steps_in_block=jnp.where(block == state.block, state.steps_in_block, 0))
 
     def _current_block(self, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
-        """Returns the first block of any row that is not full, int32."""
-        return _first_pending_block(self.spec, inputs, state).min()
+        """Returns each row's first block that is not full, int32 [batch]; with a stale cache the first of any row."""
+        first = _first_pending_block(self.spec, inputs, state)
+        return first if self.spec.config.cache == "none" else first.min()
 
     def _predict(self, inputs: SamplingInputs, state: SamplingState,
                  here: jax.Array) -> tuple[jax.Array, jax.Array, SamplingState]:
@@ -130,7 +136,7 @@ class DenoisingStepper:
         start, width = jnp.maximum(jnp.argmax(here, axis=1), 1), min(config.block_length or length, length)
         window = start[:, None] + jnp.arange(width)
         first = start - shift  # the state here predicts position `start`
-        if config.cfg_scale:
+        if inputs.settings.cfg_scale is not None:
             given = ~inputs.gaps & (jnp.arange(length) > 0)
             tokens = jnp.concatenate([tokens, jnp.where(given, spec.diffusion.mask_token_id, tokens)])
             lengths, first = jnp.tile(lengths, 2), jnp.tile(first, 2)
@@ -175,9 +181,9 @@ class BlockStepper(DenoisingStepper):
     """
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
         blocks, width = self.spec.diffusion.blocks, self.spec.prompt_width
-        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, jnp.zeros_like(lengths))
+        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, jnp.zeros_like(lengths))
         inputs = inputs._replace(block_ids=jnp.broadcast_to(jnp.arange(tokens.shape[1]) // blocks.size, tokens.shape))
         block = self._current_block(inputs, state)
         hidden, cache = _prefill(self.network, state.tokens, width, blocks.prefill_mask().with_lengths(lengths))
@@ -185,10 +191,6 @@ class BlockStepper(DenoisingStepper):
         frontier = DecodeFrontier(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
                                   jnp.zeros(len(tokens), bool))
         return inputs, state._replace(block=block, cache=cache, frontier=frontier)
-
-    def _current_block(self, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
-        """Returns each row's first block that is not full, int32 [batch]."""
-        return _first_pending_block(self.spec, inputs, state)
 
     def _move_on(self, state: SamplingState, block: jax.Array) -> SamplingState:
         frontier = state.frontier._replace(pending=block != state.block)
@@ -234,8 +236,8 @@ class AutoregressiveStepper:
     spec: SamplingSpec
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, jnp.int32(0))
+              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
+        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, jnp.zeros_like(lengths))
         _, cache = _prefill(self.network, state.tokens, self.spec.prompt_width, AttentionMask.causal())
         return inputs, state._replace(cache=cache)
 
@@ -252,7 +254,7 @@ class AutoregressiveStepper:
 
 
 def initial_state(spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
-             block: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+                  settings: RowSettings, block: jax.Array) -> tuple[SamplingInputs, SamplingState]:
     """Returns the state with every gap masked, and all gaps in block 0; `block` also has the count of steps' shape."""
     gaps, mask_token_id = find_gaps(fixed, lengths), spec.diffusion.mask_token_id
     if spec.config.policy == "autoregressive":
@@ -260,7 +262,7 @@ def initial_state(spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengt
     state = SamplingState(
         jnp.where(gaps, mask_token_id, tokens), masked=gaps, confidence=jnp.zeros(gaps.shape),
         steps=jnp.zeros(len(gaps), jnp.int32), block=block, steps_in_block=jnp.zeros_like(block), cache=None)
-    return SamplingInputs(gaps, jnp.zeros(gaps.shape, jnp.int32), lengths, keys), state
+    return SamplingInputs(gaps, jnp.zeros(gaps.shape, jnp.int32), lengths, keys, settings), state
 
 
 def _prefill(network: Network, tokens: jax.Array, width: int, attention: AttentionMask) -> tuple[jax.Array, Cache]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.sampling.config import POLICIES, SamplerConfig, log_prob
-from dlm_jax.sampling.spec import NO_DRAFT, Network, SamplingInputs, SamplingSpec, SamplingState
+from dlm_jax.sampling.spec import NO_DRAFT, Network, RowSettings, SamplingInputs, SamplingSpec, SamplingState
 
 _HEAD_ROWS = 8  # with fewer rows the head's product takes as long as reading its kernel
 _CDF_BLOCK = 256  # tokens per block of the two-level inversion
@@ -44,7 +44,7 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
     order = jnp.argsort(~active, axis=1, stable=True)  # active ones first
     order = jnp.pad(order, ((0, 0), (0, -width % size)), constant_values=width)
     seen = None
-    if spec.config.repetition_penalty != 1:
+    if inputs.settings.repetition_penalty is not None:
         seen = seen_tokens(network.config.vocab_size, inputs, state, drafts)
 
     def fill_slice(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -54,17 +54,16 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
         index = jnp.tile(read, (len(hidden) // batch, 1))
         logits = network.unembed(jnp.take_along_axis(hidden, index[:, :, None], axis=1))
         seen_here = seen if drafts is None or seen is None else jnp.take_along_axis(seen, read[:, :, None], axis=1)
-        logits = process_logits(logits, spec, seen_here)
+        logits = process_logits(logits, spec, inputs.settings, seen_here)
         position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
             keys, jnp.take_along_axis(positions, read, axis=1))
         if draft_probs is None:
-            token = jax.vmap(jax.vmap(functools.partial(sample_token, config=spec.config)))(logits, position_keys)
+            token = sample_token(logits, position_keys, inputs.settings)
         else:
             at_draft = jnp.minimum(read, width - 2)
             draft = jnp.where(read < width - 1, jnp.take_along_axis(drafts, at_draft, axis=1), NO_DRAFT)
             probs = jnp.take_along_axis(draft_probs, at_draft[:, :, None], axis=1)
-            accept = functools.partial(accept_or_resample, config=spec.config)
-            token = jax.vmap(jax.vmap(accept))(logits, draft, probs, position_keys)
+            token = accept_or_resample(logits, draft, probs, position_keys, inputs.settings)
         confidence = log_prob(logits, token)
         scores = confidence if score in (None, log_prob) else score(logits, token)
         return start + size, *(x.at[rows, at].set(y, mode="drop")
@@ -91,7 +90,7 @@ def slice_size(config: SamplerConfig, batch: int, width: int, length: int) -> in
     return min(width, -(-int(max(size, 1)) // 8) * 8)
 
 
-def process_logits(logits: jax.Array, spec: SamplingSpec, seen: jax.Array | None) -> jax.Array:
+def process_logits(logits: jax.Array, spec: SamplingSpec, settings: RowSettings, seen: jax.Array | None) -> jax.Array:
     """Applies guidance and penalties, and excludes the mask token and ids that no token has.
 
     Tokens are sampled and scored by the result.
@@ -100,15 +99,15 @@ def process_logits(logits: jax.Array, spec: SamplingSpec, seen: jax.Array | None
       logits: float32 [batch, n, vocab]; twice the batch with guidance.
       seen: bool [batch, n or 1, vocab], tokens that the row already has; None without repetition penalty.
     """
-    config, diffusion = spec.config, spec.diffusion
-    if config.cfg_scale:
+    diffusion = spec.diffusion
+    if settings.cfg_scale is not None:
         conditional, unconditional = jnp.split(logits, 2)
-        logits = unconditional + (1 + config.cfg_scale) * (conditional - unconditional)
+        logits = unconditional + (1 + _per_row(settings.cfg_scale)) * (conditional - unconditional)
     if seen is not None:
-        penalty = config.repetition_penalty
+        penalty = _per_row(settings.repetition_penalty)
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if spec.eos_token_ids and config.eos_penalty:
-        logits = logits.at[:, :, jnp.array(spec.eos_token_ids)].add(-config.eos_penalty)
+    if spec.eos_token_ids and settings.eos_penalty is not None:
+        logits = logits.at[:, :, jnp.array(spec.eos_token_ids)].add(-_per_row(settings.eos_penalty))
     excluded = np.zeros(logits.shape[-1], bool)
     for ids in diffusion.missing_ids:
         excluded[ids.start : ids.stop] = True
@@ -117,47 +116,74 @@ def process_logits(logits: jax.Array, spec: SamplingSpec, seen: jax.Array | None
     return jnp.where(excluded, -jnp.inf, logits) if excluded.any() else logits
 
 
-def sample_token(logits: jax.Array, key: jax.Array, config: SamplerConfig) -> jax.Array:
-    """Samples a token, int32 scalar, from float32 `logits` [vocab]; never one at -inf.
+def sample_token(logits: jax.Array, keys: jax.Array, settings: RowSettings) -> jax.Array:
+    """Samples a token at each position, int32 [batch, n], from float32 `logits` [batch, n, vocab]; never one at -inf.
 
     Temperature comes first, then top-k, then top-p of what top-k kept, as in HF's `generate`.
+
+    Args:
+      keys: random keys [batch, n].
     """
-    if config.temperature == 0:
-        return jnp.argmax(logits).astype(jnp.int32)
-    return categorical(token_weights(logits, config), key)
+    def most_likely() -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    if settings.temperature is None:
+        return most_likely()
+
+    def sampled() -> jax.Array:
+        return jax.vmap(jax.vmap(categorical))(token_weights(logits, settings), keys)
+
+    is_sampled, none = settings.temperature > 0, functools.partial(jnp.zeros, logits.shape[:2], jnp.int32)
+    return jnp.where(is_sampled[:, None], jax.lax.cond(is_sampled.any(), sampled, none),
+                     jax.lax.cond(is_sampled.all(), none, most_likely))
 
 
-def token_weights(logits: jax.Array, config: SamplerConfig) -> jax.Array:
-    """Returns what tokens are sampled in proportion to, float32 [vocab], for a temperature above 0."""
-    weights = jax.nn.softmax((logits - logits.max()) / config.temperature)  # subtracted first: no overflow near 0
-    if config.top_k is not None and config.top_k < logits.shape[0]:
-        weights = keep_largest(weights, jnp.ones_like(weights), config.top_k)
-    if config.top_p is not None and config.top_p < 1:
-        weights = keep_largest(weights, weights, config.top_p * weights.sum())
+def token_weights(logits: jax.Array, settings: RowSettings) -> jax.Array:
+    """Returns what tokens are sampled in proportion to, float32 [batch, n, vocab], for temperatures above 0."""
+    temperature = _per_row(jnp.where(settings.temperature > 0, settings.temperature, 1))
+    weights = jax.nn.softmax((logits - logits.max(axis=-1, keepdims=True)) / temperature)  # no overflow near 0
+    keep = jax.vmap(jax.vmap(keep_largest), in_axes=(0, 0, 0))
+    if settings.top_k is not None:
+        targets = jnp.broadcast_to(settings.top_k[:, None], weights.shape[:2]).astype(jnp.float32)
+        weights = jax.lax.cond((settings.top_k < weights.shape[-1]).any(),
+                               lambda: keep(weights, jnp.ones_like(weights), targets), lambda: weights)
+    if settings.top_p is not None:
+        top_p, before = settings.top_p, weights
+        weights = jax.lax.cond((top_p < 1).any(), lambda: jnp.where(
+            _per_row(top_p) < 1, keep(before, before, top_p[:, None] * before.sum(axis=-1)), before), lambda: before)
     return weights
 
 
-def token_probs(logits: jax.Array, config: SamplerConfig) -> jax.Array:
-    """Returns the distribution that `sample_token` samples, float32 [vocab]; at temperature 0 all on one token."""
-    if config.temperature == 0:
-        return jax.nn.one_hot(jnp.argmax(logits), len(logits))
-    weights = token_weights(logits, config)
-    return weights / weights.sum()
+def token_probs(logits: jax.Array, settings: RowSettings) -> jax.Array:
+    """Returns what `sample_token` samples from, float32 [batch, n, vocab]; at temperature 0 all on one token."""
+    def one_hot() -> jax.Array:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+
+    if settings.temperature is None:
+        return one_hot()
+    weights = token_weights(logits, settings)
+    probs, is_sampled = weights / weights.sum(axis=-1, keepdims=True), settings.temperature > 0
+    return jax.lax.cond(is_sampled.all(), lambda: probs, lambda: jnp.where(_per_row(is_sampled), probs, one_hot()))
 
 
-def accept_or_resample(logits: jax.Array, draft: jax.Array, draft_probs: jax.Array, key: jax.Array,
-                       config: SamplerConfig) -> jax.Array:
-    """Returns a sample of `sample_token`'s distribution p that equals the draft as often as possible.
+def accept_or_resample(logits: jax.Array, drafts: jax.Array, draft_probs: jax.Array, keys: jax.Array,
+                       settings: RowSettings) -> jax.Array:
+    """Returns samples of `sample_token`'s distribution p that equal the drafts as often as possible, int32 [batch, n].
 
-    The draft, a sample of the distribution q, is taken with probability min(1, p / q), and otherwise a sample of
+    A draft, a sample of the distribution q, is taken with probability min(1, p / q), and otherwise a sample of
     max(p - q, 0) (speculative sampling, arXiv 2211.17192). They are equal with probability sum min(p, q).
 
     Args:
-      logits: float32 [vocab], of p.
-      draft: int32 scalar; `NO_DRAFT`: there is none, and the result is a sample of p.
-      draft_probs: float32 [vocab], q.
+      logits: float32 [batch, n, vocab], of p.
+      drafts: int32 [batch, n]; `NO_DRAFT`: there is none, and the result is a sample of p.
+      draft_probs: float32 [batch, n, vocab], q.
+      keys: random keys [batch, n].
     """
-    probs = token_probs(logits, config)
+    return jax.vmap(jax.vmap(_accept_or_resample))(token_probs(logits, settings), drafts, draft_probs, keys)
+
+
+def _accept_or_resample(probs: jax.Array, draft: jax.Array, draft_probs: jax.Array, key: jax.Array) -> jax.Array:
+    """Does what `accept_or_resample` does at one position."""
     found = draft != NO_DRAFT
     ratio = probs[draft] / jnp.maximum(draft_probs[draft], jnp.finfo(jnp.float32).tiny)
     accepted = found & (jax.random.uniform(jax.random.fold_in(key, 1)) < ratio)
@@ -214,6 +240,11 @@ def seen_tokens(vocab: int, inputs: SamplingInputs, state: SamplingState, drafts
         return seen
     drafted = jnp.cumsum(jax.nn.one_hot(drafts, vocab, dtype=jnp.int32), axis=1) > 0
     return seen | jnp.pad(drafted, ((0, 0), (1, 0), (0, 0)))
+
+
+def _per_row(x: jax.Array) -> jax.Array:
+    """Returns numbers [batch] in a shape that broadcasts to [batch, n, vocab]."""
+    return x[:, None, None]
 
 
 def _float(bits: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The loop: what each step reveals, when a row is done, what a row depends on, and what is compiled."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -15,6 +16,7 @@ from dlm_jax.checkpoints.hf_import import aligned_empty
 from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.sampling import GAP, POLICIES, SamplerConfig, SamplingSpec, pad_rows, sample, sampler, stream
+from dlm_jax.sampling.spec import RowSettings
 from tests.sampling.enumerated import LogitsModel
 from tests.sampling.tiny_models import EOS, MASK, SETTINGS, is_gap, make_batch, make_keys, run_sampler, tiny
 
@@ -304,13 +306,13 @@ def test_stream_equals_sample_and_every_step_follows_the_model(kind, settings):
 # Programs.
 
 @pytest.mark.parametrize("name", ["random in blocks", "confidence, dual cache", "autoregressive, end of text"])
-def test_similar_prompts_and_integer_types_share_a_program(name):
+def test_similar_prompts_other_numbers_and_integer_types_share_a_program(name):
     kind, settings = settings_of(name)
     compiled = set()
     for seed, (prompts, dtype) in enumerate((([3, 17], np.int64), ([9, 1], np.int32), ([18, 11], np.uint16))):
         batch = pad_rows([[1] * prompt + [GAP] * 14 for prompt in prompts], 128)
         run_sampler(tiny(kind), batch.tokens.astype(dtype), batch.fixed, batch.lengths.astype(dtype),
-                    keys=make_keys(2, seed), **settings)
+                    keys=make_keys(2, seed), **settings, temperature=0.5 + seed / 4)
         compiled.add(sampler._sample.program("default")._cache_size())
     assert len(compiled) == 1
 
@@ -321,7 +323,8 @@ def logits_rows(config, batch):
     spec = SamplingSpec(config, DiffusionSpec(MASK), prompt_width=32)
     program = sampler._sample.program("default").lower(*nnx.split(tiny("llama")), jnp.zeros((batch, length), int),
                                     jnp.zeros((batch, length), bool), jnp.full(batch, length), make_keys(batch),
-                                    spec).as_text()
+                                    RowSettings.of(config, batch),
+                                    dataclasses.replace(spec, config=config.structure)).as_text()
     return [np.prod([int(size) for size in shape[:-1].split("x")])
             for shape in re.findall(rf"tensor<((?:\d+x)+){vocab}xf32>", program)]
 

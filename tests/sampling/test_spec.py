@@ -86,7 +86,7 @@ def steps_of_blocks(numbers, num_steps):
     """Returns the steps of blocks with so many gaps each."""
     blocks = np.full((12, 160), -1)  # of one shape, so that little is compiled: row n asks for block n
     blocks[:, : sum(numbers)] = np.repeat(np.arange(len(numbers)), numbers)
-    steps = block_steps(SamplerConfig(num_steps=num_steps), blocks >= 0, blocks, np.arange(12))
+    steps = block_steps(num_steps, blocks >= 0, blocks, np.arange(12))
     return np.asarray(steps)[: len(numbers)]
 
 
@@ -114,15 +114,13 @@ def test_block_steps_are_proportional_to_gaps():
 def test_block_steps_per_row():
     gaps = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], bool)
     blocks = np.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
-    found = [np.asarray(block_steps(SamplerConfig(num_steps=4), gaps, blocks, block)) for block in range(2)]
+    found = [np.asarray(block_steps(4, gaps, blocks, block)) for block in range(2)]
     assert found[0][:2].tolist() == [2, 4] and found[1][0] == 2
     assert (np.array(found) >= 1).all()
 
 
 def test_block_steps_without_num_steps():
-    for policy in ("first_hitting", "threshold"):
-        config = SamplerConfig(policy)
-        assert config.steps is None
-        blocks = np.array([[0, 0, 0, 0, 1]])
-        np.testing.assert_array_equal([block_steps(config, blocks >= 0, blocks, n)[0] for n in range(2)], [4, 1])
+    assert SamplerConfig("first_hitting").steps is None and SamplerConfig("threshold").steps is None
+    blocks = np.array([[0, 0, 0, 0, 1]])
+    np.testing.assert_array_equal([block_steps(None, blocks >= 0, blocks, n)[0] for n in range(2)], [4, 1])
     assert SamplerConfig("confidence").steps == 64

@@ -1,0 +1,295 @@
+"""Rows that are sampled together, each of which joins and leaves between two steps (continuous batching).
+
+A `RunningBatch` has a number of slots, a power of two that follows the number of rows. Its rows have one padded length
+and one structure of settings (`SamplerConfig.structure`), hence one compiled program for each number of slots. Their
+numbers, such as the temperature, may differ: see `sampling.spec.RowSettings`.
+
+A row's tokens do not depend on its slot, on the other rows, or on when they join.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dlm_jax.matmul import jit_model
+from dlm_jax.parallel import num_batch_shards, shard_batch, to_host
+from dlm_jax.random import example_keys
+from dlm_jax.sampling.sampler import make_stepper
+from dlm_jax.sampling.spec import Network, RowSettings, SamplingInputs, SamplingSpec, SamplingState, pending_mask
+
+_SHORTEST = 32  # the narrowest prompt that is computed, in tokens
+_SHRINK_AFTER = 8  # calls of `run` with at most half of the slots in use, until the others are dropped
+
+
+class Row(NamedTuple):
+    """A row to fill.
+
+    Attributes:
+      tokens: int32 [width]; values in gaps and padding are ignored.
+      fixed: bool [width], True where the token is given.
+      length: later positions are padding.
+      seed, example_index: determine the random numbers.
+      settings: of one row, arrays [1].
+      prompt_width: as in `SamplingSpec`; a power of two, or 0 for models that compute entire rows.
+    """
+
+    tokens: np.ndarray
+    fixed: np.ndarray
+    length: int
+    seed: int
+    example_index: int
+    settings: RowSettings
+    prompt_width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What decides, with the structure of settings, which programs the row needs."""
+        return len(self.tokens), self.prompt_width
+
+
+class View(NamedTuple):
+    """What the host sees of a row: arrays [width], the forward passes that it has had, and whether it is done."""
+
+    tokens: np.ndarray
+    masked: np.ndarray
+    log_probs: np.ndarray
+    steps: int
+    is_done: bool
+
+
+class Programs:
+    """The compiled programs for one model and one structure of settings; they are freed with this object."""
+
+    def __init__(self, network: Network, spec: SamplingSpec, mesh: Mesh | None = None):
+        self.spec, self.mesh = spec, mesh
+        self.graphdef, self.params = nnx.split(network)
+        self.shards = 1 if mesh is None else num_batch_shards(mesh)
+        self._start = jit_model(_start, static_argnames=("graphdef", "spec"))
+        self._advance = jit_model(_advance, static_argnames=("graphdef", "spec"), donate_argnames=("state",))
+        self._insert = jax.jit(_insert, donate_argnums=(0, 1))
+        self._select = jax.jit(_select)
+
+    @property
+    def joins_midway(self) -> bool:
+        """Whether a row can join others that have begun; a cache that grows stale is refreshed for all at once."""
+        return self.spec.config.cache == "none"
+
+    def context(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def start(self, rows: Sequence[Row]) -> tuple[SamplingInputs, SamplingState]:
+        """Computes the prompts of rows, with empty rows up to a number that the mesh can split."""
+        number = self.slots_for(len(rows))
+        rows = [*rows, *[_empty_row(rows[0])] * (number - len(rows))]
+        tokens, fixed = np.stack([row.tokens for row in rows]), np.stack([row.fixed for row in rows])
+        lengths = np.array([row.length for row in rows], np.int32)
+        seeds = np.array([[row.seed, row.example_index] for row in rows], np.uint32)
+        settings = jax.tree.map(lambda *each: np.concatenate(each), *[row.settings for row in rows])
+        arrays = (tokens, fixed, lengths, np.asarray(jax.random.key_data(_row_keys(seeds))), settings)
+        if self.mesh is not None:
+            arrays = jax.tree.map(lambda x: shard_batch(x, self.mesh), arrays)
+        spec = dataclasses.replace(self.spec, prompt_width=max(row.prompt_width for row in rows))
+        with self.context():
+            return self._start(self.graphdef, self.params, *arrays, spec=spec)
+
+    def advance(self, inputs: SamplingInputs, state: SamplingState, num_steps: int,
+                stop_early: bool) -> tuple[SamplingState, jax.Array]:
+        with self.context():
+            return self._advance(self.graphdef, self.params, inputs, state, np.int32(num_steps), np.bool_(stop_early),
+                                 spec=self.spec)
+
+    def insert(self, inputs: SamplingInputs, state: SamplingState, new: tuple[SamplingInputs, SamplingState],
+               slots: np.ndarray) -> tuple[SamplingInputs, SamplingState]:
+        with self.context():
+            return self._insert(inputs, state, new, slots)
+
+    def select(self, inputs: SamplingInputs, state: SamplingState, index: np.ndarray,
+               is_used: np.ndarray) -> tuple[SamplingInputs, SamplingState]:
+        with self.context():
+            return self._select(inputs, state, index, is_used)
+
+    def compile(self, row: Row, max_rows: int) -> None:
+        """Compiles what rows like this one need in batches of up to `max_rows`, by running it on copies of the row."""
+        sizes = [self.shards << i for i in range((self.slots_for(max_rows) // self.shards).bit_length())]
+        if not self.joins_midway:
+            for size in sizes:
+                inputs, state = self.start([row] * size)
+                jax.block_until_ready(self.advance(inputs, state, 1, False))
+            return
+        new, (inputs, state) = self.start([row]), self.start([row])
+        for size in sizes:
+            state, _ = self.advance(inputs, state, 1, False)
+            inputs, state = self.insert(inputs, state, new, np.full(self.shards, size, np.int32))  # nowhere
+            if size < sizes[-1]:
+                bigger = self.select(inputs, state, np.zeros(2 * size, np.int32), np.ones(2 * size, bool))
+                self.select(*bigger, np.zeros(size, np.int32), np.ones(size, bool))
+                inputs, state = bigger
+        jax.block_until_ready(state)
+
+    def slots_for(self, number: int) -> int:
+        """Returns the slots for a number of rows: a power of two, times the shards of the mesh."""
+        return self.shards << max(0, (-(-number // self.shards) - 1)).bit_length()
+
+
+class RunningBatch:
+    """Rows of one width that are sampled together; `owners` are the caller's objects, one per row."""
+
+    def __init__(self, programs: Programs):
+        self.programs = programs
+        self.owners: list[Hashable | None] = []  # one per slot
+        self._arrays: tuple[SamplingInputs, SamplingState] | None = None
+        self._calls_half_empty = 0
+
+    @property
+    def num_rows(self) -> int:
+        return sum(owner is not None for owner in self.owners)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a row can join now."""
+        return self.programs.joins_midway or self.num_rows == 0
+
+    def add(self, rows: Sequence[Row], owners: Sequence[Hashable]) -> None:
+        """Computes the prompts of `rows` and puts the rows into free slots, of which there are more if need be."""
+        new, total = self.programs.start(rows), self.programs.slots_for(self.num_rows + len(rows))
+        if self.num_rows == 0:
+            self._arrays = new
+            self.owners = [*owners, *[None] * (len(new[1].steps) - len(owners))]
+            return
+        if total > len(self.owners):
+            self._resize(total)
+        free = [slot for slot, owner in enumerate(self.owners) if owner is None]
+        # Empty rows, which fill up what the mesh splits, go nowhere.
+        slots = np.full(len(new[1].steps), len(self.owners), np.int32)
+        slots[: len(rows)] = free[: len(rows)]
+        self._arrays = self.programs.insert(*self._arrays, new, slots)
+        for slot, owner in zip(free, owners, strict=False):
+            self.owners[slot] = owner
+
+    def remove(self, owners: Sequence[Hashable]) -> None:
+        """Frees the slots of rows, finished or not."""
+        keep = np.array([owner is not None and owner not in owners for owner in self.owners])
+        self.owners = [owner if kept else None for owner, kept in zip(self.owners, keep, strict=True)]
+        if self.num_rows == 0:
+            self._arrays, self.owners = None, []
+        else:  # without masked tokens a row needs no steps
+            inputs, state = self._arrays
+            with self.programs.context():
+                self._arrays = inputs, state._replace(masked=state.masked & keep[:, None])
+
+    def run(self, num_steps: int, stop_early: bool = False) -> dict[Hashable, View]:
+        """Runs at most `num_steps` steps, fewer if all rows are done; returns what every row has then.
+
+        Rows that are done leave.
+
+        Args:
+          stop_early: whether to return as soon as a row is done.
+        """
+        is_half_empty = self.programs.slots_for(self.num_rows) < len(self.owners)
+        self._calls_half_empty = self._calls_half_empty + 1 if is_half_empty else 0
+        if self._calls_half_empty > _SHRINK_AFTER and self.programs.joins_midway:
+            self._resize(len(self.owners) // 2)
+        inputs, state = self._arrays
+        state, is_done = self.programs.advance(inputs, state, num_steps, stop_early)
+        self._arrays = inputs, state
+        # Copies: the next call overwrites the state.
+        arrays = [np.array(to_host(x)) for x in (state.tokens, state.masked, state.confidence, state.steps, is_done)]
+        views = {owner: View(*(x[slot] for x in arrays[:3]), int(arrays[3][slot]), bool(arrays[4][slot]))
+                 for slot, owner in enumerate(self.owners) if owner is not None}
+        if any(view.is_done for view in views.values()):  # their gaps are full: nothing has to be removed
+            self.owners = [None if owner is None or views[owner].is_done else owner for owner in self.owners]
+            if self.num_rows == 0:
+                self._arrays, self.owners = None, []
+        return views
+
+    def _resize(self, slots: int) -> None:
+        """Moves the rows that have owners to the front of a batch with so many slots."""
+        kept = [slot for slot, owner in enumerate(self.owners) if owner is not None]
+        index = np.zeros(slots, np.int32)
+        index[: len(kept)] = kept
+        self._arrays = self.programs.select(*self._arrays, index, np.arange(slots) < len(kept))
+        self.owners = [*(self.owners[slot] for slot in kept), *[None] * (slots - len(kept))]
+        self._calls_half_empty = 0
+
+
+def row_width(length: int, max_length: int) -> int:
+    """Returns the padded length of a row, a power of two from 64 on, or the model's limit."""
+    return min(max(1 << (length - 1).bit_length(), 2 * _SHORTEST), max_length)
+
+
+def prompt_width(length: int, width: int) -> int:
+    """Returns the padded length of a prompt in a row of `width`."""
+    return min(max(1 << max(length - 1, 0).bit_length(), _SHORTEST), width)
+
+
+def _empty_row(row: Row) -> Row:
+    """Returns a row without gaps, of the same shapes."""
+    return row._replace(fixed=np.ones_like(row.fixed))
+
+
+@jax.jit
+def _row_keys(seeds: jax.Array) -> jax.Array:
+    """Returns the keys that `DiffusionLM.generate` uses, [batch], of uint32 (seed, example index) [batch, 2]."""
+    return jax.vmap(lambda pair: example_keys(pair[0], pair[1:])[0])(seeds)
+
+
+def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
+           key_data: jax.Array, settings: RowSettings, spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState]:
+    stepper = make_stepper(nnx.merge(graphdef, params), spec)
+    return stepper.start(tokens, fixed, lengths, jax.random.wrap_key_data(key_data), settings)
+
+
+def _advance(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: SamplingState, num_steps: jax.Array,
+             stop_early: jax.Array, spec: SamplingSpec) -> tuple[SamplingState, jax.Array]:
+    """Returns the state after the steps, and whether each row is done, bool [batch]."""
+    stepper = make_stepper(nnx.merge(graphdef, params), spec)
+
+    def is_done(state: SamplingState) -> jax.Array:
+        return ~pending_mask(spec, inputs, state).any(axis=1)
+
+    def goes_on(carry: tuple[jax.Array, SamplingState, jax.Array]) -> jax.Array:
+        step, _, done = carry
+        return (step < num_steps) & ~done.all() & ~(stop_early & (done.sum() > done_before.sum()))
+
+    def take_step(carry: tuple[jax.Array, SamplingState, jax.Array]) -> tuple[jax.Array, SamplingState, jax.Array]:
+        step, state, _ = carry
+        state = stepper.advance(inputs, state)
+        return step + 1, state, is_done(state)
+
+    done_before = is_done(state)
+    _, state, done = jax.lax.while_loop(goes_on, take_step, (jnp.int32(0), state, done_before))
+    return state, done
+
+
+def _insert(inputs: SamplingInputs, state: SamplingState, new: tuple[SamplingInputs, SamplingState],
+            slots: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+    """Writes the rows of `new` to `slots` int32 [number]; past the end: dropped."""
+    def write(axis: int, old: jax.Array, new: jax.Array) -> jax.Array:
+        index = (slice(None),) * axis + (slots,)
+        return old.at[index].set(new, mode="drop")
+
+    return _map_rows(write, (inputs, state), new)
+
+
+def _select(inputs: SamplingInputs, state: SamplingState, index: jax.Array,
+            is_used: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+    """Returns the rows `index` int32 [slots]; those that are not `is_used`, bool [slots], have no gaps."""
+    inputs, state = _map_rows(lambda axis, x: jnp.take(x, index, axis=axis), (inputs, state))
+    return (inputs._replace(gaps=inputs.gaps & is_used[:, None]),
+            state._replace(masked=state.masked & is_used[:, None]))
+
+
+def _map_rows(function: Callable[..., jax.Array], *trees: tuple[SamplingInputs, SamplingState]) -> Any:
+    """Maps `function(axis, *leaves)` over arrays, of which `axis` counts rows; scalars stay as in the first tree."""
+    def visit(path: tuple, *leaves: jax.Array) -> jax.Array:
+        in_cache = any(getattr(key, "name", None) in ("cache", "drafter_cache") for key in path)
+        return leaves[0] if leaves[0].ndim == 0 else function(1 if in_cache else 0, *leaves)
+
+    return jax.tree_util.tree_map_with_path(visit, *trees)
