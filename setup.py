@@ -30,6 +30,7 @@ setup(
     packages=[*find_packages(include=["dlm_jax", "dlm_jax.*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={"dlm_jax.sampling": ["*.html"], "dlm_jax.plan": ["*.json"],
+                  "dlm_jax.serving": ["*.html"],
                   "dlm_jax.evaluation": ["tasks/*.yaml"],
                   **{package: ["**/*"] for package in SHIPPED}},
     exclude_package_data={"": ["*.pyc"]},
