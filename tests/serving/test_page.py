@@ -38,23 +38,23 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server():
+def mock():
     mock = MockServer()
     with mock.running() as mock.url:
         yield mock
 
 
 @pytest.fixture
-def page(browser, server) -> Page:
+def page(browser, mock) -> Page:
     """A freshly loaded page; fails afterwards if its console had errors or it asked another host for anything."""
-    server.reset()
+    mock.reset()
     browser.requests.clear()
-    open_page(browser, server.url)
+    open_page(browser, mock.url)
     browser.problems.clear()
     yield browser
     assert not browser.problems
     assert {urllib.parse.urlsplit(request["url"]).netloc for request in browser.requests
-            if not request["url"].startswith(("data:", "blob:"))} == {urllib.parse.urlsplit(server.url).netloc}
+            if not request["url"].startswith(("data:", "blob:"))} == {urllib.parse.urlsplit(mock.url).netloc}
 
 
 def open_page(page: Page, url: str, **options) -> None:
@@ -97,12 +97,12 @@ def count(page: Page, selector: str) -> int:
     return page.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length")
 
 
-def test_generates_and_steps(page, server):
+def test_generates_and_steps(page, mock):
     choose(page, "full", max_tokens=12, seed=3)
     generate(page)
-    final = PROMPT + "".join(server.words) * 2
+    final = PROMPT + "".join(mock.words) * 2
     assert shown(page) == final
-    assert server.bodies == [{"model": "full", "policy": "confidence", "prompt": PROMPT, "max_tokens": 12, "seed": 3,
+    assert mock.bodies == [{"model": "full", "policy": "confidence", "prompt": PROMPT, "max_tokens": 12, "seed": 3,
                               "stream": True, "stream_steps": True, "stream_options": {"include_usage": True}}]
     assert "12 tokens" in page.text(".facts") and "6 passes" in page.text(".facts") and "seed 3" in page.text(".facts")
     page.evaluate("document.activeElement.blur()")
@@ -132,7 +132,7 @@ def test_order_and_confidence_color_tokens(page):
     assert count(page, ".map i") == 12
 
 
-def test_settings_fit_policy_and_model(page, server):
+def test_settings_fit_policy_and_model(page, mock):
     def names():
         return page.evaluate("[...document.querySelectorAll('#settings [name]')].map(x => x.name)")
 
@@ -142,12 +142,12 @@ def test_settings_fit_policy_and_model(page, server):
     choose(page, "full", policy="autoregressive")
     assert not {"num_steps", "block_length", "remask", "threshold"} & set(names())
     generate(page)
-    assert not {"block_length", "remask", "threshold"} & server.bodies[-1].keys()
+    assert not {"block_length", "remask", "threshold"} & mock.bodies[-1].keys()
     choose(page, "blocks")
     assert "threshold" in names() and "block_length" not in names()
 
 
-def test_gaps(page, server):
+def test_gaps(page, mock):
     choose(page, "full")
     page.type("#prompt", "A .")
     page.evaluate("document.querySelector('#prompt').setSelectionRange(1, 2)")
@@ -155,15 +155,15 @@ def test_gaps(page, server):
     page.call("Input.insertText", text="3")
     page.press("Enter", ctrl=True)
     wait_for_end(page)
-    assert server.bodies[-1]["prompt"] == "A<mask:3>." and server.bodies[-1]["infill"] is True
-    assert "max_tokens" not in server.bodies[-1]
+    assert mock.bodies[-1]["prompt"] == "A<mask:3>." and mock.bodies[-1]["infill"] is True
+    assert "max_tokens" not in mock.bodies[-1]
     assert shown(page) == "A and then she."
     assert page.evaluate("document.querySelector('#mirror mark').textContent") == "<mask:3>"
     choose(page, "blocks")
     assert "blocks" in page.text("#note")
 
 
-def test_edits_and_masks_are_rewritten(page, server):
+def test_edits_and_masks_are_rewritten(page, mock):
     choose(page, "full", max_tokens=6)
     generate(page)  # position 0 is the start of text, 1 to 4 the prompt
     page.click("[data-position='7'] b")
@@ -179,12 +179,12 @@ def test_edits_and_masks_are_rewritten(page, server):
     page.click("[data-do=mask]")
     page.click("[data-do=rewrite]")
     wait_for_end(page)
-    assert server.bodies[-1]["prompt"] == PROMPT + "<mask:2> he saw<mask:2>" and server.bodies[-1]["infill"] is True
+    assert mock.bodies[-1]["prompt"] == PROMPT + "<mask:2> he saw<mask:2>" and mock.bodies[-1]["infill"] is True
     assert shown(page) == PROMPT + " and then he saw she saw"
     assert count(page, "#history li") == 2
 
 
-def test_edit_alone_rewrites_what_follows(page, server):
+def test_edit_alone_rewrites_what_follows(page, mock):
     choose(page, "full", max_tokens=6)
     generate(page)
     page.click("[data-position='2'] b")
@@ -192,15 +192,15 @@ def test_edit_alone_rewrites_what_follows(page, server):
     page.press("Enter")
     page.click("[data-do=rewrite]")
     wait_for_end(page)
-    assert server.bodies[-1]["prompt"] == "Once under a time" and server.bodies[-1]["max_tokens"] == 6
+    assert mock.bodies[-1]["prompt"] == "Once under a time" and mock.bodies[-1]["max_tokens"] == 6
     page.evaluate("go(1)")
     page.click("[data-do=rewrite]")  # the masked tokens of a step
     wait_for_end(page)
-    assert server.bodies[-1]["prompt"].count("<mask:") >= 1
+    assert mock.bodies[-1]["prompt"].count("<mask:") >= 1
 
 
 @pytest.mark.parametrize("model", ["blocks", "parent"])
-def test_models_blind_to_text_after_gaps_rewrite_all_after_edit(page, server, model):
+def test_models_blind_to_text_after_gaps_rewrite_all_after_edit(page, mock, model):
     choose(page, model, max_tokens=6)
     generate(page)
     page.click("[data-position='7'] b")
@@ -208,17 +208,17 @@ def test_models_blind_to_text_after_gaps_rewrite_all_after_edit(page, server, mo
     assert "everything after" in page.text(".edit p")
     page.click("[data-do=rewrite]")
     wait_for_end(page)
-    assert server.bodies[-1]["prompt"] == PROMPT + " and then" and server.bodies[-1]["max_tokens"] == 4
-    assert "infill" not in server.bodies[-1]
+    assert mock.bodies[-1]["prompt"] == PROMPT + " and then" and mock.bodies[-1]["max_tokens"] == 4
+    assert "infill" not in mock.bodies[-1]
 
 
-def test_beside_parent(page, server):
+def test_beside_parent(page, mock):
     choose(page, "blocks", max_tokens=6, seed=1)
     page.click("#compare")
     generate(page)
-    assert {body["model"] for body in server.bodies} == {"blocks", "parent"}
-    assert all(body["prompt"] == PROMPT and body["max_tokens"] == 6 for body in server.bodies)
-    assert shown(page, 0) == shown(page, 1) == PROMPT + "".join(server.words)
+    assert {body["model"] for body in mock.bodies} == {"blocks", "parent"}
+    assert all(body["prompt"] == PROMPT and body["max_tokens"] == 6 for body in mock.bodies)
+    assert shown(page, 0) == shown(page, 1) == PROMPT + "".join(mock.words)
     assert count(page, ".facts") == 2 and page.evaluate(
         "[...document.querySelectorAll('.facts')].every(x => x.textContent.includes('tokens per pass'))")
     page.evaluate("document.activeElement.blur()")
@@ -228,18 +228,18 @@ def test_beside_parent(page, server):
     assert page.evaluate("document.querySelector('#beside').hidden")
 
 
-def test_stop(page, server):
-    server.pause.clear()
+def test_stop(page, mock):
+    mock.pause.clear()
     page.type("#prompt", PROMPT)
     page.press("Enter", ctrl=True)
     page.wait("document.querySelectorAll('.text .masked').length > 0")
     page.press("Escape")
     wait_for_end(page)
     assert page.text("#status") == "Stopped."
-    assert server.left.wait(5)
+    assert mock.left.wait(5)
 
 
-def test_errors_are_shown_in_place(page, server):
+def test_errors_are_shown_in_place(page, mock):
     choose(page, "full", max_tokens=6)
     generate(page)
     before = shown(page)
@@ -249,18 +249,18 @@ def test_errors_are_shown_in_place(page, server):
     page.wait("true")
     page.problems.clear()  # the browser logs every answer of 400
     choose(page, "full", temperature="")
-    server.failure = "the time limit is over"
+    mock.failure = "the time limit is over"
     generate(page)
-    assert page.text("#error") == server.failure and "\u2591" in shown(page)
-    server.failure = ""
+    assert page.text("#error") == mock.failure and "\u2591" in shown(page)
+    mock.failure = ""
     generate(page)
     assert page.text("#error") == ""
 
 
-def test_key_is_asked_for(browser, server):
-    server.reset()
-    server.key = "secret"
-    browser.open(server.url)
+def test_key_is_asked_for(browser, mock):
+    mock.reset()
+    mock.key = "secret"
+    browser.open(mock.url)
     browser.wait("!document.querySelector('#login').hidden")
     browser.type("#key", "secret")
     browser.press("Enter")
@@ -270,11 +270,11 @@ def test_key_is_asked_for(browser, server):
     browser.evaluate("sessionStorage.clear()")
 
 
-def test_markup_in_text_is_text(page, server):
-    server.words = ["<img src=x onerror=alert(1)>", " <script>alert(2)</script>", "</span>"]
+def test_markup_in_text_is_text(page, mock):
+    mock.words = ["<img src=x onerror=alert(1)>", " <script>alert(2)</script>", "</span>"]
     choose(page, "full", max_tokens=3)
     generate(page, "<b onclick=alert(3)>")
-    assert shown(page) == "<b onclick=alert(3)>" + "".join(server.words)
+    assert shown(page) == "<b onclick=alert(3)>" + "".join(mock.words)
     page.click(".text .shown b")
     page.click("button[data-view=order]")
     assert count(page, "main img, main script, #past script") == 0
@@ -282,8 +282,8 @@ def test_markup_in_text_is_text(page, server):
     assert count(page, "i:not(.map i)") == 0
 
 
-def test_text_ends_at_end_of_text(page, server):
-    server.words = [" one", END, END, END]
+def test_text_ends_at_end_of_text(page, mock):
+    mock.words = [" one", END, END, END]
     choose(page, "full", max_tokens=4)
     generate(page)
     assert shown(page) == PROMPT + " oneend"
@@ -292,26 +292,26 @@ def test_text_ends_at_end_of_text(page, server):
     page.press("Enter")
     page.click("[data-do=rewrite]")
     wait_for_end(page)
-    assert server.bodies[-1]["prompt"] == "Once upon a day" and server.bodies[-1]["max_tokens"] == 4
+    assert mock.bodies[-1]["prompt"] == "Once upon a day" and mock.bodies[-1]["max_tokens"] == 4
 
 
-def test_conversation(page, server):
+def test_conversation(page, mock):
     choose(page, "chat", max_tokens=6)
     page.click("[data-mode=chat]")
     generate(page, "Hello")
-    answer = "".join(server.words)
+    answer = "".join(mock.words)
     generate(page, "More")
-    assert [message["content"] for message in server.bodies[-1]["messages"]] == ["Hello", answer, "More"]
+    assert [message["content"] for message in mock.bodies[-1]["messages"]] == ["Hello", answer, "More"]
     page.evaluate("go(Infinity)")
     last = page.evaluate("document.querySelectorAll('.text span').length") - 1
     page.click(f"[data-position='{last}'] b")
     page.click("[data-do=mask]")
     page.click("[data-do=rewrite]")
     wait_for_end(page)
-    assert server.bodies[-1]["prompt"].startswith("<|user|>Hello<|assistant|>") and server.bodies[-1]["max_tokens"] == 1
+    assert mock.bodies[-1]["prompt"].startswith("<|user|>Hello<|assistant|>") and mock.bodies[-1]["max_tokens"] == 1
 
 
-def test_history_copy_and_steps_file(page, server, tmp_path):
+def test_history_copy_and_steps_file(page, mock, tmp_path):
     choose(page, "full", max_tokens=6)
     generate(page, "First")
     generate(page, "Second")
@@ -335,9 +335,9 @@ def test_history_copy_and_steps_file(page, server, tmp_path):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_narrow_and_legible(browser, server, dark):
-    server.reset()
-    open_page(browser, server.url, width=360, height=780, dark=dark)
+def test_narrow_and_legible(browser, mock, dark):
+    mock.reset()
+    open_page(browser, mock.url, width=360, height=780, dark=dark)
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == (
         "rgb(20, 23, 27)" if dark else "rgb(250, 249, 246)")
 
