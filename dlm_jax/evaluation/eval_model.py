@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from dlm_jax.errors import DataError
+from dlm_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from dlm_jax.sampling.batching import SamplingStats
@@ -70,6 +70,12 @@ class IsGreedy(Protocol):
     def __call__(self, pairs: Sequence[Pair]) -> Sequence[bool]: ...
 
 
+class ScoreAndIsGreedy(Protocol):
+    """Returns what `Score` and `IsGreedy` do, float64 [pairs] and bool [pairs], at the cost of one."""
+
+    def __call__(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class MaskedAccuracy(Protocol):
     """Returns for each pair the share of the masked tokens whose top-1 prediction is right.
 
@@ -94,7 +100,8 @@ class EvalModel:
       autoregressive: whether it generates from left to right, and so ignores the text after a gap.
       reference_temperature: temperature at which the reference scripts infill with this family.
       encode_special: as the tokenizer encodes by default, with special tokens; for the protocol `reference`.
-      is_greedy: None: lm-eval's metrics that need it are refused.
+      is_greedy: None: lm-eval's metrics that need it are refused, unless there is `score_and_is_greedy`.
+      score_and_is_greedy: None: they are computed one after the other.
       masked_accuracy: None: reconstruction is refused.
       stats: counts what `generate` has done so far; None: nobody counts.
     """
@@ -108,8 +115,32 @@ class EvalModel:
     reference_temperature: float = 0.95
     encode_special: Callable[[str], list[int]] | None = None
     is_greedy: IsGreedy | None = None
+    score_and_is_greedy: ScoreAndIsGreedy | None = None
     masked_accuracy: MaskedAccuracy | None = None
     stats: "SamplingStats | None" = None
+
+
+def score_pairs(model: EvalModel, pairs: Sequence[Pair], checked: np.ndarray,
+                where: str) -> tuple[Sequence[float] | np.ndarray, np.ndarray]:
+    """Returns the scores, and whether each pair that is `checked`, bool [pairs], is greedy; False for the others.
+
+    Args:
+      where: whose metrics need it, for the error.
+
+    Raises:
+      ConfigError: the model cannot say what is greedy.
+    """
+    is_greedy = np.zeros(len(pairs), bool)
+    if not checked.any():
+        return model.score(pairs), is_greedy
+    if model.score_and_is_greedy is not None:
+        scores, found = model.score_and_is_greedy(pairs)
+        return scores, checked & found
+    if model.is_greedy is None:
+        raise ConfigError(f"{model.name} has no is_greedy, which metrics of {where} may need; give the EvalModel one, "
+                          "or pass is_greedy=False to LmEvalAdapter and ignore these metrics")
+    is_greedy[checked] = model.is_greedy([pair for pair, here in zip(pairs, checked, strict=True) if here])
+    return model.score(pairs), is_greedy
 
 
 def make_pair(eval_model: EvalModel, context: str, continuation: str, item: int, option: int, where: str) -> Pair:

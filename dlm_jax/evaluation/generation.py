@@ -104,14 +104,13 @@ def make_generate(model: Network, tokenizer: "PreTrainedTokenizerBase", config: 
     return generate
 
 
-def make_is_greedy(model: Transformer, *, autoregressive: bool, diffusion: DiffusionSpec,
-                   bos_token_id: int | None = None, batch_size: int = 16, mesh: Mesh | None = None) -> IsGreedy:
-    """Returns an `IsGreedy` that generates as many tokens as each continuation has, and compares (for lm-eval).
+def make_is_greedy(model: Transformer, *, diffusion: DiffusionSpec, bos_token_id: int | None = None,
+                   batch_size: int = 16, mesh: Mesh | None = None) -> IsGreedy:
+    """Returns an `IsGreedy` of a diffusion model, which generates as many tokens as each continuation has.
 
-    An autoregressive model takes the most likely token at each step. A diffusion model starts from that many mask
-    tokens after the context and reveals its most confident token in each forward pass, so it knows the length of the
-    answer, as in LLaDA's evaluation (arXiv 2502.09992). Nothing is random. A result does not depend on the other pairs
-    or the batch size.
+    It starts from that many mask tokens after the context and reveals its most confident token in each forward pass, so
+    it knows the length of the answer, as in LLaDA's evaluation (arXiv 2502.09992). Nothing is random. A result does not
+    depend on the other pairs or the batch size.
 
     Args:
       bos_token_id: precedes every context; None: nothing does.
@@ -122,8 +121,7 @@ def make_is_greedy(model: Transformer, *, autoregressive: bool, diffusion: Diffu
       DataError: a pair does not fit the model, or has neither BOS nor a context.
     """
     length = model.config.max_length
-    config = (SamplerConfig(policy="autoregressive", temperature=0.0) if autoregressive
-              else SamplerConfig(policy="confidence", temperature=0.0, num_steps=length))  # one token per step
+    config = SamplerConfig(policy="confidence", temperature=0.0, num_steps=length)  # one token per step
     spec = SamplingSpec(config, diffusion)
     head = [] if bos_token_id is None else [bos_token_id]
 

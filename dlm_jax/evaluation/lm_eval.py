@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair, fit_context, make_pair
+from dlm_jax.evaluation.eval_model import EvalModel, GenerationRequest, Pair, fit_context, make_pair, score_pairs
 from dlm_jax.evaluation.scoring import reconstruct
 
 try:
@@ -150,15 +150,10 @@ class LmEvalAdapter(LM):
                     pairs.append(make_pair(self.eval_model, context, continuation, question.noise, option,
                                            f"{question.task}, item {question.document}, option {option}"))
                     checked.append(bool(is_checked))
-            if any(checked) and self.eval_model.is_greedy is None:
-                raise ConfigError(f"{self.eval_model.name} has no is_greedy, which metrics of the task "
-                                  f"{questions[0].task} may need; give the EvalModel one, or pass is_greedy=False to "
-                                  "LmEvalAdapter and ignore these metrics")
-            scores = halves_of(self.eval_model.score(pairs))
-            looked = [pair for pair, is_checked in zip(pairs, checked, strict=True) if is_checked]
-            found = iter(self.eval_model.is_greedy(looked) if looked else ())
-            return [{"halves": [-score for score in both], "is_greedy": bool(is_checked and next(found))}
-                    for both, is_checked in zip(scores.tolist(), checked, strict=True)]
+            scores, is_greedy = score_pairs(self.eval_model, pairs, np.array(checked),
+                                            f"the task {questions[0].task}")
+            return [{"halves": both, "is_greedy": found}
+                    for both, found in zip((-halves_of(scores)).tolist(), is_greedy.tolist(), strict=True)]
 
         answers = self._run("loglikelihood", requests, answer)
         return [(math.fsum(answer["halves"]) / 2, answer["is_greedy"]) for answer in answers]

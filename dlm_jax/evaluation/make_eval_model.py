@@ -20,6 +20,7 @@ from dlm_jax.evaluation.scoring import (
     diffusion_score,
     make_masked_accuracy,
     reference_masks,
+    score_and_is_greedy,
     time_masks,
 )
 from dlm_jax.sampling import SamplerConfig
@@ -71,9 +72,11 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
     diffusion, bos_token_id = pretrained.diffusion, pretrained.start_token_id
     rows = {"batch_size": batch_size, "mesh": mesh}
     scored = {"bos_token_id": None if reference else bos_token_id, **rows}  # the reference's tokenizer adds its own
+    is_greedy = both = None
     if autoregressive:
-        score = autoregressive_score(pretrained.model, **scored)
+        score, both = autoregressive_score(pretrained.model, **scored), score_and_is_greedy(pretrained.model, **scored)
     else:
+        is_greedy = make_is_greedy(pretrained.model, diffusion=diffusion, **scored)
         rule = reference_rule(num_samples, seed) if reference else bound_rule(num_samples, seed, mc_estimator)
         score = diffusion_score(pretrained.model, rule, diffusion=diffusion, **scored)
     encode = functools.partial(_encode, tokenizer, None if reference else bos_token_id)
@@ -84,14 +87,13 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
                              diffusion=diffusion, bos_token_id=bos_token_id, eos_token_id=pretrained.eos_token_id,
                              seed=seed, stats=stats,
                              keep_bos=not reference or encode_special("a")[0] == bos_token_id, **rows)
-    is_greedy = make_is_greedy(pretrained.model, autoregressive=autoregressive, diffusion=diffusion, **scored)
     masked_accuracy = None  # a block diffusion model does not attend to later blocks
     if autoregressive or pretrained.diffusion.blocks is None:
         masked_accuracy = make_masked_accuracy(
             pretrained.model, diffusion=DiffusionSpec(None) if autoregressive else diffusion, **scored)
     return EvalModel(name, encode, score, generate, config.max_length, autoregressive,
                      0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95, encode_special, is_greedy,
-                     masked_accuracy, stats)
+                     both, masked_accuracy, stats)
 
 
 def bound_rule(num_samples: int, seed: int, mc_estimator: str = "mask_count") -> MaskRule:

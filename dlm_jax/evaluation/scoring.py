@@ -26,7 +26,7 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec, NoisyBatch, concat_noisy_and_clean, cross_entropy, token_nll, top1_correct
 from dlm_jax.diffusion.loss import Measure
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.eval_model import MaskedAccuracy, Pair, Score
+from dlm_jax.evaluation.eval_model import MaskedAccuracy, Pair, Score, ScoreAndIsGreedy
 from dlm_jax.matmul import jit_model
 from dlm_jax.models import Transformer
 from dlm_jax.parallel import array_sharding, num_batch_shards
@@ -178,7 +178,7 @@ def diffusion_score(model: Transformer, rule: MaskRule, *, diffusion: DiffusionS
 
     def score(pairs: Sequence[Pair]) -> np.ndarray:
         return _score(model, pairs, list(map(masks_of, pairs)), diffusion=diffusion, bos_token_id=bos_token_id,
-                      batch_size=batch_size, mesh=mesh)
+                      batch_size=batch_size, mesh=mesh)[..., 0]
 
     return score
 
@@ -186,9 +186,22 @@ def diffusion_score(model: Transformer, rule: MaskRule, *, diffusion: DiffusionS
 def autoregressive_score(model: Transformer, *, bos_token_id: int | None = None, batch_size: int = 16,
                          mesh: Mesh | None = None) -> Score:
     """Returns an exact `Score` [pairs] by one pass under causal attention; arguments as in `diffusion_score`."""
-    score = diffusion_score(model, lambda pair: mask_all(len(pair.continuation)), diffusion=DiffusionSpec(None),
-                            bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh)
-    return lambda pairs: score(pairs)[:, 0]
+    score = score_and_is_greedy(model, bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh,
+                                measures=(cross_entropy,))
+    return lambda pairs: score(pairs)[0]
+
+
+def score_and_is_greedy(model: Transformer, *, bos_token_id: int | None = None, batch_size: int = 16,
+                        mesh: Mesh | None = None, measures: Sequence[Measure] = (cross_entropy, top1_correct),
+                        ) -> ScoreAndIsGreedy:
+    """Returns a `ScoreAndIsGreedy` of an autoregressive model; arguments as in `diffusion_score`."""
+    def score(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
+        sums = _score(model, pairs, [mask_all(len(pair.continuation)) for pair in pairs],
+                      diffusion=DiffusionSpec(None), bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh,
+                      measures=measures)[:, 0]
+        return sums[:, 0], sums[:, -1] == [len(pair.continuation) for pair in pairs]
+
+    return score
 
 
 def make_masked_accuracy(model: Transformer, *, diffusion: DiffusionSpec, bos_token_id: int | None = None,
@@ -202,7 +215,7 @@ def make_masked_accuracy(model: Transformer, *, diffusion: DiffusionSpec, bos_to
     def masked_accuracy(pairs: Sequence[Pair], masked: Sequence[np.ndarray]) -> np.ndarray:
         samples = [[MaskSample(mask[None], np.array([1 / mask.sum()]))] for mask in masked]
         return _score(model, pairs, samples, diffusion=diffusion, bos_token_id=bos_token_id, batch_size=batch_size,
-                      mesh=mesh, measure=top1_correct)[:, 0]
+                      mesh=mesh, measures=(top1_correct,))[:, 0, 0]
 
     return masked_accuracy
 
@@ -257,8 +270,8 @@ class _Pass(NamedTuple):
 
 def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[Sequence[MaskSample]], *,
            diffusion: DiffusionSpec, bos_token_id: int | None, batch_size: int, mesh: Mesh | None,
-           measure: Measure = cross_entropy) -> np.ndarray:
-    """Returns float64 [pairs, halves], the weighted sums of `measure` over the masked tokens of each half's passes."""
+           measures: Sequence[Measure] = (cross_entropy,)) -> np.ndarray:
+    """Returns float64 [pairs, halves, measures], weighted sums over the masked tokens of each half's passes."""
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     head = () if bos_token_id is None else (bos_token_id,)
@@ -268,31 +281,33 @@ def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[Sequence
     longest = model.config.max_length + autoregressive
     for row, pair in zip(rows, pairs, strict=True):
         _check_length(row, pair, model.config.max_length, longest)
-    width = [longest if len(row) == longest else bucket(len(row), model.config.max_length, _WIDTH_MULTIPLE)
-             for row in rows]
+    width = [longest if len(row) == longest else _padded_width(len(row), model.config.max_length) for row in rows]
     passes = [_Pass(number, half if len(halves) > 1 else None, masked,
                     np.where(masked, weights, 0) if np.ndim(weights) == 0 else weights)
               for number, halves in enumerate(samples) for half, sample in enumerate(halves)
               for masked, weights in zip(*sample, strict=True)]
-    # A batch has one width, which is one compiled shape, and similar numbers of tokens for the head.
+    # Rows of a batch have similar lengths, and similar numbers of tokens for the head.
     passes.sort(key=lambda one: (width[one.pair], one.masked.sum()), reverse=True)
     graphdef, params = nnx.split(model)
     shards = 1 if mesh is None else num_batch_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
-    scores = np.zeros((len(pairs), 2))
-    running: list[tuple[list[_Pass], jax.Array]] = []
-    for batch in _batches(passes, width, batch_size):
-        arrays = _arrays([(rows[one.pair], one) for one in batch], width[batch[0].pair], batch_size,
+    scores = np.zeros((len(pairs), 2, len(measures)))
+    running: list[tuple[Sequence[_Pass], jax.Array]] = []
+    for first in range(0, len(passes), batch_size):
+        batch, size = passes[first : first + batch_size], batch_size
+        while size % (2 * shards) == 0 and size // 2 >= len(batch):  # the last batch: few shapes, little padding
+            size //= 2
+        arrays = _arrays([(rows[one.pair], one) for one in batch], width[batch[0].pair], size,
                          diffusion.mask_token_id)
         arrays = jax.tree.map(jnp.asarray, arrays) if mesh is None else jax.device_put(
             arrays, array_sharding(mesh, "batch"))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            nll = _nll(graphdef, params, *arrays, diffusion=diffusion, measure=measure)
-        running.append((batch, nll))  # the next batch is prepared while this one runs
+            sums = _weighted_sums(graphdef, params, *arrays, diffusion=diffusion, measures=tuple(measures))
+        running.append((batch, sums))  # the next batch is prepared while this one runs
         if len(running) > 1:
             _add(scores, *running.pop(0))
-    for batch, nll in running:
-        _add(scores, batch, nll)
+    for batch, sums in running:
+        _add(scores, batch, sums)
     return scores
 
 
@@ -307,14 +322,9 @@ def _check_length(row: np.ndarray, pair: Pair, max_length: int, longest: int) ->
         raise DataError(f"{where}: {len(row)} tokens, and the model takes at most {max_length}; shorten the context")
 
 
-def _batches(passes: Sequence[_Pass], width: Sequence[int], batch_size: int) -> list[list[_Pass]]:
-    """Splits sorted passes into batches of one width and at most `batch_size`."""
-    batches: list[list[_Pass]] = []
-    for one in passes:
-        if not batches or len(batches[-1]) == batch_size or width[batches[-1][0].pair] != width[one.pair]:
-            batches.append([])
-        batches[-1].append(one)
-    return batches
+def _padded_width(length: int, max_length: int) -> int:
+    """Returns a row's padded length, at most an eighth longer or 15 tokens: each is one compiled shape."""
+    return bucket(length, max_length, max(_WIDTH_MULTIPLE, (1 << (length - 1).bit_length()) // 16))
 
 
 def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: int,
@@ -332,26 +342,31 @@ def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: in
     return tokens, targets, weights, lengths
 
 
-@functools.partial(jit_model, static_argnames=("graphdef", "diffusion", "measure"))
-def _nll(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, weights: jax.Array,
-         lengths: jax.Array, *, diffusion: DiffusionSpec, measure: Measure) -> jax.Array:
-    """Returns each row's weighted sum of the cross-entropy, or of another measure, float32 [batch]."""
+@functools.partial(jit_model, static_argnames=("graphdef", "diffusion", "measures"))
+def _weighted_sums(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, weights: jax.Array,
+                   lengths: jax.Array, *, diffusion: DiffusionSpec, measures: tuple[Measure, ...]) -> jax.Array:
+    """Returns each row's weighted sum of each measure, float32 [batch, measures]."""
     model, scored, shift, blocks = nnx.merge(graphdef, params), weights > 0, diffusion.shift, diffusion.blocks
-    nll_of = functools.partial(token_nll, unembed=model.unembed, shift=shift, chunk_size=_HEAD_CHUNK, measure=measure)
+
+    def sums(hidden: jax.Array, targets: jax.Array, mask: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.stack([jnp.sum(weights * token_nll(
+            hidden, model.unembed, targets, mask, shift=shift, chunk_size=_HEAD_CHUNK, measure=measure), axis=1)
+            for measure in measures], axis=1)
+
     if blocks is None:
         attention = AttentionMask.causal() if diffusion.mask_token_id is None else AttentionMask.bidirectional()
         seen = min(tokens.shape[1], model.config.max_length)
         hidden = model.hidden(tokens[:, :seen], attention.with_lengths(jnp.minimum(lengths, seen)))
         hidden = jnp.pad(hidden, ((0, 0), (0, tokens.shape[1] - seen), (0, 0)))
-        return jnp.sum(weights * nll_of(hidden, targets=targets, mask=scored), axis=1)
+        return sums(hidden, targets, scored, weights)
     both = concat_noisy_and_clean([NoisyBatch(tokens, targets, scored, scored, weights)], blocks.size, shift=shift)
     padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
     attention = blocks.training_mask(tokens.shape[1]).with_segments(padding)
     hidden = model.hidden(both.tokens, attention, positions=both.positions, noised=both.noised)
     # The clean copy predicts a block's first token, with the weight that it has in the pass that scores it.
-    return jnp.sum(both.weights * nll_of(hidden, targets=both.targets, mask=both.loss_mask), axis=1)
+    return sums(hidden, both.targets, both.loss_mask, both.weights)
 
 
-def _add(scores: np.ndarray, batch: Sequence[_Pass], nll: jax.Array) -> None:
-    for one, value in zip(batch, np.asarray(nll, np.float64)[: len(batch)], strict=True):
+def _add(scores: np.ndarray, batch: Sequence[_Pass], sums: jax.Array) -> None:
+    for one, value in zip(batch, np.asarray(sums, np.float64)[: len(batch)], strict=True):
         scores[one.pair, slice(None) if one.half is None else one.half] += value

@@ -12,6 +12,7 @@ from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation.eval_model import GenerationRequest, Pair
 from dlm_jax.evaluation.generation import make_generate, make_is_greedy
+from dlm_jax.evaluation.scoring import autoregressive_score, score_and_is_greedy
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig
 from tests.evaluation.full_logits import log_probabilities
@@ -158,14 +159,20 @@ def test_is_greedy(lm, autoregressive):
             changed = [token + (n == place) for n, token in enumerate(greedy)]
             pairs.append(Pair(tuple(tokens), tuple(changed)))
             expected.append(place is None)
-    settings = {"autoregressive": autoregressive, "diffusion": DiffusionSpec(None) if autoregressive else lm.diffusion,
-                "bos_token_id": bos, "batch_size": 5}
-    is_greedy = make_is_greedy(lm.model, **settings)
+    if autoregressive:
+        both = score_and_is_greedy(lm.model, bos_token_id=bos, batch_size=5)
+
+        def is_greedy(pairs):
+            scores, found = both(pairs)
+            np.testing.assert_allclose(scores, autoregressive_score(lm.model, bos_token_id=bos)(pairs), rtol=1e-5)
+            return found.tolist()
+    else:
+        is_greedy = make_is_greedy(lm.model, diffusion=lm.diffusion, bos_token_id=bos, batch_size=5)
     assert is_greedy(pairs) == expected and is_greedy(pairs[::-1]) == expected[::-1] and is_greedy([]) == []
 
 
 def test_is_greedy_refuses_long_pairs(lm):
-    greedy = make_is_greedy(lm.model, autoregressive=True, diffusion=DiffusionSpec(None))
+    greedy = make_is_greedy(lm.model, diffusion=lm.diffusion)
     with pytest.raises(DataError, match="text 0"):
         greedy([Pair((), (5,))])
     with pytest.raises(DataError, match="0"):
