@@ -16,7 +16,8 @@ ROOT = pathlib.Path(dlm_jax.__file__).parents[1]
 MODULES = sorted((ROOT / "dlm_jax").rglob("*.py"))
 # Packages whose import name differs from the name to install.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
-OPTIONAL = {"datasets", "evaluate", "lm_eval", "torch", "wandb"}
+SERVING = {"prometheus_client", "pydantic", "sse_starlette", "starlette", "uvicorn"}
+OPTIONAL = {"datasets", "evaluate", "lm_eval", "torch", "wandb", *SERVING}
 
 
 @pytest.fixture(scope="module")

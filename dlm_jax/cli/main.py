@@ -31,6 +31,7 @@ COMMANDS = {
     "train": "adapt a pretrained model to diffusion, or train an autoregressive one",
     "sample": "generate text: from nothing, from a prompt, or into gaps",
     "chat": "talk with a fine-tuned model",
+    "serve": "serve a model over HTTP, in OpenAI's protocol, with a page to try it",
     "evaluate": "measure a model: on tasks, against its parent, and on held-out text",
     "export": "write a model in Hugging Face format, or a drafter for inference engines",
     "plan": "does a recipe fit on TPUs or GPUs that are not here, and how long does it take",

@@ -173,7 +173,12 @@ class PromptFormat:
     def decode_response(self, tokens: Sequence[int]) -> str:
         """Returns the text of a response's token ids before its end, without space around it."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip()
-        return text.removesuffix(self._chat.turn_end.learned if self._chat else "").strip()
+        return text.removesuffix(self.end_text).strip()
+
+    @property
+    def end_text(self) -> str:
+        """What a chat template writes after an answer, up to its end-of-turn token; "" without a template."""
+        return self._chat.turn_end.learned if self._chat else ""
 
     def _prompt_text(self, record: str | dict[str, Any]) -> str:
         """Returns the text of a prompt, without its separator."""

@@ -8,8 +8,8 @@ variance from the number of masked tokens (LLaDA, arXiv 2502.09992, eq. 6; Ou et
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,14 @@ from tqdm import tqdm
 from dlm_jax.attention import AttentionMask
 from dlm_jax.config_fields import check_at_least
 from dlm_jax.data.rows import positions_from_starts
-from dlm_jax.diffusion import Batch, DiffusionSpec, NoisyBatch, concat_noisy_and_clean, token_nll
+from dlm_jax.diffusion import Batch, DiffusionSpec, NoisyBatch, concat_noisy_and_clean, cross_entropy, token_nll
 from dlm_jax.errors import DataError
 from dlm_jax.matmul import jit_model
 from dlm_jax.models import Transformer
 from dlm_jax.random import example_keys
+from dlm_jax.sampling import pad_rows
+
+_HEAD_CHUNK = 32  # positions per row whose logits exist at one time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +173,60 @@ def _autoregressive_values(graphdef: nnx.GraphDef, params: nnx.State, batch: Bat
     del sample  # the value is exact
     model = nnx.merge(graphdef, params)
     return _nll(model, batch, batch.tokens, batch.noisable_mask, AttentionMask.causal(), shift=True).sum(axis=1)
+
+
+class TokenLogProbs(NamedTuple):
+    """What an autoregressive model predicts at each position of a row, given the tokens before it; 0 at position 0.
+
+    Attributes:
+      log_probs: float32 [length], of the row's own tokens, in nats.
+      top_tokens: int32 [length, num_top], the most likely tokens.
+      top_log_probs: float32 [length, num_top].
+    """
+
+    log_probs: np.ndarray
+    top_tokens: np.ndarray
+    top_log_probs: np.ndarray
+
+
+def token_log_probs(model: Transformer, rows: Sequence[Sequence[int]], num_top: int) -> list[TokenLogProbs]:
+    """Returns the log-probabilities of the tokens of rows under causal attention, by one forward pass.
+
+    Raises:
+      DataError: a row is too long for the model.
+    """
+    number = 1 << (len(rows) - 1).bit_length()  # rows are repeated, so that few numbers have a program of their own
+    padded = pad_rows([rows[i % len(rows)] for i in range(number)], model.config.max_length, coarse=True)
+    found = jax.tree.map(np.asarray, _token_log_probs(*nnx.split(model), padded.tokens, padded.lengths, num_top))
+    return [TokenLogProbs(*(array[i, : len(row)] for array in found)) for i, row in enumerate(rows)]
+
+
+@functools.partial(jit_model, static_argnames=("graphdef", "num_top"))
+def _token_log_probs(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array, lengths: jax.Array,
+                     num_top: int) -> TokenLogProbs:
+    model = nnx.merge(graphdef, params)
+    hidden = model.hidden(tokens, AttentionMask.causal().with_lengths(lengths))
+    width = tokens.shape[1]
+    chunks = -(-width // _HEAD_CHUNK)
+
+    def split(x: jax.Array) -> jax.Array:
+        """[batch, width, ...] to [chunks, batch, _HEAD_CHUNK, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, chunks * _HEAD_CHUNK - width), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(len(x), chunks, _HEAD_CHUNK, *x.shape[2:]), 1, 0)
+
+    def visit(chunk: tuple[jax.Array, jax.Array]) -> TokenLogProbs:
+        logits = model.unembed(chunk[0])
+        values, best = jax.lax.top_k(logits, num_top)
+        # The same subtraction as in `cross_entropy`: a token that is the most likely has exactly that value.
+        return TokenLogProbs(-cross_entropy(logits, chunk[1]), best,
+                             values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1)
+        x = jnp.roll(x.reshape(len(x), chunks * _HEAD_CHUNK, *x.shape[3:])[:, :width], 1, axis=1)
+        return x.at[:, 0].set(0)
+
+    return jax.tree.map(join, jax.lax.map(visit, (split(hidden), split(jnp.roll(tokens, -1, axis=1)))))
 
 
 def _as_batch(tokens: np.ndarray, noisable_mask: np.ndarray, segment_ids: np.ndarray | None) -> Batch:

@@ -16,7 +16,7 @@ from dlm_jax.diffusion import Batch, BlockSpec, DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import autoregressive_nll, bound
 from dlm_jax.evaluation.eval_model import Pair
-from dlm_jax.evaluation.likelihood import bound_values
+from dlm_jax.evaluation.likelihood import bound_values, token_log_probs
 from dlm_jax.evaluation.scoring import bound_masks, diffusion_score
 from dlm_jax.models import ModelConfig
 from tests.evaluation.full_logits import log_probabilities
@@ -139,6 +139,21 @@ def test_padding_with_its_own_segment(model):
     np.testing.assert_allclose([r.nats for r in padded.rows], [r.nats for r in plain.rows], rtol=1e-5)
     plain, padded = autoregressive_nll(model, tokens, noisable_mask), autoregressive_nll(model, wide, ~padding)
     np.testing.assert_allclose([r.nats for r in padded.rows], [r.nats for r in plain.rows], rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[1, 64, 33], [7]])
+def test_token_log_probs(model, lengths):
+    """Of rows of different lengths, up to the model's limit; the most likely token has exactly the value of the top."""
+    rows = [np.random.default_rng(length).integers(0, 13, length).tolist() for length in lengths]
+    for row, found in zip(rows, token_log_probs(model, rows, 3), strict=True):
+        logp = log_probabilities(model, np.array([row]), AttentionMask.causal())[0]
+        assert [len(values) for values in found] == [len(row)] * 3
+        np.testing.assert_allclose(found.log_probs[1:], logp[np.arange(len(row) - 1), row[1:]], atol=1e-4)
+        np.testing.assert_allclose(found.top_log_probs[1:], -np.sort(-logp[:-1], axis=1)[:, :3], atol=1e-4)
+        is_top = found.top_tokens[:, 0] == row
+        np.testing.assert_array_equal(is_top[1:], (found.log_probs == found.top_log_probs[:, 0])[1:])
+        exact = -autoregressive_nll(model, np.array([row]), np.ones((1, len(row)), bool)).nats if len(row) > 1 else 0
+        assert found.log_probs.sum() == pytest.approx(exact, abs=1e-3)
 
 
 def test_context_is_neither_noised_nor_scored(model):

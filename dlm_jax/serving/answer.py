@@ -1,0 +1,206 @@
+"""An answer while it is computed: jobs of the engine, their updates, and the body or the chunks of the response."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import jax
+
+from dlm_jax.evaluation.likelihood import TokenLogProbs, token_log_probs
+from dlm_jax.sampling.text import GAP
+from dlm_jax.serving.engine import Engine, Job, Ticket, Update
+from dlm_jax.serving.jobs import Plan, Row, ServedModel, plan_completion
+from dlm_jax.serving.protocol import Answer, CompletionRequest, RequestError, TokenLogProb, Usage
+from dlm_jax.serving.steps import RowSteps
+from dlm_jax.serving.text import RowText, TokenTexts, finite
+
+_ROWS_PER_PASS = 8  # of prompts that are scored: other requests wait for no more
+_WARM_PROMPT, _WARM_WIDTHS = 16, (64, 128)  # tokens of a prompt, and of a row with it
+_NUM_TOP = 5  # as many as a request may ask for, so that one program serves all
+
+
+class Run:
+    """The rows of one request, from the engine's acceptance to the complete answer. For one event loop.
+
+    Args:
+      echo: the log-probabilities of each row's prompt, or None.
+      top: whether `top_logprobs` has the token that was chosen; the others' are not known of a row that is sampled.
+      steps: whether chunks carry every forward pass.
+      lists_gaps: whether a choice has the text of each gap.
+    """
+
+    def __init__(self, answer: Answer, model: ServedModel, plan: Plan, echo: Sequence[list[TokenLogProb] | None], *,
+                 shows_log_probs: bool, top: bool, steps: bool, include_usage: bool, lists_gaps: bool):
+        self._answer, self._model, self._plan, self._echo = answer, model, plan, echo
+        self._shows_log_probs, self._lists_gaps, self.include_usage = shows_log_probs, lists_gaps, include_usage
+        self._texts = [RowText(row.tokens, row.text_format, model.texts, top=top) for row in plan.rows]
+        self._log_probs: list[list[TokenLogProb]] = [list(given or ()) for given in echo]
+        self._steps = [RowSteps(row.index, row.tokens, model.texts, ends=row.text_format.ends,
+                                first=row.text_format.gaps[0].start if answer.is_chat else 0)
+                       for row in plan.rows] if steps else None
+        self._tickets: list[Ticket] = []
+        self._is_cancelled = False
+        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        for text in self._texts:
+            if not text.has_gaps:
+                text.update([], 0, is_last=True)
+
+    def submit(self, engine: Engine) -> None:
+        """Gives the rows to the engine, all of them or none; may be called in another thread.
+
+        Errors are those of `Engine.submit`.
+        """
+        plan = self._plan
+        if not self.is_complete:  # all rows have gaps, or none has
+            jobs = [Job(model=self._model.name, row=row.tokens, spec=plan.spec, seed=plan.seed, example_index=row.index,
+                        on_update=self._receiver(row.index), every_step=self._steps is not None) for row in plan.rows]
+            self._tickets = engine.submit(jobs)
+            if self._is_cancelled:  # the client has left in the meantime
+                self.cancel()
+
+    def cancel(self) -> None:
+        """Cancels what still runs, or has yet to be accepted."""
+        self._is_cancelled = True
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    @property
+    def is_complete(self) -> bool:
+        return all(text.finish_reason for text in self._texts)
+
+    def next_update(self) -> Awaitable[tuple[int, Update]]:
+        """Returns the number of a row and its next update."""
+        return self._updates.get()
+
+    def update(self, index: int, update: Update) -> list[dict[str, Any]]:
+        """Applies an update of the engine; returns the chunks that it adds to a stream."""
+        text = self._texts[index]
+        if text.finish_reason:  # its end was found before the engine knew
+            return []
+        delta = text.update(update.changes, update.step, is_last=update.is_last)
+        self._log_probs[index] += delta.log_probs
+        if text.finish_reason:
+            self._tickets[index].cancel()
+        fields = {} if self._steps is None else {"step": self._steps[index].update(update.changes, update.step)}
+        if not (delta.text or delta.log_probs or text.finish_reason or fields):
+            return []
+        log_probs = delta.log_probs if self._shows_log_probs else None
+        choice = self._answer.delta(index, delta.text, text.finish_reason, log_probs)
+        if text.finish_reason and self._lists_gaps:
+            choice["gaps"] = text.gap_texts
+        return [self._chunk([choice], **fields)]
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """Returns the chunks before the first update: the role, an echo, the text before a gap, and step 0."""
+        chunks = []
+        for row, text, echo in zip(self._plan.rows, self._texts, self._echo, strict=True):
+            fields = {} if self._steps is None else {"step": self._steps[row.index].start()}
+            first = row.echo + text.text
+            if self._answer.is_chat or first or echo or text.finish_reason or fields:
+                log_probs = (echo or []) if self._shows_log_probs and not self._answer.is_chat else None
+                choice = self._answer.delta(row.index, first, text.finish_reason, log_probs, is_first=True)
+                chunks.append(self._chunk([choice], **fields))
+        return chunks
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return self._answer.body([], stream=True, usage=self.usage.body())
+
+    def body(self) -> dict[str, Any]:
+        """Returns the complete answer."""
+        choices = [self._answer.choice(
+            row.index, row.echo + text.text, text.finish_reason, log_probs if self._shows_log_probs else None,
+            **{"gaps": text.gap_texts} if self._lists_gaps else {})
+            for row, text, log_probs in zip(self._plan.rows, self._texts, self._log_probs, strict=True)]
+        return self._answer.body(choices, stream=False, usage=self.usage.body())
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self._plan.prompt_tokens, sum(text.num_tokens for text in self._texts),
+                     sum(text.num_passes for text in self._texts))
+
+    def _chunk(self, choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+        if self.include_usage:
+            fields["usage"] = None
+        return self._answer.body(choices, stream=True, **fields)
+
+    def _receiver(self, index: int) -> Callable[[Update], None]:
+        def receive(update: Update) -> None:  # in the engine's thread
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+
+        return receive
+
+
+def warm_up_jobs(model: ServedModel) -> list[Job]:
+    """Returns rows like those of requests that name no settings: a completion, a chat and an infill, of usual lengths.
+
+    What is not like them is compiled when it first comes.
+    """
+    plans = []
+    for width in _WARM_WIDTHS[model.is_parent :]:
+        new = min(width, model.max_length) - _WARM_PROMPT
+        if new < 1 or width // 2 >= model.max_length:
+            break
+        prompt = [[model.pretrained.start_token_id] * _WARM_PROMPT]
+        plans.append(plan_completion(model, CompletionRequest(model=model.name, prompt=prompt, max_tokens=new)))
+        if model.prompt_format is not None:
+            ends = model.prompt_format.end_token_ids
+            plans.append(dataclasses.replace(plans[-1], spec=dataclasses.replace(plans[-1].spec, eos_token_ids=ends)))
+        if model.has_mask_token and model.pretrained.diffusion.blocks is None:
+            plans.append(dataclasses.replace(plans[-1], spec=dataclasses.replace(plans[-1].spec, stop_at_eos=False)))
+    return [Job(model=model.name, row=plan.rows[0].tokens, spec=plan.spec, on_update=lambda update: None)
+            for plan in plans]
+
+
+async def prompt_log_probs(engine: Engine, model: ServedModel, plan: Plan, num_top: int,
+                           wait: Callable[[Awaitable[Any]], Awaitable[Any]]) -> list[list[TokenLogProb]]:
+    """Returns the log-probabilities of each row's prompt under causal attention.
+
+    Args:
+      wait: waits for a result as long as the request may.
+
+    Raises:
+      RequestError: the model is not sampled from left to right, so that it has none.
+    """
+    if plan.spec.config.policy != "autoregressive":
+        raise RequestError("a prompt has logprobs where each token is predicted from those before it, and the policy "
+                           f"{plan.spec.config.policy} does not do so; set policy to autoregressive, or omit echo",
+                           param="echo")
+    rows = plan.rows[:: len(plan.rows) // plan.num_prompts]
+    found: list[list[TokenLogProb]] = []
+    for start in range(0, len(rows), _ROWS_PER_PASS):
+        batch = rows[start : start + _ROWS_PER_PASS]
+        scores = await wait(asyncio.wrap_future(engine.call(
+            lambda batch=batch: score_rows(model, [_given(row) for row in batch]))))
+        found += [_entries(model.texts, row, score, num_top) for row, score in zip(batch, scores, strict=True)]
+    return [found[number * plan.num_prompts // len(plan.rows)] for number in range(len(plan.rows))]
+
+
+def score_rows(model: ServedModel, rows: Sequence[Sequence[int]]) -> list[TokenLogProbs]:
+    """Returns the log-probabilities of rows, on the model's devices."""
+    lm = model.lm
+    with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
+        return token_log_probs(lm.model, rows, _NUM_TOP)
+
+
+def _given(row: Row) -> list[int]:
+    return [token for token in row.tokens if token != GAP]
+
+
+def _entries(texts: TokenTexts, row: Row, scores: TokenLogProbs, num_top: int) -> list[TokenLogProb]:
+    """Returns the entries of a prompt's own tokens, the first of them without a value."""
+    entries, offset, first = [], 0, row.num_given - len(row.prompt)
+    for number, token in enumerate(row.prompt):
+        text, at = texts.text(token), first + number
+        top = tuple((texts.text(int(other)), finite(value)) for other, value in zip(
+            scores.top_tokens[at, :num_top], scores.top_log_probs[at, :num_top], strict=True))
+        log_prob = finite(scores.log_probs[at])
+        if num_top and log_prob not in [value for _, value in top]:
+            top = (*top, (text, log_prob))  # the token itself is always among them
+        entries.append(TokenLogProb(text, None if number == 0 else log_prob, top if number and num_top else None,
+                                    offset))
+        offset += len(text)
+    return entries
