@@ -14,6 +14,9 @@ MASK = "\N{LIGHT SHADE}"
 class RowSteps:
     """The steps of a row as JSON objects.
 
+    A special token, such as the end of text, says so and has its name as text. `joined` lists the characters that
+    several tokens spell, as (first position, number of tokens, character), where there are any.
+
     Args:
       row: tokens, GAP in gaps.
       first: the position at which the `text` of a step starts: 0, or where a chat's response starts.
@@ -37,13 +40,16 @@ class RowSteps:
         return self._body(step, [self._token(change.position, change.token, change.log_prob) for change in changes])
 
     def _body(self, step: int, tokens: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"index": self._index, "step": step, "tokens": tokens, "text": self._text()}
+        joined = self._texts.joined(self._tokens)
+        return {"index": self._index, "step": step, "tokens": tokens, "text": self._text(),
+                **({"joined": joined} if joined else {})}
 
     def _token(self, position: int, token: int, log_prob: float) -> dict[str, Any]:
         if token == GAP:
             return {"position": position, "id": None, "text": MASK, "logprob": None}
         return {"position": position, "id": token, "text": self._texts.text(token),
-                "logprob": None if self._given[position] else finite(log_prob)}
+                "logprob": None if self._given[position] else finite(log_prob),
+                **({"special": True} if self._texts.is_special(token) else {})}
 
     def _text(self) -> str:
         """Returns the text so far, with a `MASK` per masked token, up to the first token that ends it."""

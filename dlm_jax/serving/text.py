@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dlm_jax.data.tokenization import tokenize
 from dlm_jax.sampling.text import GAP, Segment
-from dlm_jax.sampling.trace import BROKEN, Change, token_texts
+from dlm_jax.sampling.trace import BROKEN, Change, joined_characters, token_texts
 from dlm_jax.serving.protocol import TokenLogProb
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class TokenTexts:
     def added(self, tokens: Sequence[int]) -> str:
         """Returns what tokens add to an earlier text."""
         return self.decode([*self._before, *tokens]).removeprefix(self._known)
+
+    def joined(self, tokens: Sequence[int]) -> list[tuple[int, int, str]]:
+        """Returns the characters that several tokens of a row spell: first position, number of tokens, character."""
+        return joined_characters(self.tokenizer, tokens, {token: self.text(token) for token in tokens if token != GAP})
 
     def _text(self, token: int) -> str:
         """Returns what a token adds to an earlier text; the name of a special token."""

@@ -1,9 +1,11 @@
 """The page in a real browser: against a server that invents its text, and against the real one."""
 
 import json
+import re
 import time
 import urllib.parse
 
+import httpx
 import pytest
 
 from tests.serving.browser import CHROMIUM, Page, browse
@@ -376,3 +378,33 @@ def test_names_what_it_has(page):
     page.call("Accessibility.disable")
     assert len(controls) > 15 and all(node["name"]["value"] for node in controls)
     assert len(MODELS) == count(page, "#model option")
+
+
+@pytest.mark.parametrize("model", ["full", "blocks"])
+def test_same_text_as_api(browser, server, model):
+    """The real server; its model writes random bytes, so some characters are of several tokens, or broken."""
+    prompt, settings = "Zoë 你好", {"max_tokens": 16, "seed": 3}
+    open_page(browser, server)
+    browser.problems.clear()
+    choose(browser, model, **settings)
+    generate(browser, prompt)
+    done = httpx.post(f"{server}/v1/completions", json={"model": model, "prompt": prompt, **settings}).json()
+    choice, usage = done["choices"][0], done["usage"]
+    expected = prompt + choice["text"] + "end" * (choice["finish_reason"] == "stop")
+    assert same_but_broken(shown(browser)) == same_but_broken(expected)
+    assert f"{usage['completion_tokens']} tokens" in browser.text(".facts")
+    assert f"{usage['forward_passes']} passes" in browser.text(".facts")
+    browser.click("[data-position='1'] b")
+    browser.type(".edit input", "Zoo")
+    browser.press("Enter")
+    browser.click("[data-position='6'] b")  # the model that sees text after gaps fills this one alone
+    browser.click("[data-do=mask]")
+    browser.click("[data-do=rewrite]")
+    wait_for_end(browser)
+    assert browser.text("#error") == "" and shown(browser).startswith("Zoo")
+    assert not browser.problems
+
+
+def same_but_broken(text: str) -> str:
+    """Returns a text with one sign for a broken character, of however many bytes."""
+    return re.sub("\ufffd+", "\ufffd", text)

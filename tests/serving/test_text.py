@@ -229,5 +229,21 @@ def test_steps_show_every_token():
     assert steps.update([Change(2, at, GAP, 0.0)], 2)["text"] == start["text"]
 
 
+def test_steps_say_what_is_special_and_which_tokens_spell_one_character():
+    texts = texts_of("bytes")
+    row, _ = encode(texts.tokenizer, ["the", 6], 0)
+    house = texts.tokenizer(" 🏠", add_special_tokens=False)["input_ids"]
+    assert 2 < len(house) < 6
+    steps, at = RowSteps(0, row, texts), row.index(GAP)
+    start = steps.start()
+    assert [token.get("special", False) for token in start["tokens"]] == [position == 0 for position in range(len(row))]
+    *most, last = [Change(1, at + i, token, -1.0) for i, token in enumerate(house)]
+    assert "joined" not in start and "joined" not in steps.update(most, 1)
+    (first, count, text), = steps.update([last], 2)["joined"]
+    assert text.strip() == "🏠" and at <= first and first + count == at + len(house)
+    step, = steps.update([Change(3, at + len(house), 0, -1.0)], 3)["tokens"]
+    assert step["special"] is True
+
+
 def test_overlap():
     assert [overlap("abc", end) for end in ("cd", "bcd", "abcd", "abc", "x", "")] == [1, 2, 3, 3, 0, 0]
