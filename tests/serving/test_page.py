@@ -201,6 +201,17 @@ def test_edit_alone_rewrites_what_follows(page, mock):
     assert mock.bodies[-1]["prompt"].count("<mask:") >= 1
 
 
+def test_half_of_a_character_is_not_sent(page, mock):
+    mock.words = [" a", "\ufffd", " b", " c"]
+    choose(page, "full", max_tokens=4)
+    generate(page)
+    page.click("[data-position='8'] b")
+    page.click("[data-do=mask]")
+    page.click("[data-do=rewrite]")
+    wait_for_end(page)
+    assert mock.bodies[-1]["prompt"] == PROMPT + " a<mask:1> b<mask:1>"
+
+
 @pytest.mark.parametrize("model", ["blocks", "parent"])
 def test_models_blind_to_text_after_gaps_rewrite_all_after_edit(page, mock, model):
     choose(page, model, max_tokens=6)
