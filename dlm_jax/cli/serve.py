@@ -117,13 +117,17 @@ def api_key(arguments: argparse.Namespace) -> str | None:
 
 def model_names(arguments: argparse.Namespace) -> list[str]:
     """Returns how requests name the model and, if there is one, its parent."""
-    name = arguments.name or pathlib.PurePath(arguments.model).name
+    name = arguments.name or _last_part(arguments.model)
     if not name.isprintable() or not name.strip():
         raise ConfigError(f"the name {name!r} cannot be typed; give one with --name")
     if arguments.parent is None:
         return [name]
-    parent = pathlib.PurePath(arguments.parent).name
+    parent = _last_part(arguments.parent)
     return [name, f"{parent}-parent" if parent == name else parent]
+
+
+def _last_part(model: str) -> str:
+    return pathlib.PurePath(model).name.removesuffix(".gguf")
 
 
 def load_models(arguments: argparse.Namespace) -> "list[DiffusionLM]":

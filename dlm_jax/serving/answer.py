@@ -11,13 +11,13 @@ import jax
 from dlm_jax.evaluation.likelihood import TokenLogProbs, token_log_probs
 from dlm_jax.sampling.text import GAP
 from dlm_jax.serving.engine import Engine, Job, Ticket, Update
-from dlm_jax.serving.jobs import Plan, Row, ServedModel, plan_completion
+from dlm_jax.serving.jobs import CHAT_TOKENS, Plan, Row, ServedModel, plan_completion
 from dlm_jax.serving.protocol import Answer, CompletionRequest, RequestError, TokenLogProb, Usage
 from dlm_jax.serving.steps import RowSteps
 from dlm_jax.serving.text import RowText, TokenTexts, finite
 
 _ROWS_PER_PASS = 8  # of prompts that are scored: other requests wait for no more
-_WARM_PROMPT, _WARM_WIDTHS = 16, (64, 128)  # tokens of a prompt, and of a row with it
+_WARM_TOKENS = (16, 64)  # of the completions that are compiled at the start: the API's default, and the page's
 _NUM_TOP = 5  # as many as a request may ask for, so that one program serves all
 
 
@@ -135,24 +135,25 @@ class Run:
 
 
 def warm_up_jobs(model: ServedModel) -> list[Job]:
-    """Returns rows like those of requests that name no settings: a completion, a chat and an infill, of usual lengths.
+    """Returns rows like those of requests that name no settings: completions, infills and chats of usual lengths.
 
     What is not like them is compiled when it first comes.
     """
-    plans = []
-    for width in _WARM_WIDTHS[model.is_parent :]:
-        new = min(width, model.max_length) - _WARM_PROMPT
-        if new < 1 or width // 2 >= model.max_length:
-            break
-        prompt = [[model.pretrained.start_token_id] * _WARM_PROMPT]
-        plans.append(plan_completion(model, CompletionRequest(model=model.name, prompt=prompt, max_tokens=new)))
-        if model.prompt_format is not None:
-            ends = model.prompt_format.end_token_ids
-            plans.append(dataclasses.replace(plans[-1], spec=dataclasses.replace(plans[-1].spec, eos_token_ids=ends)))
-        if model.has_mask_token and model.pretrained.diffusion.blocks is None:
-            plans.append(dataclasses.replace(plans[-1], spec=dataclasses.replace(plans[-1].spec, stop_at_eos=False)))
-    return [Job(model=model.name, row=plan.rows[0].tokens, spec=plan.spec, on_update=lambda update: None)
-            for plan in plans]
+    def job(given: int, new: int, **changes: Any) -> Job:
+        given = min(given, model.max_length // 2)
+        new = min(new, model.max_length - given)
+        request = CompletionRequest(model=model.name, prompt=[[model.pretrained.start_token_id] * given],
+                                    max_tokens=min(new, model.max_tokens or new))
+        plan = plan_completion(model, request)
+        return Job(model=model.name, row=plan.rows[0].tokens, spec=dataclasses.replace(plan.spec, **changes),
+                   on_update=lambda update: None)
+
+    jobs = [job(16, new) for new in _WARM_TOKENS]
+    if model.has_mask_token and model.pretrained.diffusion.blocks is None:
+        jobs += [job(16, new, stop_at_eos=False) for new in _WARM_TOKENS]
+    if model.prompt_format is not None:
+        jobs.append(job(48, CHAT_TOKENS, eos_token_ids=model.prompt_format.end_token_ids, stop_at_eos=True))
+    return jobs
 
 
 async def prompt_log_probs(engine: Engine, model: ServedModel, plan: Plan, num_top: int,

@@ -231,11 +231,11 @@ class Service:
         try:
             for chunk in run.first_chunks():
                 yield _event(chunk)
-            began, first = time.perf_counter(), True
+            has_text = False
             async for chunks in self._updates(run, deadline):
-                if chunks and first:
-                    self.metrics.first_chunk.observe(time.perf_counter() - began)
-                    first = False
+                if chunks and not has_text:
+                    self.metrics.first_text.observe(deadline.elapsed)
+                    has_text = True
                 for chunk in chunks:
                     yield _event(chunk)
             self.metrics.count_usage(run.usage)
@@ -259,11 +259,15 @@ class _Deadline:
     """The time at which a request must be answered."""
 
     def __init__(self, seconds: float):
-        self._seconds, self._end = seconds, time.monotonic() + seconds
+        self._seconds, self._start = seconds, time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
 
     async def wait(self, awaitable: Awaitable[Any]) -> Any:
         try:
-            return await asyncio.wait_for(awaitable, max(self._end - time.monotonic(), 0.001))
+            return await asyncio.wait_for(awaitable, max(self._seconds - self.elapsed, 0.001))
         except TimeoutError as error:
             raise RequestError(f"the answer took longer than {self._seconds:g} s, this server's time limit; ask for "
                                "fewer tokens or steps", 504, code="timeout") from error

@@ -75,6 +75,11 @@ class ServedModel:
     def max_length(self) -> int:
         return self.lm.config.max_length
 
+    @functools.cached_property
+    def max_characters(self) -> int:
+        """More than any row has, so that a longer text is refused without being tokenized."""
+        return self.max_length * max(map(len, self.lm.tokenizer.get_vocab()))
+
     @property
     def has_mask_token(self) -> bool:
         return self.pretrained.diffusion.mask_token_id is not None
@@ -151,6 +156,8 @@ def plan_completion(model: ServedModel, request: CompletionRequest) -> Plan:
     """
     prompts, stop_at_end = request.prompt, not request.infill and request.suffix is None
     _check_choices(len(prompts), request)
+    for text in (*prompts, request.suffix or ""):
+        _check_size(model, text)
     config, spec = _spec(model, request, _ends(model), stop_at_end=stop_at_end)
     if request.infill:
         texts = [_split(model, prompt, request.gap_length or GAP_TOKENS) for prompt in prompts]
@@ -188,6 +195,7 @@ def plan_chat(model: ServedModel, request: ChatRequest) -> Plan:
         raise RequestError(f"the model {model.name!r} answers no conversations: it records no prompt format, and its "
                            "tokenizer has no chat template; use /v1/completions", param="model")
     _check_choices(1, request)
+    _check_size(model, "".join(message.content for message in request.messages))
     config, spec = _spec(model, request, prompt_format.end_token_ids, stop_at_end=True)
     messages = [{"role": "system" if message.role == "developer" else message.role, "content": message.content}
                 for message in request.messages]
@@ -284,6 +292,13 @@ def _new_tokens(model: ServedModel, asked: int | None, default: int) -> int:
         raise RequestError(f"max_tokens is {asked}, and this server gives at most {most} with the model "
                            f"{model.name!r}", param="max_tokens")
     return min(default, most) if asked is None else asked
+
+
+def _check_size(model: ServedModel, prompt: str | list[int]) -> None:
+    most, unit = (model.max_characters, "characters") if isinstance(prompt, str) else (model.max_length, "token ids")
+    if len(prompt) > most:
+        raise RequestError(f"a text of {len(prompt):,} {unit}, and a row of the model {model.name!r} holds at most "
+                           f"{most:,}; shorten it", param="prompt", code="context_length_exceeded")
 
 
 def _check_length(model: ServedModel, tokens: Sequence[int]) -> None:

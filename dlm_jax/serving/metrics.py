@@ -24,7 +24,7 @@ class ServerMetrics:
     """The metrics of one server.
 
     Attributes:
-      first_chunk: seconds from a stream's start to its first text.
+      first_text: seconds from a request for a stream to its first text.
     """
 
     def __init__(self, engine: Engine):
@@ -32,8 +32,8 @@ class ServerMetrics:
         self._requests = Counter("dlm_http_requests", "Answered requests", ["path", "status"], registry=self._registry)
         self._seconds = Histogram("dlm_http_request_seconds", "From a request's head to its answer's end", ["path"],
                                   buckets=_SECONDS, registry=self._registry)
-        self.first_chunk = Histogram("dlm_time_to_first_text_seconds", "From a stream's start to its first text",
-                                     buckets=_SECONDS, registry=self._registry)
+        self.first_text = Histogram("dlm_time_to_first_text_seconds", "From a request for a stream to its first text",
+                                    buckets=_SECONDS, registry=self._registry)
         self._tokens = Counter("dlm_tokens", "Tokens of complete answers", ["kind"], registry=self._registry)
         self._passes = Counter("dlm_forward_passes", "Forward passes of the rows of complete answers",
                                registry=self._registry)

@@ -85,7 +85,7 @@ def test_api_key(monkeypatch):
 
 def test_names():
     assert serve.model_names(arguments_of()) == ["small"]
-    assert serve.model_names(arguments_of("--name=mine", "--parent=gpt2")) == ["mine", "gpt2"]
+    assert serve.model_names(arguments_of("--name=mine", "--parent=a/gpt2.gguf")) == ["mine", "gpt2"]
     assert serve.model_names(arguments_of("--parent=other/small")) == ["small", "small-parent"]
 
 

@@ -15,7 +15,8 @@ from tests.serving.conftest import STEPS, connect, serving
 
 
 @pytest.mark.parametrize(("fields", "param"), [
-    ({"prompt": "a" * 200}, "prompt"), ({"max_tokens": 97}, "max_tokens"), ({"prompt": [1, 999]}, "prompt"),
+    ({"prompt": "a" * 200}, "prompt"), ({"prompt": "a" * 500_000}, "prompt"), ({"prompt": [1] * 5000}, "prompt"),
+    ({"suffix": "a" * 500_000}, "prompt"), ({"max_tokens": 97}, "max_tokens"), ({"prompt": [1, 999]}, "prompt"),
     ({"prompt": ["a"] * 40, "n": 2}, "prompt"), ({"temperature": -1}, "temperature"), ({"top_p": 2}, "top_p"),
     ({"echo": True, "logprobs": 1}, "echo"), ({"extra_body": {"policy": "best"}}, "policy"),
     ({"extra_body": {"num_steps": 0}}, "num_steps"), ({"extra_body": {"drafter": "ngram", "policy": "random"}}, None),

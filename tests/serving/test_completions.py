@@ -5,6 +5,10 @@ import pytest
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.data.tokenization import tokenize
+from dlm_jax.serving.answer import warm_up_jobs
+from dlm_jax.serving.engine import Job
+from dlm_jax.serving.jobs import ServedModel, plan_completion
+from dlm_jax.serving.protocol import CompletionRequest
 from tests.serving.conftest import STEPS
 
 PROMPTS = ["Zoë", "a cat "]
@@ -161,3 +165,18 @@ def test_seed_is_random_and_said(client):
     first, second = client.completions.create(**request), client.completions.create(**request)
     assert first.seed != second.seed
     assert client.completions.create(**request, seed=first.seed).choices[0].text == first.choices[0].text
+
+
+def test_warm_up_covers_requests_without_settings(engine, lms):
+    """The rows that are compiled at the start have the shapes and kinds of the most usual requests."""
+    for name, lm in lms.items():
+        model = ServedModel.make(name, lm)
+        prompt = "the cat"
+        plans = [plan_completion(model, CompletionRequest(model=name, prompt=prompt)),
+                 plan_completion(model, CompletionRequest(model=name, prompt=prompt, max_tokens=64))]
+        if name == "full":
+            plans.append(plan_completion(model, CompletionRequest(model=name, prompt="a <mask> the", infill=True)))
+        usual = [Job(name, plan.rows[0].tokens, plan.spec, lambda update: None) for plan in plans]
+        found, warm = (({(row.shape, spec) for row, spec, _ in map(engine._prepare, jobs)})
+                       for jobs in (usual, warm_up_jobs(model)))
+        assert found <= warm, name
