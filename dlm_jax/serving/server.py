@@ -1,11 +1,14 @@
 """Runs the service with uvicorn until a signal ends it; what has started is finished first."""
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.serving.app import Service
@@ -13,6 +16,7 @@ from dlm_jax.serving.app import Service
 DRAIN_SECONDS = 25  # for what runs when the server is told to stop: less than the 30 s that orchestrators wait
 _MAX_CONNECTIONS = 512  # fewer than the 1024 open files that a process may usually have
 _KEEP_ALIVE_SECONDS = 30
+_HEAD_SECONDS = 30  # how long a client may take to send the head of a request; `AppConfig.body_seconds` is for the rest
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -50,15 +54,54 @@ def run(service: Service, bound: socket.socket, ready: Callable[[], None]) -> No
     Args:
       ready: called once connections are accepted.
     """
-    config = uvicorn.Config(service.app, http="h11", ws="none", lifespan="off", log_level="error", access_log=False,
-                            server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                            timeout_graceful_shutdown=DRAIN_SECONDS, limit_concurrency=_MAX_CONNECTIONS)
     # uvicorn raises the signal once more at its end: one that stopped the server as it should has no further effect.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        _Server(config, service, ready).run(sockets=[bound])
+        _Server(uvicorn_config(service.app), service, ready).run(sockets=[bound])
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+    """Returns the settings of uvicorn."""
+    return uvicorn.Config(app, http=_Protocol, ws="none", lifespan="off", log_level="error", access_log=False,
+                          server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                          timeout_graceful_shutdown=DRAIN_SECONDS, limit_concurrency=_MAX_CONNECTIONS)
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol, which also closes connections on which no request's head arrives in time."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _watch(self) -> None:
+        if self._timer is None and self._is_waiting():
+            self._timer = self.loop.call_later(_HEAD_SECONDS, self._close)
+        elif self._timer is not None and not self._is_waiting():
+            self._timer.cancel()
+            self._timer = None
+
+    def _close(self) -> None:
+        self._timer = None
+        if self._is_waiting():
+            self.transport.close()
+
+    def _is_waiting(self) -> bool:
+        """Returns whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
 
 
 class _Server(uvicorn.Server):

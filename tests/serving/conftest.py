@@ -20,7 +20,7 @@ from dlm_jax.pipeline import DiffusionLM
 from dlm_jax.serving.app import AppConfig, Service
 from dlm_jax.serving.engine import Engine
 from dlm_jax.serving.jobs import ServedModel
-from dlm_jax.serving.server import address, bind
+from dlm_jax.serving.server import address, bind, uvicorn_config
 
 # What decides the programs of a request is the same in most tests: compilation takes most of the time.
 STEPS = {"num_steps": 5}
@@ -66,7 +66,8 @@ def serving(engine: Engine, config: AppConfig = AppConfig(), **model_settings) -
     bound = bind("127.0.0.1", 0)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a slow reader is noticed soon
     where = address(bound)
-    server = uvicorn.Server(uvicorn.Config(service.app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn_config(service.app))
+    server.config.timeout_graceful_shutdown = 1
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not server.started:

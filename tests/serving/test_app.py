@@ -109,7 +109,13 @@ def test_max_tokens_of_the_server(engine):
             client.completions.create(model="full", prompt="a", max_tokens=9)
 
 
-def test_slow_senders_and_large_bodies(server):
+def test_slow_senders_and_large_bodies(server, monkeypatch):
+    monkeypatch.setattr("dlm_jax.serving.server._HEAD_SECONDS", 0.3)
+    with connection(server) as raw, httpx.Client(base_url=server) as http:
+        assert http.get("/health").status_code == 200
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost:")
+        assert raw.recv(100) == b""  # no head in time
+        assert http.get("/health").status_code == 200  # on the same connection
     with connection(server) as raw:
         raw.sendall(post(b"{" * 100)[:-50])
         assert b" 408 " in raw.recv(1000)
