@@ -7,8 +7,8 @@
 
 The server is a process of its own. The same streams are asked for by `--clients` clients at a time and by one; both
 take turns, so that other load on the machine affects both. A time between chunks is what a reader waits for more text;
-a time per token is that from a stream's first text to its last, divided by the tokens but one. Rows per pass is how many
-texts a forward pass of the server advanced.
+a time per token is that from a stream's first text to its last, divided by the tokens but one. Rows per pass is the
+number of texts that a forward pass of the server advanced.
 
 Overload is an open loop: requests arrive at random times (a Poisson process) at twice the measured capacity, whether
 earlier ones are answered or not. At last, served texts are compared with those of `DiffusionLM.generate`, of the same
@@ -257,7 +257,8 @@ def print_throughput(results: dict) -> None:
                              *(f"ms {meaning}, 50% / 99%" for meaning in LATENCIES.values())))
     for name, side in results["sides"].items():
         print(harness.row(name, f"{side['tokens_per_second']:.1f}", f"{side['requests_per_second']:.2f}",
-                          f"{side['tokens_per_pass']:.2f}", f"{side['rows_per_pass']:.2f}", *map(percentiles, side["milliseconds"].values())))
+                          f"{side['tokens_per_pass']:.2f}", f"{side['rows_per_pass']:.2f}",
+                          *map(percentiles, side["milliseconds"].values())))
     print(f"\nratio {results['ratio']:.2f}; {results['equal_texts']} of {results['requests']} texts are the same")
 
 
