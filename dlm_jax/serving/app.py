@@ -177,13 +177,14 @@ class Service:
         if unknown_lengths(plan):
             plan = await deadline.wait(asyncio.wrap_future(self._engine.call(lambda: infer_lengths(model, plan))))
         is_chat = kind is ChatRequest
-        log_probs = None if asked.logprobs in (None, False) else asked.top_logprobs if is_chat else asked.logprobs
+        shows_log_probs = bool(asked.logprobs) if is_chat else asked.logprobs is not None  # completions may ask for 0
+        num_top = asked.top_logprobs if is_chat else asked.logprobs
         echo = [None] * len(plan.rows)
-        if not is_chat and asked.echo and asked.logprobs is not None:
+        if not is_chat and asked.echo and shows_log_probs:
             echo = await prompt_log_probs(self._engine, model, plan, asked.logprobs, deadline.wait)
         answer = Answer(f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()), model.name,
                         plan.seed, is_chat)
-        run = Run(answer, model, plan, echo, shows_log_probs=asked.logprobs not in (None, False), top=bool(log_probs),
+        run = Run(answer, model, plan, echo, shows_log_probs=shows_log_probs, top=bool(num_top),
                   steps=bool(asked.stream_steps), include_usage=asked.include_usage,
                   lists_gaps=not is_chat and bool(asked.infill))
         try:  # in another thread, as the check of a row may wait for the device

@@ -135,6 +135,16 @@ def test_log_probs_of_a_prompt(client, lms, max_tokens, prompt_kind):
         assert len(answer.choices[1].logprobs.tokens) == 3 + max_tokens
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_log_probs_without_other_tokens(client, echo):
+    """0 asks for those of the text alone; omitted, for none."""
+    request = {"model": "causal", "prompt": "a cat", "max_tokens": 4, "seed": 3, "echo": echo}
+    none, some, more = (client.completions.create(**request, **fields).choices[0].logprobs
+                        for fields in ({}, {"logprobs": 0}, {"logprobs": 2}))
+    assert none is None and set(some.top_logprobs) == {None} and len(some.tokens) >= 4
+    assert (some.tokens, some.token_logprobs) == (more.tokens, more.token_logprobs)
+
+
 def test_stream_of_steps(client, lms):
     """The changes lead from the row of step 0 to the final text, and the texts to the same."""
     request = {"model": "full", "prompt": "a cat", "max_tokens": 8, "seed": 6, "n": 2,
