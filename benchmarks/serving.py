@@ -37,6 +37,7 @@ PROMPTS = ("Once upon a time", "Tom had a big red ball.", "One day, Lily and her
            "The cat sat on the mat", "Ben was sad, because", "There was a little bird who could not fly. Every day",
            '"Look," said Sue,', "In a small house by the sea lived an old man and his dog. They")
 OVERLOAD = 2.0  # times the capacity
+OUTCOMES = ("answered", "refused with 429", "begun, not answered", "other")
 LATENCIES = {"first": "to the first text", "between": "between chunks", "per_token": "per token"}
 
 
@@ -230,14 +231,20 @@ async def overload(server: Server, model: str, args: argparse.Namespace, rate: f
                 minute += 60
     seconds = time.perf_counter() - began
     memory.append(server.memory())
-    counts = Counter("answered" if reply.is_complete else "refused with 429" if reply.status == 429 else
-                     "accepted, not answered" if reply.status == 200 else f"status {reply.status}" for reply in replies)
+    counts = Counter(map(outcome, replies))
     after, answered = server.metrics(), [reply for reply in replies if reply.is_complete]
-    return {"arrivals_per_second": rate, "sent": len(replies), "counts": dict(counts), "seconds": seconds,
+    return {"arrivals_per_second": rate, "sent": len(replies), "counts": {name: counts[name] for name in OUTCOMES},
+            "statuses": dict(Counter(reply.status for reply in replies)), "seconds": seconds,
             "latest_arrival_seconds": late, "errors": sorted({reply.error for reply in replies if reply.error})[:10],
             "tokens_per_second": sum(reply.tokens for reply in answered) / seconds,
             "milliseconds": latencies(answered), "memory_mib": memory,
             "metrics": {"before": before, "after": after}}
+
+
+def outcome(reply: Reply) -> str:
+    if reply.is_complete:
+        return "answered"
+    return "refused with 429" if reply.status == 429 else "begun, not answered" if reply.status == 200 else "other"
 
 
 def compare_texts(server: Server, model: str, args: argparse.Namespace) -> dict[str, int]:
@@ -268,6 +275,9 @@ def print_overload(found: dict) -> None:
     print(harness.table_head("requests", *found["counts"], "tokens/s", "ms to the first text, 50% / 99%"))
     print(harness.row(found["sent"], *found["counts"].values(), f"{found['tokens_per_second']:.1f}",
                       percentiles(found["milliseconds"]["first"])))
+    before, after = found["metrics"]["before"], found["metrics"]["after"]
+    rows = {name.split('"')[1]: after[name] - before.get(name, 0) for name in after if "_rows_total{" in name}
+    print("\nrows of the engine: " + ", ".join(f"{number:.0f} {name}" for name, number in rows.items()))
     if None not in found["memory_mib"]:
         print("\nMiB in memory at the start, each minute and the end: "
               + ", ".join(f"{mib:.0f}" for mib in found["memory_mib"]))
