@@ -308,6 +308,22 @@ class AttentionMask:
             length=jnp.full(1, jnp.iinfo(jnp.int32).max) if self.lengths is None else self.lengths,
             causal_before=jnp.zeros(1, jnp.int32) if self.causal_before is None else self.causal_before)
 
+    def count_visible_keys(self, query_positions: jax.Array, num_keys: int) -> jax.Array:
+        """Returns a number, int32, such that no query sees a key from there on; `num_keys` where the rule gives none.
+
+        Args:
+          query_positions: int [Q] or [batch, Q]; those that are no positions of keys do not count.
+        """
+        if self.spec.kind == "causal":
+            last = query_positions
+        elif self.spec.kind == "block_causal":
+            last = self.spec._block_end(jnp.atleast_2d(query_positions),
+                                        MaskParams(*(x[:, None] for x in self.params())))
+        else:
+            return jnp.int32(num_keys)
+        last = jnp.where((query_positions >= 0) & (query_positions < num_keys), last, 0)
+        return jnp.minimum(last.max() + 1, num_keys)
+
     def allowed(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """Evaluates the rule: positions int [Q] or [batch, Q] and [K] give bool [batch or 1, Q, K]."""
         query_positions = jnp.atleast_2d(query_positions)

@@ -252,7 +252,7 @@ class Drafter(nnx.Module):
           cache: it does not change.
         """
         def text(_: DrafterBlock, index: jax.Array) -> KeysAndValues:
-            return cache.read(index)
+            return cache.read(index, cache.key.shape[2])
 
         return self._run(embeddings, positions, positions[:, :1], embeddings.shape[1], cache.key.shape[2], text, None)
 

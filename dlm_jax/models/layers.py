@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask, attend, xla_attention
-from dlm_jax.matmul import DEFAULT, add_bias, dense
+from dlm_jax.matmul import DEFAULT, MatmulKind, add_bias, dense
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
 from dlm_jax.models.lora import (
     LoRAConfig,
@@ -37,6 +37,8 @@ _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
+
+_SHORTEST_READ = 64  # positions of a cache
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -92,17 +94,25 @@ class Cache(NamedTuple):
         return Cache(*(cached.at[layer, rows, positions].set(new.astype(cached.dtype), mode="drop")
                        for cached, new in zip(self, (key, value), strict=True)))
 
-    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns one layer's keys and values, [batch, length, kv_heads, head_dim]."""
-        return self.key[layer], self.value[layer]
+    def read(self, layer: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+        """Returns the first keys and values of one layer, [batch, width, kv_heads, head_dim]."""
+        return tuple(jax.lax.dynamic_index_in_dim(x[:, :, :width], layer, keepdims=False) for x in self)
+
+    @property
+    def read_widths(self) -> list[int]:
+        """How much of it attention may read: of a long cache that is not full, most would be read in vain."""
+        length = self.key.shape[2]
+        parts = {max(length * eighths // 8, _SHORTEST_READ) for eighths in (1, 2, 4, 6)}
+        return [*sorted(part for part in parts if part < length), length]
 
 
 class LayerCache(NamedTuple):
-    """A cache as one layer uses it: with the layer's index, and the places of its queries in it, int [batch, Q]."""
+    """A cache as one layer uses it."""
 
     cache: Cache
-    layer: jax.Array
-    positions: jax.Array
+    layer: jax.Array  # the layer's index
+    positions: jax.Array  # int [batch, Q], the places of its queries
+    read_index: jax.Array  # which of `Cache.read_widths` holds all that they see
 
 
 class Initializer:
@@ -208,10 +218,8 @@ class Attention(nnx.Module):
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         query, (key, value) = self.queries(x, cos_sin, lora), self.keys_and_values(x, cos_sin, lora)
         if layer_cache is not None:
-            cache, layer, positions = layer_cache
-            cache = cache.write(layer, positions, key, value)
-            attended = xla_attention(query, *cache.read(layer), mask, query_positions=positions,
-                                     matmul_kind=self.compute.matmul)
+            cache = layer_cache.cache.write(layer_cache.layer, layer_cache.positions, key, value)
+            attended = attend_to_cache(query, layer_cache._replace(cache=cache), mask, self.compute.matmul)
             return self.out(attended, lora), cache
         attended = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
                           matmul_kind=self.compute.matmul,
@@ -231,6 +239,20 @@ class Attention(nnx.Module):
         key, value = self.k(x, lora), self.v(x, lora)
         key = key if self.k_norm is None else self.k_norm(key)
         return key if cos_sin is None else rotate(key, cos_sin), value
+
+
+def attend_to_cache(query: jax.Array, layer_cache: LayerCache, mask: AttentionMask,
+                    matmul_kind: MatmulKind) -> jax.Array:
+    """Returns the attention of `query` [batch, Q, heads, head_dim] to as much of the cache as it sees."""
+    cache, layer, positions, read_index = layer_cache
+
+    def attend_to(width: int) -> jax.Array:
+        return xla_attention(query, *cache.read(layer, width), mask, query_positions=positions, matmul_kind=matmul_kind)
+
+    widths = cache.read_widths
+    if len(widths) == 1:
+        return attend_to(widths[0])
+    return jax.lax.switch(read_index, [functools.partial(attend_to, width) for width in widths])
 
 
 class MLP(nnx.Module):

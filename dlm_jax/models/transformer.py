@@ -136,6 +136,10 @@ class Transformer(nnx.Module):
             cos_sin = rotation(positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
         x = dropout(x, config.embed_dropout, dropout_seeds)
 
+        slots, read_index = positions if slots is None else slots, None
+        if cache is not None:
+            read_index = jnp.searchsorted(np.array(cache.read_widths),
+                                          attention.count_visible_keys(slots, cache.key.shape[2]))
         graphdef, stacked = split_layers(self.blocks, self.compute)
         # Where each layer's output goes: to its place among the taps, or to one more place that nobody reads.
         places = np.full(config.num_layers, len(taps))
@@ -146,7 +150,7 @@ class Transformer(nnx.Module):
         def layer(carry: Carry, layer_input: tuple[jax.Array, jax.Array, nnx.State]) -> tuple[Carry, None]:
             (x, cache, tapped), (index, place, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
-            layer_cache = None if cache is None else LayerCache(cache, index, positions if slots is None else slots)
+            layer_cache = None if cache is None else LayerCache(cache, index, slots, read_index)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
             x, cache = nnx.merge(graphdef, params)(x, attention, cos_sin, seeds[:3], LoRAInputs(seeds[3], noised),

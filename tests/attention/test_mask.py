@@ -220,3 +220,18 @@ def test_anchored_blocks(window, causal):
                 and (window is None or anchor + slot - t < window)]
         own = [length + block * size + other for other in range(size) if other <= slot or not causal]
         assert np.flatnonzero(found[row, length + block * size + slot]).tolist() == text + own
+
+
+@pytest.mark.parametrize("mask", [
+    AttentionMask.causal(), AttentionMask.block_causal(4), AttentionMask.block_causal(4, jnp.array([6, 0, 20])),
+    AttentionMask.bidirectional(), AttentionMask.causal().with_window(3)],
+    ids=["causal", "blocks", "clean", "all", "window"])
+def test_no_query_sees_a_key_past_the_visible_ones(mask):
+    for seed in range(20):
+        queries = np.random.default_rng(seed).integers(-8, 40, (3, 5))  # some are no positions of keys
+        number = int(mask.count_visible_keys(jnp.asarray(queries), 24))
+        allowed = np.asarray(mask.allowed(jnp.asarray(queries), jnp.arange(24)))
+        inside = (queries >= 0) & (queries < 24)
+        allowed = np.broadcast_to(allowed, (3, 5, 24)) & inside[:, :, None]
+        assert not allowed[:, :, number:].any()
+        assert mask.spec.kind == "bidirectional" or not number or allowed[:, :, number - 1].any() or number == 1

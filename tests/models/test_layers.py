@@ -109,8 +109,28 @@ def test_write_drops_positions_past_the_end():
         for row, slot in np.argwhere(positions < LENGTH):
             expected[1, row, positions[row, slot]] = values[row, slot]
         np.testing.assert_array_equal(new, expected)
-    for read, stored in zip(written.read(jnp.int32(1)), written, strict=True):
-        np.testing.assert_array_equal(read, stored[1])
+    for width in (7, LENGTH):
+        for read, stored in zip(written.read(jnp.int32(1), width), written, strict=True):
+            np.testing.assert_array_equal(read, stored[1, :, :width])
+
+
+@pytest.mark.parametrize("mask", [AttentionMask.causal(), AttentionMask.block_causal(4)], ids=["causal", "blocks"])
+def test_what_no_query_sees_is_not_read(mask, monkeypatch):
+    """In a long cache the states are the same whether all of it is read or a part, which NaN elsewhere shows."""
+    network, length = model("llama"), 400  # rotary positions have no end
+    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape),
+                         Cache.empty(network.config, 3, length, "float32"))
+    assert len(cache.read_widths) > 3
+    run = jax.jit(lambda network, cache, positions: network.cached_hidden(TOKENS[:, :3], mask, positions, cache)[0])
+    for start in (0, 30, 60, 150, 250, 390):
+        positions = start + jnp.arange(3) + jnp.array([[0], [4], [400]])  # the last row is not in the cache
+        bound = next(width for width in cache.read_widths if width > start + 8)
+        spoiled = Cache(*(x.at[:, :, bound:].set(jnp.nan) for x in cache))
+        found = run(network, spoiled, positions)[:2]
+        with monkeypatch.context() as patch:
+            patch.setattr(Cache, "read_widths", property(lambda self: [length]))
+            expected = jax.jit(run.__wrapped__)(network, cache, positions)[:2]
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_cache_keeps_its_dtype():
