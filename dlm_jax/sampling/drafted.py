@@ -18,7 +18,7 @@ from dlm_jax.models import Cache
 from dlm_jax.models.drafter import DraftedModel
 from dlm_jax.sampling.spec import RowSettings, SamplingInputs, SamplingState
 from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, choose_drafts, last_token_and
-from dlm_jax.sampling.steppers import initial_state
+from dlm_jax.sampling.steppers import initial_state, window_tokens
 from dlm_jax.sampling.tokens import process_logits, seen_tokens
 
 
@@ -40,15 +40,16 @@ class DraftedStepper(SpeculativeStepper):
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
         inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, jnp.zeros_like(lengths))
-        (batch, length), width = tokens.shape, self.spec.prompt_width
-        positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-        _, cache, features = self.network.cached_hidden_and_features(
-            state.tokens[:, :width], AttentionMask.causal(), positions,
-            Cache.empty(self.network.config, batch, length, self.network.compute.dtype), self._taps)
-        state = state._replace(cache=cache, drafter_cache=self.model.drafter.empty_cache(batch, length),
-                               accepted=jnp.zeros((batch, self.num_drafts), jnp.int32))
+        cache = Cache.empty(self.network.config, *tokens.shape, self.network.compute.dtype)
+        return inputs, state._replace(cache=cache, drafter_cache=self.model.drafter.empty_cache(*tokens.shape),
+                                      accepted=jnp.zeros((len(tokens), self.num_drafts), jnp.int32))
+
+    def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
+        given, positions = window_tokens(state.tokens, first, width)
+        _, cache, features = self.network.cached_hidden_and_features(given, AttentionMask.causal(), positions,
+                                                                     state.cache, self._taps)
         anchor = jnp.argmax(state.masked, axis=1)[:, None] - 1
-        return inputs, self._read_features(features, positions, positions < anchor, state)
+        return self._read_features(features, positions, positions < anchor, state._replace(cache=cache))
 
     def guess(self, inputs: SamplingInputs, state: SamplingState,
               at: jax.Array) -> tuple[jax.Array, jax.Array | None]:

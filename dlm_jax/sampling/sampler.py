@@ -163,6 +163,7 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
             keys: jax.Array, settings: RowSettings, spec: SamplingSpec) -> Sample:
     stepper = make_stepper(nnx.merge(graphdef, params), spec)
     inputs, state = stepper.start(tokens, fixed, lengths, keys, settings)
+    state = stepper.prefill(inputs, state, jnp.int32(0), spec.prompt_width)
     state = jax.lax.while_loop(lambda state: pending_mask(spec, inputs, state).any(),
                                functools.partial(stepper.advance, inputs), state)
     return Sample(_final_tokens(spec, state), state.confidence, state.steps, (inputs.gaps & ~state.masked).sum(axis=1),
@@ -173,7 +174,9 @@ def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Arra
 @functools.partial(jit_model, static_argnames=("graphdef", "spec"), keep_unused=True)
 def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
            settings: RowSettings, spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState, jax.Array]:
-    inputs, state = make_stepper(nnx.merge(graphdef, params), spec).start(tokens, fixed, lengths, keys, settings)
+    stepper = make_stepper(nnx.merge(graphdef, params), spec)
+    inputs, state = stepper.start(tokens, fixed, lengths, keys, settings)
+    state = stepper.prefill(inputs, state, jnp.int32(0), spec.prompt_width)
     return inputs, state, pending_mask(spec, inputs, state).any()
 
 

@@ -36,7 +36,16 @@ class Stepper(Protocol):
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
-        """Returns the state with every gap masked; arguments as in `sampler.sample`, and each row's numbers."""
+        """Returns the state with every gap masked, for `prefill`.
+
+        Arguments are as in `sampler.sample`; `settings` has each row's numbers.
+        """
+
+    def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
+        """Returns the state after the given tokens from `first` to `first` + `width` are in the cache.
+
+        It is called for all given tokens before the first gap, from left to right, and may see tokens after them.
+        """
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         """Returns the state after one forward pass of the batch."""
@@ -61,6 +70,9 @@ class DenoisingStepper:
             rows = len(tokens) if settings.cfg_scale is None else 2 * len(tokens)
             cache = Cache.empty(self.network.config, rows, tokens.shape[1], self.network.compute.dtype)
         return inputs._replace(block_ids=block_ids(inputs.gaps, config.block_length)), state._replace(cache=cache)
+
+    def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
+        return state  # every step computes the entire row
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         spec, config, policy = self.spec, self.spec.config, POLICIES[self.spec.config.policy]
@@ -182,15 +194,23 @@ class BlockStepper(DenoisingStepper):
 
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
-        blocks, width = self.spec.diffusion.blocks, self.spec.prompt_width
+        size, config, dtype = self.spec.diffusion.blocks.size, self.network.config, self.network.compute.dtype
         inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, jnp.zeros_like(lengths))
-        inputs = inputs._replace(block_ids=jnp.broadcast_to(jnp.arange(tokens.shape[1]) // blocks.size, tokens.shape))
-        block = self._current_block(inputs, state)
-        hidden, cache = _prefill(self.network, state.tokens, width, blocks.prefill_mask().with_lengths(lengths))
-        last = jnp.clip(block * blocks.size - 1, 0, width - 1)
-        frontier = DecodeFrontier(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
-                                  jnp.zeros(len(tokens), bool))
-        return inputs, state._replace(block=block, cache=cache, frontier=frontier)
+        inputs = inputs._replace(block_ids=jnp.broadcast_to(jnp.arange(tokens.shape[1]) // size, tokens.shape))
+        frontier = DecodeFrontier(jnp.zeros((len(tokens), config.hidden_size), dtype), jnp.zeros(len(tokens), bool))
+        return inputs, state._replace(block=self._current_block(inputs, state), frontier=frontier,
+                                      cache=Cache.empty(config, *tokens.shape, dtype))
+
+    def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
+        blocks = self.spec.diffusion.blocks
+        given, positions = window_tokens(state.tokens, first, width)
+        hidden, cache = self.network.cached_hidden(given, blocks.prefill_mask().with_lengths(inputs.lengths),
+                                                   positions, state.cache)
+        last = jnp.maximum(state.block * blocks.size - 1, 0) - first  # of the clean text
+        found = jnp.take_along_axis(hidden, jnp.clip(last, 0, width - 1)[:, None, None], axis=1)[:, 0]
+        is_here = (last >= 0) & (last < width)
+        frontier = state.frontier._replace(hidden=jnp.where(is_here[:, None], found, state.frontier.hidden))
+        return state._replace(cache=cache, frontier=frontier)
 
     def _move_on(self, state: SamplingState, block: jax.Array) -> SamplingState:
         frontier = state.frontier._replace(pending=block != state.block)
@@ -238,8 +258,13 @@ class AutoregressiveStepper:
     def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
               keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
         inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, jnp.zeros_like(lengths))
-        _, cache = _prefill(self.network, state.tokens, self.spec.prompt_width, AttentionMask.causal())
+        cache = Cache.empty(self.network.config, *tokens.shape, self.network.compute.dtype)
         return inputs, state._replace(cache=cache)
+
+    def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
+        given, positions = window_tokens(state.tokens, first, width)
+        return state._replace(cache=self.network.cached_hidden(given, AttentionMask.causal(), positions,
+                                                               state.cache)[1])
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         unfinished = pending_mask(self.spec, inputs, state).any(axis=1)
@@ -265,14 +290,14 @@ def initial_state(spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengt
     return SamplingInputs(gaps, jnp.zeros(gaps.shape, jnp.int32), lengths, keys, settings), state
 
 
-def _prefill(network: Network, tokens: jax.Array, width: int, attention: AttentionMask) -> tuple[jax.Array, Cache]:
-    """Returns the states [batch, width, embed] and the cache of prompts of any lengths up to `width`.
+def window_tokens(tokens: jax.Array, first: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the tokens of a window of all rows, and their positions, both int32 [batch, width].
 
-    Entries past a prompt's end are overwritten before any query sees them.
+    Keys and values past a prompt's end are overwritten before any query sees them, and those past the row's end are not
+    stored.
     """
-    prompts = tokens[:, :width]
-    cache = Cache.empty(network.config, *tokens.shape, network.compute.dtype)
-    return network.cached_hidden(prompts, attention, jnp.broadcast_to(jnp.arange(width), prompts.shape), cache)
+    positions = jnp.broadcast_to(first + jnp.arange(width), (len(tokens), width))
+    return jnp.take_along_axis(tokens, jnp.minimum(positions, tokens.shape[1] - 1), axis=1), positions
 
 
 def reveal(state: SamplingState, where: jax.Array, tokens: jax.Array, confidence: jax.Array,

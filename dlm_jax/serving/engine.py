@@ -25,7 +25,7 @@ from dlm_jax.sampling.sampler import resolve_spec
 from dlm_jax.sampling.spec import RowSettings, SamplingSpec
 from dlm_jax.sampling.text import GAP
 from dlm_jax.sampling.trace import Change
-from dlm_jax.serving.running_batch import Programs, Row, RunningBatch, View, prompt_width, row_width
+from dlm_jax.serving.running_batch import Programs, Row, RunningBatch, View, row_width
 
 if TYPE_CHECKING:
     from dlm_jax.pipeline import DiffusionLM
@@ -102,9 +102,10 @@ class Ticket:
     def send(self, view: View) -> None:
         """Sends an update with what has changed."""
         old, self.view = self.view, view
-        changed = (view.masked != old.masked) | (~view.masked & (view.tokens != old.tokens)) | (
-            view.log_probs != old.log_probs)
-        changes = [Change(view.steps, int(i), GAP if view.masked[i] else int(view.tokens[i]), float(view.log_probs[i]))
+        other = (view.tokens != old.tokens) | (view.log_probs != old.log_probs)
+        changed = (view.masked != old.masked) | (~view.masked & other)
+        changes = [Change(view.steps, int(i), GAP, 0.0) if view.masked[i] else
+                   Change(view.steps, int(i), int(view.tokens[i]), float(view.log_probs[i]))
                    for i in np.flatnonzero(changed)]
         self.job.on_update(Update(view.steps, changes, is_last=view.is_done))
 
@@ -277,7 +278,7 @@ class Engine:
         settings = _with_neutral_numbers(RowSettings.of(config, 1), lm.config.vocab_size)
         has_prompt = config.policy == "autoregressive" or spec.diffusion.blocks is not None
         row = Row(np.where(fixed, padded, 0), fixed, len(tokens), job.seed, job.example_index, settings,
-                  prompt_width(int(np.argmin(fixed)), width) if has_prompt else 0)
+                  int(np.argmin(fixed)) if has_prompt else 0)
         structure = spec.config
         if structure.num_steps is not None:  # in the program it is only a hint; the row has the number itself
             structure = dataclasses.replace(structure, num_steps=1 << (structure.num_steps.bit_length() - 1))
@@ -339,7 +340,7 @@ class Engine:
             self._requests = [request for request in self._requests if request.waiting]
         for kind, width in self._running():
             batch = kind.batches[width]
-            owners = [ticket for ticket in batch.owners if ticket is not None and ticket.is_cancelled]
+            owners = [ticket for ticket in batch.all_owners() if ticket.is_cancelled]
             if owners:
                 batch.remove(owners)
                 self._end(owners, "cancelled")
@@ -411,38 +412,47 @@ class Engine:
             self._requests.remove(ticket.request)
 
     def _run_next(self) -> bool:
-        """Runs the batch whose rows have had the least time for a few steps; returns False if there is none."""
+        """Computes a chunk of a prompt and a few steps of the batch whose rows have had the least time.
+
+        Returns False if there is none.
+        """
         running = self._running()
         if not running:
             return False
         kind, width = min(running, key=lambda one: one[0].time[one[1]])
+        batch, began = kind.batches[width], time.perf_counter()
+        number = batch.num_rows
+        try:
+            batch.prefill()
+            views = self._run(kind, width) if batch.num_running else {}
+        except Exception as error:
+            kind.batches[width] = RunningBatch(kind.programs)
+            self._fail(batch.all_owners(), error)
+            return True
+        seconds = time.perf_counter() - began
+        kind.time[width] += seconds / number
+        self._busy_seconds += seconds
+        for ticket, view in views.items():
+            self._counts["tokens"] += int(ticket.view.masked.sum()) - int(view.masked.sum())
+            if not ticket.is_cancelled:
+                _send(ticket, view)
+        self._end([ticket for ticket, view in views.items() if view.is_done], "completed")
+        return True
+
+    def _run(self, kind: _Kind, width: int) -> dict[Ticket, View]:
+        """Runs a batch for a few steps."""
         batch, slots = kind.batches[width], len(kind.batches[width].owners)
         seconds_per_step = kind.step_seconds.get((width, slots), _SECONDS_PER_RUN)
         steps = int(np.clip(_SECONDS_PER_RUN / seconds_per_step, 1, _MOST_STEPS))
         if any(ticket is not None and ticket.job.every_step for ticket in batch.owners):
             steps = 1
         before = {ticket: ticket.view.steps for ticket in batch.owners if ticket is not None}
-        number, began = batch.num_rows, time.perf_counter()
-        try:
-            views = batch.run(steps, stop_early=bool(self._requests))
-        except Exception as error:
-            owners = [ticket for ticket in batch.owners if ticket is not None]
-            kind.batches[width] = RunningBatch(kind.programs)
-            self._fail(owners, error)
-            return True
-        seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        views = batch.run(steps, stop_early=bool(self._requests) or batch.num_rows > batch.num_running)
         taken = max(view.steps - before[ticket] for ticket, view in views.items())
-        kind.step_seconds[width, slots] = seconds / max(taken, 1)
-        kind.time[width] += seconds / number
-        self._busy_seconds += seconds
+        kind.step_seconds[width, slots] = (time.perf_counter() - began) / max(taken, 1)
         self._counts["passes"] += taken
-        for ticket, view in views.items():
-            self._counts["tokens"] += int(ticket.view.masked.sum()) - int(view.masked.sum())
-            if not ticket.is_cancelled:
-                _send(ticket, view)
-        done = [ticket for ticket, view in views.items() if view.is_done]
-        self._end(done, "completed")
-        return True
+        return views
 
     def _end(self, tickets: Sequence[Ticket], outcome: str) -> None:
         with self._lock:
@@ -465,8 +475,7 @@ class Engine:
             tickets = [ticket for request in self._requests for ticket in request.waiting]
             self._requests = []
             calls, self._calls = list(self._calls), collections.deque()
-        tickets += [ticket for kind, width in self._running() for ticket in kind.batches[width].owners
-                    if ticket is not None]
+        tickets += [ticket for kind, width in self._running() for ticket in kind.batches[width].all_owners()]
         for _, future in calls:
             future.set_exception(EngineStopped(message))
         for ticket in tickets:

@@ -2,7 +2,8 @@
 
 A `RunningBatch` has a number of slots, a power of two that follows the number of rows. Its rows have one padded length
 and one structure of settings (`SamplerConfig.structure`), hence one compiled program for each number of slots. Their
-numbers, such as the temperature, may differ: see `sampling.spec.RowSettings`.
+numbers, such as the temperature, may differ: see `sampling.spec.RowSettings`. A prompt is computed in chunks, between
+steps of the other rows, before its row gets a slot.
 
 A row's tokens do not depend on its slot, on the other rows, or on when they join.
 """
@@ -24,7 +25,7 @@ from dlm_jax.random import example_keys
 from dlm_jax.sampling.sampler import make_stepper
 from dlm_jax.sampling.spec import Network, RowSettings, SamplingInputs, SamplingSpec, SamplingState, pending_mask
 
-_SHORTEST = 32  # the narrowest prompt that is computed, in tokens
+_CHUNKS = (32, 128)  # tokens of a prompt that are computed at a time
 _SHRINK_AFTER = 8  # calls of `run` with at most half of the slots in use, until the others are dropped
 
 
@@ -37,7 +38,7 @@ class Row(NamedTuple):
       length: later positions are padding.
       seed, example_index: determine the random numbers.
       settings: of one row, arrays [1].
-      prompt_width: as in `SamplingSpec`; a power of two, or 0 for models that compute entire rows.
+      num_given: tokens before the first gap, which are computed first; 0 for models that compute entire rows.
     """
 
     tokens: np.ndarray
@@ -46,12 +47,17 @@ class Row(NamedTuple):
     seed: int
     example_index: int
     settings: RowSettings
-    prompt_width: int
+    num_given: int
+
+    @property
+    def chunk(self) -> int:
+        """How many tokens of the prompt are computed at a time, the last chunk included."""
+        return next((size for size in (0, *_CHUNKS) if self.num_given <= size), _CHUNKS[-1])
 
     @property
     def shape(self) -> tuple[int, int]:
         """What decides, with the structure of settings, which programs the row needs."""
-        return len(self.tokens), self.prompt_width
+        return len(self.tokens), self.chunk
 
 
 class View(NamedTuple):
@@ -72,6 +78,7 @@ class Programs:
         self.graphdef, self.params = nnx.split(network)
         self.shards = 1 if mesh is None else num_batch_shards(mesh)
         self._start = jit_model(_start, static_argnames=("graphdef", "spec"))
+        self._prefill = jit_model(_prefill, static_argnames=("graphdef", "width", "spec"), donate_argnames=("state",))
         self._advance = jit_model(_advance, static_argnames=("graphdef", "spec"), donate_argnames=("state",))
         self._insert = jax.jit(_insert, donate_argnums=(0, 1))
         self._select = jax.jit(_select)
@@ -85,7 +92,7 @@ class Programs:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def start(self, rows: Sequence[Row]) -> tuple[SamplingInputs, SamplingState]:
-        """Computes the prompts of rows, with empty rows up to a number that the mesh can split."""
+        """Returns rows whose prompts are to be computed, with empty rows up to a number that the mesh can split."""
         number = self.slots_for(len(rows))
         rows = [*rows, *[_empty_row(rows[0])] * (number - len(rows))]
         tokens, fixed = np.stack([row.tokens for row in rows]), np.stack([row.fixed for row in rows])
@@ -95,9 +102,13 @@ class Programs:
         arrays = (tokens, fixed, lengths, np.asarray(jax.random.key_data(_row_keys(seeds))), settings)
         if self.mesh is not None:
             arrays = jax.tree.map(lambda x: shard_batch(x, self.mesh), arrays)
-        spec = dataclasses.replace(self.spec, prompt_width=max(row.prompt_width for row in rows))
         with self.context():
-            return self._start(self.graphdef, self.params, *arrays, spec=spec)
+            return self._start(self.graphdef, self.params, *arrays, spec=self.spec)
+
+    def prefill(self, inputs: SamplingInputs, state: SamplingState, first: int, width: int) -> SamplingState:
+        with self.context():
+            return self._prefill(self.graphdef, self.params, inputs, state, np.int32(first), width=width,
+                                 spec=self.spec)
 
     def advance(self, inputs: SamplingInputs, state: SamplingState, num_steps: int,
                 stop_early: bool) -> tuple[SamplingState, jax.Array]:
@@ -124,6 +135,8 @@ class Programs:
                 jax.block_until_ready(self.advance(inputs, state, 1, False))
             return
         new, (inputs, state) = self.start([row]), self.start([row])
+        if row.chunk:
+            state = self.prefill(inputs, state, 0, row.chunk)
         for size in sizes:
             state, _ = self.advance(inputs, state, 1, False)
             inputs, state = self.insert(inputs, state, new, np.full(self.shards, size, np.int32))  # nowhere
@@ -138,17 +151,36 @@ class Programs:
         return self.shards << max(0, (-(-number // self.shards) - 1)).bit_length()
 
 
+@dataclasses.dataclass
+class _Joining:
+    """Rows that start together, and how much of their prompts is computed."""
+
+    owners: list[Hashable]
+    inputs: SamplingInputs
+    state: SamplingState
+    chunk: int
+    num_given: int
+    done: int = 0
+
+
 class RunningBatch:
     """Rows of one width that are sampled together; `owners` are the caller's objects, one per row."""
 
     def __init__(self, programs: Programs):
         self.programs = programs
         self.owners: list[Hashable | None] = []  # one per slot
+        self._joining: list[_Joining] = []
         self._arrays: tuple[SamplingInputs, SamplingState] | None = None
         self._calls_half_empty = 0
 
     @property
     def num_rows(self) -> int:
+        """Rows that have a slot or will get one."""
+        return self.num_running + sum(len(joining.owners) for joining in self._joining)
+
+    @property
+    def num_running(self) -> int:
+        """Rows that have a slot."""
         return sum(owner is not None for owner in self.owners)
 
     @property
@@ -157,27 +189,44 @@ class RunningBatch:
         return self.programs.joins_midway or self.num_rows == 0
 
     def add(self, rows: Sequence[Row], owners: Sequence[Hashable]) -> None:
-        """Computes the prompts of `rows` and puts the rows into free slots, of which there are more if need be."""
-        new, total = self.programs.start(rows), self.programs.slots_for(self.num_rows + len(rows))
-        if self.num_rows == 0:
+        """Adds rows, which `prefill` gives a slot each."""
+        self._joining.append(_Joining(list(owners), *self.programs.start(rows), rows[0].chunk,
+                                      max(row.num_given for row in rows)))
+
+    def prefill(self) -> None:
+        """Computes the next chunk of a prompt; gives the rows slots where it was the last."""
+        if not self._joining:
+            return
+        joining = self._joining[0]
+        if joining.done < joining.num_given:
+            joining.state = self.programs.prefill(joining.inputs, joining.state, joining.done, joining.chunk)
+            joining.done += joining.chunk
+        if joining.done >= joining.num_given:
+            self._joining.pop(0)
+            self._insert((joining.inputs, joining.state), joining.owners)
+
+    def _insert(self, new: tuple[SamplingInputs, SamplingState], owners: Sequence[Hashable]) -> None:
+        """Puts rows into free slots, of which there are more if need be."""
+        if self.num_running == 0:
             self._arrays = new
             self.owners = [*owners, *[None] * (len(new[1].steps) - len(owners))]
             return
-        if total > len(self.owners):
+        if (total := self.programs.slots_for(self.num_running + len(owners))) > len(self.owners):
             self._resize(total)
         free = [slot for slot, owner in enumerate(self.owners) if owner is None]
         # Empty rows, which fill up what the mesh splits, go nowhere.
         slots = np.full(len(new[1].steps), len(self.owners), np.int32)
-        slots[: len(rows)] = free[: len(rows)]
+        slots[: len(owners)] = free[: len(owners)]
         self._arrays = self.programs.insert(*self._arrays, new, slots)
         for slot, owner in zip(free, owners, strict=False):
             self.owners[slot] = owner
 
     def remove(self, owners: Sequence[Hashable]) -> None:
-        """Frees the slots of rows, finished or not."""
+        """Frees the slots of rows, finished or not, and forgets those that have none yet."""
+        self._joining = [joining for joining in self._joining if not set(joining.owners) <= set(owners)]
         keep = np.array([owner is not None and owner not in owners for owner in self.owners])
         self.owners = [owner if kept else None for owner, kept in zip(self.owners, keep, strict=True)]
-        if self.num_rows == 0:
+        if self.num_running == 0:
             self._arrays, self.owners = None, []
         else:  # without masked tokens a row needs no steps
             inputs, state = self._arrays
@@ -192,7 +241,7 @@ class RunningBatch:
         Args:
           stop_early: whether to return as soon as a row is done.
         """
-        is_half_empty = self.programs.slots_for(self.num_rows) < len(self.owners)
+        is_half_empty = self.programs.slots_for(self.num_running) < len(self.owners)
         self._calls_half_empty = self._calls_half_empty + 1 if is_half_empty else 0
         if self._calls_half_empty > _SHRINK_AFTER and self.programs.joins_midway:
             self._resize(len(self.owners) // 2)
@@ -205,9 +254,14 @@ class RunningBatch:
                  for slot, owner in enumerate(self.owners) if owner is not None}
         if any(view.is_done for view in views.values()):  # their gaps are full: nothing has to be removed
             self.owners = [None if owner is None or views[owner].is_done else owner for owner in self.owners]
-            if self.num_rows == 0:
+            if self.num_running == 0:
                 self._arrays, self.owners = None, []
         return views
+
+    def all_owners(self) -> list[Hashable]:
+        """Returns the owners of all rows, with and without slots."""
+        running = [owner for owner in self.owners if owner is not None]
+        return running + [owner for joining in self._joining for owner in joining.owners]
 
     def _resize(self, slots: int) -> None:
         """Moves the rows that have owners to the front of a batch with so many slots."""
@@ -221,12 +275,7 @@ class RunningBatch:
 
 def row_width(length: int, max_length: int) -> int:
     """Returns the padded length of a row, a power of two from 64 on, or the model's limit."""
-    return min(max(1 << (length - 1).bit_length(), 2 * _SHORTEST), max_length)
-
-
-def prompt_width(length: int, width: int) -> int:
-    """Returns the padded length of a prompt in a row of `width`."""
-    return min(max(1 << max(length - 1, 0).bit_length(), _SHORTEST), width)
+    return min(max(1 << (length - 1).bit_length(), 64), max_length)
 
 
 def _empty_row(row: Row) -> Row:
@@ -244,6 +293,11 @@ def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array
            key_data: jax.Array, settings: RowSettings, spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState]:
     stepper = make_stepper(nnx.merge(graphdef, params), spec)
     return stepper.start(tokens, fixed, lengths, jax.random.wrap_key_data(key_data), settings)
+
+
+def _prefill(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: SamplingState, first: jax.Array,
+             width: int, spec: SamplingSpec) -> SamplingState:
+    return make_stepper(nnx.merge(graphdef, params), spec).prefill(inputs, state, first, width)
 
 
 def _advance(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: SamplingState, num_steps: jax.Array,
