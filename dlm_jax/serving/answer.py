@@ -10,9 +10,10 @@ import jax
 
 from dlm_jax.evaluation.likelihood import TokenLogProbs, token_log_probs
 from dlm_jax.sampling.text import GAP
-from dlm_jax.serving.engine import Engine, Job, Ticket, Update
+from dlm_jax.serving.engine import Engine
 from dlm_jax.serving.jobs import CHAT_TOKENS, Plan, Row, ServedModel, plan_completion
 from dlm_jax.serving.protocol import Answer, CompletionRequest, RequestError, TokenLogProb, Usage
+from dlm_jax.serving.queue import Job, Ticket, Update
 from dlm_jax.serving.steps import RowSteps
 from dlm_jax.serving.text import RowText, TokenTexts, finite
 

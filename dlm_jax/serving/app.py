@@ -31,7 +31,7 @@ from starlette.types import Receive, Scope, Send
 
 from dlm_jax.errors import DLMError
 from dlm_jax.serving.answer import Run, prompt_log_probs
-from dlm_jax.serving.engine import Engine, EngineStopped, QueueFull
+from dlm_jax.serving.engine import Engine, EngineStopped
 from dlm_jax.serving.jobs import Plan, ServedModel, infer_lengths, plan_chat, plan_completion, unknown_lengths
 from dlm_jax.serving.metrics import ServerMetrics
 from dlm_jax.serving.protocol import (
@@ -42,6 +42,7 @@ from dlm_jax.serving.protocol import (
     SamplingRequest,
     parse_request,
 )
+from dlm_jax.serving.queue import QueueFull
 
 _CLIENT_GONE = 499  # nobody reads the answer: a status for the metrics
 _DRAIN = 16  # times the limit: how much of a body that is too large is read, so that the client sees the refusal

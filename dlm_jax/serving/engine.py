@@ -24,7 +24,7 @@ from dlm_jax.errors import ConfigError, DataError, DLMError
 from dlm_jax.sampling.sampler import resolve_spec
 from dlm_jax.sampling.spec import RowSettings, SamplingSpec
 from dlm_jax.sampling.text import GAP
-from dlm_jax.sampling.trace import Change
+from dlm_jax.serving.queue import Job, JobQueue, QueueFull, Ticket
 from dlm_jax.serving.running_batch import Programs, Row, RunningBatch, View, row_width
 
 if TYPE_CHECKING:
@@ -39,75 +39,8 @@ _MOST_KINDS = 16  # kinds of rows whose programs are kept
 logger = logging.getLogger(__name__)
 
 
-class QueueFull(DLMError):
-    """There are too many requests; try again later."""
-
-
 class EngineStopped(DLMError):
     """The engine stops, and takes no more requests."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What happened to a row since its last update.
-
-    Attributes:
-      step: forward passes of this row so far.
-      changes: tokens that were revealed, replaced, or masked again, in order of positions.
-      is_last: no update follows; the row is complete unless there is an error.
-      error: a sentence, if the row cannot be completed.
-    """
-
-    step: int
-    changes: list[Change] = dataclasses.field(default_factory=list)
-    is_last: bool = False
-    error: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A row to fill.
-
-    Attributes:
-      model: a name in `Engine.models`.
-      row: token ids, and GAP where a token is to be sampled; position 0 is given.
-      spec: policy, token choice, and what ends a text.
-      seed, example_index: determine the random numbers, as in `DiffusionLM.generate`.
-      on_update: called in the engine's thread, in order; it must not block.
-      every_step: one update for each forward pass; otherwise an update may cover several.
-    """
-
-    model: str
-    row: Sequence[int]
-    spec: SamplingSpec
-    on_update: Callable[[Update], None]
-    seed: int = 0
-    example_index: int = 0
-    every_step: bool = False
-
-
-class Ticket:
-    """A submitted job."""
-
-    def __init__(self, job: Job, row: Row, kind: "_Kind", request: "_Request"):
-        self.job, self.row, self.kind, self.request = job, row, kind, request
-        self.is_cancelled = False
-        self.view = View(row.tokens, ~row.fixed & (np.arange(len(row.tokens)) < row.length),
-                         np.zeros(len(row.tokens), np.float32), 0, False)
-
-    def cancel(self) -> None:
-        """Stops the row at the next step; no update follows."""
-        self.is_cancelled = True
-
-    def send(self, view: View) -> None:
-        """Sends an update with what has changed."""
-        old, self.view = self.view, view
-        other = (view.tokens != old.tokens) | (view.log_probs != old.log_probs)
-        changed = (view.masked != old.masked) | (~view.masked & other)
-        changes = [Change(view.steps, int(i), GAP, 0.0) if view.masked[i] else
-                   Change(view.steps, int(i), int(view.tokens[i]), float(view.log_probs[i]))
-                   for i in np.flatnonzero(changed)]
-        self.job.on_update(Update(view.steps, changes, is_last=view.is_done))
 
 
 class EngineMetrics(NamedTuple):
@@ -127,22 +60,11 @@ class EngineMetrics(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class _Request:
-    """The rows that were submitted together."""
-
-    number: int
-    waiting: collections.deque[Ticket] = dataclasses.field(default_factory=collections.deque)
-    running: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class _Kind:
+class Kind:
     """Rows that can run with the same programs, in a batch for each width."""
 
-    model: str
     programs: Programs
-    drafter: str
-    ready: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # shapes of rows that are compiled
+    ready: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)  # compiled slots, by shape of a row
     compiling: set[tuple[int, int]] = dataclasses.field(default_factory=set)
     batches: dict[int, RunningBatch] = dataclasses.field(default_factory=dict)
     time: dict[int, float] = dataclasses.field(default_factory=dict)  # seconds that each row has had, by width
@@ -162,10 +84,10 @@ class Engine:
     def __init__(self, models: Mapping[str, "DiffusionLM"], *, max_batch: int = 8, max_queue: int = 256):
         check_at_least(max_batch, 1, "max_batch")
         check_at_least(max_queue, 1, "max_queue")
-        self.models, self.max_batch, self.max_queue = dict(models), max_batch, max_queue
+        self.models, self.max_batch = dict(models), max_batch
         self._lock = threading.Condition()
-        self._requests: list[_Request] = []  # with rows that wait
-        self._kinds: dict[tuple, _Kind] = {}
+        self._queue = JobQueue(max_queue)
+        self._kinds: dict[tuple, Kind] = {}
         self._calls: collections.deque[tuple[Callable, concurrent.futures.Future]] = collections.deque()
         self._numbers = itertools.count()
         self._is_stopping = self._drain = False
@@ -204,21 +126,18 @@ class Engine:
           EngineStopped: the engine stops.
           ConfigError, DataError: a row cannot be sampled as it asks.
         """
-        request = _Request(next(self._numbers))
         rows = [self._prepare(job) for job in jobs]
         with self._lock:
             if self._is_stopping:
                 raise EngineStopped("the server is stopping; send the request again later")
-            waiting = sum(len(other.waiting) for other in self._requests)
-            if waiting + len(jobs) > self.max_queue:
+            try:
+                self._queue.check_room(len(jobs))
+            except QueueFull:
                 self._counts["refused"] += len(jobs)
-                raise QueueFull(f"{waiting} texts wait already, and the queue takes {self.max_queue}; send the request "
-                                "again later")
-            for job, (row, spec, drafter) in zip(jobs, rows, strict=True):
-                kind = self._kind(job.model, spec, drafter, row)
-                request.waiting.append(Ticket(job, row, kind, request))
-            tickets = list(request.waiting)
-            self._requests.append(request)
+                raise
+            tickets = [Ticket(job, row, self._kind(job.model, spec, drafter, row))
+                       for job, (row, spec, drafter) in zip(jobs, rows, strict=True)]
+            self._queue.put(tickets)
             self._lock.notify_all()
         return tickets
 
@@ -243,9 +162,9 @@ class Engine:
             row, spec, drafter = self._prepare(job)
             with self._lock:
                 kind = self._kind(job.model, spec, drafter, row)
-            if row.shape not in kind.ready:
-                kind.programs.compile(row, self.max_batch)
-                kind.ready.add(row.shape)
+            for slots in kind.programs.sizes:
+                kind.programs.compile(row, slots)
+                kind.ready[row.shape] = slots
             progress(done, len(jobs))
 
     def metrics(self) -> EngineMetrics:
@@ -253,7 +172,7 @@ class Engine:
         with self._lock:
             batches = [batch for kind in self._kinds.values() for batch in kind.batches.values()]
             return EngineMetrics(
-                sum(len(request.waiting) for request in self._requests), sum(batch.num_rows for batch in batches),
+                len(self._queue), sum(batch.num_rows for batch in batches),
                 sum(len(batch.owners) for batch in batches), len(self._kinds),
                 *(self._counts[name] for name in ("completed", "cancelled", "failed", "refused", "tokens", "passes")),
                 self._busy_seconds)
@@ -284,7 +203,7 @@ class Engine:
             structure = dataclasses.replace(structure, num_steps=1 << (structure.num_steps.bit_length() - 1))
         return row, dataclasses.replace(spec, config=structure, prompt_width=0), config.drafter
 
-    def _kind(self, model: str, spec: SamplingSpec, drafter: str, row: Row) -> _Kind:
+    def _kind(self, model: str, spec: SamplingSpec, drafter: str, row: Row) -> Kind:
         """Returns the kind of a row; forgets the programs of the kind that has not been used for longest."""
         key = model, spec, drafter, tuple(number is None for number in row.settings)
         if key not in self._kinds:
@@ -294,13 +213,14 @@ class Engine:
                     break
                 del self._kinds[min(unused, key=lambda key: self._kinds[key].last_used)]
             lm = self.models[model]
-            self._kinds[key] = _Kind(model, Programs(lm.model_with_drafter(drafter), spec, lm.mesh), drafter)
+            programs = Programs(lm.model_with_drafter(drafter), spec, self.max_batch, lm.mesh)
+            self._kinds[key] = Kind(programs)
         self._kinds[key].last_used = next(self._numbers)
         return self._kinds[key]
 
-    def _is_used(self, kind: _Kind) -> bool:
+    def _is_used(self, kind: Kind) -> bool:
         return bool(kind.compiling) or any(batch.num_rows for batch in kind.batches.values()) or any(
-            ticket.kind is kind for request in self._requests for ticket in request.waiting)
+            ticket.kind is kind for ticket in self._queue)
 
     # ---- The engine's thread.
 
@@ -309,7 +229,7 @@ class Engine:
             with self._lock:
                 while not (self._is_stopping or self._calls or self._has_work()):
                     self._lock.wait()
-                if self._is_stopping and not (self._drain and (self._requests or self._running())):
+                if self._is_stopping and not (self._drain and self._has_work()):
                     break
                 calls = [self._calls.popleft() for _ in range(len(self._calls))]
             for function, future in calls:
@@ -323,21 +243,17 @@ class Engine:
         self._fail_all("the server stopped before the text was complete; send the request again later")
 
     def _has_work(self) -> bool:
-        return bool(self._requests) or bool(self._running())
+        return len(self._queue) > 0 or bool(self._running())
 
-    def _running(self) -> list[tuple[_Kind, int]]:
+    def _running(self) -> list[tuple[Kind, int]]:
         # Copies, as other threads add kinds.
         return [(kind, width) for kind in list(self._kinds.values()) for width, batch in list(kind.batches.items())
                 if batch.num_rows]
 
     def _remove_cancelled(self) -> None:
         with self._lock:
-            for request in self._requests:
-                cancelled = [ticket for ticket in request.waiting if ticket.is_cancelled]
-                for ticket in cancelled:
-                    request.waiting.remove(ticket)
-                self._counts["cancelled"] += len(cancelled)
-            self._requests = [request for request in self._requests if request.waiting]
+            cancelled = self._queue.take_all(lambda ticket: ticket.is_cancelled)
+        self._end(cancelled, "cancelled")
         for kind, width in self._running():
             batch = kind.batches[width]
             owners = [ticket for ticket in batch.all_owners() if ticket.is_cancelled]
@@ -347,18 +263,14 @@ class Engine:
 
     def _admit(self) -> None:
         """Moves rows from the queue into batches while there is room."""
-        while sum(kind.batches[width].num_rows for kind, width in self._running()) < self.max_batch:
+        while (room := self.max_batch - sum(kind.batches[width].num_rows for kind, width in self._running())) > 0:
             with self._lock:
-                ticket = self._next_ticket()
+                ticket = self._queue.take_next(self._can_start)
                 if ticket is None:
                     return
                 kind, width = ticket.kind, len(ticket.row.tokens)
                 batch = kind.batches.setdefault(width, RunningBatch(kind.programs))
-                together = [ticket]
-                if not kind.programs.joins_midway:  # rows that cannot join later start together
-                    room = self.max_batch - sum(kind.batches[width].num_rows for kind, width in self._running())
-                    while len(together) < room and (other := self._next_ticket(kind, width)) is not None:
-                        together.append(other)
+                together = [ticket] if kind.programs.joins_midway else self._take_like(ticket, room)
                 if batch.num_rows == 0:  # it has had no time, but may not claim all that others had before it came
                     kind.time[width] = min((one.time[other] for one, other in self._running()), default=0.0)
             try:
@@ -366,50 +278,51 @@ class Engine:
             except Exception as error:
                 self._fail(together, error)
 
-    def _next_ticket(self, kind: _Kind | None = None, width: int | None = None) -> Ticket | None:
-        """Takes the next row that can start from the queue, of the request with the fewest running rows."""
-        for request in sorted(self._requests, key=lambda request: (request.running, request.number)):
-            for ticket in request.waiting:
-                if self._can_start(ticket) and kind in (None, ticket.kind) and width in (None, len(ticket.row.tokens)):
-                    self._take(ticket)
-                    return ticket
-        return None
-
     def _can_start(self, ticket: Ticket) -> bool:
-        """Returns whether the programs of a row are ready and its batch takes it; sees to it that they become so."""
-        kind, row = ticket.kind, ticket.row
-        if row.shape in kind.ready:
-            return row.shape[0] not in kind.batches or kind.batches[row.shape[0]].is_open
-        if row.shape not in kind.compiling:
-            kind.compiling.add(row.shape)
-            self._compiler.submit(self._compile, kind, row)
-        return False
+        """Returns whether a row's programs are ready and its batch takes it; has them compiled if they are not."""
+        kind, shape = ticket.kind, ticket.row.shape
+        if shape not in kind.compiling and kind.ready.get(shape) != kind.programs.sizes[-1]:
+            kind.compiling.add(shape)
+            self._compiler.submit(self._compile, kind, ticket.row)
+        batch = kind.batches.get(shape[0])
+        return self._has_slots(ticket, 0 if batch is None else batch.num_rows) and (batch is None or batch.is_open)
 
-    def _compile(self, kind: _Kind, row: Row) -> None:
-        """Compiles the programs that rows of a kind and shape need; runs in the compiler's thread."""
-        error = None
-        try:
-            kind.programs.compile(row, self.max_batch)
-        except Exception as caught:
-            error = caught
+    @staticmethod
+    def _has_slots(ticket: Ticket, num_others: int) -> bool:
+        """Returns whether the programs for so many other rows and this one are ready."""
+        slots = ticket.kind.programs.slots_for(num_others + 1)
+        return ticket.kind.ready.get(ticket.row.shape, 0) >= slots
+
+    def _take_like(self, ticket: Ticket, room: int) -> list[Ticket]:
+        """Returns a row and those that wait and can start together with it, since they cannot join it later."""
+        together = [ticket]
+        while len(together) < room:
+            other = self._queue.take_next(
+                lambda other: other.kind is ticket.kind and other.row.shape == ticket.row.shape
+                and self._has_slots(other, len(together)))
+            if other is None:
+                break
+            together.append(other)
+        return together
+
+    def _compile(self, kind: Kind, row: Row) -> None:
+        """Compiles the programs that rows of a kind and shape need, few slots first; runs in the compiler's thread."""
+        error, failed = None, []
+        for slots in kind.programs.sizes:
+            try:
+                kind.programs.compile(row, slots)
+            except Exception as caught:
+                error = caught
+                break
+            with self._lock:
+                kind.ready[row.shape] = slots
+                self._lock.notify_all()
         with self._lock:
             kind.compiling.remove(row.shape)
-            if error is None:
-                kind.ready.add(row.shape)
-                self._lock.notify_all()
-                return
-            failed = [ticket for request in self._requests for ticket in request.waiting
-                      if ticket.kind is kind and ticket.row.shape == row.shape]
-            for ticket in failed:
-                self._take(ticket)
-        self._fail(failed, error)
-
-    def _take(self, ticket: Ticket) -> None:
-        """Takes a row from the queue."""
-        ticket.request.waiting.remove(ticket)
-        ticket.request.running += 1
-        if not ticket.request.waiting:
-            self._requests.remove(ticket.request)
+            if error is not None:
+                failed = self._queue.take_all(lambda ticket: ticket.kind is kind and ticket.row.shape == row.shape)
+        if error is not None:
+            self._fail(failed, error)
 
     def _run_next(self) -> bool:
         """Computes a chunk of a prompt and a few steps of the batch whose rows have had the least time.
@@ -439,7 +352,7 @@ class Engine:
         self._end([ticket for ticket, view in views.items() if view.is_done], "completed")
         return True
 
-    def _run(self, kind: _Kind, width: int) -> dict[Ticket, View]:
+    def _run(self, kind: Kind, width: int) -> dict[Ticket, View]:
         """Runs a batch for a few steps."""
         batch, slots = kind.batches[width], len(kind.batches[width].owners)
         seconds_per_step = kind.step_seconds.get((width, slots), _SECONDS_PER_RUN)
@@ -448,7 +361,7 @@ class Engine:
             steps = 1
         before = {ticket: ticket.view.steps for ticket in batch.owners if ticket is not None}
         began = time.perf_counter()
-        views = batch.run(steps, stop_early=bool(self._requests) or batch.num_rows > batch.num_running)
+        views = batch.run(steps, stop_early=len(self._queue) > 0 or batch.num_rows > batch.num_running)
         taken = max(view.steps - before[ticket] for ticket, view in views.items())
         kind.step_seconds[width, slots] = (time.perf_counter() - began) / max(taken, 1)
         self._counts["passes"] += taken
@@ -457,7 +370,7 @@ class Engine:
     def _end(self, tickets: Sequence[Ticket], outcome: str) -> None:
         with self._lock:
             for ticket in tickets:
-                ticket.request.running -= 1
+                self._queue.end(ticket)
             self._counts[outcome] += len(tickets)
 
     def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
@@ -468,19 +381,18 @@ class Engine:
             f"the server failed to sample this text ({type(error).__name__}); its log says why")
         self._end(tickets, "failed")
         for ticket in tickets:
-            ticket.job.on_update(Update(ticket.view.steps, is_last=True, error=message))
+            ticket.send_error(message)
 
     def _fail_all(self, message: str) -> None:
         with self._lock:
-            tickets = [ticket for request in self._requests for ticket in request.waiting]
-            self._requests = []
+            tickets = self._queue.take_all(lambda ticket: True)
             calls, self._calls = list(self._calls), collections.deque()
         tickets += [ticket for kind, width in self._running() for ticket in kind.batches[width].all_owners()]
         for _, future in calls:
             future.set_exception(EngineStopped(message))
         for ticket in tickets:
             if not ticket.is_cancelled:
-                ticket.job.on_update(Update(ticket.view.steps, is_last=True, error=message))
+                ticket.send_error(message)
 
 
 def _with_neutral_numbers(settings: RowSettings, vocab_size: int) -> RowSettings:

@@ -1,7 +1,7 @@
 """Rows that are sampled together, each of which joins and leaves between two steps (continuous batching).
 
-A `RunningBatch` has a number of slots, a power of two that follows the number of rows. Its rows have one padded length
-and one structure of settings (`SamplerConfig.structure`), hence one compiled program for each number of slots. Their
+A `RunningBatch` has a few slots or many, as the number of rows needs. Its rows have one padded length and one structure
+of settings (`SamplerConfig.structure`), hence one compiled program for each of a few numbers of slots. Their
 numbers, such as the temperature, may differ: see `sampling.spec.RowSettings`. A prompt is computed in chunks, between
 steps of the other rows, before its row gets a slot.
 
@@ -26,7 +26,8 @@ from dlm_jax.sampling.sampler import make_stepper
 from dlm_jax.sampling.spec import Network, RowSettings, SamplingInputs, SamplingSpec, SamplingState, pending_mask
 
 _CHUNKS = (32, 128)  # tokens of a prompt that are computed at a time
-_SHRINK_AFTER = 8  # calls of `run` with at most half of the slots in use, until the others are dropped
+_GROWTH = 8  # from a number of slots to the next: more rows cost little, and each number needs a program
+_SHRINK_AFTER = 8  # calls of `run` with fewer rows than need so many slots, until these are dropped
 
 
 class Row(NamedTuple):
@@ -73,10 +74,13 @@ class View(NamedTuple):
 class Programs:
     """The compiled programs for one model and one structure of settings; they are freed with this object."""
 
-    def __init__(self, network: Network, spec: SamplingSpec, mesh: Mesh | None = None):
+    def __init__(self, network: Network, spec: SamplingSpec, max_rows: int, mesh: Mesh | None = None):
         self.spec, self.mesh = spec, mesh
         self.graphdef, self.params = nnx.split(network)
         self.shards = 1 if mesh is None else num_batch_shards(mesh)
+        self.sizes = [self.shards]  # the numbers of slots
+        while self.sizes[-1] < max_rows:
+            self.sizes.append(min(_GROWTH * self.sizes[-1], -(-max_rows // self.shards) * self.shards))
         self._start = jit_model(_start, static_argnames=("graphdef", "spec"))
         self._prefill = jit_model(_prefill, static_argnames=("graphdef", "width", "spec"), donate_argnames=("state",))
         self._advance = jit_model(_advance, static_argnames=("graphdef", "spec"), donate_argnames=("state",))
@@ -126,29 +130,28 @@ class Programs:
         with self.context():
             return self._select(inputs, state, index, is_used)
 
-    def compile(self, row: Row, max_rows: int) -> None:
-        """Compiles what rows like this one need in batches of up to `max_rows`, by running it on copies of the row."""
-        sizes = [self.shards << i for i in range((self.slots_for(max_rows) // self.shards).bit_length())]
+    def compile(self, row: Row, slots: int) -> None:
+        """Compiles what rows like this one need in so many slots, by running it on copies of the row."""
         if not self.joins_midway:
-            for size in sizes:
-                inputs, state = self.start([row] * size)
-                jax.block_until_ready(self.advance(inputs, state, 1, False))
+            inputs, state = self.start([row] * slots)
+            jax.block_until_ready(self.advance(inputs, state, 1, False))
             return
         new, (inputs, state) = self.start([row]), self.start([row])
         if row.chunk:
             state = self.prefill(inputs, state, 0, row.chunk)
-        for size in sizes:
-            state, _ = self.advance(inputs, state, 1, False)
-            inputs, state = self.insert(inputs, state, new, np.full(self.shards, size, np.int32))  # nowhere
-            if size < sizes[-1]:
-                bigger = self.select(inputs, state, np.zeros(2 * size, np.int32), np.ones(2 * size, bool))
-                self.select(*bigger, np.zeros(size, np.int32), np.ones(size, bool))
-                inputs, state = bigger
-        jax.block_until_ready(state)
+        for size in self.sizes[: self.sizes.index(slots)]:  # from fewer slots, and back
+            inputs, state = self._resized(*self._resized(inputs, state, size), slots)
+            self._resized(inputs, state, size)
+        inputs, state = self.insert(inputs, state, new, np.full(self.shards, slots, np.int32))  # nowhere
+        jax.block_until_ready(self.advance(inputs, state, 1, False))
+
+    def _resized(self, inputs: SamplingInputs, state: SamplingState,
+                 slots: int) -> tuple[SamplingInputs, SamplingState]:
+        return self.select(inputs, state, np.zeros(slots, np.int32), np.ones(slots, bool))
 
     def slots_for(self, number: int) -> int:
-        """Returns the slots for a number of rows: a power of two, times the shards of the mesh."""
-        return self.shards << max(0, (-(-number // self.shards) - 1)).bit_length()
+        """Returns the slots for a number of rows."""
+        return next(size for size in self.sizes if size >= number)
 
 
 @dataclasses.dataclass
@@ -171,7 +174,7 @@ class RunningBatch:
         self.owners: list[Hashable | None] = []  # one per slot
         self._joining: list[_Joining] = []
         self._arrays: tuple[SamplingInputs, SamplingState] | None = None
-        self._calls_half_empty = 0
+        self._calls_with_few = 0
 
     @property
     def num_rows(self) -> int:
@@ -241,10 +244,10 @@ class RunningBatch:
         Args:
           stop_early: whether to return as soon as a row is done.
         """
-        is_half_empty = self.programs.slots_for(self.num_running) < len(self.owners)
-        self._calls_half_empty = self._calls_half_empty + 1 if is_half_empty else 0
-        if self._calls_half_empty > _SHRINK_AFTER and self.programs.joins_midway:
-            self._resize(len(self.owners) // 2)
+        fewer = self.programs.slots_for(self.num_running)
+        self._calls_with_few = self._calls_with_few + 1 if fewer < len(self.owners) else 0
+        if self._calls_with_few > _SHRINK_AFTER and self.programs.joins_midway:
+            self._resize(fewer)
         inputs, state = self._arrays
         state, is_done = self.programs.advance(inputs, state, num_steps, stop_early)
         self._arrays = inputs, state
@@ -270,7 +273,7 @@ class RunningBatch:
         index[: len(kept)] = kept
         self._arrays = self.programs.select(*self._arrays, index, np.arange(slots) < len(kept))
         self.owners = [*(self.owners[slot] for slot in kept), *[None] * (slots - len(kept))]
-        self._calls_half_empty = 0
+        self._calls_with_few = 0
 
 
 def row_width(length: int, max_length: int) -> int:

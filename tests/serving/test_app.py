@@ -94,7 +94,7 @@ def test_clients_that_leave(stalled, stream):
         with connection(where) as raw:
             raw.sendall(post(body))
             assert waits_for(lambda: engine.metrics().queued == 4)
-        assert waits_for(lambda: all(ticket.is_cancelled for request in engine._requests for ticket in request.waiting))
+        assert waits_for(lambda: all(ticket.is_cancelled for ticket in engine._queue))
         release.set()
         assert waits_for(lambda: engine.metrics().cancelled == 4) and engine.metrics().tokens == 0
         assert httpx.get(f"{where}/health").status_code == 200

@@ -6,9 +6,9 @@ import pytest
 from dlm_jax.attention import AttentionMask
 from dlm_jax.data.tokenization import tokenize
 from dlm_jax.serving.answer import warm_up_jobs
-from dlm_jax.serving.engine import Job
 from dlm_jax.serving.jobs import ServedModel, plan_completion
 from dlm_jax.serving.protocol import CompletionRequest
+from dlm_jax.serving.queue import Job
 from tests.serving.conftest import STEPS
 
 PROMPTS = ["Zoë", "a cat "]
