@@ -247,16 +247,18 @@ def outcome(reply: Reply) -> str:
     return "refused with 429" if reply.status == 429 else "begun, not answered" if reply.status == 200 else "other"
 
 
-def compare_texts(server: Server, model: str, args: argparse.Namespace) -> dict[str, int]:
-    """Returns how many served texts, asked for at once, are those of `DiffusionLM.generate`, each by itself."""
+def compare_texts(server: Server, model: str, policy: str, args: argparse.Namespace) -> dict[int, int]:
+    """Returns for one client and for all at a time: how many texts are those of `DiffusionLM.generate`."""
     from dlm_jax import DiffusionLM
 
-    _, replies = asyncio.run(run_clients(server, model, args, args.clients))
+    served = {clients: asyncio.run(run_clients(server, model, args, clients))[1] for clients in (1, args.clients)}
     lm = DiffusionLM.from_pretrained(args.model, dtype=args.dtype)
-    texts = [lm.generate(PROMPTS[number % len(PROMPTS)], max_new_tokens=args.new_tokens, seed=number)[0]
-             for number in range(args.requests)]
-    return {"texts": len(texts), "equal": sum(text == PROMPTS[number % len(PROMPTS)] + reply.text
-                                              for number, (text, reply) in enumerate(zip(texts, replies, strict=True)))}
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(args.requests)]
+    texts = [lm.generate(prompt, max_new_tokens=args.new_tokens, seed=number, policy=policy)[0]
+             for number, prompt in enumerate(prompts)]
+    return {clients: sum(prompt + reply.text == text for prompt, reply, text in zip(prompts, replies, texts,
+                                                                                    strict=True))
+            for clients, replies in served.items()}
 
 
 def print_throughput(results: dict) -> None:
@@ -297,16 +299,18 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share an accelerator
     with start_server(args) as server:
-        model = server.get("/v1/models").json()["data"][0]["id"]
+        card = server.get("/v1/models").json()["data"][0]
+        model = card["id"]
         results = {"settings": harness.settings(args), "throughput": measure_throughput(server, model, args)}
         print_throughput(results["throughput"])
         if args.overload_minutes:
             capacity = results["throughput"]["sides"][f"{args.clients} at a time"]["requests_per_second"]
             results["overload"] = asyncio.run(overload(server, model, args, OVERLOAD * capacity))
             print_overload(results["overload"])
-        results["texts"] = compare_texts(server, model, args)
-        print(f"\n{results['texts']['equal']} of {results['texts']['texts']} served texts are those of "
-              f"DiffusionLM.generate ({args.dtype})")
+        results["equal_texts"] = compare_texts(server, model, card["dlm"]["default_policy"], args)
+        for clients, equal in results["equal_texts"].items():
+            print(f"\n{equal} of {args.requests} texts that were served {clients} at a time are those of "
+                  f"DiffusionLM.generate ({args.dtype})")
     name = pathlib.PurePath(model).name.lower()
     harness.write_results(f"serving-{name}-{harness.device_name()}-{args.dtype}", results, "jax", "starlette",
                           "uvicorn")
