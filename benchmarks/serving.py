@@ -10,9 +10,10 @@ take turns, so that other load on the machine affects both. A time between chunk
 a time per token is that from a stream's first text to its last, divided by the tokens but one. Rows per pass is the
 number of texts that a forward pass of the server advanced.
 
-Overload is an open loop: requests arrive at random times (a Poisson process) at twice the measured capacity, whether
-earlier ones are answered or not. At last, served texts are compared with those of `DiffusionLM.generate`, of the same
-prompts, seeds and type. Writes benchmarks/results/serving-MODEL-DEVICE-DTYPE.json.
+Overload is an open loop: requests arrive at random times (a Poisson process), whether earlier ones are answered or not,
+at twice the rate at which the server answers twice as many clients as it samples texts at a time. At last, served texts
+are compared with those of `DiffusionLM.generate`, of the same prompts, seeds and type. Writes
+benchmarks/results/serving-MODEL-DEVICE-DTYPE.json.
 """
 
 import argparse
@@ -304,8 +305,8 @@ def main() -> None:
         results = {"settings": harness.settings(args), "throughput": measure_throughput(server, model, args)}
         print_throughput(results["throughput"])
         if args.overload_minutes:
-            capacity = results["throughput"]["sides"][f"{args.clients} at a time"]["requests_per_second"]
-            results["overload"] = asyncio.run(overload(server, model, args, OVERLOAD * capacity))
+            seconds, _ = asyncio.run(run_clients(server, model, args, 2 * args.clients))
+            results["overload"] = asyncio.run(overload(server, model, args, OVERLOAD * args.requests / seconds))
             print_overload(results["overload"])
         results["equal_texts"] = compare_texts(server, model, card["dlm"]["default_policy"], args)
         for clients, equal in results["equal_texts"].items():
