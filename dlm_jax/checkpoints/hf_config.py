@@ -285,7 +285,12 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind not in _ROPE_SCALINGS:
         raise CheckpointError(f"config.json asks for RoPE scaling of type {kind!r}; supported are "
                               f"{', '.join(_ROPE_SCALINGS)}")
-    known = {"original_max_position_embeddings": hf.get("max_position_embeddings")} | rope
+    name = "original_max_position_embeddings"
+    outer = hf.get(name, hf.get("max_position_embeddings"))
+    known = {name: outer} | rope
+    if name in hf and name in _ROPE_SCALINGS[kind] and known[name] != outer:
+        raise CheckpointError(f"config.json gives {name} as {outer}, and as {known[name]} in its {kind} RoPE scaling; "
+                              "remove the wrong one")
     if absent := [name for name in _ROPE_SCALINGS[kind] if not isinstance(known.get(name), int | float)]:
         raise CheckpointError(f"config.json asks for {kind} RoPE scaling without a number as {', '.join(absent)}")
     return theta, RopeScaling(kind, *(known[name] for name in _ROPE_SCALINGS[kind]))

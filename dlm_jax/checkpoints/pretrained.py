@@ -20,7 +20,7 @@ from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, loca
 from dlm_jax.checkpoints.stored import open_stored
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
 from dlm_jax.checkpoints.workdir import LoRABase, read_lora_base, read_run_config
-from dlm_jax.data.tokenization import missing_ids, start_token
+from dlm_jax.data.tokenization import missing_ids, special_tokens_of, start_token
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError, DataError
 from dlm_jax.models import (
@@ -189,7 +189,7 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
         directory, step = split_step(source)
         recipe = read_run_config(directory)
         options = dataclasses.replace(options, param_dtype=param_dtype or recipe["model.param_dtype"])
-        return _load_workdir(directory, step, recipe, merge, options)
+        return _with_fitting_tokenizer(_load_workdir(directory, step, recipe, merge, options))
     if not merge:
         raise ConfigError(f"{source} is not the workdir of a run with LoRA, so there is no LoRA to keep unmerged; "
                           "omit merge")
@@ -198,10 +198,10 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
         if init != "pretrained":
             raise ConfigError(f"{source} is an adapter, and init={init} is for an architecture alone; name its base "
                               "instead")
-        return _load_peft(directory, str(source), base, options)
+        return _with_fitting_tokenizer(_load_peft(directory, str(source), base, options))
     if base is not None:
         raise ConfigError(f"{source} is not an adapter, so it has no base; omit the base")
-    return _load_stored(directory, str(source), options)
+    return _with_fitting_tokenizer(_load_stored(directory, str(source), options))
 
 
 def load_lora_base(workdir: epath.Path, record: LoRABase, compute: Compute, shardings: Shardings | None) -> Pretrained:
@@ -295,6 +295,20 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
     if lora is not None:
         model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
     return dataclasses.replace(loaded, model=model, provenance=(record.fingerprint, fingerprint(learned)))
+
+
+def _with_fitting_tokenizer(loaded: Pretrained) -> Pretrained:
+    """Returns what was loaded; raises CheckpointError if the embedding lacks a row for a token that text can have.
+
+    Many checkpoints lack the row of a special token for padding, which they do not need.
+    """
+    if loaded.tokenizer is not None:
+        special = special_tokens_of(loaded.tokenizer, len(loaded.tokenizer)).values()
+        largest = max(set(loaded.tokenizer.get_vocab().values()).difference(special), default=0)
+        if largest >= (rows := loaded.model.config.vocab_size):
+            raise CheckpointError(f"the tokenizer of {loaded.source} has ids up to {largest}, more than the {rows} "
+                                  "rows of the embedding; the two do not belong together")
+    return loaded
 
 
 def _cast(model: Transformer, dtype: str) -> Transformer:

@@ -52,6 +52,7 @@ def test_rope_type_key_of_old_transformers():
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+SHORT_LLAMA3 = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -62,7 +63,10 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
     {"rope_scaling": {}, "rope_parameters": LINEAR | {"rope_theta": 7.0}},
     {"rope_scaling": None, "rope_parameters": {"type": "linear", "factor": 2.0, "rope_theta": 7}, "rope_theta": 8.0},
     {"rope_scaling": LINEAR | {"rope_theta": 7.0}, "rope_theta": 8.0},
-    {"rope_scaling": {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}},
+    {"rope_scaling": SHORT_LLAMA3},
+    {"rope_scaling": SHORT_LLAMA3, "original_max_position_embeddings": 1024},
+    {"rope_parameters": LLAMA3, "original_max_position_embeddings": 8192},
+    {"rope_scaling": LINEAR, "original_max_position_embeddings": 1024},
     {"model_type": "qwen2", "num_key_value_heads": None},
     {"model_type": "qwen3", "num_key_value_heads": 4}, {"attention_dropout": 0, "head_dim": None},
     {"model_type": "gpt2", "n_embd": 64, "n_head": 2, "n_layer": 3, "n_positions": 32, "num_attention_heads": 8,
@@ -75,6 +79,7 @@ def test_settings_are_read_as_transformers_reads_them(settings):
         hf.hidden_size, hf.num_attention_heads, hf.max_position_embeddings, hf.num_hidden_layers)
     assert config.num_kv_heads == getattr(hf, "num_key_value_heads", hf.num_attention_heads)
     if config.family != "gpt2":
+        hf.standardize_rope_params()  # as its models do
         rope = {"rope_type": "default"} if config.rope_scaling is None else to_hf(config)["rope_scaling"]
         assert {"rope_theta": config.rope_theta} | rope == {
             name: value for name, value in hf.rope_parameters.items() if name != "type"}
@@ -105,6 +110,8 @@ def test_sliding_window(settings, window):
     (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
     (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
     (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    (LLAMA | {"rope_scaling": LLAMA3, "original_max_position_embeddings": 1024}, "original_max_position_embeddings"),
+    (LLAMA | {"rope_scaling": SHORT_LLAMA3, "original_max_position_embeddings": None}, "original_max_position"),
     (LLAMA | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     (LLAMA | {"model_type": "mistral"}, "num_key_value_heads"),

@@ -12,6 +12,9 @@ import torch
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import hf_import, load_pretrained
@@ -261,6 +264,19 @@ def test_diffugpt_mask_token_by_vocabulary_size(tmp_path, vocab_size, mask_token
     families.set_config(tmp_path, vocab_size=50257)
     to_diffugpt(tmp_path, ("embed_tokens.weight",))
     assert load_pretrained(tmp_path).diffusion.mask_token_id == mask_token_id
+
+
+def test_tokenizer_beyond_the_embedding(tmp_path):
+    """Only a token that no text has may lack a row."""
+    rows = families.save("llama1", tmp_path).config.vocab_size
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(rows)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="<pad>")
+    tokenizer.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path).tokenizer.pad_token_id == rows
+    tokenizer.add_tokens(["word"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=str(rows)):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
