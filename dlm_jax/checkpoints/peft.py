@@ -48,6 +48,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 
+_NUMBERS, _FLAGS = ("r", "lora_alpha"), ("use_rslora", "use_dora", "ensure_weight_tying")
+
 
 @dataclasses.dataclass(frozen=True)
 class PeftAdapter:
@@ -128,6 +130,12 @@ def read_peft_adapter(directory: Path) -> PeftAdapter:
         if name in config and config[name] not in allowed:
             raise CheckpointError(f"{directory / CONFIG} sets {name} to {config[name]!r}, which this library does not "
                                   "implement; merge the adapter with PEFT, and load the merged model")
+    for name in _NUMBERS:
+        if isinstance(value := config.get(name, 8), bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{directory / CONFIG} must give {name} as a number, not {value!r}")
+    for name in _FLAGS:
+        if not isinstance(value := config.get(name), bool | None):
+            raise CheckpointError(f"{directory / CONFIG} must give {name} as true or false, not {value!r}")
     stored = read_tensors(directory, (f"{TENSORS}.safetensors", f"{TENSORS}.bin"))
     tensors = {re.sub(r"\.(modules_to_save|default|base_layer)(?=\.)", "", name.removeprefix(PREFIX)): tensor
                for name, tensor in stored.items()}
@@ -148,6 +156,9 @@ def merge_peft_adapter(adapter: PeftAdapter, model: Transformer, source: str, pa
     scales: dict[str, tuple[int, float]] = {}
     tables: dict[str, np.ndarray] = {}
     for name, stored in hf_names.canonical(adapter.tensors, family).items():
+        if not np.isfinite(adapter.tensors[stored]).all():
+            raise CheckpointError(f"{stored} of the adapter {adapter.directory} has numbers that are not finite (NaN "
+                                  "or infinity); use an earlier checkpoint of it")
         module, found, side = name.partition(".lora_")
         side = side.removesuffix(".weight")
         if found and side in (*adapter.sides, *_EMBEDDING_SIDES):

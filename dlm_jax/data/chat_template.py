@@ -167,6 +167,8 @@ def get_tools(record: dict[str, Any]) -> list[Any] | None:
     Raises:
       BadRecord: they are something else.
     """
+    if record.get("functions"):
+        raise BadRecord("it has 'functions', OpenAI's older form of tools; write them as 'tools'")
     tools = _parse_json(record.get("tools") or None, "tools")
     if tools is not None and not isinstance(tools, list):
         raise BadRecord(f"{type(tools).__name__} under 'tools' where a list was expected")
@@ -203,6 +205,8 @@ def get_messages(record: dict[str, Any], key: str) -> list[Message]:
 def _read_message(message: Message) -> Message:
     if message.get("from") is not None:
         message = {"role": message["from"], "content": message.get("value")}
+    if message.get("function_call"):
+        raise BadRecord("it has 'function_call', OpenAI's older form of a call; write it as 'tool_calls'")
     calls = message.get("tool_calls")
     if calls and message.get("content") is None:
         message = {**message, "content": ""}
@@ -210,6 +214,8 @@ def _read_message(message: Message) -> Message:
         message = {**message, "content": "\n".join(map(_part_text, message["content"]))}
     role, _ = get_text(message, "role"), get_text(message, "content")
     message = {**message, "role": _ROLES.get(role.strip().lower(), role)}
+    if message["role"] == "assistant" and message.get("weight") == 0:
+        raise BadRecord("it has weight 0, and every message of the assistant is learned; remove it or its weight")
     if not calls:
         return message
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):

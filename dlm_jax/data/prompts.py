@@ -81,7 +81,7 @@ class PromptFormat:
         config = self.config
         formats = {
             "prompt_response": (config.prompt_key, config.response_key),
-            "messages": (config.messages_key, "tools", "system"),  # a record may lack the last two
+            "messages": (config.messages_key, "tools", "functions", "system"),  # a record may lack all but the first
             "alpaca": ("instruction", "input", "output"),  # a record may lack the input
             "gsm8k": ("question", "answer"),
             "gsm8k_symbolic": ("text",),

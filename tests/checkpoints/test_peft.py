@@ -205,6 +205,10 @@ def remove(name):
     return lambda tensors: tensors.pop(f"base_model.model.{name}")
 
 
+def spoil(name, value):
+    return lambda tensors: tensors[f"base_model.model.{name}"][1, 2].fill_(value)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"use_dora": True}, "q_proj.*lora_magnitude_vector"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3"),
     ({"init_lora_weights": "pissa"}, "pissa"), ({"r": 8}, "rank 8"), ({"lora_bias": True}, "lora_bias"),
@@ -217,7 +221,10 @@ def remove(name):
     ({"base_model_name_or_path": "adapter"}, "base_model_name_or_path"),
     (remove("model.layers.1.mlp.up_proj.lora_B.weight"), "lora_B"),
     (add("model.layers.7.mlp.up_proj.lora_A.weight", 4, 32), "layers.7"),
-    (add("lm_head.weight", 5, 32), "lm_head.weight")])
+    (add("lm_head.weight", 5, 32), "lm_head.weight"),
+    (spoil("model.layers.1.mlp.up_proj.lora_A.weight", np.nan), "layers.1.mlp.up_proj"),
+    (spoil("model.layers.0.self_attn.q_proj.lora_B.weight", -np.inf), "layers.0.self_attn.q_proj"),
+    ({"lora_alpha": None}, "lora_alpha"), ({"r": "4"}, "must give r"), ({"use_rslora": "false"}, "use_rslora")])
 def test_unfit_settings_and_tensors_are_refused_by_name(adapter, change, message, tmp_path):
     shutil.copytree(adapter, tmp_path / "adapter")
     if isinstance(change, dict):

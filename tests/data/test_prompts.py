@@ -267,13 +267,24 @@ def test_tools_and_calls_reach_the_template(chat_tokenizer, as_text):
     start = "".join(chat_tokenizer.decode(prompt_format.encode_record_prompt({**record, "messages": given[:1]})))
     assert expected.startswith("<tools>") and (start.removeprefix("<s>") + "18<|im_end|>") in expected
     for bad in ({**record, "tools": "{"}, {**record, "tools": {"a": 1}},
-                {"messages": [talk[0], {**talk[1], "tool_calls": "half"}]}):
+                {"messages": [talk[0], {**talk[1], "tool_calls": "half"}]},
+                {"messages": talk, "functions": [TOOL["function"]]},
+                {"messages": [talk[0], {**talk[3], "function_call": call["function"]}]}):
         with pytest.raises(BadRecord, match="tool"):
             prompt_format.parse(bad)
     chat_tokenizer.chat_template = CHATML  # which writes neither
     for lost in ({"messages": [TALK[1], TALK[2]], "tools": [TOOL]}, {"messages": talk}):
         with pytest.raises(BadRecord, match="tool"):
             make_format(chat_tokenizer, "messages").parse(lost)
+
+
+def test_weight_of_an_answer(chat_tokenizer):
+    """OpenAI's form gives 0 to answers that are not to be learned."""
+    prompt_format, talk = make_format(chat_tokenizer, "messages", 200), [*TALK[:2], {**TALK[2], "weight": 1}, *TALK[3:]]
+    assert prompt_format.parse({"messages": talk}) == prompt_format.parse({"messages": TALK})
+    talk[2]["weight"] = 0
+    with pytest.raises(BadRecord, match="weight"):
+        prompt_format.parse({"messages": talk})
 
 
 def test_other_spellings_of_roles_and_prompts(chat_tokenizer, tmp_path):
@@ -293,7 +304,7 @@ def test_sharegpt_is_read_as_messages(chat_tokenizer):
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     shared = [{"from": names[message["role"]], "value": message["content"]} for message in TALK]
     prompt_format = make_format(chat_tokenizer, "messages", 200, messages_key="conversations")
-    assert prompt_format.columns == ("conversations", "tools", "system")
+    assert prompt_format.columns == ("conversations", "tools", "functions", "system")
     assert prompt_format.parse({"conversations": shared}) == prompt_format.parse({"conversations": TALK})
 
 
