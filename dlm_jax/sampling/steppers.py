@@ -87,7 +87,8 @@ class DenoisingStepper:
         if settings.remask is not None:
             may_remask = unfinished & (state.steps_in_block + 1 < jnp.minimum(steps, number))
             remask = here & ~state.masked & may_remask[:, None]
-            remask &= _uniform(_fold(step_keys, 0), length) < settings.remask[:, None]
+            remask &= _uniform(_fold(step_keys, 0), jnp.broadcast_to(jnp.arange(length), here.shape)) < (
+                settings.remask[:, None])
             state = state._replace(tokens=jnp.where(remask, spec.diffusion.mask_token_id, state.tokens),
                                    masked=state.masked | remask)
             active = here & pending_mask(spec, inputs, state)
@@ -96,21 +97,21 @@ class DenoisingStepper:
 
         window, hidden, state = self._predict(inputs, state, here)
         rows = jnp.arange(len(here))[:, None]
+        active = jnp.take_along_axis(active, jnp.minimum(window, length - 1), axis=1) & (window < length)
+        # From here on everything is [batch, width], of the window.
 
         def sample_at(positions: jax.Array) -> tuple[jax.Array, ...]:
-            """Returns tokens, log-probabilities and scores [batch, length], defined where `positions` is True."""
-            wanted = jnp.take_along_axis(positions, jnp.minimum(window, length - 1), axis=1) & (window < length)
-            sampled = sample_tokens(self.network, spec, hidden, wanted, window, inputs, state, _fold(step_keys, 1))
-            return tuple(jnp.zeros(here.shape, x.dtype).at[rows, window].set(x, mode="drop") for x in sampled)
+            """Returns tokens, log-probabilities and scores, defined where `positions` is True."""
+            return sample_tokens(self.network, spec, hidden, positions, window, inputs, state, _fold(step_keys, 1))
 
         if policy.independent:
-            step = planned_step(config, _uniform(plan_keys, length), steps[:, None])
+            step = planned_step(config, _uniform(plan_keys, window), steps[:, None])
             step = jnp.where(active, step, steps[:, None])
             # Each row jumps to the next of its steps that reveals something: the others would change nothing.
             chosen = active & (step == step.min(axis=1, keepdims=True))
             tokens, confidence, _ = sample_at(chosen)
         elif policy.score is None:
-            chosen = _highest(_uniform(_fold(step_keys, 2), length), active, count)
+            chosen = _highest(_uniform(_fold(step_keys, 2), window), active, count)
             tokens, confidence, _ = sample_at(chosen)
         else:
             tokens, confidence, score = sample_at(active)
@@ -118,7 +119,9 @@ class DenoisingStepper:
             if settings.threshold is not None:
                 chosen |= active & (confidence >= jnp.log(settings.threshold)[:, None])
 
-        state = reveal(state, chosen, tokens, confidence, unfinished)
+        in_row = (jnp.zeros(here.shape, x.dtype).at[rows, window].set(x, mode="drop")
+                  for x in (chosen, tokens, confidence))
+        state = reveal(state, *in_row, unfinished)
         return self._move_on(state, self._current_block(inputs, state))
 
     def _move_on(self, state: SamplingState, block: jax.Array) -> SamplingState:
@@ -324,7 +327,6 @@ def _fold(keys: jax.Array, site: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, site)
 
 
-def _uniform(keys: jax.Array, length: int) -> jax.Array:
-    """Returns uniform [0, 1) numbers [batch, length], a function of the row's key and the position alone."""
-    by_position = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(length))
-    return jax.vmap(jax.vmap(jax.random.uniform))(by_position)
+def _uniform(keys: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns uniform [0, 1) numbers [batch, n], a function of the row's key and the position int [batch, n] alone."""
+    return jax.vmap(jax.vmap(jax.random.uniform))(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions))
