@@ -33,7 +33,6 @@ PACKAGES = {"starlette": "starlette", "uvicorn": "uvicorn", "sse_starlette": "ss
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.set_defaults(dtype="auto")
     parser.add_argument("--parent", metavar="MODEL", help="a second model to serve beside it, such as its AR parent: "
                         "the page compares the two")
     parser.add_argument("--drafter", default="none", help="what guesses tokens for autoregressive decoding where a "

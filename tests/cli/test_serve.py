@@ -91,4 +91,4 @@ def test_names():
 
 def test_defaults_are_safe():
     arguments = arguments_of()
-    assert arguments.host == "127.0.0.1" and arguments.dtype == "auto" and arguments.time_limit < 3600
+    assert arguments.host == "127.0.0.1" and arguments.dtype == "float32" and arguments.time_limit < 3600
