@@ -1,6 +1,6 @@
 """Evaluates a diffusion model and its parent on tasks of all kinds, and writes docs/results/tasks.md.
 
-    python benchmarks/tasks.py --model=runs/stories --parent=assets/stories-gpt2 --data_dir=DIR --out=runs/tasks
+    python benchmarks/tasks.py --model=quickstart/export --parent=assets/stories-gpt2 --data_dir=DIR --out=runs/tasks
 
 DIR holds a folder per task. Programs and gaps of unknown length take many forward passes per item, so fewer of their
 items are used. If it is stopped, the same command resumes. The records and table of each task go to --out, the table to
@@ -27,11 +27,12 @@ GENERATES = ("triviaqa", "gsm8k", "gsm8k_icot", "rocstories", "humaneval_fim_sin
 OWN_TEXT = ("text", "reconstruction", "generation")
 HEAD = """# The shipped small model on every task
 
-`python benchmarks/tasks.py` writes this page. It compares the quickstart's recipe, run for 4,000 steps (2.6 million
+`python benchmarks/tasks.py` writes this page. It compares what `launch/quickstart.sh` makes in a few minutes (2.6 million
 parameters in four layers, trained on nothing but children's stories), with the autoregressive model from which it was
-adapted. Most tasks are far too hard for both; they show that every part works and that the errors are honest. Where
+adapted. Most tasks are far too hard for both; they show that every task runs and that the errors are honest. Where
 neither model knows anything, multiple choice is at chance and most intervals of a difference contain 0. The plain text
-is held-out stories that the parent itself generated, so its results there are as good as any model's can be.
+is held-out stories that the parent itself generated, so its results there are as good as any model's can be. Other
+programs may have used the machine: seconds are of this run alone.
 
 """
 
