@@ -302,8 +302,8 @@ def main() -> None:
     with start_server(args) as server:
         card = server.get("/v1/models").json()["data"][0]
         model = card["id"]
-        results = {"settings": harness.settings(args, "model") | {"model": pathlib.PurePath(args.model).name},
-                   "throughput": measure_throughput(server, model, args)}
+        settings = harness.settings(args, "model") | {"model": pathlib.PurePath(args.model).name}
+        results = {"settings": settings, "throughput": measure_throughput(server, model, args)}
         print_throughput(results["throughput"])
         if args.overload_minutes:
             seconds, _ = asyncio.run(run_clients(server, model, args, 2 * args.clients))

@@ -357,9 +357,10 @@ class Engine:
         batch, slots = kind.batches[width], len(kind.batches[width].owners)
         seconds_per_step = kind.step_seconds.get((width, slots), _SECONDS_PER_RUN)
         steps = int(np.clip(_SECONDS_PER_RUN / seconds_per_step, 1, _MOST_STEPS))
-        if any(ticket is not None and ticket.job.every_step for ticket in batch.owners):
+        tickets = [ticket for ticket in batch.owners if ticket is not None]
+        if any(ticket.job.every_step or ticket.view.steps == 0 for ticket in tickets):  # a first token comes at once
             steps = 1
-        before = {ticket: ticket.view.steps for ticket in batch.owners if ticket is not None}
+        before = {ticket: ticket.view.steps for ticket in tickets}
         began = time.perf_counter()
         views = batch.run(steps, stop_early=len(self._queue) > 0 or batch.num_rows > batch.num_running)
         taken = max(view.steps - before[ticket] for ticket, view in views.items())
