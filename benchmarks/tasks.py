@@ -29,7 +29,7 @@ HEAD = """# The shipped small model on every task
 
 `python benchmarks/tasks.py` writes this page. It compares what `launch/quickstart.sh` makes in a few minutes (2.6
 million parameters in four layers, trained on nothing but children's stories), with the autoregressive model from which
-it was adapted. Most tasks are far too hard for both; they show that every task runs and that the errors are honest. Where
+it was adapted. Most tasks are far too hard for both; they show that every task runs and that errors are honest. Where
 neither model knows anything, multiple choice is at chance and most intervals of a difference contain 0. The plain text
 is held-out stories that the parent itself generated, so its results there are as good as any model's can be. Other
 programs may have used the machine: seconds are of this run alone.
