@@ -5,7 +5,7 @@ of settings (`SamplerConfig.structure`), hence one compiled program for each of 
 numbers, such as the temperature, may differ: see `sampling.spec.RowSettings`. A prompt is computed in chunks, between
 steps of the other rows, before its row gets a slot.
 
-A row's tokens do not depend on its slot, on the other rows, or on when they join, but for rounding: batches of different
+A row's tokens do not depend on its slot, on the other rows, or on when they join, but for rounding: batches of other
 sizes round differently, which in float32 hardly ever changes a token and in bfloat16 may.
 """
 
