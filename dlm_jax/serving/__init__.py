@@ -1,6 +1,6 @@
 """Serving: OpenAI's protocol over models of any kind, with batches that rows join and leave between steps.
 
-    server, app      sockets and signals; HTTP: routes, limits, streams of events (metrics; page.html is the playground)
+    server, app      signals; routes, limits, streams of events, metrics; page.html is the playground
       | protocol     requests and responses as OpenAI defines them
       | jobs         a request to rows of tokens
       | answer       its updates to a response: text (the final text from the left), steps (every forward pass)
