@@ -4,8 +4,8 @@
       | text.split_gaps, text.encode     tokens, GAP where one is to be sampled   (gap_length: gaps of unknown length)
       | batching.sample_rows             rows of similar length, padded to one shape
       v
-    sampler.sample                       one compiled program: `Stepper.start`, `prefill`, then `advance` until nothing is
-      |                                  pending; sampler.stream runs it step by step, for `on_step` and trace.Trace
+    sampler.sample                       one compiled program: `Stepper.start`, `prefill`, then `advance` until
+      |                                  nothing is pending; sampler.stream runs it step by step, for `on_step`
       |   steppers.DenoisingStepper      entire rows, or blocks of them with caches that grow stale
       |   steppers.BlockStepper          one block after another, for models trained by block diffusion
       |   steppers.AutoregressiveStepper from left to right, as the AR parent
