@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dlm_jax.diffusion import Batch, ObjectiveConfig
     from dlm_jax.sampling import SamplerConfig
     from dlm_jax.training.optimizer import OptimizerConfig
+    from dlm_jax.training.state import Frozen
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,11 +74,12 @@ class TrainStep:
     """A training step on one device, always on the same tokens int32 [rows, length]; a call runs it and waits."""
 
     def __init__(self, graphdef: object, params: object, tokens: np.ndarray, objective: "ObjectiveConfig",
-                 optimizer: "OptimizerConfig", *, frozen: object = None, mask_token_id: int = 0, start: int = 0,
-                 matmul: str = "default"):
+                 optimizer: "OptimizerConfig", *, frozen: "Frozen | None" = None, mask_token_id: int = 0,
+                 start: int = 0, matmul: str = "default"):
         from dlm_jax.parallel import MeshConfig, make_mesh
         from dlm_jax.training.optimizer import make_optimizer
-        from dlm_jax.training.step import create_state, make_train_step
+        from dlm_jax.training.state import create_state
+        from dlm_jax.training.step import make_train_step
 
         mesh, rule = make_mesh(MeshConfig(), jax.devices()[:1]), make_optimizer(optimizer, 10**6)
         state = create_state(params, rule, False, mesh, frozen=frozen)

@@ -36,6 +36,7 @@ from dlm_jax.models import (
 )
 from dlm_jax.models.lora import QUANTIZED
 from dlm_jax.training.optimizer import OptimizerConfig
+from dlm_jax.training.state import Frozen
 
 
 def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[harness.TrainStep, dict[str, float]]:
@@ -53,7 +54,7 @@ def step_of(args: argparse.Namespace, lora: LoRAConfig | None) -> tuple[harness.
     graphdef, params, frozen = split_trainable(add_dora_magnitudes(nnx.merge(graphdef, *states)))
     step = harness.TrainStep(graphdef, params, harness.random_tokens(args.vocab, args.batch_size, args.length),
                              ObjectiveConfig(anneal_steps=0),
-                             OptimizerConfig(learning_rate=1e-4, schedule="constant"), frozen=frozen)
+                             OptimizerConfig(learning_rate=1e-4, schedule="constant"), frozen=Frozen(frozen))
     size = lambda tree: sum(  # noqa: E731
         leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
     state = step.state

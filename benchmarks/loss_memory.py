@@ -10,6 +10,7 @@ training step with AdamW. Nothing runs: prints XLA's memory analysis of the comp
 A TPU is compiled for without one; that needs `pip install jax[tpu]`.
 """
 
+import dataclasses
 from unittest import mock
 
 import harness
@@ -20,29 +21,32 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from dlm_jax.checkpoints import config_from_hf
-from dlm_jax.diffusion import Batch, HeadPlan, LossSums, NoisyBatch, ObjectiveConfig, loss_sums
+from dlm_jax.diffusion import Batch, HeadPlan, LossSums, LossWeights, NoisyBatch, ObjectiveConfig, loss_sums
 from dlm_jax.models import Compute, ModelConfig, abstract_model
 from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, array_sharding, make_mesh
 from dlm_jax.parallel.chips import GIB
-from dlm_jax.training import step as step_module
+from dlm_jax.training import diffusion_loss
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.step import state_layout
+from dlm_jax.training.state import state_layout
+from dlm_jax.training.step import make_train_step
 
 ROWS, LENGTH = 8, 1024
 
 
 def full_loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: NoisyBatch, *,
-                   weights: jax.Array | None = None, shift: bool = True) -> LossSums:
+                   weights: LossWeights | None = None, teaching: None = None, shift: bool = True) -> LossSums:
     """Computes `loss_sums` from the logits of all positions."""
     logits = jnp.einsum("ble,ve->blv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    weights, skip = batch.weights if weights is None else weights, int(shift)
+    weights, skip = batch.weights if weights is None else weights.noised, int(shift)
     logits, weights = logits[:, :LENGTH - skip], weights[:, skip:]
     targets, loss_mask = batch.targets[:, skip:], batch.loss_mask[:, skip:]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0] * loss_mask
     correct = (jnp.argmax(logits, axis=-1) == targets) & loss_mask
     loss = jnp.sum(weights * nll)
-    return LossSums(loss, jax.lax.stop_gradient(loss), jnp.sum(nll), jnp.sum(correct.astype(jnp.float32)),
-                    jnp.sum(loss_mask.astype(jnp.float32)), jnp.sum(batch.noisable_mask.astype(jnp.float32)))
+    return dataclasses.replace(
+        LossSums.zero(), loss=loss, weighted_nll=jax.lax.stop_gradient(loss), nll=jnp.sum(nll),
+        correct=jnp.sum(correct.astype(jnp.float32)), num_scored=jnp.sum(loss_mask.astype(jnp.float32)),
+        num_noisable=jnp.sum(batch.noisable_mask.astype(jnp.float32)))
 
 
 def array(mesh: Mesh, dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
@@ -63,10 +67,10 @@ def lower_step(config: ModelConfig, mesh: Mesh, dtype: str, loss: object, attent
     graphdef, params = nnx.split(abstract_model(config, Compute(dtype, "none", attention, ATTENTION_PARTITION)))
     optimizer_config = OptimizerConfig(schedule="constant")
     optimizer = make_optimizer(optimizer_config, 1000)
-    step = step_module.make_train_step(graphdef, optimizer, mesh, objective=ObjectiveConfig(), config=optimizer_config,
+    step = make_train_step(graphdef, optimizer, mesh, objective=ObjectiveConfig(), config=optimizer_config,
                                        num_steps=1000, seed=0, mask_token_id=811)
     batch = Batch(array(mesh, "int32", ROWS, LENGTH), array(mesh, "bool", ROWS, LENGTH), array(mesh, "uint32", ROWS))
-    with jax.set_mesh(mesh), mock.patch.object(step_module, "loss_sums", loss):
+    with jax.set_mesh(mesh), mock.patch.object(diffusion_loss, "loss_sums", loss):
         return step.lower(state_layout(params, optimizer, False, mesh), batch)
 
 

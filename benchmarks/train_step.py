@@ -47,6 +47,7 @@ def ours(args: argparse.Namespace, annealed: bool) -> harness.TrainStep:
     from dlm_jax.matmul import choose_matmul
     from dlm_jax.models import Compute, LoRAConfig, Transformer, split_trainable
     from dlm_jax.training.optimizer import OptimizerConfig
+    from dlm_jax.training.state import Frozen
 
     compute = Compute(args.dtype, args.remat, args.attention,
                       matmul=choose_matmul(args.dtype, jax.default_backend(), 1))
@@ -56,7 +57,7 @@ def ours(args: argparse.Namespace, annealed: bool) -> harness.TrainStep:
     # Half of 10^6 steps gone: the ratio of the annealed variant stays where it is.
     objective = ObjectiveConfig(anneal_steps=2_000_000 if annealed else 0)
     optimizer = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.01)
-    return harness.TrainStep(graphdef, params, tokens_of(args), objective, optimizer, frozen=frozen,
+    return harness.TrainStep(graphdef, params, tokens_of(args), objective, optimizer, frozen=Frozen(frozen),
                              mask_token_id=MASK_TOKEN_ID, start=1_000_000, matmul=compute.matmul)
 
 

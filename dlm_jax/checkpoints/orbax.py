@@ -41,7 +41,7 @@ class SavedState(Protocol):
     params: nnx.State
     opt_state: object
     ema: nnx.State | None
-    frozen: nnx.State
+    frozen: object
 
 
 def named(tree: object) -> dict[str, object]:
@@ -189,16 +189,16 @@ def resolve_step(workdir: epath.PathLike, step: str | None) -> int:
 
 
 def restore_state(workdir: epath.PathLike, step: int, layout: SavedState,
-                  frozen: nnx.State | None = None) -> tuple[SavedState, dict]:
+                  frozen: object = None) -> tuple[SavedState, dict]:
     """Restores the state of a step, whose checksums `restore_latest` has verified, and its progress.
 
     Args:
       layout: shapes and shardings of the state.
-      frozen: the parameters that no checkpoint holds; None without any.
+      frozen: the parameters that no checkpoint holds, in a tree as in `layout`; None without any.
     """
     ema = None if layout.ema is None else _restore(workdir, step, "ema", layout.ema)
-    frozen = jax.device_put(nnx.State({}) if frozen is None else frozen,
-                            jax.tree.map(lambda leaf: leaf.sharding, layout.frozen))
+    frozen = layout.frozen if frozen is None else jax.device_put(
+        frozen, jax.tree.map(lambda leaf: leaf.sharding, layout.frozen))
     state = dataclasses.replace(
         layout, step=jax.device_put(jnp.int32(step), layout.step.sharding), ema=ema, frozen=frozen,
         params=_restore(workdir, step, "params", layout.params),

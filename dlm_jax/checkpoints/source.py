@@ -14,6 +14,7 @@ from dlm_jax.errors import CheckpointError, did_you_mean
 from dlm_jax.storage import ensure_accessible, is_remote, local_copy, local_file, read_json, read_metadata
 
 LORA_FILE = "adapter.json"  # of a run with LoRA: see `workdir.LoRABase`
+PARENT_FILE = "parent.json"  # of a run that keeps a copy of its parent: see `workdir.ParentRecord`
 DRAFTER_FILE = "drafter.json"  # of a run that trains a drafter: see `drafter.DrafterRecord`
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w./-]+\.gguf)")  # a GGUF file in a repository

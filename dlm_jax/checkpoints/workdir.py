@@ -4,6 +4,7 @@
     model/            HF config.json and tokenizer, from which the model can be described without its base
     adapter.json      for a run with LoRA, whose checkpoints hold only what is trained: see `LoRABase`
     drafter.json      for a run that trains a drafter, the same: see `drafter.DrafterRecord`
+    parent.json       for a run that keeps a copy of its parent as teacher: see `ParentRecord`
     checkpoints/      see `orbax`
     metrics.jsonl     see `training.metrics`
     .lock             names the process that trains in it: see `hold_workdir`
@@ -17,7 +18,7 @@ import pathlib
 import platform
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import jax
 from etils import epath
@@ -25,7 +26,7 @@ from flax import nnx
 
 from dlm_jax.checkpoints.drafter import DrafterRecord
 from dlm_jax.checkpoints.hf_config import config_to_hf
-from dlm_jax.checkpoints.source import DRAFTER_FILE, LORA_FILE
+from dlm_jax.checkpoints.source import DRAFTER_FILE, LORA_FILE, PARENT_FILE
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import LoRAConfig, combine_fingerprints, fingerprint
 from dlm_jax.storage import is_remote, read_json, upload, write_json
@@ -57,6 +58,39 @@ class LoRABase:
                                   f"{epath.Path(workdir) / LORA_FILE}")
 
 
+@dataclasses.dataclass(frozen=True)
+class ParentRecord:
+    """The record of a run that trains all parameters beside a copy of its parent, which no checkpoint holds.
+
+    Attributes:
+      source, mask_token: with which the parent was loaded, as in `LoRABase`.
+      fingerprint: `base_fingerprint` of all its parameters.
+    """
+
+    source: str
+    mask_token: int | str | None
+    fingerprint: str
+
+    @classmethod
+    def read(cls, workdir: epath.Path) -> Self:
+        """Reads the record; raises CheckpointError where it is missing or damaged."""
+        path = workdir / PARENT_FILE
+        if not path.exists():
+            raise CheckpointError(f"{workdir} does not record its parent, which objective.teacher needs; set the "
+                                  "weights of objective.teacher to 0, or start in a new workdir")
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; restore it from a copy") from error
+
+    def check(self, params: nnx.State, provenance: tuple[str, ...], workdir: epath.PathLike) -> None:
+        """Raises CheckpointError if the parent has other weights than when the run started."""
+        if base_fingerprint(params, provenance) != self.fingerprint:
+            raise CheckpointError(f"the parent at {self.source} has other weights than when the run in {workdir} "
+                                  "started; restore them, or correct the source in "
+                                  f"{epath.Path(workdir) / PARENT_FILE}")
+
+
 def base_fingerprint(frozen: nnx.State, provenance: tuple[str, ...]) -> str:
     """Returns the fingerprint of a LoRA run's base, independent of devices.
 
@@ -84,12 +118,14 @@ def read_lora_base(workdir: epath.Path) -> LoRABase | None:
 
 
 def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrained: "Pretrained",
-                       lora_base: LoRABase | None, drafter: DrafterRecord | None = None) -> None:
+                       lora_base: LoRABase | None, drafter: DrafterRecord | None = None,
+                       parent: ParentRecord | None = None) -> None:
     """Writes everything but checkpoints and metrics, from process 0.
 
     Args:
       lora_base: None for a run without LoRA.
       drafter: None for a run that trains no drafter.
+      parent: None for a run that keeps no copy of its parent.
     """
     if jax.process_index() != 0:
         return
@@ -109,6 +145,10 @@ def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrai
         (workdir / DRAFTER_FILE).unlink(missing_ok=True)
     else:
         drafter.write(workdir)
+    if parent is None:
+        (workdir / PARENT_FILE).unlink(missing_ok=True)
+    else:
+        write_json(workdir / PARENT_FILE, dataclasses.asdict(parent))
     write_json(workdir / "config.json", settings)
 
 

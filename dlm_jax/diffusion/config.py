@@ -34,8 +34,39 @@ class DraftObjective:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherObjective:
+    """What the model learns from the parent, which reads the clean text causally; a weight of 0 leaves a term out."""
+
+    distribution_weight: float = field(0.0, "weight of the divergence from the parent's distribution of each noised "
+                                       "token, over the full vocabulary")
+    divergence: Literal["kl", "tv"] = field("kl", "kl: sum q log(q / p), of the parent's q and the model's p; tv: half "
+                                            "of sum |p - q|, the share of drafts that the parent rejects")
+    hidden_weight: float = field(0.0, "weight of 1 - cosine between states of model and parent that predict the same "
+                                 "noised token, the mean over layers")
+    hidden_layers: tuple[int, ...] = field((), "layers whose outputs are compared, from 0 on; empty: all")
+
+    def __post_init__(self) -> None:
+        check_choices(self, "objective.teacher")
+        for name in ("distribution_weight", "hidden_weight"):
+            check_range(getattr(self, name), 0, math.inf, f"objective.teacher.{name}", open_high=True)
+        if self.hidden_layers and not self.hidden_weight:
+            raise ConfigError(f"objective.teacher.hidden_layers is {self.hidden_layers}, but hidden_weight is 0; set "
+                              "objective.teacher.hidden_weight, or remove the layers")
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the parent is computed."""
+        return self.distribution_weight > 0 or self.hidden_weight > 0
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Noise, attention and weights of the loss."""
+    """What is minimized: noise x the AR loss of the clean copy x what the parent teaches.
+
+    With the noise of a batch at hand, the loss of a noised token is its weight (`weight`) times the sum of
+    `noised_weight` x cross-entropy, `confidence_weight` x entropy, and the terms of `teacher`. Each token of the clean
+    copy adds `clean_weight` x its AR loss.
+    """
 
     name: ObjectiveName = field(
         "diffusion", "what is learned; block_diffusion: one block after another, each by diffusion; drafter: a small "
@@ -48,6 +79,17 @@ class ObjectiveConfig:
         "DiffuLLaMA reference implementation does); or each example by the length of its answer, so that all "
         "examples count the same (as LLaDA does for fine-tuning)")
     weight: Literal["elbo", "uniform"] = field("elbo", "weight of a masked token: the bound's (1/t if linear), or 1")
+    noise: Literal["rate", "position", "all_masked", "random_tokens"] = field(
+        "rate", "how tokens are noised. rate: each is masked with the schedule's probability; position: of each block "
+        "as many as that, late ones first (Efficient-DLM); all_masked: every one is masked (I-DLM); random_tokens: "
+        "every one is replaced by a random token (Uno)")
+    half_life: float = field(0.25, "noise position: the share of a block over which a token becomes twice as likely "
+                             "to be masked, when few are")
+    noised_weight: float = field(1.0, "weight of the cross-entropy of noised tokens")
+    clean_weight: float = field(0.0, "weight of the AR loss of a clean copy, which keeps the parent's ability")
+    confidence_weight: float = field(0.0, "weight of the entropy of noised tokens whose most likely token is right "
+                                     "(LLaDA2)")
+    teacher: TeacherObjective = field(TeacherObjective(), "what the parent teaches")
     min_time: float = field(1e-3, "smallest time")
     time_curriculum: tuple[tuple[int, float, float], ...] = field(
         (), "(first step, low, high) triples: times are in [low, high] from that step on; empty: [min_time, 1]")
@@ -69,6 +111,10 @@ class ObjectiveConfig:
         check_range(self.min_time, 0, 1, "objective.min_time", open_low=True, open_high=True)
         check_at_least(self.anneal_steps, 0, "objective.anneal_steps")
         check_at_least(self.block_size, 1, "objective.block_size")
+        check_range(self.half_life, 0, math.inf, "objective.half_life", open_low=True, open_high=True)
+        for name in ("noised_weight", "clean_weight", "confidence_weight"):
+            check_range(getattr(self, name), 0, math.inf, f"objective.{name}", open_high=True)
+        self._check_terms()
         if self.name == "autoregressive" and not self.shift:
             raise ConfigError("objective.shift must be true for the autoregressive objective, which predicts the next "
                               "token")
@@ -84,6 +130,26 @@ class ObjectiveConfig:
         if any(len(stage) != 3 or not 0 <= stage[1] < stage[2] <= 1 for stage in self.time_curriculum):
             raise ConfigError("objective.time_curriculum must consist of (first step, low, high) with "
                               f"0 <= low < high <= 1, got {self.time_curriculum}")
+
+    def _check_terms(self) -> None:
+        if self.name in ("diffusion", "block_diffusion"):
+            if self.noise != "rate" and (self.complementary or (self.time_curriculum and self.noise != "position")):
+                raise ConfigError(f"objective.noise {self.noise} takes neither objective.complementary nor "
+                                  "objective.time_curriculum; set noise to rate, or remove them")
+            if self.clean_weight and self.clean_attention != "causal":
+                raise ConfigError("objective.clean_weight is for the AR loss, which objective.clean_attention "
+                                  f"{self.clean_attention} would give away; set clean_attention to causal")
+            if not (self.noised_weight or self.clean_weight or self.teacher.is_needed):
+                raise ConfigError("objective.noised_weight, objective.clean_weight and objective.teacher are all 0, so "
+                                  "that nothing is learned; set one of them")
+            return
+        default = ObjectiveConfig.__dataclass_fields__
+        names = ["noise", "clean_weight", "confidence_weight"]
+        names += ["noised_weight", "teacher"] if self.trains_drafts else []
+        for name in names:
+            if (value := getattr(self, name)) != default[name].default:
+                raise ConfigError(f"objective.{name} is for the objectives diffusion and block_diffusion, and "
+                                  f"objective.name is {self.name}, got {value}")
 
     def _check_blocks(self) -> None:
         if self.anneal_steps:
@@ -117,8 +183,10 @@ class ObjectiveConfig:
 
         Every field that is not named here, a new one too, holds for validation as well.
         """
+        noise = "rate" if self.noise == "position" else self.noise
         return dataclasses.replace(self, time_curriculum=(), anneal_steps=0, share_annealed_mask=False,
-                                   block_size_schedule=(), complementary=False)
+                                   block_size_schedule=(), complementary=False, noise=noise, weight="elbo",
+                                   noised_weight=1.0, confidence_weight=0.0, teacher=TeacherObjective())
 
     def canonicalize(self, length: int) -> Self:
         """Returns the same objective for rows of `length` by its simplest name.
@@ -130,13 +198,17 @@ class ObjectiveConfig:
         plain = dataclasses.replace(self, complementary=False, block_size_schedule=(), block_size=1,
                                     clean_attention="causal")
         if self.block_size == 1 and self.shift:
-            return dataclasses.replace(plain, name="autoregressive")
+            return dataclasses.replace(plain, name="autoregressive", noise="rate", clean_weight=0.0,
+                                       noised_weight=self.noised_weight + self.clean_weight, confidence_weight=0.0)
         one_block = self.block_size >= length and not self.complementary
         return dataclasses.replace(plain, name="diffusion") if one_block else self
 
     def forward_multiplier(self, length: int) -> int:
-        """Returns how often the network reads each token of a row per step: once, or for blocks per view and clean."""
-        return self.num_views + 1 if self.canonicalize(length).name in ("block_diffusion", "self_drafting") else 1
+        """Returns how often the network reads each token of a row per step to learn: once, or per view and clean."""
+        canonical = self.canonicalize(length)
+        if canonical.name in ("block_diffusion", "self_drafting"):
+            return self.num_views + 1
+        return 2 if canonical.clean_weight else 1
 
 
 @dataclasses.dataclass(frozen=True)

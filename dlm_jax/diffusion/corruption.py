@@ -8,6 +8,7 @@ scored. Blocks of one token then have the AR loss, and one block as long as the 
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ class NoisyBatch:
       loss_mask: bool [batch, length], the positions whose cross-entropy counts.
       noisable_mask: bool [batch, length], the positions that could have been noised; their number normalizes the bound.
       weights: float32 [batch, length], weight of each position's cross-entropy in the bound.
+      clean_mask: bool [batch, length], the positions of a clean copy, whose AR loss may count; None without one.
       positions: int32 [batch or 1, length], each token's position in its text; None: counted from 0.
       noised: first and last + 1 of the positions of noised copies, where there is a clean one too; else None.
     """
@@ -55,6 +57,7 @@ class NoisyBatch:
     loss_mask: jax.Array
     noisable_mask: jax.Array
     weights: jax.Array
+    clean_mask: jax.Array | None = None
     positions: jax.Array | None = None
     noised: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -81,6 +84,49 @@ def corrupt(tokens: jax.Array, noisable_mask: jax.Array, times: jax.Array, keys:
                       noisable_mask=noisable_mask, weights=weights)
 
 
+def corrupt_late_tokens(tokens: jax.Array, noisable_mask: jax.Array, times: jax.Array, keys: jax.Array, *,
+                        mask_token_id: int, block_size: int, half_life: float,
+                        schedule: NoiseSchedule = NoiseSchedule()) -> NoisyBatch:
+    """Masks as many tokens of each block as its time says, late ones rather than early ones (Efficient-DLM).
+
+    A block at the mask probability m has exactly round(m x its noisable tokens) masks. They are chosen one after
+    another without replacement, the token at place i of the block with the weight 2^((1 - m) i / (half_life x
+    block_size)): late ones where few are masked, all alike where nearly all are. The weights of the loss are those of
+    the bound, which this noise does not estimate.
+
+    Args:
+      times: float32 [batch, length], constant within each block of `block_size` positions.
+    """
+    batch, length = tokens.shape
+    place = jnp.arange(length) % block_size
+    masked_share = schedule.mask_probability(times)
+    log_weights = math.log(2.0) / (half_life * block_size) * (1.0 - masked_share) * place
+    # The largest values of log-weight + Gumbel noise are such a choice (Kool et al., arXiv 1903.06059).
+    scores = log_weights + jax.vmap(lambda key: jax.random.gumbel(key, (length,)))(keys)
+
+    def blocks(x: jax.Array, fill: float | bool) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, -length % block_size)), constant_values=fill)
+        return x.reshape(batch, -1, block_size)
+
+    noisable = blocks(noisable_mask, False)
+    scores = jnp.where(noisable, blocks(scores, 0.0), -jnp.inf)
+    counts = jnp.round(blocks(masked_share, 0.0)[..., 0] * noisable.sum(axis=-1))
+    ranks = jnp.argsort(jnp.argsort(-scores, axis=-1), axis=-1)
+    masked = (noisable & (ranks < counts[..., None])).reshape(batch, -1)[:, :length]
+    weights = jnp.broadcast_to(schedule.weight(times), tokens.shape).astype(jnp.float32)
+    return NoisyBatch(tokens=jnp.where(masked, mask_token_id, tokens), targets=tokens, loss_mask=masked,
+                      noisable_mask=noisable_mask, weights=weights)
+
+
+def replace_tokens(tokens: jax.Array, noisable_mask: jax.Array, noise: jax.Array | int) -> NoisyBatch:
+    """Replaces every noisable token by `noise`, int32 that broadcasts to [batch, length]; each weighs 1.
+
+    The cross-entropy is then the bound of a model that writes all tokens, or those of a block, in one step.
+    """
+    return NoisyBatch(tokens=jnp.where(noisable_mask, noise, tokens), targets=tokens, loss_mask=noisable_mask,
+                      noisable_mask=noisable_mask, weights=jnp.ones(tokens.shape, jnp.float32))
+
+
 def clean_batch(tokens: jax.Array, noisable_mask: jax.Array) -> NoisyBatch:
     """Returns the batch of the autoregressive objective: nothing noised, every noisable token scored with weight 1."""
     return NoisyBatch(tokens=tokens, targets=tokens, loss_mask=noisable_mask, noisable_mask=noisable_mask,
@@ -98,7 +144,7 @@ def concat_noisy_and_clean(views: list[NoisyBatch], block_size: int, *, shift: b
     """Concatenates noisy views of one text and its clean copy: [batch, length] to [batch, (views + 1) x length].
 
     Every position keeps its loss in the copy whose state predicts it. Several views count as their mean. All copies
-    have the positions of the text.
+    have the positions of the text. `clean_mask` has the noisable positions of the clean copy.
     """
     first = views[0]
     length = first.tokens.shape[1]
@@ -106,9 +152,10 @@ def concat_noisy_and_clean(views: list[NoisyBatch], block_size: int, *, shift: b
     from_clean = (jnp.arange(length) % block_size == 0) & shift  # first tokens of blocks
     none = jnp.zeros_like(first.noisable_mask)
     copies = [dataclasses.replace(view, loss_mask=view.loss_mask & ~from_clean, weights=view.weights / len(views),
-                                  noisable_mask=none if i else view.noisable_mask, positions=positions)
+                                  noisable_mask=none if i else view.noisable_mask, clean_mask=none, positions=positions)
               for i, view in enumerate(views)]
     clean = NoisyBatch(tokens=first.targets, targets=first.targets, loss_mask=first.noisable_mask & from_clean,
-                       noisable_mask=none, weights=jnp.ones_like(first.weights), positions=positions)
+                       noisable_mask=none, clean_mask=first.noisable_mask, weights=jnp.ones_like(first.weights),
+                       positions=positions)
     both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *copies, clean)
     return dataclasses.replace(both, noised=(0, len(views) * length))

@@ -1,4 +1,4 @@
-"""Head and cross-entropy in one differentiable function: at the scored positions only, a chunk at a time.
+"""Head and losses of its logits in one differentiable function: at the scored positions only, a chunk at a time.
 
 The scored positions are sorted to the front, and a loop of as many iterations as they need visits them: exact for any
 number of positions, and the logits of one chunk are all that ever exists. Gradients are computed in the same pass, from
@@ -21,6 +21,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from dlm_jax.diffusion.teacher import (
+    Divergence,
+    DivergenceTerms,
+    TeacherStates,
+    divergence_dlogits,
+    divergence_terms,
+    entropy,
+    entropy_dlogits,
+)
 from dlm_jax.matmul import MatmulKind, product
 
 
@@ -55,104 +64,157 @@ class HeadPlan:
         return tuple(name for name in names if self.mesh is not None and self.mesh.shape[name] > 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def head_loss(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, loss_mask: jax.Array, weights: jax.Array,
-              plan: HeadPlan) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the sum of weights x cross-entropy over the scored positions, and its terms.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadTargets:
+    """What the states are scored against, [batch, length] each, or inside the head [tokens].
+
+    Attributes:
+      targets: int32, the token that each state predicts.
+      loss_mask: bool; elsewhere nothing is computed, and all results are 0.
+      weights: float32, of the cross-entropy in what is minimized.
+      confidence_weights: float32, of the entropy where the most likely token is right; None: it does not count.
+      teacher: the parent's states with the weights of the divergence; None: it does not count.
+    """
+
+    targets: jax.Array
+    loss_mask: jax.Array
+    weights: jax.Array
+    confidence_weights: jax.Array | None = None
+    teacher: TeacherStates | None = None
+
+
+class TokenScores(NamedTuple):
+    """Float32, per token.
+
+    Attributes:
+      nll: cross-entropy, nats.
+      correct: whether the target is the most likely token.
+      logsumexp: of the logits.
+      divergence: from the teacher, and what its gradient needs; None without a teacher.
+      entropy: nats; None if it does not count.
+    """
+
+    nll: jax.Array
+    correct: jax.Array
+    logsumexp: jax.Array
+    divergence: DivergenceTerms | None = None
+    entropy: jax.Array | None = None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def head_loss(hidden: jax.Array, kernel: jax.Array, targets: HeadTargets,
+              plan: HeadPlan) -> tuple[jax.Array, TokenScores]:
+    """Returns the weighted sum of cross-entropy, entropy and divergence over the scored positions, and their values.
 
     Args:
       hidden: [batch, length, embed]; the state at n is scored against the target at n.
       kernel: [vocab, embed] or [embed, vocab].
-      targets, loss_mask, weights: int32, bool, float32 [batch, length].
 
     Returns:
-      The sum, float32, the one output with a gradient (by `hidden` and `kernel`); the cross-entropy and whether the
-      target is the most likely token, float32 [batch, length], 0 where not scored.
+      The sum, float32, the one output with a gradient (by `hidden` and `kernel`); and the scores, [batch, length] each,
+      0 where not scored.
     """
-    nll, correct, _ = _compute(hidden, kernel, targets, loss_mask, weights, plan, gradients=False)
-    return jnp.sum(weights * nll), nll, correct
+    scores, _ = _compute(hidden, kernel, targets, plan, gradients=False)
+    return _total(scores, targets), scores
 
 
-def _forward(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, loss_mask: jax.Array, weights: jax.Array,
-             plan: HeadPlan) -> tuple:
-    nll, correct, grads = _compute(hidden, kernel, targets, loss_mask, weights, plan, gradients=True)
-    return (jnp.sum(weights * nll), nll, correct), grads
+def _total(scores: TokenScores, targets: HeadTargets) -> jax.Array:
+    total = targets.weights * scores.nll
+    if scores.entropy is not None:
+        total += targets.confidence_weights * scores.correct * scores.entropy
+    if scores.divergence is not None:
+        total += targets.teacher.weights * scores.divergence.value
+    return jnp.sum(total)
+
+
+def _forward(hidden: jax.Array, kernel: jax.Array, targets: HeadTargets, plan: HeadPlan) -> tuple:
+    scores, grads = _compute(hidden, kernel, targets, plan, gradients=True)
+    return (_total(scores, targets), scores), grads
 
 
 def _backward(plan: HeadPlan, grads: tuple[jax.Array, jax.Array], cotangents: tuple) -> tuple:
     dhidden, dkernel = ((cotangents[0] * grad).astype(grad.dtype) if grad is not None else None for grad in grads)
-    return dhidden, dkernel, None, None, None
+    return dhidden, dkernel, None
 
 
 head_loss.defvjp(_forward, _backward)
 
 
-def _compute(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, loss_mask: jax.Array, weights: jax.Array,
-             plan: HeadPlan, gradients: bool) -> tuple:
-    """Returns (nll, correct, gradients or None) of global arrays."""
+def _compute(hidden: jax.Array, kernel: jax.Array, targets: HeadTargets, plan: HeadPlan,
+             gradients: bool) -> tuple[TokenScores, tuple | None]:
+    """Returns the scores and the gradients, or None, of global arrays."""
     local = functools.partial(_on_device, plan=plan, gradients=gradients)
     if plan.mesh is None or plan.mesh.size == 1:
-        return local(hidden, kernel, targets, loss_mask, weights)
+        return local(hidden, kernel, targets)
     states = PartitionSpec(*plan.rows, None)
+    specs = jax.tree.map(lambda _: plan.rows, targets)
+    if targets.teacher is not None:
+        specs = dataclasses.replace(specs, teacher=dataclasses.replace(specs.teacher, hidden=states,
+                                                                       kernel=plan.kernel))
     grads = (states, plan.kernel if plan.kernel_gradient else None) if gradients else None
     # Not checked: inside, every sum over devices is explicit, and nothing is differentiated through.
-    return jax.shard_map(local, mesh=plan.mesh, in_specs=(states, plan.kernel, plan.rows, plan.rows, plan.rows),
-                         out_specs=(plan.rows, plan.rows, grads), check_vma=False)(
-                             hidden, kernel, targets, loss_mask, weights)
+    return jax.shard_map(local, mesh=plan.mesh, in_specs=(states, plan.kernel, specs), out_specs=(plan.rows, grads),
+                         check_vma=False)(hidden, kernel, targets)
 
 
-def _on_device(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, loss_mask: jax.Array, weights: jax.Array, *,
-               plan: HeadPlan, gradients: bool) -> tuple:
+def _on_device(hidden: jax.Array, kernel: jax.Array, targets: HeadTargets, *, plan: HeadPlan,
+               gradients: bool) -> tuple[TokenScores, tuple | None]:
     """Computes `_compute` for one device's rows and its shard of the kernel."""
     embed_axis = 1 - plan.vocab_axis
     shared = plan.mesh_axes(plan.kernel[embed_axis])
     others = tuple(axis for axis in plan.mesh_axes(*plan.rows) if axis not in shared)
-    gathered = kernel.astype(hidden.dtype)
-    if shared:
-        gathered = lax.all_gather(gathered, shared, axis=embed_axis, tiled=True)
-    head = HeadShard(gathered, plan.vocab_axis, plan.mesh_axes(plan.kernel[plan.vocab_axis]), plan.matmul)
-    tokens = ScoredTokens(hidden.reshape(-1, hidden.shape[-1]), targets.ravel(), loss_mask.ravel(), weights.ravel())
+
+    def gather(kernel: jax.Array) -> HeadShard:
+        gathered = kernel.astype(hidden.dtype)
+        if shared:
+            gathered = lax.all_gather(gathered, shared, axis=embed_axis, tiled=True)
+        return HeadShard(gathered, plan.vocab_axis, plan.mesh_axes(plan.kernel[plan.vocab_axis]), plan.matmul)
+
+    head, shape = gather(kernel), targets.targets.shape
+    tokens = ScoredTokens(hidden.reshape(-1, hidden.shape[-1]), *(x if x is None else x.ravel() for x in (
+        targets.targets, targets.loss_mask, targets.weights, targets.confidence_weights)), None)
+    if (teacher := targets.teacher) is not None:
+        tokens = tokens._replace(teacher=ScoredTeacher(
+            teacher.hidden.astype(hidden.dtype).reshape(-1, hidden.shape[-1]), teacher.weights.ravel(),
+            gather(teacher.kernel), teacher.divergence))
 
     def reduce(gradient: jax.Array) -> jax.Array:
         if shared:
             gradient = lax.psum_scatter(gradient, shared, scatter_dimension=embed_axis, tiled=True)
         return (lax.psum(gradient, others) if others else gradient).astype(kernel.dtype)
 
-    trained = gradients and plan.kernel_gradient
-    num_blocks = math.ceil(4 * gathered.size / plan.max_gradient_bytes) if trained and shared else 1
+    trained, size = gradients and plan.kernel_gradient, head.kernel.size
+    num_blocks = math.ceil(4 * size / plan.max_gradient_bytes) if trained and shared else 1
     scores, grads = score_tokens(tokens, head, plan.chunk_size, dhidden=gradients and num_blocks == 1,
                                  dkernel=trained and num_blocks == 1)
     if num_blocks > 1:
-        block_size = math.ceil(gathered.shape[plan.vocab_axis] / num_blocks)
-        grads = gradients_by_block(tokens, head, scores.logsumexp, plan.chunk_size, block_size, reduce)
+        block_size = math.ceil(head.kernel.shape[plan.vocab_axis] / num_blocks)
+        grads = gradients_by_block(tokens, head, scores, plan.chunk_size, block_size, reduce)
     elif gradients:
         grads = grads[0], reduce(grads[1]) if trained else None
     grads = (grads[0].reshape(hidden.shape), grads[1]) if gradients else None
-    return scores.nll.reshape(targets.shape), scores.correct.reshape(targets.shape), grads
+    return jax.tree.map(lambda x: x.reshape(shape), scores), grads
+
+
+class ScoredTeacher(NamedTuple):
+    """The parent's states [tokens, embed], the weights of the divergence [tokens] and its kind, and its head."""
+
+    hidden: jax.Array
+    weights: jax.Array
+    head: "HeadShard"
+    divergence: Divergence
 
 
 class ScoredTokens(NamedTuple):
-    """The tokens of one device.
-
-    Attributes:
-      hidden: [tokens, embed], the inputs of the head.
-      targets: int32 [tokens].
-      loss_mask: bool [tokens]; elsewhere nothing is computed, and all results are 0.
-      weights: float32 [tokens]; the gradients are those of the sum of weights x cross-entropy.
-    """
+    """The tokens of one device: the inputs of the head, [tokens, embed], and `HeadTargets`, [tokens] each."""
 
     hidden: jax.Array
     targets: jax.Array
     loss_mask: jax.Array
     weights: jax.Array
-
-
-class TokenScores(NamedTuple):
-    """Float32 [tokens] each: nats, whether the target is the most likely token, and the logits' logsumexp."""
-
-    nll: jax.Array
-    correct: jax.Array
-    logsumexp: jax.Array
+    confidence_weights: jax.Array | None
+    teacher: ScoredTeacher | None
 
 
 class HeadShard(NamedTuple):
@@ -194,36 +256,47 @@ class HeadShard(NamedTuple):
 
 def score_tokens(tokens: ScoredTokens, head: HeadShard, chunk_size: int, *, dhidden: bool = False,
                  dkernel: bool = False) -> tuple[TokenScores, tuple[jax.Array | None, jax.Array | None]]:
-    """Returns the scores, and on request the gradients of sum(weights x nll).
+    """Returns the scores, and on request the gradients of the weighted sum.
 
     The gradients are by the hidden states, in their type, and by the kernel, float32; None where not requested. The
     kernel's is of these tokens only: sums over devices that hold others are left to the caller.
     """
+    teacher, reduce = tokens.teacher, head.all_reduce_vocab
+
     def visit(chunk: jax.Array, carry: tuple) -> tuple:
         scores, hidden_gradient, kernel_gradient = carry
-        hidden, targets, weights = (_take(x, chunk) for x in (tokens.hidden, tokens.targets, tokens.weights))
+        hidden, targets = (_take(x, chunk) for x in (tokens.hidden, tokens.targets))
         targets, logits = head.local(targets), head.logits(hidden)
-        top = head.all_reduce_vocab(lax.pmax, jnp.max(logits, axis=1))
-        logsumexp = top + jnp.log(head.all_reduce_vocab(lax.psum, jnp.sum(jnp.exp(logits - top[:, None]), axis=1)))
-        target_logit = head.all_reduce_vocab(lax.psum, _pick(logits, targets))
+        top = reduce(lax.pmax, jnp.max(logits, axis=1))
+        logsumexp = top + jnp.log(reduce(lax.psum, jnp.sum(jnp.exp(logits - top[:, None]), axis=1)))
+        target_logit = reduce(lax.psum, _pick(logits, targets))
         values = TokenScores(logsumexp - target_logit, (target_logit >= top).astype(jnp.float32), logsumexp)
+        teacher_logits = None
+        if teacher is not None:
+            teacher_logits = teacher.head.logits(_take(teacher.hidden, chunk))
+            values = values._replace(divergence=divergence_terms(teacher.divergence, logits, logsumexp, teacher_logits,
+                                                                 reduce))
+        if tokens.confidence_weights is not None:
+            values = values._replace(entropy=entropy(logits, logsumexp, reduce))
         scores = jax.tree.map(lambda x, value: _put(x, chunk, value), scores, values)
         if dhidden or dkernel:
-            dlogits = _dlogits(logits, logsumexp, targets, weights)
+            dlogits = _dlogits(tokens, chunk, logits, teacher_logits, targets, values)
         if dhidden:
-            hidden_gradient = _put(hidden_gradient, chunk, head.all_reduce_vocab(lax.psum, head.dhidden(dlogits)))
+            hidden_gradient = _put(hidden_gradient, chunk, reduce(lax.psum, head.dhidden(dlogits)))
         if dkernel:
             kernel_gradient += head.dkernel(hidden, dlogits)
         return scores, hidden_gradient, kernel_gradient
 
     zero = jnp.zeros(tokens.loss_mask.shape, jnp.float32)
-    start = (TokenScores(zero, zero, zero), jnp.zeros_like(tokens.hidden) if dhidden else None,
+    start = (TokenScores(zero, zero, zero, None if teacher is None else DivergenceTerms(zero, zero, zero),
+                         None if tokens.confidence_weights is None else zero),
+             jnp.zeros_like(tokens.hidden) if dhidden else None,
              jnp.zeros(head.kernel.shape, jnp.float32) if dkernel else None)
     scores, *grads = _over_chunks(tokens.loss_mask, chunk_size, visit, start)
     return scores, tuple(grads)
 
 
-def gradients_by_block(tokens: ScoredTokens, head: HeadShard, logsumexp: jax.Array, chunk_size: int, block_size: int,
+def gradients_by_block(tokens: ScoredTokens, head: HeadShard, scores: TokenScores, chunk_size: int, block_size: int,
                        reduce: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of `score_tokens`, the kernel's by blocks of `block_size` of the vocabulary.
 
@@ -231,22 +304,30 @@ def gradients_by_block(tokens: ScoredTokens, head: HeadShard, logsumexp: jax.Arr
     large. It costs a fourth matrix product, as the logits are computed again.
 
     Args:
-      logsumexp: of `score_tokens`.
+      scores: of `score_tokens`.
       reduce: sums a block over devices, and may keep only this device's shard along the embed axis; every device calls
         it equally often.
     """
-    vocab, axis = head.kernel.shape[head.vocab_axis], head.vocab_axis
+    vocab, axis, teacher = head.kernel.shape[head.vocab_axis], head.vocab_axis, tokens.teacher
     targets = head.local(tokens.targets)
 
     def block(index: jax.Array, carry: tuple) -> tuple:
         dhidden, dkernel = carry
         first = jnp.minimum(index * block_size, vocab - block_size)  # the last block overlaps the one before,
         is_new = jnp.arange(block_size) >= index * block_size - first  # and skips the columns that one has counted
-        columns = head._replace(kernel=lax.dynamic_slice_in_dim(head.kernel, first, block_size, axis))
+
+        def columns_of(head: HeadShard) -> HeadShard:
+            return head._replace(kernel=lax.dynamic_slice_in_dim(head.kernel, first, block_size, axis))
+
+        columns = columns_of(head)
 
         def visit(chunk: jax.Array, carry: tuple) -> tuple:
-            hidden, weights, total = (_take(x, chunk) for x in (tokens.hidden, tokens.weights, logsumexp))
-            dlogits = _dlogits(columns.logits(hidden), total, _take(targets, chunk) - first, weights) * is_new
+            hidden, values = _take(tokens.hidden, chunk), jax.tree.map(lambda x: _take(x, chunk), scores)
+            teacher_logits = None
+            if teacher is not None:
+                teacher_logits = columns_of(teacher.head).logits(_take(teacher.hidden, chunk))
+            dlogits = _dlogits(tokens, chunk, columns.logits(hidden), teacher_logits, _take(targets, chunk) - first,
+                               values) * is_new
             return (carry[0].at[chunk].add(columns.dhidden(dlogits), mode="drop"),
                     carry[1] + columns.dkernel(hidden, dlogits))
 
@@ -280,11 +361,25 @@ def _over_chunks(loss_mask: jax.Array, chunk_size: int, visit: Callable, carry: 
     return lax.fori_loop(4 * chunks, -(-count // quarter), functools.partial(visit_at, quarter), carry)
 
 
-def _dlogits(logits: jax.Array, logsumexp: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the gradient of sum(weights x nll): weights x (softmax - one-hot); the one-hot is never an array."""
-    softmax = jnp.exp(logits - logsumexp[:, None])
+def _dlogits(tokens: ScoredTokens, chunk: jax.Array, logits: jax.Array, teacher_logits: jax.Array | None,
+             targets: jax.Array, values: TokenScores) -> jax.Array:
+    """Returns the gradient of a chunk's weighted sum by its logits [chunk, vocab]; the one-hot is never an array.
+
+    Args:
+      logits, teacher_logits: of all columns of the vocabulary, or of some.
+      targets: as indices of these columns.
+      values: of the chunk, over the full vocabulary.
+    """
+    p = jnp.exp(logits - values.logsumexp[:, None])
     columns = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return weights[:, None] * jnp.where(columns == targets[:, None], softmax - 1, softmax)
+    dlogits = _take(tokens.weights, chunk)[:, None] * jnp.where(columns == targets[:, None], p - 1, p)
+    if values.entropy is not None:
+        weights = _take(tokens.confidence_weights, chunk) * values.correct
+        dlogits += weights[:, None] * entropy_dlogits(p, logits, values.logsumexp, values.entropy)
+    if (teacher := tokens.teacher) is not None:
+        weights = _take(teacher.weights, chunk)
+        dlogits += weights[:, None] * divergence_dlogits(teacher.divergence, p, teacher_logits, values.divergence)
+    return dlogits
 
 
 def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -4,7 +4,6 @@ Sums are unnormalized and additive: micro-batches and devices add them, and the 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Self
 
@@ -12,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax.diffusion.corruption import NoisyBatch
-from dlm_jax.diffusion.fused_loss import HeadPlan, head_loss
+from dlm_jax.diffusion.fused_loss import HeadPlan, HeadTargets, head_loss
+from dlm_jax.diffusion.teacher import Divergence, TeacherStates
 
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., embed] -> float32 logits [..., vocab]
 Measure = Callable[[jax.Array, jax.Array], jax.Array]
@@ -24,22 +24,32 @@ class LossSums:
     """Float32 scalars summed over positions; adds up over micro-batches. Only `loss` has a gradient.
 
     Attributes:
-      loss: what is minimized: the objective's weights x cross-entropy over the scored positions, nats.
+      loss: what is minimized, all terms with their weights, nats.
       weighted_nll: the bound's weights x cross-entropy over the scored positions, nats.
       nll: cross-entropy over the scored positions, nats.
       correct: number of scored positions whose target is the most likely token.
+      divergence: from the parent's distribution, over the positions where it has a weight.
+      distance: of hidden states from the parent's, the same.
+      num_taught: number of these positions.
       num_scored: number of scored positions.
       num_noisable: number of positions that could have been noised.
       num_examples: number of rows with such a position.
+      clean_nll: AR cross-entropy over the clean copy, nats; 0 where it is not computed.
+      num_clean: number of positions of the clean copy that `clean_nll` has.
     """
 
     loss: jax.Array
     weighted_nll: jax.Array
     nll: jax.Array
     correct: jax.Array
+    divergence: jax.Array
+    distance: jax.Array
+    num_taught: jax.Array
     num_scored: jax.Array
     num_noisable: jax.Array
     num_examples: jax.Array
+    clean_nll: jax.Array
+    num_clean: jax.Array
 
     @classmethod
     def zero(cls) -> Self:
@@ -60,25 +70,92 @@ class LossSums:
         return jnp.maximum(counts[name], 1.0)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """The weight of each position in the terms of what is minimized, float32 [batch, length]; None leaves a term out.
+
+    Attributes:
+      noised: of the cross-entropy where the loss mask is set.
+      clean: of the AR cross-entropy where `NoisyBatch.clean_mask` is set.
+      confidence: of the entropy where the most likely token is right.
+      distribution: of the divergence from the parent's distribution.
+      distance: of the distance from the parent's hidden states.
+    """
+
+    noised: jax.Array
+    clean: jax.Array | None = None
+    confidence: jax.Array | None = None
+    distribution: jax.Array | None = None
+    distance: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """What the parent gives for each position of the model's input, by state: see `teacher.align_states`.
+
+    Attributes:
+      hidden: [batch, length, embed], the input of its head; None if no loss needs its distribution.
+      kernel: of its head.
+      distance: float32 [batch, length], of the model's hidden states from its own, with a gradient; None if no loss
+        needs it.
+      divergence: the kind of `TeacherStates`.
+    """
+
+    hidden: jax.Array | None
+    kernel: jax.Array | None
+    distance: jax.Array | None
+    divergence: Divergence = dataclasses.field(default="kl", metadata={"static": True})
+
+
 def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: NoisyBatch, *,
-              weights: jax.Array | None = None, shift: bool = True) -> LossSums:
-    """Scores `hidden` [batch, length, embed] against the batch's targets, where its loss mask is set.
+              weights: LossWeights | None = None, teaching: Teaching | None = None, shift: bool = True) -> LossSums:
+    """Scores `hidden` [batch, length, embed] against the batch's targets, where its masks are set.
 
     Args:
       kernel: of the head, [vocab, embed] or [embed, vocab], see `plan`.
-      weights: float32 [batch, length], of each position's cross-entropy in what is minimized; None: the bound's.
-      shift: logits at n - 1 predict token n, the AR alignment; position 0 is then never scored.
+      weights: of the terms that are minimized; None: the bound alone.
+      teaching: what the terms that compare with the parent need.
+      shift: logits at n - 1 predict token n, the AR alignment; position 0 is then never scored. The clean copy's AR
+        loss always has it.
     """
-    targets, loss_mask, bound_weights = batch.targets, batch.loss_mask, batch.weights
-    weights = bound_weights if weights is None else weights
+    weights = LossWeights(batch.weights) if weights is None else weights
+    masked, clean, targets = batch.loss_mask, None, batch.targets
+    bound_weights, of_terms = batch.weights, dataclasses.replace(weights, clean=None)
     if shift:
-        loss_mask, targets, bound_weights, weights = _shift(loss_mask, targets, bound_weights, weights)
-    bound_weights, weights = (jnp.where(loss_mask, x, 0.0) for x in (bound_weights, weights))
-    loss, nll, correct = head_loss(hidden, kernel, targets, loss_mask, weights, plan)
-    total = functools.partial(jnp.sum, dtype=jnp.float32)
-    return LossSums(loss=loss, weighted_nll=total(bound_weights * nll), nll=total(nll), correct=total(correct),
-                    num_scored=total(loss_mask), num_noisable=total(batch.noisable_mask),
-                    num_examples=total(batch.noisable_mask.any(axis=1)))
+        masked, targets, bound_weights, of_terms = _shift((masked, targets, bound_weights, of_terms))
+    if weights.clean is not None:
+        clean, next_tokens, clean_weights = _shift((batch.clean_mask, batch.targets, weights.clean))
+        targets = jnp.where(clean, next_tokens, targets)
+    bound_weights, of_terms = jax.tree.map(lambda x: jnp.where(masked, x, 0.0), (bound_weights, of_terms))
+
+    nll_weights, scored = of_terms.noised, masked
+    if clean is not None:
+        nll_weights, scored = nll_weights + jnp.where(clean, clean_weights, 0.0), masked | clean
+    teacher = None
+    if of_terms.distribution is not None:
+        teacher = TeacherStates(teaching.hidden, teaching.kernel, of_terms.distribution, teaching.divergence)
+    loss, scores = head_loss(hidden, kernel, HeadTargets(targets, scored, nll_weights, of_terms.confidence, teacher),
+                             plan)
+    if of_terms.distance is not None:
+        loss += jnp.sum(of_terms.distance * teaching.distance)
+
+    taught = of_terms.distance if of_terms.distribution is None else of_terms.distribution
+    taught = None if taught is None else taught > 0
+
+    def total(x: jax.Array | None, where: jax.Array | None) -> jax.Array:
+        return jnp.float32(0) if x is None or where is None else jnp.sum(jnp.where(where, x, 0), dtype=jnp.float32)
+
+    return LossSums(
+        loss=loss, weighted_nll=total(bound_weights * scores.nll, masked), nll=total(scores.nll, masked),
+        correct=total(scores.correct, masked),
+        divergence=total(None if scores.divergence is None else scores.divergence.value, taught),
+        distance=total(None if of_terms.distance is None else jax.lax.stop_gradient(teaching.distance), taught),
+        num_taught=total(taught, taught), num_scored=total(masked, masked),
+        num_noisable=total(batch.noisable_mask, batch.noisable_mask),
+        num_examples=total(batch.noisable_mask.any(axis=1), batch.noisable_mask.any(axis=1)),
+        clean_nll=total(scores.nll, clean), num_clean=total(clean, clean))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -105,7 +182,7 @@ def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, mask: jax
     """
     mask = jnp.ones(targets.shape, bool) if mask is None else mask
     if shift:
-        mask, targets = _shift(mask, targets)
+        mask, targets = _shift((mask, targets))
     size = min(chunk_size, targets.shape[1])
     order = jnp.argsort(~mask, axis=1, stable=True)
 
@@ -121,10 +198,14 @@ def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, mask: jax
     return jnp.roll(nll, 1, axis=1) if shift else nll
 
 
-def _shift(mask: jax.Array, *others: jax.Array) -> list[jax.Array]:
+def _shift(arrays: tuple) -> tuple:
     """Moves arrays [batch, length] to the positions whose states predict them; nothing predicts position 0.
 
     This is the one place of the loss where the AR alignment is undone, on small arrays; the states stay where they are.
+
+    Args:
+      arrays: the mask, which becomes False where nothing is predicted, and trees of arrays.
     """
+    mask, *others = arrays
     mask = mask & (jnp.arange(mask.shape[1]) > 0)
-    return [jnp.roll(x, -1, axis=1) for x in (mask, *others)]
+    return jax.tree.map(lambda x: jnp.roll(x, -1, axis=1), (mask, *others))

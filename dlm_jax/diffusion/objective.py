@@ -15,38 +15,69 @@ from dlm_jax.diffusion.corruption import (
     complementary_mask,
     concat_noisy_and_clean,
     corrupt,
+    corrupt_late_tokens,
+    replace_tokens,
 )
+from dlm_jax.diffusion.loss import LossWeights
 from dlm_jax.diffusion.spec import BlockSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.random import annealing_seed, example_keys
 
 
 def noise_batch(config: ObjectiveConfig, batch: Batch, step: jax.Array, *, seed: int, batch_size: int,
-                mask_token_id: int | None) -> tuple[NoisyBatch, AttentionMask]:
+                mask_token_id: int | None, vocab_size: int | None = None) -> tuple[NoisyBatch, AttentionMask]:
     """Returns the noisy batch and the attention mask for `batch`, any slice of a global batch of `batch_size` rows.
 
     Both are functions of (seed, step, example_index): how rows are split over devices, processes or micro-batches
     changes nothing. For block diffusion the rows of the result consist of several copies, one after another.
+
+    Args:
+      mask_token_id: None for autoregression, which masks nothing.
+      vocab_size: random tokens are below it; None for other noise.
     """
     length = batch.tokens.shape[1]
     config = config.canonicalize(length)
     mask = attention_mask(config, batch, step, seed)
     if config.name == "autoregressive":
         return dataclasses.replace(clean_batch(batch.tokens, batch.noisable_mask), positions=batch.positions), mask
-    schedule = schedules.NoiseSchedule(config.schedule, config.power)
+    is_blocks, schedule = config.name == "block_diffusion", schedules.NoiseSchedule(config.schedule, config.power)
     low, high = time_range(config, step)
     times = schedules.sample_times(seed, step, batch.example_index, batch_size, low=low, high=high)
-    if config.name == "block_diffusion":
+    if is_blocks:
         times = schedules.block_times(times, config.block_size, length, low=low, high=high)
-    noisy = corrupt(batch.tokens, batch.noisable_mask, times, example_keys(seed, batch.example_index),
-                    mask_token_id=mask_token_id, schedule=schedule)
+    keys, noisable = example_keys(seed, batch.example_index), batch.noisable_mask
+    match config.noise:
+        case "rate":
+            noisy = corrupt(batch.tokens, noisable, times, keys, mask_token_id=mask_token_id, schedule=schedule)
+        case "position":
+            times = times if is_blocks else jnp.broadcast_to(times[:, None], batch.tokens.shape)
+            noisy = corrupt_late_tokens(batch.tokens, noisable, times, keys, mask_token_id=mask_token_id,
+                                        block_size=config.block_size if is_blocks else length,
+                                        half_life=config.half_life, schedule=schedule)
+        case "all_masked":
+            noisy = replace_tokens(batch.tokens, noisable, mask_token_id)
+        case "random_tokens":
+            noisy = replace_tokens(batch.tokens, noisable, jax.vmap(
+                lambda key: jax.random.randint(key, (length,), 0, vocab_size, jnp.int32))(keys))
     noisy = dataclasses.replace(noisy, positions=batch.positions)
-    if config.name == "diffusion":
+    if not is_blocks:
         return noisy, mask
     views = [noisy]
     if config.complementary:
         views.append(complementary_mask(noisy, mask_token_id, schedule.weight(1.0 - times)))
     return concat_noisy_and_clean(views, config.block_size, shift=config.shift), mask
+
+
+def clean_causal_batch(batch: Batch) -> tuple[NoisyBatch, AttentionMask]:
+    """Returns the clean rows and their causal mask: what the parent reads, and the clean copy of full diffusion.
+
+    No position has a weight in the bound; `clean_mask` says whose AR loss may count.
+    """
+    clean, none = clean_batch(batch.tokens, batch.noisable_mask), jnp.zeros_like(batch.noisable_mask)
+    clean = dataclasses.replace(clean, loss_mask=none, noisable_mask=none, clean_mask=batch.noisable_mask,
+                                positions=batch.positions)
+    mask = AttentionMask.causal()
+    return clean, mask if batch.segment_ids is None else mask.with_segments(batch.segment_ids)
 
 
 def block_spec(config: ObjectiveConfig) -> BlockSpec | None:
@@ -83,16 +114,31 @@ def attention_mask(config: ObjectiveConfig, batch: Batch, step: jax.Array, seed:
     return mask if batch.segment_ids is None else mask.with_segments(batch.segment_ids)
 
 
-def loss_weights(config: ObjectiveConfig, batch: NoisyBatch) -> jax.Array:
-    """Returns the weights [batch, length] of the cross-entropy in what is minimized: the bound's, or 1.
+def loss_weights(config: ObjectiveConfig, batch: NoisyBatch) -> LossWeights:
+    """Returns the weights of what is minimized, under a canonical objective.
 
-    Under the normalization `per_example` they are divided by the number of each row's noisable tokens (LLaDA, arXiv
-    2502.09992, its guidelines for fine-tuning).
+    A noised token's is the bound's, or 1, in all terms alike. Under the normalization `per_example` all are divided by
+    the number of each row's noisable tokens (LLaDA, arXiv 2502.09992, its guidelines for fine-tuning).
     """
-    weights = batch.weights if config.weight == "elbo" else jnp.ones_like(batch.weights)
-    if config.loss_normalization != "per_example":
-        return weights
-    return weights / jnp.maximum(batch.noisable_mask.sum(axis=1, keepdims=True), 1)
+    ones = jnp.ones_like(batch.weights)
+    if config.loss_normalization == "per_example":
+        count = batch.noisable_mask.sum(axis=1, keepdims=True)
+        if batch.clean_mask is not None:
+            count = jnp.maximum(count, batch.clean_mask.sum(axis=1, keepdims=True))
+        ones /= jnp.maximum(count, 1)
+    noised, teacher = ones * batch.weights if config.weight == "elbo" else ones, config.teacher
+    taught = noised
+    if batch.noised is not None:  # the parent teaches the noised copies, not the clean one
+        taught = jnp.where(jnp.arange(noised.shape[1]) < batch.noised[1], noised, 0.0)
+
+    def term(factor: float, weights: jax.Array) -> jax.Array | None:
+        return factor * weights if factor else None
+
+    return LossWeights(noised=config.noised_weight * noised,
+                       clean=None if batch.clean_mask is None else term(config.clean_weight, ones),
+                       confidence=term(config.confidence_weight, noised),
+                       distribution=term(teacher.distribution_weight, taught),
+                       distance=term(teacher.hidden_weight, taught))
 
 
 def check_mask_token(config: ObjectiveConfig, mask_token_id: int | None, vocab_size: int) -> None:

@@ -191,7 +191,7 @@ class Linear(nnx.Module):
         else:
             y = dense_quantized(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, self.compute.matmul,
                                 remat=self.compute.remat == "none")
-        if self.factors is not None:
+        if self.factors is not None and lora.enabled:
             y = self.factors(x, y, lora)
             if self.factors.magnitude is not None:
                 y = self.factors.apply_dora_scale(y, full_kernel(self.kernel, self.kernel_scale))

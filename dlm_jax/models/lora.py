@@ -112,6 +112,7 @@ class LoRAInputs(NamedTuple):
 
     dropout_seeds: jax.Array | None = None  # uint32 [batch], of their inputs' dropout; None: no dropout
     noised: tuple[int, int] | None = None  # first and last + 1 of the positions of a noised copy; None: there is none
+    enabled: bool = True  # else the model computes what its base does
 
 
 class LoRAFactors(nnx.Module):

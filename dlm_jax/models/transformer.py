@@ -101,13 +101,17 @@ class Transformer(nnx.Module):
         return self._run(tokens, attention, positions, None, cache, slots, noised=noised)[:2]
 
     def hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, target_layer_ids: tuple[int, ...], *,
-                            positions: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Returns `hidden` without dropout, and what some layers put out: [batch, length, taps * embed].
+                            positions: jax.Array | None = None, dropout_seeds: jax.Array | None = None,
+                            noised: tuple[int, int] | None = None,
+                            lora: bool = True) -> tuple[jax.Array, jax.Array | None]:
+        """Returns `hidden`, and what some layers put out: [batch, length, taps * embed], None of no layer.
 
         Args:
           target_layer_ids: layers from 0 on. A layer's output is the residual stream after it, before any norm.
+          lora: whether LoRA acts; else the model computes what its base does.
         """
-        hidden, _, features = self._run(tokens, attention, positions, None, None, taps=target_layer_ids)
+        hidden, _, features = self._run(tokens, attention, positions, dropout_seeds, None, taps=target_layer_ids,
+                                        noised=noised, lora=lora)
         return hidden, features
 
     def cached_hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
@@ -118,8 +122,8 @@ class Transformer(nnx.Module):
 
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
              dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,
-             taps: tuple[int, ...] = (),
-             noised: tuple[int, int] | None = None) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+             taps: tuple[int, ...] = (), noised: tuple[int, int] | None = None,
+             lora: bool = True) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -153,7 +157,7 @@ class Transformer(nnx.Module):
             layer_cache = None if cache is None else LayerCache(cache, index, slots, read_index)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
-            x, cache = nnx.merge(graphdef, params)(x, attention, cos_sin, seeds[:3], LoRAInputs(seeds[3], noised),
+            x, cache = nnx.merge(graphdef, params)(x, attention, cos_sin, seeds[:3], LoRAInputs(seeds[3], noised, lora),
                                                    layer_cache)
             if tapped is not None:
                 tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, place, axis=-2)

@@ -32,7 +32,8 @@ from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.recorded import default_mask_token, settle_resumed, settle_run
 from dlm_jax.training.setup import check_fit, with_dropout
-from dlm_jax.training.step import HOST, TrainState, make_train_step, state_layout
+from dlm_jax.training.state import HOST, Frozen, TrainState, parent_params, state_layout
+from dlm_jax.training.step import make_train_step
 
 # The architecture in config.json of models on the hub, to plan without a network and before accepting their terms.
 KNOWN = json.loads(Path(__file__).with_name("known_models.json").read_text())
@@ -176,6 +177,7 @@ def abstract_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -
       ConfigError: the mesh does not divide a parameter.
     """
     _, params, frozen = split_trainable(_model(config, base, "xla"))
+    frozen = Frozen(frozen, jax.eval_shape(lambda: parent_params(config.objective, params, config.model.dtype)))
     optimizer = config.optimizer
     return state_layout(params, make_optimizer(optimizer, config.num_steps), optimizer.ema_decay > 0, mesh,
                         optimizer.offload, frozen)

@@ -23,7 +23,8 @@ from dlm_jax.parallel.chips import GIB, Chip
 from dlm_jax.plan.compile import Base, Memory, abstract_state, device_bytes, trace_step
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.flops import count_params, drafter_flops, train_flops
+from dlm_jax.training.diffusion_loss import compared_layers
+from dlm_jax.training.flops import count_params, drafter_flops, teacher_flops, train_flops
 
 # The share of their peaks that matrix products and memory reach in a training step. With 0.6, Llama-2-7B with full
 # rematerialization on 256 v5e has a utilization of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
@@ -104,12 +105,15 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
         return _drafter_flops(config, architecture)
     lora, scored = resolve_lora(config.lora, architecture, new_mask_token), tokens * scored_share(config.objective)
     tokens *= config.objective.forward_multiplier(length)
+    if config.objective.clean_weight:
+        scored += config.data.batch_size * length
     model = train_flops(architecture, tokens, scored, length, lora)
     forward = 2 * count_params(architecture, "blocks") * tokens
     product = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim * length * tokens
     block_forward = forward + 2 * product
+    of_parent = teacher_flops(architecture, config.objective, config.data.batch_size * length, scored, length, lora)
     recomputed = {"none": 0.0, "dots": 2 * product, "full": block_forward, "offload": block_forward}[config.model.remat]
-    return Flops(model, model + recomputed + (_BACKWARD_PRODUCTS[attention] - 4) * product)
+    return Flops(model + of_parent, model + of_parent + recomputed + (_BACKWARD_PRODUCTS[attention] - 4) * product)
 
 
 def _drafter_flops(config: TrainConfig, architecture: ModelConfig) -> Flops:
@@ -130,7 +134,7 @@ def scored_share(objective: ObjectiveConfig) -> float:
     low, high = objective.time_curriculum[-1][1:] if objective.time_curriculum else (objective.min_time, 1.0)
     times = np.linspace(max(low, objective.min_time), high, 1001)
     masked = float(np.mean(NoiseSchedule(objective.schedule, objective.power).mask_probability(times)))
-    if objective.complementary:
+    if objective.complementary or objective.noise in ("all_masked", "random_tokens"):
         return 1.0
     if objective.name == "block_diffusion" and objective.shift:  # the first token of a block is always scored
         return masked + (1 - masked) / objective.block_size
@@ -189,11 +193,16 @@ def estimate_memory(config: TrainConfig, base: Base, target: Target) -> Memory:
     if config.objective.name == "drafter":  # features and what is fused of them, forward and back
         taps = len(resolve_drafter(config.drafter, architecture, 0).target_layer_ids)
         activations += 4 * rows * config.data.length * (taps + 1) * architecture.hidden_size
+    else:  # states to compare: the model's with their gradient, the parent's, and both in float32
+        taps = len(compared_layers(config.objective, architecture.num_layers))
+        passes = config.objective.forward_multiplier(config.data.length)
+        activations += 16 * passes * rows * config.data.length * taps * architecture.hidden_size
     width, gathers = jnp.dtype(model.dtype).itemsize, target.mesh.shape["fsdp"] > 1
     lora = resolve_lora(config.lora, architecture, base.new_mask_token)
     layer = count_params(architecture, "blocks") / architecture.num_layers
     table = architecture.vocab_size * architecture.hidden_size
-    working = 8 * HeadPlan.chunk_size * architecture.vocab_size
+    chunks = 1 + (config.objective.teacher.distribution_weight > 0)  # the model's logits, and the parent's
+    working = 8 * chunks * HeadPlan.chunk_size * architecture.vocab_size
     if config.objective.name == "drafter":  # logits of drafter and target, and their probabilities or gradients
         working = 16 * rows * CHUNK_GUESSES * architecture.vocab_size
     working += min(4 * table, HeadPlan.max_gradient_bytes) if gathers else 4 * table
@@ -234,7 +243,9 @@ def _activation_bytes(config: TrainConfig, base: Base, attention: str) -> float:
         if scan.params["length"] == layers:
             stacked = [out.aval for out in scan.outvars if out.aval.shape[:1] == (layers,)]  # not the scan's carry
             found.append(sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape))
-    return found[0] / _TRACED_ROWS
+    canonical = config.objective.canonicalize(config.data.length)
+    second_pass = canonical.name == "diffusion" and canonical.clean_weight > 0
+    return found[0] * (1 + second_pass) / _TRACED_ROWS
 
 
 def _scans(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:

@@ -147,6 +147,9 @@ class TrainConfig:
                               "data.examples.format and validation.every, or validation.num_generations to 0")
         if self.objective.name == "drafter":
             self._check_drafter()
+        if self.objective.teacher.is_needed and self.model.init != "pretrained":
+            raise ConfigError(f"objective.teacher needs a parent that knows something, and model.init is "
+                              f"{self.model.init}; set it to pretrained, or the weights of objective.teacher to 0")
         if self.log.sample_every and self.objective.name not in (None, "diffusion"):
             raise ConfigError("log.sample_every needs objective.name diffusion, and this run's is "
                               f"{self.objective.name}; set it to 0")

@@ -35,6 +35,7 @@ from dlm_jax.models.drafter_heads import score_candidates
 from dlm_jax.parallel import all_gather_embeddings, array_sharding, param_shardings
 from dlm_jax.random import dropout_seeds
 from dlm_jax.training.config import TrainConfig
+from dlm_jax.training.state import Frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +57,13 @@ class DraftLoss:
     def _needs_target(self) -> bool:
         return self.measure or self.objective.l1 > 0 or self.objective.confidence > 0
 
-    def zero(self, params: nnx.State, frozen: nnx.State) -> DraftSums:
-        model = nnx.merge(self.graphdef, params, frozen)
+    def zero(self, params: nnx.State, frozen: Frozen) -> DraftSums:
+        model = nnx.merge(self.graphdef, params, frozen.base)
         return DraftSums.zero(model.drafter.config.num_drafts, target=self._needs_target)
 
-    def __call__(self, params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
+    def __call__(self, params: nnx.State, frozen: Frozen, batch: Batch, step: jax.Array,
                  batch_size: int) -> DraftSums:
-        gathered = (all_gather_embeddings(part, self.mesh) for part in (params, jax.lax.stop_gradient(frozen)))
+        gathered = (all_gather_embeddings(part, self.mesh) for part in (params, jax.lax.stop_gradient(frozen.base)))
         model: DraftedModel = nnx.merge(self.graphdef, *gathered)
         target, drafter, config = model.target, model.drafter, model.drafter.config
         blocks = draft_blocks(self.objective, batch, config.num_drafts, seed=self.seed)
@@ -137,12 +138,12 @@ class SelfDraftLoss:
     def _num_drafts(self) -> int:
         return self.objective.block_size - 1
 
-    def zero(self, params: nnx.State, frozen: nnx.State) -> DraftSums:
+    def zero(self, params: nnx.State, frozen: Frozen) -> DraftSums:
         return DraftSums.zero(self._num_drafts, target=self._needs_target)
 
-    def __call__(self, params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
+    def __call__(self, params: nnx.State, frozen: Frozen, batch: Batch, step: jax.Array,
                  batch_size: int) -> DraftSums:
-        gathered = (all_gather_embeddings(part, self.mesh) for part in (params, jax.lax.stop_gradient(frozen)))
+        gathered = (all_gather_embeddings(part, self.mesh) for part in (params, jax.lax.stop_gradient(frozen.base)))
         model: Transformer = nnx.merge(self.graphdef, *gathered)
         (rows, length), size = batch.tokens.shape, self.objective.block_size
         clean = clean_batch(batch.tokens, batch.noisable_mask)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from dlm_jax.diffusion import ObjectiveConfig
 from dlm_jax.models import DrafterConfig, LoRAConfig, LoRAFactor, ModelConfig, abstract_model
 from dlm_jax.parallel.chips import GIB, find_chip
 
@@ -49,6 +50,27 @@ def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
         blocks += 6 * _count_lora(config, lora) * tokens
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
     return blocks + attention + head * config.hidden_size * config.vocab_size * scored
+
+
+def teacher_flops(config: ModelConfig, objective: ObjectiveConfig, tokens: float, scored: float, length: int,
+                  lora: LoRAConfig | None) -> float:
+    """Returns the FLOPs of the parent in a step: a forward pass over the clean text, and its head where it teaches.
+
+    With LoRA at noised positions in block diffusion the clean copy is the parent, and there is no such pass.
+
+    Args:
+      tokens: of the text, one copy.
+      scored: positions where the head runs.
+    """
+    if not objective.teacher.is_needed:
+        return 0.0
+    blocks = 2 * count_params(config, "blocks") * tokens
+    blocks += 4 * config.num_layers * config.num_heads * config.head_dim * length * tokens
+    is_blocks = objective.canonicalize(length).name == "block_diffusion"
+    if is_blocks and lora is not None and lora.where == "noised":
+        blocks = 0.0
+    head = 2 * config.hidden_size * config.vocab_size * scored if objective.teacher.distribution_weight else 0.0
+    return blocks + head
 
 
 class DrafterFlops(NamedTuple):

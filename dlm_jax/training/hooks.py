@@ -31,9 +31,10 @@ from dlm_jax.parallel import make_global_batch
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 from dlm_jax.storage import is_remote, upload
+from dlm_jax.training.diffusion_loss import metrics_from_sums
 from dlm_jax.training.drafting import held_out_line
 from dlm_jax.training.setup import Run
-from dlm_jax.training.step import make_eval_step, metrics_from_sums
+from dlm_jax.training.step import make_eval_step
 
 _SAMPLE_LENGTH = 256  # tokens of a sampled text, at most
 
@@ -115,7 +116,8 @@ def validation_hook(run: Run) -> PeriodicEval:
         values = validate(params)
         if config.objective.trains_drafts:
             return values, held_out_line(values)
-        return values, f"held-out bound {values['bound']:.4f} nats per token  accuracy {values['accuracy']:.3f}"
+        clean = f"  AR {values['clean_nll']:.4f}" if "clean_nll" in values else ""
+        return values, f"held-out bound {values['bound']:.4f} nats per token{clean}  accuracy {values['accuracy']:.3f}"
 
     every = (config.validation.every, *[config.checkpoint.every] * config.checkpoint.keep_best)
     return PeriodicEval("validation", "validation", evaluate, every)
@@ -133,6 +135,7 @@ class Validation:
     def __init__(self, graphdef: nnx.GraphDef, rows: RowSource, mesh: Mesh, *, num_rows: int, num_samples: int,
                  batch_size: int, objective: ObjectiveConfig, seed: int, mask_token_id: int | None,
                  matmul: MatmulKind = "default"):
+        self._objective = objective.for_validation()
         self.num_rows = min(num_rows, len(rows))
         self.num_samples = 1 if objective.name == "autoregressive" else num_samples
         self._eval_step = make_eval_step(graphdef, mesh, objective=objective, seed=seed, num_rows=self.num_rows,
@@ -154,7 +157,7 @@ class Validation:
         if isinstance(sums, DraftSums):
             metrics = sums.metrics() | {"loss": sums.loss / sums.normalizer()}
         else:
-            metrics = metrics_from_sums(sums)
+            metrics = metrics_from_sums(sums, self._objective)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 

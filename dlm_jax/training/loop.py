@@ -14,11 +14,11 @@ from dlm_jax.checkpoints.workdir import read_run_config
 from dlm_jax.parallel import preemption_requested
 from dlm_jax.storage import ensure_accessible, write_json
 from dlm_jax.training.config import TrainConfig, config_changes
-from dlm_jax.training.flops import peak_flops, peak_memory_gib, train_flops
+from dlm_jax.training.flops import peak_flops, peak_memory_gib, teacher_flops, train_flops
 from dlm_jax.training.hooks import Hook, HookFactory, make_hooks
 from dlm_jax.training.recorded import settle_resumed
 from dlm_jax.training.setup import Run, latest_records, open_run
-from dlm_jax.training.step import Metrics
+from dlm_jax.training.state import Metrics
 
 _OUTLIER = 4  # a step that takes this many times the mean is shown
 
@@ -123,8 +123,10 @@ def _throughput(run: Run, step: int) -> dict[str, float]:
         # What training of drafts computes is not counted.
         if not run.config.objective.trains_drafts and (peak := peak_flops(run.mesh.devices.flat[0])):
             model, objective = run.base.model, run.config.objective.at_step(step - 1)
-            flops = train_flops(model.config, tokens * objective.forward_multiplier(data.length), interval["scored"],
-                                data.length, model.lora)
+            passes = objective.forward_multiplier(data.length)
+            scored = interval["scored"] + (tokens if objective.clean_weight else 0)
+            flops = train_flops(model.config, tokens * passes, scored, data.length, model.lora)
+            flops += teacher_flops(model.config, objective, tokens, interval["scored"], data.length, model.lora)
             values["mfu"] = flops / seconds / (peak * run.mesh.size)
     memory = peak_memory_gib()
     return values | ({} if memory is None else {"peak_memory_gib": memory})
@@ -132,10 +134,12 @@ def _throughput(run: Run, step: int) -> dict[str, float]:
 
 def _format_means(means: dict[str, float]) -> str:
     """Returns a record for people; if all steps were skipped, there are no means."""
-    formats = {"loss": "{:.4f}", "bound": "{:.4f}", "accuracy": "{:.3f}", "tokens_per_pass": "{:.3f}",
+    formats = {"loss": "{:.4f}", "bound": "{:.4f}", "clean_nll": "{:.4f}", "kl": "{:.4f}", "tv": "{:.4f}",
+               "hidden_distance": "{:.4f}", "accuracy": "{:.3f}", "tokens_per_pass": "{:.3f}",
                "grad_norm": "{:.2f}", "learning_rate": "{:.2e}", "skipped": "{}", "tokens_per_second": "{:,.0f}",
                "mfu": "{:.1%}", "peak_memory_gib": "{:.2f}"}
-    names = {"grad_norm": "grad", "learning_rate": "lr", "tokens_per_second": "tokens/s", "peak_memory_gib": "GiB"}
+    names = {"clean_nll": "AR", "hidden_distance": "distance", "grad_norm": "grad", "learning_rate": "lr",
+             "tokens_per_second": "tokens/s", "peak_memory_gib": "GiB"}
     if means.get("slowest_step_seconds", 0) > _OUTLIER * means.get("seconds_per_step", 0):
         formats["slowest_step_seconds"], names["slowest_step_seconds"] = "{:.2f} s", "slowest step"
     return "  ".join(f"{names.get(name, name)} {template.format(means[name])}"

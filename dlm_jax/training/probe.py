@@ -20,7 +20,8 @@ from dlm_jax.parallel import make_global_batch, make_mesh
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.setup import load_base
-from dlm_jax.training.step import create_state, make_train_step
+from dlm_jax.training.state import Frozen, create_state, parent_params
+from dlm_jax.training.step import make_train_step
 
 _STEPS, _SECONDS = 5, 15.0  # timed: as many steps, or for slow ones as many as start within as many seconds
 
@@ -59,6 +60,7 @@ def probe_step(config: TrainConfig) -> Probe:
         step = make_train_step(graphdef, optimizer, mesh, objective=config.objective.at_step(0),
                                config=config.optimizer, num_steps=config.num_steps, seed=config.seed,
                                mask_token_id=base.diffusion.mask_token_id, matmul=compute.matmul)
+        frozen = Frozen(frozen, parent_params(config.objective, params, config.model.dtype))
         state = create_state(params, optimizer, config.optimizer.ema_decay > 0, mesh, config.optimizer.offload, frozen)
         del base, params, frozen
         rows = np.random.default_rng(0).integers(0, architecture.vocab_size, (data.batch_size, data.length), np.int32)

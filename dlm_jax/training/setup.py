@@ -17,9 +17,10 @@ from dlm_jax.checkpoints import Pretrained, load_pretrained
 from dlm_jax.checkpoints.drafter import DrafterRecord
 from dlm_jax.checkpoints.orbax import restore_latest, restore_state
 from dlm_jax.checkpoints.pretrained import load_lora_base
-from dlm_jax.checkpoints.source import absolute_source
+from dlm_jax.checkpoints.source import absolute_source, find_base
 from dlm_jax.checkpoints.workdir import (
     LoRABase,
+    ParentRecord,
     base_fingerprint,
     hold_workdir,
     read_lora_base,
@@ -49,7 +50,8 @@ from dlm_jax.training.flops import count_params
 from dlm_jax.training.metrics import Console, GoodputClock, MetricAccumulator, MetricsLog, read_records
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.recorded import default_mask_token, settle_resumed, settle_run
-from dlm_jax.training.step import HOST, TrainState, create_state, make_train_step, state_layout
+from dlm_jax.training.state import HOST, Frozen, TrainState, create_state, parent_params, state_layout
+from dlm_jax.training.step import make_train_step
 from dlm_jax.training.token_lines import token_lines
 
 
@@ -121,6 +123,8 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     graphdef, params, frozen = split_trainable(base.model)
     drafts = config.objective.name == "drafter"
     record = (DrafterRecord.read(workdir) if first_step else drafter_record(config, base)) if drafts else None
+    parent = resolve_parent(config, workdir, base, resumed=bool(first_step))
+    frozen = Frozen(frozen, parent_params(config.objective, params, config.model.dtype))
     # From here on the parameters are in the state; of the model only the shapes are kept.
     base = dataclasses.replace(base, model=nnx.eval_shape(lambda: base.model))
 
@@ -143,7 +147,7 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     else:
         state = create_state(params, optimizer, ema, mesh, config.optimizer.offload, frozen)
     write_run_metadata(workdir, flat_dict(config), base,
-                       resolve_lora_base(config, workdir, base, state.frozen, bool(first_step)), record)
+                       resolve_lora_base(config, workdir, base, state.frozen.base, bool(first_step)), record, parent)
 
     clock.add(progress.get("seconds", {}))
     clock.add({"lost_steps": lost_seconds(workdir, first_step)})
@@ -162,7 +166,8 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
 def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: bool) -> tuple[Pretrained, TrainConfig]:
     """Returns the model that training starts from, its parameters on the mesh, and the config with nothing left open.
 
-    For a resumed run only shapes, as its checkpoint has the parameters; with LoRA the base, which it does not have.
+    For a resumed run only shapes, as its checkpoint has the parameters; with LoRA the base, which it does not have, and
+    with a teacher the parent.
 
     Raises:
       ConfigError: the objective, the data or the mesh do not fit the model, or what it records.
@@ -183,6 +188,11 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
         if record := read_lora_base(workdir):
             lora_base = load_lora_base(workdir, record, compute, shardings)
             base = dataclasses.replace(base, model=lora_base.model, provenance=lora_base.provenance)
+        elif config.objective.teacher.is_needed:
+            parent = ParentRecord.read(workdir)
+            loaded = load_pretrained(find_base(parent.source, workdir), mask_token=parent.mask_token, seed=config.seed,
+                                     compute=compute, param_dtype=param_dtype, shardings=shardings)
+            base = dataclasses.replace(base, model=loaded.model, provenance=loaded.provenance)
         if drafter := DrafterRecord.read(workdir):
             base = dataclasses.replace(base, model=load_target(drafter, config, workdir, compute, shardings).model)
     elif not model.source:
@@ -284,6 +294,23 @@ def resolve_lora_base(config: TrainConfig, workdir: epath.Path, base: Pretrained
     return record
 
 
+def resolve_parent(config: TrainConfig, workdir: epath.Path, base: Pretrained, *, resumed: bool) -> ParentRecord | None:
+    """Returns the record of a run that keeps a copy of its parent, None without one, as with LoRA.
+
+    Raises:
+      CheckpointError: the parent has changed since the run started, or the run does not record it.
+    """
+    if not config.objective.teacher.is_needed or base.model.lora is not None:
+        return None
+    params = nnx.state(base.model)
+    if not resumed:
+        return ParentRecord(absolute_source(base.source), config.model.mask_token,
+                            base_fingerprint(params, base.provenance))
+    record = ParentRecord.read(workdir)
+    record.check(params, base.provenance, workdir)
+    return record
+
+
 def rows_folder(workdir: epath.Path) -> epath.Path:
     """Returns where raw text becomes rows by default: in the workdir, or if that is remote, on this machine."""
     return cache_folder() / "rows" if is_remote(workdir) else workdir / "data"
@@ -351,7 +378,7 @@ def _describe_objective(objective: ObjectiveConfig, mask_token_id: int | None) -
     if objective.name == "diffusion":
         attention = (f"annealed over {objective.anneal_steps} steps" if objective.anneal_steps
                      else "bidirectional from the start")
-        return f"diffusion, mask token {mask_token_id}, attention {attention}"
+        return f"diffusion, mask token {mask_token_id}, attention {attention}{_describe_terms(objective)}"
     if objective.name == "drafter":
         losses = {name: getattr(objective.drafts, name) for name in ("cross_entropy", "l1", "confidence", "selector")}
         weighted = ", ".join(f"{weight:g} {name}" for name, weight in losses.items() if weight)
@@ -362,5 +389,18 @@ def _describe_objective(objective: ObjectiveConfig, mask_token_id: int | None) -
     if objective.name == "block_diffusion":
         sizes = [size for _, size in objective.block_size_schedule] or [objective.block_size]
         return (f"block_diffusion, mask token {mask_token_id}, blocks of {' -> '.join(map(str, sizes))} tokens, "
-                f"{objective.clean_attention} attention in clean blocks")
-    return objective.name
+                f"{objective.clean_attention} attention in clean blocks{_describe_terms(objective)}")
+    return objective.name + _describe_terms(objective)
+
+
+def _describe_terms(objective: ObjectiveConfig) -> str:
+    """Returns what differs from the bound."""
+    teacher, terms = objective.teacher, [f"noise {objective.noise}"] * (objective.noise != "rate")
+    for name, weight, default in (
+            ("cross-entropy of noised tokens", objective.noised_weight, 1.0), ("AR loss", objective.clean_weight, 0.0),
+            ("entropy of right tokens", objective.confidence_weight, 0.0),
+            (f"{teacher.divergence} from the parent", teacher.distribution_weight, 0.0),
+            ("distance from the parent's states", teacher.hidden_weight, 0.0)):
+        if weight != default:
+            terms.append(f"{weight:g} x {name}")
+    return "".join(f", {term}" for term in terms)

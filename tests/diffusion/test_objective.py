@@ -32,8 +32,8 @@ def test_diffusion():
     np.testing.assert_array_equal(noisy.tokens == 9, noisy.loss_mask)
     assert not noisy.loss_mask[:, 0].any() and 0.3 < noisy.loss_mask[:, 1:].mean() < 0.7
     assert mask.allowed(POSITIONS, POSITIONS).all()
-    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(), noisy), noisy.weights)
-    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(weight="uniform"), noisy), np.ones((16, 8)))
+    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(), noisy).noised, noisy.weights)
+    np.testing.assert_array_equal(loss_weights(ObjectiveConfig(weight="uniform"), noisy).noised, np.ones((16, 8)))
     times = 1 / np.asarray(noisy.weights[:, 0])  # the weights 1/t are those of pairs that balance, spread evenly
     np.testing.assert_allclose(times[::2] + times[1::2], 1 + 1e-3, rtol=1e-5)
     np.testing.assert_allclose(np.diff(np.sort(times[::2])), 1 / 8, rtol=0.01)

@@ -28,7 +28,7 @@ from dlm_jax.plan.estimate import (
 )
 from dlm_jax.training.config import ModelSource, TrainConfig
 from dlm_jax.training.optimizer import make_optimizer
-from dlm_jax.training.step import create_state
+from dlm_jax.training.state import Frozen, create_state
 from tests.plan.conftest import with_values
 
 # Blocks of 2 layers without biases: 4 x 8 x 8 for attention, 3 x 8 x 16 for the gated MLP, 16 for two norms.
@@ -91,7 +91,7 @@ def test_state_bytes(config, base, changes):
     params, frozen = (jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), tree)
                       for tree in trained_and_frozen(config, base))
     state = create_state(params, make_optimizer(config.optimizer, 100), config.optimizer.ema_decay > 0,
-                         make_mesh(MESH), frozen=frozen)
+                         make_mesh(MESH), frozen=Frozen(frozen))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert device_bytes(abstract_state(config, base, make_mesh(MESH))) == held
 

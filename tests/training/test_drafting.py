@@ -35,7 +35,8 @@ from dlm_jax.training import train
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.drafting import DraftLoss, add_drafter, check_losses, copy_layers
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.step import create_state, make_eval_step, make_train_step, state_layout
+from dlm_jax.training.state import Frozen, create_state, state_layout
+from dlm_jax.training.step import make_eval_step, make_train_step
 from tests.training.conftest import changed, checkpoint_arrays
 from tests.training.test_step import one_device
 
@@ -80,7 +81,8 @@ def run(mesh, steps, kind, **settings):
     config = OptimizerConfig(**{"learning_rate": 1e-2, "schedule": "constant"} | settings)
     rule = make_optimizer(config, 10)
     graphdef, params, frozen = split_model({"dspark": DSPARK, "dflash2": DFLASH2}[kind])
-    state = create_state(jax.tree.map(jnp.asarray, params), rule, False, mesh, False, jax.tree.map(jnp.asarray, frozen))
+    state = create_state(jax.tree.map(jnp.asarray, params), rule, False, mesh, False,
+                         Frozen(jax.tree.map(jnp.asarray, frozen)))
     step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig("drafter", drafts=OBJECTIVES[kind]),
                            config=config, num_steps=10, seed=1, mask_token_id=MASK)
     metrics = []
@@ -99,7 +101,7 @@ def test_the_drafter_alone_is_trained(kind):
     _, params, frozen = split_model({"dspark": DSPARK, "dflash2": DFLASH2}[kind])
     for (path, before), (_, after) in zip(nnx.to_flat_state(params), nnx.to_flat_state(state.params), strict=True):
         assert path[0] == "drafter" and not np.array_equal(before[...], after[...]), path
-    for before, after in zip(jax.tree.leaves(frozen), jax.tree.leaves(state.frozen), strict=True):
+    for before, after in zip(jax.tree.leaves(frozen), jax.tree.leaves(state.frozen.base), strict=True):
         np.testing.assert_array_equal(before, after)
     assert ("tokens_per_pass" in metrics[0]) == (kind == "dspark")
 
@@ -112,7 +114,7 @@ def test_the_target_has_no_gradient(kind):
     loss = DraftLoss(graphdef, one_device(), OBJECTIVES[kind], 0)
 
     def value(frozen, params):
-        return loss(params, frozen, batch_of(0, one_device()), jnp.int32(0), ROWS).loss
+        return loss(params, Frozen(frozen), batch_of(0, one_device()), jnp.int32(0), ROWS).loss
 
     by_frozen, by_params = jax.jit(jax.grad(value, argnums=(0, 1)))(frozen, params)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(by_params))
@@ -147,7 +149,7 @@ def test_bfloat16_gradients(kind, products):
         loss = DraftLoss(graphdef, one_device(), OBJECTIVES[kind], 0)
 
         def value(params, batch):
-            return loss(params, frozen, batch, jnp.int32(0), ROWS).loss
+            return loss(params, Frozen(frozen), batch, jnp.int32(0), ROWS).loss
 
         grads = jax.jit(jax.grad(value), compiler_options=compiler_options(compute.matmul))(
             reference(kind)[1].params, batch_of(0, one_device()))["drafter"]
@@ -179,7 +181,7 @@ def test_each_device_computes_its_own_rows():
     """Without a loss that needs the target's states, too: no array has the MLP's activations of all rows."""
     mesh, graphdef, params, frozen = make_mesh(MeshConfig(fsdp=8)), *split_model(DFLASH2)
     rule = make_optimizer(config := OptimizerConfig(), 10**6)
-    layout = state_layout(params, rule, False, mesh, frozen=frozen)
+    layout = state_layout(params, rule, False, mesh, frozen=Frozen(frozen))
     step = make_train_step(graphdef, rule, mesh, objective=ObjectiveConfig("drafter", drafts=OBJECTIVES["dflash2"]),
                            config=config, num_steps=10**6, seed=0, mask_token_id=MASK)
     program = step.lower(layout, batch_of(0, mesh)).compile().as_text()
@@ -216,7 +218,7 @@ def test_one_overfitted_sample_accepts_full_blocks(settings):
                                selector=float(settings.selector_rank > 0))
     rule = make_optimizer(config := OptimizerConfig(learning_rate=1e-2, schedule="constant"), 10**6)
     state = create_state(jax.tree.map(jnp.asarray, params), rule, False, one_device(),
-                         frozen=jax.tree.map(jnp.asarray, frozen))
+                         frozen=Frozen(jax.tree.map(jnp.asarray, frozen)))
     step = make_train_step(graphdef, rule, one_device(), objective=ObjectiveConfig("drafter", drafts=objective),
                            config=config, num_steps=10**6, seed=0, mask_token_id=MASK)
     for i in range(150):
@@ -224,7 +226,7 @@ def test_one_overfitted_sample_accepts_full_blocks(settings):
         state, metrics = step(state, batch)
     assert metrics["accuracy"] == 1
 
-    drafter = nnx.merge(graphdef, state.params, state.frozen).drafter
+    drafter = nnx.merge(graphdef, state.params, state.frozen.base).drafter
     config, target = drafter.config, model.target
 
     @jax.jit

@@ -14,7 +14,7 @@ from dlm_jax.data.rows import Rows
 from dlm_jax.diffusion import ObjectiveConfig, loss_sums, noise_batch, token_nll
 from dlm_jax.models import ModelConfig, Transformer
 from dlm_jax.parallel import make_mesh
-from dlm_jax.training.step import lm_head
+from dlm_jax.training.diffusion_loss import lm_head
 
 GPT2 = ModelConfig("gpt2", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
                    mlp_size=64, max_length=24, norm="layer", positions="learned", gated_mlp=False,

@@ -17,7 +17,7 @@ from dlm_jax.training import train
 from dlm_jax.training.config import ModelSource
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.setup import load_base, with_dropout
-from dlm_jax.training.step import state_layout
+from dlm_jax.training.state import state_layout
 from tests.training.conftest import changed, checkpoint_arrays
 
 

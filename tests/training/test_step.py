@@ -13,9 +13,10 @@ from flax import nnx
 from dlm_jax.diffusion import Batch, LossSums, ObjectiveConfig
 from dlm_jax.models import Compute, ModelConfig, Transformer
 from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh, param_shardings
-from dlm_jax.training import step as step_module
+from dlm_jax.training import diffusion_loss
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.step import create_state, make_eval_step, make_train_step, micro_batches
+from dlm_jax.training.state import create_state
+from dlm_jax.training.step import make_eval_step, make_train_step, micro_batches
 
 MODEL = ModelConfig("gpt2", vocab_size=24, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
                     mlp_size=32, max_length=16, norm="layer", positions="learned", gated_mlp=False, tie_embeddings=True,
@@ -100,14 +101,14 @@ def test_optimizer_offload_is_exact(reference, remat):
 
 def test_nonfinite_steps_are_skipped(monkeypatch):
     """Poisoned at step 2: its weights, and so loss and gradient; at step 4: the gradient of a loss that is fine."""
-    original, mesh = step_module.noise_batch, one_device()
+    original, mesh = diffusion_loss.noise_batch, one_device()
 
     def poisoned(objective, batch, step, **rest):
         noisy, mask = original(objective, batch, step, **rest)
         factor = jnp.select([step == 2, step == 4], [jnp.nan, 1e30], 1.0)
         return dataclasses.replace(noisy, weights=factor * noisy.weights), mask
 
-    monkeypatch.setattr(step_module, "noise_batch", poisoned)
+    monkeypatch.setattr(diffusion_loss, "noise_batch", poisoned)
     start, step = programs(mesh, Compute(), ObjectiveConfig(), (("on_nonfinite", "skip"), ("ema_decay", 0.5)))
     state, metrics = start(), []
     states = [jax.device_get(state)]

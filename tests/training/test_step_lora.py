@@ -21,7 +21,8 @@ from dlm_jax.models import (
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.training.flops import count_params
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dlm_jax.training.step import TrainState, create_state, make_train_step
+from dlm_jax.training.state import Frozen, TrainState, create_state
+from dlm_jax.training.step import make_train_step
 from tests.models.test_lora import CODES
 from tests.training.test_step import ANNEALED, MASK, batch_of, one_device
 
@@ -45,7 +46,7 @@ def run(mesh, steps, compute=Compute(), lora=LORA, **settings):
     rule = make_optimizer(config, 10)
     graphdef, params, frozen = split_model(lora, compute)
     state = create_state(jax.tree.map(jnp.asarray, params), rule, config.ema_decay > 0, mesh, config.offload,
-                         jax.tree.map(jnp.asarray, frozen))
+                         Frozen(jax.tree.map(jnp.asarray, frozen)))
     step = make_train_step(graphdef, rule, mesh, objective=ANNEALED, config=config, num_steps=10, seed=1,
                            mask_token_id=MASK)
     metrics = []
@@ -53,7 +54,7 @@ def run(mesh, steps, compute=Compute(), lora=LORA, **settings):
         state, last = step(state, batch_of(i, mesh))
         metrics.append(jax.device_get(last))
     state = jax.device_get(state)
-    for before, after in zip(jax.tree.leaves(frozen), jax.tree.leaves(state.frozen), strict=True):
+    for before, after in zip(jax.tree.leaves(frozen), jax.tree.leaves(state.frozen.base), strict=True):
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)
     return metrics, state
@@ -98,7 +99,7 @@ def test_quantized_base_on_every_mesh(reference, kind, dora, mesh, capfd):
         np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-5)
         np.testing.assert_allclose(found["grad_norm"], one["grad_norm"], rtol=1e-4)
         assert 1e-7 < abs(one["loss"] - exact["loss"]) < 0.02
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen["blocks"]["mlp"])} >= {jnp.dtype(CODES[kind])}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen.base["blocks"]["mlp"])} >= {jnp.dtype(CODES[kind])}
     assert "rematerialization" not in capfd.readouterr().err
     for name in ("q", "out") if dora else ():
         before, after = (np.asarray(params["blocks"]["attention"][name]["factors"]["magnitude"][...])
@@ -121,7 +122,7 @@ def test_optimizer_state_size():
 
     def size(model):
         _, params, frozen = split_trainable(model)
-        state = jax.eval_shape(lambda p, f: TrainState.create(p, rule, False, f), params, frozen)
+        state = jax.eval_shape(lambda p, f: TrainState.create(p, rule, False, f), params, Frozen(frozen))
         return (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)),
                 sum(leaf.size for leaf in jax.tree.leaves(state.params)))
 

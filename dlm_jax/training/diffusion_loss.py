@@ -1,0 +1,153 @@
+"""What a step of diffusion or autoregression minimizes: noise x AR loss of the clean copy x what the parent teaches.
+
+The parent is the model as it was before training, and reads the clean text causally. With LoRA it is the same model
+without LoRA; otherwise the run keeps a copy. Where LoRA acts at noised positions alone, the clean copy of block
+diffusion is what the parent computes, and costs no pass of its own.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from dlm_jax.diffusion import (
+    Batch,
+    HeadPlan,
+    LossSums,
+    NoisyBatch,
+    ObjectiveConfig,
+    Teaching,
+    align_states,
+    annealing,
+    clean_causal_batch,
+    hidden_distance,
+    loss_sums,
+    loss_weights,
+    noise_batch,
+)
+from dlm_jax.models import LoRAParam, Transformer
+from dlm_jax.parallel import all_gather_embeddings, array_sharding, partition_spec
+from dlm_jax.random import dropout_seeds
+from dlm_jax.training.state import Frozen, Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionLoss:
+    """What a step of diffusion or autoregression minimizes; see `step.StepLoss`."""
+
+    graphdef: nnx.GraphDef
+    mesh: Mesh
+    objective: ObjectiveConfig
+    seed: int
+    mask_token_id: int | None
+    has_dropout: bool = True
+
+    def zero(self, params: nnx.State, frozen: Frozen) -> LossSums:
+        return LossSums.zero()
+
+    def __call__(self, params: nnx.State, frozen: Frozen, batch: Batch, step: jax.Array, batch_size: int) -> LossSums:
+        objective = self.objective.canonicalize(batch.tokens.shape[1])
+        model = self._model(params, frozen, gathered=True)
+        noisy, mask = noise_batch(objective, batch, step, seed=self.seed, batch_size=batch_size,
+                                  mask_token_id=self.mask_token_id, vocab_size=model.config.vocab_size)
+        layers = compared_layers(objective, model.config.num_layers)
+        seeds = dropout_seeds(self.seed, batch.example_index) if self.has_dropout else None
+        hidden, features = model.hidden_and_features(noisy.tokens, mask, layers, positions=noisy.positions,
+                                                     noised=noisy.noised, dropout_seeds=seeds)
+        head, plan = lm_head(self._model(params, frozen), self.mesh)
+        teaching = None
+        if objective.teacher.is_needed:
+            teaching = self._teach(objective, params, frozen, batch, noisy, hidden, features)
+        sums = loss_sums(hidden, head, plan, noisy, weights=loss_weights(objective, noisy), teaching=teaching,
+                         shift=objective.shift)
+        if objective.clean_weight and noisy.clean_mask is None:
+            clean, causal = clean_causal_batch(batch)
+            hidden = model.hidden(clean.tokens, causal, positions=clean.positions, dropout_seeds=seeds)
+            sums += loss_sums(hidden, head, plan, clean, weights=dataclasses.replace(
+                loss_weights(objective, clean), confidence=None, distribution=None, distance=None))
+        return sums
+
+    def normalizer(self, sums: LossSums) -> jax.Array:
+        return sums.normalizer(self.objective.loss_normalization)
+
+    def metrics(self, sums: LossSums, step: jax.Array) -> Metrics:
+        return metrics_from_sums(sums, self.objective) | {"anneal_ratio": annealing(self.objective, step)}
+
+    def _model(self, params: nnx.State, frozen: Frozen, *, gathered: bool = False) -> Transformer:
+        """Returns the model; `gathered`: with embedding tables that every device has, to look tokens up."""
+        states = (params, frozen.base)
+        return nnx.merge(self.graphdef, *(all_gather_embeddings(x, self.mesh) if gathered else x for x in states))
+
+    def _teach(self, objective: ObjectiveConfig, params: nnx.State, frozen: Frozen, batch: Batch, noisy: NoisyBatch,
+               hidden: jax.Array, features: jax.Array | None) -> Teaching:
+        """Returns what the parent gives for the states of a noisy batch.
+
+        Args:
+          hidden, features: of the model, [batch, copies x length, ...].
+        """
+        teacher, length = objective.teacher, batch.tokens.shape[1]
+        copies = hidden.shape[1] // length
+        trained = jax.lax.stop_gradient(nnx.merge_state(params, frozen.parent))
+        parent = self._model(trained, frozen)
+        if self._clean_copy_is_parent(objective, parent):
+            states, layers = (None if x is None else x[:, -length:] for x in (hidden, features))
+        else:
+            clean, causal = clean_causal_batch(batch)
+            states, layers = self._model(trained, frozen, gathered=True).hidden_and_features(
+                clean.tokens, causal, compared_layers(objective, parent.config.num_layers), positions=clean.positions,
+                lora=False)
+        kernel = distance = None
+        if teacher.distribution_weight:
+            kernel, states = lm_head(parent, self.mesh)[0], align_states(states, copies, shift=objective.shift)
+        if teacher.hidden_weight:
+            number = len(compared_layers(objective, parent.config.num_layers))
+            distance = hidden_distance(features, align_states(layers, copies, shift=objective.shift), number)
+        return Teaching(states, kernel, distance, teacher.divergence)
+
+    def _clean_copy_is_parent(self, objective: ObjectiveConfig, model: Transformer) -> bool:
+        """Returns whether the clean copy of the batch computes what the parent does, bit for bit."""
+        config = model.config
+        drops = max(config.embed_dropout, config.attention_dropout, config.residual_dropout) > 0
+        return (objective.name == "block_diffusion" and model.lora is not None and model.lora.where == "noised"
+                and not (self.has_dropout and drops))
+
+
+def compared_layers(objective: ObjectiveConfig, num_layers: int) -> tuple[int, ...]:
+    """Returns the layers whose outputs are compared with the parent's."""
+    if not objective.teacher.hidden_weight:
+        return ()
+    return objective.teacher.hidden_layers or tuple(range(num_layers))
+
+
+def metrics_from_sums(sums: LossSums, objective: ObjectiveConfig) -> Metrics:
+    """Returns nats per token, shares and counts."""
+    scored = jnp.maximum(sums.num_scored, 1.0)
+    metrics = {
+        "bound": sums.weighted_nll / sums.normalizer("all_tokens"),  # nats per token
+        "masked_nll": sums.nll / scored,  # unweighted, nats per masked token
+        "accuracy": sums.correct / scored,
+        "masked_tokens": sums.num_scored,
+    }
+    if objective.clean_weight:
+        metrics["clean_nll"] = sums.clean_nll / jnp.maximum(sums.num_clean, 1.0)  # AR, nats per token
+    taught = jnp.maximum(sums.num_taught, 1.0)
+    if objective.teacher.distribution_weight:
+        metrics[objective.teacher.divergence] = sums.divergence / taught
+    if objective.teacher.hidden_weight:
+        metrics["hidden_distance"] = sums.distance / taught
+    return metrics
+
+
+def lm_head(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
+    """Returns the head's kernel and how it is sharded.
+
+    Args:
+      model: with tables that are not gathered: the loss gathers the head in its own type, and scatters its gradient.
+    """
+    param = model.head_kernel
+    kernel, trained = param.get_value(), model.lora is None or isinstance(param, LoRAParam)
+    return kernel, HeadPlan(param.axes.index("vocab"), mesh, array_sharding(mesh, "batch", "length").spec,
+                            partition_spec(param.axes, kernel.shape, mesh), kernel_gradient=trained,
+                            matmul=model.compute.matmul)
