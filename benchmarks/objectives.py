@@ -56,13 +56,11 @@ TASKS = ("hellaswag", "lambada_openai")
 
 
 def objective_of(structure: str, point: str, num_steps: int) -> ObjectiveConfig:
-    """Returns the objective: attention is annealed over a third of the run, blocks double over half of it."""
+    """Returns the objective: attention is annealed over a third of the run, blocks have their size from the start."""
     size = STRUCTURES[structure]
     if size == 0:
         return ObjectiveConfig(anneal_steps=num_steps // 3, **POINTS[point])
-    sizes = [2**power for power in range(size.bit_length())]
-    schedule = tuple((number * num_steps // 2 // (len(sizes) - 1), one) for number, one in enumerate(sizes))
-    return ObjectiveConfig(name="block_diffusion", block_size=size, block_size_schedule=schedule, **POINTS[point])
+    return ObjectiveConfig(name="block_diffusion", block_size=size, **POINTS[point])
 
 
 def configure(args: argparse.Namespace, structure: str, point: str, seed: int) -> TrainConfig:
@@ -156,7 +154,7 @@ def step_seconds(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         steps = {}
         for point in args.points:
             if point != FULL_BUDGET:
-                objective = dataclasses.replace(objective_of(structure, point, 100), anneal_steps=0).at_step(100)
+                objective = dataclasses.replace(objective_of(structure, point, 100), anneal_steps=0)
                 frozen = Frozen(split_trainable(lm.model)[2], parent_params(objective, params, args.dtype))
                 steps[point] = harness.TrainStep(
                     graphdef, jax.tree.map(jax.numpy.array, params), tokens, objective, OptimizerConfig(),

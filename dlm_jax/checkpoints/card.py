@@ -64,6 +64,7 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
     if is_diffusion and diffusion.blocks is not None:
         facts["tokens per block"] = diffusion.blocks.size
         facts["attention inside a clean block"] = diffusion.blocks.clean_attention
+        facts["noise"] = {"mask": "the mask token", "random_tokens": "random tokens"}[diffusion.blocks.noise]
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     sections = [f"# {name}: {kind}", f"| | |\n| --- | --- |\n{table}"]
     if is_diffusion:

@@ -100,12 +100,15 @@ def recorded_diffusion(hf: Mapping[str, Any]) -> DiffusionSpec:
 def blocks_from_record(record: Mapping[str, Any]) -> BlockSpec | None:
     """Inverts `blocks_to_record`."""
     size = record.get("block_size")
-    return None if size is None else BlockSpec(size, record.get("clean_attention", "causal"))
+    if size is None:
+        return None
+    return BlockSpec(size, record.get("clean_attention", "causal"), record.get("noise", "mask"))
 
 
 def blocks_to_record(blocks: BlockSpec) -> dict[str, Any]:
     """Returns blocks as entries of a JSON object."""
-    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention}
+    noise = {} if blocks.noise == "mask" else {"noise": blocks.noise}
+    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention} | noise
 
 
 def _rewrite_external(hf: dict[str, Any]) -> dict[str, Any]:

@@ -116,8 +116,10 @@ class Pretrained:
 
     @property
     def drafts_for_itself(self) -> bool:
-        """Whether the model is one that writes its base's text, and has learned to draft it."""
-        return (self.recipe or {}).get("objective.name") == "self_drafting"
+        """Whether the model has learned to draft, and no other way to fill a block."""
+        blocks = self.diffusion.blocks
+        return (self.recipe or {}).get("objective.name") == "self_drafting" or (
+            blocks is not None and blocks.noise == "random_tokens")
 
     def _special(self, name: str) -> int | None:
         """Returns the tokenizer's id of a special token, or that of config.json, which may be its class's default.

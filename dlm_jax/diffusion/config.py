@@ -136,6 +136,10 @@ class ObjectiveConfig:
             if self.noise != "rate" and (self.complementary or (self.time_curriculum and self.noise != "position")):
                 raise ConfigError(f"objective.noise {self.noise} takes neither objective.complementary nor "
                                   "objective.time_curriculum; set noise to rate, or remove them")
+            if self.noise == "random_tokens" and (self.name, self.shift, self.clean_attention) != (
+                    "block_diffusion", True, "causal"):
+                raise ConfigError("objective.noise random_tokens trains drafts that the clean copy checks; it needs "
+                                  "objective.name block_diffusion with objective.shift and causal clean_attention")
             if self.clean_weight and self.clean_attention != "causal":
                 raise ConfigError("objective.clean_weight is for the AR loss, which objective.clean_attention "
                                   f"{self.clean_attention} would give away; set clean_attention to causal")

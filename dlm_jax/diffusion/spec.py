@@ -19,6 +19,8 @@ class BlockSpec:
       clean_attention: how the tokens of a finished block attend to each other. "causal": as in the AR parent (NBDiff,
         arXiv 2512.06776). "block_bidirectional": as while the block is being written (BD3-LM, arXiv 2503.09573; SDAR,
         arXiv 2510.06303; Fast-dLLM v2, arXiv 2509.26328). Either way a clean block attends to all clean ones before it.
+      noise: what stands for tokens that are not known yet: the mask token, or random tokens (Uno). With the latter the
+        model only drafts what its clean attention then checks.
 
     Raises:
       ConfigError: the size is less than 1, or `clean_attention` is neither of the two.
@@ -26,6 +28,7 @@ class BlockSpec:
 
     size: int
     clean_attention: Literal["causal", "block_bidirectional"] = "causal"
+    noise: Literal["mask", "random_tokens"] = "mask"
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int):  # as a config.json may have it

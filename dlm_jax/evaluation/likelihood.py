@@ -21,7 +21,7 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.config_fields import check_at_least
 from dlm_jax.data.rows import positions_from_starts
 from dlm_jax.diffusion import Batch, DiffusionSpec, NoisyBatch, concat_noisy_and_clean, cross_entropy, token_nll
-from dlm_jax.errors import DataError
+from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.matmul import jit_model
 from dlm_jax.models import Transformer
 from dlm_jax.random import example_keys
@@ -135,6 +135,13 @@ def _nll(model: Transformer, batch: Batch, targets: jax.Array, loss_mask: jax.Ar
     return token_nll(hidden, model.unembed, targets, loss_mask, shift=shift)
 
 
+def check_has_bound(diffusion: DiffusionSpec) -> None:
+    """Raises ConfigError for a model that does not learn from masks."""
+    if diffusion.blocks is not None and diffusion.blocks.noise != "mask":
+        raise ConfigError("this model was trained on blocks of random tokens, so that it has no bound; score it with "
+                          "objective autoregressive")
+
+
 def bound(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, diffusion: DiffusionSpec,
           num_samples: int = 128, seed: int = 0, batch_size: int = 16,
           segment_ids: np.ndarray | None = None) -> BoundEstimate:
@@ -150,6 +157,7 @@ def bound(model: Transformer, tokens: np.ndarray, noisable_mask: np.ndarray, *, 
         padding one of its own.
     """
     check_at_least(num_samples, 2, "num_samples")  # for an error estimate
+    check_has_bound(diffusion)
     rows = _as_batch(tokens, noisable_mask, segment_ids)
     row, sample = (x.ravel() for x in np.meshgrid(np.arange(len(tokens)), np.arange(num_samples)))
     values_of = functools.partial(bound_values, *nnx.split(model), diffusion=diffusion, num_samples=num_samples,

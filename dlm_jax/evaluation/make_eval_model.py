@@ -12,6 +12,7 @@ from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.generation import make_generate, make_is_greedy
+from dlm_jax.evaluation.likelihood import check_has_bound
 from dlm_jax.evaluation.scoring import (
     MaskRule,
     MaskSample,
@@ -66,6 +67,8 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
     if not autoregressive and pretrained.diffusion.mask_token_id is None:
         raise ConfigError(f"{source} records no mask token, which a diffusion model needs; name one with --mask_token, "
                           "or evaluate it with --objective=autoregressive")
+    if not autoregressive:
+        check_has_bound(pretrained.diffusion)
     if reference and pretrained.diffusion.blocks is not None:
         raise ConfigError(f"{source} generates in blocks, which the reference implementation does not support; choose "
                           "the protocol default")

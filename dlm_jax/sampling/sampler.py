@@ -124,6 +124,9 @@ def resolve_spec(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths
     elif diffusion.blocks is None:
         return dataclasses.replace(spec, config=config.structure)
     else:
+        if diffusion.blocks.noise != "mask":
+            raise ConfigError(f"this model was trained on blocks of random tokens, which the policy {config.policy} "
+                              "cannot fill; choose autoregressive with drafter=self")
         for name, unset in (("block_length", None), ("cache", "none"), ("cfg_scale", 0.0)):
             if getattr(config, name) != unset:
                 raise ConfigError(f"this model has blocks and an exact cache of its own; remove {name}")

@@ -1,9 +1,10 @@
 """Speculative decoding by a model that drafts for itself, in the same pass that checks what it drafted before.
 
-After each token that may turn out to be the last, there is a block of masks, which sees the text up to that token. Of
-the block that follows the token that is kept, the next drafts are made: the most likely tokens, or with a `DraftHead`,
-which sees the token before each, samples. The text is that of the model's clean attention, from left to right; with
-LoRA at noised positions alone it is the text of the base (Apple, arXiv 2507.11851).
+After each token that may turn out to be the last, there is a block of masks, or of random tokens if the model learned
+from those, which sees the text up to that token. Of the block that follows the token that is kept, the next drafts are
+made: the most likely tokens, or with a `DraftHead`, which sees the token before each, samples. The text is that of the
+model's clean attention, from left to right; with LoRA at noised positions alone it is the text of the base (Apple, arXiv
+2507.11851).
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from dlm_jax.sampling.config import SamplerConfig
 from dlm_jax.sampling.spec import NO_DRAFT, RowSettings, SamplingInputs, SamplingState, pending_mask
 from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, choose_drafts, last_token_and
 from dlm_jax.sampling.tokens import process_logits
+
+_NOISE_KEYS = 8  # noise has other random numbers than drafts and tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +49,12 @@ class SelfDraftingStepper(SpeculativeStepper):
         unfinished = pending_mask(spec, inputs, state).any(axis=1)
         at = jnp.argmax(state.masked, axis=1)
         given, window = last_token_and(state.drafts, at, state.tokens)
-        masks = jnp.full((batch, number * size), spec.diffusion.mask_token_id)
         places = (window[:, :, None] + jnp.arange(size)).reshape(batch, -1)
+        noise = self._noise(places, inputs.keys)
         slots = jnp.where(window <= length, window - 1, length + number * size)  # past the row's end: not cached
-        scratch = jnp.broadcast_to(length + jnp.arange(number * size), masks.shape)
+        scratch = jnp.broadcast_to(length + jnp.arange(number * size), noise.shape)
         hidden, cache = self.network.cached_hidden(
-            jnp.concatenate([given, masks], axis=1), AttentionMask.drafts(length, size, at),
+            jnp.concatenate([given, noise], axis=1), AttentionMask.drafts(length, size, at),
             jnp.concatenate([window - 1, places], axis=1), state.cache, jnp.concatenate([slots, scratch], axis=1),
             noised=(number, number * (1 + size)))
         checked, guessing = hidden[:, :number], hidden[:, number:].reshape(batch, number, size, -1)
@@ -60,6 +63,17 @@ class SelfDraftingStepper(SpeculativeStepper):
         block = jnp.take_along_axis(guessing, kept[:, None, None, None] - 1, axis=1)[:, 0, : self.num_drafts]
         drafts, probs = self._draft(block, at + kept, inputs, state)
         return state._replace(cache=cache, drafts=drafts, draft_probs=probs)
+
+    def _noise(self, places: jax.Array, keys: jax.Array) -> jax.Array:
+        """Returns what stands at unknown tokens, int32 [batch, n]; random tokens are a function of key and place."""
+        if self.spec.diffusion.blocks.noise == "mask":
+            return jnp.full(places.shape, self.spec.diffusion.mask_token_id)
+
+        def token(key: jax.Array, place: jax.Array) -> jax.Array:
+            return jax.random.randint(jax.random.fold_in(key, place), (), 0, self.network.config.vocab_size, jnp.int32)
+
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE_KEYS)
+        return jax.vmap(jax.vmap(token, (None, 0)))(keys, places)
 
     def _draft(self, block: jax.Array, at: jax.Array, inputs: SamplingInputs,
                state: SamplingState) -> tuple[jax.Array, jax.Array | None]:
