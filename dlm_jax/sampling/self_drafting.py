@@ -3,8 +3,8 @@
 After each token that may turn out to be the last, there is a block of masks, or of random tokens if the model learned
 from those, which sees the text up to that token. Of the block that follows the token that is kept, the next drafts are
 made: the most likely tokens, or with a `DraftHead`, which sees the token before each, samples. The text is that of the
-model's clean attention, from left to right; with LoRA at noised positions alone it is the text of the base (Apple, arXiv
-2507.11851).
+model's clean attention, from left to right; with LoRA at noised positions alone it is the text of the base (Apple,
+arXiv 2507.11851).
 """
 
 import dataclasses

@@ -1,5 +1,7 @@
 """The forward process, and the copies of block diffusion: what is masked, scored and weighted."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from dlm_jax.diffusion import (
     concat_noisy_and_clean,
     corrupt,
 )
+from dlm_jax.diffusion.corruption import corrupt_late_tokens, replace_tokens
 from dlm_jax.random import example_keys
 
 ROWS, LENGTH, MASK = 3, 12, 28
@@ -73,3 +76,50 @@ def test_bound_is_unbiased(schedule, blocks):
     values = jax.jit(jax.vmap(weights))(jnp.arange(8_000))
     error = values.std(axis=0) / np.sqrt(len(values))
     assert (jnp.abs(values.mean(axis=0) - NOISABLE) < 5 * error + 2e-3).all()
+
+
+def late(times, block_size=4, half_life=0.25, rows=ROWS, noisable=NOISABLE, seed=0):
+    tokens = jnp.zeros((rows, LENGTH), jnp.int32)
+    return corrupt_late_tokens(tokens, jnp.broadcast_to(noisable, tokens.shape), jnp.broadcast_to(times, tokens.shape),
+                               example_keys(seed, jnp.arange(rows)), mask_token_id=MASK, block_size=block_size,
+                               half_life=half_life)
+
+
+@pytest.mark.parametrize("block_size", [4, 5, LENGTH])
+def test_late_tokens_are_masked_in_exact_numbers(block_size):
+    for share in (0.05, 0.3, 0.5, 0.8, 1.0):
+        batch = late(share, block_size)
+        for first in range(0, LENGTH, block_size):
+            block = slice(first, first + block_size)
+            expected = np.round(np.float32(share) * np.asarray(NOISABLE[:, block]).sum(axis=1))
+            np.testing.assert_array_equal(batch.loss_mask[:, block].sum(axis=1), expected)
+        assert not (batch.loss_mask & ~NOISABLE).any()
+        np.testing.assert_array_equal(batch.loss_mask, batch.tokens == MASK)
+        np.testing.assert_allclose(batch.weights, 1 / share, rtol=1e-6)
+
+
+def test_late_tokens_are_masked_as_often_as_their_weights_say():
+    """One of four masked, and three of four, against choices without replacement that are enumerated."""
+    rows, half_life = 20_000, 0.25
+    for share, number in ((0.25, 1), (0.75, 3)):
+        found = np.mean(late(share, rows=rows, noisable=True, half_life=half_life).loss_mask.reshape(-1, 4), axis=0)
+        weights, expected = 2 ** ((1 - share) * np.arange(4) / (half_life * 4)), np.zeros(4)
+        for order in itertools.permutations(range(4), number):
+            probability, left = 1.0, weights.sum()
+            for one in order:
+                probability, left = probability * weights[one] / left, left - weights[one]
+            expected[list(order)] += probability
+        np.testing.assert_allclose(found, expected, atol=0.01)
+
+
+def test_all_masked_tokens_alike():
+    np.testing.assert_allclose(np.mean(late(0.5, rows=20_000, noisable=True, half_life=1e6).loss_mask, axis=0), 0.5,
+                               atol=0.02)
+
+
+def test_replaced_tokens():
+    noise = jnp.arange(LENGTH)
+    batch = replace_tokens(TOKENS, NOISABLE, noise)
+    np.testing.assert_array_equal(batch.tokens, jnp.where(NOISABLE, noise, TOKENS))
+    np.testing.assert_array_equal(batch.loss_mask, NOISABLE)
+    assert (batch.weights == 1).all() and (batch.targets == TOKENS).all()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.diffusion import Batch
+from dlm_jax.diffusion import Batch, TeacherObjective
 from dlm_jax.diffusion.config import ObjectiveConfig
 from dlm_jax.diffusion.objective import annealing, check_mask_token, loss_weights, noise_batch, time_range
 from dlm_jax.errors import ConfigError
@@ -120,8 +120,12 @@ def test_validation_resets_only_what_shapes_training():
     validated = trained.for_validation()
     changed = {field.name for field in dataclasses.fields(trained)
                if getattr(trained, field.name) != getattr(validated, field.name)}
-    assert changed == {"time_curriculum", "block_size_schedule", "complementary"}
-    assert ObjectiveConfig(anneal_steps=9, share_annealed_mask=True).for_validation() == ObjectiveConfig()
+    assert changed == {"time_curriculum", "block_size_schedule", "complementary", "weight"}
+    for trained in (ObjectiveConfig(anneal_steps=9, share_annealed_mask=True, confidence_weight=0.1, noise="position"),
+                    ObjectiveConfig(noised_weight=0.0, teacher=TeacherObjective(distribution_weight=1.0))):
+        assert trained.for_validation() == ObjectiveConfig()
+    with_clean = ObjectiveConfig(noise="all_masked", clean_weight=0.2)
+    assert with_clean.for_validation() == with_clean
 
 
 @pytest.mark.parametrize("settings, key", [
@@ -136,7 +140,41 @@ def test_validation_resets_only_what_shapes_training():
     ({"name": "block_diffusion", "block_size_schedule": ((0, 1), (4, 8))}, "block_size_schedule"),
     ({"name": "block_diffusion", "complementary": True, "schedule": "cosine"}, "complementary"),
     ({"complementary": True}, "complementary"), ({"clean_attention": "block_bidirectional"}, "clean_attention"),
-    ({"block_size_schedule": ((0, 32),)}, "block_size_schedule")])
+    ({"block_size_schedule": ((0, 32),)}, "block_size_schedule"),
+    ({"clean_weight": -1.0}, "clean_weight"), ({"confidence_weight": float("nan")}, "confidence_weight"),
+    ({"half_life": 0.0}, "half_life"), ({"noise": "gaussian"}, "noise"), ({"noised_weight": 0.0}, "noised_weight"),
+    ({"name": "block_diffusion", "clean_weight": 0.3, "clean_attention": "block_bidirectional"}, "clean_weight"),
+    ({"noise": "random_tokens"}, "noise"), ({"name": "autoregressive", "clean_weight": 0.3}, "clean_weight"),
+    ({"name": "drafter", "teacher": TeacherObjective(hidden_weight=1.0)}, "teacher"),
+    ({"name": "block_diffusion", "noise": "all_masked", "complementary": True}, "noise"),
+    ({"noise": "all_masked", "time_curriculum": ((0, 0.0, 0.5),)}, "noise")])
 def test_invalid_settings_are_refused(settings, key):
     with pytest.raises(ConfigError, match=f"objective.{key}"):
         ObjectiveConfig(**settings)
+
+
+@pytest.mark.parametrize("settings, key", [
+    ({"distribution_weight": -1.0}, "distribution_weight"), ({"divergence": "js"}, "divergence"),
+    ({"hidden_layers": (1,)}, "hidden_layers")])
+def test_invalid_teachers_are_refused(settings, key):
+    with pytest.raises(ConfigError, match=key):
+        TeacherObjective(**settings)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "block_diffusion"])
+def test_kinds_of_noise(name):
+    config = ObjectiveConfig(name=name, block_size=4)
+    late, masked = (noisy_of(dataclasses.replace(config, noise=noise))[0] for noise in ("position", "all_masked"))
+    noised = late.loss_mask[:, :8]
+    assert noised[:, 4:].sum() > noised[:, :4].sum() > 0
+    assert (masked.tokens[:, 1:8] == 9).all() and masked.weights.max() == 1
+    assert masked.loss_mask.sum() == 16 * 7
+
+
+def test_random_tokens():
+    config = ObjectiveConfig(name="block_diffusion", block_size=4, noise="random_tokens")
+    noisy = noise_batch(config, batch(), jnp.int32(0), seed=0, batch_size=16, mask_token_id=9, vocab_size=7)[0]
+    noise = np.asarray(noisy.tokens[:, 1:8])
+    assert set(np.unique(noise)) == set(range(7)) and (noisy.targets == 5).all()
+    part = noise_batch(config, batch(4, first=4), jnp.int32(0), seed=0, batch_size=16, mask_token_id=9, vocab_size=7)[0]
+    np.testing.assert_array_equal(part.tokens, noisy.tokens[4:8])
