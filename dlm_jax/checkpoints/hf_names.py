@@ -51,6 +51,7 @@ _GPT2 = {
 _LLAMA = {
     "embed.embedding": Key("model.embed_tokens.weight"),
     "blocks.attention_norm.scale": Key("model.layers.{i}.input_layernorm.weight"),
+    "blocks.attention_norm.bias": Key("model.layers.{i}.input_layernorm.bias"),
     "blocks.attention.q.kernel": Key("model.layers.{i}.self_attn.q_proj.weight", "dhk->(hk)d"),
     "blocks.attention.k.kernel": Key("model.layers.{i}.self_attn.k_proj.weight", "dhk->(hk)d"),
     "blocks.attention.v.kernel": Key("model.layers.{i}.self_attn.v_proj.weight", "dhk->(hk)d"),
@@ -62,6 +63,7 @@ _LLAMA = {
     "blocks.attention.out.kernel": Key("model.layers.{i}.self_attn.o_proj.weight", "hkd->d(hk)"),
     "blocks.attention.out.bias": Key("model.layers.{i}.self_attn.o_proj.bias"),
     "blocks.mlp_norm.scale": Key("model.layers.{i}.post_attention_layernorm.weight"),
+    "blocks.mlp_norm.bias": Key("model.layers.{i}.post_attention_layernorm.bias"),
     "blocks.mlp.gate.kernel": Key("model.layers.{i}.mlp.gate_proj.weight", "df->fd"),
     "blocks.mlp.gate.bias": Key("model.layers.{i}.mlp.gate_proj.bias"),
     "blocks.mlp.up.kernel": Key("model.layers.{i}.mlp.up_proj.weight", "df->fd"),
@@ -69,10 +71,11 @@ _LLAMA = {
     "blocks.mlp.down.kernel": Key("model.layers.{i}.mlp.down_proj.weight", "fd->df"),
     "blocks.mlp.down.bias": Key("model.layers.{i}.mlp.down_proj.bias"),
     "final_norm.scale": Key("model.norm.weight"),
+    "final_norm.bias": Key("model.norm.bias"),
     "head.kernel": Key("lm_head.weight", "dv->vd"),
 }
 
-KEYS = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+KEYS = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "stablelm": _LLAMA}
 HEAD = "lm_head.weight"
 
 # Causal masks and rotary tables, which older versions of transformers stored.

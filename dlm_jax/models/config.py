@@ -15,14 +15,22 @@ class RopeScaling:
 
     `linear` divides every frequency by `factor`. `llama3` divides those of wavelengths above
     `original_max_length / low_freq_factor`, keeps those below `original_max_length / high_freq_factor`, and
-    interpolates between (Llama 3.1).
+    interpolates between (Llama 3.1). `yarn` divides those that turn fewer than `beta_slow` times in
+    `original_max_length`, keeps those that turn more than `beta_fast` times, interpolates between over channels, whose
+    bounds are integers with `truncate`, and multiplies cosine and sine by `attention_factor` (arXiv 2309.00071).
+    `dynamic` changes nothing in rows of up to the model's length, and longer ones are refused: it would stretch each
+    row by its own length.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "dynamic", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_length: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,7 @@ class ModelConfig:
 
     Attributes:
       gated_mlp: act(gate(x)) * up(x) instead of act(up(x)).
+      partial_rotary_factor: the share of each head's channels, the first ones, that RoPE rotates.
       sliding_window: keys this many positions away or farther are not seen.
     """
 
@@ -50,6 +59,7 @@ class ModelConfig:
     positions: Literal["learned", "rope"] = "rope"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False

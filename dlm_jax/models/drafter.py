@@ -36,9 +36,8 @@ from dlm_jax.models.layers import (
     Cache,
     Initializer,
     Norm,
-    frequencies,
     rematerialize,
-    rotation,
+    rotary,
     split_layers,
 )
 from dlm_jax.models.transformer import Transformer
@@ -262,7 +261,7 @@ class Drafter(nnx.Module):
 
     def _rotation(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         layers = self.config.layers
-        return rotation(positions, frequencies(layers.head_dim, layers.rope_theta, layers.rope_scaling))
+        return rotary(layers, positions)
 
     def _run(self, x: jax.Array, positions: jax.Array, anchors: jax.Array, size: int, text_length: int,
              text: Callable[[DrafterBlock, jax.Array], KeysAndValues], segment_ids: jax.Array | None) -> jax.Array:

@@ -6,6 +6,7 @@ logical axes in `.axes`, one per dimension; `parallel.sharding` maps them to a m
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask, attend, xla_attention
+from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import DEFAULT, MatmulKind, add_bias, dense
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
 from dlm_jax.models.lora import (
@@ -52,28 +54,65 @@ _REMAT_POLICIES = {
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Returns rotary frequencies float32 [head_dim / 2], in radians per position (Su et al., arXiv 2104.09864)."""
     freqs = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return freqs.astype(np.float32)
     if scaling.kind == "linear":
         return (freqs / scaling.factor).astype(np.float32)
-    # llama3: `smooth` is 0 for wavelengths that are fully stretched and 1 for those that are not stretched.
-    turns = scaling.original_max_length * freqs / (2 * np.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = np.clip(smooth, 0.0, 1.0)
-    return (freqs * (smooth + (1 - smooth) / scaling.factor)).astype(np.float32)
+    # What follows: `kept` is 0 for frequencies that are fully stretched and 1 for those that are not stretched.
+    if scaling.kind == "yarn":
+        kept = 1 - _yarn_ramp(head_dim, theta, scaling)
+    else:
+        turns = scaling.original_max_length * freqs / (2 * np.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+    return (freqs * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+
+
+def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Returns how far each frequency is stretched, 0 to 1, [head_dim / 2]: a ramp over channels (arXiv 2309.00071)."""
+    def channel(turns: float) -> float:
+        """Returns the channel that turns this often in the original length."""
+        return head_dim * math.log(scaling.original_max_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    return np.clip((np.arange(head_dim // 2, dtype=np.float32) - first) / (last - first or 0.001), 0, 1)
+
+
+def rotary(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns cosine and sine for `rotate`, as `rotation` does, of an architecture's positions int [(batch,) length].
+
+    Raises:
+      ConfigError: rows that `dynamic` scaling would stretch.
+    """
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and positions.shape[-1] > config.max_length:
+        raise ConfigError(f"the sequence has {positions.shape[-1]} tokens, and dynamic RoPE scaling is implemented for "
+                          f"the model's {config.max_length} positions alone; use shorter rows")
+    angles = rotation(positions, frequencies(int(config.head_dim * config.partial_rotary_factor), config.rope_theta,
+                                             scaling))
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return angles if factor == 1 else (angles[0] * factor, angles[1] * factor)
 
 
 def rotation(positions: jax.Array, freqs: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Returns cosine and sine, float32 [batch or 1, length, 1, head_dim / 2], of positions int [(batch,) length]."""
+    """Returns cosine and sine, float32 [batch or 1, length, 1, freqs], of positions int [(batch,) length]."""
     angles = jnp.atleast_2d(positions).astype(jnp.float32)[..., None, None] * freqs
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates `x` [batch, length, heads, head_dim], halves paired as in HF, in float32; returns the dtype of `x`."""
+    """Rotates `x` [batch, length, heads, head_dim], halves paired as in HF, in float32; returns the dtype of `x`.
+
+    Channels after twice the number of frequencies stay as they are.
+    """
     cos, sin = cos_sin
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    rotated = 2 * cos.shape[-1]
+    a, b = jnp.split(x[..., :rotated].astype(jnp.float32), 2, axis=-1)
+    y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return y if rotated == x.shape[-1] else jnp.concatenate([y, x[..., rotated:]], axis=-1)
 
 
 class Cache(NamedTuple):

@@ -18,9 +18,8 @@ from dlm_jax.models.layers import (
     Initializer,
     LayerCache,
     Norm,
-    frequencies,
     rematerialize,
-    rotation,
+    rotary,
     split_layers,
 )
 from dlm_jax.models.lora import DraftHead, LoRAConfig, LoRAInputs
@@ -133,7 +132,7 @@ class Transformer(nnx.Module):
             x += self.positions(jnp.minimum(positions, config.max_length - 1), dtype)
             cos_sin = None
         else:
-            cos_sin = rotation(positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+            cos_sin = rotary(config, positions)
         x = dropout(x, config.embed_dropout, dropout_seeds)
 
         slots, read_index = positions if slots is None else slots, None

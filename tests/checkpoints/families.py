@@ -34,6 +34,16 @@ CASES = {
     "llama3-rope": ("Llama", _LLAMA | dict(rope_parameters=dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0,
         original_max_position_embeddings=16))),
+    "yarn-rope": ("Qwen2", _LLAMA | dict(rope_parameters=dict(
+        rope_type="yarn", factor=4.0, rope_theta=10000.0, original_max_position_embeddings=16))),
+    "yarn-rope-scales": ("Qwen3", _LLAMA | dict(head_dim=24, rope_parameters=dict(
+        rope_type="yarn", factor=8.0, rope_theta=5e5, original_max_position_embeddings=32, beta_fast=4.0,
+        beta_slow=0.5, mscale=1.0, mscale_all_dim=0.3, truncate=False))),
+    "dynamic-rope": ("Llama", _LLAMA | dict(rope_parameters=dict(
+        rope_type="dynamic", factor=2.0, rope_theta=10000.0))),
+    "stablelm-partial-rope": ("StableLm", _LLAMA | dict(
+        head_dim=None, use_qkv_bias=True, rope_parameters=dict(
+            rope_type="linear", factor=2.0, rope_theta=10000.0, partial_rotary_factor=0.5))),
     "mistral-window": ("Mistral", _LLAMA | dict(sliding_window=7, head_dim=16)),
     "qwen2": ("Qwen2", _LLAMA),
     "qwen2-window": ("Qwen2", _LLAMA | dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)),
