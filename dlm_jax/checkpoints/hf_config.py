@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlm_jax.checkpoints import hf_gemma
 from dlm_jax.checkpoints.hf_rope import partial_rotary_factor, rope_from_hf, rope_to_hf
 from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError
@@ -24,7 +25,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Settings that transformers takes as they are, never as text: "false" would count as true.
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_qkv_bias")
 _NUMBERS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "initializer_range", "rope_theta",
-            "max_window_layers")
+            "max_window_layers", "rope_local_base_freq")
 _SIZES_OR_NULL = ("head_dim", "n_inner", "sliding_window")
 
 # Other names of GPT-2's sizes, which transformers prefers (its `attribute_map`).
@@ -34,6 +35,7 @@ _GPT2_ALIASES = {"n_embd": "hidden_size", "n_positions": "max_position_embedding
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "stablelm": "StableLmForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
 }  # fmt: skip
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -65,7 +67,8 @@ EXTERNAL_ARCHS = {
 }
 
 # Keys of the source's config.json that an export does not keep: it writes its own, in one spelling.
-_REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "layer_types", "dtype",
+_REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor",
+              "layer_types", "sliding_window_pattern", "_sliding_window_pattern", "dtype",
               "torch_dtype", "auto_map", "_name_or_path", "transformers_version", "mask_token_id", "dlm_jax",
               *_GPT2_ALIASES.values())
 
@@ -84,7 +87,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         if files := sorted(file.name for file in directory.glob("*.gguf")):
             hint = f"; give a GGUF file in it ({', '.join(files)})"
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint{hint}")
-    return _rewrite_external(read_json(path))
+    return _rewrite_external(hf_gemma.text_model(read_json(path)))
 
 
 def recorded_diffusion(hf: Mapping[str, Any]) -> DiffusionSpec:
@@ -136,6 +139,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     for name in _SIZES_OR_NULL:
         if hf.get(name) is not None:
             _size(hf, name)
+    if family in hf_gemma.FAMILIES:
+        hf = hf_gemma.with_defaults(hf)
+        return dataclasses.replace(_from_llama(hf, family), **hf_gemma.fields(hf))
     read = {"gpt2": _from_gpt2, "stablelm": _from_stablelm}.get(family)
     return _from_llama(hf, family) if read is None else read(hf)
 
@@ -203,12 +209,13 @@ def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
     hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
     absent = None if family == "llama" else 0  # null, and for LLaMA also no key, means as many as heads
     kv_heads = heads if hf.get("num_key_value_heads", absent) is None else _size(hf, "num_key_value_heads")
-    attention_bias = family in ("llama", "qwen3") and hf.get("attention_bias", False)
+    attention_bias = family in ("llama", "qwen3", *hf_gemma.FAMILIES) and hf.get("attention_bias", False)
     theta, scaling = rope_from_hf(hf)
     rotary = partial_rotary_factor(hf)
     if rotary != 1 and family != "stablelm":
         raise CheckpointError(f"config.json sets partial_rotary_factor to {rotary}, which the Hugging Face class of "
                               f"{family} does not implement")
+    window, full_attention_layers = _sliding_window(hf, family)
     return ModelConfig(
         family=family, vocab_size=_size(hf, "vocab_size"), hidden_size=hidden,
         num_layers=_size(hf, "num_hidden_layers"), num_heads=heads, num_kv_heads=kv_heads,
@@ -217,9 +224,10 @@ def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
         norm="rms", norm_eps=hf.get("rms_norm_eps", 1e-6), activation=_activation(hf.get("hidden_act", "silu")),
         gated_mlp=True, positions="rope", rope_theta=theta, rope_scaling=scaling, partial_rotary_factor=rotary,
         qkv_bias=family == "qwen2" or attention_bias, out_bias=attention_bias,
-        mlp_bias=family == "llama" and hf.get("mlp_bias", False), qk_norm=family == "qwen3",
-        tie_embeddings=hf.get("tie_word_embeddings", False), sliding_window=_sliding_window(hf, family),
-        attention_dropout=hf.get("attention_dropout", 0.0), initializer_range=hf.get("initializer_range", 0.02),
+        mlp_bias=family == "llama" and hf.get("mlp_bias", False), qk_norm=family in ("qwen3", "gemma3_text"),
+        tie_embeddings=hf.get("tie_word_embeddings", False), sliding_window=window,
+        full_attention_layers=full_attention_layers, attention_dropout=hf.get("attention_dropout", 0.0),
+        initializer_range=hf.get("initializer_range", 0.02),
     )  # fmt: skip
 
 
@@ -258,6 +266,12 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
     if config.family in ("qwen2", "qwen3"):
         hf |= {"use_sliding_window": window is not None, "sliding_window": window,
                "max_window_layers": 0 if window else config.num_layers}
+        if config.full_attention_layers:
+            hf["layer_types"] = ["full_attention" if layer in config.full_attention_layers else "sliding_attention"
+                                 for layer in range(config.num_layers)]
+    if config.family in hf_gemma.FAMILIES:
+        del hf["hidden_act"]
+        hf |= hf_gemma.to_hf(config)
     return hf
 
 
@@ -280,26 +294,25 @@ def _activation(name: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def _sliding_window(hf: Mapping[str, Any], family: str) -> int | None:
-    """Returns the window of all layers, or None; different windows per layer are refused."""
+def _sliding_window(hf: Mapping[str, Any], family: str) -> tuple[int | None, tuple[int, ...]]:
+    """Returns the sliding window, None if no layer has one, and the layers that see the full text although others do
+    not."""
     if family in ("llama", "stablelm"):
-        return None
+        return None, ()
     window, layers = hf.get("sliding_window", 4096), hf["num_hidden_layers"]
     if family == "mistral":
-        return window
-    if not hf.get("use_sliding_window", False):
+        return window, ()
+    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False):
         window = None
     full = layers if window is None else min(hf.get("max_window_layers", 28), layers)
     kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise CheckpointError(f"config.json gives {len(kinds)} layer_types ({', '.join(sorted(set(kinds)))}) for "
                               f"{layers} layers; known are full_attention and sliding_attention")
-    if len(set(kinds)) > 1:
-        raise CheckpointError("config.json gives a sliding window to some layers and not to others "
-                              "(max_window_layers, layer_types), which this library does not implement")
-    if kinds[0] == "full_attention":
-        return None
+    full_layers = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+    if len(full_layers) == layers:
+        return None, ()
     if window is None:
         raise CheckpointError("config.json has layer_types with sliding_attention and no window for it "
                               "(use_sliding_window, sliding_window)")
-    return window
+    return window, full_layers

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from dlm_jax.attention import soft_cap, soft_cap_gradient
 from dlm_jax.matmul import MatmulKind, product
 
 
@@ -38,6 +39,7 @@ class HeadPlan:
         vocabulary, with a fourth matrix product.
       kernel_gradient: whether the kernel is trained; else its gradient is not computed.
       matmul: how matrices are multiplied; see `dlm_jax.matmul`.
+      softcap: of the logits; see `soft_cap`.
     """
 
     vocab_axis: int
@@ -48,6 +50,7 @@ class HeadPlan:
     max_gradient_bytes: int = 2**28
     kernel_gradient: bool = True
     matmul: MatmulKind = "default"
+    softcap: float | None = None
 
     def mesh_axes(self, *entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
         """Returns the mesh axes named by entries of a partition whose size exceeds 1."""
@@ -110,7 +113,8 @@ def _on_device(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, loss_ma
     gathered = kernel.astype(hidden.dtype)
     if shared:
         gathered = lax.all_gather(gathered, shared, axis=embed_axis, tiled=True)
-    head = HeadShard(gathered, plan.vocab_axis, plan.mesh_axes(plan.kernel[plan.vocab_axis]), plan.matmul)
+    head = HeadShard(gathered, plan.vocab_axis, plan.mesh_axes(plan.kernel[plan.vocab_axis]), plan.matmul,
+                     plan.softcap)
     tokens = ScoredTokens(hidden.reshape(-1, hidden.shape[-1]), targets.ravel(), loss_mask.ravel(), weights.ravel())
 
     def reduce(gradient: jax.Array) -> jax.Array:
@@ -168,10 +172,11 @@ class HeadShard(NamedTuple):
     vocab_axis: int
     mesh_axes: tuple[str, ...] = ()
     matmul: MatmulKind = "default"
+    softcap: float | None = None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Computes logits: [tokens, embed] to float32 [tokens, vocab]."""
-        return product(hidden, self.kernel, 1, 1 - self.vocab_axis, self.matmul)
+        return soft_cap(product(hidden, self.kernel, 1, 1 - self.vocab_axis, self.matmul), self.softcap)
 
     def dhidden(self, dlogits: jax.Array) -> jax.Array:
         """Computes the gradient by hidden states: [tokens, vocab] to float32 [tokens, embed], of this shard only."""
@@ -209,7 +214,7 @@ def score_tokens(tokens: ScoredTokens, head: HeadShard, chunk_size: int, *, dhid
         values = TokenScores(logsumexp - target_logit, (target_logit >= top).astype(jnp.float32), logsumexp)
         scores = jax.tree.map(lambda x, value: _put(x, chunk, value), scores, values)
         if dhidden or dkernel:
-            dlogits = _dlogits(logits, logsumexp, targets, weights)
+            dlogits = _dlogits(logits, logsumexp, targets, weights, head.softcap)
         if dhidden:
             hidden_gradient = _put(hidden_gradient, chunk, head.all_reduce_vocab(lax.psum, head.dhidden(dlogits)))
         if dkernel:
@@ -246,7 +251,8 @@ def gradients_by_block(tokens: ScoredTokens, head: HeadShard, logsumexp: jax.Arr
 
         def visit(chunk: jax.Array, carry: tuple) -> tuple:
             hidden, weights, total = (_take(x, chunk) for x in (tokens.hidden, tokens.weights, logsumexp))
-            dlogits = _dlogits(columns.logits(hidden), total, _take(targets, chunk) - first, weights) * is_new
+            dlogits = _dlogits(columns.logits(hidden), total, _take(targets, chunk) - first, weights,
+                               head.softcap) * is_new
             return (carry[0].at[chunk].add(columns.dhidden(dlogits), mode="drop"),
                     carry[1] + columns.dkernel(hidden, dlogits))
 
@@ -280,11 +286,16 @@ def _over_chunks(loss_mask: jax.Array, chunk_size: int, visit: Callable, carry: 
     return lax.fori_loop(4 * chunks, -(-count // quarter), functools.partial(visit_at, quarter), carry)
 
 
-def _dlogits(logits: jax.Array, logsumexp: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the gradient of sum(weights x nll): weights x (softmax - one-hot); the one-hot is never an array."""
+def _dlogits(logits: jax.Array, logsumexp: jax.Array, targets: jax.Array, weights: jax.Array,
+             softcap: float | None) -> jax.Array:
+    """Returns the gradient of sum(weights x nll): weights x (softmax - one-hot); the one-hot is never an array.
+
+    It is by the logits as they are before the soft cap, given those after it.
+    """
     softmax = jnp.exp(logits - logsumexp[:, None])
     columns = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return weights[:, None] * jnp.where(columns == targets[:, None], softmax - 1, softmax)
+    gradient = weights[:, None] * jnp.where(columns == targets[:, None], softmax - 1, softmax)
+    return soft_cap_gradient(gradient, logits, softcap)
 
 
 def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:

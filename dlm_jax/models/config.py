@@ -35,12 +35,19 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of one decoder that covers GPT-2, LLaMA, Mistral, Qwen2 and Qwen3.
+    """The architecture of one decoder that covers GPT-2, LLaMA, Mistral, Qwen2, Qwen3, Gemma 2 and Gemma 3.
 
     Attributes:
+      norm: LayerNorm, RMSNorm, or RMSNorm that multiplies by 1 + its weight.
+      post_norms: the outputs of attention and MLP are normed too, before they are added to the residual stream.
       gated_mlp: act(gate(x)) * up(x) instead of act(up(x)).
       partial_rotary_factor: the share of each head's channels, the first ones, that RoPE rotates.
+      scale_embeddings: embeddings of tokens are multiplied by the square root of the width.
       sliding_window: keys this many positions away or farther are not seen.
+      full_attention_layers: layers, from 0 on, that see them nevertheless.
+      sliding_rope_theta: base of RoPE, without scaling, in the other layers; None: RoPE is the same in all layers.
+      query_pre_attn_scalar: scores are divided by its square root; None: by that of `head_dim`.
+      attention_softcap, logit_softcap: of attention's scores and of the logits; see `attention.soft_cap`.
     """
 
     family: str
@@ -52,8 +59,9 @@ class ModelConfig:
     head_dim: int
     mlp_size: int
     max_length: int
-    norm: Literal["layer", "rms"] = "rms"
+    norm: Literal["layer", "rms", "zero_centered_rms"] = "rms"
     norm_eps: float = 1e-5
+    post_norms: bool = False
     activation: Literal["gelu_tanh", "gelu", "silu", "relu"] = "silu"
     gated_mlp: bool = True
     positions: Literal["learned", "rope"] = "rope"
@@ -65,7 +73,13 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
+    scale_embeddings: bool = False
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    sliding_rope_theta: float | None = None
+    query_pre_attn_scalar: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     embed_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -74,7 +88,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.full_attention_layers and self.sliding_window is None:
+            raise ConfigError("full_attention_layers are an exception to sliding_window, which is not set")
         check_choices(self)
+
+    @property
+    def sliding_layers(self) -> tuple[int, ...]:
+        """The layers that see no more than the sliding window."""
+        layers = () if self.sliding_window is None else range(self.num_layers)
+        return tuple(layer for layer in layers if layer not in self.full_attention_layers)
 
 
 @dataclasses.dataclass(frozen=True)

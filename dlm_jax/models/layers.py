@@ -19,6 +19,7 @@ from dlm_jax.attention import AttentionMask, attend, xla_attention
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import DEFAULT, MatmulKind, add_bias, dense
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
+from dlm_jax.models.layer_types import MaskChoice, attend_under
 from dlm_jax.models.lora import (
     LoRAConfig,
     LoRAFactor,
@@ -184,12 +185,12 @@ class Initializer:
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm over the last dimension, in float32."""
+    """LayerNorm or RMSNorm over the last dimension, in float32; see `ModelConfig.norm`."""
 
     def __init__(self, config: ModelConfig, shape: tuple[int, ...], init: Initializer, kind: str | None = None):
         axes = ("layers",) * (len(shape) - 1) + (None,)
         self.kind, self.eps = kind or config.norm, config.norm_eps
-        self.scale = init.full(shape, axes, 1.0)
+        self.scale = init.full(shape, axes, 0.0 if self.kind == "zero_centered_rms" else 1.0)
         self.bias = init.full(shape, axes, 0.0) if self.kind == "layer" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -197,7 +198,8 @@ class Norm(nnx.Module):
         if self.kind == "layer":
             y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        y *= self.scale[...].astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32)
+        y *= 1 + scale if self.kind == "zero_centered_rms" else scale
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
@@ -243,26 +245,32 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
         d, n = (config.hidden_size,), config.num_layers
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-        self.compute, self.dropout_rate = compute, config.attention_dropout
+        self.compute, self.dropout_rate, self.softcap = compute, config.attention_dropout, config.attention_softcap
+        # Attention divides scores by the root of `head_dim`.
+        self.query_scale = (config.head_dim / (config.query_pre_attn_scalar or config.head_dim)) ** 0.5
         self.q = Linear("q", d, heads, ("embed", "heads", "head_dim"), n, config.qkv_bias, init)
         self.k = Linear("k", d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
         self.v = Linear("v", d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
         self.out = Linear("out", heads, d, ("heads", "head_dim", "embed"), n, config.out_bias, init,
                           stddev=residual_stddev(config))
-        self.q_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
-        self.k_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
+        norm = "rms" if config.norm == "layer" else config.norm
+        self.q_norm = Norm(config, (n, config.head_dim), init, norm) if config.qk_norm else None
+        self.k_norm = Norm(config, (n, config.head_dim), init, norm) if config.qk_norm else None
 
-    def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
+    def __call__(self, x: jax.Array, mask: AttentionMask | MaskChoice, cos_sin: tuple[jax.Array, jax.Array] | None,
                  dropout_seeds: jax.Array | None, lora: LoRAInputs,
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         query, (key, value) = self.queries(x, cos_sin, lora), self.keys_and_values(x, cos_sin, lora)
         if layer_cache is not None:
             cache = layer_cache.cache.write(layer_cache.layer, layer_cache.positions, key, value)
-            attended = attend_to_cache(query, layer_cache._replace(cache=cache), mask, self.compute.matmul)
+            layer_cache = layer_cache._replace(cache=cache)
+            attended = attend_under(mask, lambda mask: attend_to_cache(query, layer_cache, mask, self.compute.matmul,
+                                                                       self.softcap))
             return self.out(attended, lora), cache
-        attended = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
-                          matmul_kind=self.compute.matmul,
-                          dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)
+        attended = attend_under(mask, lambda mask: attend(
+            query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
+            matmul_kind=self.compute.matmul, dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds,
+            softcap=self.softcap))
         return self.out(attended, lora), None
 
     def queries(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None,
@@ -270,6 +278,7 @@ class Attention(nnx.Module):
         """Returns [batch, length, heads, head_dim] of `x` [batch, length, embed]."""
         query = self.q(x, lora)
         query = query if self.q_norm is None else self.q_norm(query)
+        query = query if self.query_scale == 1 else query * self.query_scale
         return query if cos_sin is None else rotate(query, cos_sin)
 
     def keys_and_values(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None,
@@ -280,13 +289,14 @@ class Attention(nnx.Module):
         return key if cos_sin is None else rotate(key, cos_sin), value
 
 
-def attend_to_cache(query: jax.Array, layer_cache: LayerCache, mask: AttentionMask,
-                    matmul_kind: MatmulKind) -> jax.Array:
+def attend_to_cache(query: jax.Array, layer_cache: LayerCache, mask: AttentionMask, matmul_kind: MatmulKind,
+                    softcap: float | None = None) -> jax.Array:
     """Returns the attention of `query` [batch, Q, heads, head_dim] to as much of the cache as it sees."""
     cache, layer, positions, read_index = layer_cache
 
     def attend_to(width: int) -> jax.Array:
-        return xla_attention(query, *cache.read(layer, width), mask, query_positions=positions, matmul_kind=matmul_kind)
+        return xla_attention(query, *cache.read(layer, width), mask, query_positions=positions, softcap=softcap,
+                             matmul_kind=matmul_kind)
 
     widths = cache.read_widths
     if len(widths) == 1:
@@ -328,10 +338,12 @@ class Block(nnx.Module):
         self.dropout_rate = config.residual_dropout
         self.attention_norm = Norm(config, shape, init)
         self.attention = Attention(config, compute, init)
+        self.attention_post_norm = Norm(config, shape, init) if config.post_norms else None
         self.mlp_norm = Norm(config, shape, init)
         self.mlp = MLP(config, compute, init)
+        self.mlp_post_norm = Norm(config, shape, init) if config.post_norms else None
 
-    def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
+    def __call__(self, x: jax.Array, mask: AttentionMask | MaskChoice, cos_sin: tuple[jax.Array, jax.Array] | None,
                  seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None], lora: LoRAInputs,
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         """Runs a layer.
@@ -341,8 +353,10 @@ class Block(nnx.Module):
           seeds: uint32 [batch] for the dropout of probabilities, and of the two branches.
         """
         y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], lora, layer_cache)
+        y = y if self.attention_post_norm is None else self.attention_post_norm(y)
         x = x + dropout(y, self.dropout_rate, seeds[1])
         y = self.mlp(self.mlp_norm(x), lora)
+        y = y if self.mlp_post_norm is None else self.mlp_post_norm(y)
         return x + dropout(y, self.dropout_rate, seeds[2]), cache
 
 

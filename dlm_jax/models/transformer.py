@@ -1,5 +1,6 @@
 """The decoder: embedding, scanned blocks, final norm, head. It knows nothing of diffusion."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,11 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import AttentionMask, soft_cap
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import matmul
 from dlm_jax.models.config import Compute, ModelConfig
+from dlm_jax.models.layer_types import LayerTypes
 from dlm_jax.models.layers import (
     Block,
     Cache,
@@ -27,13 +29,15 @@ from dlm_jax.random import counter_hash, dropout
 
 
 class Embedding(nnx.Module):
-    """A table of vectors."""
+    """A table of vectors, and the factor by which they are multiplied."""
 
-    def __init__(self, size: int, axis: str | None, config: ModelConfig, init: Initializer, *, trained: bool = False):
-        self.embedding = init.normal((size, config.hidden_size), (axis, "embed"), trained=trained)
+    def __init__(self, size: int, axis: str | None, config: ModelConfig, init: Initializer, *, trained: bool = False,
+                 scale: float = 1.0):
+        self.embedding, self.scale = init.normal((size, config.hidden_size), (axis, "embed"), trained=trained), scale
 
     def __call__(self, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return jnp.take(self.embedding[...], index, axis=0).astype(dtype)
+        vectors = jnp.take(self.embedding[...], index, axis=0).astype(dtype)
+        return vectors if self.scale == 1 else vectors * self.scale
 
 
 class Head(nnx.Module):
@@ -64,7 +68,8 @@ class Transformer(nnx.Module):
             check_lora(lora, config)
         init = Initializer(config, compute, rngs, param_dtype, lora)
         self.config, self.compute, self.lora = config, compute, lora
-        self.embed = Embedding(config.vocab_size, "vocab", config, init, trained=lora is not None and lora.embedding)
+        self.embed = Embedding(config.vocab_size, "vocab", config, init, trained=lora is not None and lora.embedding,
+                               scale=config.hidden_size**0.5 if config.scale_embeddings else 1.0)
         self.positions = Embedding(config.max_length, None, config, init) if config.positions == "learned" else None
         self.blocks = Block(config, compute, init)
         self.final_norm = Norm(config, (config.hidden_size,), init)
@@ -125,14 +130,11 @@ class Transformer(nnx.Module):
                               "learned positions; use shorter rows")
         if positions is None:
             positions = jnp.arange(tokens.shape[1])
-        attention = attention.with_window(config.sliding_window)
         x = self.embed(tokens, dtype)
         if self.positions is not None:
             # Positions past a cache's end are padding; a sequence that is too long was refused above.
             x += self.positions(jnp.minimum(positions, config.max_length - 1), dtype)
-            cos_sin = None
-        else:
-            cos_sin = rotary(config, positions)
+        types = LayerTypes.of(config, attention, functools.partial(self._rotation, positions))
         x = dropout(x, config.embed_dropout, dropout_seeds)
 
         slots, read_index = positions if slots is None else slots, None
@@ -146,22 +148,31 @@ class Transformer(nnx.Module):
         tapped = jnp.zeros((*x.shape[:-1], len(taps) + 1, x.shape[-1]), dtype) if taps else None
         Carry = tuple[jax.Array, Cache | None, jax.Array | None]
 
-        def layer(carry: Carry, layer_input: tuple[jax.Array, jax.Array, nnx.State]) -> tuple[Carry, None]:
-            (x, cache, tapped), (index, place, params) = carry, layer_input
+        def layer(carry: Carry, layer_input: tuple[jax.Array, jax.Array, jax.Array, nnx.State]) -> tuple[Carry, None]:
+            (x, cache, tapped), (index, place, slides, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
             layer_cache = None if cache is None else LayerCache(cache, index, slots, read_index)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
-            x, cache = nnx.merge(graphdef, params)(x, attention, cos_sin, seeds[:3], LoRAInputs(seeds[3], noised),
+            x, cache = nnx.merge(graphdef, params)(x, *types.of_layer(slides), seeds[:3], LoRAInputs(seeds[3], noised),
                                                    layer_cache)
             if tapped is not None:
                 tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, place, axis=-2)
             return (x, cache, tapped), None
 
-        layers = jnp.arange(config.num_layers), jnp.asarray(places), stacked
+        layers = jnp.arange(config.num_layers), jnp.asarray(places), types.slides, stacked
         (x, cache, tapped), _ = jax.lax.scan(rematerialize(layer, self.compute.remat), (x, cache, tapped), layers)
         features = None if tapped is None else tapped[..., :-1, :].reshape(*x.shape[:-1], -1)
         return self.final_norm(x), cache, features
+
+    def _rotation(self, positions: jax.Array, slides: bool) -> tuple[jax.Array, jax.Array] | None:
+        """Returns RoPE's rotation in layers with a sliding window of their own base, or in others."""
+        config = self.config
+        if config.positions != "rope":
+            return None
+        if slides and config.sliding_rope_theta is not None:
+            config = dataclasses.replace(config, rope_theta=config.sliding_rope_theta, rope_scaling=None)
+        return rotary(config, positions)
 
     def correct_drafts(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
         """Returns noised states [..., embed], corrected by the tokens at their places, int [...], if a head does so."""
@@ -179,7 +190,7 @@ class Transformer(nnx.Module):
         kernel = self.head_kernel[...].astype(hidden.dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
         logits = matmul(rows, kernel, self.compute.matmul, transpose_b=self.head is None)
-        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+        return soft_cap(logits, self.config.logit_softcap).reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:
         """Returns float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""

@@ -329,4 +329,4 @@ def lm_head(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
     kernel, trained = param.get_value(), model.lora is None or isinstance(param, LoRAParam)
     return kernel, HeadPlan(param.axes.index("vocab"), mesh, array_sharding(mesh, "batch", "length").spec,
                             partition_spec(param.axes, kernel.shape, mesh), kernel_gradient=trained,
-                            matmul=model.compute.matmul)
+                            matmul=model.compute.matmul, softcap=model.config.logit_softcap)
