@@ -299,7 +299,7 @@ def _sliding_window(hf: Mapping[str, Any], family: str) -> tuple[int | None, tup
     not."""
     if family in ("llama", "stablelm"):
         return None, ()
-    window, layers = hf.get("sliding_window", 4096), hf["num_hidden_layers"]
+    window, layers = hf.get("sliding_window", 4096), _size(hf, "num_hidden_layers")
     if family == "mistral":
         return window, ()
     if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False):

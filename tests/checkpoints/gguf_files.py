@@ -15,7 +15,7 @@ _SIZES = dict(vocab_size=97, hidden_size=256, num_hidden_layers=2, num_attention
               intermediate_size=256, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None)
 _LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0,
                     original_max_position_embeddings=8192)
-_GEMMA = dict(num_hidden_layers=7, head_dim=256, query_pre_attn_scalar=256, sliding_window=9)
+_GEMMA = dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=9)
 CASES = {
     "llama": ("Llama", _SIZES),
     "llama-tied": ("Llama", _SIZES | dict(tie_word_embeddings=True, num_key_value_heads=4)),
@@ -28,7 +28,7 @@ CASES = {
     "qwen3": ("Qwen3", _SIZES | dict(head_dim=128, tie_word_embeddings=True)),
     "gemma2": ("Gemma2", _SIZES | _GEMMA),
     "gemma2-caps": ("Gemma2", _SIZES | _GEMMA | dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)),
-    "gemma3": ("Gemma3Text", _SIZES | _GEMMA),
+    "gemma3": ("Gemma3Text", _SIZES | _GEMMA | dict(num_hidden_layers=7)),
     "gpt2": ("GPT2", dict(vocab_size=97, n_embd=256, n_head=4, n_layer=2, n_inner=1024, embd_pdrop=0.0, attn_pdrop=0.0,
                           resid_pdrop=0.0, bos_token_id=0, eos_token_id=0)),
 }

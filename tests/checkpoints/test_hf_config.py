@@ -18,6 +18,7 @@ from dlm_jax.models.layers import frequencies
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024}
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
          "num_attention_heads": 32, "intermediate_size": 11008, "max_position_embeddings": 4096}
+GEMMA3 = {"model_type": "gemma3_text"}
 QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4}
 
 
@@ -119,6 +120,39 @@ def test_sliding_window(settings, window):
     assert config_from_hf(QWEN2 | settings).sliding_window == window
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [
+    {"model_type": "gemma2"}, {"model_type": "gemma2", "sliding_window": 64, "final_logit_softcapping": None}, GEMMA3,
+    GEMMA3 | {"num_hidden_layers": 8, "sliding_window_pattern": 3, "rope_theta": 5e4, "rope_local_base_freq": 2e4},
+    GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 1024, "head_dim": 64},
+    GEMMA3 | {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"], "rope_parameters": {
+        "full_attention": LINEAR | {"rope_theta": 3e5}, "sliding_attention": {"rope_theta": 7e3}}},
+    GEMMA3 | {"query_pre_attn_scalar": 168, "attn_logit_softcapping": 20.0, "tie_word_embeddings": False},
+])
+def test_gemma_as_transformers_reads_it(settings):
+    hf = AutoConfig.for_model(**copy.deepcopy(settings))
+    config = config_from_hf(settings)
+    assert config == config_from_hf(hf.to_dict() | {"model_type": settings["model_type"]}) == config_from_hf(
+        to_hf(config) | {"dlm_jax": {}})
+    assert [layer not in config.sliding_layers for layer in range(config.num_layers)] == [
+        kind == "full_attention" for kind in hf.layer_types]
+    assert (config.sliding_window, config.logit_softcap, config.attention_softcap, config.max_length) == (
+        hf.sliding_window, hf.final_logit_softcapping, hf.attn_logit_softcapping, hf.max_position_embeddings)
+    assert (config.query_pre_attn_scalar or config.head_dim) == hf.query_pre_attn_scalar
+    if config.family == "gemma3_text":
+        full, sliding = (hf.rope_parameters[f"{kind}_attention"] for kind in ("full", "sliding"))
+        assert (config.rope_theta, config.sliding_rope_theta) == (full["rope_theta"], sliding["rope_theta"])
+        assert (1.0 if config.rope_scaling is None else config.rope_scaling.factor) == full.get("factor", 1.0)
+    AutoConfig.for_model(**to_hf(config))
+
+
+def test_qwen_with_a_window_in_some_layers():
+    config = config_from_hf(QWEN2 | {"use_sliding_window": True, "max_window_layers": 16})
+    assert config.sliding_window == 4096 and config.sliding_layers == tuple(range(16, 32))
+    hf = AutoConfig.for_model(**to_hf(config))
+    assert hf.layer_types == ["full_attention"] * 16 + ["sliding_attention"] * 16
+
+
 @pytest.mark.parametrize(("config", "named"), [
     ({}, "model_type"),
     ({"model_type": "bert"}, "bert"),
@@ -155,7 +189,14 @@ def test_sliding_window(settings, window):
     (QWEN2 | {"layer_types": ["full_attention"] * 16 + ["sliding_attention"] * 16}, "layer_types"),
     (QWEN2 | {"layer_types": ["full_attention"] * 31}, "layer_types"),
     (QWEN2 | {"layer_types": ["linear_attention"] * 32}, "linear_attention"),
-    (QWEN2 | {"use_sliding_window": True, "max_window_layers": 16}, "max_window_layers"),
+    (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    (GEMMA3 | {"rope_parameters": {"sliding_attention": LINEAR}}, "sliding window"),
+    (GEMMA3 | {"rope_parameters": {"full_attention": 1e6}}, "rope_parameters"),
+    (GEMMA3 | {"final_logit_softcapping": -1.0}, "final_logit_softcapping"),
+    (GEMMA3 | {"query_pre_attn_scalar": None}, "query_pre_attn_scalar"),
+    (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+    (GEMMA3 | {"sliding_window": None}, "sliding_window"),
+    (GEMMA3 | {"num_hidden_layers": "26"}, "num_hidden_layers"),
     ({name: value for name, value in LLAMA.items() if name != "hidden_size"}, "hidden_size"),
 ])
 def test_unsupported_settings_are_refused_by_name(config, named):
