@@ -126,6 +126,7 @@ def main() -> None:
     parser = harness.parser(__doc__, limit=100, max_gen_toks=64, batch_size=16)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a directory or a GGUF file")
     parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--name", default="torch_parity", help="of the results file")
     args: argparse.Namespace = parser.parse_args()
     lm, model = DiffusionLM.from_pretrained(args.model), load_torch(args.model)
@@ -135,12 +136,13 @@ def main() -> None:
     theirs = Peer(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
     theirs.start = lm.pretrained.start_token_id
     tasks, texts = [], []
-    for name in TASKS:
+    for name in args.tasks:
         run_task(ours, name, argparse.Namespace(**vars(args) | {"limit": 2}))  # compilation of some widths
         both = [run_task(one, name, args) for one in (ours, theirs)]
         texts += [sample["arguments"][0][0] for sample in both[0]["samples"][:4]]
         tasks.append(compare_task(name, *both))
         print(tasks[-1], flush=True)
+    texts.append("\n".join(texts))  # longer than a sliding window
     logits, greedy = compare_logits(lm, model, texts), compare_greedy(lm, model)
     print(f"logits: they differ by at most {logits['largest difference']:.1e} (the largest is "
           f"{logits['largest logit']:.1f}) on {logits['texts']} texts\n"

@@ -18,7 +18,7 @@ def get_config():
     config.num_steps = 28_125  # 3 epochs of 1.2M conversations
 
     config.model.source = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.default_mask_token = "<|reserved_special_token_0|>"
+    config.model.default_mask_token = 128_002  # <|reserved_special_token_0|>
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.mesh.fsdp = -1

@@ -20,6 +20,7 @@ class AttentionSpec:
     head_dim: int
     dropout: bool = False
     matrix: bool = False  # the mask is an explicit matrix, not a rule
+    softcap: bool = False  # scores have a soft cap
 
 
 class BackendChoice(NamedTuple):
@@ -83,6 +84,8 @@ def _unsupported_by_cudnn(spec: AttentionSpec, platform: str | None,
     largest = 256 if capability >= (9, 0) else 128
     if spec.head_dim % 8 or spec.head_dim > largest:
         return _Unsupported(f"takes a head_dim of a multiple of 8 up to {largest}, and the model's is {spec.head_dim}")
+    if spec.softcap:
+        return _Unsupported("has no soft cap of scores, which the model's attention has")
     if spec.dropout:  # ours is a hash of example and position; cuDNN's stream depends on batch and mesh
         return _Unsupported("has no attention dropout that is the same on every mesh, and the model's is not 0",
                             "model.dropout=0")

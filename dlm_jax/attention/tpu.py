@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dlm_jax.attention.mask import AttentionMask, MaskParams, MaskSpec, Span
+from dlm_jax.attention.softcap import soft_cap, soft_cap_gradient
 from dlm_jax.errors import ConfigError
 from dlm_jax.random import below, counter_hash, threshold
 
@@ -46,6 +47,7 @@ class Options(NamedTuple):
 
     dropout_rate: float = 0.0
     dropout_seeds: jax.Array | None = None
+    softcap: float | None = None
     offsets: Offsets = Offsets()
     tiling: Tiling = Tiling()
 
@@ -59,6 +61,7 @@ class _Static:
     block_q: int
     block_k: int
     dropout_rate: float
+    softcap: float | None
     interpret: bool
 
 
@@ -91,8 +94,8 @@ class _Gradient(NamedTuple):
 
 
 def tpu_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
-                  dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None, offsets: Offsets = Offsets(),
-                  tiling: Tiling = Tiling(), return_logsumexp: bool = False
+                  dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None, softcap: float | None = None,
+                  offsets: Offsets = Offsets(), tiling: Tiling = Tiling(), return_logsumexp: bool = False
                   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Computes `xla_attention`; a query that sees nothing gives 0 here, and the mean of the values there.
 
@@ -103,6 +106,7 @@ def tpu_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Atte
       query: [batch, Q, heads, head_dim], unscaled.
       key, value: [batch, K, kv_heads, head_dim]; heads is a multiple of kv_heads.
       dropout_seeds: uint32 [batch], or None for no dropout of the probabilities.
+      softcap: of the scaled scores; see `soft_cap`.
 
     Returns:
       [batch, Q, heads, head_dim] in the dtype of `query`; with `return_logsumexp` also the logsumexp of the scores,
@@ -111,7 +115,7 @@ def tpu_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Atte
     Raises:
       ConfigError: the mask is an explicit matrix, or a tile does not fit a TPU.
     """
-    options = Options(dropout_rate, dropout_seeds, offsets, tiling)
+    options = Options(dropout_rate, dropout_seeds, softcap, offsets, tiling)
     static, scalars, tensors = _prepare(query, key, value, mask, options)
     out, logsumexp = _flash(static, scalars, tensors)
     out = _length_second(out, query.shape[1])
@@ -139,7 +143,7 @@ def tpu_attention_gradients(query: jax.Array, key: jax.Array, value: jax.Array, 
 def _prepare(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask,
              options: Options) -> tuple[_Static, _Scalars, _Tensors]:
     """Turns the arguments of `tpu_attention` into those of the kernels."""
-    dropout_rate, dropout_seeds, offsets, tiling = options
+    dropout_rate, dropout_seeds, softcap, offsets, tiling = options
     if mask.spec.kind == "matrix":
         raise ConfigError("the tpu backend evaluates masks by rule: use the xla backend for an explicit matrix")
     if not tiling.interpret and (tiling.block_q % _LANES or tiling.block_k % _LANES):
@@ -150,7 +154,7 @@ def _prepare(query: jax.Array, key: jax.Array, value: jax.Array, mask: Attention
     block_q, block_k = _tile_length(q_len, tiling.block_q), _tile_length(k_len, tiling.block_k)
     dropout_rate = 0.0 if dropout_seeds is None else dropout_rate
     spec = dataclasses.replace(mask.spec, lengths=mask.spec.lengths or k_len % block_k > 0)
-    static = _Static(spec, heads // kv_heads, block_q, block_k, dropout_rate, tiling.interpret)
+    static = _Static(spec, heads // kv_heads, block_q, block_k, dropout_rate, softcap, tiling.interpret)
 
     query_segments = key_segments = None
     query_bounds = key_bounds = jnp.zeros((1, 2), jnp.int32)
@@ -369,7 +373,7 @@ class _Tile:
 
     def scores(self, tensors: _Tensors, masked: bool) -> jax.Array:
         """Returns the scores, float32 [block_k, block_q]."""
-        scores = _product(tensors.key[...], tensors.query[...], (0, 0))
+        scores = soft_cap(_product(tensors.key[...], tensors.query[...], (0, 0)), self.static.softcap)
         if not masked:
             return scores
         segments = (tensors.query_segments[...], tensors.key_segments[...].T) if self.static.spec.segments else ()
@@ -386,9 +390,11 @@ class _Tile:
 
     def gradients(self, tensors: _Tensors, gradient: _Gradient, masked: bool) -> tuple[jax.Array, jax.Array]:
         """Returns the gradient of the scores and the probabilities after dropout, float32 [block_k, block_q]."""
-        probabilities = jnp.exp(self.scores(tensors, masked) - gradient.logsumexp[...])
+        scores = self.scores(tensors, masked)
+        probabilities = jnp.exp(scores - gradient.logsumexp[...])
         d_probabilities = self.dropout(_product(tensors.value[...], gradient.out[...], (0, 0)))
-        return probabilities * (d_probabilities - gradient.delta[...]), self.dropout(probabilities)
+        d_scores = probabilities * (d_probabilities - gradient.delta[...])
+        return soft_cap_gradient(d_scores, scores, self.static.softcap), self.dropout(probabilities)
 
 
 class _BlockSpecs:

@@ -14,7 +14,8 @@ from dlm_jax.attention.tpu import Offsets, Options, Tiling, tpu_attention, tpu_a
 
 def tpu_ring_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
                        partition: Partition | None = None, dropout_rate: float = 0.0,
-                       dropout_seeds: jax.Array | None = None, tiling: Tiling = Tiling()) -> jax.Array:
+                       dropout_seeds: jax.Array | None = None, softcap: float | None = None,
+                       tiling: Tiling = Tiling()) -> jax.Array:
     """Computes `tpu_attention` of arrays that are split over the mesh in use (`jax.set_mesh`).
 
     Args:
@@ -23,7 +24,7 @@ def tpu_ring_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask:
     """
     if not is_split(partition):
         return tpu_attention(query, key, value, mask, dropout_rate=dropout_rate, dropout_seeds=dropout_seeds,
-                             tiling=tiling)
+                             softcap=softcap, tiling=tiling)
     batch = PartitionSpec(partition.batch)
     # Arrays of a mask or of dropout are split per example; segment ids are not split along the length.
     by_example = functools.partial(jax.tree.map, lambda x: batch if x.ndim else PartitionSpec())
@@ -31,7 +32,7 @@ def tpu_ring_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask:
     def local(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask,
               dropout_seeds: jax.Array | None) -> jax.Array:
         head = jax.lax.axis_index(partition.heads) * key.shape[2]
-        ring = _Ring(partition.length, jax.lax.axis_size(partition.length), dropout_rate, tiling)
+        ring = _Ring(partition.length, jax.lax.axis_size(partition.length), dropout_rate, softcap, tiling)
         return _ring_attention(ring, query, key, value, mask, dropout_seeds, head)
 
     specs = by_example(mask), by_example(dropout_seeds)
@@ -45,6 +46,7 @@ class _Ring:
     axis: str
     size: int
     dropout_rate: float
+    softcap: float | None
     tiling: Tiling
 
     def options(self, dropout_seeds: jax.Array | None, kv_head_offset: jax.Array, query: jax.Array, key: jax.Array,
@@ -52,7 +54,7 @@ class _Ring:
         """Returns the kernel's options for keys that have traveled `hop` devices."""
         device = jax.lax.axis_index(self.axis)
         offsets = Offsets(device * query.shape[1], (device + hop) % self.size * key.shape[1], kv_head_offset)
-        return Options(self.dropout_rate, dropout_seeds, offsets, self.tiling)
+        return Options(self.dropout_rate, dropout_seeds, self.softcap, offsets, self.tiling)
 
     def rotate(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """Fetches each array from the next device."""

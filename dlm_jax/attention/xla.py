@@ -1,11 +1,13 @@
 """Attention in plain XLA: the dense reference that every other backend is held to, and a cheaper path for blocks."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dlm_jax.attention.mask import AttentionMask, MaskParams
+from dlm_jax.attention.softcap import soft_cap, soft_cap_gradient
 from dlm_jax.matmul import MatmulKind, matmul, product
 from dlm_jax.random import dropout
 
@@ -13,7 +15,7 @@ FORBIDDEN = -1e30  # finite, so that a query that sees nothing gives a mean of v
 
 
 def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
-                  dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None,
+                  dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None, softcap: float | None = None,
                   query_positions: jax.Array | None = None, matmul_kind: MatmulKind = "default") -> jax.Array:
     """Computes softmax attention with grouped queries over the full square; softmax in float32.
 
@@ -21,6 +23,7 @@ def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Atte
       query: [batch, Q, heads, head_dim], unscaled.
       key, value: [batch, K, kv_heads, head_dim]; heads is a multiple of kv_heads.
       dropout_seeds: uint32 [batch], or None for no dropout of the probabilities.
+      softcap: of the scaled scores; see `soft_cap`.
       query_positions: int [Q] or [batch, Q], the queries' positions among the keys; None: from 0.
       matmul_kind: how matrices are multiplied; see `dlm_jax.matmul`.
 
@@ -34,42 +37,54 @@ def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Atte
     query = query.reshape(batch, q_len, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     query = query.reshape(batch, kv_heads, groups * q_len, head_dim) * head_dim**-0.5
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [batch, kv_heads, K, head_dim]
-    out = _attention(query, key, value, mask, query_positions, dropout_seeds, dropout_rate, groups, matmul_kind)
+    static = _Static(dropout_rate, groups, softcap, matmul_kind)
+    out = _attention(query, key, value, mask, query_positions, dropout_seeds, static)
     out = out.reshape(batch, kv_heads, groups, q_len, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, q_len, heads, head_dim)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+class _Static(NamedTuple):
+    """The values that a program is compiled for."""
+
+    dropout_rate: float
+    groups: int  # query heads per key head
+    softcap: float | None
+    matmul: MatmulKind
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, positions: jax.Array | None,
-               seeds: jax.Array | None, dropout_rate: float, groups: int, kind: MatmulKind) -> jax.Array:
+               seeds: jax.Array | None, static: _Static) -> jax.Array:
     """Computes attention of [batch, kv_heads, groups x Q, head_dim] queries to [batch, kv_heads, K, head_dim] keys.
 
     Its gradient recomputes the weights from the scores: no array of the square's size is stored.
     """
-    return _attend(query, key, value, mask, positions, seeds, dropout_rate, groups, kind)[0]
+    return _attend(query, key, value, mask, positions, seeds, static)[0]
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, positions: jax.Array | None,
-            seeds: jax.Array | None, dropout_rate: float, groups: int, kind: MatmulKind) -> tuple:
-    scores = _masked_scores(query, key, mask, positions, groups, kind)
+            seeds: jax.Array | None, static: _Static) -> tuple:
+    scores = _masked_scores(query, key, mask, positions, static)
     # Softmax is divided by its sum after the product with the values: it then needs no pass over the square.
     maximum = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - maximum)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = _dropout(weights, dropout_rate, seeds, groups).astype(value.dtype)
-    out = (product(weights, value, -1, -2, kind) / total).astype(value.dtype)
+    weights = _dropout(weights, seeds, static).astype(value.dtype)
+    out = (product(weights, value, -1, -2, static.matmul) / total).astype(value.dtype)
     return out, (query, key, value, mask, positions, seeds, out, maximum, total)
 
 
-def _attend_backward(dropout_rate: float, groups: int, kind: MatmulKind, saved: tuple, g: jax.Array) -> tuple:
+def _attend_backward(static: _Static, saved: tuple, g: jax.Array) -> tuple:
     """Computes the gradient of softmax attention, as in FlashAttention-2 (Dao, arXiv 2307.08691, section 2.3)."""
     query, key, value, mask, positions, seeds, out, maximum, total = saved
-    scores = _masked_scores(query, key, mask, positions, groups, kind)
+    kind = static.matmul
+    scores = _masked_scores(query, key, mask, positions, static)
     weights = jnp.exp(scores - maximum) / total
-    dropped = _dropout(weights, dropout_rate, seeds, groups).astype(value.dtype)
-    dweights = _dropout(product(g, value, -1, -1, kind), dropout_rate, seeds, groups)
+    dropped = _dropout(weights, seeds, static).astype(value.dtype)
+    dweights = _dropout(product(g, value, -1, -1, kind), seeds, static)
     mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dscores = jnp.where(scores > FORBIDDEN, weights * (dweights - mean), 0).astype(key.dtype)
+    dscores = soft_cap_gradient(weights * (dweights - mean), scores, static.softcap)
+    dscores = jnp.where(scores > FORBIDDEN, dscores, 0).astype(key.dtype)
     grads = (product(dscores, key, -1, -2, kind), product(dscores, query, -2, -2, kind),
              product(dropped, g, -2, -2, kind))
     return *(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), None, None, None
@@ -78,10 +93,10 @@ def _attend_backward(dropout_rate: float, groups: int, kind: MatmulKind, saved: 
 _attention.defvjp(_attend, _attend_backward)
 
 
-def _masked_scores(query: jax.Array, key: jax.Array, mask: AttentionMask, positions: jax.Array | None, groups: int,
-                   kind: MatmulKind) -> jax.Array:
+def _masked_scores(query: jax.Array, key: jax.Array, mask: AttentionMask, positions: jax.Array | None,
+                   static: _Static) -> jax.Array:
     """Returns scores float32 [batch, kv_heads, groups x Q, K]."""
-    scores = product(query, key, -1, -1, kind)
+    scores, groups = soft_cap(product(query, key, -1, -1, static.matmul), static.softcap), static.groups
     spec = mask.spec
     if spec.kind == "bidirectional" and not (spec.window or spec.segments or spec.lengths):
         return scores
@@ -91,15 +106,15 @@ def _masked_scores(query: jax.Array, key: jax.Array, mask: AttentionMask, positi
     return jnp.where(allowed[:, None, None], split, FORBIDDEN).reshape(scores.shape)  # allowed: [batch or 1, Q, K]
 
 
-def _dropout(weights: jax.Array, rate: float, seeds: jax.Array | None, groups: int) -> jax.Array:
+def _dropout(weights: jax.Array, seeds: jax.Array | None, static: _Static) -> jax.Array:
     """Drops weights [batch, kv_heads, groups x Q, K] by their coordinates; linear, so also the rule of its gradient."""
-    split = weights.reshape(*weights.shape[:2], groups, -1, weights.shape[-1])
-    return dropout(split, rate, seeds).reshape(weights.shape)
+    split = weights.reshape(*weights.shape[:2], static.groups, -1, weights.shape[-1])
+    return dropout(split, static.dropout_rate, seeds).reshape(weights.shape)
 
 
 def xla_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *,
                         dropout_rate: float = 0.0, dropout_seeds: jax.Array | None = None,
-                        matmul_kind: MatmulKind = "default") -> jax.Array:
+                        softcap: float | None = None, matmul_kind: MatmulKind = "default") -> jax.Array:
     """Computes `xla_attention` of a mask from `AttentionMask.block_diffusion` without most of what it forbids.
 
     Every query may see the clean copy, and a noisy one its own block: instead of a square over all copies these are
@@ -129,7 +144,7 @@ def xla_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask
     allowed = mask.allowed(positions[:, 0], clean)[:, None, None]  # [batch or 1, 1, 1, total, text]
     rows = (batch, kv_heads, groups * total)  # one group's queries share a matrix
     clean_scores = matmul(query.reshape(*rows, head_dim), key[:, :, noised:], matmul_kind, transpose_b=True)
-    clean_scores = clean_scores.reshape(batch, kv_heads, groups, total, text)
+    clean_scores = soft_cap(clean_scores.reshape(batch, kv_heads, groups, total, text), softcap)
     clean_scores = jnp.where(allowed, clean_scores, FORBIDDEN)
 
     own = to_blocks(positions[:noised])[..., 0]  # [views, blocks, size]: positions by block, padded with 0
@@ -137,7 +152,8 @@ def xla_block_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask
     allowed = _allowed_pairs(mask, own[..., :, None], own[..., None, :]) & is_token[..., None, :]
     block_key, block_value = to_blocks(key[:, :, :noised]), to_blocks(value[:, :, :noised])
     own_scores = _product("bhgvnqd,bhvnkd->bhgvnqk", to_blocks(query[:, :, :, :noised]), block_key)
-    own_scores = from_blocks(jnp.where(allowed[:, None, None], own_scores, FORBIDDEN))  # [.., groups, noised, size]
+    own_scores = jnp.where(allowed[:, None, None], soft_cap(own_scores, softcap), FORBIDDEN)
+    own_scores = from_blocks(own_scores)  # [.., groups, noised, size]
 
     maximum = jnp.max(clean_scores, axis=-1, keepdims=True)
     maximum = jax.lax.stop_gradient(maximum.at[..., :noised, :].max(jnp.max(own_scores, axis=-1, keepdims=True)))

@@ -60,12 +60,14 @@ def resolve_drafter(settings: DrafterSettings, target: "ModelConfig", mask_token
     from dlm_jax.models import DrafterConfig, spread_layer_ids  # here, as a recipe is checked before JAX is imported
 
     layers = dataclasses.replace(
-        target, num_layers=settings.num_layers, sliding_window=settings.sliding_window, embed_dropout=0.0,
-        attention_dropout=0.0, residual_dropout=0.0)
+        target, num_layers=settings.num_layers, sliding_window=settings.sliding_window, full_attention_layers=(),
+        sliding_rope_theta=None, scale_embeddings=False, logit_softcap=None, embed_dropout=0.0, attention_dropout=0.0,
+        residual_dropout=0.0)
     if settings.init == "random":
         layers = dataclasses.replace(
             layers, family="qwen3", norm="rms", activation="silu", gated_mlp=True, positions="rope", qkv_bias=False,
-            out_bias=False, mlp_bias=False, qk_norm=True)
+            out_bias=False, mlp_bias=False, qk_norm=True, post_norms=False, query_pre_attn_scalar=None,
+            attention_softcap=None)
     elif settings.num_layers > target.num_layers:
         raise ConfigError(f"drafter.num_layers {settings.num_layers} is more than the {target.num_layers} layers of "
                           "the base, whose last ones it copies; set drafter.init to random")
@@ -113,7 +115,8 @@ class DrafterRecord:
             layers = config.pop("layers")
             if layers["rope_scaling"] is not None:
                 layers["rope_scaling"] = RopeScaling(**layers["rope_scaling"])
-            config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+            config, layers = ({name: tuple(value) if isinstance(value, list) else value
+                               for name, value in fields.items()} for fields in (config, layers))
             return cls(DrafterConfig(ModelConfig(**layers), **config), **content)
         except (TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}; restore it from a copy") from error

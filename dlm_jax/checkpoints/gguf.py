@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dlm_jax.checkpoints import hf_gemma
 from dlm_jax.checkpoints.gguf_file import GGUFContent, GGUFTensor, check_types, read_gguf
 from dlm_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from dlm_jax.checkpoints.hf_config import config_from_hf
@@ -33,7 +34,18 @@ _GPT2_KEYS = {
     "feed_forward_length": "n_inner", "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }  # fmt: skip
-_KEYS = {"llama": _LLAMA_KEYS, "qwen2": _LLAMA_KEYS, "qwen3": _LLAMA_KEYS, "gpt2": _GPT2_KEYS}
+_GEMMA_KEYS = _LLAMA_KEYS | {
+    "attention.sliding_window": "sliding_window", "rope.freq_base_swa": "rope_local_base_freq",
+    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
+}  # fmt: skip
+_KEYS = {"llama": _LLAMA_KEYS, "qwen2": _LLAMA_KEYS, "qwen3": _LLAMA_KEYS, "gpt2": _GPT2_KEYS, "gemma2": _GEMMA_KEYS,
+         "gemma3": _GEMMA_KEYS}
+_FAMILIES = {"gemma3": "gemma3_text"}  # HF's model_type where it is not the architecture's name
+
+_WINDOWS = "attention.sliding_window_pattern"  # of each layer, or one of how many has none
+# Layers of those Gemmas whose scores are divided by the root of width / heads, of which files say nothing. llama.cpp
+# recognizes them so too.
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 # Settings that llama.cpp implements and this library does not, with the values that have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -51,11 +63,16 @@ _LLAMA_NAMES = {
     "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+_GEMMA_NAMES = _LLAMA_NAMES | {
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
 _GPT2_NAMES = {
     "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
     "output": "lm_head", "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
     "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
 }  # fmt: skip
+_NAMES = {"gpt2": _GPT2_NAMES, "gemma2": _GEMMA_NAMES, "gemma3_text": _GEMMA_NAMES}
 _TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
 _ROPE_FACTORS = "rope_freqs.weight"  # by how much each frequency is divided
@@ -95,19 +112,21 @@ def read_config(content: GGUFContent) -> dict[str, Any]:
     if family not in _KEYS:
         raise CheckpointError(f"{path} holds a model of the architecture {family}; those that can be computed are "
                               f"{', '.join(_KEYS)} (Mistral's files are of llama), so use a model of one of these")
-    settings = {key.removeprefix(f"{family}."): _one_for_all(path, key, value) for key, value in metadata.items()
-                if key.startswith(f"{family}.")}
+    settings = {key.removeprefix(f"{family}."): value if key.endswith(_WINDOWS) else _one_for_all(path, key, value)
+                for key, value in metadata.items() if key.startswith(f"{family}.")}
     for name, allowed in _NEUTRAL.items():
-        if name in settings and settings[name] not in allowed:
+        if name in settings and name not in _KEYS[family] and settings[name] not in allowed:
             raise CheckpointError(f"{path} sets {family}.{name} to {settings[name]!r}, which this library does not "
                                   "implement; use a model without it")
     if _EMBEDDING not in tensors:
         raise CheckpointError(f"{path} lacks the tensor {_EMBEDDING}, so it holds no language model")
     config = {name: _decimal(settings[key]) for key, name in _KEYS[family].items() if key in settings}
-    config |= {"model_type": family, "vocab_size": tensors[_EMBEDDING].shape[0],
+    config |= {"model_type": _FAMILIES.get(family, family), "vocab_size": tensors[_EMBEDDING].shape[0],
                "tie_word_embeddings": _is_tied(tensors)}
     if family != "gpt2":
         config |= _llama_settings(path, family, settings, config, tensors)
+    if family in _GEMMA_27B_LAYERS:
+        config |= _gemma_settings(family, settings, config)
     for name in ("bos", "eos"):
         if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{name}_token_id"] = token
@@ -129,7 +148,7 @@ def named_tensors(content: GGUFContent, config: dict[str, Any]) -> dict[str, GGU
     """
     check_types(content)
     family = config["model_type"]
-    names, tensors, unknown = _GPT2_NAMES if family == "gpt2" else _LLAMA_NAMES, {}, []
+    names, tensors, unknown = _NAMES.get(family, _LLAMA_NAMES), {}, []
     for name, tensor in content.tensors.items():
         if name == _ROPE_FACTORS or (name == _HEAD and config["tie_word_embeddings"]):
             continue
@@ -155,6 +174,8 @@ def _as_hf(tensor: GGUFTensor, part: str, family: str, config: dict[str, Any]) -
         heads = heads if part == "attn_q" else config.get("num_key_value_heads", heads)
         if tensor.shape[0] % (2 * heads) == 0:  # any other shape is refused with all others
             return dataclasses.replace(tensor, convert=functools.partial(_split_rotary, heads=heads))
+    if part.endswith("norm") and family in hf_gemma.FAMILIES:  # a file has what is multiplied, HF that less 1
+        return dataclasses.replace(tensor, convert=lambda scale: scale - 1)
     return tensor
 
 
@@ -191,6 +212,21 @@ def _llama_settings(path: Path, family: str, settings: dict[str, Any], config: d
         original = settings.get("rope.scaling.original_context_length", 8192)
         theta = config.get("rope_theta", 10000.0)
         more["rope_scaling"] = _llama3_scaling(path, np.asarray(tensors[_ROPE_FACTORS]), theta, original)
+    return more
+
+
+def _gemma_settings(family: str, settings: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what config.json of a Gemma has beyond a LLaMA's."""
+    more = {}
+    if config.get("num_hidden_layers") == _GEMMA_27B_LAYERS[family] and config.get("num_attention_heads"):
+        more["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
+    else:
+        more["query_pre_attn_scalar"] = config.get("head_dim", 256)
+    windows = settings.get(_WINDOWS)
+    if isinstance(windows, list):
+        more["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in windows]
+    elif windows is not None:
+        more["sliding_window_pattern"] = windows
     return more
 
 

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlm_jax.checkpoints import hf_gemma
+from dlm_jax.checkpoints.hf_rope import partial_rotary_factor, rope_from_hf, rope_to_hf
 from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError
-from dlm_jax.models import ModelConfig, RopeScaling
+from dlm_jax.models import ModelConfig
 from dlm_jax.storage import read_json
 
 # Settings that HF's code implements and this library does not, with the values that have no effect.
@@ -18,12 +20,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "partial_rotary_factor": (None, 1),
     "quantization_config": (None,), "compression_config": (None,),
 }
 # Settings that transformers takes as they are, never as text: "false" would count as true.
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-_NUMBERS = ("rms_norm_eps", "layer_norm_epsilon", "initializer_range", "rope_theta", "max_window_layers")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_qkv_bias")
+_NUMBERS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "initializer_range", "rope_theta",
+            "max_window_layers", "rope_local_base_freq")
 _SIZES_OR_NULL = ("head_dim", "n_inner", "sliding_window")
 
 # Other names of GPT-2's sizes, which transformers prefers (its `attribute_map`).
@@ -32,18 +34,14 @@ _GPT2_ALIASES = {"n_embd": "hidden_size", "n_positions": "max_position_embedding
 
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "stablelm": "StableLmForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
 }  # fmt: skip
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu": "gelu", "silu": "silu", "swish": "silu", "relu": "relu",
 }  # fmt: skip
 _HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu": "relu"}
-# HF's keys of the fields of RopeScaling after `kind`.
-_ROPE_SCALINGS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
 class ExternalArch(NamedTuple):
@@ -69,8 +67,10 @@ EXTERNAL_ARCHS = {
 }
 
 # Keys of the source's config.json that an export does not keep: it writes its own, in one spelling.
-_REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "dtype", "torch_dtype", "auto_map",
-             "_name_or_path", "transformers_version", "mask_token_id", "dlm_jax", *_GPT2_ALIASES.values())
+_REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor",
+              "layer_types", "sliding_window_pattern", "_sliding_window_pattern", "dtype",
+              "torch_dtype", "auto_map", "_name_or_path", "transformers_version", "mask_token_id", "dlm_jax",
+              *_GPT2_ALIASES.values())
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         if files := sorted(file.name for file in directory.glob("*.gguf")):
             hint = f"; give a GGUF file in it ({', '.join(files)})"
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint{hint}")
-    return _rewrite_external(read_json(path))
+    return _rewrite_external(hf_gemma.text_model(read_json(path)))
 
 
 def recorded_diffusion(hf: Mapping[str, Any]) -> DiffusionSpec:
@@ -142,7 +142,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     for name in _SIZES_OR_NULL:
         if hf.get(name) is not None:
             _size(hf, name)
-    return _from_gpt2(hf) if family == "gpt2" else _from_llama(hf, family)
+    if family in hf_gemma.FAMILIES:
+        hf = hf_gemma.with_defaults(hf)
+        return dataclasses.replace(_from_llama(hf, family), **hf_gemma.fields(hf))
+    read = {"gpt2": _from_gpt2, "stablelm": _from_stablelm}.get(family)
+    return _from_llama(hf, family) if read is None else read(hf)
 
 
 def config_to_hf(config: ModelConfig, base: Mapping[str, Any], diffusion: DiffusionSpec,
@@ -208,20 +212,39 @@ def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
     hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
     absent = None if family == "llama" else 0  # null, and for LLaMA also no key, means as many as heads
     kv_heads = heads if hf.get("num_key_value_heads", absent) is None else _size(hf, "num_key_value_heads")
-    attention_bias = family in ("llama", "qwen3") and hf.get("attention_bias", False)
-    theta, scaling = _rope(hf)
+    attention_bias = family in ("llama", "qwen3", *hf_gemma.FAMILIES) and hf.get("attention_bias", False)
+    theta, scaling = rope_from_hf(hf)
+    rotary = partial_rotary_factor(hf)
+    if rotary != 1 and family != "stablelm":
+        raise CheckpointError(f"config.json sets partial_rotary_factor to {rotary}, which the Hugging Face class of "
+                              f"{family} does not implement")
+    window, full_attention_layers = _sliding_window(hf, family)
     return ModelConfig(
         family=family, vocab_size=_size(hf, "vocab_size"), hidden_size=hidden,
         num_layers=_size(hf, "num_hidden_layers"), num_heads=heads, num_kv_heads=kv_heads,
         head_dim=hf.get("head_dim", 128 if family == "qwen3" else None) or _head_dim(hf, hidden, heads),
         mlp_size=_size(hf, "intermediate_size"), max_length=_size(hf, "max_position_embeddings"),
         norm="rms", norm_eps=hf.get("rms_norm_eps", 1e-6), activation=_activation(hf.get("hidden_act", "silu")),
-        gated_mlp=True, positions="rope", rope_theta=theta, rope_scaling=scaling,
+        gated_mlp=True, positions="rope", rope_theta=theta, rope_scaling=scaling, partial_rotary_factor=rotary,
         qkv_bias=family == "qwen2" or attention_bias, out_bias=attention_bias,
-        mlp_bias=family == "llama" and hf.get("mlp_bias", False), qk_norm=family == "qwen3",
-        tie_embeddings=hf.get("tie_word_embeddings", False), sliding_window=_sliding_window(hf, family),
-        attention_dropout=hf.get("attention_dropout", 0.0), initializer_range=hf.get("initializer_range", 0.02),
+        mlp_bias=family == "llama" and hf.get("mlp_bias", False), qk_norm=family in ("qwen3", "gemma3_text"),
+        tie_embeddings=hf.get("tie_word_embeddings", False), sliding_window=window,
+        full_attention_layers=full_attention_layers, attention_dropout=hf.get("attention_dropout", 0.0),
+        initializer_range=hf.get("initializer_range", 0.02),
     )  # fmt: skip
+
+
+def _from_stablelm(hf: Mapping[str, Any]) -> ModelConfig:
+    for name in ("use_parallel_residual", "qk_layernorm"):
+        if hf.get(name, False) is not False:
+            raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not implement")
+    defaults = {"num_key_value_heads": 32}
+    if not any("partial_rotary_factor" in (hf.get(name) or {}) for name in ("rope_scaling", "rope_parameters")):
+        defaults["partial_rotary_factor"] = 0.25
+    hf = defaults | {name: value for name, value in hf.items() if name != "head_dim"}
+    return dataclasses.replace(
+        _from_llama(hf, "stablelm"), norm="layer", norm_eps=hf.get("layer_norm_eps", 1e-5),
+        qkv_bias=hf.get("use_qkv_bias", False), residual_dropout=hf.get("hidden_dropout", 0.0))
 
 
 def _to_llama(config: ModelConfig) -> dict[str, Any]:
@@ -232,17 +255,26 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim, "intermediate_size": config.mlp_size,
         "max_position_embeddings": config.max_length, "rms_norm_eps": config.norm_eps,
         "hidden_act": _HF_ACTIVATIONS[config.activation], "attention_dropout": config.attention_dropout,
-        "rope_theta": config.rope_theta, "rope_scaling": _rope_to_hf(config.rope_scaling),
+        "rope_theta": config.rope_theta, "rope_scaling": rope_to_hf(config.rope_scaling),
     }  # fmt: skip
     if config.family in ("llama", "qwen3"):
         hf["attention_bias"] = config.out_bias
     if config.family == "llama":
         hf["mlp_bias"] = config.mlp_bias
+    if config.family == "stablelm":
+        hf |= {"layer_norm_eps": config.norm_eps, "use_qkv_bias": config.qkv_bias,
+               "partial_rotary_factor": config.partial_rotary_factor, "hidden_dropout": config.residual_dropout}
     if config.family == "mistral":
         hf["sliding_window"] = window
     if config.family in ("qwen2", "qwen3"):
         hf |= {"use_sliding_window": window is not None, "sliding_window": window,
                "max_window_layers": 0 if window else config.num_layers}
+        if config.full_attention_layers:
+            hf["layer_types"] = ["full_attention" if layer in config.full_attention_layers else "sliding_attention"
+                                 for layer in range(config.num_layers)]
+    if config.family in hf_gemma.FAMILIES:
+        del hf["hidden_act"]
+        hf |= hf_gemma.to_hf(config)
     return hf
 
 
@@ -265,77 +297,25 @@ def _activation(name: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Returns the base and scaling of RoPE, from the keys of transformers 4 or 5.
-
-    Where both are there, transformers reads `rope_scaling` and nothing of `rope_parameters`, not even its base.
-    """
-    scaling, parameters = (_rope_object(hf, name) for name in ("rope_scaling", "rope_parameters"))
-    rope = scaling or parameters
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
-    other = parameters.get("rope_theta", theta)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(theta, int | float):
-        raise CheckpointError(f"config.json must give rope_theta as a number, not {theta!r}")
-    if scaling and other != theta:
-        raise CheckpointError(f"config.json gives rope_theta {other} in rope_parameters, and rope_scaling, which "
-                              f"replaces all of it and so makes it {theta}; write the scaling into rope_parameters")
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise CheckpointError("config.json applies RoPE to a fraction of each head (partial_rotary_factor), which "
-                              "this library does not implement")
-    if kind == "default":
-        return theta, None
-    if kind not in _ROPE_SCALINGS:
-        raise CheckpointError(f"config.json asks for RoPE scaling of type {kind!r}; supported are "
-                              f"{', '.join(_ROPE_SCALINGS)}")
-    name = "original_max_position_embeddings"
-    outer = hf.get(name, hf.get("max_position_embeddings"))
-    known = {name: outer} | rope
-    if name in hf and name in _ROPE_SCALINGS[kind] and known[name] != outer:
-        raise CheckpointError(f"config.json gives {name} as {outer}, and as {known[name]} in its {kind} RoPE scaling; "
-                              "remove the wrong one")
-    if absent := [name for name in _ROPE_SCALINGS[kind] if not isinstance(known.get(name), int | float)]:
-        raise CheckpointError(f"config.json asks for {kind} RoPE scaling without a number as {', '.join(absent)}")
-    return theta, RopeScaling(kind, *(known[name] for name in _ROPE_SCALINGS[kind]))
-
-
-def _rope_object(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
-    rope = hf.get(name) or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"config.json must give {name} as an object, not {rope!r}")
-    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
-        raise CheckpointError(f"config.json gives {name} of its own to each kind of layer ({', '.join(nested)}), "
-                              "which this library does not implement")
-    return rope
-
-
-def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    _, *values = dataclasses.astuple(scaling)
-    return {"rope_type": scaling.kind, **dict(zip(_ROPE_SCALINGS[scaling.kind], values, strict=False))}
-
-
-def _sliding_window(hf: Mapping[str, Any], family: str) -> int | None:
-    """Returns the window of all layers, or None; different windows per layer are refused."""
-    if family == "llama":
-        return None
-    window, layers = hf.get("sliding_window", 4096), hf["num_hidden_layers"]
+def _sliding_window(hf: Mapping[str, Any], family: str) -> tuple[int | None, tuple[int, ...]]:
+    """Returns the sliding window, None if no layer has one, and the layers that see the full text although others do
+    not."""
+    if family in ("llama", "stablelm"):
+        return None, ()
+    window, layers = hf.get("sliding_window", 4096), _size(hf, "num_hidden_layers")
     if family == "mistral":
-        return window
-    if not hf.get("use_sliding_window", False):
+        return window, ()
+    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False):
         window = None
     full = layers if window is None else min(hf.get("max_window_layers", 28), layers)
     kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise CheckpointError(f"config.json gives {len(kinds)} layer_types ({', '.join(sorted(set(kinds)))}) for "
                               f"{layers} layers; known are full_attention and sliding_attention")
-    if len(set(kinds)) > 1:
-        raise CheckpointError("config.json gives a sliding window to some layers and not to others "
-                              "(max_window_layers, layer_types), which this library does not implement")
-    if kinds[0] == "full_attention":
-        return None
+    full_layers = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+    if len(full_layers) == layers:
+        return None, ()
     if window is None:
         raise CheckpointError("config.json has layer_types with sliding_attention and no window for it "
                               "(use_sliding_window, sliding_window)")
-    return window
+    return window, full_layers

@@ -51,6 +51,7 @@ _GPT2 = {
 _LLAMA = {
     "embed.embedding": Key("model.embed_tokens.weight"),
     "blocks.attention_norm.scale": Key("model.layers.{i}.input_layernorm.weight"),
+    "blocks.attention_norm.bias": Key("model.layers.{i}.input_layernorm.bias"),
     "blocks.attention.q.kernel": Key("model.layers.{i}.self_attn.q_proj.weight", "dhk->(hk)d"),
     "blocks.attention.k.kernel": Key("model.layers.{i}.self_attn.k_proj.weight", "dhk->(hk)d"),
     "blocks.attention.v.kernel": Key("model.layers.{i}.self_attn.v_proj.weight", "dhk->(hk)d"),
@@ -62,6 +63,7 @@ _LLAMA = {
     "blocks.attention.out.kernel": Key("model.layers.{i}.self_attn.o_proj.weight", "hkd->d(hk)"),
     "blocks.attention.out.bias": Key("model.layers.{i}.self_attn.o_proj.bias"),
     "blocks.mlp_norm.scale": Key("model.layers.{i}.post_attention_layernorm.weight"),
+    "blocks.mlp_norm.bias": Key("model.layers.{i}.post_attention_layernorm.bias"),
     "blocks.mlp.gate.kernel": Key("model.layers.{i}.mlp.gate_proj.weight", "df->fd"),
     "blocks.mlp.gate.bias": Key("model.layers.{i}.mlp.gate_proj.bias"),
     "blocks.mlp.up.kernel": Key("model.layers.{i}.mlp.up_proj.weight", "df->fd"),
@@ -69,11 +71,24 @@ _LLAMA = {
     "blocks.mlp.down.kernel": Key("model.layers.{i}.mlp.down_proj.weight", "fd->df"),
     "blocks.mlp.down.bias": Key("model.layers.{i}.mlp.down_proj.bias"),
     "final_norm.scale": Key("model.norm.weight"),
+    "final_norm.bias": Key("model.norm.bias"),
     "head.kernel": Key("lm_head.weight", "dv->vd"),
 }
 
-KEYS = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+_GEMMA = _LLAMA | {
+    "blocks.attention_post_norm.scale": Key("model.layers.{i}.post_attention_layernorm.weight"),
+    "blocks.mlp_norm.scale": Key("model.layers.{i}.pre_feedforward_layernorm.weight"),
+    "blocks.mlp_post_norm.scale": Key("model.layers.{i}.post_feedforward_layernorm.weight"),
+}
+
+KEYS = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "stablelm": _LLAMA,
+        "gemma2": _GEMMA, "gemma3_text": _GEMMA}
 HEAD = "lm_head.weight"
+
+# Prefixes in a Gemma 3 that also reads images, of transformers 4 and 5, and the parts of it that read them.
+_LANGUAGE_MODEL = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.",
+                   "model.language_model.": "model."}
+_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 # Causal masks and rotary tables, which older versions of transformers stored.
 _BUFFER = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
@@ -88,9 +103,15 @@ def canonical(names: Iterable[str], family: str) -> dict[str, str]:
     """Maps HF names to the names stored in a checkpoint, which may lack the prefix or be DiffuGPT's.
 
     `gpt2` on the hub is stored without the prefix `transformer.`; DiffuGPT uses `embed_tokens.` and `denoise_model.`.
-    Buffers that are not learned are omitted.
+    Buffers that are not learned are omitted, and what reads images in a Gemma 3.
     """
     names = [name for name in names if not _BUFFER.search(name)]
+    if family == "gemma3_text":
+        prefixes = {name: next((prefix for prefix in _LANGUAGE_MODEL if name.startswith(prefix)), "") for name in names
+                    if not _VISION.match(name)}
+        if any(prefixes.values()):
+            return {_LANGUAGE_MODEL.get(prefix, "") + name.removeprefix(prefix): name
+                    for name, prefix in prefixes.items()}
     prefix = embedding_name(family).split(".")[0] + "."
     bare = not any(name.startswith((prefix, "denoise_model.")) for name in names)
 

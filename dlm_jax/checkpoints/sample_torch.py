@@ -13,24 +13,32 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 
 def load_model(directory: str | Path) -> torch.nn.Module:
     """Loads the exported model with an attention implementation that accepts any mask."""
     if int(transformers.__version__.split(".")[0]) < 5:
         raise SystemExit("this needs transformers 5: earlier versions attend causally whatever mask they are given")
-    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa").eval()
+    kind = AutoConfig.from_pretrained(directory).model_type
+    attention = "eager" if kind == "gemma2" else "sdpa"  # its soft cap
+    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention).eval()
 
 
 def bidirectional_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Returns logits [batch, length, vocab] of tokens [batch, length]; every position sees every other."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     distance = (positions[:, None] - positions[None, :]).abs()
-    visible = distance < (getattr(model.config, "sliding_window", None) or tokens.shape[1])
-    mask = torch.zeros(visible.shape, dtype=model.dtype, device=tokens.device)
-    mask = mask.masked_fill(~visible, torch.finfo(model.dtype).min)
-    return model(tokens, attention_mask=mask.expand(len(tokens), 1, -1, -1), use_cache=False).logits.float()
+
+    def within(window: int | None) -> torch.Tensor:
+        mask = torch.zeros(distance.shape, dtype=model.dtype, device=tokens.device)
+        mask = mask.masked_fill(distance >= (window or tokens.shape[1]), torch.finfo(model.dtype).min)
+        return mask.expand(len(tokens), 1, -1, -1)
+
+    mask = within(getattr(model.config, "sliding_window", None))
+    if len(set(getattr(model.config, "layer_types", None) or ())) > 1:  # only some layers have the window
+        mask = {"full_attention": within(None), "sliding_attention": mask}
+    return model(tokens, attention_mask=mask, use_cache=False).logits.float()
 
 
 def missing_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

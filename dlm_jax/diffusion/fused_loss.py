@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from dlm_jax.attention import soft_cap, soft_cap_gradient
 from dlm_jax.diffusion.teacher import (
     Divergence,
     DivergenceTerms,
@@ -47,6 +48,7 @@ class HeadPlan:
         vocabulary, with a fourth matrix product.
       kernel_gradient: whether the kernel is trained; else its gradient is not computed.
       matmul: how matrices are multiplied; see `dlm_jax.matmul`.
+      softcap: of the logits; see `soft_cap`.
     """
 
     vocab_axis: int
@@ -57,6 +59,7 @@ class HeadPlan:
     max_gradient_bytes: int = 2**28
     kernel_gradient: bool = True
     matmul: MatmulKind = "default"
+    softcap: float | None = None
 
     def mesh_axes(self, *entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
         """Returns the mesh axes named by entries of a partition whose size exceeds 1."""
@@ -169,7 +172,8 @@ def _on_device(hidden: jax.Array, kernel: jax.Array, targets: HeadTargets, *, pl
         gathered = kernel.astype(hidden.dtype)
         if shared:
             gathered = lax.all_gather(gathered, shared, axis=embed_axis, tiled=True)
-        return HeadShard(gathered, plan.vocab_axis, plan.mesh_axes(plan.kernel[plan.vocab_axis]), plan.matmul)
+        return HeadShard(gathered, plan.vocab_axis, plan.mesh_axes(plan.kernel[plan.vocab_axis]), plan.matmul,
+                         plan.softcap)
 
     head, shape = gather(kernel), targets.targets.shape
     tokens = ScoredTokens(hidden.reshape(-1, hidden.shape[-1]), *(x if x is None else x.ravel() for x in (
@@ -230,10 +234,11 @@ class HeadShard(NamedTuple):
     vocab_axis: int
     mesh_axes: tuple[str, ...] = ()
     matmul: MatmulKind = "default"
+    softcap: float | None = None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Computes logits: [tokens, embed] to float32 [tokens, vocab]."""
-        return product(hidden, self.kernel, 1, 1 - self.vocab_axis, self.matmul)
+        return soft_cap(product(hidden, self.kernel, 1, 1 - self.vocab_axis, self.matmul), self.softcap)
 
     def dhidden(self, dlogits: jax.Array) -> jax.Array:
         """Computes the gradient by hidden states: [tokens, vocab] to float32 [tokens, embed], of this shard only."""
@@ -280,7 +285,7 @@ def score_tokens(tokens: ScoredTokens, head: HeadShard, chunk_size: int, *, dhid
             values = values._replace(entropy=entropy(logits, logsumexp, reduce))
         scores = jax.tree.map(lambda x, value: _put(x, chunk, value), scores, values)
         if dhidden or dkernel:
-            dlogits = _dlogits(tokens, chunk, logits, teacher_logits, targets, values)
+            dlogits = _dlogits(tokens, chunk, logits, teacher_logits, targets, values, head.softcap)
         if dhidden:
             hidden_gradient = _put(hidden_gradient, chunk, reduce(lax.psum, head.dhidden(dlogits)))
         if dkernel:
@@ -327,7 +332,7 @@ def gradients_by_block(tokens: ScoredTokens, head: HeadShard, scores: TokenScore
             if teacher is not None:
                 teacher_logits = columns_of(teacher.head).logits(_take(teacher.hidden, chunk))
             dlogits = _dlogits(tokens, chunk, columns.logits(hidden), teacher_logits, _take(targets, chunk) - first,
-                               values) * is_new
+                               values, head.softcap) * is_new
             return (carry[0].at[chunk].add(columns.dhidden(dlogits), mode="drop"),
                     carry[1] + columns.dkernel(hidden, dlogits))
 
@@ -362,11 +367,12 @@ def _over_chunks(loss_mask: jax.Array, chunk_size: int, visit: Callable, carry: 
 
 
 def _dlogits(tokens: ScoredTokens, chunk: jax.Array, logits: jax.Array, teacher_logits: jax.Array | None,
-             targets: jax.Array, values: TokenScores) -> jax.Array:
+             targets: jax.Array, values: TokenScores, softcap: float | None) -> jax.Array:
     """Returns the gradient of a chunk's weighted sum by its logits [chunk, vocab]; the one-hot is never an array.
 
     Args:
-      logits, teacher_logits: of all columns of the vocabulary, or of some.
+      logits, teacher_logits: after the soft cap, of all columns of the vocabulary, or of some; the gradient is by the
+        logits as they are before it.
       targets: as indices of these columns.
       values: of the chunk, over the full vocabulary.
     """
@@ -379,7 +385,7 @@ def _dlogits(tokens: ScoredTokens, chunk: jax.Array, logits: jax.Array, teacher_
     if (teacher := tokens.teacher) is not None:
         weights = _take(teacher.weights, chunk)
         dlogits += weights[:, None] * divergence_dlogits(teacher.divergence, p, teacher_logits, values.divergence)
-    return dlogits
+    return soft_cap_gradient(dlogits, logits, softcap)
 
 
 def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:

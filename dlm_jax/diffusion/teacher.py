@@ -62,14 +62,12 @@ def align_states(states: jax.Array, copies: int, *, shift: bool) -> jax.Array:
     return jnp.tile(states, (1, copies, *[1] * (states.ndim - 2)))
 
 
-def hidden_distance(features: jax.Array, of_parent: jax.Array, num_layers: int) -> jax.Array:
-    """Returns 1 - cosine of states, the mean over layers: [batch, length, num_layers * embed] twice to float32
-    [batch, length] (Repr-Align)."""
-    a, b = (x.reshape(*x.shape[:-1], num_layers, -1).astype(jnp.float32) for x in (features, of_parent))
-    product = jnp.sum(a * b, axis=-1)
+def hidden_distance(states: jax.Array, of_parent: jax.Array) -> jax.Array:
+    """Returns 1 - cosine of states, in Repr-Align: [batch, length, embed] twice to float32 [batch, length]."""
+    a, b = states.astype(jnp.float32), of_parent.astype(jnp.float32)
     # One root of the product of both squared norms, bounded from below: the gradient is finite at a state of zeros.
     norms = jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1)
-    return jnp.mean(1.0 - product * lax.rsqrt(jnp.maximum(norms, 1e-12)), axis=-1)
+    return 1.0 - jnp.sum(a * b, axis=-1) * lax.rsqrt(jnp.maximum(norms, 1e-12))
 
 
 def divergence_terms(kind: Divergence, logits: jax.Array, logsumexp: jax.Array, teacher_logits: jax.Array,

@@ -18,9 +18,10 @@ from dlm_jax.models.lora_ops import (
     split_lora,
     split_trainable,
 )
-from dlm_jax.models.transformer import Transformer, abstract_model
+from dlm_jax.models.transformer import LayerVisitor, Transformer, abstract_model
 
-__all__ = ["Cache", "Compute", "DraftedModel", "Drafter", "DrafterConfig", "LoRAConfig", "LoRAFactor", "LoRAParam",
-           "ModelConfig", "RopeScaling", "Transformer", "abstract_drafter", "abstract_model", "add_dora_magnitudes",
-           "add_lora", "base_shapes", "combine_fingerprints", "fingerprint", "freeze_base", "init_lora_factors",
-           "kernel_norms", "merge_kernel", "merge_lora", "split_lora", "split_trainable", "spread_layer_ids"]
+__all__ = ["Cache", "Compute", "DraftedModel", "Drafter", "DrafterConfig", "LayerVisitor", "LoRAConfig", "LoRAFactor",
+           "LoRAParam", "ModelConfig", "RopeScaling", "Transformer", "abstract_drafter", "abstract_model",
+           "add_dora_magnitudes", "add_lora", "base_shapes", "combine_fingerprints", "fingerprint", "freeze_base",
+           "init_lora_factors", "kernel_norms", "merge_kernel", "merge_lora", "split_lora", "split_trainable",
+           "spread_layer_ids"]

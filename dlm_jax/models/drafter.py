@@ -36,9 +36,8 @@ from dlm_jax.models.layers import (
     Cache,
     Initializer,
     Norm,
-    frequencies,
     rematerialize,
-    rotation,
+    rotary,
     split_layers,
 )
 from dlm_jax.models.transformer import Transformer
@@ -94,6 +93,9 @@ class DrafterConfig:
             raise ConfigError(f"drafter.target_layer_ids must be layers of the target in increasing order, got {ids}")
         if layers.positions != "rope":
             raise ConfigError("drafter.layers must have rotary positions, as blocks begin anywhere in the text")
+        if layers.post_norms or layers.attention_softcap is not None:
+            raise ConfigError("drafter.layers have neither norms after attention and MLP nor soft caps, which the "
+                              "target's layers have; set drafter.init to random")
         if not 0 <= self.mask_token_id < layers.vocab_size:
             raise ConfigError(f"drafter.mask_token_id {self.mask_token_id} is outside the target's vocabulary of "
                               f"{layers.vocab_size} tokens")
@@ -262,7 +264,7 @@ class Drafter(nnx.Module):
 
     def _rotation(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         layers = self.config.layers
-        return rotation(positions, frequencies(layers.head_dim, layers.rope_theta, layers.rope_scaling))
+        return rotary(layers, positions)
 
     def _run(self, x: jax.Array, positions: jax.Array, anchors: jax.Array, size: int, text_length: int,
              text: Callable[[DrafterBlock, jax.Array], KeysAndValues], segment_ids: jax.Array | None) -> jax.Array:

@@ -6,6 +6,7 @@ logical axes in `.axes`, one per dimension; `parallel.sharding` maps them to a m
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
@@ -15,8 +16,10 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask, attend, xla_attention
+from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import DEFAULT, MatmulKind, add_bias, dense
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
+from dlm_jax.models.layer_types import MaskChoice, attend_under
 from dlm_jax.models.lora import (
     LoRAConfig,
     LoRAFactor,
@@ -52,28 +55,65 @@ _REMAT_POLICIES = {
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Returns rotary frequencies float32 [head_dim / 2], in radians per position (Su et al., arXiv 2104.09864)."""
     freqs = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return freqs.astype(np.float32)
     if scaling.kind == "linear":
         return (freqs / scaling.factor).astype(np.float32)
-    # llama3: `smooth` is 0 for wavelengths that are fully stretched and 1 for those that are not stretched.
-    turns = scaling.original_max_length * freqs / (2 * np.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = np.clip(smooth, 0.0, 1.0)
-    return (freqs * (smooth + (1 - smooth) / scaling.factor)).astype(np.float32)
+    # What follows: `kept` is 0 for frequencies that are fully stretched and 1 for those that are not stretched.
+    if scaling.kind == "yarn":
+        kept = 1 - _yarn_ramp(head_dim, theta, scaling)
+    else:
+        turns = scaling.original_max_length * freqs / (2 * np.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+    return (freqs * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+
+
+def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Returns how far each frequency is stretched, 0 to 1, [head_dim / 2]: a ramp over channels (arXiv 2309.00071)."""
+    def channel(turns: float) -> float:
+        """Returns the channel that turns this often in the original length."""
+        return head_dim * math.log(scaling.original_max_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    return np.clip((np.arange(head_dim // 2, dtype=np.float32) - first) / (last - first or 0.001), 0, 1)
+
+
+def rotary(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns cosine and sine for `rotate`, as `rotation` does, of an architecture's positions int [(batch,) length].
+
+    Raises:
+      ConfigError: rows that `dynamic` scaling would stretch.
+    """
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and positions.shape[-1] > config.max_length:
+        raise ConfigError(f"the sequence has {positions.shape[-1]} tokens, and dynamic RoPE scaling is implemented for "
+                          f"the model's {config.max_length} positions alone; use shorter rows")
+    angles = rotation(positions, frequencies(int(config.head_dim * config.partial_rotary_factor), config.rope_theta,
+                                             scaling))
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return angles if factor == 1 else (angles[0] * factor, angles[1] * factor)
 
 
 def rotation(positions: jax.Array, freqs: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Returns cosine and sine, float32 [batch or 1, length, 1, head_dim / 2], of positions int [(batch,) length]."""
+    """Returns cosine and sine, float32 [batch or 1, length, 1, freqs], of positions int [(batch,) length]."""
     angles = jnp.atleast_2d(positions).astype(jnp.float32)[..., None, None] * freqs
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates `x` [batch, length, heads, head_dim], halves paired as in HF, in float32; returns the dtype of `x`."""
+    """Rotates `x` [batch, length, heads, head_dim], halves paired as in HF, in float32; returns the dtype of `x`.
+
+    Channels after twice the number of frequencies stay as they are.
+    """
     cos, sin = cos_sin
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    rotated = 2 * cos.shape[-1]
+    a, b = jnp.split(x[..., :rotated].astype(jnp.float32), 2, axis=-1)
+    y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return y if rotated == x.shape[-1] else jnp.concatenate([y, x[..., rotated:]], axis=-1)
 
 
 class Cache(NamedTuple):
@@ -145,12 +185,12 @@ class Initializer:
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm over the last dimension, in float32."""
+    """LayerNorm or RMSNorm over the last dimension, in float32; see `ModelConfig.norm`."""
 
     def __init__(self, config: ModelConfig, shape: tuple[int, ...], init: Initializer, kind: str | None = None):
         axes = ("layers",) * (len(shape) - 1) + (None,)
         self.kind, self.eps = kind or config.norm, config.norm_eps
-        self.scale = init.full(shape, axes, 1.0)
+        self.scale = init.full(shape, axes, 0.0 if self.kind == "zero_centered_rms" else 1.0)
         self.bias = init.full(shape, axes, 0.0) if self.kind == "layer" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -158,7 +198,8 @@ class Norm(nnx.Module):
         if self.kind == "layer":
             y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        y *= self.scale[...].astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32)
+        y *= 1 + scale if self.kind == "zero_centered_rms" else scale
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
@@ -204,26 +245,32 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
         d, n = (config.hidden_size,), config.num_layers
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-        self.compute, self.dropout_rate = compute, config.attention_dropout
+        self.compute, self.dropout_rate, self.softcap = compute, config.attention_dropout, config.attention_softcap
+        # Attention divides scores by the root of `head_dim`.
+        self.query_scale = (config.head_dim / (config.query_pre_attn_scalar or config.head_dim)) ** 0.5
         self.q = Linear("q", d, heads, ("embed", "heads", "head_dim"), n, config.qkv_bias, init)
         self.k = Linear("k", d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
         self.v = Linear("v", d, kv_heads, ("embed", "kv_heads", "head_dim"), n, config.qkv_bias, init)
         self.out = Linear("out", heads, d, ("heads", "head_dim", "embed"), n, config.out_bias, init,
                           stddev=residual_stddev(config))
-        self.q_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
-        self.k_norm = Norm(config, (n, config.head_dim), init, "rms") if config.qk_norm else None
+        norm = "rms" if config.norm == "layer" else config.norm
+        self.q_norm = Norm(config, (n, config.head_dim), init, norm) if config.qk_norm else None
+        self.k_norm = Norm(config, (n, config.head_dim), init, norm) if config.qk_norm else None
 
-    def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
+    def __call__(self, x: jax.Array, mask: AttentionMask | MaskChoice, cos_sin: tuple[jax.Array, jax.Array] | None,
                  dropout_seeds: jax.Array | None, lora: LoRAInputs,
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         query, (key, value) = self.queries(x, cos_sin, lora), self.keys_and_values(x, cos_sin, lora)
         if layer_cache is not None:
             cache = layer_cache.cache.write(layer_cache.layer, layer_cache.positions, key, value)
-            attended = attend_to_cache(query, layer_cache._replace(cache=cache), mask, self.compute.matmul)
+            layer_cache = layer_cache._replace(cache=cache)
+            attended = attend_under(mask, lambda mask: attend_to_cache(query, layer_cache, mask, self.compute.matmul,
+                                                                       self.softcap))
             return self.out(attended, lora), cache
-        attended = attend(query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
-                          matmul_kind=self.compute.matmul,
-                          dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds)
+        attended = attend_under(mask, lambda mask: attend(
+            query, key, value, mask, backend=self.compute.attention, partition=self.compute.partition,
+            matmul_kind=self.compute.matmul, dropout_rate=self.dropout_rate, dropout_seeds=dropout_seeds,
+            softcap=self.softcap))
         return self.out(attended, lora), None
 
     def queries(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None,
@@ -231,6 +278,7 @@ class Attention(nnx.Module):
         """Returns [batch, length, heads, head_dim] of `x` [batch, length, embed]."""
         query = self.q(x, lora)
         query = query if self.q_norm is None else self.q_norm(query)
+        query = query if self.query_scale == 1 else query * self.query_scale
         return query if cos_sin is None else rotate(query, cos_sin)
 
     def keys_and_values(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array] | None,
@@ -241,13 +289,14 @@ class Attention(nnx.Module):
         return key if cos_sin is None else rotate(key, cos_sin), value
 
 
-def attend_to_cache(query: jax.Array, layer_cache: LayerCache, mask: AttentionMask,
-                    matmul_kind: MatmulKind) -> jax.Array:
+def attend_to_cache(query: jax.Array, layer_cache: LayerCache, mask: AttentionMask, matmul_kind: MatmulKind,
+                    softcap: float | None = None) -> jax.Array:
     """Returns the attention of `query` [batch, Q, heads, head_dim] to as much of the cache as it sees."""
     cache, layer, positions, read_index = layer_cache
 
     def attend_to(width: int) -> jax.Array:
-        return xla_attention(query, *cache.read(layer, width), mask, query_positions=positions, matmul_kind=matmul_kind)
+        return xla_attention(query, *cache.read(layer, width), mask, query_positions=positions, softcap=softcap,
+                             matmul_kind=matmul_kind)
 
     widths = cache.read_widths
     if len(widths) == 1:
@@ -289,10 +338,12 @@ class Block(nnx.Module):
         self.dropout_rate = config.residual_dropout
         self.attention_norm = Norm(config, shape, init)
         self.attention = Attention(config, compute, init)
+        self.attention_post_norm = Norm(config, shape, init) if config.post_norms else None
         self.mlp_norm = Norm(config, shape, init)
         self.mlp = MLP(config, compute, init)
+        self.mlp_post_norm = Norm(config, shape, init) if config.post_norms else None
 
-    def __call__(self, x: jax.Array, mask: AttentionMask, cos_sin: tuple[jax.Array, jax.Array] | None,
+    def __call__(self, x: jax.Array, mask: AttentionMask | MaskChoice, cos_sin: tuple[jax.Array, jax.Array] | None,
                  seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None], lora: LoRAInputs,
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         """Runs a layer.
@@ -302,8 +353,10 @@ class Block(nnx.Module):
           seeds: uint32 [batch] for the dropout of probabilities, and of the two branches.
         """
         y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], lora, layer_cache)
+        y = y if self.attention_post_norm is None else self.attention_post_norm(y)
         x = x + dropout(y, self.dropout_rate, seeds[1])
         y = self.mlp(self.mlp_norm(x), lora)
+        y = y if self.mlp_post_norm is None else self.mlp_post_norm(y)
         return x + dropout(y, self.dropout_rate, seeds[2]), cache
 
 

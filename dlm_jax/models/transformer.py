@@ -1,6 +1,9 @@
 """The decoder: embedding, scanned blocks, final norm, head. It knows nothing of diffusion."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +11,19 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import AttentionMask, soft_cap
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import matmul
 from dlm_jax.models.config import Compute, ModelConfig
+from dlm_jax.models.layer_types import LayerTypes
 from dlm_jax.models.layers import (
     Block,
     Cache,
     Initializer,
     LayerCache,
     Norm,
-    frequencies,
     rematerialize,
-    rotation,
+    rotary,
     split_layers,
 )
 from dlm_jax.models.lora import DraftHead, LoRAConfig, LoRAInputs
@@ -28,13 +31,15 @@ from dlm_jax.random import counter_hash, dropout
 
 
 class Embedding(nnx.Module):
-    """A table of vectors."""
+    """A table of vectors, and the factor by which they are multiplied."""
 
-    def __init__(self, size: int, axis: str | None, config: ModelConfig, init: Initializer, *, trained: bool = False):
-        self.embedding = init.normal((size, config.hidden_size), (axis, "embed"), trained=trained)
+    def __init__(self, size: int, axis: str | None, config: ModelConfig, init: Initializer, *, trained: bool = False,
+                 scale: float = 1.0):
+        self.embedding, self.scale = init.normal((size, config.hidden_size), (axis, "embed"), trained=trained), scale
 
     def __call__(self, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return jnp.take(self.embedding[...], index, axis=0).astype(dtype)
+        vectors = jnp.take(self.embedding[...], index, axis=0).astype(dtype)
+        return vectors if self.scale == 1 else vectors * self.scale
 
 
 class Head(nnx.Module):
@@ -43,6 +48,19 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig, init: Initializer):
         trained = init.lora is not None and init.lora.head
         self.kernel = init.normal((config.hidden_size, config.vocab_size), ("embed", "vocab"), trained=trained)
+
+
+class LayerVisitor(NamedTuple):
+    """Gathers something of each layer's output, the residual stream after it, before any norm.
+
+    Attributes:
+      start: arrays, what is gathered before the first layer.
+      visit: (what is gathered so far, output [batch, length, embed], number of the layer from 0 on, int32) -> the same
+        arrays after this layer.
+    """
+
+    start: Any
+    visit: Callable[[Any, jax.Array, jax.Array], Any]
 
 
 class Transformer(nnx.Module):
@@ -65,7 +83,8 @@ class Transformer(nnx.Module):
             check_lora(lora, config)
         init = Initializer(config, compute, rngs, param_dtype, lora)
         self.config, self.compute, self.lora = config, compute, lora
-        self.embed = Embedding(config.vocab_size, "vocab", config, init, trained=lora is not None and lora.embedding)
+        self.embed = Embedding(config.vocab_size, "vocab", config, init, trained=lora is not None and lora.embedding,
+                               scale=config.hidden_size**0.5 if config.scale_embeddings else 1.0)
         self.positions = Embedding(config.max_length, None, config, init) if config.positions == "learned" else None
         self.blocks = Block(config, compute, init)
         self.final_norm = Norm(config, (config.hidden_size,), init)
@@ -101,43 +120,57 @@ class Transformer(nnx.Module):
         return self._run(tokens, attention, positions, None, cache, slots, noised=noised)[:2]
 
     def hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, target_layer_ids: tuple[int, ...], *,
-                            positions: jax.Array | None = None, dropout_seeds: jax.Array | None = None,
-                            noised: tuple[int, int] | None = None,
-                            lora: bool = True) -> tuple[jax.Array, jax.Array | None]:
-        """Returns `hidden`, and what some layers put out: [batch, length, taps * embed], None of no layer.
+                            positions: jax.Array | None = None, lora: bool = True) -> tuple[jax.Array, jax.Array]:
+        """Returns `hidden` without dropout, and what some layers put out: [batch, length, taps * embed].
 
         Args:
           target_layer_ids: layers from 0 on. A layer's output is the residual stream after it, before any norm.
           lora: whether LoRA acts; else the model computes what its base does.
         """
-        hidden, _, features = self._run(tokens, attention, positions, dropout_seeds, None, taps=target_layer_ids,
-                                        noised=noised, lora=lora)
-        return hidden, features
+        hidden, _, tapped = self._run(tokens, attention, positions, None, None, lora=lora,
+                                      visitor=self._tap(target_layer_ids, tokens))
+        return hidden, _features(tapped)
+
+    def hidden_and_visited(self, tokens: jax.Array, attention: AttentionMask, visitor: LayerVisitor | None, *,
+                           positions: jax.Array | None = None, dropout_seeds: jax.Array | None = None,
+                           noised: tuple[int, int] | None = None) -> tuple[jax.Array, Any]:
+        """Returns `hidden`, and what a visitor of each layer's output has gathered, None without a visitor."""
+        hidden, _, gathered = self._run(tokens, attention, positions, dropout_seeds, None, noised=noised,
+                                        visitor=visitor)
+        return hidden, gathered
 
     def cached_hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
                                    cache: Cache,
                                    target_layer_ids: tuple[int, ...]) -> tuple[jax.Array, Cache, jax.Array]:
         """Returns `cached_hidden`, and the features of `hidden_and_features`, [batch, Q, taps * embed]."""
-        return self._run(tokens, attention, positions, None, cache, taps=target_layer_ids)
+        hidden, cache, tapped = self._run(tokens, attention, positions, None, cache,
+                                          visitor=self._tap(target_layer_ids, tokens))
+        return hidden, cache, _features(tapped)
+
+    def _tap(self, layers: tuple[int, ...], tokens: jax.Array) -> LayerVisitor:
+        """Returns the visitor that gathers the outputs of layers, [batch, length, taps + 1, embed]."""
+        # Where each layer's output goes: to its place among the taps, or to one more place that nobody reads.
+        places = np.full(self.config.num_layers, len(layers))
+        places[list(layers)] = np.arange(len(layers))
+        start = jnp.zeros((*tokens.shape, len(layers) + 1, self.config.hidden_size), jnp.dtype(self.compute.dtype))
+        return LayerVisitor(start, lambda tapped, x, layer: jax.lax.dynamic_update_index_in_dim(
+            tapped, x, jnp.asarray(places)[layer], axis=-2))
 
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
              dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,
-             taps: tuple[int, ...] = (), noised: tuple[int, int] | None = None,
-             lora: bool = True) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+             noised: tuple[int, int] | None = None, lora: bool = True,
+             visitor: LayerVisitor | None = None) -> tuple[jax.Array, Cache | None, Any]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
                               "learned positions; use shorter rows")
         if positions is None:
             positions = jnp.arange(tokens.shape[1])
-        attention = attention.with_window(config.sliding_window)
         x = self.embed(tokens, dtype)
         if self.positions is not None:
             # Positions past a cache's end are padding; a sequence that is too long was refused above.
             x += self.positions(jnp.minimum(positions, config.max_length - 1), dtype)
-            cos_sin = None
-        else:
-            cos_sin = rotation(positions, frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+        types = LayerTypes.of(config, attention, functools.partial(self._rotation, positions))
         x = dropout(x, config.embed_dropout, dropout_seeds)
 
         slots, read_index = positions if slots is None else slots, None
@@ -145,28 +178,32 @@ class Transformer(nnx.Module):
             read_index = jnp.searchsorted(np.array(cache.read_widths),
                                           attention.count_visible_keys(slots, cache.key.shape[2]))
         graphdef, stacked = split_layers(self.blocks, self.compute)
-        # Where each layer's output goes: to its place among the taps, or to one more place that nobody reads.
-        places = np.full(config.num_layers, len(taps))
-        places[list(taps)] = np.arange(len(taps))
-        tapped = jnp.zeros((*x.shape[:-1], len(taps) + 1, x.shape[-1]), dtype) if taps else None
-        Carry = tuple[jax.Array, Cache | None, jax.Array | None]
+        Carry = tuple[jax.Array, Cache | None, Any]
 
         def layer(carry: Carry, layer_input: tuple[jax.Array, jax.Array, nnx.State]) -> tuple[Carry, None]:
-            (x, cache, tapped), (index, place, params) = carry, layer_input
+            (x, cache, gathered), (index, slides, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
             layer_cache = None if cache is None else LayerCache(cache, index, slots, read_index)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
-            x, cache = nnx.merge(graphdef, params)(x, attention, cos_sin, seeds[:3], LoRAInputs(seeds[3], noised, lora),
-                                                   layer_cache)
-            if tapped is not None:
-                tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, place, axis=-2)
-            return (x, cache, tapped), None
+            x, cache = nnx.merge(graphdef, params)(x, *types.of_layer(slides), seeds[:3],
+                                                   LoRAInputs(seeds[3], noised, lora), layer_cache)
+            if visitor is not None:
+                gathered = visitor.visit(gathered, x, index)
+            return (x, cache, gathered), None
 
-        layers = jnp.arange(config.num_layers), jnp.asarray(places), stacked
-        (x, cache, tapped), _ = jax.lax.scan(rematerialize(layer, self.compute.remat), (x, cache, tapped), layers)
-        features = None if tapped is None else tapped[..., :-1, :].reshape(*x.shape[:-1], -1)
-        return self.final_norm(x), cache, features
+        layers, start = (jnp.arange(config.num_layers), types.slides, stacked), visitor and visitor.start
+        (x, cache, gathered), _ = jax.lax.scan(rematerialize(layer, self.compute.remat), (x, cache, start), layers)
+        return self.final_norm(x), cache, gathered
+
+    def _rotation(self, positions: jax.Array, slides: bool) -> tuple[jax.Array, jax.Array] | None:
+        """Returns RoPE's rotation in layers with a sliding window of their own base, or in others."""
+        config = self.config
+        if config.positions != "rope":
+            return None
+        if slides and config.sliding_rope_theta is not None:
+            config = dataclasses.replace(config, rope_theta=config.sliding_rope_theta, rope_scaling=None)
+        return rotary(config, positions)
 
     def correct_drafts(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
         """Returns noised states [..., embed], corrected by the tokens at their places, int [...], if a head does so."""
@@ -184,11 +221,16 @@ class Transformer(nnx.Module):
         kernel = self.head_kernel[...].astype(hidden.dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
         logits = matmul(rows, kernel, self.compute.matmul, transpose_b=self.head is None)
-        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+        return soft_cap(logits, self.config.logit_softcap).reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:
         """Returns float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""
         return self.unembed(self.hidden(tokens, attention, positions=positions))
+
+
+def _features(tapped: jax.Array) -> jax.Array:
+    """Returns what `Transformer._tap` has gathered as [batch, length, taps * embed]."""
+    return tapped[..., :-1, :].reshape(*tapped.shape[:2], -1)
 
 
 def check_lora(lora: LoRAConfig, config: ModelConfig) -> None:

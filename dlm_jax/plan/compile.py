@@ -177,7 +177,7 @@ def abstract_state(config: TrainConfig, base: Base, mesh: Mesh | AbstractMesh) -
       ConfigError: the mesh does not divide a parameter.
     """
     _, params, frozen = split_trainable(_model(config, base, "xla"))
-    frozen = Frozen(frozen, jax.eval_shape(lambda: parent_params(config.objective, params, config.model.dtype)))
+    frozen = Frozen(frozen, jax.eval_shape(lambda p: parent_params(config.objective, p, config.model.dtype), params))
     optimizer = config.optimizer
     return state_layout(params, make_optimizer(optimizer, config.num_steps), optimizer.ema_decay > 0, mesh,
                         optimizer.offload, frozen)

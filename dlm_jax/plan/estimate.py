@@ -24,7 +24,7 @@ from dlm_jax.plan.compile import Base, Memory, abstract_state, device_bytes, tra
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.diffusion_loss import compared_layers
-from dlm_jax.training.flops import count_params, drafter_flops, teacher_flops, train_flops
+from dlm_jax.training.flops import count_params, drafter_flops, has_parent_pass, teacher_flops, train_flops
 
 # The share of their peaks that matrix products and memory reach in a training step. With 0.6, Llama-2-7B with full
 # rematerialization on 256 v5e has a utilization of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
@@ -190,15 +190,14 @@ def estimate_memory(config: TrainConfig, base: Base, target: Target) -> Memory:
     rows = config.data.batch_size / micro_batches / num_batch_shards(target.mesh)
     activations, without_remat = (rows * activation_bytes(config, base, target.attention, remat)
                                   for remat in (model.remat, "none"))
+    width, lora = jnp.dtype(model.dtype).itemsize, resolve_lora(config.lora, architecture, base.new_mask_token)
     if config.objective.name == "drafter":  # features and what is fused of them, forward and back
         taps = len(resolve_drafter(config.drafter, architecture, 0).target_layer_ids)
         activations += 4 * rows * config.data.length * (taps + 1) * architecture.hidden_size
-    else:  # states to compare: the model's with their gradient, the parent's, and both in float32
+    elif has_parent_pass(config.objective, config.data.length, lora):  # the parent's states of layers and of the head
         taps = len(compared_layers(config.objective, architecture.num_layers))
-        passes = config.objective.forward_multiplier(config.data.length)
-        activations += 16 * passes * rows * config.data.length * taps * architecture.hidden_size
-    width, gathers = jnp.dtype(model.dtype).itemsize, target.mesh.shape["fsdp"] > 1
-    lora = resolve_lora(config.lora, architecture, base.new_mask_token)
+        activations += width * rows * config.data.length * (taps + 1) * architecture.hidden_size
+    gathers = target.mesh.shape["fsdp"] > 1
     layer = count_params(architecture, "blocks") / architecture.num_layers
     table = architecture.vocab_size * architecture.hidden_size
     chunks = 1 + (config.objective.teacher.distribution_weight > 0)  # the model's logits, and the parent's

@@ -6,9 +6,11 @@ diffusion is what the parent computes, and costs no pass of its own.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -27,7 +29,7 @@ from dlm_jax.diffusion import (
     loss_weights,
     noise_batch,
 )
-from dlm_jax.models import LoRAParam, Transformer
+from dlm_jax.models import LayerVisitor, LoRAParam, Transformer
 from dlm_jax.parallel import all_gather_embeddings, array_sharding, partition_spec
 from dlm_jax.random import dropout_seeds
 from dlm_jax.training.state import Frozen, Metrics
@@ -52,14 +54,18 @@ class DiffusionLoss:
         model = self._model(params, frozen, gathered=True)
         noisy, mask = noise_batch(objective, batch, step, seed=self.seed, batch_size=batch_size,
                                   mask_token_id=self.mask_token_id, vocab_size=model.config.vocab_size)
-        layers = compared_layers(objective, model.config.num_layers)
+        parent = self._parent(objective, params, frozen, batch)
         seeds = dropout_seeds(self.seed, batch.example_index) if self.has_dropout else None
-        hidden, features = model.hidden_and_features(noisy.tokens, mask, layers, positions=noisy.positions,
-                                                     noised=noisy.noised, dropout_seeds=seeds)
+        hidden, distance = model.hidden_and_visited(
+            noisy.tokens, mask, _distance_visitor(objective, noisy, batch, parent.features, model.config.num_layers),
+            positions=noisy.positions, noised=noisy.noised, dropout_seeds=seeds)
         head, plan = lm_head(self._model(params, frozen), self.mesh)
         teaching = None
         if objective.teacher.is_needed:
-            teaching = self._teach(objective, params, frozen, batch, noisy, hidden, features)
+            length = batch.tokens.shape[1]
+            states = hidden[:, -length:] if parent.hidden is None else parent.hidden
+            states = align_states(states, hidden.shape[1] // length, shift=objective.shift)
+            teaching = Teaching(states, parent.kernel, distance, objective.teacher.divergence)
         sums = loss_sums(hidden, head, plan, noisy, weights=loss_weights(objective, noisy), teaching=teaching,
                          shift=objective.shift)
         if objective.clean_weight and noisy.clean_mask is None:
@@ -80,31 +86,20 @@ class DiffusionLoss:
         states = (params, frozen.base)
         return nnx.merge(self.graphdef, *(all_gather_embeddings(x, self.mesh) if gathered else x for x in states))
 
-    def _teach(self, objective: ObjectiveConfig, params: nnx.State, frozen: Frozen, batch: Batch, noisy: NoisyBatch,
-               hidden: jax.Array, features: jax.Array | None) -> Teaching:
-        """Returns what the parent gives for the states of a noisy batch.
-
-        Args:
-          hidden, features: of the model, [batch, copies x length, ...].
-        """
-        teacher, length = objective.teacher, batch.tokens.shape[1]
-        copies = hidden.shape[1] // length
+    def _parent(self, objective: ObjectiveConfig, params: nnx.State, frozen: Frozen, batch: Batch) -> "_Parent":
+        """Returns the parent of a teacher, and its states of the clean text unless the clean copy has them."""
+        if not objective.teacher.is_needed:
+            return _Parent(None, None, None)
         trained = jax.lax.stop_gradient(nnx.merge_state(params, frozen.parent))
         parent = self._model(trained, frozen)
+        kernel = lm_head(parent, self.mesh)[0]
         if self._clean_copy_is_parent(objective, parent):
-            states, layers = (None if x is None else x[:, -length:] for x in (hidden, features))
-        else:
-            clean, causal = clean_causal_batch(batch)
-            states, layers = self._model(trained, frozen, gathered=True).hidden_and_features(
-                clean.tokens, causal, compared_layers(objective, parent.config.num_layers), positions=clean.positions,
-                lora=False)
-        kernel = distance = None
-        if teacher.distribution_weight:
-            kernel, states = lm_head(parent, self.mesh)[0], align_states(states, copies, shift=objective.shift)
-        if teacher.hidden_weight:
-            number = len(compared_layers(objective, parent.config.num_layers))
-            distance = hidden_distance(features, align_states(layers, copies, shift=objective.shift), number)
-        return Teaching(states, kernel, distance, teacher.divergence)
+            return _Parent(kernel, None, None)
+        clean, causal = clean_causal_batch(batch)
+        hidden, features = self._model(trained, frozen, gathered=True).hidden_and_features(
+            clean.tokens, causal, compared_layers(objective, parent.config.num_layers), positions=clean.positions,
+            lora=False)
+        return _Parent(kernel, hidden, features)
 
     def _clean_copy_is_parent(self, objective: ObjectiveConfig, model: Transformer) -> bool:
         """Returns whether the clean copy of the batch computes what the parent does, bit for bit."""
@@ -112,6 +107,38 @@ class DiffusionLoss:
         drops = max(config.embed_dropout, config.attention_dropout, config.residual_dropout) > 0
         return (objective.name == "block_diffusion" and model.lora is not None and model.lora.where == "noised"
                 and not (self.has_dropout and drops))
+
+
+class _Parent(NamedTuple):
+    """The parent's head, and its states and features of the clean text; without them the clean copy has both."""
+
+    kernel: jax.Array | None
+    hidden: jax.Array | None  # [batch, length, embed]
+    features: jax.Array | None  # [batch, length, compared layers * embed]
+
+
+def _distance_visitor(objective: ObjectiveConfig, noisy: NoisyBatch, batch: Batch, features: jax.Array | None,
+                      num_layers: int) -> LayerVisitor | None:
+    """Returns the visitor of layers that adds up the distance of states from the parent's, [batch, all copies].
+
+    No layer's output is kept for it. None if no term needs the distance.
+    """
+    layers, length = compared_layers(objective, num_layers), batch.tokens.shape[1]
+    if not layers:
+        return None
+    share, places = np.zeros(num_layers, np.float32), np.zeros(num_layers, np.int32)
+    share[list(layers)], places[list(layers)] = 1 / len(layers), np.arange(len(layers))
+
+    def visit(distance: jax.Array, x: jax.Array, layer: jax.Array) -> jax.Array:
+        if features is None:
+            states = x[:, -length:]
+        else:
+            by_layer = features.reshape(*features.shape[:2], len(layers), -1)
+            states = jax.lax.dynamic_index_in_dim(by_layer, jnp.asarray(places)[layer], axis=2, keepdims=False)
+        states = align_states(states, x.shape[1] // length, shift=objective.shift)
+        return distance + jnp.asarray(share)[layer] * hidden_distance(x, states)
+
+    return LayerVisitor(jnp.zeros(noisy.tokens.shape, jnp.float32), visit)
 
 
 def compared_layers(objective: ObjectiveConfig, num_layers: int) -> tuple[int, ...]:
@@ -150,4 +177,4 @@ def lm_head(model: Transformer, mesh: Mesh) -> tuple[jax.Array, HeadPlan]:
     kernel, trained = param.get_value(), model.lora is None or isinstance(param, LoRAParam)
     return kernel, HeadPlan(param.axes.index("vocab"), mesh, array_sharding(mesh, "batch", "length").spec,
                             partition_spec(param.axes, kernel.shape, mesh), kernel_gradient=trained,
-                            matmul=model.compute.matmul)
+                            matmul=model.compute.matmul, softcap=model.config.logit_softcap)

@@ -10,7 +10,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from dlm_jax.attention import AttentionMask
+from dlm_jax.attention import AttentionMask, soft_cap
 from dlm_jax.checkpoints import Pretrained, load_pretrained
 from dlm_jax.checkpoints.drafter import DrafterRecord, resolve_drafter
 from dlm_jax.checkpoints.pretrained import Shardings
@@ -98,7 +98,8 @@ class DraftLoss:
             places = blocks.states.reshape(len(states), -1, 1)
             fixed["target"] = jnp.take_along_axis(states, places, axis=1).reshape(hidden.shape)
         head = target.head_kernel[...].astype(hidden.dtype)
-        plan = _ChunkPlan(self.objective, target.head is None, target.compute.matmul, config.selector_top_k)
+        plan = _ChunkPlan(self.objective, target.head is None, target.compute.matmul, config.selector_top_k,
+                          target.config.logit_softcap)
         zero = functools.partial(DraftSums.zero, config.num_drafts, target=self._needs_target)
         return sum_chunks(functools.partial(_chunk_sums, plan), zero, tables, moving, head, fixed)
 
@@ -167,7 +168,8 @@ class SelfDraftLoss:
         if self._needs_target:
             fixed["target"] = jax.lax.stop_gradient(blocks(hidden[:, length:], 0, size - 1))
         head = model.head_kernel[...].astype(hidden.dtype)
-        plan = _ChunkPlan(self.objective.drafts, model.head is None, model.compute.matmul, 0)
+        plan = _ChunkPlan(self.objective.drafts, model.head is None, model.compute.matmul, 0,
+                          model.config.logit_softcap)
         zero = functools.partial(DraftSums.zero, self._num_drafts, target=self._needs_target)
         return sum_chunks(functools.partial(_chunk_sums, plan), zero, {}, {"hidden": blocks(drafting, 0, size - 1)},
                           head, fixed)
@@ -186,6 +188,7 @@ class _ChunkPlan(NamedTuple):
     tied: bool
     matmul: MatmulKind
     top_k: int
+    softcap: float | None
 
 
 def _chunk_sums(plan: _ChunkPlan, tables: dict[str, jax.Array], moving: dict[str, jax.Array], head: jax.Array,
@@ -196,14 +199,14 @@ def _chunk_sums(plan: _ChunkPlan, tables: dict[str, jax.Array], moving: dict[str
         logits = matmul(rows, kernel.astype(rows.dtype), plan.matmul, transpose_b=transposed)
         return logits.reshape(*states.shape[:-1], -1)
 
-    logits = logits_of(moving["hidden"], head, plan.tied)
+    logits = soft_cap(logits_of(moving["hidden"], head, plan.tied), plan.softcap)
     if "markov" in tables:
         logits += logits_of(moving["markov"], tables["markov"], True)
     candidates = scores = None
     if "selector" in tables:
         top, candidates = jax.lax.top_k(logits, plan.top_k)
         scores = score_candidates(moving["selector"], tables["selector"], candidates, top)
-    target = logits_of(fixed["target"], head, plan.tied) if "target" in fixed else None
+    target = soft_cap(logits_of(fixed["target"], head, plan.tied), plan.softcap) if "target" in fixed else None
     guesses = Guesses(logits, moving.get("confidence"), candidates, scores)
     return draft_losses(plan.objective, guesses, target, fixed["labels"], fixed["counted"])
 

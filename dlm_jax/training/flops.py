@@ -52,11 +52,18 @@ def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
     return blocks + attention + head * config.hidden_size * config.vocab_size * scored
 
 
+def has_parent_pass(objective: ObjectiveConfig, length: int, lora: LoRAConfig | None) -> bool:
+    """Returns whether the parent reads the text in a pass of its own.
+
+    With LoRA at noised positions the clean copy of block diffusion is the parent (unless the base has dropout).
+    """
+    is_blocks = objective.canonicalize(length).name == "block_diffusion"
+    return objective.teacher.is_needed and not (is_blocks and lora is not None and lora.where == "noised")
+
+
 def teacher_flops(config: ModelConfig, objective: ObjectiveConfig, tokens: float, scored: float, length: int,
                   lora: LoRAConfig | None) -> float:
     """Returns the FLOPs of the parent in a step: a forward pass over the clean text, and its head where it teaches.
-
-    With LoRA at noised positions in block diffusion the clean copy is the parent, and there is no such pass.
 
     Args:
       tokens: of the text, one copy.
@@ -64,11 +71,10 @@ def teacher_flops(config: ModelConfig, objective: ObjectiveConfig, tokens: float
     """
     if not objective.teacher.is_needed:
         return 0.0
-    blocks = 2 * count_params(config, "blocks") * tokens
-    blocks += 4 * config.num_layers * config.num_heads * config.head_dim * length * tokens
-    is_blocks = objective.canonicalize(length).name == "block_diffusion"
-    if is_blocks and lora is not None and lora.where == "noised":
-        blocks = 0.0
+    blocks = 0.0
+    if has_parent_pass(objective, length, lora):
+        blocks = 2 * count_params(config, "blocks") * tokens
+        blocks += 4 * config.num_layers * config.num_heads * config.head_dim * length * tokens
     head = 2 * config.hidden_size * config.vocab_size * scored if objective.teacher.distribution_weight else 0.0
     return blocks + head
 

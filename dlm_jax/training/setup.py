@@ -233,7 +233,8 @@ def choose_attention(config: TrainConfig, architecture: ModelConfig, mesh: Mesh)
 
 def attention_spec(config: TrainConfig, architecture: ModelConfig) -> AttentionSpec:
     """Returns what the run needs of attention."""
-    return AttentionSpec(config.model.dtype, architecture.head_dim, dropout=architecture.attention_dropout > 0)
+    return AttentionSpec(config.model.dtype, architecture.head_dim, dropout=architecture.attention_dropout > 0,
+                         softcap=architecture.attention_softcap is not None)
 
 
 def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int | None,

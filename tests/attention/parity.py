@@ -82,7 +82,7 @@ def value_and_gradients(attention, tensors, mask, **options):
     return out, *gradients
 
 
-run = jax.jit(value_and_gradients, static_argnums=0, static_argnames="dropout_rate")
+run = jax.jit(value_and_gradients, static_argnums=0, static_argnames=("dropout_rate", "softcap"))
 
 
 @functools.cache

@@ -35,6 +35,7 @@ def test_auto_follows_the_platform(gpu):
     ((9, 0), AttentionSpec("bfloat16", 100), "head_dim.*256.*100"),
     ((8, 6), AttentionSpec("bfloat16", 160), "head_dim.*128.*160"),
     ((9, 0), AttentionSpec("bfloat16", 64, dropout=True), "model.dropout=0"),
+    ((9, 0), AttentionSpec("bfloat16", 256, softcap=True), "soft cap"),
 ])
 def test_unsupported_by_cudnn(gpu, capability, spec, mentions):
     gpu(*capability)

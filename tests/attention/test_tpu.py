@@ -46,6 +46,10 @@ def test_matches_xla_with_grouped_queries_and_dropout(kv_heads):
     assert_parity(inputs(2, LENGTH, kv_heads=kv_heads), CAUSAL, **DROPOUT)
 
 
+def test_matches_xla_with_a_soft_cap():
+    assert_parity(inputs(2, LENGTH), MASKS["annealed, narrowed"], softcap=0.7, **DROPOUT)
+
+
 def test_matches_xla_in_bfloat16():
     assert_parity(inputs(2, 32, dtype=jnp.bfloat16), AttentionMask.annealed(0.3, 5), tolerance=0.02)
 

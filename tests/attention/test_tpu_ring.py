@@ -27,7 +27,7 @@ RING = functools.partial(tpu_ring_attention, partition=ATTENTION_PARTITION, tili
     (MESHES[1], "causal", 0.0),
     *((mesh, "annealed, narrowed", 0.2) for mesh in (*MESHES, MeshConfig(fsdp=2, context=4)))], ids=mesh_id)
 def test_mesh_matches_one_device(mesh, name, rate):
-    tensors, mask, options = inputs(4, MESH_LENGTH), MESH_MASKS[name], {"dropout_rate": rate}
+    tensors, mask, options = inputs(4, MESH_LENGTH), MESH_MASKS[name], {"dropout_rate": rate, "softcap": rate or None}
     if rate:
         options["dropout_seeds"] = MESH_EXAMPLES + 1
     found = on_mesh(mesh, functools.partial(RING, **options), tensors, mask)

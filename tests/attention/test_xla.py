@@ -32,6 +32,19 @@ def test_matches_the_definition(name, kv_heads):
     np.testing.assert_allclose(reference(name, kv_heads=kv_heads)[0], naive(*tensors, allowed), atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "annealed, narrowed"])
+def test_soft_cap_matches_automatic_differentiation(name):
+    tensors, mask = inputs(2, LENGTH), MASKS[name]
+
+    def plain(query, key, value, mask):
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, jnp.repeat(key, 2, axis=2)) * query.shape[-1] ** -0.5
+        allowed = mask.allowed(jnp.arange(LENGTH), jnp.arange(LENGTH))[:, None]
+        weights = jax.nn.softmax(jnp.where(allowed, 0.8 * jnp.tanh(scores / 0.8), -1e30), axis=-1)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, jnp.repeat(value, 2, axis=2))
+
+    assert_close(run(xla_attention, tensors, mask, softcap=0.8), run(plain, tensors, mask), 5e-6)
+
+
 def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
     tensors = inputs(2, LENGTH, dtype=jnp.bfloat16)[:3]
     out = run_attend(*tensors, CAUSAL)
@@ -54,9 +67,11 @@ def test_dropout_depends_on_the_example_not_its_row():
     assert (np.asarray(run(np.array([1]), [4])) != np.asarray(second)).any()
 
 
-@pytest.mark.parametrize("name, rate", [*((name, 0.3) for name in BLOCK_MASKS), ("two views, segments", 0.0)])
-def test_block_path_matches_the_full_square(name, rate):
-    mask, options = BLOCK_MASKS[name], dict(dropout_rate=rate, dropout_seeds=jnp.array([3, 9], jnp.uint32))
+@pytest.mark.parametrize("name, rate, softcap", [*((name, 0.3, None) for name in BLOCK_MASKS),
+                                                 ("two views, segments", 0.0, 0.7)])
+def test_block_path_matches_the_full_square(name, rate, softcap):
+    mask = BLOCK_MASKS[name]
+    options = dict(dropout_rate=rate, dropout_seeds=jnp.array([3, 9], jnp.uint32), softcap=softcap)
     tensors = inputs(2, mask.spec.text_length * (mask.spec.views + 1))
     found, expected = (run(attention, tensors, mask, **options) for attention in (xla_block_attention, xla_attention))
     assert_close(found, expected, 5e-6)

@@ -20,6 +20,8 @@ torch.set_num_threads(1)
 _GPT2 = dict(vocab_size=97, n_embd=32, n_head=4, n_layer=2, n_positions=48, bos_token_id=0, eos_token_id=0)
 _LLAMA = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
               intermediate_size=56, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+_GEMMA = _LLAMA | dict(num_hidden_layers=4, head_dim=12, query_pre_attn_scalar=12)
+_LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 LENGTH = 48
 
@@ -34,10 +36,31 @@ CASES = {
     "llama3-rope": ("Llama", _LLAMA | dict(rope_parameters=dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0,
         original_max_position_embeddings=16))),
+    "yarn-rope": ("Qwen2", _LLAMA | dict(rope_parameters=dict(
+        rope_type="yarn", factor=4.0, rope_theta=10000.0, original_max_position_embeddings=16))),
+    "yarn-rope-scales": ("Qwen3", _LLAMA | dict(head_dim=24, rope_parameters=dict(
+        rope_type="yarn", factor=8.0, rope_theta=5e5, original_max_position_embeddings=32, beta_fast=4.0,
+        beta_slow=0.5, mscale=1.0, mscale_all_dim=0.3, truncate=False))),
+    "dynamic-rope": ("Llama", _LLAMA | dict(rope_parameters=dict(
+        rope_type="dynamic", factor=2.0, rope_theta=10000.0))),
+    "stablelm-partial-rope": ("StableLm", _LLAMA | dict(
+        head_dim=None, use_qkv_bias=True, rope_parameters=dict(
+            rope_type="linear", factor=2.0, rope_theta=10000.0, partial_rotary_factor=0.5))),
     "mistral-window": ("Mistral", _LLAMA | dict(sliding_window=7, head_dim=16)),
     "qwen2": ("Qwen2", _LLAMA),
     "qwen2-window": ("Qwen2", _LLAMA | dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    "qwen2-two-types": ("Qwen2", _LLAMA | dict(
+        num_hidden_layers=4, use_sliding_window=True, sliding_window=5, max_window_layers=2)),
     "qwen3": ("Qwen3", _LLAMA | dict(head_dim=24, tie_word_embeddings=True)),
+    "gemma2": ("Gemma2", _GEMMA | dict(attn_logit_softcapping=1.0, final_logit_softcapping=2.0, sliding_window=7)),
+    "gemma2-no-caps": ("Gemma2", _GEMMA | dict(
+        attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True, query_pre_attn_scalar=8)),
+    "gemma3": ("Gemma3Text", _GEMMA | dict(sliding_window=7, layer_types=_LAYER_TYPES)),
+    "gemma3-scaled-rope": ("Gemma3Text", _GEMMA | dict(
+        sliding_window=7, layer_types=_LAYER_TYPES, query_pre_attn_scalar=10, tie_word_embeddings=False,
+        rope_parameters=dict(full_attention=dict(rope_type="linear", factor=4.0, rope_theta=5e4),
+                             sliding_attention=dict(rope_type="default", rope_theta=100.0)))),
+    "gemma3-one-type": ("Gemma3Text", _GEMMA | dict(sliding_window=7, layer_types=["sliding_attention"] * 4)),
 }
 
 

@@ -15,6 +15,7 @@ _SIZES = dict(vocab_size=97, hidden_size=256, num_hidden_layers=2, num_attention
               intermediate_size=256, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None)
 _LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0,
                     original_max_position_embeddings=8192)
+_GEMMA = dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=9)
 CASES = {
     "llama": ("Llama", _SIZES),
     "llama-tied": ("Llama", _SIZES | dict(tie_word_embeddings=True, num_key_value_heads=4)),
@@ -25,6 +26,9 @@ CASES = {
     "mistral": ("Mistral", _SIZES | dict(sliding_window=None, head_dim=64)),
     "qwen2": ("Qwen2", _SIZES | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen3": ("Qwen3", _SIZES | dict(head_dim=128, tie_word_embeddings=True)),
+    "gemma2": ("Gemma2", _SIZES | _GEMMA),
+    "gemma2-caps": ("Gemma2", _SIZES | _GEMMA | dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)),
+    "gemma3": ("Gemma3Text", _SIZES | _GEMMA | dict(num_hidden_layers=7)),
     "gpt2": ("GPT2", dict(vocab_size=97, n_embd=256, n_head=4, n_layer=2, n_inner=1024, embd_pdrop=0.0, attn_pdrop=0.0,
                           resid_pdrop=0.0, bos_token_id=0, eos_token_id=0)),
 }
@@ -45,7 +49,7 @@ def make(case: str) -> torch.nn.Module:
 def architecture(model: torch.nn.Module) -> str:
     """What the converter writes as a model's architecture: Mistral is a LLaMA to llama.cpp."""
     family = model.config.model_type
-    return "llama" if family == "mistral" else family
+    return {"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family)
 
 
 def write(model: torch.nn.Module, path: Path, kind: KINDS = KINDS.F32, *, metadata: dict[str, Any] | None = None,
@@ -100,7 +104,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _llama_settings(config: Any) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     settings = {
         "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
@@ -109,6 +113,9 @@ def _llama_settings(config: Any) -> dict[str, Any]:
         "attention.key_length": head_dim, "attention.value_length": head_dim, "rope.dimension_count": head_dim,
         "vocab_size": config.vocab_size,
     }  # fmt: skip
+    if config.model_type.startswith("gemma"):
+        settings |= {"attention.sliding_window": config.sliding_window}
+        settings |= {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     if rope["rope_type"] == "linear":
         settings |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
     return settings
@@ -120,6 +127,8 @@ def _gpt2_settings(config: Any) -> dict[str, Any]:
             "attention.layer_norm_epsilon": float(config.layer_norm_epsilon), "vocab_size": config.vocab_size}
 
 
+_GEMMA_NAMES = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+                "post_feedforward_layernorm": "post_ffw_norm"}
 _NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers.": "blk.",
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
@@ -137,14 +146,16 @@ def _named_arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        array = tensor.numpy()
+        array, names = tensor.numpy(), _NAMES
+        if config.model_type.startswith("gemma"):
+            array, names = (array + 1 if "norm" in name else array), _NAMES | _GEMMA_NAMES
         if config.model_type == "gpt2" and name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
             array = array.T
         if architecture(model) == "llama" and ".q_proj." in name:
             array = _interleave(array, config.num_attention_heads)
         if architecture(model) == "llama" and ".k_proj." in name:
             array = _interleave(array, config.num_key_value_heads)
-        for old, new in _NAMES.items():
+        for old, new in names.items():
             name = name.replace(old, new)
         arrays[name] = array
     return arrays

@@ -1,5 +1,6 @@
 """Imports: files, layouts, sharding, vocabulary, refusals."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -44,6 +45,29 @@ def test_shards_and_bin_files(tmp_path):
     assert one.model.config.tie_embeddings
     assert_same_parameters(one, load_pretrained(tmp_path / "shards"))
     assert_same_parameters(one, load_pretrained(tmp_path / "bin"))
+
+
+@pytest.mark.parametrize("prefixes", [("language_model.model.", ""), ("model.language_model.", "model.")])
+def test_language_model_of_a_gemma_that_reads_images(prefixes, tmp_path):
+    """As transformers 4 and 5 store it."""
+    families.save("gemma3", tmp_path / "text")
+    families.save("gemma3", tmp_path / "both")
+    text = json.loads((tmp_path / "text" / "config.json").read_text())
+    (tmp_path / "both" / "config.json").write_text(json.dumps(
+        {"model_type": "gemma3", "text_config": text, "vision_config": {}, "eos_token_id": [1, 106]}))
+
+    def change(state):
+        for name in list(state):
+            state[prefixes[0] + name.removeprefix("model.")] = state.pop(name)
+        state |= {f"{prefixes[1]}{part}.x": torch.zeros(2) for part in ("vision_tower", "multi_modal_projector")}
+
+    families.rewrite(tmp_path / "both", change)
+    text, both = (load_pretrained(tmp_path / name) for name in ("text", "both"))
+    assert_same_parameters(text, both)
+    assert text.model.config == both.model.config and both.hf_config["eos_token_id"] == [1, 106]
+    families.set_config(tmp_path / "both", text_config=None)
+    with pytest.raises(CheckpointError, match="text_config"):
+        load_pretrained(tmp_path / "both")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -30,7 +30,7 @@ def export(case, directory):
     return pretrained, sample_torch.load_model(directory / "out")
 
 
-@pytest.mark.parametrize("case", ["gpt2", "llama3-rope", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case", ["gpt2", "llama3-rope", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_logits_and_greedy_samples_agree(case, tmp_path):
     pretrained, model = export(case, tmp_path)
     tokens = families.tokens(length=20)

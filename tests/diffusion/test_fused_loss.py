@@ -28,9 +28,10 @@ def batch_of(loss_mask):
     return NoisyBatch(TOKENS, TOKENS, MASKS[loss_mask], jnp.ones((B, L), bool), WEIGHTS)
 
 
-def plain(hidden, kernel, batch, vocab_axis, shift):
+def plain(hidden, kernel, batch, vocab_axis, shift, softcap=None):
     """(loss, (nll, correct)) over the scored positions, from all logits."""
     logits = hidden @ (kernel.T if vocab_axis == 0 else kernel)
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     targets, weights, loss_mask = batch.targets, batch.weights, batch.loss_mask
     if shift:
         logits, targets, weights, loss_mask = logits[:, :-1], targets[:, 1:], weights[:, 1:], loss_mask[:, 1:]
@@ -47,7 +48,8 @@ def programs(plan, shift):
         return 2 * sums.loss, sums  # the incoming gradient is not 1
 
     differentiated = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    reference = functools.partial(plain, vocab_axis=plan.vocab_axis, shift=shift)
+    reference = functools.partial(plain, vocab_axis=plan.vocab_axis, shift=shift,
+                                  softcap=plan.softcap)
     return jax.jit(differentiated(fused)), jax.jit(fused), jax.jit(differentiated(reference))
 
 
@@ -86,6 +88,12 @@ def test_one_device(vocab_axis, loss_mask, chunk_size):
 
 def test_without_the_shift():
     check(HeadPlan(0, chunk_size=10), "all", shift=False)
+
+
+def test_soft_cap():
+    check(HeadPlan(0, chunk_size=10, softcap=3.0), "half")
+    check(mesh_plan((2, 2, 2, 1), 1, 40, softcap=3.0), "uneven", vocab=40)
+    check(mesh_plan((2, 4, 1, 1), 0, V, max_gradient_bytes=4 * D * 7, softcap=3.0), "half")
 
 
 def mesh_plan(sizes, vocab_axis, vocab, **kwargs):

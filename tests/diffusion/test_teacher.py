@@ -30,9 +30,10 @@ def weights_of(term):
     return dataclasses.replace(LossWeights(jnp.zeros((B, L))), **{FIELDS[term]: WEIGHTS})
 
 
-def plain(term, hidden, table):
+def plain(term, softcap, hidden, table):
     """The same from all logits."""
-    logits, parent = (jax.nn.log_softmax(jnp.roll(x, 1, axis=1) @ kernel.T) for x, kernel in (
+    cap = (lambda x: softcap * jnp.tanh(x / softcap)) if softcap else (lambda x: x)
+    logits, parent = (jax.nn.log_softmax(cap(jnp.roll(x, 1, axis=1) @ kernel.T)) for x, kernel in (
         (hidden, table), (PARENT, PARENT_TABLE)))
     p, q = jnp.exp(logits), jnp.exp(parent)
     values = {
@@ -53,7 +54,8 @@ def fused(term, plan, hidden, table):
 def check(term, plan):
     (loss, sums), grads = jax.jit(jax.value_and_grad(functools.partial(fused, term, plan), argnums=(0, 1),
                                                      has_aux=True))(HIDDEN, TABLE)
-    expected, reference = jax.jit(jax.value_and_grad(functools.partial(plain, term), argnums=(0, 1)))(HIDDEN, TABLE)
+    reference = functools.partial(plain, term, plan.softcap)
+    expected, reference = jax.jit(jax.value_and_grad(reference, argnums=(0, 1)))(HIDDEN, TABLE)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for found, wanted in zip(grads, reference, strict=True):
         assert jnp.abs(wanted).max() > 0.1
@@ -61,10 +63,10 @@ def check(term, plan):
     return sums
 
 
-@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("vocab_axis, softcap", [(0, None), (1, None), (0, 3.0)])
 @pytest.mark.parametrize("term", FIELDS)
-def test_values_and_gradients(term, vocab_axis):
-    sums = check(term, HeadPlan(vocab_axis, chunk_size=16))
+def test_values_and_gradients(term, vocab_axis, softcap):
+    sums = check(term, HeadPlan(vocab_axis, chunk_size=16, softcap=softcap))
     assert sums.num_scored == BATCH.loss_mask.sum()
     assert sums.num_clean == (BATCH.clean_mask.sum() if term == "clean" else 0)
 
@@ -111,11 +113,10 @@ def test_states_that_predict_the_same_token_are_compared():
 
 def test_hidden_distance():
     a, b = jax.random.normal(KEYS[0], (2, 3, 8)), jax.random.normal(KEYS[1], (2, 3, 8))
-    cosines = [np.sum(a[..., i : i + 4] * b[..., i : i + 4], axis=-1) / np.linalg.norm(a[..., i : i + 4], axis=-1)
-               / np.linalg.norm(b[..., i : i + 4], axis=-1) for i in (0, 4)]
-    np.testing.assert_allclose(hidden_distance(a, b, 2), 1 - np.mean(cosines, axis=0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(hidden_distance(a, 3 * a, 2), 0, atol=1e-6)
-    assert jnp.isfinite(jax.grad(lambda x: hidden_distance(x, b, 2).sum())(jnp.zeros_like(a))).all()
+    cosine = np.sum(a * b, axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    np.testing.assert_allclose(hidden_distance(a, b), 1 - cosine, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(hidden_distance(a, 3 * a), 0, atol=1e-6)
+    assert jnp.isfinite(jax.grad(lambda x: hidden_distance(x, b).sum())(jnp.zeros_like(a))).all()
 
 
 def test_a_weighted_distance_is_added():

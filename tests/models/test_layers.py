@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.errors import ConfigError
 from dlm_jax.models import Cache, ModelConfig, RopeScaling, Transformer
-from dlm_jax.models.layers import frequencies, rotate, rotation
+from dlm_jax.models.layers import frequencies, rotary, rotate, rotation
 
 LENGTH, WIDTH = 20, 8
 SIZES = dict(vocab_size=61, hidden_size=32, num_heads=4, head_dim=8, mlp_size=48, initializer_range=0.3)
@@ -155,3 +156,11 @@ def test_rotary_scaling():
     wavelengths = 2 * np.pi / plain
     np.testing.assert_array_equal(scaled[wavelengths < 8192 / 4], plain[wavelengths < 8192 / 4])
     np.testing.assert_allclose(scaled[wavelengths > 8192], plain[wavelengths > 8192] / 8, rtol=1e-6)
+
+
+def test_longer_rows_than_dynamic_scaling_is_implemented_for():
+    config = ModelConfig("llama", 11, 8, 1, 1, 1, 8, 8, max_length=4, rope_scaling=RopeScaling("dynamic", 2.0))
+    plain = rotation(jnp.arange(4), frequencies(8, 10000.0, None))
+    jax.tree.map(np.testing.assert_array_equal, rotary(config, jnp.arange(4)), plain)
+    with pytest.raises(ConfigError, match="dynamic"):
+        rotary(config, jnp.arange(5))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dlm_jax.diffusion import Batch, LossSums, ObjectiveConfig
-from dlm_jax.models import Compute, ModelConfig, Transformer
+from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
 from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh, param_shardings
 from dlm_jax.training import diffusion_loss
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -36,28 +36,28 @@ def batch_of(step, mesh, noisable_mask=True):
 
 
 @functools.cache
-def programs(mesh, compute, objective, settings):
+def programs(mesh, compute, objective, settings, model=MODEL):
     """A function that creates the first state, and the step."""
     config = OptimizerConfig(**{"learning_rate": 1e-2, "schedule": "constant", "weight_decay": 0.1} | dict(settings))
     rule = make_optimizer(config, 10)
-    graphdef, _ = nnx.split(Transformer(MODEL, rngs=nnx.Rngs(0), compute=compute))
+    graphdef, _ = nnx.split(abstract_model(model, compute))
     step = make_train_step(graphdef, rule, mesh, objective=objective, config=config, num_steps=10, seed=1,
                            mask_token_id=MASK)
-    return lambda: create_state(initial_params(), rule, config.ema_decay > 0, mesh, config.offload), step
+    return lambda: create_state(initial_params(model), rule, config.ema_decay > 0, mesh, config.offload), step
 
 
 @functools.cache
-def host_params():
-    return jax.device_get(nnx.state(Transformer(MODEL, rngs=nnx.Rngs(0))))
+def host_params(model):
+    return jax.device_get(nnx.state(Transformer(model, rngs=nnx.Rngs(0))))
 
 
-def initial_params():
-    return jax.tree.map(jnp.asarray, host_params())
+def initial_params(model=MODEL):
+    return jax.tree.map(jnp.asarray, host_params(model))
 
 
-def train(mesh, steps=STEPS, noisable_mask=True, compute=Compute(), objective=ANNEALED, **settings):
+def train(mesh, steps=STEPS, noisable_mask=True, compute=Compute(), objective=ANNEALED, model=MODEL, **settings):
     """Metrics of each step, and the last state."""
-    start, step = programs(mesh, compute, objective, tuple(settings.items()))
+    start, step = programs(mesh, compute, objective, tuple(settings.items()), model)
     state, metrics = start(), []
     for i in range(steps):
         state, last = step(state, batch_of(i, mesh, noisable_mask))
@@ -84,10 +84,26 @@ def test_loss_curve_is_the_same_on_every_mesh(reference, mesh, accumulate, capfd
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
     assert "rematerialization" not in capfd.readouterr().err  # XLA's warning that it gathers an array in full
+    assert_placed(state, mesh)
+
+
+def assert_placed(state, mesh):
     placed = jax.tree.leaves(param_shardings(state.params, mesh))
     for tree in (state.params, state.opt_state[1].mu):  # nothing moves between shardings
         for leaf, sharding in zip(jax.tree.leaves(tree), placed, strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_layers_of_two_types_on_a_mesh():
+    model = dataclasses.replace(MODEL, positions="rope", sliding_window=3, full_attention_layers=(1,),
+                                sliding_rope_theta=50.0, attention_softcap=1.0, logit_softcap=2.0)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, context=2))
+    (expected, _), (found, state) = (train(mesh, steps=3, model=model) for mesh in (one_device(), mesh))
+    for record, reference in zip(found, expected, strict=True):
+        np.testing.assert_allclose(record["loss"], reference["loss"], rtol=1e-5)
+        np.testing.assert_allclose(record["grad_norm"], reference["grad_norm"], rtol=1e-5)
+    assert_placed(state, mesh)
+
 
 
 @pytest.mark.parametrize("remat", ["none", "offload"])
