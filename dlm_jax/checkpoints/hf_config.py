@@ -6,9 +6,10 @@ A setting that changes the computation is either expressed in ModelConfig or ref
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dlm_jax.checkpoints import hf_gemma
+from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES, blocks_to_record, rewrite_config
 from dlm_jax.checkpoints.hf_rope import partial_rotary_factor, rope_from_hf, rope_to_hf
 from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError
@@ -43,29 +44,6 @@ _ACTIVATIONS = {
 }  # fmt: skip
 _HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu": "relu"}
 
-
-class ExternalArch(NamedTuple):
-    """A block diffusion architecture of another project: one of HF's architectures under its own model_type.
-
-    Attributes:
-      family: HF's architecture.
-      size_key: the key of its config.json that gives the tokens per block.
-      size, mask_token_id: the defaults of its code.
-    """
-
-    family: str
-    shift: bool
-    size_key: str
-    size: int
-    mask_token_id: int | None = None
-
-
-# SDAR (arXiv 2510.06303) and Fast-dLLM v2 (arXiv 2509.26328), as in their code; clean blocks are bidirectional in both.
-EXTERNAL_ARCHS = {
-    "sdar": ExternalArch("qwen3", shift=False, size_key="block_size", size=4),
-    "Fast_dLLM_Qwen": ExternalArch("qwen2", shift=True, size_key="bd_size", size=32, mask_token_id=151665),
-}
-
 # Keys of the source's config.json that an export does not keep: it writes its own, in one spelling.
 _REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor",
               "layer_types", "sliding_window_pattern", "_sliding_window_pattern", "dtype",
@@ -74,10 +52,10 @@ _REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Reads a checkpoint directory's config.json; one of an `ExternalArch` is rewritten as an export of this library.
+    """Reads a checkpoint directory's config.json; one of another project's diffusion models is rewritten as an export.
 
     Raises:
-      CheckpointError: the file is missing or damaged.
+      CheckpointError: the file is missing or damaged, or says that code which this library lacks computes the model.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -87,7 +65,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         if files := sorted(file.name for file in directory.glob("*.gguf")):
             hint = f"; give a GGUF file in it ({', '.join(files)})"
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint{hint}")
-    return _rewrite_external(hf_gemma.text_model(read_json(path)))
+    return rewrite_config(hf_gemma.text_model(read_json(path)), directory)
 
 
 def recorded_diffusion(hf: Mapping[str, Any]) -> DiffusionSpec:
@@ -103,20 +81,15 @@ def blocks_from_record(record: Mapping[str, Any]) -> BlockSpec | None:
     return None if size is None else BlockSpec(size, record.get("clean_attention", "causal"))
 
 
-def blocks_to_record(blocks: BlockSpec) -> dict[str, Any]:
-    """Returns blocks as entries of a JSON object."""
-    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention}
+def recorded_sampling(hf: Mapping[str, Any], diffusion: DiffusionSpec) -> dict[str, Any]:
+    """Returns the settings of `sampling.SamplerConfig` that a config records as the model's own defaults.
 
-
-def _rewrite_external(hf: dict[str, Any]) -> dict[str, Any]:
-    arch = EXTERNAL_ARCHS.get(hf.get("model_type"))
-    if arch is None:
-        return hf
-    blocks = BlockSpec(hf.get(arch.size_key, arch.size), "block_bidirectional")
-    record = {"mask_token_id": hf.get("mask_token_id", arch.mask_token_id), "shift": arch.shift,
-              **blocks_to_record(blocks)}
-    kept = {name: value for name, value in hf.items() if name not in (arch.size_key, "attn_implementation")}
-    return kept | {"model_type": arch.family, "dlm_jax": record}
+    They are those of one way to generate: a model that has learned another one, as `diffusion` says, has none.
+    """
+    record = recorded_diffusion(hf)
+    if (diffusion.shift, diffusion.blocks) != (record.shift, record.blocks):
+        return {}
+    return dict((hf.get("dlm_jax") or {}).get("sampling") or {})
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -128,7 +101,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     family = hf.get("model_type")
     if family not in _ARCHITECTURES:
         raise CheckpointError(f"config.json has model_type {family!r}; supported are "
-                              f"{', '.join([*_ARCHITECTURES, *EXTERNAL_ARCHS])}")
+                              f"{', '.join([*_ARCHITECTURES, *DIFFUSION_FAMILIES])}")
     for name, allowed in _NEUTRAL.items():
         if name in hf and hf[name] not in allowed:
             raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not implement")
@@ -172,6 +145,8 @@ def config_to_hf(config: ModelConfig, base: Mapping[str, Any], diffusion: Diffus
         hf["dlm_jax"] = {"mask_token_id": diffusion.mask_token_id, "shift": diffusion.shift}
         if diffusion.blocks is not None:
             hf["dlm_jax"] |= blocks_to_record(diffusion.blocks)
+        if sampling := recorded_sampling(base, diffusion):
+            hf["dlm_jax"]["sampling"] = sampling
     expected, read_back = dataclasses.asdict(config), dataclasses.asdict(config_from_hf(hf))
     lost = [name for name in expected if read_back[name] != expected[name] and not name.endswith("_dropout")]
     if lost:

@@ -90,6 +90,15 @@ _LANGUAGE_MODEL = {"language_model.model.": "model.", "language_model.lm_head.":
                    "model.language_model.": "model."}
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
+# LLaDA's names of LLaMA's modules: those of a layer, and the others.
+_LLADA_LAYER = {
+    "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
+}  # fmt: skip
+_LLADA = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+_LLADA_NAME = re.compile(r"(?:model\.)?transformer\.(?:blocks\.(\d+)\.)?(\w+)\.weight")
+
 # Causal masks and rotary tables, which older versions of transformers stored.
 _BUFFER = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
 
@@ -100,12 +109,15 @@ def embedding_name(family: str) -> str:
 
 
 def canonical(names: Iterable[str], family: str) -> dict[str, str]:
-    """Maps HF names to the names stored in a checkpoint, which may lack the prefix or be DiffuGPT's.
+    """Maps HF names to the names stored in a checkpoint, which may lack the prefix or be DiffuGPT's or LLaDA's.
 
-    `gpt2` on the hub is stored without the prefix `transformer.`; DiffuGPT uses `embed_tokens.` and `denoise_model.`.
-    Buffers that are not learned are omitted, and what reads images in a Gemma 3.
+    `gpt2` on the hub is stored without the prefix `transformer.`; DiffuGPT uses `embed_tokens.` and `denoise_model.`;
+    LLaDA names LLaMA's tensors `model.transformer.`. Buffers that are not learned are omitted, and what reads images in
+    a Gemma 3.
     """
     names = [name for name in names if not _BUFFER.search(name)]
+    if family == "llama" and any("transformer.wte." in name for name in names):
+        return {_from_llada(name): name for name in names}
     if family == "gemma3_text":
         prefixes = {name: next((prefix for prefix in _LANGUAGE_MODEL if name.startswith(prefix)), "") for name in names
                     if not _VISION.match(name)}
@@ -123,6 +135,17 @@ def canonical(names: Iterable[str], family: str) -> dict[str, str]:
         return prefix + name if bare and not name.startswith("lm_head.") else name
 
     return {hf_name(name): name for name in names}
+
+
+def _from_llada(name: str) -> str:
+    """Returns LLaMA's name of a tensor of LLaDA; an unknown one as it is."""
+    if (match := _LLADA_NAME.fullmatch(name)) is None:
+        return name
+    layer, module = match.groups()
+    known = _LLADA.get(module) if layer is None else _LLADA_LAYER.get(module)
+    if known is None:
+        return name
+    return f"{known}.weight" if layer is None else f"model.layers.{layer}.{known}.weight"
 
 
 def diffugpt_name(name: str, family: str) -> str:
