@@ -249,8 +249,9 @@ class DiffusionLM:
         return list(estimate.rows)
 
     def save_pretrained(self, directory: str | os.PathLike, layout: str = "hf") -> None:
-        """Writes weights, config and tokenizer for `transformers` ("hf") or in DiffuGPT's layout ("diffugpt"), or the
-        adapter of a model loaded with `merge=False` ("peft")."""
+        """Writes weights, config and tokenizer for `transformers` ("hf"), for SGLang, LMDeploy and JetEngine ("sdar"),
+        for llama.cpp ("dream") or in DiffuGPT's layout ("diffugpt"), or the adapter of a model loaded with
+        `merge=False` ("peft")."""
         save_pretrained(directory, self.pretrained, layout=layout)
 
     def _settings(self, **options: Any) -> "_Settings":

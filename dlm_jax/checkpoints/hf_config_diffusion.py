@@ -178,6 +178,15 @@ def _llada_to_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def dream_generation(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of Dream's generation_config.json that sample as `sampling` says, else as this library."""
+    policy = {policy: name for name, policy in _DREAM_POLICIES.items()}.get(sampling.get("policy"))
+    given = {} if policy is None else sampling
+    return {"alg": policy or "maskgit_plus", "steps": given.get("num_steps", 64), "eps": _DREAM_LAST_TIME,
+            "temperature": given.get("temperature", 1.0),
+            **{name: given[name] for name in ("top_p", "top_k") if name in given}}
+
+
 def _dream_sampling(directory: Path) -> dict[str, Any]:
     """Returns what Dream's generation_config.json asks for, with the defaults of its class."""
     path = directory / "generation_config.json"
