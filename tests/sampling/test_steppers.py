@@ -175,6 +175,7 @@ def test_blocks_after_eos_are_not_filled():
     eos = int(full.tokens[0, 5])
     last = stream_states(make_spec(num_steps=20, eos=(eos,)))[-1]
     end = int(np.argmax((last.tokens[0] == eos) & ~FIXED[0]))
+    end = (end // SIZE + 1) * SIZE  # tokens of the same block may be there already
     assert (last.tokens[0, end:] == eos).all() and last.steps[0] < full.steps[0]
 
 
