@@ -32,7 +32,8 @@ def engine_config(pretrained: "Pretrained", hf: dict[str, Any], layout: str) -> 
     changed = {"model_type": model_type, "architectures": [DIFFUSION_FAMILIES[model_type].architecture],
                "tie_word_embeddings": False}
     if layout == "sdar":
-        changed |= {"auto_map": _SDAR_FILES, "block_size": pretrained.diffusion.blocks.size}
+        changed |= {"auto_map": _SDAR_FILES, "block_size": pretrained.diffusion.blocks.size,
+                    "fuse_cross_entropy": False}  # which SDAR's own modeling code reads
     return hf | changed
 
 

@@ -121,7 +121,7 @@ def rewrite_config(hf: dict[str, Any], directory: Path) -> dict[str, Any]:
         record["sampling"] = sampling
     kept = _llada_to_llama(hf) if hf["model_type"] == "llada" else {
         name: value for name, value in hf.items()
-        if name not in (family.size_key, "block_size" if is_a2d else None, "attn_implementation")}
+        if name not in (family.size_key, "block_size" if is_a2d else None, "attn_implementation", "fuse_cross_entropy")}
     return kept | {"model_type": family.family, "dlm_jax": record}
 
 
