@@ -10,7 +10,7 @@ class SDARConfig(PretrainedConfig):
     """The settings of Qwen3, with the tokens per block and the mask token."""
 
     model_type = "sdar"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ("past_key_values",)
 
     def __init__(self, vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
                  num_attention_heads=16, num_key_value_heads=8, head_dim=128, hidden_act="silu",

@@ -58,6 +58,9 @@ def _load_class(directory: Path) -> "PreTrainedTokenizerBase":
     if (name := _plain_class(directory)) is not None:
         return getattr(transformers, name).from_pretrained(directory, local_files_only=True)
     external = DIFFUSION_FAMILIES.get(_model_type(directory))
+    if external is not None and external.family in _CLASSES and not (directory / "tokenizer.json").is_file():
+        # Dream names a class of its own, whose vocabulary and rules are those of the family's.
+        return getattr(transformers, _CLASSES[external.family]).from_pretrained(directory, local_files_only=True)
     # For an unknown model_type, transformers would ask whether to run the checkpoint's own code.
     known = {} if external is None else {"config": transformers.AutoConfig.for_model(external.family)}
     return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
