@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dlm_jax.checkpoints import hf_gemma
-from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES, blocks_to_record, rewrite_config
+from dlm_jax.checkpoints.hf_config_diffusion import (
+    DIFFUSION_FAMILIES,
+    blocks_to_record,
+    check_plain,
+    rewrite_config,
+)
 from dlm_jax.checkpoints.hf_rope import partial_rotary_factor, rope_from_hf, rope_to_hf
 from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError
@@ -65,7 +70,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         if files := sorted(file.name for file in directory.glob("*.gguf")):
             hint = f"; give a GGUF file in it ({', '.join(files)})"
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint{hint}")
-    return rewrite_config(hf_gemma.text_model(read_json(path)), directory)
+    hf = hf_gemma.text_model(read_json(path))
+    if hf.get("model_type") in _ARCHITECTURES:
+        check_plain(hf)
+    return rewrite_config(hf, directory)
 
 
 def recorded_diffusion(hf: Mapping[str, Any]) -> DiffusionSpec:

@@ -93,7 +93,6 @@ def rewrite_config(hf: dict[str, Any], directory: Path) -> dict[str, Any]:
     """
     family = DIFFUSION_FAMILIES.get(hf.get("model_type"))
     if family is None:
-        _check_plain(hf)
         return hf
     if "num_experts" in hf:
         raise CheckpointError(f"config.json of {hf['model_type']!r} sets num_experts to {hf['num_experts']!r}, and "
@@ -125,12 +124,7 @@ def rewrite_config(hf: dict[str, Any], directory: Path) -> dict[str, Any]:
     return kept | {"model_type": family.family, "dlm_jax": record}
 
 
-def blocks_to_record(blocks: BlockSpec) -> dict[str, Any]:
-    """Returns blocks as entries of a JSON object."""
-    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention}
-
-
-def _check_plain(hf: Mapping[str, Any]) -> None:
+def check_plain(hf: Mapping[str, Any]) -> None:
     """Raises CheckpointError if a config.json of a family of transformers says that other code computes the model."""
     family, classes = hf.get("model_type"), hf.get("architectures") or []
     what = None
@@ -143,6 +137,11 @@ def _check_plain(hf: Mapping[str, Any]) -> None:
     if what is not None:
         raise CheckpointError(f"config.json has model_type {family!r} and {what}: a model with code of its own, which "
                               "this library does not implement")
+
+
+def blocks_to_record(blocks: BlockSpec) -> dict[str, Any]:
+    """Returns blocks as entries of a JSON object."""
+    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention}
 
 
 def _is_plain_class(name: str, family: str) -> bool:

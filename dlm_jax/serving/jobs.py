@@ -98,7 +98,8 @@ class ServedModel:
         """Returns the model's entry in the list of models."""
         blocks = self.pretrained.diffusion.blocks
         abilities = {
-            "max_length": self.max_length, "default_policy": self.default_sampling["policy"], "policies": self.policies,
+            "max_length": self.max_length, "policies": self.policies,
+            "default_policy": self.default_sampling["policy"], "default_sampling": self.default_sampling,
             "block_length": None if blocks is None else blocks.size,
             "has_chat_template": self.prompt_format is not None, "has_mask_token": self.has_mask_token,
             "drafter": self.drafter if self.drafter in BUILT_IN_DRAFTERS else "trained",  # not where it is stored
