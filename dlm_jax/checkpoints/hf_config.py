@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlm_jax.checkpoints import hf_gemma
+from dlm_jax.checkpoints import hf_gemma, hf_moe
 from dlm_jax.checkpoints.hf_config_diffusion import (
     DIFFUSION_FAMILIES,
     blocks_to_record,
@@ -29,9 +29,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,), "compression_config": (None,),
 }
 # Settings that transformers takes as they are, never as text: "false" would count as true.
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_qkv_bias")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_qkv_bias", "norm_topk_prob")
 _NUMBERS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "initializer_range", "rope_theta",
-            "max_window_layers", "rope_local_base_freq")
+            "max_window_layers", "rope_local_base_freq", "router_aux_loss_coef")
 _SIZES_OR_NULL = ("head_dim", "n_inner", "sliding_window")
 
 # Other names of GPT-2's sizes, which transformers prefers (its `attribute_map`).
@@ -41,7 +41,7 @@ _GPT2_ALIASES = {"n_embd": "hidden_size", "n_positions": "max_position_embedding
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "stablelm": "StableLmForCausalLM",
-    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
 }  # fmt: skip
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -123,6 +123,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if family in hf_gemma.FAMILIES:
         hf = hf_gemma.with_defaults(hf)
         return dataclasses.replace(_from_llama(hf, family), **hf_gemma.fields(hf))
+    if family in hf_moe.FAMILIES:
+        found = hf_moe.fields(hf)
+        return dataclasses.replace(_from_llama(hf | {"intermediate_size": found["mlp_size"]}, family), **found)
     read = {"gpt2": _from_gpt2, "stablelm": _from_stablelm}.get(family)
     return _from_llama(hf, family) if read is None else read(hf)
 
@@ -192,7 +195,7 @@ def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
     hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
     absent = None if family == "llama" else 0  # null, and for LLaMA also no key, means as many as heads
     kv_heads = heads if hf.get("num_key_value_heads", absent) is None else _size(hf, "num_key_value_heads")
-    attention_bias = family in ("llama", "qwen3", *hf_gemma.FAMILIES) and hf.get("attention_bias", False)
+    attention_bias = family in ("llama", "qwen3", "qwen3_moe", *hf_gemma.FAMILIES) and hf.get("attention_bias", False)
     theta, scaling = rope_from_hf(hf)
     rotary = partial_rotary_factor(hf)
     if rotary != 1 and family != "stablelm":
@@ -207,7 +210,8 @@ def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
         norm="rms", norm_eps=hf.get("rms_norm_eps", 1e-6), activation=_activation(hf.get("hidden_act", "silu")),
         gated_mlp=True, positions="rope", rope_theta=theta, rope_scaling=scaling, partial_rotary_factor=rotary,
         qkv_bias=family == "qwen2" or attention_bias, out_bias=attention_bias,
-        mlp_bias=family == "llama" and hf.get("mlp_bias", False), qk_norm=family in ("qwen3", "gemma3_text"),
+        mlp_bias=family == "llama" and hf.get("mlp_bias", False),
+        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text"),
         tie_embeddings=hf.get("tie_word_embeddings", False), sliding_window=window,
         full_attention_layers=full_attention_layers, attention_dropout=hf.get("attention_dropout", 0.0),
         initializer_range=hf.get("initializer_range", 0.02),
@@ -237,7 +241,7 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": _HF_ACTIVATIONS[config.activation], "attention_dropout": config.attention_dropout,
         "rope_theta": config.rope_theta, "rope_scaling": rope_to_hf(config.rope_scaling),
     }  # fmt: skip
-    if config.family in ("llama", "qwen3"):
+    if config.family in ("llama", "qwen3", "qwen3_moe"):
         hf["attention_bias"] = config.out_bias
     if config.family == "llama":
         hf["mlp_bias"] = config.mlp_bias
@@ -252,6 +256,8 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
         if config.full_attention_layers:
             hf["layer_types"] = ["full_attention" if layer in config.full_attention_layers else "sliding_attention"
                                  for layer in range(config.num_layers)]
+    if config.family in hf_moe.FAMILIES:
+        hf |= hf_moe.to_hf(config) | {"use_sliding_window": window is not None, "sliding_window": window}
     if config.family in hf_gemma.FAMILIES:
         del hf["hidden_act"]
         hf |= hf_gemma.to_hf(config)
@@ -285,7 +291,7 @@ def _sliding_window(hf: Mapping[str, Any], family: str) -> tuple[int | None, tup
     window, layers = hf.get("sliding_window", 4096), _size(hf, "num_hidden_layers")
     if family == "mistral":
         return window, ()
-    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False):
+    if family in ("qwen2", "qwen3", "qwen3_moe") and not hf.get("use_sliding_window", False):
         window = None
     full = layers if window is None else min(hf.get("max_window_layers", 28), layers)
     kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full)

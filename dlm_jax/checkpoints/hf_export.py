@@ -115,17 +115,15 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
 
 def named_tensors(model: Transformer) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
     """Returns the shape of every HF tensor by name, and a function that copies it to the host."""
-    sources: dict[str, list[tuple[hf_names.Key, tuple[int, ...], jax.Array, int | None]]] = {}
+    sources: dict[str, list[tuple[hf_names.Key, tuple[int, ...], jax.Array, tuple[int, ...]]]] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         key = hf_names.KEYS[model.config.family][".".join(path)]
-        for layer, (name, shape) in enumerate(hf_names.layer_tensors(key, leaf.shape)):
-            sources.setdefault(name, []).append(
-                (key, shape, leaf[...], layer if leaf.axes[0] == "layers" else None))
+        for name, shape, index in hf_names.layer_tensors(key, leaf.shape):
+            sources.setdefault(name, []).append((key, shape, leaf[...], index))
 
     def gather(name: str) -> np.ndarray:
         thirds = sorted(sources[name], key=lambda source: source[0].third or 0)
-        arrays = [hf_names.to_hf(to_host(array if layer is None else array[layer]), key)
-                  for key, _, array, layer in thirds]
+        arrays = [hf_names.to_hf(to_host(array[index] if index else array), key) for key, _, array, index in thirds]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 
     return {name: (hf_names.hf_shape(*sources[name][0][:2]), lambda name=name: gather(name)) for name in sources}

@@ -13,9 +13,10 @@ from dlm_jax.attention import AttentionMask, soft_cap
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import matmul
 from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.layer_types import LayerTypes
+from dlm_jax.models.layer_types import LayerTypes, MaskChoice
 from dlm_jax.models.layers import (
-    Block,
+    MLP,
+    Attention,
     Cache,
     Initializer,
     LayerCache,
@@ -25,6 +26,7 @@ from dlm_jax.models.layers import (
     split_layers,
 )
 from dlm_jax.models.lora import DraftHead, LoRAConfig, LoRAInputs
+from dlm_jax.models.moe import MoE, RouterSums
 from dlm_jax.random import counter_hash, dropout
 
 
@@ -46,6 +48,40 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig, init: Initializer):
         trained = init.lora is not None and init.lora.head
         self.kernel = init.normal((config.hidden_size, config.vocab_size), ("embed", "vocab"), trained=trained)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP around a residual stream; holds the stacked parameters of all layers."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
+        shape = (config.num_layers, config.hidden_size)
+        self.dropout_rate = config.residual_dropout
+        self.attention_norm = Norm(config, shape, init)
+        self.attention = Attention(config, compute, init)
+        self.attention_post_norm = Norm(config, shape, init) if config.post_norms else None
+        self.mlp_norm = Norm(config, shape, init)
+        self.mlp = MLP(config, compute, init) if config.experts is None else MoE(config, compute, init)
+        self.mlp_post_norm = Norm(config, shape, init) if config.post_norms else None
+
+    def __call__(self, x: jax.Array, mask: AttentionMask | MaskChoice, cos_sin: tuple[jax.Array, jax.Array] | None,
+                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None], lora: LoRAInputs,
+                 layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None, RouterSums | None]:
+        """Runs a layer.
+
+        Args:
+          x: [batch, length, embed].
+          seeds: uint32 [batch] for the dropout of probabilities, and of the two branches.
+
+        Returns:
+          [batch, length, embed]; the cache with this layer's keys and values, and what its router did, if it has them.
+        """
+        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], lora, layer_cache)
+        y = y if self.attention_post_norm is None else self.attention_post_norm(y)
+        x = x + dropout(y, self.dropout_rate, seeds[1])
+        z = self.mlp_norm(x)
+        y, router = self.mlp(z) if isinstance(self.mlp, MoE) else (self.mlp(z, lora), None)
+        y = y if self.mlp_post_norm is None else self.mlp_post_norm(y)
+        return x + dropout(y, self.dropout_rate, seeds[2]), cache, router
 
 
 class Transformer(nnx.Module):
@@ -154,11 +190,11 @@ class Transformer(nnx.Module):
             layer_cache = None if cache is None else LayerCache(cache, index, slots, read_index)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
-            x, cache = nnx.merge(graphdef, params)(x, *types.of_layer(slides), seeds[:3], LoRAInputs(seeds[3], noised),
-                                                   layer_cache)
+            x, cache, router = nnx.merge(graphdef, params)(x, *types.of_layer(slides), seeds[:3],
+                                                           LoRAInputs(seeds[3], noised), layer_cache)
             if tapped is not None:
                 tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, place, axis=-2)
-            return (x, cache, tapped), None
+            return (x, cache, tapped), router
 
         layers = jnp.arange(config.num_layers), jnp.asarray(places), types.slides, stacked
         (x, cache, tapped), _ = jax.lax.scan(rematerialize(layer, self.compute.remat), (x, cache, tapped), layers)
@@ -201,6 +237,8 @@ def check_lora(lora: LoRAConfig, config: ModelConfig) -> None:
     """Raises ConfigError if LoRA names parameters that the architecture does not have."""
     if "gate" in lora.targets and not config.gated_mlp:
         raise ConfigError(f"lora.targets has gate, but {config.family} has no gated MLP; remove it")
+    if config.experts is not None and (found := [name for name in ("gate", "up", "down") if name in lora.targets]):
+        raise ConfigError(f"lora.targets has {', '.join(found)}, and experts have no LoRA; choose of q, k, v and out")
     if lora.head and config.tie_embeddings:
         raise ConfigError("lora.head cannot be trained alone: this model's head is tied to its embedding; set "
                           "lora.embedding instead, which trains both")

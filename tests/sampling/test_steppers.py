@@ -21,7 +21,8 @@ def cached_tokens(kind, layers, **settings):
     return run_sampler(tiny(kind, num_layers=layers), *make_batch(), **SETTINGS | settings).tokens
 
 
-@pytest.mark.parametrize(("kind", "cache"), [("llama", "prefix"), ("gpt2", "dual"), ("two types", "dual")])
+@pytest.mark.parametrize(("kind", "cache"), [
+    ("llama", "prefix"), ("gpt2", "dual"), ("two types", "dual"), ("experts", "dual")])
 def test_cache_refreshed_at_every_step_is_exact(kind, cache):
     np.testing.assert_array_equal(cached_tokens(kind, 2, cache=cache, cache_refresh_interval=1), cached_tokens(kind, 2))
 
