@@ -140,6 +140,13 @@ class Transformer(nnx.Module):
         """
         return self._run(tokens, attention, positions, None, cache, slots, noised=noised)[:2]
 
+    def hidden_and_router(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None,
+                          dropout_seeds: jax.Array | None = None,
+                          noised: tuple[int, int] | None = None) -> tuple[jax.Array, RouterSums | None]:
+        """Returns `hidden`, and what the routers did, [layers, experts]; None for a model without experts."""
+        hidden, _, _, router = self._run(tokens, attention, positions, dropout_seeds, None, noised=noised)
+        return hidden, router
+
     def hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, target_layer_ids: tuple[int, ...], *,
                             positions: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns `hidden` without dropout, and what some layers put out: [batch, length, taps * embed].
@@ -147,19 +154,20 @@ class Transformer(nnx.Module):
         Args:
           target_layer_ids: layers from 0 on. A layer's output is the residual stream after it, before any norm.
         """
-        hidden, _, features = self._run(tokens, attention, positions, None, None, taps=target_layer_ids)
+        hidden, _, features, _ = self._run(tokens, attention, positions, None, None, taps=target_layer_ids)
         return hidden, features
 
     def cached_hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
                                    cache: Cache,
                                    target_layer_ids: tuple[int, ...]) -> tuple[jax.Array, Cache, jax.Array]:
         """Returns `cached_hidden`, and the features of `hidden_and_features`, [batch, Q, taps * embed]."""
-        return self._run(tokens, attention, positions, None, cache, taps=target_layer_ids)
+        return self._run(tokens, attention, positions, None, cache, taps=target_layer_ids)[:3]
 
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
              dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,
              taps: tuple[int, ...] = (),
-             noised: tuple[int, int] | None = None) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+             noised: tuple[int, int] | None = None
+             ) -> tuple[jax.Array, Cache | None, jax.Array | None, RouterSums | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -184,7 +192,8 @@ class Transformer(nnx.Module):
         tapped = jnp.zeros((*x.shape[:-1], len(taps) + 1, x.shape[-1]), dtype) if taps else None
         Carry = tuple[jax.Array, Cache | None, jax.Array | None]
 
-        def layer(carry: Carry, layer_input: tuple[jax.Array, jax.Array, jax.Array, nnx.State]) -> tuple[Carry, None]:
+        def layer(carry: Carry, layer_input: tuple[jax.Array, jax.Array, jax.Array, nnx.State]
+                  ) -> tuple[Carry, RouterSums | None]:
             (x, cache, tapped), (index, place, slides, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
             layer_cache = None if cache is None else LayerCache(cache, index, slots, read_index)
@@ -197,9 +206,9 @@ class Transformer(nnx.Module):
             return (x, cache, tapped), router
 
         layers = jnp.arange(config.num_layers), jnp.asarray(places), types.slides, stacked
-        (x, cache, tapped), _ = jax.lax.scan(rematerialize(layer, self.compute.remat), (x, cache, tapped), layers)
+        (x, cache, tapped), router = jax.lax.scan(rematerialize(layer, self.compute.remat), (x, cache, tapped), layers)
         features = None if tapped is None else tapped[..., :-1, :].reshape(*x.shape[:-1], -1)
-        return self.final_norm(x), cache, features
+        return self.final_norm(x), cache, features, router
 
     def _rotation(self, positions: jax.Array, slides: bool) -> tuple[jax.Array, jax.Array] | None:
         """Returns RoPE's rotation in layers with a sliding window of their own base, or in others."""

@@ -23,7 +23,7 @@ from dlm_jax.parallel.chips import GIB, Chip
 from dlm_jax.plan.compile import Base, Memory, abstract_state, device_bytes, trace_step
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.flops import count_params, drafter_flops, train_flops
+from dlm_jax.training.flops import count_active, count_params, drafter_flops, train_flops
 
 # The share of their peaks that matrix products and memory reach in a training step. With 0.6, Llama-2-7B with full
 # rematerialization on 256 v5e has a utilization of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
@@ -105,7 +105,7 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
     lora, scored = resolve_lora(config.lora, architecture, new_mask_token), tokens * scored_share(config.objective)
     tokens *= config.objective.forward_multiplier(length)
     model = train_flops(architecture, tokens, scored, length, lora)
-    forward = 2 * count_params(architecture, "blocks") * tokens
+    forward = 2 * count_active(architecture) * tokens
     product = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim * length * tokens
     block_forward = forward + 2 * product
     recomputed = {"none": 0.0, "dots": 2 * product, "full": block_forward, "offload": block_forward}[config.model.remat]
@@ -233,7 +233,9 @@ def _activation_bytes(config: TrainConfig, base: Base, attention: str) -> float:
     for scan in _scans(traced.jaxpr.jaxpr):
         if scan.params["length"] == layers:
             stacked = [out.aval for out in scan.outvars if out.aval.shape[:1] == (layers,)]  # not the scan's carry
-            found.append(sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape))
+            # The rows of experts have no batch axis of their own.
+            found.append(sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked
+                             if any(size % _TRACED_ROWS == 0 for size in a.shape)))
     return found[0] / _TRACED_ROWS
 
 

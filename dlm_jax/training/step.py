@@ -35,8 +35,9 @@ from dlm_jax.parallel import (
 from dlm_jax.random import dropout_seeds
 from dlm_jax.training.drafting import DraftLoss, SelfDraftLoss
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
+from dlm_jax.training.router import RoutedSums
 
-Sums = LossSums | DraftSums
+Sums = LossSums | DraftSums | RoutedSums
 DEVICE, HOST = "device", "pinned_host"  # JAX's names for kinds of memory
 Metrics = dict[str, jax.Array]
 
@@ -139,25 +140,32 @@ class DiffusionLoss:
     seed: int
     mask_token_id: int | None
 
-    def zero(self, params: nnx.State, frozen: nnx.State) -> LossSums:
-        return LossSums.zero()
+    def zero(self, params: nnx.State, frozen: nnx.State) -> LossSums | RoutedSums:
+        config = nnx.merge(self.graphdef, params, frozen).config
+        return LossSums.zero() if config.experts is None else RoutedSums.zero(config)
 
     def __call__(self, params: nnx.State, frozen: nnx.State, batch: Batch, step: jax.Array,
-                 batch_size: int) -> LossSums:
+                 batch_size: int) -> LossSums | RoutedSums:
         objective, mesh = self.objective, self.mesh
         model = nnx.merge(self.graphdef, all_gather_embeddings(params, mesh), all_gather_embeddings(frozen, mesh))
         noisy, mask = noise_batch(objective, batch, step, seed=self.seed, batch_size=batch_size,
                                   mask_token_id=self.mask_token_id)
-        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions, noised=noisy.noised,
-                              dropout_seeds=dropout_seeds(self.seed, batch.example_index))
-        return loss_sums(hidden, *lm_head(nnx.merge(self.graphdef, params, frozen), mesh), noisy,
+        hidden, router = model.hidden_and_router(noisy.tokens, mask, positions=noisy.positions, noised=noisy.noised,
+                                                 dropout_seeds=dropout_seeds(self.seed, batch.example_index))
+        sums = loss_sums(hidden, *lm_head(nnx.merge(self.graphdef, params, frozen), mesh), noisy,
                          weights=loss_weights(objective, noisy), shift=objective.shift)
+        if router is None:
+            return sums
+        return RoutedSums.of(sums, router, model.config, self.normalizer(sums), trained=model.lora is None)
 
-    def normalizer(self, sums: LossSums) -> jax.Array:
+    def normalizer(self, sums: LossSums | RoutedSums) -> jax.Array:
         return sums.normalizer(self.objective.loss_normalization)
 
-    def metrics(self, sums: LossSums, step: jax.Array) -> Metrics:
-        return metrics_from_sums(sums) | {"anneal_ratio": annealing(self.objective, step)}
+    def metrics(self, sums: LossSums | RoutedSums, step: jax.Array) -> Metrics:
+        routers = {}
+        if isinstance(sums, RoutedSums):
+            sums, routers = sums.sums, sums.metrics()
+        return metrics_from_sums(sums) | {"anneal_ratio": annealing(self.objective, step)} | routers
 
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,

@@ -96,7 +96,7 @@ def assert_placed(state, mesh):
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=1, expert=8), MeshConfig(fsdp=2, tensor=2, expert=2),
                                   MeshConfig(data=2, fsdp=1, context=2, expert=2), MeshConfig(fsdp=8)])
 def test_experts_on_every_mesh(mesh):
-    model = dataclasses.replace(MODEL, positions="rope", gated_mlp=True, experts=ExpertsConfig(8, 2))
+    model = dataclasses.replace(MODEL, positions="rope", gated_mlp=True, experts=ExpertsConfig(8, 2, False, 0.1))
     mesh = make_mesh(mesh)
     compute = Compute(partition=ATTENTION_PARTITION)
     expected = experts_on_one_device(model)
