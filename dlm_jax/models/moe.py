@@ -1,7 +1,7 @@
 """A mixture of experts in place of the MLP: a router sends each token to a few of many gated MLPs.
 
 It is dropless: however uneven the routing, every token reaches the experts that were chosen for it. Tokens are sorted
-by expert, and `jax.lax.ragged_dot` multiplies each run of them by its expert's matrix.
+by expert, and each run of them is multiplied by its expert's matrix (`grouped`).
 
 Under a mesh each device has some of the experts (the axis "expert") and computes what these add for its tokens and for
 those of the devices along that axis; the sums return to the devices that the tokens are on.
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from dlm_jax.attention.partition import Partition, is_split
 from dlm_jax.models.config import Compute, ModelConfig
+from dlm_jax.models.grouped import grouped_matmul
 from dlm_jax.models.layers import ACTIVATIONS, Axes, Initializer, residual_stddev
 from dlm_jax.models.lora import full_kernel, quantize_kernel
 
@@ -128,8 +129,8 @@ def apply_experts(x: jax.Array, weights: jax.Array, chosen: jax.Array, kernels: 
     order = jnp.argsort(chosen, stable=True)
     sizes = jnp.bincount(chosen, length=experts + 1)[:experts]
     rows = x[order // k]
-    hidden = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(hidden, down, sizes)[jnp.argsort(order)]
+    hidden = ACTIVATIONS[activation](grouped_matmul(rows, gate, sizes)) * grouped_matmul(rows, up, sizes)
+    out = grouped_matmul(hidden, down, sizes)[jnp.argsort(order)]
     out = jnp.where(here[:, None], out, 0).astype(jnp.float32) * weights.reshape(-1, 1)
     return jnp.sum(out.reshape(tokens, k, -1), axis=1).astype(x.dtype)
 

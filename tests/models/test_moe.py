@@ -48,9 +48,10 @@ def by_token(chosen, experts=range(EXPERTS)):
 @pytest.mark.parametrize("route", ROUTES)
 def test_no_token_is_dropped(route):
     chosen = jnp.asarray(ROUTES[route])
-    found = jax.jit(apply_experts, static_argnums=4)(X, WEIGHTS, chosen, KERNELS, "silu")
+    apply = jax.jit(apply_experts, static_argnums=4)
+    found = apply(X, WEIGHTS, chosen, KERNELS, "silu")
     np.testing.assert_allclose(found, by_token(ROUTES[route]), atol=1e-5)
-    parts = [apply_experts(X, WEIGHTS, chosen, tuple(k[first : first + 2] for k in KERNELS), "silu", first)
+    parts = [apply(X, WEIGHTS, chosen, tuple(k[first : first + 2] for k in KERNELS), "silu", first)
              for first in (0, 2)]
     np.testing.assert_allclose(parts[1], by_token(ROUTES[route], experts=(2, 3)), atol=1e-5)
     np.testing.assert_allclose(sum(parts), found, atol=1e-5)
