@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlm_jax.checkpoints import hf_moe
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import CheckpointError
 from dlm_jax.storage import read_json
@@ -40,8 +41,11 @@ _LOW_CONFIDENCE = {"policy": "confidence", "num_steps": 128, "block_length": 32,
 # Of the class of Dream's generation_config.json.
 _DREAM_SAMPLING = {"policy": "random", "num_steps": 512, "step_schedule": "dream", "temperature": 0.0}
 
+_RND1_SAMPLING = {"policy": "entropy", "num_steps": 256, "temperature": 0.0}  # num_diffusion_steps of its config
+
 # Dream (arXiv 2508.15487), with DiffuCoder and Dream-Coder; LLaDA (arXiv 2502.09992), with LLaDA 1.5; SDAR (arXiv
-# 2510.06303), with TraDo; Fast-dLLM v2 (arXiv 2509.26328); Tiny-A2D (dllm, arXiv 2602.22661). As in their code; in all
+# 2510.06303), with TraDo; Fast-dLLM v2 (arXiv 2509.26328); LLaDA-MoE (arXiv 2509.24389);
+# RND1 (github.com/RadicalNumerics/RND1); Tiny-A2D (dllm, arXiv 2602.22661). As in their code; in all
 # with blocks, clean blocks are bidirectional.
 DIFFUSION_FAMILIES = {
     "Dream": DiffusionFamily("DreamModel", "qwen2", shift=True, mask_token_id=151666, sampling=_DREAM_SAMPLING),
@@ -49,6 +53,10 @@ DIFFUSION_FAMILIES = {
     "sdar": DiffusionFamily("SDARForCausalLM", "qwen3", shift=False, size_key="block_size", size=4),
     "Fast_dLLM_Qwen": DiffusionFamily("Fast_dLLM_QwenForCausalLM", "qwen2", shift=True, size_key="bd_size", size=32,
                                       mask_token_id=151665),
+    "llada_moe": DiffusionFamily("LLaDAMoEModelLM", "qwen3_moe", shift=False, mask_token_id=156895,
+                                 sampling=_LOW_CONFIDENCE),
+    "rnd1": DiffusionFamily("RND1LM", "qwen3_moe", shift=True, mask_token_id=151669, sampling=_RND1_SAMPLING),
+    "sdar_moe": DiffusionFamily("SDARMoeForCausalLM", "qwen3_moe", shift=False, size_key="block_size", size=4),
     "a2d-qwen3": DiffusionFamily("A2DQwen3LMHeadModel", "qwen3", shift=False),
     "a2d-qwen2": DiffusionFamily("A2DQwen2LMHeadModel", "qwen2", shift=False),
     "a2d-llama": DiffusionFamily("A2DLlamaLMHeadModel", "llama", shift=False),
@@ -91,10 +99,11 @@ def rewrite_config(hf: dict[str, Any], directory: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: a setting or a class that this library does not implement.
     """
+    hf = hf_moe.with_own_type(hf)
     family = DIFFUSION_FAMILIES.get(hf.get("model_type"))
     if family is None:
         return hf
-    if "num_experts" in hf:
+    if "num_experts" in hf and family.family not in hf_moe.FAMILIES:
         raise CheckpointError(f"config.json of {hf['model_type']!r} sets num_experts to {hf['num_experts']!r}, and "
                               "this library reads models of this type without experts alone")
     found = hf.get("architectures") or [family.architecture]
@@ -118,6 +127,8 @@ def rewrite_config(hf: dict[str, Any], directory: Path) -> dict[str, Any]:
         sampling = _dream_sampling(directory)
     if sampling:
         record["sampling"] = sampling
+    if family.family in hf_moe.FAMILIES:
+        hf = hf_moe.from_diffusion(hf)
     kept = _llada_to_llama(hf) if hf["model_type"] == "llada" else {
         name: value for name, value in hf.items()
         if name not in (family.size_key, "block_size" if is_a2d else None, "attn_implementation", "fuse_cross_entropy")}
@@ -145,7 +156,7 @@ def blocks_to_record(blocks: BlockSpec) -> dict[str, Any]:
 
 
 def _is_plain_class(name: str, family: str) -> bool:
-    prefix = family.removesuffix("_text").lower()
+    prefix = family.removesuffix("_text").replace("_", "").lower()
     return name == _DIFFUGPT_CLASS or name.lower() in [prefix + kind for kind in _PLAIN_CLASSES]
 
 

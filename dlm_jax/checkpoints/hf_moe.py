@@ -18,6 +18,45 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+# Of LLaDA-MoE: the values that its network is read with. Its code ignores norm_topk_prob.
+_LLADA_MOE_BUILT_IN: dict[str, tuple[Any, ...]] = {
+    "qk_layernorm": (True,), "moe_router_score_function": ("softmax", None), "routed_scaling_factor": (1, None),
+    "moe_router_enable_expert_bias": (False, None), "router_num_group": (None,), "router_topk_group": (None,),
+    "clip_qkv": (None,), "shared_expert_intermediate_size": (None, 0),
+}  # fmt: skip
+
+
+def with_own_type(hf: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config.json whose model_type tells apart what the hub's does not: LLaDA-MoE has LLaDA's, for one."""
+    name = (hf.get("architectures") or [None])[0]
+    if hf.get("model_type") in ("llada", "lladamoe") and (name == "LLaDAMoEModelLM" or "num_experts" in hf):
+        return hf | {"model_type": "llada_moe"}
+    return hf | {"model_type": "rnd1"} if name == "RND1LM" else hf
+
+
+def from_diffusion(hf: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config.json of a diffusion model with experts in the keys of Qwen3-MoE.
+
+    Raises:
+      CheckpointError: a LLaDA-MoE with a setting that this library does not implement.
+    """
+    if hf["model_type"] == "rnd1":  # it writes false where there is none
+        return {name: value for name, value in hf.items()
+                if not (name in ("rope_scaling", "sliding_window") and value is False)}
+    if hf["model_type"] != "llada_moe":
+        return hf
+    for name, allowed in _LLADA_MOE_BUILT_IN.items():
+        if hf.get(name, allowed[0]) not in allowed:
+            raise CheckpointError(f"config.json of a LLaDA-MoE has {name} {hf[name]!r}, which this library does not "
+                                  f"implement; it reads {allowed[0]!r}")
+    if any(kind != 1 for kind in hf.get("moe_layer_freq") or ()):
+        raise CheckpointError(f"config.json of a LLaDA-MoE has moe_layer_freq {hf['moe_layer_freq']}, and this library "
+                              "reads those with experts in every layer")
+    kept = {name: value for name, value in hf.items() if name not in (*_LLADA_MOE_BUILT_IN, "moe_layer_freq")}
+    return {"rms_norm_eps": 1e-5} | kept | {"moe_intermediate_size": hf.get("expert_intermediate_size"),
+                                            "norm_topk_prob": False}
+
+
 def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of ModelConfig that a mixture of experts sets.
 
