@@ -70,7 +70,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         if files := sorted(file.name for file in directory.glob("*.gguf")):
             hint = f"; give a GGUF file in it ({', '.join(files)})"
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint{hint}")
-    hf = hf_gemma.text_model(read_json(path))
+    hf = hf_moe.with_own_type(hf_gemma.text_model(read_json(path)))
     if hf.get("model_type") in _ARCHITECTURES:
         check_plain(hf)
     return rewrite_config(hf, directory)

@@ -99,7 +99,6 @@ def rewrite_config(hf: dict[str, Any], directory: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: a setting or a class that this library does not implement.
     """
-    hf = hf_moe.with_own_type(hf)
     family = DIFFUSION_FAMILIES.get(hf.get("model_type"))
     if family is None:
         return hf

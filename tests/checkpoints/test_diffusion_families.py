@@ -157,7 +157,7 @@ def test_dream_reveals_nothing_in_its_first_steps(loaded):
     ("dream", dict(architectures=["DreamForCausalLM"]), "DreamForCausalLM"),
     ("sdar", dict(architectures=["IDLMForCausalLM"]), "IDLMForCausalLM"),
     ("sdar", dict(num_experts=128), "num_experts"),
-    ("llada", dict(architectures=["LLaDAMoEModelLM"], num_experts=64), "num_experts"),
+    ("llada", dict(architectures=["LLaDAMoEModelLM"], num_experts=64), "moe_intermediate_size"),
     ("llada", dict(block_type="sequential"), "block_type"), ("llada", dict(alibi=True), "alibi"),
     ("llada", dict(attention_layer_norm=True), "attention_layer_norm"), ("llada", dict(rope=False), "rope"),
     ("llada", dict(include_bias=True), "include_bias"), ("llada", dict(scale_logits=True), "scale_logits"),
