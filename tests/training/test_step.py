@@ -46,7 +46,7 @@ def programs(mesh, compute, objective, settings, model=MODEL):
 
 
 @functools.cache
-def host_params(model):
+def host_params(model=MODEL):
     return jax.device_get(nnx.state(Transformer(model, rngs=nnx.Rngs(0))))
 
 
