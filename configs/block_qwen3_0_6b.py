@@ -5,7 +5,7 @@
 SDAR adapts Qwen3 from 1.7B on, in blocks of 4 with bidirectional attention inside clean blocks, weighted by 1/t, and
 enlarges the blocks during fine-tuning. Its learning rate for 50B tokens is not published; the constant 1e-5 is that of
 its published fine-tuning. The budget of 1B tokens is a choice. SDAR predicts a token from its own position; here the
-parent's shift stays.
+parent's shift stays, and sdar_qwen3_0_6b is without it.
 """
 
 from dlm_jax.cli.config import load_recipe

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -31,8 +31,8 @@ from dlm_jax.sampling import (
     SamplingStats,
     Snapshot,
     pad_rows,
+    resolve_settings,
     sample_rows,
-    sampler_config,
 )
 from dlm_jax.sampling.gap_length import infer_gap_lengths
 from dlm_jax.sampling.text import Segment, before_end, decode, encode, split_gaps
@@ -124,11 +124,20 @@ class DiffusionLM:
 
     @property
     def default_policy(self) -> str:
-        """The policy where none is named: "autoregressive" for a model trained so, or to draft for its base; else
-        "threshold" for one with blocks, and "confidence"."""
+        """The policy where none is named, see `default_sampling`."""
+        return self.default_sampling["policy"]
+
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """The settings of `sampling.SamplerConfig` where they are not named.
+
+        They are those that the checkpoint records, as LLaDA's and Dream's do; else a policy alone: "autoregressive" for
+        a model trained so, or to draft for its base, "threshold" for one with blocks, and "confidence".
+        """
         if self.pretrained.is_autoregressive or self.pretrained.drafts_for_itself:
-            return "autoregressive"
-        return "confidence" if self.pretrained.diffusion.blocks is None else "threshold"
+            return {"policy": "autoregressive"}
+        default = "confidence" if self.pretrained.diffusion.blocks is None else "threshold"
+        return {"policy": default, **self.pretrained.sampling}
 
     def logits(self, tokens: np.ndarray, attention: AttentionMask | None = None) -> jax.Array:
         """Returns float32 logits [batch, length, vocab] of int `tokens` [batch, length]; position n predicts n + 1.
@@ -153,17 +162,20 @@ class DiffusionLM:
                            AttentionMask.bidirectional() if attention is None else attention)
 
     def generate(self, prompts: str | Sequence[str] = "", max_new_tokens: int = 128, num_steps: int | None = None,
-                 policy: str | None = None, temperature: float = 1.0, top_p: float | None = None, seed: int = 0,
-                 **options: Any) -> list[str]:
+                 policy: str | None = None, temperature: float | None = None, top_p: float | None = None,
+                 seed: int = 0, **options: Any) -> list[str]:
         """Continues each prompt, "" for none: returns the prompt as it was and the text after it, up to an EOS token.
+
+        Settings of `sampling.SamplerConfig` that are None, or not named, are those of `default_sampling`, or else those
+        that are the default there.
 
         Args:
           max_new_tokens: the most tokens after each prompt.
           num_steps: denoising steps, as in `sampling.SamplerConfig`.
-          policy: which positions a step reveals, as there; None: `default_policy`. "autoregressive" decodes from left
-            to right, as the model's parent does, and needs no mask token.
-          temperature: divides the logits; 0 takes the most likely token.
-          top_p: sample from the fewest most likely tokens that reach this probability; None: from all.
+          policy: which positions a step reveals, as there. "autoregressive" decodes from left to right, as the model's
+            parent does, and needs no mask token.
+          temperature: divides the logits, 1 by default; 0 takes the most likely token.
+          top_p: sample from the fewest most likely tokens that reach this probability; by default from all.
           seed: with `example_index` it determines the random numbers.
           options: the other fields of `sampling.SamplerConfig`, and
             batch_size: rows at a time, 16 by default; it does not change the texts.
@@ -237,12 +249,13 @@ class DiffusionLM:
         return list(estimate.rows)
 
     def save_pretrained(self, directory: str | os.PathLike, layout: str = "hf") -> None:
-        """Writes weights, config and tokenizer for `transformers` ("hf") or in DiffuGPT's layout ("diffugpt"), or the
-        adapter of a model loaded with `merge=False` ("peft")."""
+        """Writes weights, config and tokenizer for `transformers` ("hf"), for SGLang, LMDeploy and JetEngine ("sdar"),
+        for llama.cpp ("dream") or in DiffuGPT's layout ("diffugpt"), or the adapter of a model loaded with
+        `merge=False` ("peft")."""
         save_pretrained(directory, self.pretrained, layout=layout)
 
-    def _settings(self, *, policy: str | None = None, **options: Any) -> "_Settings":
-        return _Settings.make(policy=policy or self.default_policy, **options)
+    def _settings(self, **options: Any) -> "_Settings":
+        return _Settings.make(self.default_sampling, **options)
 
     def _fill(self, segments: Sequence[Sequence[Segment]], settings: "_Settings", *, stop_at_eos: bool) -> list[str]:
         """Returns texts with their gaps filled."""
@@ -282,11 +295,11 @@ class _Settings:
     stats: SamplingStats | None
 
     @classmethod
-    def make(cls, *, seed: int = 0, batch_size: int = 16, example_index: Sequence[int] | None = None,
-             on_step: Callable[[Snapshot], None] | None = None, stats: SamplingStats | None = None,
-             **sampler: Any) -> Self:
+    def make(cls, defaults: Mapping[str, Any], *, seed: int = 0, batch_size: int = 16,
+             example_index: Sequence[int] | None = None, on_step: Callable[[Snapshot], None] | None = None,
+             stats: SamplingStats | None = None, **sampler: Any) -> Self:
         check_at_least(batch_size, 1, "batch_size")
-        return cls(sampler_config(**sampler), seed, batch_size, example_index, on_step, stats)
+        return cls(resolve_settings(sampler, defaults), seed, batch_size, example_index, on_step, stats)
 
 
 def _as_list(texts: str | Sequence[str], name: str) -> list[str]:

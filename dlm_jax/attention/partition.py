@@ -10,11 +10,17 @@ from jax.sharding import PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The mesh axes over which attention's arrays are split."""
+    """The mesh axes over which the arrays of attention, and of experts, are split.
+
+    Attributes:
+      heads: also splits the width of an MLP.
+      experts: is also one of `batch`.
+    """
 
     batch: tuple[str, ...]
     heads: str
     length: str
+    experts: str = "expert"
 
 
 def is_split(partition: Partition | None) -> bool:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import jax
 from flax import nnx
 
+from dlm_jax.checkpoints.engine_layouts import SDAR_THRESHOLD
+
 if TYPE_CHECKING:
     from dlm_jax.checkpoints.pretrained import Pretrained
     from dlm_jax.models import DrafterConfig
@@ -29,6 +31,38 @@ python inf_diffugpt.py --model_name THIS_DIRECTORY --base_model_name THIS_DIRECT
 ```
 """,
 }
+_USE_ENGINES = {
+    "sdar": """\
+SGLang, LMDeploy and JetEngine serve this directory as an SDAR model, with {dtype} weights:
+
+```bash
+python -m sglang.launch_server --model-path THIS_DIRECTORY --trust-remote-code --dllm-algorithm LowConfidence \\
+    --dllm-algorithm-config THIS_DIRECTORY/sglang.yaml
+```
+
+```python
+from lmdeploy import PytorchEngineConfig, pipeline
+engine = PytorchEngineConfig(dllm_block_length={size}, dllm_denoising_steps={size},
+                             dllm_unmasking_strategy="low_confidence_dynamic", dllm_confidence_threshold={threshold})
+print(pipeline("THIS_DIRECTORY", backend_config=engine)(["Once upon a time"]))
+
+from jetengine import LLM, SamplingParams
+model = LLM("THIS_DIRECTORY", mask_token_id={mask}, block_length={size})
+print(model.generate_streaming(["Once upon a time"], SamplingParams(
+    temperature=1.0, topk=0, topp=1.0, max_tokens=64, remasking_strategy="low_confidence_dynamic",
+    block_length={size}, denoising_steps={size}, dynamic_threshold={threshold})))
+```
+""",
+    "dream": """\
+llama.cpp converts this directory as a Dream model, and samples it:
+
+```bash
+python convert_hf_to_gguf.py THIS_DIRECTORY --outfile model.gguf
+llama-diffusion-cli -m model.gguf -p "Once upon a time" -ub 512 --diffusion-algorithm 4 --diffusion-eps 0.001 \\
+    --diffusion-steps 64 --temp 0
+```
+""",
+}
 _USE_BLOCKS = """\
 `AutoModelForCausalLM.from_pretrained` loads these weights and treats them as an autoregressive model. Sampling block by
 block needs dlm_jax.
@@ -43,7 +77,7 @@ lm = DiffusionLM.from_pretrained("THIS_DIRECTORY")
 
 
 def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
-    """Returns the card of an export with all weights, in layout "hf" or "diffugpt"."""
+    """Returns the card of an export with all weights, in any layout but "peft"."""
     config, diffusion = pretrained.model.config, pretrained.diffusion
     is_diffusion = diffusion.mask_token_id is not None
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(pretrained.model)))
@@ -70,7 +104,12 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
     if is_diffusion:
         is_chat = recipe.get("data.examples.format", "none") != "none"
         commands = "`dlm sample --model=THIS_DIRECTORY`" + " or `dlm chat --model=THIS_DIRECTORY`" * is_chat
-        use = _USE[layout] if diffusion.blocks is None else _USE_BLOCKS
+        if layout in _USE_ENGINES:
+            use = _USE_ENGINES[layout].format(
+                dtype=dtype, mask=diffusion.mask_token_id, threshold=SDAR_THRESHOLD,
+                size=None if diffusion.blocks is None else diffusion.blocks.size)
+        else:
+            use = _USE[layout] if diffusion.blocks is None else _USE_BLOCKS
         sections.append(f"## Use\n\n{use}\nWith dlm_jax: {commands}.")
     if recipe:
         sections.append(f"## Recipe\n\n```json\n{json.dumps(recipe, indent=2, default=str)}\n```")

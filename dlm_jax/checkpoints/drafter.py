@@ -64,10 +64,12 @@ def resolve_drafter(settings: DrafterSettings, target: "ModelConfig", mask_token
         sliding_rope_theta=None, scale_embeddings=False, logit_softcap=None, embed_dropout=0.0, attention_dropout=0.0,
         residual_dropout=0.0)
     if settings.init == "random":
+        if target.experts is not None:
+            layers = dataclasses.replace(layers, mlp_size=target.mlp_size * target.experts.num_experts_per_tok)
         layers = dataclasses.replace(
             layers, family="qwen3", norm="rms", activation="silu", gated_mlp=True, positions="rope", qkv_bias=False,
             out_bias=False, mlp_bias=False, qk_norm=True, post_norms=False, query_pre_attn_scalar=None,
-            attention_softcap=None)
+            attention_softcap=None, experts=None)
     elif settings.num_layers > target.num_layers:
         raise ConfigError(f"drafter.num_layers {settings.num_layers} is more than the {target.num_layers} layers of "
                           "the base, whose last ones it copies; set drafter.init to random")

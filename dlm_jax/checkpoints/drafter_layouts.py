@@ -172,7 +172,7 @@ def _keys(drafter: Drafter) -> list[tuple[Key, nnx.Param]]:
 
 def _stored_shapes(key: Key, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """Returns name and shape of the stored tensor of each layer of a parameter, or of the parameter itself."""
-    return [(name, hf_names.hf_shape(key, shape)) for name, shape in hf_names.layer_tensors(key, shape)]
+    return [(name, hf_names.hf_shape(key, shape)) for name, shape, _ in hf_names.layer_tensors(key, shape)]
 
 
 def _published_name(name: str) -> str:
@@ -182,7 +182,7 @@ def _published_name(name: str) -> str:
 
 def _read(tensors: dict[str, np.ndarray], key: Key, leaf: nnx.Param, directory: Path, sharding: Sharding) -> jax.Array:
     parts = [hf_names.from_hf(np.asarray(tensors[name]), key, shape).astype(leaf.dtype)
-             for name, shape in hf_names.layer_tensors(key, leaf.shape)]
+             for name, shape, _ in hf_names.layer_tensors(key, leaf.shape)]
     value = np.stack(parts) if "{i}" in key.name else parts[0]
     if not np.isfinite(value.astype(np.float32)).all():
         raise CheckpointError(f"{key.name} in {directory} has numbers that are not finite (NaN or infinity); use "

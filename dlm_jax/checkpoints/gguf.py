@@ -17,6 +17,7 @@ from dlm_jax.checkpoints import hf_gemma
 from dlm_jax.checkpoints.gguf_file import GGUFContent, GGUFTensor, check_types, read_gguf
 from dlm_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from dlm_jax.checkpoints.hf_config import config_from_hf
+from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES
 from dlm_jax.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ _GEMMA_KEYS = _LLAMA_KEYS | {
     "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
 }  # fmt: skip
 _KEYS = {"llama": _LLAMA_KEYS, "qwen2": _LLAMA_KEYS, "qwen3": _LLAMA_KEYS, "gpt2": _GPT2_KEYS, "gemma2": _GEMMA_KEYS,
-         "gemma3": _GEMMA_KEYS}
-_FAMILIES = {"gemma3": "gemma3_text"}  # HF's model_type where it is not the architecture's name
+         "gemma3": _GEMMA_KEYS, "dream": _LLAMA_KEYS, "llada": _LLAMA_KEYS}
+# HF's model_type where it is not the architecture's name.
+_FAMILIES = {"gemma3": "gemma3_text", "dream": "qwen2", "llada": "llama"}
+_DIFFUSION = {"dream": DIFFUSION_FAMILIES["Dream"], "llada": DIFFUSION_FAMILIES["llada"]}
 
 _WINDOWS = "attention.sliding_window_pattern"  # of each layer, or one of how many has none
 # Layers of those Gemmas whose scores are divided by the root of width / heads, of which files say nothing. llama.cpp
@@ -115,6 +118,8 @@ def read_config(content: GGUFContent) -> dict[str, Any]:
     settings = {key.removeprefix(f"{family}."): value if key.endswith(_WINDOWS) else _one_for_all(path, key, value)
                 for key, value in metadata.items() if key.startswith(f"{family}.")}
     for name, allowed in _NEUTRAL.items():
+        if family in _DIFFUSION and name == "attention.causal":
+            continue
         if name in settings and name not in _KEYS[family] and settings[name] not in allowed:
             raise CheckpointError(f"{path} sets {family}.{name} to {settings[name]!r}, which this library does not "
                                   "implement; use a model without it")
@@ -124,9 +129,13 @@ def read_config(content: GGUFContent) -> dict[str, Any]:
     config |= {"model_type": _FAMILIES.get(family, family), "vocab_size": tensors[_EMBEDDING].shape[0],
                "tie_word_embeddings": _is_tied(tensors)}
     if family != "gpt2":
-        config |= _llama_settings(path, family, settings, config, tensors)
+        config |= _llama_settings(path, config["model_type"], settings, config, tensors)
     if family in _GEMMA_27B_LAYERS:
         config |= _gemma_settings(family, settings, config)
+    if family in _DIFFUSION:
+        config["dlm_jax"] = {
+            "mask_token_id": metadata.get("tokenizer.ggml.mask_token_id", _DIFFUSION[family].mask_token_id),
+            "shift": metadata.get("diffusion.shift_logits", True), "sampling": dict(_DIFFUSION[family].sampling)}
     for name in ("bos", "eos"):
         if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{name}_token_id"] = token

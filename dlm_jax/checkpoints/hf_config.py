@@ -6,9 +6,15 @@ A setting that changes the computation is either expressed in ModelConfig or ref
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dlm_jax.checkpoints import hf_gemma
+from dlm_jax.checkpoints import hf_gemma, hf_moe
+from dlm_jax.checkpoints.hf_config_diffusion import (
+    DIFFUSION_FAMILIES,
+    blocks_to_record,
+    check_plain,
+    rewrite_config,
+)
 from dlm_jax.checkpoints.hf_rope import partial_rotary_factor, rope_from_hf, rope_to_hf
 from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError
@@ -23,9 +29,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,), "compression_config": (None,),
 }
 # Settings that transformers takes as they are, never as text: "false" would count as true.
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_qkv_bias")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_qkv_bias", "norm_topk_prob")
 _NUMBERS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "initializer_range", "rope_theta",
-            "max_window_layers", "rope_local_base_freq")
+            "max_window_layers", "rope_local_base_freq", "router_aux_loss_coef")
 _SIZES_OR_NULL = ("head_dim", "n_inner", "sliding_window")
 
 # Other names of GPT-2's sizes, which transformers prefers (its `attribute_map`).
@@ -35,36 +41,13 @@ _GPT2_ALIASES = {"n_embd": "hidden_size", "n_positions": "max_position_embedding
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "stablelm": "StableLmForCausalLM",
-    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
 }  # fmt: skip
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu": "gelu", "silu": "silu", "swish": "silu", "relu": "relu",
 }  # fmt: skip
 _HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu": "relu"}
-
-
-class ExternalArch(NamedTuple):
-    """A block diffusion architecture of another project: one of HF's architectures under its own model_type.
-
-    Attributes:
-      family: HF's architecture.
-      size_key: the key of its config.json that gives the tokens per block.
-      size, mask_token_id: the defaults of its code.
-    """
-
-    family: str
-    shift: bool
-    size_key: str
-    size: int
-    mask_token_id: int | None = None
-
-
-# SDAR (arXiv 2510.06303) and Fast-dLLM v2 (arXiv 2509.26328), as in their code; clean blocks are bidirectional in both.
-EXTERNAL_ARCHS = {
-    "sdar": ExternalArch("qwen3", shift=False, size_key="block_size", size=4),
-    "Fast_dLLM_Qwen": ExternalArch("qwen2", shift=True, size_key="bd_size", size=32, mask_token_id=151665),
-}
 
 # Keys of the source's config.json that an export does not keep: it writes its own, in one spelling.
 _REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor",
@@ -74,10 +57,10 @@ _REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Reads a checkpoint directory's config.json; one of an `ExternalArch` is rewritten as an export of this library.
+    """Reads a checkpoint directory's config.json; one of another project's diffusion models is rewritten as an export.
 
     Raises:
-      CheckpointError: the file is missing or damaged.
+      CheckpointError: the file is missing or damaged, or says that code which this library lacks computes the model.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -87,7 +70,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         if files := sorted(file.name for file in directory.glob("*.gguf")):
             hint = f"; give a GGUF file in it ({', '.join(files)})"
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint{hint}")
-    return _rewrite_external(hf_gemma.text_model(read_json(path)))
+    hf = hf_moe.with_own_type(hf_gemma.text_model(read_json(path)))
+    if hf.get("model_type") in _ARCHITECTURES:
+        check_plain(hf)
+    return rewrite_config(hf, directory)
 
 
 def recorded_diffusion(hf: Mapping[str, Any]) -> DiffusionSpec:
@@ -105,21 +91,15 @@ def blocks_from_record(record: Mapping[str, Any]) -> BlockSpec | None:
     return BlockSpec(size, record.get("clean_attention", "causal"), record.get("noise", "mask"))
 
 
-def blocks_to_record(blocks: BlockSpec) -> dict[str, Any]:
-    """Returns blocks as entries of a JSON object."""
-    noise = {} if blocks.noise == "mask" else {"noise": blocks.noise}
-    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention} | noise
+def recorded_sampling(hf: Mapping[str, Any], diffusion: DiffusionSpec) -> dict[str, Any]:
+    """Returns the settings of `sampling.SamplerConfig` that a config records as the model's own defaults.
 
-
-def _rewrite_external(hf: dict[str, Any]) -> dict[str, Any]:
-    arch = EXTERNAL_ARCHS.get(hf.get("model_type"))
-    if arch is None:
-        return hf
-    blocks = BlockSpec(hf.get(arch.size_key, arch.size), "block_bidirectional")
-    record = {"mask_token_id": hf.get("mask_token_id", arch.mask_token_id), "shift": arch.shift,
-              **blocks_to_record(blocks)}
-    kept = {name: value for name, value in hf.items() if name not in (arch.size_key, "attn_implementation")}
-    return kept | {"model_type": arch.family, "dlm_jax": record}
+    They are those of one way to generate: a model that has learned another one, as `diffusion` says, has none.
+    """
+    record = recorded_diffusion(hf)
+    if (diffusion.shift, diffusion.blocks) != (record.shift, record.blocks):
+        return {}
+    return dict((hf.get("dlm_jax") or {}).get("sampling") or {})
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -131,7 +111,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     family = hf.get("model_type")
     if family not in _ARCHITECTURES:
         raise CheckpointError(f"config.json has model_type {family!r}; supported are "
-                              f"{', '.join([*_ARCHITECTURES, *EXTERNAL_ARCHS])}")
+                              f"{', '.join([*_ARCHITECTURES, *DIFFUSION_FAMILIES])}")
     for name, allowed in _NEUTRAL.items():
         if name in hf and hf[name] not in allowed:
             raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not implement")
@@ -145,6 +125,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if family in hf_gemma.FAMILIES:
         hf = hf_gemma.with_defaults(hf)
         return dataclasses.replace(_from_llama(hf, family), **hf_gemma.fields(hf))
+    if family in hf_moe.FAMILIES:
+        found = hf_moe.fields(hf)
+        return dataclasses.replace(_from_llama(hf | {"intermediate_size": found["mlp_size"]}, family), **found)
     read = {"gpt2": _from_gpt2, "stablelm": _from_stablelm}.get(family)
     return _from_llama(hf, family) if read is None else read(hf)
 
@@ -175,6 +158,8 @@ def config_to_hf(config: ModelConfig, base: Mapping[str, Any], diffusion: Diffus
         hf["dlm_jax"] = {"mask_token_id": diffusion.mask_token_id, "shift": diffusion.shift}
         if diffusion.blocks is not None:
             hf["dlm_jax"] |= blocks_to_record(diffusion.blocks)
+        if sampling := recorded_sampling(base, diffusion):
+            hf["dlm_jax"]["sampling"] = sampling
     expected, read_back = dataclasses.asdict(config), dataclasses.asdict(config_from_hf(hf))
     lost = [name for name in expected if read_back[name] != expected[name] and not name.endswith("_dropout")]
     if lost:
@@ -212,7 +197,7 @@ def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
     hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
     absent = None if family == "llama" else 0  # null, and for LLaMA also no key, means as many as heads
     kv_heads = heads if hf.get("num_key_value_heads", absent) is None else _size(hf, "num_key_value_heads")
-    attention_bias = family in ("llama", "qwen3", *hf_gemma.FAMILIES) and hf.get("attention_bias", False)
+    attention_bias = family in ("llama", "qwen3", "qwen3_moe", *hf_gemma.FAMILIES) and hf.get("attention_bias", False)
     theta, scaling = rope_from_hf(hf)
     rotary = partial_rotary_factor(hf)
     if rotary != 1 and family != "stablelm":
@@ -227,7 +212,8 @@ def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
         norm="rms", norm_eps=hf.get("rms_norm_eps", 1e-6), activation=_activation(hf.get("hidden_act", "silu")),
         gated_mlp=True, positions="rope", rope_theta=theta, rope_scaling=scaling, partial_rotary_factor=rotary,
         qkv_bias=family == "qwen2" or attention_bias, out_bias=attention_bias,
-        mlp_bias=family == "llama" and hf.get("mlp_bias", False), qk_norm=family in ("qwen3", "gemma3_text"),
+        mlp_bias=family == "llama" and hf.get("mlp_bias", False),
+        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text"),
         tie_embeddings=hf.get("tie_word_embeddings", False), sliding_window=window,
         full_attention_layers=full_attention_layers, attention_dropout=hf.get("attention_dropout", 0.0),
         initializer_range=hf.get("initializer_range", 0.02),
@@ -257,7 +243,7 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": _HF_ACTIVATIONS[config.activation], "attention_dropout": config.attention_dropout,
         "rope_theta": config.rope_theta, "rope_scaling": rope_to_hf(config.rope_scaling),
     }  # fmt: skip
-    if config.family in ("llama", "qwen3"):
+    if config.family in ("llama", "qwen3", "qwen3_moe"):
         hf["attention_bias"] = config.out_bias
     if config.family == "llama":
         hf["mlp_bias"] = config.mlp_bias
@@ -272,6 +258,8 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
         if config.full_attention_layers:
             hf["layer_types"] = ["full_attention" if layer in config.full_attention_layers else "sliding_attention"
                                  for layer in range(config.num_layers)]
+    if config.family in hf_moe.FAMILIES:
+        hf |= hf_moe.to_hf(config) | {"use_sliding_window": window is not None, "sliding_window": window}
     if config.family in hf_gemma.FAMILIES:
         del hf["hidden_act"]
         hf |= hf_gemma.to_hf(config)
@@ -305,7 +293,7 @@ def _sliding_window(hf: Mapping[str, Any], family: str) -> tuple[int | None, tup
     window, layers = hf.get("sliding_window", 4096), _size(hf, "num_hidden_layers")
     if family == "mistral":
         return window, ()
-    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False):
+    if family in ("qwen2", "qwen3", "qwen3_moe") and not hf.get("use_sliding_window", False):
         window = None
     full = layers if window is None else min(hf.get("max_window_layers", 28), layers)
     kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full)

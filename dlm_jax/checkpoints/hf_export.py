@@ -1,4 +1,5 @@
-"""Exports a model as a directory that `transformers`, or the DiffuGPT reference implementation, loads."""
+"""Exports a model as a directory that `transformers`, an inference engine, or the DiffuGPT reference implementation
+loads."""
 
 import copy
 import dataclasses
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import model_card
+from dlm_jax.checkpoints.engine_layouts import ENGINE_LAYOUTS, engine_config, generation_config, sglang_config
 from dlm_jax.checkpoints.hf_config import config_to_hf
 from dlm_jax.checkpoints.hf_tensors import write_tensors
 from dlm_jax.checkpoints.peft import check_expressible, save_peft_adapter
@@ -27,7 +29,7 @@ from dlm_jax.models import Transformer, merge_lora
 from dlm_jax.parallel import to_host
 from dlm_jax.storage import METADATA_FILE, atomic_directory, write_json
 
-LAYOUTS = ("hf", "diffugpt", "peft")
+LAYOUTS = ("hf", "diffugpt", "peft", *ENGINE_LAYOUTS)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,7 +43,8 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
     Args:
       layout: "hf" loads with `AutoModelForCausalLM`, and contains `sample_torch.py`, which samples it as a diffusion
         model; "diffugpt" has the tensor names of the DiffuGPT reference implementation; "peft" is the LoRA beside a
-        base as an adapter, which the other layouts merge.
+        base as an adapter, which the other layouts merge; "sdar" is what SGLang, LMDeploy and JetEngine serve, "dream"
+        what llama.cpp converts.
       dtype: of the stored weights, "float32", "bfloat16" or "float16".
       max_shard_bytes: larger weights are split into several files with an index.
 
@@ -67,6 +70,12 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
     if tokenizer is not None and "dlm_jax" in hf_config:
         hf_config["dlm_jax"]["start_token_id"] = pretrained.start_token_id
     tensors = named_tensors(pretrained.model)
+    generation = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+                  if hf_config.get(name) is not None}
+    if layout in ENGINE_LAYOUTS:
+        hf_config, tokenizer = engine_config(pretrained, hf_config, layout), _with_mask_token(pretrained)
+        generation |= generation_config(pretrained, layout)
+        tensors.setdefault(hf_names.HEAD, tensors[hf_names.embedding_name(config.family)])
     if layout == "diffugpt":
         tokenizer = _diffugpt_tokenizer(pretrained)
         hf_config["task_specific_params"] = {"text-generation": {"do_sample": True, "max_length": config.max_length}}
@@ -89,9 +98,7 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
     with progress, atomic_directory(directory) as folder:
         write_tensors(folder, shapes, fetch, jnp.dtype(dtype), max_shard_bytes)
         write_json(folder / "config.json", hf_config)
-        special = ("bos_token_id", "eos_token_id", "pad_token_id")
-        write_json(folder / "generation_config.json", {name: hf_config[name] for name in special
-                                                        if hf_config.get(name) is not None})
+        write_json(folder / "generation_config.json", generation)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
         if layout == "diffugpt":
@@ -101,28 +108,29 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         (folder / "README.md").write_text(model_card(pretrained, layout, dtype))
         if layout == "hf" and pretrained.diffusion.blocks is None:
             shutil.copy(Path(__file__).with_name("sample_torch.py"), folder)
+        if layout == "sdar":
+            shutil.copy(Path(__file__).with_name("configuration_sdar.py"), folder)
+            (folder / "sglang.yaml").write_text(sglang_config(pretrained))
 
 
 def named_tensors(model: Transformer) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
     """Returns the shape of every HF tensor by name, and a function that copies it to the host."""
-    sources: dict[str, list[tuple[hf_names.Key, tuple[int, ...], jax.Array, int | None]]] = {}
+    sources: dict[str, list[tuple[hf_names.Key, tuple[int, ...], jax.Array, tuple[int, ...]]]] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         key = hf_names.KEYS[model.config.family][".".join(path)]
-        for layer, (name, shape) in enumerate(hf_names.layer_tensors(key, leaf.shape)):
-            sources.setdefault(name, []).append(
-                (key, shape, leaf[...], layer if leaf.axes[0] == "layers" else None))
+        for name, shape, index in hf_names.layer_tensors(key, leaf.shape):
+            sources.setdefault(name, []).append((key, shape, leaf[...], index))
 
     def gather(name: str) -> np.ndarray:
         thirds = sorted(sources[name], key=lambda source: source[0].third or 0)
-        arrays = [hf_names.to_hf(to_host(array if layer is None else array[layer]), key)
-                  for key, _, array, layer in thirds]
+        arrays = [hf_names.to_hf(to_host(array[index] if index else array), key) for key, _, array, index in thirds]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 
     return {name: (hf_names.hf_shape(*sources[name][0][:2]), lambda name=name: gather(name)) for name in sources}
 
 
 def _diffugpt_tokenizer(pretrained: Pretrained) -> Any:
-    """Returns a copy of the tokenizer that names the mask token, which the reference implementation reads from it."""
+    """Returns the tokenizer of the layout diffugpt."""
     if pretrained.diffusion.blocks is not None:
         raise CheckpointError(f"{pretrained.source} samples block by block, which the layout diffugpt lacks; "
                               "choose the layout hf")
@@ -131,6 +139,11 @@ def _diffugpt_tokenizer(pretrained: Pretrained) -> Any:
                               f"{pretrained.model.config.family} as plain HF, so use the layout hf")
     if pretrained.diffusion.mask_token_id is None or pretrained.tokenizer is None:
         raise CheckpointError("the layout diffugpt needs a tokenizer and a mask token; this model does not have both")
+    return _with_mask_token(pretrained)
+
+
+def _with_mask_token(pretrained: Pretrained) -> Any:
+    """Returns a copy of the tokenizer that names the mask token, which others read from it."""
     tokenizer = copy.deepcopy(pretrained.tokenizer)
     tokenizer.mask_token = tokenizer.convert_ids_to_tokens(pretrained.diffusion.mask_token_id)
     return tokenizer

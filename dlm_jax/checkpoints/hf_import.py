@@ -68,7 +68,7 @@ def check_tensors(tensors: Mapping[str, "Tensor"], config: ModelConfig, path: Pa
     expected = {name: hf_names.hf_shape(key, shape)
                 for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(config)))
                 for key in [hf_names.KEYS[config.family][".".join(path)]]
-                for name, shape in hf_names.layer_tensors(key, leaf.shape)}
+                for name, shape, _ in hf_names.layer_tensors(key, leaf.shape)}
     check_names_and_shapes(tensors, expected, path, f"{config.family} model")
 
 
@@ -119,8 +119,7 @@ def _read_shards(tensors: Mapping[str, "Tensor"], key: hf_names.Key, leaf: nnx.P
     shards = {bounds: aligned_empty([stop - start for start, stop in bounds], leaf.dtype)
               for bounds in {_bounds(index, leaf.shape) for index in indices}}
     windows = [(tuple(slice(*pair) for pair in bounds), shard) for bounds, shard in shards.items()]
-    stacked = leaf.axes[0] == "layers"
-    for layer, (name, shape) in enumerate(hf_names.layer_tensors(key, leaf.shape)):
+    for name, shape, index in hf_names.layer_tensors(key, leaf.shape):
         view = hf_names.from_hf(np.asarray(tensors[name]), key, shape)
         mean = None
         if new_row is not None and "vocab" in leaf.axes:
@@ -129,10 +128,9 @@ def _read_shards(tensors: Mapping[str, "Tensor"], key: hf_names.Key, leaf: nnx.P
         for window, shard in windows:
             if mean is not None:
                 _copy_grown(shard, view, window, mean, new_row, vocab_axis, name)
-            elif not stacked:
-                _copy(shard, view[window], name)
-            elif window[0].start <= layer < window[0].stop:
-                _copy(shard[layer - window[0].start], view[window[1:]], name)
+            elif all(axis.start <= i < axis.stop for axis, i in zip(window, index, strict=False)):
+                at = tuple(i - axis.start for axis, i in zip(window, index, strict=False))
+                _copy(shard[at], view[window[len(index) :]], name)
     return shards
 
 

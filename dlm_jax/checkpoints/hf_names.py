@@ -1,8 +1,9 @@
 """Which HF tensor holds which parameter: one table per family.
 
-A table maps the path of a parameter to its HF tensor (`{i}` is the layer), the layout of one layer's axes there, and
-for a fused tensor the third of its last axis. Layouts read like einsum: "dhk->(hk)d" stores a kernel [embed, heads,
-head_dim] as [heads * head_dim, embed]. Both directions follow from that string; import gives views and copies nothing.
+A table maps the path of a parameter to its HF tensor (`{i}` is the layer, `{e}` the expert), the layout of one layer's
+axes there, and for a fused tensor the third of its last axis. Layouts read like einsum: "dhk->(hk)d" stores a kernel
+[embed, heads, head_dim] as [heads * head_dim, embed]. Both directions follow from that string; import gives views and
+copies nothing.
 """
 
 import math
@@ -81,14 +82,30 @@ _GEMMA = _LLAMA | {
     "blocks.mlp_post_norm.scale": Key("model.layers.{i}.post_feedforward_layernorm.weight"),
 }
 
+_QWEN3_MOE = {path: key for path, key in _LLAMA.items() if not path.startswith("blocks.mlp.")} | {
+    "blocks.mlp.router.weight": Key("model.layers.{i}.mlp.gate.weight", "de->ed"),
+    "blocks.mlp.gate.kernel": Key("model.layers.{i}.mlp.experts.{e}.gate_proj.weight", "df->fd"),
+    "blocks.mlp.up.kernel": Key("model.layers.{i}.mlp.experts.{e}.up_proj.weight", "df->fd"),
+    "blocks.mlp.down.kernel": Key("model.layers.{i}.mlp.experts.{e}.down_proj.weight", "fd->df"),
+}
+
 KEYS = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "stablelm": _LLAMA,
-        "gemma2": _GEMMA, "gemma3_text": _GEMMA}
+        "gemma2": _GEMMA, "gemma3_text": _GEMMA, "qwen3_moe": _QWEN3_MOE}
 HEAD = "lm_head.weight"
 
 # Prefixes in a Gemma 3 that also reads images, of transformers 4 and 5, and the parts of it that read them.
 _LANGUAGE_MODEL = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.",
                    "model.language_model.": "model."}
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
+# LLaDA's names of LLaMA's modules: those of a layer, and the others.
+_LLADA_LAYER = {
+    "attn_norm": "input_layernorm", "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj", "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
+}  # fmt: skip
+_LLADA = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+_LLADA_NAME = re.compile(r"(?:model\.)?transformer\.(?:blocks\.(\d+)\.)?(\w+)\.weight")
 
 # Causal masks and rotary tables, which older versions of transformers stored.
 _BUFFER = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
@@ -100,12 +117,15 @@ def embedding_name(family: str) -> str:
 
 
 def canonical(names: Iterable[str], family: str) -> dict[str, str]:
-    """Maps HF names to the names stored in a checkpoint, which may lack the prefix or be DiffuGPT's.
+    """Maps HF names to the names stored in a checkpoint, which may lack the prefix or be DiffuGPT's or LLaDA's.
 
-    `gpt2` on the hub is stored without the prefix `transformer.`; DiffuGPT uses `embed_tokens.` and `denoise_model.`.
-    Buffers that are not learned are omitted, and what reads images in a Gemma 3.
+    `gpt2` on the hub is stored without the prefix `transformer.`; DiffuGPT uses `embed_tokens.` and `denoise_model.`;
+    LLaDA names LLaMA's tensors `model.transformer.`. Buffers that are not learned are omitted, and what reads images in
+    a Gemma 3.
     """
     names = [name for name in names if not _BUFFER.search(name)]
+    if family == "llama" and any("transformer.wte." in name for name in names):
+        return {_from_llada(name): name for name in names}
     if family == "gemma3_text":
         prefixes = {name: next((prefix for prefix in _LANGUAGE_MODEL if name.startswith(prefix)), "") for name in names
                     if not _VISION.match(name)}
@@ -125,6 +145,17 @@ def canonical(names: Iterable[str], family: str) -> dict[str, str]:
     return {hf_name(name): name for name in names}
 
 
+def _from_llada(name: str) -> str:
+    """Returns LLaMA's name of a tensor of LLaDA; an unknown one as it is."""
+    if (match := _LLADA_NAME.fullmatch(name)) is None:
+        return name
+    layer, module = match.groups()
+    known = _LLADA.get(module) if layer is None else _LLADA_LAYER.get(module)
+    if known is None:
+        return name
+    return f"{known}.weight" if layer is None else f"model.layers.{layer}.{known}.weight"
+
+
 def diffugpt_name(name: str, family: str) -> str:
     """Returns the DiffuGPT reference implementation's name of an HF tensor."""
     if name == embedding_name(family):
@@ -134,10 +165,14 @@ def diffugpt_name(name: str, family: str) -> str:
 
 
 def projections(config: ModelConfig) -> dict[tuple[str, ...], Key]:
-    """Returns the keys of a block's projection kernels by module, such as ("blocks", "attention", "q")."""
+    """Returns the keys of a block's projection kernels by module, such as ("blocks", "attention", "q").
+
+    Those of experts are not among them.
+    """
     return {(*module.split("."),): key for path, key in KEYS[config.family].items()
             for module, _, parameter in [path.rpartition(".")]
-            if path.startswith("blocks.") and parameter == "kernel" and (config.gated_mlp or "gate" not in module)}
+            if path.startswith("blocks.") and parameter == "kernel" and (config.gated_mlp or "gate" not in module)
+            and "{e}" not in key.name}
 
 
 def module_name(key: Key) -> str:
@@ -164,11 +199,21 @@ def read_targets(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in known if name in chosen)
 
 
-def layer_tensors(key: Key, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Returns name and shape of the HF tensor of each layer of a stacked parameter, or of the parameter itself."""
+class Slice(NamedTuple):
+    """The HF tensor of a slice of a stacked parameter: its name, the slice's shape, and its index in the parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[int, ...]
+
+
+def layer_tensors(key: Key, shape: tuple[int, ...]) -> list[Slice]:
+    """Returns the HF tensor of each layer, or of each layer's experts, of a parameter, or of the parameter itself."""
     if "{i}" not in key.name:
-        return [(key.name, shape)]
-    return [(key.name.format(i=layer), shape[1:]) for layer in range(shape[0])]
+        return [Slice(key.name, shape, ())]
+    stacked = 2 if "{e}" in key.name else 1
+    return [Slice(key.name.format(i=index[0], e=index[-1]), shape[stacked:], index)
+            for index in np.ndindex(shape[:stacked])]
 
 
 def hf_shape(key: Key, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from flax import nnx
 
 from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import adapter_card
-from dlm_jax.checkpoints.hf_config import blocks_to_record
+from dlm_jax.checkpoints.hf_config_diffusion import blocks_to_record
 from dlm_jax.checkpoints.hf_tensors import read_tensors, write_safetensors
 from dlm_jax.checkpoints.tokenizer import save_tokenizer
 from dlm_jax.errors import CheckpointError

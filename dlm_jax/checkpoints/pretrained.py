@@ -11,7 +11,12 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from dlm_jax.checkpoints.hf_config import blocks_from_record, config_from_hf, recorded_diffusion
+from dlm_jax.checkpoints.hf_config import (
+    blocks_from_record,
+    config_from_hf,
+    recorded_diffusion,
+    recorded_sampling,
+)
 from dlm_jax.checkpoints.hf_import import open_tensors, stream_parameters
 from dlm_jax.checkpoints.hf_tensors import has_model_tensors
 from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
@@ -108,6 +113,11 @@ class Pretrained:
             raise ConfigError(f"{self.source} has no embedding for token {token} of its tokenizer, which is at "
                               "position 0; use the tokenizer that belongs to the model")
         return token
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of `sampling.SamplerConfig` that its authors sample with, where the checkpoint records them."""
+        return recorded_sampling(self.hf_config, self.diffusion)
 
     @property
     def is_autoregressive(self) -> bool:

@@ -108,7 +108,7 @@ def sample(model: torch.nn.Module, tokens: torch.Tensor, fixed: torch.Tensor, *,
             score = torch.log_softmax(logits, -1).gather(-1, sampled[..., None]).squeeze(-1)
             score = score.masked_fill(~masked, -torch.inf)
             rank = score.sort(dim=1, descending=True, stable=True).indices.argsort(1)
-            quota = (step + 1) * total // steps - step * total // steps
+            quota = total // steps + (step < total % steps)
             reveal = masked & (rank < quota[:, None])
         tokens = torch.where(reveal, sampled, tokens)
         masked &= ~reveal

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dlm_jax.checkpoints.hf_config import EXTERNAL_ARCHS
+from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES
 from dlm_jax.data.tokenization import PROBE, id_limit, special_tokens_of, tokenize
 from dlm_jax.errors import CheckpointError
 from dlm_jax.storage import read_json, write_json
@@ -57,7 +57,10 @@ def _load_class(directory: Path) -> "PreTrainedTokenizerBase":
 
     if (name := _plain_class(directory)) is not None:
         return getattr(transformers, name).from_pretrained(directory, local_files_only=True)
-    external = EXTERNAL_ARCHS.get(_model_type(directory))
+    external = DIFFUSION_FAMILIES.get(_model_type(directory))
+    if external is not None and external.family in _CLASSES and not (directory / "tokenizer.json").is_file():
+        # Dream names a class of its own, whose vocabulary and rules are those of the family's.
+        return getattr(transformers, _CLASSES[external.family]).from_pretrained(directory, local_files_only=True)
     # For an unknown model_type, transformers would ask whether to run the checkpoint's own code.
     known = {} if external is None else {"config": transformers.AutoConfig.for_model(external.family)}
     return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from dlm_jax.cli.sample import LiveText, add_sampler_arguments, partial_text, resolve_policy, sampler_settings
+from dlm_jax.cli.sample import LiveText, add_sampler_arguments, complete_settings, partial_text, sampler_settings
 from dlm_jax.cli.shared import add_model_arguments, check_at_least_one, check_seed, load_model
 from dlm_jax.errors import ConfigError, DataError, DLMError, did_you_mean
 
@@ -59,11 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     check_at_least_one(arguments, "max_new_tokens")
     check_seed("--seed", arguments.seed)
-    config = sampler_settings(arguments)
+    settings = sampler_settings(arguments)
     lm = load_model(arguments)
     given = {name: getattr(arguments, name) for name in ("format", "separator", "chat_template")}
     prompt_format = lm.prompt_format(**{name: value for name, value in given.items() if value is not None})
-    config = resolve_policy(config, arguments.policy, lm)
+    config = complete_settings(settings, lm)
     conversation = Conversation(lm, prompt_format, config, system=arguments.system,
                                 max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
     if sys.stdin.isatty() and sys.stdout.isatty():

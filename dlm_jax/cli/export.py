@@ -1,8 +1,9 @@
-"""Writes a model as a Hugging Face directory (weights, config, tokenizer, a model card), or a drafter for engines.
+"""Writes a model as a Hugging Face directory (weights, config, tokenizer, a model card), or for inference engines.
 
   dlm export --model=runs/first@5000 --output=first-hf
   dlm export --model=runs/first --output=first-diffugpt --layout=diffugpt
   dlm export --model=runs/lora --output=first-adapter --layout=peft
+  dlm export --model=runs/blocks --output=first-sdar --layout=sdar --dtype=bfloat16
   dlm export --drafter=runs/drafter@best --output=first-dflash --dtype=bfloat16
   dlm export --drafter=runs/drafter --model=target.gguf --layout=gguf --output=first-drafter.gguf
 """
@@ -13,7 +14,7 @@ import pathlib
 from dlm_jax.cli.shared import add_model_arguments, load_model
 from dlm_jax.errors import ConfigError
 
-MODEL_LAYOUTS = ("hf", "diffugpt", "peft")
+MODEL_LAYOUTS = ("hf", "diffugpt", "peft", "sdar", "dream")
 DRAFTER_LAYOUTS = ("dflash", "dspark", "dflash2", "gguf")
 
 
@@ -25,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "--layout=gguf the file, to write")
     parser.add_argument("--layout", choices=MODEL_LAYOUTS + DRAFTER_LAYOUTS,
                         help="hf: for transformers (the default); diffugpt: for the DiffuLLaMA reference "
-                        "implementation; peft: the adapter of a run with LoRA alone; dflash, dspark, dflash2: of a "
+                        "implementation; peft: the adapter of a run with LoRA alone; sdar: for SGLang, LMDeploy and "
+                        "JetEngine; dream: for llama.cpp's converter; dflash, dspark, dflash2: of a "
                         "drafter, for inference engines (default: the one that has its parts); gguf: of a drafter, for "
                         "llama.cpp, beside a target that is a GGUF file")
 

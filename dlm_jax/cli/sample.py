@@ -61,61 +61,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag per setting of `SamplerConfig`, whose module `--help` need not import."""
+    """Adds a flag per setting of `SamplerConfig`, whose module `--help` need not import; None where it is not given.
+
+    A model may have defaults of its own, as LLaDA and Dream do.
+    """
     steps = parser.add_argument_group("steps")
     steps.add_argument("--policy", help="which positions are revealed first: random, random_exact, first_hitting, "
-                       "confidence, margin, entropy, threshold; or autoregressive, from left to right (default: "
-                       "confidence; threshold for a model with blocks or with --threshold; autoregressive for a model "
-                       "trained so)")
+                       "confidence, margin, entropy, threshold; or autoregressive, from left to right (default: the "
+                       "model's own, as all settings below; else confidence; threshold for a model with blocks or with "
+                       "--threshold; autoregressive for a model trained so)")
     steps.add_argument("--num_steps", type=int, help="denoising steps (default: 64; for first_hitting one per token, "
                        "for threshold as many as it takes)")
-    steps.add_argument("--step_schedule", default="linear", help="linear: equally many tokens at each step; cosine: "
-                       "few at first (default %(default)s)")
+    steps.add_argument("--step_schedule", help="linear: equally many tokens at each step; cosine: few at first; dream: "
+                       "as Dream's sampler (default: linear)")
     steps.add_argument("--block_length", type=int, help="fill blocks of this many positions from left to right")
     steps.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals a token "
                        "(default: 0.9)")
-    steps.add_argument("--remask", type=float, default=0.0, help="the probability that a revealed token is masked "
-                       "again at a step (default %(default)s)")
+    steps.add_argument("--remask", type=float, help="the probability that a revealed token is masked again at a step "
+                       "(default: 0)")
     tokens = parser.add_argument_group("tokens")
-    tokens.add_argument("--temperature", type=float, default=1.0,
-                        help="0 takes the most likely token (default %(default)s)")
+    tokens.add_argument("--temperature", type=float, help="0 takes the most likely token (default: 1)")
     tokens.add_argument("--top_p", type=float, help="sample from the most likely tokens that reach this probability")
     tokens.add_argument("--top_k", type=int, help="sample from this many most likely tokens")
-    tokens.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens that the text "
-                        "already has less likely (default %(default)s)")
-    tokens.add_argument("--eos_penalty", type=float, default=0.0, help="nats subtracted from the logit of the end of "
-                        "text; inf: never end (default %(default)s)")
-    tokens.add_argument("--cfg_scale", type=float, default=0.0, help="weight of classifier-free guidance by the given "
-                        "text, at twice the cost (default %(default)s)")
+    tokens.add_argument("--repetition_penalty", type=float, help="above 1 makes tokens that the text already has less "
+                        "likely (default: 1)")
+    tokens.add_argument("--eos_penalty", type=float, help="nats subtracted from the logit of the end of text; inf: "
+                        "never end (default: 0)")
+    tokens.add_argument("--cfg_scale", type=float, help="weight of classifier-free guidance by the given text, at "
+                        "twice the cost (default: 0)")
     drafts = parser.add_argument_group("drafts", "speculative decoding: the text of the policy autoregressive, in "
                                        "fewer passes")
-    drafts.add_argument("--drafter", default="none", help="what guesses the next tokens: ngram looks them up in the "
-                        "text so far; self: the model does it itself; or the workdir or directory of a trained drafter "
-                        "(default %(default)s)")
+    drafts.add_argument("--drafter", help="what guesses the next tokens: ngram looks them up in the text so far; self: "
+                        "the model does it itself; or the workdir or directory of a trained drafter (default: none)")
     drafts.add_argument("--num_drafts", type=int, help="tokens guessed at a time (default: 8, or a full block)")
     drafts.add_argument("--draft_threshold", type=float, help="the confidence below which a trained drafter's guess is "
                         "not checked (default: all are)")
     cache = parser.add_argument_group("cache")
-    cache.add_argument("--cache", default="none", help="keys and values kept while a block is filled: none, prefix "
-                       "(those before it) or dual (also those after it); faster, not exact (default %(default)s)")
+    cache.add_argument("--cache", help="keys and values kept while a block is filled: none, prefix (those before it) "
+                       "or dual (also those after it); faster, not exact (default: none)")
     cache.add_argument("--cache_refresh_interval", type=int,
                        help="steps until they are computed again (default: once per block)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = check(arguments)
+    given = check(arguments)
     if arguments.prompts is None:
-        sample_texts(arguments, config)
+        sample_texts(arguments, given)
     else:
-        sample_to_file(arguments, config)
+        sample_to_file(arguments, given)
 
 
-def sample_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
+def sample_texts(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Samples the texts of the command line and prints them."""
     from dlm_jax.sampling import SamplingStats
 
     lm, stats = load_model(arguments), SamplingStats()
-    config = resolve_policy(config, arguments.policy, lm)
+    config = complete_settings(settings, lm)
     given = [text for text in arguments.infill or arguments.prompt or [""] for _ in range(arguments.num_samples)]
     texts = sample_with_trace(lm, given, config, arguments, stats)
     samples = [{"infill" if arguments.infill else "prompt": source, "text": text}
@@ -127,14 +128,14 @@ def sample_texts(arguments: argparse.Namespace, config: "SamplerConfig") -> None
     print(f"({stats})", file=sys.stderr)
 
 
-def sample_to_file(arguments: argparse.Namespace, config: "SamplerConfig") -> None:
+def sample_to_file(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Samples the texts of a file into another file."""
     from dlm_jax.cli.sample_file import read_prompts, sample_file
 
     prompts = read_prompts(arguments.prompts, max_new_tokens=arguments.max_new_tokens, gap_length=arguments.gap_length,
                            reserved=("text",) if arguments.num_samples == 1 else ("text", "sample"))
     lm = load_model(arguments)
-    result = sample_file(prompts, arguments, lm, resolve_policy(config, arguments.policy, lm))
+    result = sample_file(prompts, arguments, lm, complete_settings(settings, lm))
     write_result(arguments.json, result,
                  f"{result['texts']} texts in {result['out']}; {result['texts_now']} of them now, "
                  f"{result['tokens_now']:,} tokens in {result['seconds']:.0f} s "
@@ -142,8 +143,8 @@ def sample_to_file(arguments: argparse.Namespace, config: "SamplerConfig") -> No
                  f"{result['tokens_per_pass']:.2f} per forward pass)")
 
 
-def check(arguments: argparse.Namespace) -> "SamplerConfig":
-    """Returns the sampler's settings; refuses whatever it can before a model is loaded."""
+def check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the sampler's settings that are given; refuses whatever it can before a model is loaded."""
     from dlm_jax.sampling.text import split_gaps
     from dlm_jax.sampling.trace import check_path
 
@@ -161,24 +162,24 @@ def check(arguments: argparse.Namespace) -> "SamplerConfig":
     return sampler_settings(arguments)
 
 
-def sampler_settings(arguments: argparse.Namespace) -> "SamplerConfig":
-    """Returns the settings given by the flags of `add_sampler_arguments`."""
-    from dlm_jax.sampling import SamplerConfig
+def sampler_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings given by the flags of `add_sampler_arguments`; refuses what no model takes."""
+    from dlm_jax.sampling import SamplerConfig, resolve_settings
 
-    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplerConfig)}
-    policy = SamplerConfig.policy if arguments.threshold is None else "threshold"
-    policy = policy if arguments.drafter == "none" else "autoregressive"
-    return SamplerConfig(**settings | {"policy": arguments.policy or policy})
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplerConfig)}
+    resolve_settings(given, {})
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def resolve_policy(config: "SamplerConfig", policy: str | None, lm: "DiffusionLM") -> "SamplerConfig":
-    """Fills in the model's own policy where none was given; a drafter and a threshold have one."""
-    if policy is not None or config.drafter != "none" or config.threshold is not None:
-        return config
-    if lm.pretrained.diffusion.mask_token_id is None and lm.default_policy != "autoregressive":
+def complete_settings(given: dict[str, Any], lm: "DiffusionLM") -> "SamplerConfig":
+    """Returns the settings of the flags, with the model's own where none was given."""
+    from dlm_jax.sampling import resolve_settings
+
+    config = resolve_settings(given, lm.default_sampling)
+    if "policy" not in given and config.policy != "autoregressive" and lm.pretrained.diffusion.mask_token_id is None:
         raise ConfigError(f"{lm.pretrained.source} records no mask token; name one with --mask_token, or "
                           "sample from left to right with --policy=autoregressive")
-    return dataclasses.replace(config, policy=lm.default_policy)
+    return config
 
 
 def sample_with_trace(lm: "DiffusionLM", given: list[str], config: "SamplerConfig",

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from dlm_jax.attention import Partition
-from dlm_jax.config_fields import check_choices
+from dlm_jax.config_fields import check_at_least, check_choices, check_range
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import MatmulKind
 
@@ -34,12 +34,33 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """The experts of each layer, in HF's names.
+
+    Attributes:
+      norm_topk_prob: the weights of a token's experts add up to 1.
+      router_aux_loss_coef: of the load-balancing loss in training.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self.num_experts_per_tok, 1, self.num_experts, "num_experts_per_tok")
+        check_at_least(self.router_aux_loss_coef, 0, "router_aux_loss_coef")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The architecture of one decoder that covers GPT-2, LLaMA, Mistral, Qwen2, Qwen3, Gemma 2 and Gemma 3.
 
     Attributes:
       norm: LayerNorm, RMSNorm, or RMSNorm that multiplies by 1 + its weight.
       post_norms: the outputs of attention and MLP are normed too, before they are added to the residual stream.
+      mlp_size: of the MLP, or of each expert.
+      experts: a mixture of experts takes the place of the MLP.
       gated_mlp: act(gate(x)) * up(x) instead of act(up(x)).
       partial_rotary_factor: the share of each head's channels, the first ones, that RoPE rotates.
       scale_embeddings: embeddings of tokens are multiplied by the square root of the width.
@@ -64,6 +85,7 @@ class ModelConfig:
     post_norms: bool = False
     activation: Literal["gelu_tanh", "gelu", "silu", "relu"] = "silu"
     gated_mlp: bool = True
+    experts: ExpertsConfig | None = None
     positions: Literal["learned", "rope"] = "rope"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None

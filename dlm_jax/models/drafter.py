@@ -93,8 +93,8 @@ class DrafterConfig:
             raise ConfigError(f"drafter.target_layer_ids must be layers of the target in increasing order, got {ids}")
         if layers.positions != "rope":
             raise ConfigError("drafter.layers must have rotary positions, as blocks begin anywhere in the text")
-        if layers.post_norms or layers.attention_softcap is not None:
-            raise ConfigError("drafter.layers have neither norms after attention and MLP nor soft caps, which the "
+        if layers.post_norms or layers.attention_softcap is not None or layers.experts is not None:
+            raise ConfigError("drafter.layers have no norms after attention and MLP, soft caps or experts, which the "
                               "target's layers have; set drafter.init to random")
         if not 0 <= self.mask_token_id < layers.vocab_size:
             raise ConfigError(f"drafter.mask_token_id {self.mask_token_id} is outside the target's vocabulary of "

@@ -30,11 +30,10 @@ from dlm_jax.models.lora import (
     full_kernel,
     quantize_kernel,
 )
-from dlm_jax.random import dropout
 
 Axes = tuple[str | None, ...]
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
@@ -317,9 +316,9 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, lora: LoRAInputs = LoRAInputs()) -> jax.Array:
         def activation(x: jax.Array) -> jax.Array:
             if self.compute.matmul == "default":
-                return _ACTIVATIONS[self.activation](x)
+                return ACTIVATIONS[self.activation](x)
             # A CPU rounds every intermediate bfloat16 value, which costs more than the activation does.
-            return _ACTIVATIONS[self.activation](x.astype(jnp.float32)).astype(x.dtype)
+            return ACTIVATIONS[self.activation](x.astype(jnp.float32)).astype(x.dtype)
 
         def down(gate: jax.Array | None, up: jax.Array, down: Linear) -> jax.Array:
             return down(activation(up) if gate is None else activation(gate) * up, lora)
@@ -328,36 +327,6 @@ class MLP(nnx.Module):
         if self.compute.remat == "none":  # only the inputs of the activation are saved: recomputing it is cheaper
             down = jax.checkpoint(down, prevent_cse=False)
         return down(gate, up, self.down)
-
-
-class Block(nnx.Module):
-    """Pre-norm attention and MLP around a residual stream; holds the stacked parameters of all layers."""
-
-    def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
-        shape = (config.num_layers, config.hidden_size)
-        self.dropout_rate = config.residual_dropout
-        self.attention_norm = Norm(config, shape, init)
-        self.attention = Attention(config, compute, init)
-        self.attention_post_norm = Norm(config, shape, init) if config.post_norms else None
-        self.mlp_norm = Norm(config, shape, init)
-        self.mlp = MLP(config, compute, init)
-        self.mlp_post_norm = Norm(config, shape, init) if config.post_norms else None
-
-    def __call__(self, x: jax.Array, mask: AttentionMask | MaskChoice, cos_sin: tuple[jax.Array, jax.Array] | None,
-                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None], lora: LoRAInputs,
-                 layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
-        """Runs a layer.
-
-        Args:
-          x: [batch, length, embed].
-          seeds: uint32 [batch] for the dropout of probabilities, and of the two branches.
-        """
-        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], lora, layer_cache)
-        y = y if self.attention_post_norm is None else self.attention_post_norm(y)
-        x = x + dropout(y, self.dropout_rate, seeds[1])
-        y = self.mlp(self.mlp_norm(x), lora)
-        y = y if self.mlp_post_norm is None else self.mlp_post_norm(y)
-        return x + dropout(y, self.dropout_rate, seeds[2]), cache
 
 
 def split_layers(blocks: nnx.Module, compute: Compute) -> tuple[nnx.GraphDef, nnx.State]:

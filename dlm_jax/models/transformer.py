@@ -15,9 +15,10 @@ from dlm_jax.attention import AttentionMask, soft_cap
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import matmul
 from dlm_jax.models.config import Compute, ModelConfig
-from dlm_jax.models.layer_types import LayerTypes
+from dlm_jax.models.layer_types import LayerTypes, MaskChoice
 from dlm_jax.models.layers import (
-    Block,
+    MLP,
+    Attention,
     Cache,
     Initializer,
     LayerCache,
@@ -27,6 +28,7 @@ from dlm_jax.models.layers import (
     split_layers,
 )
 from dlm_jax.models.lora import DraftHead, LoRAConfig, LoRAInputs
+from dlm_jax.models.moe import MoE, RouterSums
 from dlm_jax.random import counter_hash, dropout
 
 
@@ -61,6 +63,40 @@ class LayerVisitor(NamedTuple):
 
     start: Any
     visit: Callable[[Any, jax.Array, jax.Array], Any]
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP around a residual stream; holds the stacked parameters of all layers."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, init: Initializer):
+        shape = (config.num_layers, config.hidden_size)
+        self.dropout_rate = config.residual_dropout
+        self.attention_norm = Norm(config, shape, init)
+        self.attention = Attention(config, compute, init)
+        self.attention_post_norm = Norm(config, shape, init) if config.post_norms else None
+        self.mlp_norm = Norm(config, shape, init)
+        self.mlp = MLP(config, compute, init) if config.experts is None else MoE(config, compute, init)
+        self.mlp_post_norm = Norm(config, shape, init) if config.post_norms else None
+
+    def __call__(self, x: jax.Array, mask: AttentionMask | MaskChoice, cos_sin: tuple[jax.Array, jax.Array] | None,
+                 seeds: tuple[jax.Array | None, jax.Array | None, jax.Array | None], lora: LoRAInputs,
+                 layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None, RouterSums | None]:
+        """Runs a layer.
+
+        Args:
+          x: [batch, length, embed].
+          seeds: uint32 [batch] for the dropout of probabilities, and of the two branches.
+
+        Returns:
+          [batch, length, embed]; the cache with this layer's keys and values, and what its router did, if it has them.
+        """
+        y, cache = self.attention(self.attention_norm(x), mask, cos_sin, seeds[0], lora, layer_cache)
+        y = y if self.attention_post_norm is None else self.attention_post_norm(y)
+        x = x + dropout(y, self.dropout_rate, seeds[1])
+        z = self.mlp_norm(x)
+        y, router = self.mlp(z) if isinstance(self.mlp, MoE) else (self.mlp(z, lora), None)
+        y = y if self.mlp_post_norm is None else self.mlp_post_norm(y)
+        return x + dropout(y, self.dropout_rate, seeds[2]), cache, router
 
 
 class Transformer(nnx.Module):
@@ -127,24 +163,28 @@ class Transformer(nnx.Module):
           target_layer_ids: layers from 0 on. A layer's output is the residual stream after it, before any norm.
           lora: whether LoRA acts; else the model computes what its base does.
         """
-        hidden, _, tapped = self._run(tokens, attention, positions, None, None, lora=lora,
-                                      visitor=self._tap(target_layer_ids, tokens))
+        hidden, _, tapped, _ = self._run(tokens, attention, positions, None, None, lora=lora,
+                                         visitor=self._tap(target_layer_ids, tokens))
         return hidden, _features(tapped)
 
     def hidden_and_visited(self, tokens: jax.Array, attention: AttentionMask, visitor: LayerVisitor | None, *,
                            positions: jax.Array | None = None, dropout_seeds: jax.Array | None = None,
-                           noised: tuple[int, int] | None = None) -> tuple[jax.Array, Any]:
-        """Returns `hidden`, and what a visitor of each layer's output has gathered, None without a visitor."""
-        hidden, _, gathered = self._run(tokens, attention, positions, dropout_seeds, None, noised=noised,
-                                        visitor=visitor)
-        return hidden, gathered
+                           noised: tuple[int, int] | None = None) -> tuple[jax.Array, Any, RouterSums | None]:
+        """Returns `hidden`, what a visitor of each layer's output has gathered, and what the routers did.
+
+        The latter two are None without a visitor, and for a model without experts; of routers they are [layers,
+        experts].
+        """
+        hidden, _, gathered, router = self._run(tokens, attention, positions, dropout_seeds, None, noised=noised,
+                                                visitor=visitor)
+        return hidden, gathered, router
 
     def cached_hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
                                    cache: Cache,
                                    target_layer_ids: tuple[int, ...]) -> tuple[jax.Array, Cache, jax.Array]:
         """Returns `cached_hidden`, and the features of `hidden_and_features`, [batch, Q, taps * embed]."""
-        hidden, cache, tapped = self._run(tokens, attention, positions, None, cache,
-                                          visitor=self._tap(target_layer_ids, tokens))
+        hidden, cache, tapped, _ = self._run(tokens, attention, positions, None, cache,
+                                             visitor=self._tap(target_layer_ids, tokens))
         return hidden, cache, _features(tapped)
 
     def _tap(self, layers: tuple[int, ...], tokens: jax.Array) -> LayerVisitor:
@@ -159,7 +199,7 @@ class Transformer(nnx.Module):
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
              dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,
              noised: tuple[int, int] | None = None, lora: bool = True,
-             visitor: LayerVisitor | None = None) -> tuple[jax.Array, Cache | None, Any]:
+             visitor: LayerVisitor | None = None) -> tuple[jax.Array, Cache | None, Any, RouterSums | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -180,21 +220,22 @@ class Transformer(nnx.Module):
         graphdef, stacked = split_layers(self.blocks, self.compute)
         Carry = tuple[jax.Array, Cache | None, Any]
 
-        def layer(carry: Carry, layer_input: tuple[jax.Array, jax.Array, nnx.State]) -> tuple[Carry, None]:
+        def layer(carry: Carry,
+                  layer_input: tuple[jax.Array, jax.Array, nnx.State]) -> tuple[Carry, RouterSums | None]:
             (x, cache, gathered), (index, slides, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
             layer_cache = None if cache is None else LayerCache(cache, index, slots, read_index)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
-            x, cache = nnx.merge(graphdef, params)(x, *types.of_layer(slides), seeds[:3],
-                                                   LoRAInputs(seeds[3], noised, lora), layer_cache)
+            x, cache, router = nnx.merge(graphdef, params)(x, *types.of_layer(slides), seeds[:3],
+                                                           LoRAInputs(seeds[3], noised, lora), layer_cache)
             if visitor is not None:
                 gathered = visitor.visit(gathered, x, index)
-            return (x, cache, gathered), None
+            return (x, cache, gathered), router
 
-        layers, start = (jnp.arange(config.num_layers), types.slides, stacked), visitor and visitor.start
-        (x, cache, gathered), _ = jax.lax.scan(rematerialize(layer, self.compute.remat), (x, cache, start), layers)
-        return self.final_norm(x), cache, gathered
+        layers, carry = (jnp.arange(config.num_layers), types.slides, stacked), (x, cache, visitor and visitor.start)
+        (x, cache, gathered), router = jax.lax.scan(rematerialize(layer, self.compute.remat), carry, layers)
+        return self.final_norm(x), cache, gathered, router
 
     def _rotation(self, positions: jax.Array, slides: bool) -> tuple[jax.Array, jax.Array] | None:
         """Returns RoPE's rotation in layers with a sliding window of their own base, or in others."""
@@ -237,6 +278,8 @@ def check_lora(lora: LoRAConfig, config: ModelConfig) -> None:
     """Raises ConfigError if LoRA names parameters that the architecture does not have."""
     if "gate" in lora.targets and not config.gated_mlp:
         raise ConfigError(f"lora.targets has gate, but {config.family} has no gated MLP; remove it")
+    if config.experts is not None and (found := [name for name in ("gate", "up", "down") if name in lora.targets]):
+        raise ConfigError(f"lora.targets has {', '.join(found)}, and experts have no LoRA; choose of q, k, v and out")
     if lora.head and config.tie_embeddings:
         raise ConfigError("lora.head cannot be trained alone: this model's head is tied to its embedding; set "
                           "lora.embedding instead, which trains both")

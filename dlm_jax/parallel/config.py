@@ -6,7 +6,7 @@ import math
 from dlm_jax.config_fields import field
 from dlm_jax.errors import ConfigError
 
-AXES = ("dcn_data", "data", "fsdp", "tensor", "context")
+AXES = ("dcn_data", "data", "fsdp", "tensor", "context", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +19,12 @@ class MeshConfig:
     fsdp: int = field(-1, "shards of the batch that, with context, also shard parameters and optimizer state")
     tensor: int = field(1, "shards of every matrix product (heads, MLP, vocabulary)")
     context: int = field(1, "shards of the sequence")
+    expert: int = field(1, "shards of the batch that each hold some of the experts of a mixture, and of other "
+                           "parameters their shard, as those of fsdp")
 
-    def sizes(self) -> tuple[int, int, int, int, int]:
+    def sizes(self) -> tuple[int, ...]:
         """Returns the sizes in the order of AXES."""
-        return self.dcn_data, self.data, self.fsdp, self.tensor, self.context
+        return self.dcn_data, self.data, self.fsdp, self.tensor, self.context, self.expert
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The device mesh: five named axes, whose product is the number of devices."""
+"""The device mesh: six named axes, whose product is the number of devices."""
 
 from collections.abc import Sequence
 

@@ -17,14 +17,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dlm_jax.attention import Partition
 from dlm_jax.errors import ConfigError
 
-BATCH_AXES = ("dcn_data", "data", "fsdp")
+BATCH_AXES = ("dcn_data", "data", "fsdp", "expert")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "length": "context",
     "vocab": "tensor",
-    "embed": ("fsdp", "context"),  # shards of a sequence also shard the parameters
-    "embed_blocks": ("fsdp", "context"),  # of the scales of a quantized kernel
+    # Shards of a sequence, and those of experts, also shard the parameters.
+    "embed": ("fsdp", "context", "expert"),
+    "embed_blocks": ("fsdp", "context", "expert"),  # of the scales of a quantized kernel
+    "expert": "expert",
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -35,7 +37,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 # The same for attention kernels, which XLA cannot split by itself.
-ATTENTION_PARTITION = Partition(batch=BATCH_AXES, heads=RULES["heads"], length=RULES["length"])
+ATTENTION_PARTITION = Partition(batch=BATCH_AXES, heads=RULES["heads"], length=RULES["length"],
+                                experts=RULES["expert"])
 
 # Replicated where their size does not divide: vocabularies are rarely round (GPT-2: 50257, plus a mask token), and
 # scales are small.
@@ -51,16 +54,20 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
                    name: str = "an array") -> PartitionSpec:
     """Returns the partition of an array with these logical axes.
 
+    A mesh axis that two of them name splits the first.
+
     Raises:
       ConfigError: an axis is not in the table, or its size is not a multiple of its mesh axis.
     """
     if len(axes) != len(shape):
         raise ConfigError(f"{name} has shape {shape} but names {len(axes)} logical axes {axes}")
-    spec = []
+    spec, used = [], set()
     for axis, size in zip(axes, shape, strict=True):
         if axis not in RULES:
             raise ConfigError(f"{name} has the logical axis {axis!r}, which the sharding rules do not know")
         mesh_axes = RULES[axis]
+        if used and isinstance(mesh_axes, tuple):
+            mesh_axes = tuple(name for name in mesh_axes if name not in used)
         count = _axes_size(mesh_axes, mesh)
         if size % count and axis in _ALLOW_REPLICATED:
             mesh_axes = None
@@ -68,6 +75,7 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
             raise ConfigError(f"the {axis} axis of {name} has size {size}, which the mesh axis {mesh_axes} "
                               f"of size {count} does not divide; choose another mesh")
         spec.append(mesh_axes)
+        used.update((mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ())
     return PartitionSpec(*spec)
 
 

@@ -24,7 +24,14 @@ from dlm_jax.plan.compile import Base, Memory, abstract_state, device_bytes, tra
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.diffusion_loss import compared_layers
-from dlm_jax.training.flops import count_params, drafter_flops, has_parent_pass, teacher_flops, train_flops
+from dlm_jax.training.flops import (
+    count_active,
+    count_params,
+    drafter_flops,
+    has_parent_pass,
+    teacher_flops,
+    train_flops,
+)
 
 # The share of their peaks that matrix products and memory reach in a training step. With 0.6, Llama-2-7B with full
 # rematerialization on 256 v5e has a utilization of 43%; published are 46% (axlearn, 7B, v5e), 45.5% (MaxText,
@@ -108,7 +115,7 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
     if config.objective.clean_weight:
         scored += config.data.batch_size * length
     model = train_flops(architecture, tokens, scored, length, lora)
-    forward = 2 * count_params(architecture, "blocks") * tokens
+    forward = 2 * count_active(architecture) * tokens
     product = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim * length * tokens
     block_forward = forward + 2 * product
     of_parent = teacher_flops(architecture, config.objective, config.data.batch_size * length, scored, length, lora)
@@ -241,7 +248,9 @@ def _activation_bytes(config: TrainConfig, base: Base, attention: str) -> float:
     for scan in _scans(traced.jaxpr.jaxpr):
         if scan.params["length"] == layers:
             stacked = [out.aval for out in scan.outvars if out.aval.shape[:1] == (layers,)]  # not the scan's carry
-            found.append(sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked if _TRACED_ROWS in a.shape))
+            # The rows of experts have no batch axis of their own.
+            found.append(sum(math.prod(a.shape) * a.dtype.itemsize for a in stacked
+                             if any(size % _TRACED_ROWS == 0 for size in a.shape)))
     canonical = config.objective.canonicalize(config.data.length)
     second_pass = canonical.name == "diffusion" and canonical.clean_weight > 0
     return found[0] * (1 + second_pass) / _TRACED_ROWS

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+from dlm_jax.models import ModelConfig
 from dlm_jax.parallel import num_batch_shards
 from dlm_jax.parallel.chips import GIB
 from dlm_jax.plan.collectives import by_kind, collectives
@@ -19,7 +20,7 @@ from dlm_jax.plan.estimate import (
 )
 from dlm_jax.plan.topology import Target
 from dlm_jax.training.config import TrainConfig
-from dlm_jax.training.flops import count_params
+from dlm_jax.training.flops import count_active, count_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def make_plan(config: TrainConfig, base: Base, target: Target) -> Plan:
         temporary = memory.breakdown.get("temporary", memory.needed - held)
         time = estimate_time(config, flops, chip, mesh.size, interconnect=within, network=beyond,
                              memory=memory_traffic(config, base, target, held, temporary))
-    shards = mesh.shape["fsdp"] * mesh.shape["context"] * mesh.shape["tensor"]
+    shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "context", "tensor", "expert"))
     with_gradients = (device_bytes(state) + device_bytes(state.params)) * shards / GIB
     return Plan(
         target=target.name, num_chips=mesh.size, mesh=dict(mesh.shape), attention=target.attention,
@@ -147,7 +148,7 @@ def recipe_lines(config: TrainConfig, base: Base) -> list[str]:
     """Describes the recipe, whatever the devices."""
     tokens, micro_batches = config.data.batch_size * config.data.length, config.optimizer.accumulate_steps
     return [f"model     {config.model.source} ({base.config.family}), "
-            f"{count_params(base.config) / 1e6:,.1f}M parameters",
+            f"{count_params(base.config) / 1e6:,.1f}M parameters" + _active(base.config),
             f"run       {config.num_steps:,} steps of {config.data.batch_size} x {config.data.length}"
             + f" in {micro_batches} micro-batches" * (micro_batches > 1)
             + f", {config.num_steps * tokens / 1e9:,.1f}B tokens"]
@@ -181,6 +182,14 @@ def suggestion_lines(trials: list[Trial]) -> list[str]:
         verdict = "fits" if trial.memory.fits else "does not fit"
         lines.append(f"  {verdict:<14}{settings}: {trial.memory.needed:.2f} GiB{about}")
     return lines or ["  no suggestion: the recipe already uses every setting that saves memory"]
+
+
+def _active(config: ModelConfig) -> str:
+    """Returns what a token uses of a mixture of experts, for people."""
+    if config.experts is None:
+        return ""
+    others = count_params(config) - count_params(config, "blocks")
+    return f", of which a token uses {(others + count_active(config)) / 1e6:,.1f}M"
 
 
 def _memory(plan: Plan) -> str:

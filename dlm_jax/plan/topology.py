@@ -89,10 +89,10 @@ def gpu_target(config: TrainConfig, architecture: ModelConfig, description: str)
     chip, sizes = _chip(name), tuple(mesh_sizes(config.mesh, int(count)))
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     offloads = config.optimizer.offload or config.model.remat == "offload"
-    if offloads or mesh.shape["tensor"] * mesh.shape["context"] > 1:
+    if offloads or mesh.shape["tensor"] * mesh.shape["context"] * mesh.shape["expert"] > 1:
         raise ConfigError("planning for GPUs needs a mesh that shards only the batch and nothing offloaded to host "
-                          "memory: set mesh.tensor and mesh.context to 1, optimizer.offload to false and model.remat "
-                          "to full, or plan for a TPU slice, which is compiled")
+                          "memory: set mesh.tensor, mesh.context and mesh.expert to 1, optimizer.offload to false and "
+                          "model.remat to full, or plan for a TPU slice, which is compiled")
     attention = choose_backend(config.model.attention, attention_spec(config, architecture), "gpu", chip.capability)
     return Target(description.lower(), chip, mesh, attention.backend, attention.reason)
 

@@ -13,7 +13,7 @@
       |   drafted.DraftedStepper         the same, of what a trained drafter guesses
       |   self_drafting.SelfDraftingStepper   the same, of what the model itself guesses
       |     every step:  network -> hidden states -> tokens.sample_tokens: LM head, penalties, temperature, top-k, top-p
-      |                  spec.num_revealed: how many tokens -> policy: which positions -> revealed
+      |                  spec.next_reveal: how many tokens -> policy: which positions -> revealed
       v
     text.decode                          the given text as it was, with the sampled text in the gaps
 
@@ -24,7 +24,7 @@ from dlm_jax.lazy import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "batching": ("SamplingStats", "sample_rows"),
-    "config": ("BUILT_IN_DRAFTERS", "POLICIES", "SamplerConfig", "sampler_config"),
+    "config": ("BUILT_IN_DRAFTERS", "POLICIES", "SamplerConfig", "resolve_settings", "sampler_config"),
     "sampler": ("Sample", "sample", "stream"),
     "spec": ("SamplingSpec",),
     "text": ("GAP", "PaddedBatch", "bucket", "pad_rows"),

@@ -7,7 +7,7 @@ the best. To add a policy, write its score and name it in `POLICIES`.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import jax
@@ -81,6 +81,7 @@ class SamplerConfig:
       num_steps: steps from all masked to none. A row with fewer gaps than steps takes at most one step per gap. None:
         64; one per token for `first_hitting`; as many as it takes for `threshold`.
       step_schedule: "linear" reveals equally many tokens at each step, "cosine" few at first and many at the end.
+        "dream" is that of Dream's sampler, see `spec.next_reveal`: with more steps than tokens it takes fewer passes.
       block_length: fill gaps from left to right in blocks of this many positions; None: the entire row at once.
       threshold: the probability at which the policy `threshold` reveals a token; None: 0.9. No other policy has one.
       remask: the probability, at each step but the last of a block, that a token revealed earlier in the block is
@@ -110,7 +111,7 @@ class SamplerConfig:
 
     policy: str = "confidence"
     num_steps: int | None = None
-    step_schedule: Literal["linear", "cosine"] = "linear"
+    step_schedule: Literal["linear", "cosine", "dream"] = "linear"
     block_length: int | None = None
     threshold: float | None = None
     remask: float = 0.0
@@ -159,8 +160,12 @@ class SamplerConfig:
             raise ConfigError(f"threshold belongs to the policy threshold, and the policy is {self.policy}")
         if self.remask and self.policy == "random":
             raise ConfigError("remask needs a policy with a fixed number of tokens per step, such as random_exact")
-        if self.step_schedule == "cosine" and self.steps is None:
-            raise ConfigError(f"step_schedule=cosine with the policy {self.policy} needs num_steps")
+        if self.step_schedule != "linear" and self.steps is None:
+            raise ConfigError(f"step_schedule={self.step_schedule} with the policy {self.policy} needs num_steps")
+        if self.step_schedule == "dream":
+            for name in ("remask", "cache"):
+                if getattr(self, name) not in (0, "none"):
+                    raise ConfigError(f"step_schedule=dream does not go with {name}; remove {name}, or choose linear")
         if self.cache != "none" and self.block_length is None:
             raise ConfigError(f"cache={self.cache} needs block_length, for example 32")
         if self.cache == "none" and self.cache_refresh_interval is not None:
@@ -187,14 +192,39 @@ class SamplerConfig:
         return _DEFAULT_THRESHOLD if self.threshold is None else self.threshold
 
 
+_NAMES = [field.name for field in dataclasses.fields(SamplerConfig)]
+# Defaults that a policy does not have.
+_NOT_OF_POLICY = {"autoregressive": _DENOISING_ONLY, "threshold": ("drafter",),
+                  "first_hitting": ("num_steps", "step_schedule", "threshold", "drafter")}
+
+
+def resolve_settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplerConfig:
+    """Returns the settings that a caller gives, None for those not given, completed by a model's own defaults.
+
+    Without a policy, a drafter asks for autoregressive decoding, and a threshold for the policy `threshold`. Defaults
+    that the policy does not have are left out.
+
+    Raises:
+      ConfigError: as in `sampler_config`.
+    """
+    sampler_config(**dict.fromkeys(set(given).difference(_NAMES)))
+    given = {name: value for name, value in given.items() if value is not None}
+    policy = given.get("policy")
+    if policy is None:
+        implied = "threshold" if "threshold" in given else defaults.get("policy", SamplerConfig.policy)
+        policy = "autoregressive" if given.get("drafter", "none") != "none" else implied
+    omitted = _NOT_OF_POLICY.get(policy, ("threshold", "drafter"))
+    kept = {name: value for name, value in defaults.items() if name not in omitted}
+    return sampler_config(**kept | given | {"policy": policy})
+
+
 def sampler_config(**settings: Any) -> SamplerConfig:
     """Returns a `SamplerConfig` from keywords.
 
     Raises:
       ConfigError: a keyword is not a setting, or a value is refused.
     """
-    known = [field.name for field in dataclasses.fields(SamplerConfig)]
     for name in settings:
-        if name not in known:
-            raise ConfigError(f"there is no sampling setting {name!r}; the settings are {', '.join(known)}")
+        if name not in _NAMES:
+            raise ConfigError(f"there is no sampling setting {name!r}; the settings are {', '.join(_NAMES)}")
     return SamplerConfig(**settings)

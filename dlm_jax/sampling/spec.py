@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dlm_jax.sampling.speculative import Drafter
 
 NO_DRAFT = -1  # where a drafter guesses nothing
+_LAST_TIME = 1e-3  # at which the step schedule "dream" ends
 
 
 class Network(Protocol):
@@ -187,22 +188,56 @@ def block_steps(num_steps: jax.Array | None, gaps: jax.Array, block_ids: jax.Arr
 def num_revealed(config: SamplerConfig, step: jax.Array, number: jax.Array, steps: jax.Array) -> jax.Array:
     """Returns how many of `number` gaps are filled after `step` of `steps` steps: at least one more per step.
 
-    Blocks with fewer gaps than steps fill one per step and finish early, so that no forward pass reveals nothing.
+    Blocks with fewer gaps than steps fill one per step and finish early, so that no forward pass reveals nothing. Where
+    `linear` does not divide, the first steps reveal one more, as in the samplers of LLaDA and SDAR.
     """
     steps = jnp.clip(steps, 1, jnp.maximum(number, 1))
     step = jnp.minimum(step, steps)
     if config.step_schedule == "linear":
-        return step * number // steps
+        return step * (number // steps) + jnp.minimum(step, number % steps)
     masked = jnp.floor(number * jnp.cos(jnp.pi / 2 * step / steps) + 1e-4).astype(jnp.int32)
     # At least one per step so far, and at least one for each step that follows.
     return jnp.where(step == steps, number, jnp.clip(number - masked, step, number - (steps - step)))
+
+
+def next_reveal(config: SamplerConfig, step: jax.Array, number: jax.Array, filled: jax.Array,
+                steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the step, at least `step`, that next fills something, and how many gaps are filled after it.
+
+    All but `dream` fill at every step. There, step i of n is from time t to s, where times fall evenly from 1 to 0.001;
+    it fills floor(m (1 - s / t)) of the m gaps that are left, and the last step all of them (Dream's `_sample`). While
+    that is 0 the network would see the same, so those steps are omitted. Float32 as in Dream's own code.
+
+    Args:
+      step, filled, steps: int32 [batch], of which each row has taken, filled and asked for so many.
+    """
+    if config.step_schedule != "dream":
+        return step, num_revealed(config, step + 1, number, steps)
+    left = number - filled
+    width = (_LAST_TIME - 1) / steps.astype(jnp.float32)  # of a step, negative
+
+    def time(step: jax.Array) -> jax.Array:  # torch.linspace counts from both ends
+        return jnp.where(step < (steps + 1) // 2, 1 + width * step, _LAST_TIME - width * (steps - step))
+
+    def count(step: jax.Array) -> jax.Array:
+        some = jnp.floor(left * (1 - time(step + 1) / time(step))).astype(jnp.int32)
+        return jnp.where(step < steps - 1, some, left)
+
+    # The first step with left * width >= time; rounding may move it by one.
+    first = jnp.clip(jnp.floor(-1 / width - left).astype(jnp.int32) - 1, step, steps - 1)
+    for _ in range(3):
+        first += (count(first) < 1) & (first < steps - 1)
+    return first, filled + count(first)
 
 
 def planned_step(config: SamplerConfig, uniform: jax.Array, steps: jax.Array) -> jax.Array:
     """Returns the step that reveals a position with the random number `uniform` in [0, 1): int32 in [0, steps).
 
     With the linear schedule it has the law of the DiffuLLaMA reference implementation, which reveals each masked
-    token with probability 1/(t+1) for t = steps-1, ..., 1 and the rest at the end: 1/steps for each step.
+    token with probability 1/(t+1) for t = steps-1, ..., 1 and the rest at the end: 1/steps for each step. With `dream`
+    it has that of Dream's rule `origin`, in which the last step gets 0.001 more.
     """
-    elapsed = uniform if config.step_schedule == "linear" else jnp.arccos(1 - uniform) * (2 / jnp.pi)
+    elapsed = {"linear": uniform, "dream": uniform / (1 - _LAST_TIME)}.get(config.step_schedule)
+    if elapsed is None:
+        elapsed = jnp.arccos(1 - uniform) * (2 / jnp.pi)
     return jnp.minimum((elapsed * steps).astype(jnp.int32), steps - 1)

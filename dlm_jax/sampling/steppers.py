@@ -22,7 +22,7 @@ from dlm_jax.sampling.spec import (
     block_ids,
     block_steps,
     find_gaps,
-    num_revealed,
+    next_reveal,
     pending_mask,
     planned_step,
 )
@@ -92,8 +92,9 @@ class DenoisingStepper:
             state = state._replace(tokens=jnp.where(remask, spec.diffusion.mask_token_id, state.tokens),
                                    masked=state.masked | remask)
             active = here & pending_mask(spec, inputs, state)
-        count = num_revealed(config, state.steps_in_block + 1, number, steps) - (here & ~state.masked).sum(axis=1)
-        count = jnp.maximum(count, 1)
+        filled = (here & ~state.masked).sum(axis=1)
+        step, total = next_reveal(config, state.steps_in_block, number, filled, steps)
+        state, count = state._replace(steps_in_block=step), jnp.maximum(total - filled, 1)
 
         window, hidden, state = self._predict(inputs, state, here)
         rows = jnp.arange(len(here))[:, None]

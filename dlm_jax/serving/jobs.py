@@ -19,7 +19,7 @@ from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.data.tokenization import tokenize_prompt
 from dlm_jax.errors import ConfigError, DLMError
 from dlm_jax.pipeline import DiffusionLM
-from dlm_jax.sampling import BUILT_IN_DRAFTERS, GAP, POLICIES, SamplerConfig, SamplingSpec
+from dlm_jax.sampling import BUILT_IN_DRAFTERS, GAP, POLICIES, SamplerConfig, SamplingSpec, resolve_settings
 from dlm_jax.sampling.gap_length import infer_gap_lengths
 from dlm_jax.sampling.text import Segment, encode, split_gaps
 from dlm_jax.serving.protocol import (
@@ -85,9 +85,9 @@ class ServedModel:
         return self.pretrained.diffusion.mask_token_id is not None
 
     @property
-    def default_policy(self) -> str:
-        """As `DiffusionLM.default_policy`; without a mask token there is one policy."""
-        return self.lm.default_policy if self.has_mask_token else "autoregressive"
+    def default_sampling(self) -> dict[str, Any]:
+        """As `DiffusionLM.default_sampling`; without a mask token there is one policy."""
+        return self.lm.default_sampling if self.has_mask_token else {"policy": "autoregressive"}
 
     @property
     def policies(self) -> list[str]:
@@ -98,7 +98,8 @@ class ServedModel:
         """Returns the model's entry in the list of models."""
         blocks = self.pretrained.diffusion.blocks
         abilities = {
-            "max_length": self.max_length, "default_policy": self.default_policy, "policies": self.policies,
+            "max_length": self.max_length, "policies": self.policies,
+            "default_policy": self.default_sampling["policy"], "default_sampling": self.default_sampling,
             "block_length": None if blocks is None else blocks.size,
             "has_chat_template": self.prompt_format is not None, "has_mask_token": self.has_mask_token,
             "drafter": self.drafter if self.drafter in BUILT_IN_DRAFTERS else "trained",  # not where it is stored
@@ -251,20 +252,14 @@ def _spec(model: ServedModel, request: SamplingRequest, ends: tuple[int, ...], *
 
 
 def sampler_settings(model: ServedModel, request: SamplingRequest) -> SamplerConfig:
-    """Returns the settings of a request, with the model's own policy and the server's drafter where it names none."""
+    """Returns the settings of a request, with the model's own and the server's drafter where it names none."""
     given = {name: value for name in _SAMPLER_FIELDS if (value := getattr(request, name)) is not None}
     if given.get("eos_penalty") == "inf":
         given["eos_penalty"] = math.inf
-    drafter = given.get("drafter")
     if given.get("drafter") == "default":
-        drafter = given["drafter"] = model.drafter
-    if "policy" not in given:
-        given["policy"] = ("autoregressive" if drafter not in (None, "none") else "threshold" if "threshold" in given
-                           else model.default_policy)
-    if drafter is None and given["policy"] == "autoregressive":
         given["drafter"] = model.drafter
     try:
-        return SamplerConfig(**given)
+        return resolve_settings(given, {**model.default_sampling, "drafter": model.drafter})
     except ConfigError as error:
         named = [name for name in _SAMPLER_FIELDS if name in str(error).split()]
         raise RequestError(str(error), param=named[0] if named else None) from error

@@ -32,31 +32,38 @@ from dlm_jax.diffusion import (
 from dlm_jax.models import LayerVisitor, LoRAParam, Transformer
 from dlm_jax.parallel import all_gather_embeddings, array_sharding, partition_spec
 from dlm_jax.random import dropout_seeds
+from dlm_jax.training.router import RoutedSums
 from dlm_jax.training.state import Frozen, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionLoss:
-    """What a step of diffusion or autoregression minimizes; see `step.StepLoss`."""
+    """What a step of diffusion or autoregression minimizes; see `step.StepLoss`.
+
+    Attributes:
+      evaluates: there is no dropout, and routers are not measured.
+    """
 
     graphdef: nnx.GraphDef
     mesh: Mesh
     objective: ObjectiveConfig
     seed: int
     mask_token_id: int | None
-    has_dropout: bool = True
+    evaluates: bool = False
 
-    def zero(self, params: nnx.State, frozen: Frozen) -> LossSums:
-        return LossSums.zero()
+    def zero(self, params: nnx.State, frozen: Frozen) -> LossSums | RoutedSums:
+        config = self._model(params, frozen).config
+        return LossSums.zero() if config.experts is None else RoutedSums.zero(config)
 
-    def __call__(self, params: nnx.State, frozen: Frozen, batch: Batch, step: jax.Array, batch_size: int) -> LossSums:
+    def __call__(self, params: nnx.State, frozen: Frozen, batch: Batch, step: jax.Array,
+                 batch_size: int) -> LossSums | RoutedSums:
         objective = self.objective.canonicalize(batch.tokens.shape[1])
         model = self._model(params, frozen, gathered=True)
         noisy, mask = noise_batch(objective, batch, step, seed=self.seed, batch_size=batch_size,
                                   mask_token_id=self.mask_token_id, vocab_size=model.config.vocab_size)
         parent = self._parent(objective, params, frozen, batch)
-        seeds = dropout_seeds(self.seed, batch.example_index) if self.has_dropout else None
-        hidden, distance = model.hidden_and_visited(
+        seeds = None if self.evaluates else dropout_seeds(self.seed, batch.example_index)
+        hidden, distance, router = model.hidden_and_visited(
             noisy.tokens, mask, _distance_visitor(objective, noisy, batch, parent.features, model.config.num_layers),
             positions=noisy.positions, noised=noisy.noised, dropout_seeds=seeds)
         head, plan = lm_head(self._model(params, frozen), self.mesh)
@@ -70,16 +77,23 @@ class DiffusionLoss:
                          shift=objective.shift)
         if objective.clean_weight and noisy.clean_mask is None:
             clean, causal = clean_causal_batch(batch)
-            hidden = model.hidden(clean.tokens, causal, positions=clean.positions, dropout_seeds=seeds)
+            hidden, _, of_clean = model.hidden_and_visited(clean.tokens, causal, None, positions=clean.positions,
+                                                           dropout_seeds=seeds)
+            router = jax.tree.map(jnp.add, router, of_clean)
             sums += loss_sums(hidden, head, plan, clean, weights=dataclasses.replace(
                 loss_weights(objective, clean), confidence=None, distribution=None, distance=None))
-        return sums
+        if router is None or self.evaluates:
+            return sums
+        return RoutedSums.of(sums, router, model.config, self.normalizer(sums), trained=model.lora is None)
 
-    def normalizer(self, sums: LossSums) -> jax.Array:
+    def normalizer(self, sums: LossSums | RoutedSums) -> jax.Array:
         return sums.normalizer(self.objective.loss_normalization)
 
-    def metrics(self, sums: LossSums, step: jax.Array) -> Metrics:
-        return metrics_from_sums(sums, self.objective) | {"anneal_ratio": annealing(self.objective, step)}
+    def metrics(self, sums: LossSums | RoutedSums, step: jax.Array) -> Metrics:
+        routers = {}
+        if isinstance(sums, RoutedSums):
+            sums, routers = sums.sums, sums.metrics()
+        return metrics_from_sums(sums, self.objective) | {"anneal_ratio": annealing(self.objective, step)} | routers
 
     def _model(self, params: nnx.State, frozen: Frozen, *, gathered: bool = False) -> Transformer:
         """Returns the model; `gathered`: with embedding tables that every device has, to look tokens up."""
@@ -106,7 +120,7 @@ class DiffusionLoss:
         config = model.config
         drops = max(config.embed_dropout, config.attention_dropout, config.residual_dropout) > 0
         return (objective.name == "block_diffusion" and model.lora is not None and model.lora.where == "noised"
-                and not (self.has_dropout and drops))
+                and (self.evaluates or not drops))
 
 
 class _Parent(NamedTuple):

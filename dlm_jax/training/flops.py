@@ -30,6 +30,15 @@ def _count_lora(config: ModelConfig, lora: LoRAConfig) -> int:
     return _count(nnx.state(abstract_model(config, lora=lora), LoRAFactor))
 
 
+def count_active(config: ModelConfig) -> int:
+    """Returns the number of the blocks' parameters that a token uses: of a mixture, those of its experts."""
+    blocks, experts = count_params(config, "blocks"), config.experts
+    if experts is None:
+        return blocks
+    all_experts = 3 * config.num_layers * experts.num_experts * config.hidden_size * config.mlp_size
+    return blocks - all_experts + all_experts * experts.num_experts_per_tok // experts.num_experts
+
+
 def _count(state: nnx.State) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
@@ -38,14 +47,14 @@ def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
                 lora: LoRAConfig | None = None) -> float:
     """Returns the FLOPs of a forward and a backward pass over `tokens` tokens in rows of `length`.
 
-    6 x (parameters of the blocks) x tokens, for their matrix products;
+    6 x (parameters of the blocks that a token uses) x tokens, for their matrix products;
     + 12 x layers x heads x head_dim x length x tokens, for attention over the full square (no causal half);
     + 6 x hidden x vocabulary x `scored`, for the head, needed only where a token is scored.
     Recomputation (remat, chunked loss) does not count. With LoRA, frozen matrices count 4 instead of 6, as they have no
     gradient of their own, and the factors are added.
     """
     frozen, head = (6, 6) if lora is None else (4, 6 if lora.head or (lora.embedding and config.tie_embeddings) else 4)
-    blocks = frozen * count_params(config, "blocks") * tokens
+    blocks = frozen * count_active(config) * tokens
     if lora is not None:
         blocks += 6 * _count_lora(config, lora) * tokens
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
@@ -99,7 +108,7 @@ def drafter_flops(target: ModelConfig, drafter: DrafterConfig, rows: float, leng
     layers, tokens, anchors = drafter.layers, rows * length, rows * min(num_anchors, length)
     head = target.hidden_size * target.vocab_size * anchors * drafter.num_drafts
     attention = 4 * target.num_layers * target.num_heads * target.head_dim * length * tokens
-    of_target = 2 * count_params(target, "blocks") * tokens + attention + 2 * head * reads_target
+    of_target = 2 * count_active(target) * tokens + attention + 2 * head * reads_target
     slots, width = anchors * drafter.block_size, target.hidden_size
     text = len(drafter.target_layer_ids) * width**2 + 2 * layers.num_layers * width * (
         layers.num_kv_heads * layers.head_dim)

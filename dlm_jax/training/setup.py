@@ -245,7 +245,7 @@ def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int
     shards, micro_batches = num_batch_shards(mesh), config.optimizer.accumulate_steps
     if data.batch_size % (shards * micro_batches):
         raise ConfigError(f"data.batch_size {data.batch_size} is not divisible by {micro_batches} micro-batches x "
-                          f"{shards} shards of the mesh axes dcn_data, data and fsdp")
+                          f"{shards} shards of the mesh axes dcn_data, data, fsdp and expert")
     if data.length % mesh.shape["context"]:
         raise ConfigError(f"data.length {data.length} is not divisible by mesh.context {mesh.shape['context']}")
     if data.length > architecture.max_length:

@@ -17,9 +17,10 @@ from dlm_jax.parallel import num_batch_shards, param_shardings, state_shardings
 from dlm_jax.training.diffusion_loss import DiffusionLoss
 from dlm_jax.training.drafting import DraftLoss, SelfDraftLoss
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
+from dlm_jax.training.router import RoutedSums
 from dlm_jax.training.state import DEVICE, HOST, Frozen, Metrics, TrainState, in_memory
 
-Sums = LossSums | DraftSums
+Sums = LossSums | DraftSums | RoutedSums
 
 
 class StepLoss(Protocol):
@@ -115,7 +116,7 @@ def make_loss(graphdef: nnx.GraphDef, mesh: Mesh, objective: ObjectiveConfig, se
         return DraftLoss(graphdef, mesh, objective.drafts, seed, measure=evaluates)
     if objective.name == "self_drafting":
         return SelfDraftLoss(graphdef, mesh, objective, None if evaluates else seed, mask_token_id, measure=evaluates)
-    return DiffusionLoss(graphdef, mesh, objective, seed, mask_token_id, has_dropout=not evaluates)
+    return DiffusionLoss(graphdef, mesh, objective, seed, mask_token_id, evaluates=evaluates)
 
 
 def _offloaded_step(gradients_and_metrics: Callable, update: Callable, mesh: Mesh) -> Callable:

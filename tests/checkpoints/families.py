@@ -21,6 +21,7 @@ _GPT2 = dict(vocab_size=97, n_embd=32, n_head=4, n_layer=2, n_positions=48, bos_
 _LLAMA = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
               intermediate_size=56, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None)
 _GEMMA = _LLAMA | dict(num_hidden_layers=4, head_dim=12, query_pre_attn_scalar=12)
+_EXPERTS = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20)
 _LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 LENGTH = 48
@@ -52,6 +53,8 @@ CASES = {
     "qwen2-two-types": ("Qwen2", _LLAMA | dict(
         num_hidden_layers=4, use_sliding_window=True, sliding_window=5, max_window_layers=2)),
     "qwen3": ("Qwen3", _LLAMA | dict(head_dim=24, tie_word_embeddings=True)),
+    "qwen3-moe": ("Qwen3Moe", _LLAMA | _EXPERTS),
+    "qwen3-moe-norm": ("Qwen3Moe", _LLAMA | _EXPERTS | dict(norm_topk_prob=True, head_dim=12, attention_bias=True)),
     "gemma2": ("Gemma2", _GEMMA | dict(attn_logit_softcapping=1.0, final_logit_softcapping=2.0, sliding_window=7)),
     "gemma2-no-caps": ("Gemma2", _GEMMA | dict(
         attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True, query_pre_attn_scalar=8)),
@@ -85,6 +88,21 @@ def save(case: str, directory: Path, seed: int = 0, **options: object) -> torch.
     model = make(case, seed)
     model.save_pretrained(directory, **options)
     return model
+
+
+def by_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as checkpoints name them: transformers 5 joins the experts of a layer, and their gate and up."""
+    found = {}
+    for name, tensor in tensors.items():
+        layer, joined, kind = name.partition(".experts.")
+        if not joined:
+            found[name] = tensor
+            continue
+        for expert, matrix in enumerate(tensor):
+            kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+            for name, part in zip(kinds, matrix.chunk(len(kinds)), strict=True):
+                found[f"{layer}.experts.{expert}.{name}.weight"] = part
+    return found
 
 
 def tokens(batch: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:

@@ -151,9 +151,9 @@ def _named_arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
             array, names = (array + 1 if "norm" in name else array), _NAMES | _GEMMA_NAMES
         if config.model_type == "gpt2" and name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
             array = array.T
-        if architecture(model) == "llama" and ".q_proj." in name:
+        if architecture(model) in ("llama", "llada") and ".q_proj." in name:
             array = _interleave(array, config.num_attention_heads)
-        if architecture(model) == "llama" and ".k_proj." in name:
+        if architecture(model) in ("llama", "llada") and ".k_proj." in name:
             array = _interleave(array, config.num_key_value_heads)
         for old, new in names.items():
             name = name.replace(old, new)

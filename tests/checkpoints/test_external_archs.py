@@ -87,7 +87,7 @@ def test_export_of_external_archs(external, tmp_path):
 
 def test_external_defaults(tmp_path):
     families.save("qwen2", tmp_path)
-    families.set_config(tmp_path, model_type="Fast_dLLM_Qwen")
+    families.set_config(tmp_path, model_type="Fast_dLLM_Qwen", architectures=FAST["architectures"])
     with pytest.raises(CheckpointError, match="151665"):
         load_pretrained(tmp_path)
     assert load_pretrained(tmp_path, mask_token=MASK).diffusion.blocks == BlockSpec(32, "block_bidirectional")

@@ -18,6 +18,7 @@ from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.checkpoints.gguf_file import GGUFTensor, read_gguf
 from dlm_jax.checkpoints.source import absolute_source, check_source, find_base, is_hub_id, locate
 from dlm_jax.checkpoints.stored import open_stored
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError
 from dlm_jax.parallel import MeshConfig, make_mesh
 from tests.checkpoints import families, gguf_files
@@ -45,6 +46,20 @@ def test_logits_are_those_of_the_original(case, tmp_path):
     gguf_files.write(model, path := tmp_path / "x.gguf")
     assert_same_logits(path, model)
     assert load_pretrained(path).model.config.family == ("llama" if case == "mistral" else model.config.model_type)
+
+
+@pytest.mark.parametrize(("case", "architecture", "shift"), [("qwen2", "dream", None), ("llama", "llada", False)])
+def test_dream_and_llada(case, architecture, shift, tmp_path):
+    """Files of llama.cpp's diffusion models: their networks, mask token and shift, and their authors' settings."""
+    model = gguf_files.make(case)
+    expected = families.torch_logits(model, families.tokens())
+    model.config.model_type = architecture
+    gguf_files.write(model, path := tmp_path / "x.gguf", metadata={
+        f"{architecture}.attention.causal": False, "tokenizer.ggml.mask_token_id": 96, "diffusion.shift_logits": shift})
+    loaded = load_pretrained(path)
+    assert loaded.diffusion == DiffusionSpec(96, shift is None) and loaded.model.config.family == case
+    assert loaded.sampling["temperature"] == 0 and loaded.sampling["num_steps"] in (128, 512)
+    np.testing.assert_allclose(families.logits(loaded.model, families.tokens()), expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3"])

@@ -50,6 +50,20 @@ def test_remote_code_is_not_run(where, tmp_path, test_data, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_tokenizer_of_dream(tmp_path, test_data):
+    """Its class is its own, and its files are Qwen2's."""
+    shutil.copy(test_data / "gpt2_bpe" / "encoder.json", tmp_path / "vocab.json")
+    shutil.copy(test_data / "gpt2_bpe" / "vocab.bpe", tmp_path / "merges.txt")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "Dream"}))
+    mask = dict(content="<|mask|>", lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="DreamTokenizer", auto_map={"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        added_tokens_decoder={"50257": mask}, mask_token="<|mask|>", eos_token="<|endoftext|>")))
+    tokenizer = load_tokenizer(tmp_path)
+    assert type(tokenizer).__name__.startswith("Qwen2Tokenizer") and tokenizer.mask_token_id == 50257
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
 def test_missing_and_damaged_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{")

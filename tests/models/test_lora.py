@@ -343,7 +343,7 @@ def test_split_kernels_are_dequantized_without_communication(kind):
     for name, axis in (("q", 1), ("out", 3)):
         linear = placed["blocks"]["attention"][name]
         codes, scales = linear["kernel"][...], linear["kernel_scale"][...]
-        assert codes.sharding.spec[axis] == scales.sharding.spec[axis] == ("fsdp", "context")
+        assert codes.sharding.spec[axis] == scales.sharding.spec[axis] == ("fsdp", "context", "expert")
         assert scales.addressable_shards[0].data.size * 4 == scales.size
         program = dequantize.lower(codes, scales).compile().as_text()
         assert "all-" not in program and "collective" not in program

@@ -10,7 +10,7 @@ from dlm_jax.parallel.mesh import group_by_slice
 
 def test_one_axis_takes_the_remaining_devices():
     assert dict(make_mesh(MeshConfig(data=2, tensor=2)).shape) == {
-        "dcn_data": 1, "data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+        "dcn_data": 1, "data": 2, "fsdp": 2, "tensor": 2, "context": 1, "expert": 1}
     assert dict(make_mesh(MeshConfig(fsdp=1, tensor=-1)).shape)["tensor"] == 8
     assert make_mesh(devices=jax.devices()[:3]).size == 3
 
@@ -47,6 +47,6 @@ def test_hardware_slices_are_not_divided_across():
 
 def test_devices_without_slices_are_divided_in_order():
     mesh = make_mesh(MeshConfig(dcn_data=2, data=2))
-    assert dict(mesh.shape) == {"dcn_data": 2, "data": 2, "fsdp": 2, "tensor": 1, "context": 1}
+    assert dict(mesh.shape) == {"dcn_data": 2, "data": 2, "fsdp": 2, "tensor": 1, "context": 1, "expert": 1}
     assert [device.id for device in mesh.devices.flat] == [device.id for device in jax.devices()]
     assert describe_mesh(mesh) == "8 x cpu: dcn_data=2 data=2 fsdp=2"

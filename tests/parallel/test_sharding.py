@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.models import ModelConfig, abstract_model
+from dlm_jax.models import ExpertsConfig, ModelConfig, abstract_model
 from dlm_jax.parallel import (
     MeshConfig,
     array_sharding,
@@ -18,7 +18,7 @@ from dlm_jax.parallel import (
     state_shardings,
 )
 
-STORED = ("fsdp", "context")  # shards of a batch and of its sequences also shard parameters
+STORED = ("fsdp", "context", "expert")  # shards of a batch, of its sequences and of experts also shard parameters
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,17 @@ def test_parameters(mesh):
     assert specs["embed"]["embedding"].get_value() == P("tensor", STORED)
     assert specs["head"]["kernel"].get_value() == P(STORED, "tensor")
     assert specs["final_norm"]["scale"].get_value() == P(None)
+
+
+def test_experts():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(model(experts=ExpertsConfig(4, 2)), mesh))
+    mlp = specs["blocks"]["mlp"]
+    assert mlp["gate"]["kernel"].get_value() == P(None, "expert", ("fsdp", "context"), "tensor")
+    assert mlp["down"]["kernel"].get_value() == P(None, "expert", "tensor", ("fsdp", "context"))
+    assert mlp["router"]["weight"].get_value() == P(None, STORED, None)
+    with pytest.raises(ConfigError, match="expert.*blocks.mlp.down.kernel"):
+        param_shardings(model(experts=ExpertsConfig(3, 2)), mesh)
 
 
 def test_vocabulary_that_does_not_divide_is_replicated(mesh):

@@ -24,7 +24,7 @@ def describe(model: ModelSource) -> Base:
 @pytest.mark.parametrize(("source", "params"), [
     ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
     ("meta-llama/Llama-2-7b-hf", 6_738_415_616), ("meta-llama/Llama-3.2-1B", 1_235_814_400),
-    ("Qwen/Qwen3-0.6B", 596_049_920)])
+    ("Qwen/Qwen3-0.6B", 596_049_920), ("Qwen/Qwen3-30B-A3B-Base", 30_532_122_624)])
 def test_known_models_count_parameters(source, params):
     base = describe(ModelSource(source=source, mask_token=7))
     assert count_params(base.config) == params and base.mask_token_id == 7

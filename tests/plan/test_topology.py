@@ -72,5 +72,5 @@ def test_gpu_meshes(config, base):
     assert (mesh.size, mesh.shape["data"], mesh.shape["fsdp"]) == (8, 2, 4)
     with pytest.raises(ConfigError):
         gpu_target(with_values(config, mesh={"data": 3}), base.config, "h100:8")
-    with pytest.raises(ConfigError, match=r"mesh\.tensor and mesh\.context"):
+    with pytest.raises(ConfigError, match=r"mesh\.tensor, mesh\.context"):
         gpu_target(with_values(config, mesh={"tensor": 2}), base.config, "h100:8")

@@ -29,6 +29,8 @@ SCORES = (log_prob, margin, negative_entropy)
     (dict(policy="confidence", threshold=0.9), "threshold.*confidence"),
     (dict(policy="random", remask=0.1), "remask.*random_exact"),
     (dict(policy="first_hitting", step_schedule="cosine"), "step_schedule.*first_hitting.*num_steps"),
+    (dict(step_schedule="dream", remask=0.1), "remask"),
+    (dict(step_schedule="dream", cache="dual", block_length=4), "cache"),
     (dict(policy="threshold", step_schedule="cosine"), "step_schedule.*threshold.*num_steps"),
     (dict(cache="prefix"), "cache.*block_length"),
     (dict(block_length=8, cache_refresh_interval=2), "cache_refresh_interval.*cache"),

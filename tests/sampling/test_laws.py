@@ -58,15 +58,15 @@ CASES = {
     "confidence, remasking": (THREE, "confidence", everywhere(THREE, 1, 2, 3), dict(
         policy="confidence", num_steps=64, remask=0.4, top_k=2)),
     # For these distributions margin, entropy, probability and odds choose different positions.
-    "margin in blocks": (JointDistribution(3, 4, 4), "margin", [((0, 1, 2), (1, 3)), ((3,), (1,))], dict(
+    "margin in blocks": (JointDistribution(3, 4, 4), "margin", [((0, 1, 2), (2, 3)), ((3,), (1,))], dict(
         policy="margin", num_steps=3, block_length=3, shift=False)),
-    "entropy": (JointDistribution(3, 4, 17), "entropy", [(range(4), (1, 2, 4))], dict(
+    "entropy": (JointDistribution(3, 4, 17), "entropy", [(range(4), (2, 3, 4))], dict(
         policy="entropy", num_steps=3, temperature=1.2)),
     "threshold in steps": (FOUR, "confidence", everywhere(FOUR, 2, 4), dict(
         policy="threshold", threshold=0.7, num_steps=2, shift=False)),
     "threshold in blocks": (FOUR, "confidence", [((0, 1), (1, 2)), ((2, 3), (1, 2))], dict(
         policy="threshold", threshold=0.6, block_length=2)),
-    "guidance": (FOUR, "confidence", [((0, 2, 3), (1, 3))], dict(
+    "guidance": (FOUR, "confidence", [((0, 2, 3), (2, 3))], dict(
         policy="confidence", num_steps=2, cfg_scale=0.8, given=(None, 1, None, None), temperature=1.4, shift=False)),
     "repetition and end of text": (THREE, "confidence", [((0, 2), (1, 2))], dict(
         policy="confidence", context=1, given=(None, 0, None), repetition_penalty=1.7, eos=2, eos_penalty=0.6)),

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.sampling import SamplerConfig
-from dlm_jax.sampling.spec import block_ids, block_steps, num_revealed, planned_step
+from dlm_jax.sampling.spec import block_ids, block_steps, next_reveal, num_revealed, planned_step
 
 STEP_SCHEDULES = ("linear", "cosine")
 every_schedule = pytest.mark.parametrize("step_schedule", STEP_SCHEDULES)
@@ -124,3 +124,22 @@ def test_block_steps_without_num_steps():
     blocks = np.array([[0, 0, 0, 0, 1]])
     np.testing.assert_array_equal([block_steps(None, blocks >= 0, blocks, n)[0] for n in range(2)], [4, 1])
     assert SamplerConfig("confidence").steps == 64
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 24, 64, 512])
+def test_dream_schedule_is_that_of_its_loop(steps):
+    """The steps that reveal something, and how much, of Dream's loop over float32 times."""
+    times = np.linspace(1, 1e-3, steps + 1, dtype=np.float32)
+    for number in (1, 5, 24, 128):
+        left, expected = number, []
+        for step in range(steps):
+            count = left if step == steps - 1 else int(np.float32(left) * (1 - times[step + 1] / times[step]))
+            left -= count
+            expected += [(step, number - left)] * (count > 0)
+        found, step, filled = [], jnp.array([0]), jnp.array([0])
+        while filled[0] < number:
+            step, filled = next_reveal(SamplerConfig(num_steps=steps, step_schedule="dream"), step, jnp.array([number]),
+                                       filled, jnp.array([steps]))
+            found.append((int(step[0]), int(filled[0])))
+            step += 1
+        assert found == expected

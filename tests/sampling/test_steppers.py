@@ -21,7 +21,8 @@ def cached_tokens(kind, layers, **settings):
     return run_sampler(tiny(kind, num_layers=layers), *make_batch(), **SETTINGS | settings).tokens
 
 
-@pytest.mark.parametrize(("kind", "cache"), [("llama", "prefix"), ("gpt2", "dual"), ("two types", "dual")])
+@pytest.mark.parametrize(("kind", "cache"), [
+    ("llama", "prefix"), ("gpt2", "dual"), ("two types", "dual"), ("experts", "dual")])
 def test_cache_refreshed_at_every_step_is_exact(kind, cache):
     np.testing.assert_array_equal(cached_tokens(kind, 2, cache=cache, cache_refresh_interval=1), cached_tokens(kind, 2))
 
@@ -175,6 +176,7 @@ def test_blocks_after_eos_are_not_filled():
     eos = int(full.tokens[0, 5])
     last = stream_states(make_spec(num_steps=20, eos=(eos,)))[-1]
     end = int(np.argmax((last.tokens[0] == eos) & ~FIXED[0]))
+    end = (end // SIZE + 1) * SIZE  # tokens of the same block may be there already
     assert (last.tokens[0, end:] == eos).all() and last.steps[0] < full.steps[0]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dlm_jax.diffusion import DiffusionSpec
-from dlm_jax.models import ModelConfig, abstract_model
+from dlm_jax.models import ExpertsConfig, ModelConfig, abstract_model
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 
 MASK, EOS = 60, 59
@@ -19,6 +19,7 @@ _KINDS = {
     "two types": dict(num_kv_heads=2, max_length=128, sliding_window=6, full_attention_layers=(1,),
                       sliding_rope_theta=100.0, norm="zero_centered_rms", post_norms=True, scale_embeddings=True,
                       attention_softcap=4.0, logit_softcap=9.0, query_pre_attn_scalar=5.0),
+    "experts": dict(num_kv_heads=2, max_length=128, experts=ExpertsConfig(4, 2)),
     "gpt2": dict(num_kv_heads=4, max_length=40, norm="layer", positions="learned", gated_mlp=False,
                  activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True),
 }
@@ -26,7 +27,7 @@ _KINDS = {
 
 @functools.cache
 def tiny(kind, **changes):
-    """Returns a random network of one of four kinds, which differ in positions, heads, windows and norms."""
+    """Returns a random network of one of five kinds, which differ in positions, heads, windows, norms and MLPs."""
     return random_model(ModelConfig(kind, **_SIZES | _KINDS[kind] | changes))
 
 

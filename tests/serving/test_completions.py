@@ -167,6 +167,7 @@ def test_models(client):
     assert [model.id for model in client.models.list()] == ["full", "blocks", "causal"]
     blocks = client.models.retrieve("blocks").dlm
     assert blocks["block_length"] == 4 and blocks["default_policy"] == "threshold" and blocks["has_chat_template"]
+    assert blocks["default_sampling"] == {"policy": "threshold"}
     assert client.models.retrieve("causal").dlm["policies"] == ["autoregressive"]
 
 

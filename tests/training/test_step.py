@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from dlm_jax.diffusion import Batch, LossSums, ObjectiveConfig
-from dlm_jax.models import Compute, ModelConfig, Transformer, abstract_model
-from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh, param_shardings
+from dlm_jax.models import Compute, ExpertsConfig, ModelConfig, Transformer, abstract_model
+from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_global_batch, make_mesh, param_shardings
 from dlm_jax.training import diffusion_loss
 from dlm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dlm_jax.training.state import create_state
@@ -47,7 +47,7 @@ def programs(mesh, compute, objective, settings, model=MODEL):
 
 
 @functools.cache
-def host_params(model):
+def host_params(model=MODEL):
     return jax.device_get(nnx.state(Transformer(model, rngs=nnx.Rngs(0))))
 
 
@@ -92,6 +92,26 @@ def assert_placed(state, mesh):
     for tree in (state.params, state.opt_state[1].mu):  # nothing moves between shardings
         for leaf, sharding in zip(jax.tree.leaves(tree), placed, strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=1, expert=8), MeshConfig(fsdp=2, tensor=2, expert=2),
+                                  MeshConfig(data=2, fsdp=1, context=2, expert=2), MeshConfig(fsdp=8)])
+def test_experts_on_every_mesh(mesh):
+    model = dataclasses.replace(MODEL, positions="rope", gated_mlp=True, experts=ExpertsConfig(8, 2, False, 0.1))
+    mesh = make_mesh(mesh)
+    compute = Compute(partition=ATTENTION_PARTITION)
+    expected = experts_on_one_device(model)
+    with jax.set_mesh(mesh):
+        found, state = train(mesh, steps=3, model=model, compute=compute)
+    for record, reference in zip(found, expected, strict=True):
+        for name in reference:
+            np.testing.assert_allclose(record[name], reference[name], rtol=1e-5, err_msg=name)
+    assert_placed(state, mesh)
+
+
+@functools.cache
+def experts_on_one_device(model):
+    return train(one_device(), steps=3, model=model)[0]
 
 
 def test_layers_of_two_types_on_a_mesh():
