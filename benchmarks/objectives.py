@@ -155,7 +155,7 @@ def step_seconds(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for point in args.points:
             if point != FULL_BUDGET:
                 objective = dataclasses.replace(objective_of(structure, point, 100), anneal_steps=0)
-                frozen = Frozen(split_trainable(lm.model)[2], parent_params(objective, params, args.dtype))
+                frozen = Frozen(split_trainable(lm.model)[2], parent_params(objective, params, lm.model.compute.dtype))
                 steps[point] = harness.TrainStep(
                     graphdef, jax.tree.map(jax.numpy.array, params), tokens, objective, OptimizerConfig(),
                     frozen=frozen, mask_token_id=lm.diffusion.mask_token_id, matmul=lm.model.compute.matmul)

@@ -253,7 +253,8 @@ def _activation_bytes(config: TrainConfig, base: Base, attention: str) -> float:
                              if any(size % _TRACED_ROWS == 0 for size in a.shape)))
     canonical = config.objective.canonicalize(config.data.length)
     second_pass = canonical.name == "diffusion" and canonical.clean_weight > 0
-    return found[0] * (1 + second_pass) / _TRACED_ROWS
+    kept = next(filter(None, found))  # the parent's pass, which comes first, keeps nothing
+    return kept * (1 + second_pass) / _TRACED_ROWS
 
 
 def _scans(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:

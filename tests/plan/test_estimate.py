@@ -10,7 +10,7 @@ from flax import nnx
 
 from dlm_jax.checkpoints import DrafterSettings, resolve_lora
 from dlm_jax.data.config import DataConfig
-from dlm_jax.diffusion import DraftObjective, ObjectiveConfig
+from dlm_jax.diffusion import DraftObjective, ObjectiveConfig, TeacherObjective
 from dlm_jax.models import Compute, ModelConfig, abstract_model, base_shapes, split_trainable
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.parallel.chips import Chip
@@ -27,6 +27,7 @@ from dlm_jax.plan.estimate import (
     step_flops,
 )
 from dlm_jax.training.config import ModelSource, TrainConfig
+from dlm_jax.training.flops import has_parent_pass
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.state import Frozen, create_state
 from tests.plan.conftest import with_values
@@ -99,6 +100,22 @@ def test_state_bytes(config, base, changes):
 def estimated(config, base):
     """Returns the estimate for eight GPUs with cuDNN's attention, by component."""
     return estimate_memory(config, base, gpu_target(config, base.config, "h100:8")).breakdown
+
+
+def test_teacher_is_counted(config, base):
+    """A forward pass and its head in FLOPs; a copy of the parameters, and the parent's states, in memory."""
+    taught = with_values(config, objective={"teacher": TeacherObjective(distribution_weight=1.0, hidden_weight=1.0)})
+    plain, more = (estimated(with_values(one, mesh={"data": 8}), base) for one in (config, taught))
+    params = trained_and_frozen(config, base)[0]
+    copy = 2**30 * (more["state"] - plain["state"])
+    assert copy == pytest.approx(sum(leaf.size for leaf in jax.tree.leaves(params)) * (
+        2 if config.model.dtype == "bfloat16" else 4), rel=0.02)  # norms stay float32
+    assert more["activations"] > plain["activations"] > 0 and more["working"] > plain["working"]
+    flops = [step_flops(one, base.config, "cudnn").model for one in (config, taught)]
+    assert 1.2 < flops[1] / flops[0] < 1.4
+    gated = with_values(taught, lora={"rank": 4, "where": "noised", "embedding": False},
+                        objective={"name": "block_diffusion", "block_size": 4, "anneal_steps": 0})
+    assert not has_parent_pass(gated.objective, config.data.length, resolve_lora(gated.lora, base.config, False))
 
 
 def test_lora_state_and_gradients(config, base):

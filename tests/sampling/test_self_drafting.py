@@ -38,6 +38,22 @@ def test_text_does_not_depend_on_own_guesses(kind, choice):
     assert (found.steps <= plain.steps).all()
 
 
+def test_drafts_from_random_tokens():
+    """The text is the same, the drafts are others, and no other policy fills such blocks."""
+    network, (tokens, fixed, lengths) = tiny("llama"), make_batch("autoregressive")
+    settings = dict(policy="autoregressive", temperature=0.0)
+    plain = run_sampler(network, tokens, fixed, lengths, blocks=BlockSpec(4), **settings)
+    masked, noised = (run_sampler(network, tokens, fixed, lengths, drafter="self", blocks=BlockSpec(4, noise=noise),
+                                  **settings) for noise in ("mask", "random_tokens"))
+    np.testing.assert_array_equal(noised.tokens, plain.tokens)
+    assert (noised.steps <= plain.steps).all() and (noised.accepted != masked.accepted).any()
+    again = run_sampler(network, tokens, fixed, lengths, drafter="self", blocks=BlockSpec(4, noise="random_tokens"),
+                        **settings)
+    np.testing.assert_array_equal(again.accepted, noised.accepted)
+    with pytest.raises(ConfigError, match="random tokens"):
+        run_sampler(network, tokens, fixed, lengths, policy="threshold", blocks=BlockSpec(4, noise="random_tokens"))
+
+
 def guess(network, prefix, size):
     """Returns the most likely tokens of a block of masks after the token that follows `prefix`, without a cache."""
     tokens, start = np.full((1, 40), MASK), len(prefix)
