@@ -49,6 +49,8 @@ class TeacherObjective:
         check_choices(self, "objective.teacher")
         for name in ("distribution_weight", "hidden_weight"):
             check_range(getattr(self, name), 0, math.inf, f"objective.teacher.{name}", open_high=True)
+        for layer in self.hidden_layers:
+            check_at_least(layer, 0, "objective.teacher.hidden_layers")
         if self.hidden_layers and not self.hidden_weight:
             raise ConfigError(f"objective.teacher.hidden_layers is {self.hidden_layers}, but hidden_weight is 0; set "
                               "objective.teacher.hidden_weight, or remove the layers")

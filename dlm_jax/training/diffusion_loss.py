@@ -171,8 +171,9 @@ def metrics_from_sums(sums: LossSums, objective: ObjectiveConfig) -> Metrics:
         "accuracy": sums.correct / scored,
         "masked_tokens": sums.num_scored,
     }
-    if objective.clean_weight:
-        metrics["clean_nll"] = sums.clean_nll / jnp.maximum(sums.num_clean, 1.0)  # AR, nats per token
+    if objective.clean_weight:  # AR, nats per token; blocks of one token are autoregression, without another copy
+        metrics["clean_nll"] = jnp.where(sums.num_clean > 0, sums.clean_nll / jnp.maximum(sums.num_clean, 1.0),
+                                         metrics["masked_nll"])
     taught = jnp.maximum(sums.num_taught, 1.0)
     if objective.teacher.distribution_weight:
         metrics[objective.teacher.divergence] = sums.divergence / taught

@@ -252,6 +252,9 @@ def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int
         raise ConfigError(f"data.length {data.length} is longer than the {architecture.max_length} positions of "
                           f"the model {config.model.source}")
     check_noised_lora(config)
+    if (last := max(config.objective.teacher.hidden_layers, default=0)) >= architecture.num_layers:
+        raise ConfigError(f"objective.teacher.hidden_layers has layer {last}, and the {architecture.num_layers} layers "
+                          "of the model are counted from 0")
     offloads = config.optimizer.offload or config.model.remat == "offload"
     if offloads and not has_host_memory(device := mesh.devices.flat[0]):
         raise ConfigError(f"{device.device_kind} cannot use {HOST} memory; set optimizer.offload to false and "

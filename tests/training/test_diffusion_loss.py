@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import pytest
 from flax import nnx
 
 from dlm_jax import AttentionMask
+from dlm_jax.checkpoints import load_pretrained, save_pretrained
 from dlm_jax.diffusion import Batch, ObjectiveConfig, TeacherObjective, noise_batch
+from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import LoRAConfig, ModelConfig, Transformer, split_trainable
 from dlm_jax.parallel import MeshConfig, make_global_batch, make_mesh
 from dlm_jax.training.config import LoRASettings, ModelSource
@@ -205,6 +208,28 @@ def test_same_curve_on_every_mesh(mesh, accumulate):
     assert expected["tv"][-1] > 1e-3 and expected["hidden_distance"][-1] > 1e-3 and expected["clean_nll"][-1] > 1
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("objective, key", [
+    (dataclasses.replace(BLOCKS, teacher=TeacherObjective(hidden_weight=1.0, hidden_layers=(2,))), "hidden_layers"),
+    (dataclasses.replace(BLOCKS, noise="random_tokens", teacher=KL), "model.init")])
+def test_runs_that_cannot_be_taught_are_refused(config, pretrained, objective, key, tmp_path):
+    source = ModelSource(source=str(pretrained), mask_token="<mask>", init="random" if "init" in key else "pretrained")
+    with pytest.raises(ConfigError, match=key):
+        train(dataclasses.replace(config, objective=objective, model=source), tmp_path)
+
+
+def test_another_parent_is_refused(config, pretrained, tmp_path):
+    """A run that resumes beside other weights than it started from would have another teacher."""
+    shutil.copytree(pretrained, tmp_path / "base")
+    config = dataclasses.replace(config, num_steps=5, objective=dataclasses.replace(BLOCKS, teacher=KL),
+                                 model=ModelSource(source=str(tmp_path / "base"), mask_token="<mask>"))
+    train(config, tmp_path / "run")
+    save_pretrained(tmp_path / "other", load_pretrained(pretrained, init="random", seed=9))
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(tmp_path / "other", tmp_path / "base")
+    with pytest.raises(CheckpointError, match="parent"):
+        train(dataclasses.replace(config, num_steps=6), tmp_path / "run")
 
 
 @pytest.mark.parametrize("lora", [0, 2])
