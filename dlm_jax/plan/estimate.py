@@ -201,7 +201,7 @@ def estimate_memory(config: TrainConfig, base: Base, target: Target) -> Memory:
     if config.objective.name == "drafter":  # features and what is fused of them, forward and back
         taps = len(resolve_drafter(config.drafter, architecture, 0).target_layer_ids)
         activations += 4 * rows * config.data.length * (taps + 1) * architecture.hidden_size
-    elif has_parent_pass(config.objective, config.data.length, lora):  # the parent's states of layers and of the head
+    elif has_parent_pass(architecture, config.objective, config.data.length, lora):  # its states of layers and head
         taps = len(compared_layers(config.objective, architecture.num_layers))
         activations += width * rows * config.data.length * (taps + 1) * architecture.hidden_size
     gathers = target.mesh.shape["fsdp"] > 1

@@ -32,6 +32,7 @@ from dlm_jax.diffusion import (
 from dlm_jax.models import LayerVisitor, LoRAParam, Transformer
 from dlm_jax.parallel import all_gather_embeddings, array_sharding, partition_spec
 from dlm_jax.random import dropout_seeds
+from dlm_jax.training.flops import has_parent_pass
 from dlm_jax.training.router import RoutedSums
 from dlm_jax.training.state import Frozen, Metrics
 
@@ -107,20 +108,13 @@ class DiffusionLoss:
         trained = jax.lax.stop_gradient(nnx.merge_state(params, frozen.parent))
         parent = self._model(trained, frozen)
         kernel = lm_head(parent, self.mesh)[0]
-        if self._clean_copy_is_parent(objective, parent):
+        if not has_parent_pass(parent.config, objective, batch.tokens.shape[1], parent.lora):
             return _Parent(kernel, None, None)
         clean, causal = clean_causal_batch(batch)
         hidden, features = self._model(trained, frozen, gathered=True).hidden_and_features(
             clean.tokens, causal, compared_layers(objective, parent.config.num_layers), positions=clean.positions,
             lora=False)
         return _Parent(kernel, hidden, features)
-
-    def _clean_copy_is_parent(self, objective: ObjectiveConfig, model: Transformer) -> bool:
-        """Returns whether the clean copy of the batch computes what the parent does, bit for bit."""
-        config = model.config
-        drops = max(config.embed_dropout, config.attention_dropout, config.residual_dropout) > 0
-        return (objective.name == "block_diffusion" and model.lora is not None and model.lora.where == "noised"
-                and (self.evaluates or not drops))
 
 
 class _Parent(NamedTuple):

@@ -61,13 +61,16 @@ def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
     return blocks + attention + head * config.hidden_size * config.vocab_size * scored
 
 
-def has_parent_pass(objective: ObjectiveConfig, length: int, lora: LoRAConfig | None) -> bool:
+def has_parent_pass(config: ModelConfig, objective: ObjectiveConfig, length: int, lora: LoRAConfig | None) -> bool:
     """Returns whether the parent reads the text in a pass of its own.
 
-    With LoRA at noised positions the clean copy of block diffusion is the parent (unless the base has dropout).
+    With LoRA at noised positions the clean copy of block diffusion computes what the parent does, bit for bit, unless
+    the base has dropout.
     """
-    is_blocks = objective.canonicalize(length).name == "block_diffusion"
-    return objective.teacher.is_needed and not (is_blocks and lora is not None and lora.where == "noised")
+    is_gated = lora is not None and lora.where == "noised" and (
+        objective.canonicalize(length).name == "block_diffusion")
+    drops = max(config.embed_dropout, config.attention_dropout, config.residual_dropout) > 0
+    return objective.teacher.is_needed and (drops or not is_gated)
 
 
 def teacher_flops(config: ModelConfig, objective: ObjectiveConfig, tokens: float, scored: float, length: int,
@@ -81,7 +84,7 @@ def teacher_flops(config: ModelConfig, objective: ObjectiveConfig, tokens: float
     if not objective.teacher.is_needed:
         return 0.0
     blocks = 0.0
-    if has_parent_pass(objective, length, lora):
+    if has_parent_pass(config, objective, length, lora):
         blocks = 2 * count_params(config, "blocks") * tokens
         blocks += 4 * config.num_layers * config.num_heads * config.head_dim * length * tokens
     head = 2 * config.hidden_size * config.vocab_size * scored if objective.teacher.distribution_weight else 0.0

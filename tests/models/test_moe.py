@@ -12,8 +12,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ExpertsConfig, LoRAConfig, LoRAFactor, ModelConfig, add_lora, merge_lora
-from dlm_jax.models.layers import Cache
 from dlm_jax.models.moe import RouterSums, apply_experts, load_balancing_loss
+from tests.models.test_layer_types import check_cached_rows
 from tests.models.test_transformer import CAUSAL, TOKENS, build, logits
 
 MOE = ModelConfig("qwen3_moe", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -70,14 +70,7 @@ def test_load_balancing_loss_as_in_transformers():
 
 
 def test_cached_rows_are_exact():
-    model, cache = build(MOE), Cache.empty(MOE, 3, 20, "float32")
-    run = jax.jit(type(model).cached_hidden)
-    expected, found = logits(model, TOKENS, CAUSAL), []
-    for start, stop in ((0, 9), (9, 10), (10, 20)):
-        positions = jnp.broadcast_to(jnp.arange(start, stop), (3, stop - start))
-        hidden, cache = run(model, TOKENS[:, start:stop], CAUSAL, positions, cache)
-        found.append(model.unembed(hidden))
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, atol=1e-5)
+    check_cached_rows(MOE)
 
 
 @pytest.mark.parametrize("frozen", ["float32", "int8"])

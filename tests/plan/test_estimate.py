@@ -115,7 +115,8 @@ def test_teacher_is_counted(config, base):
     assert 1.2 < flops[1] / flops[0] < 1.4
     gated = with_values(taught, lora={"rank": 4, "where": "noised", "embedding": False},
                         objective={"name": "block_diffusion", "block_size": 4, "anneal_steps": 0})
-    assert not has_parent_pass(gated.objective, config.data.length, resolve_lora(gated.lora, base.config, False))
+    assert not has_parent_pass(base.config, gated.objective, config.data.length,
+                               resolve_lora(gated.lora, base.config, False))
 
 
 def test_lora_state_and_gradients(config, base):
