@@ -15,6 +15,8 @@ from dlm_jax.config_fields import check_at_least
 from dlm_jax.errors import ConfigError
 from dlm_jax.random import RESOLUTION, below, counter_hash, threshold
 
+MAX_BRANCHES = 1 << 10  # of a segment, its start included; ids of segments are multiples of it
+
 
 class MaskParams(NamedTuple):
     """The numbers of a rule that differ per example: scalars in a kernel, anything that broadcasts elsewhere."""
@@ -46,12 +48,16 @@ class MaskSpec:
     "anchored" covers a text of `text_length` positions, which asks nothing, and after it blocks of `block_size`
     positions. A block sees itself and the text before its anchor, the place where it begins in the text; with
     `causal_blocks` its queries see nothing later. The window is measured in the text.
+
+    With `branches`, a segment is a start, whose id is a multiple of `MAX_BRANCHES`, and texts that continue it, which
+    have the ids after that one; each sees itself and the start.
     """
 
     kind: str
     block_size: int = 0
     window: int | None = None
     segments: bool = False
+    branches: bool = False
     lengths: bool = False
     text_length: int = 0
     views: int = 0
@@ -97,7 +103,8 @@ class MaskSpec:
         if self.window is not None:
             allowed &= jnp.abs(q - k) < self.window
         if self.segments:
-            allowed &= query_segments == key_segments
+            same = query_segments == key_segments
+            allowed &= same | (_start_of(query_segments) == key_segments) if self.branches else same
         if self.lengths:
             allowed &= index < params.length
         return allowed
@@ -128,8 +135,14 @@ class MaskSpec:
             some &= (k.low - q.high < self.window) & (q.low - k.high < self.window)
             every &= (k.high - q.low < self.window) & (q.high - k.low < self.window)
         if self.segments:
-            some &= (query_segments.low <= key_segments.high) & (key_segments.low <= query_segments.high)
-            every &= (query_segments.low == key_segments.high) & (key_segments.low == query_segments.high)
+            q, k = query_segments, key_segments
+            meet, equal = (q.low <= k.high) & (k.low <= q.high), (q.low == k.high) & (q.high == k.low)
+            if self.branches:
+                first, last = _start_of(q.low), _start_of(q.high)
+                meet |= (first <= k.high) & (k.low <= last)
+                equal |= (first == k.high) & (last == k.low)
+            some &= meet
+            every &= equal
         if self.lengths:
             some &= index.low < params.length
             every &= index.high < params.length
@@ -283,6 +296,23 @@ class AttentionMask:
         spec = dataclasses.replace(self.spec, segments=True)
         return dataclasses.replace(self, spec=spec, segment_ids=segment_ids)
 
+    def with_branches(self, segment_ids: jax.Array, branch_ids: jax.Array) -> Self:
+        """Also forbids keys of another segment, and of another branch of it, so that a segment holds several texts.
+
+        Args:
+          segment_ids: int [batch, length].
+          branch_ids: int [batch, length], below `MAX_BRANCHES`: 0 in what all texts of the segment begin with, else the
+            text's number.
+
+        Raises:
+          ConfigError: the mask covers several copies of a text, or blocks.
+        """
+        if self.spec.kind in ("block_diffusion", "anchored", "drafts"):
+            raise ConfigError(f"a {self.spec.kind} mask takes no branches; give each text a row of its own")
+        ids = jnp.asarray(segment_ids, jnp.int32) * MAX_BRANCHES + jnp.asarray(branch_ids, jnp.int32)
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, segments=True, branches=True),
+                                   segment_ids=ids)
+
     def with_lengths(self, lengths: jax.Array) -> Self:
         """Also forbids keys at or past `lengths` int [batch], which are padding.
 
@@ -341,3 +371,8 @@ class AttentionMask:
         params = MaskParams(*(x[:, None, None] for x in self.params()))
         allowed = self.spec.allowed(q, k, params, query_segments, key_segments, query_anchors)
         return allowed if self.allowed_matrix is None else allowed & self.allowed_matrix[q, k]
+
+
+def _start_of(segments: jax.Array) -> jax.Array:
+    """Returns the ids of the starts of segments with branches."""
+    return segments & -MAX_BRANCHES

@@ -5,7 +5,7 @@ Sums are unnormalized and additive: micro-batches and devices add them, and the 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from dlm_jax.diffusion.fused_loss import HeadPlan, HeadTargets, head_loss
 from dlm_jax.diffusion.teacher import Divergence, TeacherStates
 
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., embed] -> float32 logits [..., vocab]
-Measure = Callable[[jax.Array, jax.Array], jax.Array]
+Measure = Callable[[jax.Array, jax.Array], Any]  # logits and int targets [...] -> a tree of float32 [...]
 
 
 @jax.tree_util.register_dataclass
@@ -170,7 +170,7 @@ def top1_correct(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, mask: jax.Array | None = None, *,
-              shift: bool = True, chunk_size: int = 128, measure: Measure = cross_entropy) -> jax.Array:
+              shift: bool = True, chunk_size: int = 128, measure: Measure = cross_entropy) -> Any:
     """Returns the cross-entropy of int `targets`, float32 [batch, length] in nats each; not differentiable.
 
     Args:
@@ -178,7 +178,7 @@ def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, mask: jax
         Each row's masked positions are sorted to the front, and a loop visits as many chunks of columns as the fullest
         row needs: rows stay on their devices, however they are spread.
       chunk_size: positions of each row whose logits exist at one time.
-      measure: computes what is returned from logits and targets.
+      measure: computes what is returned, a tree of such arrays.
     """
     mask = jnp.ones(targets.shape, bool) if mask is None else mask
     if shift:
@@ -186,16 +186,22 @@ def token_nll(hidden: jax.Array, unembed: Unembed, targets: jax.Array, mask: jax
     size = min(chunk_size, targets.shape[1])
     order = jnp.argsort(~mask, axis=1, stable=True)
 
-    def visit(index: jax.Array, nll: jax.Array) -> jax.Array:
+    def visit(index: jax.Array, found: Any) -> Any:
         chunk = jax.lax.dynamic_slice_in_dim(order, index * size, size, axis=1)  # the last may overlap the one before
         logits = unembed(jnp.take_along_axis(hidden, chunk[..., None], axis=1))  # [batch, size, vocab]
         values = measure(logits, jnp.take_along_axis(targets, chunk, axis=1))
-        return jax.lax.dynamic_update_slice_in_dim(nll, values, index * size, axis=1)
+        return jax.tree.map(lambda all_values, new: jax.lax.dynamic_update_slice_in_dim(
+            all_values, new, index * size, axis=1), found, values)
+
+    def back(found: jax.Array) -> jax.Array:
+        """Moves values [batch, length] from the front of their rows to their places."""
+        found = jnp.where(mask, jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1), 0.0)
+        return jnp.roll(found, 1, axis=1) if shift else found
 
     num_chunks = -(-jnp.max(jnp.sum(mask, axis=1)) // size)
-    nll = jax.lax.fori_loop(0, num_chunks, visit, jnp.zeros(targets.shape, jnp.float32))
-    nll = jnp.where(mask, jnp.take_along_axis(nll, jnp.argsort(order, axis=1), axis=1), 0.0)
-    return jnp.roll(nll, 1, axis=1) if shift else nll
+    start = jax.tree.map(lambda x: jnp.zeros(targets.shape, x.dtype),
+                         jax.eval_shape(lambda: measure(unembed(hidden[:, :1]), targets[:, :1])))
+    return jax.tree.map(back, jax.lax.fori_loop(0, num_chunks, visit, start))
 
 
 def _shift(arrays: tuple) -> tuple:

@@ -8,20 +8,18 @@ from jax.sharding import Mesh
 
 from dlm_jax.checkpoints import Pretrained
 from dlm_jax.data.tokenization import is_rendered, tokenize_prompt
-from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
+from dlm_jax.evaluation.causal_scoring import autoregressive_score, causal_accuracy, score_and_is_greedy
 from dlm_jax.evaluation.eval_model import EvalModel, Pair
 from dlm_jax.evaluation.generation import make_generate, make_is_greedy
 from dlm_jax.evaluation.likelihood import check_has_bound
 from dlm_jax.evaluation.scoring import (
     MaskRule,
     MaskSample,
-    autoregressive_score,
     bound_masks,
     diffusion_score,
     make_masked_accuracy,
     reference_masks,
-    score_and_is_greedy,
     time_masks,
 )
 from dlm_jax.sampling import SamplerConfig
@@ -91,9 +89,10 @@ def make_eval_model(pretrained: Pretrained, name: str, *, autoregressive: bool =
                              seed=seed, stats=stats,
                              keep_bos=not reference or encode_special("a")[0] == bos_token_id, **rows)
     masked_accuracy = None  # a block diffusion model does not attend to later blocks
-    if autoregressive or pretrained.diffusion.blocks is None:
-        masked_accuracy = make_masked_accuracy(
-            pretrained.model, diffusion=DiffusionSpec(None) if autoregressive else diffusion, **scored)
+    if autoregressive:
+        masked_accuracy = causal_accuracy(pretrained.model, **scored)
+    elif diffusion.blocks is None:
+        masked_accuracy = make_masked_accuracy(pretrained.model, diffusion=diffusion, **scored)
     return EvalModel(name, encode, score, generate, config.max_length, autoregressive,
                      0.9 if pretrained.hf_config.get("model_type") == "llama" else 0.95, encode_special, is_greedy,
                      both, masked_accuracy, stats)

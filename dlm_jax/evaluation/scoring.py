@@ -9,12 +9,11 @@ The context is never masked. Masks are computed on the host, from (seed, item) a
 all options of an item get the same noise (common random numbers), and another framework can reproduce it.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +22,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.config_fields import check_at_least
 from dlm_jax.diffusion import DiffusionSpec, NoisyBatch, concat_noisy_and_clean, cross_entropy, token_nll, top1_correct
 from dlm_jax.diffusion.loss import Measure
-from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.evaluation.eval_model import MaskedAccuracy, Pair, Score, ScoreAndIsGreedy
+from dlm_jax.errors import DataError
+from dlm_jax.evaluation.eval_model import MaskedAccuracy, Pair, Score
 from dlm_jax.matmul import jit_model
 from dlm_jax.models import Transformer
 from dlm_jax.parallel import array_sharding, num_batch_shards
 from dlm_jax.sampling import bucket
+
+T = TypeVar("T")
 
 
 class MaskSample(NamedTuple):
@@ -119,11 +121,6 @@ def reference_masks(uniform: np.ndarray) -> list[MaskSample]:
     return [_merged(masked, 1 / (num_passes * masked.sum(axis=1)))]
 
 
-def mask_all(length: int) -> list[MaskSample]:
-    """Returns one pass that scores every token once, as an autoregressive model needs it."""
-    return [MaskSample(np.ones((1, length), bool), np.ones(1))]
-
-
 def block_masks(masks: Callable[[int, int], Sequence[MaskSample]], start: int, length: int, block_size: int, *,
                 shift: bool) -> list[MaskSample]:
     """Returns masks for the bound of block diffusion, where each block is conditioned on the clean text before it.
@@ -161,8 +158,8 @@ def diffusion_score(model: Transformer, rule: MaskRule, *, diffusion: DiffusionS
 
     Args:
       rule: `bound_masks` for the bound, `reference_masks` for the reference implementation's score.
-      diffusion: mask token, shift and blocks of the model. Without a mask token nothing is masked, and attention is
-        causal. With blocks the score is the bound of block diffusion, and each block has masks of its own.
+      diffusion: mask token, shift and blocks of the model. With blocks the score is the bound of block diffusion, and
+        each block has masks of its own.
       bos_token_id: precedes the context of a pair with `add_bos`; None: position 0 holds its first token.
       mesh: splits a batch over devices.
     """
@@ -178,44 +175,20 @@ def diffusion_score(model: Transformer, rule: MaskRule, *, diffusion: DiffusionS
 
     def score(pairs: Sequence[Pair]) -> np.ndarray:
         return _score(model, pairs, list(map(masks_of, pairs)), diffusion=diffusion, bos_token_id=bos_token_id,
-                      batch_size=batch_size, mesh=mesh)[..., 0]
-
-    return score
-
-
-def autoregressive_score(model: Transformer, *, bos_token_id: int | None = None, batch_size: int = 16,
-                         mesh: Mesh | None = None) -> Score:
-    """Returns an exact `Score` [pairs] by one pass under causal attention; arguments as in `diffusion_score`."""
-    score = score_and_is_greedy(model, bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh,
-                                measures=(cross_entropy,))
-    return lambda pairs: score(pairs)[0]
-
-
-def score_and_is_greedy(model: Transformer, *, bos_token_id: int | None = None, batch_size: int = 16,
-                        mesh: Mesh | None = None, measures: Sequence[Measure] = (cross_entropy, top1_correct),
-                        ) -> ScoreAndIsGreedy:
-    """Returns a `ScoreAndIsGreedy` of an autoregressive model; arguments as in `diffusion_score`."""
-    def score(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
-        sums = _score(model, pairs, [mask_all(len(pair.continuation)) for pair in pairs],
-                      diffusion=DiffusionSpec(None), bos_token_id=bos_token_id, batch_size=batch_size, mesh=mesh,
-                      measures=measures)[:, 0]
-        return sums[:, 0], sums[:, -1] == [len(pair.continuation) for pair in pairs]
+                      batch_size=batch_size, mesh=mesh)
 
     return score
 
 
 def make_masked_accuracy(model: Transformer, *, diffusion: DiffusionSpec, bos_token_id: int | None = None,
                          batch_size: int = 16, mesh: Mesh | None = None) -> MaskedAccuracy:
-    """Returns a `MaskedAccuracy` with one forward pass per pair, in which all requested tokens are masked at once.
-
-    An autoregressive model (no mask token) predicts each from the tokens before it, and nothing is masked.
-    """
+    """Returns a `MaskedAccuracy` with one forward pass per pair, in which all requested tokens are masked at once."""
     diffusion = dataclasses.replace(diffusion, blocks=None)
 
     def masked_accuracy(pairs: Sequence[Pair], masked: Sequence[np.ndarray]) -> np.ndarray:
         samples = [[MaskSample(mask[None], np.array([1 / mask.sum()]))] for mask in masked]
         return _score(model, pairs, samples, diffusion=diffusion, bos_token_id=bos_token_id, batch_size=batch_size,
-                      mesh=mesh, measures=(top1_correct,))[:, 0, 0]
+                      mesh=mesh, measure=top1_correct)[:, 0]
 
     return masked_accuracy
 
@@ -270,18 +243,12 @@ class _Pass(NamedTuple):
 
 def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[Sequence[MaskSample]], *,
            diffusion: DiffusionSpec, bos_token_id: int | None, batch_size: int, mesh: Mesh | None,
-           measures: Sequence[Measure] = (cross_entropy,)) -> np.ndarray:
-    """Returns float64 [pairs, halves, measures], weighted sums over the masked tokens of each half's passes."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    head = () if bos_token_id is None else (bos_token_id,)
-    rows = [np.array([*(head if pair.add_bos else ()), *pair.context, *pair.continuation], np.int32) for pair in pairs]
-    # An autoregressive model does not see the last token, which is predicted alone.
-    autoregressive = diffusion.mask_token_id is None and diffusion.blocks is None
-    longest = model.config.max_length + autoregressive
-    for row, pair in zip(rows, pairs, strict=True):
-        _check_length(row, pair, model.config.max_length, longest)
-    width = [longest if len(row) == longest else _padded_width(len(row), model.config.max_length) for row in rows]
+           measure: Measure = cross_entropy) -> np.ndarray:
+    """Returns float64 [pairs, halves], weighted sums of a measure over the masked tokens of each half's passes."""
+    check_at_least(batch_size, 1, "batch_size")
+    max_length = model.config.max_length
+    rows = token_rows(pairs, bos_token_id, longest=max_length, max_length=max_length)
+    width = [pad_width(len(row), max_length) for row in rows]
     passes = [_Pass(number, half if len(halves) > 1 else None, masked,
                     np.where(masked, weights, 0) if np.ndim(weights) == 0 else weights)
               for number, halves in enumerate(samples) for half, sample in enumerate(halves)
@@ -291,45 +258,82 @@ def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[Sequence
     graphdef, params = nnx.split(model)
     shards = 1 if mesh is None else num_batch_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
-    scores = np.zeros((len(pairs), 2, len(measures)))
-    running: list[tuple[Sequence[_Pass], jax.Array]] = []
-    for first in range(0, len(passes), batch_size):
-        batch, size = passes[first : first + batch_size], batch_size
-        while size % (2 * shards) == 0 and size // 2 >= len(batch):  # the last batch: few shapes, little padding
-            size //= 2
-        arrays = _arrays([(rows[one.pair], one) for one in batch], width[batch[0].pair], size,
-                         diffusion.mask_token_id)
-        arrays = jax.tree.map(jnp.asarray, arrays) if mesh is None else jax.device_put(
-            arrays, array_sharding(mesh, "batch"))
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            sums = _weighted_sums(graphdef, params, *arrays, diffusion=diffusion, measures=tuple(measures))
-        running.append((batch, sums))  # the next batch is prepared while this one runs
-        if len(running) > 1:
-            _add(scores, *running.pop(0))
-    for batch, sums in running:
-        _add(scores, batch, sums)
+    scores = np.zeros((len(pairs), 2))
+
+    def sums_of(batch: Sequence[_Pass]) -> jax.Array:
+        arrays = _arrays([(rows[one.pair], one) for one in batch], width[batch[0].pair],
+                         round_batch(len(batch), batch_size, shards), diffusion.mask_token_id)
+        return run_batch(functools.partial(_weighted_sums, graphdef, params, diffusion=diffusion, measure=measure),
+                         arrays, mesh)
+
+    batches = (passes[first : first + batch_size] for first in range(0, len(passes), batch_size))
+    for batch, sums in one_ahead(sums_of, batches):
+        for one, value in zip(batch, np.asarray(sums, np.float64)[: len(batch)], strict=True):
+            scores[one.pair, slice(None) if one.half is None else one.half] += value
     return scores
 
 
-def _check_length(row: np.ndarray, pair: Pair, max_length: int, longest: int) -> None:
-    where = f"item {pair.item}, option {pair.option}"
-    if not pair.continuation:
-        raise DataError(f"{where}: the continuation has no token to score")
-    if len(row) == len(pair.continuation):
-        raise DataError(f"{where}: no token precedes the continuation, so nothing predicts its first token; "
-                        "give the model a BOS token or the item a context")
-    if len(row) > longest:
-        raise DataError(f"{where}: {len(row)} tokens, and the model takes at most {max_length}; shorten the context")
+def token_rows(pairs: Sequence[Pair], bos_token_id: int | None, *, longest: int, max_length: int) -> list[np.ndarray]:
+    """Returns the tokens of each pair, int32 [length].
+
+    Raises:
+      DataError: a pair has no continuation, nothing before it, or more than `longest` tokens; the error names
+        `max_length`.
+    """
+    head = () if bos_token_id is None else (bos_token_id,)
+    rows = [np.array([*(head if pair.add_bos else ()), *pair.context, *pair.continuation], np.int32) for pair in pairs]
+    for row, pair in zip(rows, pairs, strict=True):
+        where = f"item {pair.item}, option {pair.option}"
+        if not pair.continuation:
+            raise DataError(f"{where}: the continuation has no token to score")
+        if len(row) == len(pair.continuation):
+            raise DataError(f"{where}: no token precedes the continuation, so nothing predicts its first token; "
+                            "give the model a BOS token or the item a context")
+        if len(row) > longest:
+            raise DataError(f"{where}: {len(row)} tokens, and the model takes at most {max_length}; shorten the "
+                            "context")
+    return rows
 
 
-def _padded_width(length: int, max_length: int) -> int:
+def pad_width(length: int, max_length: int) -> int:
     """Returns a row's padded length, at most an eighth longer or 15 tokens: each is one compiled shape."""
     return bucket(length, max_length, max(_WIDTH_MULTIPLE, (1 << (length - 1).bit_length()) // 16))
 
 
-def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: int,
-            mask_token_id: int | None) -> tuple[np.ndarray, ...]:
-    """Returns noised tokens, clean tokens, weights [batch, width] and lengths [batch]; unused rows have weight 0."""
+def round_batch(rows: int, batch_size: int, shards: int) -> int:
+    """Returns the rows of a batch in quarters of the largest: few shapes, little padding, a multiple of `shards`."""
+    quarter = -(-batch_size // (4 * shards)) * shards
+    return -(-rows // quarter) * quarter
+
+
+def one_ahead(run: Callable[[T], Any], batches: Iterable[T]) -> Iterator[tuple[T, Any]]:
+    """Yields each batch and what `run`, which does not wait, returns for it: the next is prepared while one runs."""
+    running: list[tuple[T, Any]] = []
+    for batch in batches:
+        running.append((batch, run(batch)))
+        if len(running) > 1:
+            yield running.pop(0)
+    yield from running
+
+
+def run_batch(function: Callable[..., Any], arrays: Any, mesh: Mesh | None) -> Any:
+    """Returns `function(arrays)`, with the rows of the arrays spread over a mesh."""
+    if mesh is None:
+        return function(jax.tree.map(jnp.asarray, arrays))
+    with jax.set_mesh(mesh):
+        return function(jax.device_put(arrays, array_sharding(mesh, "batch")))
+
+
+class _Arrays(NamedTuple):
+    """A batch of rows, each array [batch, width] but `lengths`, int32 [batch]; unused rows have weight 0."""
+
+    tokens: np.ndarray  # noised
+    targets: np.ndarray
+    weights: np.ndarray
+    lengths: np.ndarray
+
+
+def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: int, mask_token_id: int) -> _Arrays:
     targets = np.zeros((batch_size, width), np.int32)
     masked = np.zeros((batch_size, width), bool)
     weights = np.zeros((batch_size, width), np.float32)
@@ -338,35 +342,26 @@ def _arrays(rows: Sequence[tuple[np.ndarray, _Pass]], width: int, batch_size: in
         here = slice(len(row) - len(one.masked), len(row))
         targets[number, : len(row)], lengths[number] = row, len(row)
         masked[number, here], weights[number, here] = one.masked, one.weights
-    tokens = targets if mask_token_id is None else np.where(masked, mask_token_id, targets).astype(np.int32)
-    return tokens, targets, weights, lengths
+    return _Arrays(np.where(masked, mask_token_id, targets).astype(np.int32), targets, weights, lengths)
 
 
-@functools.partial(jit_model, static_argnames=("graphdef", "diffusion", "measures"))
-def _weighted_sums(graphdef: Any, params: nnx.State, tokens: jax.Array, targets: jax.Array, weights: jax.Array,
-                   lengths: jax.Array, *, diffusion: DiffusionSpec, measures: tuple[Measure, ...]) -> jax.Array:
-    """Returns each row's weighted sum of each measure, float32 [batch, measures]."""
+@functools.partial(jit_model, static_argnames=("graphdef", "diffusion", "measure"))
+def _weighted_sums(graphdef: nnx.GraphDef, params: nnx.State, arrays: _Arrays, *, diffusion: DiffusionSpec,
+                   measure: Measure) -> jax.Array:
+    """Returns each row's weighted sum of a measure, float32 [batch]."""
+    tokens, targets, weights, lengths = arrays
     model, scored, shift, blocks = nnx.merge(graphdef, params), weights > 0, diffusion.shift, diffusion.blocks
 
-    def sums(hidden: jax.Array, targets: jax.Array, mask: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.stack([jnp.sum(weights * token_nll(
-            hidden, model.unembed, targets, mask, shift=shift, chunk_size=_HEAD_CHUNK, measure=measure), axis=1)
-            for measure in measures], axis=1)
+    def total(hidden: jax.Array, targets: jax.Array, mask: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.sum(weights * token_nll(hidden, model.unembed, targets, mask, shift=shift, chunk_size=_HEAD_CHUNK,
+                                           measure=measure), axis=1)
 
     if blocks is None:
-        attention = AttentionMask.causal() if diffusion.mask_token_id is None else AttentionMask.bidirectional()
-        seen = min(tokens.shape[1], model.config.max_length)
-        hidden = model.hidden(tokens[:, :seen], attention.with_lengths(jnp.minimum(lengths, seen)))
-        hidden = jnp.pad(hidden, ((0, 0), (0, tokens.shape[1] - seen), (0, 0)))
-        return sums(hidden, targets, scored, weights)
+        hidden = model.hidden(tokens, AttentionMask.bidirectional().with_lengths(lengths))
+        return total(hidden, targets, scored, weights)
     both = concat_noisy_and_clean([NoisyBatch(tokens, targets, scored, scored, weights)], blocks.size, shift=shift)
     padding = jnp.arange(tokens.shape[1]) >= lengths[:, None]
     attention = blocks.training_mask(tokens.shape[1]).with_segments(padding)
     hidden = model.hidden(both.tokens, attention, positions=both.positions, noised=both.noised)
     # The clean copy predicts a block's first token, with the weight that it has in the pass that scores it.
-    return sums(hidden, both.targets, both.loss_mask, both.weights)
-
-
-def _add(scores: np.ndarray, batch: Sequence[_Pass], sums: jax.Array) -> None:
-    for one, value in zip(batch, np.asarray(sums, np.float64)[: len(batch)], strict=True):
-        scores[one.pair, slice(None) if one.half is None else one.half] += value
+    return total(hidden, both.targets, both.loss_mask, both.weights)

@@ -23,6 +23,7 @@ MASKS = {
     "causal, lengths": CAUSAL.with_lengths(LENGTHS),
     "causal, window, lengths": CAUSAL.with_window(5).with_lengths(LENGTHS),
     "causal, segments": CAUSAL.with_segments(SEGMENTS),
+    "causal, branches": CAUSAL.with_branches(SEGMENTS // 2, SEGMENTS % 2),
     "bidirectional": BIDIRECTIONAL,
     "bidirectional, window": BIDIRECTIONAL.with_window(5),
     "bidirectional, lengths": BIDIRECTIONAL.with_lengths(LENGTHS),

@@ -125,6 +125,11 @@ def test_narrowing():
     np.testing.assert_array_equal(square(both.with_lengths(jnp.array([4])), n)[0], j < 4)
     np.testing.assert_array_equal(square(both.with_segments(segments), n)[0], segments[0][i] == segments[0][j])
     np.testing.assert_array_equal(square(AttentionMask.block_causal(2), n)[0], j // 2 <= i // 2)
+    branches = np.array([[0, 0, 1, 1, 2, 0]])  # of segments 0 0 0 0 0 1
+    ancestors = [{0}, {0, 1}, {0, 1, 2, 3}, {0, 1, 2, 3}, {0, 1, 4}, {5}]
+    seen = square(AttentionMask.causal().with_branches(np.array([[0] * 5 + [1]]), branches), n)[0]
+    np.testing.assert_array_equal(seen, [[key in ancestors[query] and key <= query for key in range(n)]
+                                         for query in range(n)])
     matrix = np.random.default_rng(0).random((n, n)) < 0.5
     np.testing.assert_array_equal(square(AttentionMask.matrix(matrix), n)[0], matrix)
     np.testing.assert_array_equal(
@@ -160,6 +165,7 @@ def test_window_of_block_diffusion_is_within_the_text():
 @pytest.mark.parametrize("spec", [
     MaskSpec("causal"), MaskSpec("bidirectional", lengths=True), MaskSpec("annealed"),
     MaskSpec("block_causal", block_size=6), MaskSpec("causal", window=20), MaskSpec("bidirectional", segments=True),
+    MaskSpec("causal", segments=True, branches=True),
     MaskSpec("block_diffusion", block_size=12, text_length=32, views=1),
     MaskSpec("block_diffusion", block_size=9, window=28, text_length=28, views=1),
     MaskSpec("block_diffusion", block_size=9, text_length=28, views=1, bidirectional_clean=True),

@@ -23,7 +23,8 @@ def assert_parity(tensors, mask, tolerance=1e-5, **options):
     assert_close(found, expected, tolerance)
 
 
-KERNEL_MASKS = {name: MASKS[name] for name in ("causal", "bidirectional", "block causal", "annealed, narrowed")} | {
+KERNEL_MASKS = {name: MASKS[name] for name in (
+    "causal", "causal, branches", "bidirectional", "block causal", "annealed, narrowed")} | {
     "blocks, two views": AttentionMask.block_diffusion(6, 15, views=2),
     "blocks, bidirectional, narrowed": AttentionMask.block_diffusion(4, 23, bidirectional_clean=True).with_window(
         9).with_segments(SEGMENTS[:, :23]),

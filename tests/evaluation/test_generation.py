@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from dlm_jax import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.evaluation.causal_scoring import autoregressive_score, score_and_is_greedy
 from dlm_jax.evaluation.eval_model import GenerationRequest, Pair
 from dlm_jax.evaluation.generation import make_generate, make_is_greedy
-from dlm_jax.evaluation.scoring import autoregressive_score, score_and_is_greedy
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig
 from tests.evaluation.full_logits import log_probabilities

@@ -9,14 +9,13 @@ from scipy.special import beta
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import DataError
+from dlm_jax.evaluation.causal_scoring import causal_accuracy
 from dlm_jax.evaluation.eval_model import Pair
 from dlm_jax.evaluation.scoring import (
     RECONSTRUCTION_RATIOS,
-    autoregressive_score,
     bound_masks,
     diffusion_score,
     make_masked_accuracy,
-    mask_all,
     reconstruct,
     reconstruction_mask,
     reference_masks,
@@ -108,11 +107,6 @@ def test_reference_masks_step_by_step():
     assert len(reference_masks(uniform)[0].masked) < 32
 
 
-def test_mask_all():
-    sample, = mask_all(3)
-    assert sample.masked.tolist() == [[True] * 3] and sample.weights.tolist() == [1]
-
-
 def test_bound_masks_are_uniform_subsets():
     count = dict.fromkeys(itertools.combinations(range(5), 2), 0)
     for item in range(3000):
@@ -196,15 +190,6 @@ def test_reference_score_with_given_noise():
         np.testing.assert_allclose(found, total / 32, rtol=1e-4)
 
 
-def test_autoregressive_score_is_the_chain_rule():
-    model, pairs = tiny("llama"), pairs_of((5, 4), (2, 7), (0, 3))
-    for pair, found in zip(pairs, autoregressive_score(model, bos_token_id=BOS, batch_size=2)(pairs), strict=True):
-        row = [BOS, *pair.context, *pair.continuation]
-        logp = log_probabilities(model, [row], AttentionMask.causal())[0]
-        first = len(row) - len(pair.continuation)
-        np.testing.assert_allclose(found, -sum(logp[n - 1, row[n]] for n in range(first, len(row))), rtol=1e-5)
-
-
 def test_score_on_eight_devices():
     model, pairs = tiny("llama"), pairs_of((5, 9), (3, 6), (1, 11))
     settings = {"diffusion": DiffusionSpec(MASK), "bos_token_id": BOS, "batch_size": 12}
@@ -214,7 +199,8 @@ def test_score_on_eight_devices():
 
 
 def test_bad_pairs():
-    score = autoregressive_score(tiny("gpt2"))
+    score = diffusion_score(tiny("gpt2"), lambda pair: bound_masks(len(pair.continuation), 4, 0, 0),
+                            diffusion=DiffusionSpec(MASK))
     with pytest.raises(DataError, match="item 0, option 0"):
         score(pairs_of((0, 3)))
     with pytest.raises(DataError, match="item 0, option 0"):
@@ -253,8 +239,9 @@ def test_masked_accuracy_against_full_logits(causal, shift):
     rng = np.random.default_rng(0)
     pairs = [Pair((7,) * (n % 3), tuple(map(int, rng.integers(0, 60, 5 + 3 * n))), n) for n in range(6)]
     masks = [reconstruction_mask(len(pair.continuation), 0.5, 0, pair.item) for pair in pairs]
-    accuracy = make_masked_accuracy(model, diffusion=DiffusionSpec(None if causal else MASK, shift), bos_token_id=BOS,
-                                    batch_size=4)
+    settings = {"bos_token_id": BOS, "batch_size": 4}
+    accuracy = causal_accuracy(model, **settings) if causal else make_masked_accuracy(
+        model, diffusion=DiffusionSpec(MASK, shift), **settings)
     attention = AttentionMask.causal() if causal else AttentionMask.bidirectional()
     for _ in range(2):  # in the second, every other masked token is the most likely one
         rows = [np.array([BOS, *pair.context, *pair.continuation]) for pair in pairs]
