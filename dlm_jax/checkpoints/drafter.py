@@ -7,10 +7,10 @@ Its checkpoints hold the drafter alone.
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, locate, split_step
+from dlm_jax.checkpoints.source import DRAFTER_FILE, SourceRecord, find_base, is_workdir, locate, split_step
 from dlm_jax.config_fields import check_at_least, check_choices, field
 from dlm_jax.errors import CheckpointError, ConfigError
-from dlm_jax.storage import read_json, write_json
+from dlm_jax.storage import read_json
 
 if TYPE_CHECKING:
     import jax
@@ -81,53 +81,27 @@ def resolve_drafter(settings: DrafterSettings, target: "ModelConfig", mask_token
 
 
 @dataclasses.dataclass(frozen=True)
-class DrafterRecord:
-    """What a run records of its drafter.
+class DrafterRecord(SourceRecord):
+    """The target of a run that trains a drafter, and the drafter's architecture."""
 
-    Attributes:
-      target: the source of the target: a directory, a GGUF file, a hub id, or a workdir@step.
-      mask_token: the argument with which the target was loaded.
-      fingerprint: of the target's parameters.
-    """
-
+    FILE, ROLE = DRAFTER_FILE, "target"
     config: "DrafterConfig"
-    target: str
-    mask_token: int | str | None
-    fingerprint: str
 
-    def write(self, workdir: "epath.Path") -> None:
-        """Writes the record into a workdir."""
-        write_json(workdir / DRAFTER_FILE, dataclasses.asdict(self))
+    def to_json(self) -> dict[str, Any]:
+        content = dataclasses.asdict(self)
+        return {"target": content.pop("source"), **content}
 
     @classmethod
-    def read(cls, workdir: "epath.Path") -> Self | None:
-        """Reads the record of a run; None for a run that trains no drafter.
-
-        Raises:
-          CheckpointError: the file is damaged.
-        """
+    def from_json(cls, content: dict[str, Any]) -> Self:
         from dlm_jax.models import DrafterConfig, ModelConfig, RopeScaling
 
-        path = workdir / DRAFTER_FILE
-        if not path.exists():
-            return None
-        content = read_json(path)
-        try:
-            config = content.pop("config")
-            layers = config.pop("layers")
-            if layers["rope_scaling"] is not None:
-                layers["rope_scaling"] = RopeScaling(**layers["rope_scaling"])
-            config, layers = ({name: tuple(value) if isinstance(value, list) else value
-                               for name, value in fields.items()} for fields in (config, layers))
-            return cls(DrafterConfig(ModelConfig(**layers), **config), **content)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error!r}; restore it from a copy") from error
-
-    def check(self, fingerprint: str, workdir: "epath.Path") -> None:
-        """Raises CheckpointError if the target has other parameters than when the run started."""
-        if fingerprint != self.fingerprint:
-            raise CheckpointError(f"the model at {self.target} has other weights than when the drafter in {workdir} "
-                                  f"was begun; restore them, or correct the target in {workdir / DRAFTER_FILE}")
+        config = content.pop("config")
+        layers = config.pop("layers")
+        if layers["rope_scaling"] is not None:
+            layers["rope_scaling"] = RopeScaling(**layers["rope_scaling"])
+        config, layers = ({name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+                          for fields in (config, layers))
+        return cls(content.pop("target"), **content, config=DrafterConfig(ModelConfig(**layers), **config))
 
 
 class StoredDrafter(NamedTuple):
@@ -175,7 +149,7 @@ def recorded_target(source: "epath.PathLike") -> str | None:
     if not is_workdir(source):
         locate(str(source), weights=False)
         return None
-    return find_base(_read_record(source).target, split_step(source)[0])
+    return find_base(_read_record(source).source, split_step(source)[0])
 
 
 def _read_record(source: "epath.PathLike") -> DrafterRecord:
@@ -200,4 +174,4 @@ def _open_run(source: "epath.PathLike", compute: "Compute", param_dtype: str | N
     layout = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
     params: Any = restore_params(workdir, resolve_step(workdir, step), nnx.State({"drafter": layout}))["drafter"]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(param_dtype or stored_dtype)), params)
-    return StoredDrafter(nnx.merge(graphdef, params), find_base(record.target, workdir))
+    return StoredDrafter(nnx.merge(graphdef, params), find_base(record.source, workdir))

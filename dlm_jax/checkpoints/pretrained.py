@@ -21,10 +21,10 @@ from dlm_jax.checkpoints.hf_import import open_tensors, stream_parameters
 from dlm_jax.checkpoints.hf_tensors import has_model_tensors
 from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
 from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
-from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, locate, split_step
+from dlm_jax.checkpoints.source import DRAFTER_FILE, SourceRecord, find_base, is_workdir, locate, split_step
 from dlm_jax.checkpoints.stored import open_stored
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
-from dlm_jax.checkpoints.workdir import LoRABase, read_lora_base, read_run_config
+from dlm_jax.checkpoints.workdir import LoRABase, read_run_config
 from dlm_jax.data.tokenization import missing_ids, special_tokens_of, start_token
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError, DataError
@@ -37,6 +37,7 @@ from dlm_jax.models import (
     add_dora_magnitudes,
     add_lora,
     base_shapes,
+    combine_fingerprints,
     fingerprint,
     freeze_base,
     init_lora_factors,
@@ -216,11 +217,30 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
     return _with_fitting_tokenizer(_load_stored(directory, str(source), options))
 
 
-def load_lora_base(workdir: epath.Path, record: LoRABase, compute: Compute, shardings: Shardings | None) -> Pretrained:
-    """Loads the base of a run with LoRA in the dtypes of the run, with new LoRA parameters beside it."""
-    return load_pretrained(
-        find_base(record.source, workdir), mask_token=record.mask_token, lora=record.lora, compute=compute,
-        param_dtype=read_run_config(workdir)["model.param_dtype"], shardings=shardings)
+def load_recorded(record: SourceRecord, workdir: epath.Path, compute: Compute, param_dtype: str,
+                  shardings: Shardings | None) -> Pretrained:
+    """Loads the weights that a run records; a base of LoRA with new LoRA parameters beside it.
+
+    Raises:
+      CheckpointError: they are gone, or are not those with which the run started.
+    """
+    lora = record.lora if isinstance(record, LoRABase) else None
+    loaded = load_pretrained(find_base(record.source, workdir), mask_token=record.mask_token, lora=lora,
+                             compute=compute, param_dtype=param_dtype, shardings=shardings)
+    record.check(weights_fingerprint(loaded), workdir)
+    return loaded
+
+
+def weights_fingerprint(loaded: Pretrained) -> str:
+    """Returns the fingerprint of a model, of one with LoRA that of what is frozen, independent of devices.
+
+    Merging and quantizing round differently from device to device; so the fingerprint of a model that was merged or
+    quantized is that of its `Pretrained.provenance`.
+    """
+    if loaded.provenance:
+        return combine_fingerprints(*loaded.provenance)
+    _, params, frozen = split_trainable(loaded.model)
+    return fingerprint(params if loaded.model.lora is None else frozen)
 
 
 def _load_stored(path: Path, source: str, options: _Options) -> Pretrained:
@@ -279,7 +299,7 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
                           "is fixed; export it first, and start from the export")
     step, config, lora = resolve_step(directory, step), loaded.model.config, loaded.model.lora
     loaded = dataclasses.replace(loaded, source=f"{directory}@{step}")
-    record = read_lora_base(directory)
+    record = LoRABase.read(directory)
     if record is None:
         def read(shapes: nnx.State, shardings: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
             layout = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding),
@@ -289,9 +309,8 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
         model, provenance = _build_model(config, lora, options, read)
         return dataclasses.replace(loaded, model=model, provenance=provenance)
 
-    base = load_lora_base(directory, record, options.compute, options.shardings)
+    base = load_recorded(record, directory, options.compute, recipe["model.param_dtype"], options.shardings)
     graphdef, trained, frozen = split_trainable(base.model)
-    record.check(frozen, base.provenance, directory)
     learned = _check_finite(restore_params(directory, step, jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trained)), loaded.source)
     model = nnx.merge(graphdef, learned, frozen)

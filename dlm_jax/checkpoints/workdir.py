@@ -2,8 +2,8 @@
 
     config.json       the settings of the run, by dotted keys
     model/            HF config.json and tokenizer, from which the model can be described without its base
-    adapter.json      for a run with LoRA, whose checkpoints hold only what is trained: see `LoRABase`
-    drafter.json      for a run that trains a drafter, the same: see `drafter.DrafterRecord`
+    adapter.json      for a run with LoRA: see `LoRABase`
+    drafter.json      for a run that trains a drafter: see `drafter.DrafterRecord`
     parent.json       for a run that keeps a copy of its parent as teacher: see `ParentRecord`
     checkpoints/      see `orbax`
     metrics.jsonl     see `training.metrics`
@@ -18,17 +18,15 @@ import pathlib
 import platform
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 from etils import epath
-from flax import nnx
 
-from dlm_jax.checkpoints.drafter import DrafterRecord
 from dlm_jax.checkpoints.hf_config import config_to_hf
-from dlm_jax.checkpoints.source import DRAFTER_FILE, LORA_FILE, PARENT_FILE
+from dlm_jax.checkpoints.source import DRAFTER_FILE, LORA_FILE, PARENT_FILE, SourceRecord
 from dlm_jax.errors import CheckpointError
-from dlm_jax.models import LoRAConfig, combine_fingerprints, fingerprint
+from dlm_jax.models import LoRAConfig
 from dlm_jax.storage import is_remote, read_json, upload, write_json
 
 if TYPE_CHECKING:
@@ -36,96 +34,30 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRABase:
-    """The record of a run with LoRA: its LoRA and the base for its checkpoints, which hold only what is trained.
+class LoRABase(SourceRecord):
+    """The base of a run with LoRA, whose checkpoints hold only what is trained, and its LoRA."""
 
-    Attributes:
-      source: of the base: a directory, a GGUF file, a hub id, or a workdir@step.
-      mask_token: the argument with which the base was loaded.
-      fingerprint: `base_fingerprint` of the base.
-    """
-
+    FILE, ROLE = LORA_FILE, "base"
     lora: LoRAConfig
-    source: str
-    mask_token: int | str | None
-    fingerprint: str
-
-    def check(self, frozen: nnx.State, provenance: tuple[str, ...], workdir: epath.PathLike) -> None:
-        """Raises CheckpointError if the base has other weights than when the run started."""
-        if base_fingerprint(frozen, provenance) != self.fingerprint:
-            raise CheckpointError(f"the base at {self.source} has other weights than when the LoRA run in {workdir} "
-                                  "started; restore them, or correct the source in "
-                                  f"{epath.Path(workdir) / LORA_FILE}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ParentRecord:
-    """The record of a run that trains all parameters beside a copy of its parent, which no checkpoint holds.
-
-    Attributes:
-      source, mask_token: with which the parent was loaded, as in `LoRABase`.
-      fingerprint: `base_fingerprint` of all its parameters.
-    """
-
-    source: str
-    mask_token: int | str | None
-    fingerprint: str
 
     @classmethod
-    def read(cls, workdir: epath.Path) -> Self:
-        """Reads the record; raises CheckpointError where it is missing or damaged."""
-        path = workdir / PARENT_FILE
-        if not path.exists():
-            raise CheckpointError(f"{workdir} does not record its parent, which objective.teacher needs; set the "
-                                  "weights of objective.teacher to 0, or start in a new workdir")
-        try:
-            return cls(**read_json(path))
-        except TypeError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; restore it from a copy") from error
-
-    def check(self, params: nnx.State, provenance: tuple[str, ...], workdir: epath.PathLike) -> None:
-        """Raises CheckpointError if the parent has other weights than when the run started."""
-        if base_fingerprint(params, provenance) != self.fingerprint:
-            raise CheckpointError(f"the parent at {self.source} has other weights than when the run in {workdir} "
-                                  "started; restore them, or correct the source in "
-                                  f"{epath.Path(workdir) / PARENT_FILE}")
-
-
-def base_fingerprint(frozen: nnx.State, provenance: tuple[str, ...]) -> str:
-    """Returns the fingerprint of a LoRA run's base, independent of devices.
-
-    Merging and quantizing round differently from device to device; so the fingerprint of a base that was merged or
-    quantized is that of its `Pretrained.provenance`, and otherwise that of the parameters that are not trained.
-    """
-    return combine_fingerprints(*provenance) if provenance else fingerprint(frozen)
-
-
-def read_lora_base(workdir: epath.Path) -> LoRABase | None:
-    """Reads the record of a run with LoRA; None for a run without.
-
-    Raises:
-      CheckpointError: the file is damaged.
-    """
-    path = workdir / LORA_FILE
-    if not path.exists():
-        return None
-    content = read_json(path)
-    try:
+    def from_json(cls, content: dict[str, Any]) -> Self:
         lora = content.pop("lora")
-        return LoRABase(LoRAConfig(**lora | {"targets": tuple(lora["targets"])}), **content)
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}; restore it from a copy") from error
+        return cls(**content, lora=LoRAConfig(**lora | {"targets": tuple(lora["targets"])}))
+
+
+class ParentRecord(SourceRecord):
+    """The parent of a run that trains all parameters beside a copy of it, its teacher."""
+
+    FILE, ROLE = PARENT_FILE, "parent"
 
 
 def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrained: "Pretrained",
-                       lora_base: LoRABase | None, drafter: DrafterRecord | None = None,
-                       parent: ParentRecord | None = None) -> None:
+                       record: SourceRecord | None) -> None:
     """Writes everything but checkpoints and metrics, from process 0.
 
     Args:
-      lora_base: None for a run without LoRA.
-      drafter: None for a run that trains no drafter.
-      parent: None for a run that keeps no copy of its parent.
+      record: of weights that the run's checkpoints do not hold; None: they hold all.
     """
     if jax.process_index() != 0:
         return
@@ -137,18 +69,10 @@ def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrai
             upload(pathlib.Path(folder), model)
     write_json(model / "config.json", config_to_hf(pretrained.model.config, pretrained.hf_config, pretrained.diffusion,
                                                    settings["model.param_dtype"]))
-    if lora_base is None:  # of an earlier run
-        (workdir / LORA_FILE).unlink(missing_ok=True)
-    else:
-        write_json(workdir / LORA_FILE, dataclasses.asdict(lora_base))
-    if drafter is None:
-        (workdir / DRAFTER_FILE).unlink(missing_ok=True)
-    else:
-        drafter.write(workdir)
-    if parent is None:
-        (workdir / PARENT_FILE).unlink(missing_ok=True)
-    else:
-        write_json(workdir / PARENT_FILE, dataclasses.asdict(parent))
+    for file in {LORA_FILE, DRAFTER_FILE, PARENT_FILE} - {record and record.FILE}:  # of an earlier run
+        (workdir / file).unlink(missing_ok=True)
+    if record is not None:
+        record.write(workdir)
     write_json(workdir / "config.json", settings)
 
 

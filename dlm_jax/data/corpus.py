@@ -48,20 +48,36 @@ def load_rows(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, vocab
     if not config.train:
         raise DataError("data.train names no text; give files or globs, or a directory made by `dlm prepare`")
     cache = Path(config.cache_dir or cache_dir)
-    opener = _Opener(config, tokenizer, cache)
-    if config.validation and (shared := opener.raw_files(config.train) & opener.raw_files(config.validation)):
+    prepared = {entry: manifest for entry in (*config.train, *config.validation)
+                if (manifest := prepared_manifest(entry))}
+
+    def raw_sources(entries: Sequence[str]) -> list[Source]:
+        return open_raw_sources(config, [entry for entry in entries if entry not in prepared])
+
+    def manifests_of(entries: Sequence[str], rows_config: RowsConfig) -> list[Manifest]:
+        """Returns the manifests of prepared entries, and of the rows made from all raw ones."""
+        found = [prepared[entry] for entry in entries if entry in prepared]
+        for manifest in found:
+            check_compatible(manifest, rows_config, tokenizer)
+        raw = raw_sources(entries)
+        return found + ([_prepare_cached(raw, cache, tokenizer, rows_config)] if raw else [])
+
+    def raw_files(entries: Sequence[str]) -> set[str]:
+        return {source.identity[0] for source in raw_sources(entries)}
+
+    if config.validation and (shared := raw_files(config.train) & raw_files(config.validation)):
         raise DataError(f"{min(shared)} is both training and validation text")
     entries = [(entry,) for entry in config.train] if config.weights else [config.train]
-    opened = [opener.open(entry, config.rows_config()) for entry in entries]
+    opened = [manifests_of(entry, config.rows_config()) for entry in entries]
     manifests = list(itertools.chain.from_iterable(opened))
-    if all(prepared_manifest(entry) for entry in config.train):  # else the format says how raw text is read
+    if all(entry in prepared for entry in config.train):  # else the format says how raw text is read
         check_prompt_format(manifests, config)
     train = [_concatenate([manifest.rows("train", cache) for manifest in group]) for group in opened]
     for entry, group, rows in zip(entries, opened, train, strict=True):
         if not len(rows):
             raise DataError(_no_rows(", ".join(entry), group, config.length))
     if config.validation:
-        manifests = opener.open(config.validation, config.rows_config(0.0))
+        manifests = manifests_of(config.validation, config.rows_config(0.0))
     else:
         manifests = [manifest for manifest in manifests if "validation" in manifest.splits]
         if not manifests:
@@ -80,46 +96,26 @@ def open_raw_sources(config: RowsConfig, specs: Sequence[str]) -> list[Source]:
     return open_sources(specs, separator=config.document_separator or lines)
 
 
-class _Opener:
-    """Opens entries of `data.train` and `data.validation` for one configuration and tokenizer."""
-
-    def __init__(self, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", cache: Path):
-        self._config, self._tokenizer, self._cache = config, tokenizer, cache
-
-    def open(self, entries: Sequence[str], config: RowsConfig) -> list[Manifest]:
-        """Returns the manifests of prepared entries, and of the rows made from all raw ones."""
-        found, raw = [], []
-        for entry in entries:
-            if manifest := prepared_manifest(entry):
-                check_compatible(manifest, config, self._tokenizer)
-                found.append(manifest)
-            else:
-                raw.append(entry)
-        return found + ([self._prepare_cached(open_raw_sources(config, raw), config)] if raw else [])
-
-    def raw_files(self, entries: Sequence[str]) -> set[str]:
-        """Returns the keys of the raw files among the entries."""
-        raw = [entry for entry in entries if not prepared_manifest(entry)]
-        return {source.identity[0] for source in open_raw_sources(self._config, raw)}
-
-    def _prepare_cached(self, sources: Sequence[Source], config: RowsConfig) -> Manifest:
-        identity = rows_identity(sources, self._tokenizer, config, make_encoder(self._tokenizer, config))
-        directory = self._cache / identity
-        if not directory.exists():
-            # Processes that share the folder do the same computation at the same time; the first to finish wins.
-            try:
-                self._cache.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(prefix=identity + ".", dir=self._cache) as folder:
-                    rows = os.path.join(folder, "rows")
-                    prepare(sources, rows, self._tokenizer, config)
-                    os.rename(rows, directory)
-            except OSError as error:
-                if not directory.exists():
-                    raise DataError(f"{directory}: the rows cannot be written ({error})") from error
-        manifest = read_manifest(str(directory))
-        if manifest is None:
-            raise DataError(f"the rows in {directory} are damaged (no {MANIFEST_FILE}); remove it")
-        return manifest
+def _prepare_cached(sources: Sequence[Source], cache: Path, tokenizer: "PreTrainedTokenizerBase",
+                    config: RowsConfig) -> Manifest:
+    """Returns the manifest of the rows made from raw sources, now or before."""
+    identity = rows_identity(sources, tokenizer, config, make_encoder(tokenizer, config))
+    directory = cache / identity
+    if not directory.exists():
+        # Processes that share the folder do the same computation at the same time; the first to finish wins.
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=identity + ".", dir=cache) as folder:
+                rows = os.path.join(folder, "rows")
+                prepare(sources, rows, tokenizer, config)
+                os.rename(rows, directory)
+        except OSError as error:
+            if not directory.exists():
+                raise DataError(f"{directory}: the rows cannot be written ({error})") from error
+    manifest = read_manifest(str(directory))
+    if manifest is None:
+        raise DataError(f"the rows in {directory} are damaged (no {MANIFEST_FILE}); remove it")
+    return manifest
 
 
 def prepared_manifest(entry: str) -> Manifest | None:

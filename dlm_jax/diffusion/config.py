@@ -78,8 +78,8 @@ class ObjectiveConfig:
     power: float = field(2.0, "exponent of the polynomial schedule")
     loss_normalization: Literal["all_tokens", "masked_tokens", "per_example"] = field(
         "all_tokens", "divide by the tokens that may be masked (unbiased); by those that were masked (as the "
-        "DiffuLLaMA reference implementation does); or each example by the length of its answer, so that all "
-        "examples count the same (as LLaDA does for fine-tuning)")
+        "DiffuLLaMA reference implementation does; without clean_weight); or each example by the length of its answer, "
+        "so that all examples count the same (as LLaDA does for fine-tuning)")
     weight: Literal["elbo", "uniform"] = field("elbo", "weight of a masked token: the bound's (1/t if linear), or 1")
     noise: Literal["rate", "position", "all_masked", "random_tokens"] = field(
         "rate", "how tokens are noised. rate: each is masked with the schedule's probability; position: of each block "
@@ -120,9 +120,8 @@ class ObjectiveConfig:
         if self.name == "autoregressive" and not self.shift:
             raise ConfigError("objective.shift must be true for the autoregressive objective, which predicts the next "
                               "token")
-        if self.name == "self_drafting" and (self.block_size < 2 or not self.shift):
-            raise ConfigError("objective.name self_drafting needs objective.block_size of at least 2, one more "
-                              f"than the drafts, and objective.shift; got {self.block_size} and {self.shift}")
+        if self.trains_drafts:
+            self._check_drafts()
         if self.name == "block_diffusion":
             self._check_blocks()
         elif self.block_size_schedule or self.complementary or self.clean_attention != "causal":
@@ -145,6 +144,10 @@ class ObjectiveConfig:
             if self.clean_weight and self.clean_attention != "causal":
                 raise ConfigError("objective.clean_weight is for the AR loss, which objective.clean_attention "
                                   f"{self.clean_attention} would give away; set clean_attention to causal")
+            if self.clean_weight and self.loss_normalization == "masked_tokens":
+                raise ConfigError("objective.loss_normalization masked_tokens divides by the number of noised tokens, "
+                                  "and the AR loss of objective.clean_weight is of all tokens; set "
+                                  "loss_normalization to all_tokens or per_example")
             if not (self.noised_weight or self.clean_weight or self.teacher.is_needed):
                 raise ConfigError("objective.noised_weight, objective.clean_weight and objective.teacher are all 0, so "
                                   "that nothing is learned; set one of them")
@@ -156,6 +159,21 @@ class ObjectiveConfig:
             if (value := getattr(self, name)) != default[name].default:
                 raise ConfigError(f"objective.{name} is for the objectives diffusion and block_diffusion, and "
                                   f"objective.name is {self.name}, got {value}")
+
+    def _check_drafts(self) -> None:
+        drafts, default = self.drafts, DraftObjective()
+        if drafts.cross_entropy == drafts.l1 == 0:
+            raise ConfigError("objective.drafts.cross_entropy and objective.drafts.l1 are both 0, so that nothing is "
+                              "learned; set one of them")
+        if self.name == "drafter":
+            return
+        if self.block_size < 2 or not self.shift:
+            raise ConfigError("objective.name self_drafting needs objective.block_size of at least 2, one more "
+                              f"than the drafts, and objective.shift; got {self.block_size} and {self.shift}")
+        for name in ("num_anchors", "confidence", "selector"):
+            if (value := getattr(drafts, name)) != getattr(default, name):
+                raise ConfigError(f"objective.drafts.{name} is for the objective drafter, and objective.name is "
+                                  f"{self.name}, got {value}")
 
     def _check_blocks(self) -> None:
         if self.anneal_steps:

@@ -79,9 +79,7 @@ def corrupt(tokens: jax.Array, noisable_mask: jax.Array, times: jax.Array, keys:
     noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
     times = times[:, None] if times.ndim == 1 else times
     masked = noisable_mask & (noise < schedule.mask_probability(times))
-    weights = jnp.broadcast_to(schedule.weight(times), tokens.shape).astype(jnp.float32)
-    return NoisyBatch(tokens=jnp.where(masked, mask_token_id, tokens), targets=tokens, loss_mask=masked,
-                      noisable_mask=noisable_mask, weights=weights)
+    return _replaced(tokens, noisable_mask, masked, mask_token_id, schedule.weight(times))
 
 
 def corrupt_late_tokens(tokens: jax.Array, noisable_mask: jax.Array, times: jax.Array, keys: jax.Array, *,
@@ -113,9 +111,7 @@ def corrupt_late_tokens(tokens: jax.Array, noisable_mask: jax.Array, times: jax.
     counts = jnp.round(blocks(masked_share, 0.0)[..., 0] * noisable.sum(axis=-1))
     ranks = jnp.argsort(jnp.argsort(-scores, axis=-1), axis=-1)
     masked = (noisable & (ranks < counts[..., None])).reshape(batch, -1)[:, :length]
-    weights = jnp.broadcast_to(schedule.weight(times), tokens.shape).astype(jnp.float32)
-    return NoisyBatch(tokens=jnp.where(masked, mask_token_id, tokens), targets=tokens, loss_mask=masked,
-                      noisable_mask=noisable_mask, weights=weights)
+    return _replaced(tokens, noisable_mask, masked, mask_token_id, schedule.weight(times))
 
 
 def replace_tokens(tokens: jax.Array, noisable_mask: jax.Array, noise: jax.Array | int) -> NoisyBatch:
@@ -123,14 +119,20 @@ def replace_tokens(tokens: jax.Array, noisable_mask: jax.Array, noise: jax.Array
 
     The cross-entropy is then the bound of a model that writes all tokens, or those of a block, in one step.
     """
-    return NoisyBatch(tokens=jnp.where(noisable_mask, noise, tokens), targets=tokens, loss_mask=noisable_mask,
-                      noisable_mask=noisable_mask, weights=jnp.ones(tokens.shape, jnp.float32))
+    return _replaced(tokens, noisable_mask, noisable_mask, noise, jnp.float32(1.0))
 
 
 def clean_batch(tokens: jax.Array, noisable_mask: jax.Array) -> NoisyBatch:
     """Returns the batch of the autoregressive objective: nothing noised, every noisable token scored with weight 1."""
-    return NoisyBatch(tokens=tokens, targets=tokens, loss_mask=noisable_mask, noisable_mask=noisable_mask,
-                      weights=jnp.ones(tokens.shape, jnp.float32))
+    return _replaced(tokens, noisable_mask, noisable_mask, tokens, jnp.float32(1.0))
+
+
+def _replaced(tokens: jax.Array, noisable_mask: jax.Array, where: jax.Array, noise: jax.Array | int,
+              weights: jax.Array) -> NoisyBatch:
+    """Returns a batch with `noise` in place of the tokens at `where`, which are scored; all broadcast to `tokens`."""
+    return NoisyBatch(tokens=jnp.where(where, noise, tokens), targets=tokens, loss_mask=where,
+                      noisable_mask=noisable_mask,
+                      weights=jnp.broadcast_to(weights, tokens.shape).astype(jnp.float32))
 
 
 def complementary_mask(view: NoisyBatch, mask_token_id: int, weights: jax.Array) -> NoisyBatch:

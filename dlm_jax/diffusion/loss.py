@@ -144,18 +144,17 @@ def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: Noisy
     taught = of_terms.distance if of_terms.distribution is None else of_terms.distribution
     taught = None if taught is None else taught > 0
 
-    def total(x: jax.Array | None, where: jax.Array | None) -> jax.Array:
-        return jnp.float32(0) if x is None or where is None else jnp.sum(jnp.where(where, x, 0), dtype=jnp.float32)
+    def total(x: jax.Array | float, where: jax.Array | None) -> jax.Array:
+        return jnp.float32(0) if where is None else jnp.sum(jnp.where(where, x, 0.0), dtype=jnp.float32)
 
     return LossSums(
         loss=loss, weighted_nll=total(bound_weights * scores.nll, masked), nll=total(scores.nll, masked),
         correct=total(scores.correct, masked),
-        divergence=total(None if scores.divergence is None else scores.divergence.value, taught),
-        distance=total(None if of_terms.distance is None else jax.lax.stop_gradient(teaching.distance), taught),
-        num_taught=total(taught, taught), num_scored=total(masked, masked),
-        num_noisable=total(batch.noisable_mask, batch.noisable_mask),
-        num_examples=total(batch.noisable_mask.any(axis=1), batch.noisable_mask.any(axis=1)),
-        clean_nll=total(scores.nll, clean), num_clean=total(clean, clean))
+        divergence=total(0.0 if scores.divergence is None else scores.divergence.value, taught),
+        distance=total(0.0 if of_terms.distance is None else jax.lax.stop_gradient(teaching.distance), taught),
+        num_taught=total(1.0, taught), num_scored=total(1.0, masked), num_noisable=total(1.0, batch.noisable_mask),
+        num_examples=total(1.0, batch.noisable_mask.any(axis=1)), clean_nll=total(scores.nll, clean),
+        num_clean=total(1.0, clean))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

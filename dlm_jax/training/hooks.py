@@ -32,7 +32,6 @@ from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig, SamplingSpec, sample
 from dlm_jax.storage import is_remote, upload
 from dlm_jax.training.diffusion_loss import metrics_from_sums
-from dlm_jax.training.drafting import held_out_line
 from dlm_jax.training.setup import Run
 from dlm_jax.training.step import make_eval_step
 
@@ -115,12 +114,19 @@ def validation_hook(run: Run) -> PeriodicEval:
     def evaluate(params: nnx.State) -> tuple[dict[str, float], str]:
         values = validate(params)
         if config.objective.trains_drafts:
-            return values, held_out_line(values)
+            return values, _drafts_line(values)
         clean = f"  AR {values['clean_nll']:.4f}" if "clean_nll" in values else ""
         return values, f"held-out bound {values['bound']:.4f} nats per token{clean}  accuracy {values['accuracy']:.3f}"
 
     every = (config.validation.every, *[config.checkpoint.every] * config.checkpoint.keep_best)
     return PeriodicEval("validation", "validation", evaluate, every)
+
+
+def _drafts_line(values: dict[str, float]) -> str:
+    """Returns the record of drafts for people."""
+    slots = [values[f"acceptance_{slot}"] for slot in range(1, len(values) + 1) if f"acceptance_{slot}" in values]
+    return (f"held-out loss {values['loss']:.4f}  tokens per pass {values['tokens_per_pass']:.3f}, of the likeliest "
+            f"{values['top_tokens_per_pass']:.3f}  accepted {' '.join(f'{share:.3f}' for share in slots)}")
 
 
 class Validation:

@@ -1,6 +1,7 @@
 """What a run reports: goodput, the metrics of its steps, the log and the console."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -108,17 +109,24 @@ class GoodputClock:
 # ---- The metrics of steps.
 
 
+@dataclasses.dataclass
 class MetricAccumulator:
     """Means of the metrics of the steps since the last record; its state is saved, so that a resumed run agrees.
 
-    Args:
+    Attributes:
       skip: whether steps whose loss or gradient is not finite have changed nothing, and are counted instead.
+      sums: of each metric over `steps`.
+      scheduled: the latest value of metrics that follow a schedule.
+      skipped: such steps since the last record.
+      consecutive: such steps without another between them.
     """
 
-    def __init__(self, skip: bool = False, sums: Mapping[str, float] | None = None,
-                 scheduled: Mapping[str, float] | None = None, steps: int = 0, skipped: int = 0, consecutive: int = 0):
-        self.skip, self.sums, self.scheduled = skip, dict(sums or {}), dict(scheduled or {})
-        self.steps, self.skipped, self.consecutive = steps, skipped, consecutive
+    skip: bool = False
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    scheduled: dict[str, float] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    skipped: int = 0
+    consecutive: int = 0
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds one step's metrics.
@@ -153,8 +161,7 @@ class MetricAccumulator:
 
     def state(self) -> dict[str, object]:
         """Returns a copy of the state: it is written in the background, while the next steps are added."""
-        return {"sums": dict(self.sums), "scheduled": dict(self.scheduled), "steps": self.steps,
-                "skipped": self.skipped, "consecutive": self.consecutive}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "skip"}
 
 
 # ---- Records: JSON lines, TensorBoard, Weights & Biases; lines on the console.

@@ -16,28 +16,19 @@ from dlm_jax.attention import AttentionSpec, BackendChoice, choose_backend
 from dlm_jax.checkpoints import Pretrained, load_pretrained
 from dlm_jax.checkpoints.drafter import DrafterRecord
 from dlm_jax.checkpoints.orbax import restore_latest, restore_state
-from dlm_jax.checkpoints.pretrained import load_lora_base
-from dlm_jax.checkpoints.source import absolute_source, find_base
-from dlm_jax.checkpoints.workdir import (
-    LoRABase,
-    ParentRecord,
-    base_fingerprint,
-    hold_workdir,
-    read_lora_base,
-    read_run_config,
-    write_run_metadata,
-)
+from dlm_jax.checkpoints.pretrained import load_recorded, weights_fingerprint
+from dlm_jax.checkpoints.source import SourceRecord, absolute_source
+from dlm_jax.checkpoints.workdir import LoRABase, ParentRecord, hold_workdir, read_run_config, write_run_metadata
 from dlm_jax.data.chat_template import ChatTemplate
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import RowSource
-from dlm_jax.diffusion import Batch, ObjectiveConfig, block_spec, check_mask_token
-from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.diffusion import Batch, block_spec, check_mask_token
+from dlm_jax.errors import CheckpointError, ConfigError, DataError
 from dlm_jax.matmul import choose_matmul, resolve_dtype
 from dlm_jax.models import Compute, ModelConfig, abstract_model, split_trainable
 from dlm_jax.parallel import (
     ATTENTION_PARTITION,
-    describe_mesh,
     make_global_batch,
     make_mesh,
     num_batch_shards,
@@ -45,14 +36,13 @@ from dlm_jax.parallel import (
 )
 from dlm_jax.storage import cache_folder, is_remote
 from dlm_jax.training.config import TrainConfig, config_changes, flat_dict
-from dlm_jax.training.drafting import add_drafter, describe_drafter, drafter_record, load_target
-from dlm_jax.training.flops import count_params
+from dlm_jax.training.drafter_setup import add_drafter
 from dlm_jax.training.metrics import Console, GoodputClock, MetricAccumulator, MetricsLog, read_records
 from dlm_jax.training.optimizer import make_optimizer
 from dlm_jax.training.recorded import default_mask_token, settle_resumed, settle_run
 from dlm_jax.training.state import HOST, Frozen, TrainState, create_state, parent_params, state_layout
 from dlm_jax.training.step import make_train_step
-from dlm_jax.training.token_lines import token_lines
+from dlm_jax.training.summary import summary_lines, token_lines
 
 
 @dataclasses.dataclass
@@ -120,10 +110,8 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
         config = settle_resumed(config, saved := read_run_config(workdir))
         changes = config_changes(saved, config)
     base, config = load_base(config, workdir, mesh, resumed=bool(first_step))
+    record = read_record(config, workdir) if first_step else new_record(config, base)
     graphdef, params, frozen = split_trainable(base.model)
-    drafts = config.objective.name == "drafter"
-    record = (DrafterRecord.read(workdir) if first_step else drafter_record(config, base)) if drafts else None
-    parent = resolve_parent(config, workdir, base, resumed=bool(first_step))
     frozen = Frozen(frozen, parent_params(config.objective, params, config.model.dtype))
     # From here on the parameters are in the state; of the model only the shapes are kept.
     base = dataclasses.replace(base, model=nnx.eval_shape(lambda: base.model))
@@ -146,8 +134,7 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
         check_data(workdir, progress["data"], fingerprint)
     else:
         state = create_state(params, optimizer, ema, mesh, config.optimizer.offload, frozen)
-    write_run_metadata(workdir, flat_dict(config), base,
-                       resolve_lora_base(config, workdir, base, state.frozen.base, bool(first_step)), record, parent)
+    write_run_metadata(workdir, flat_dict(config), base, record)
 
     clock.add(progress.get("seconds", {}))
     clock.add({"lost_steps": lost_seconds(workdir, first_step)})
@@ -157,9 +144,9 @@ def open_run(config: TrainConfig, workdir: epath.Path, stack: contextlib.ExitSta
     stack.callback(console.close)
     return Run(config=config, workdir=workdir, mesh=mesh, base=base, held_out=held_out, batches=batches,
                make_step=make_step, state=state, first_step=first_step, data_fingerprint=fingerprint,
-               summary_lines=[*summary_lines(config, base, mesh, first_step, changes, damaged),
-                              *token_lines(config.data, base, sources[0])], changes=changes,
-               clock=clock, log=log, console=console, latest=latest_records(workdir), exit_stack=stack,
+               summary_lines=[*summary_lines(config, base, mesh, choose_attention(config, base.model.config, mesh),
+                                             first_step, changes, damaged), *token_lines(data, base, sources[0])],
+               changes=changes, clock=clock, log=log, console=console, latest=latest_records(workdir), exit_stack=stack,
                accumulator=MetricAccumulator(config.optimizer.on_nonfinite == "skip", **progress.get("metrics", {})))
 
 
@@ -173,8 +160,8 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
       ConfigError: the objective, the data or the mesh do not fit the model, or what it records.
       CheckpointError: the source cannot be read.
     """
-    model, drafter = config.model, None
-    drafts = config.objective.name == "drafter"
+    model, drafts = config.model, config.objective.name == "drafter"
+    record = read_record(config, workdir) if resumed else None
     param_dtype = config.drafter.target_dtype if drafts else model.param_dtype
     compute = Compute(model.dtype, model.remat, model.attention, ATTENTION_PARTITION)
 
@@ -185,16 +172,9 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
 
     if resumed:
         base = load_pretrained(workdir, init="abstract", compute=compute)
-        if record := read_lora_base(workdir):
-            lora_base = load_lora_base(workdir, record, compute, shardings)
-            base = dataclasses.replace(base, model=lora_base.model, provenance=lora_base.provenance)
-        elif config.objective.teacher.is_needed:
-            parent = ParentRecord.read(workdir)
-            loaded = load_pretrained(find_base(parent.source, workdir), mask_token=parent.mask_token, seed=config.seed,
-                                     compute=compute, param_dtype=param_dtype, shardings=shardings)
+        if record is not None:
+            loaded = load_recorded(record, workdir, compute, param_dtype, shardings)
             base = dataclasses.replace(base, model=loaded.model, provenance=loaded.provenance)
-        if drafter := DrafterRecord.read(workdir):
-            base = dataclasses.replace(base, model=load_target(drafter, config, workdir, compute, shardings).model)
     elif not model.source:
         raise ConfigError("model.source names no base model; give a directory, a GGUF file, a hub id, or a "
                           "workdir[@step]")
@@ -216,7 +196,7 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
     graphdef = nnx.graphdef(abstract_model(architecture, compute, param_dtype, base.model.lora))
     base = dataclasses.replace(base, model=nnx.merge(graphdef, nnx.state(base.model)), diffusion=dataclasses.replace(
         base.diffusion, shift=config.objective.shift, blocks=block_spec(config.objective)))
-    return (add_drafter(base, config, mesh, drafter) if drafts else base), config
+    return (add_drafter(base, config, mesh, record) if drafts else base), config
 
 
 def with_dropout(architecture: ModelConfig, rate: float | None) -> ModelConfig:
@@ -263,7 +243,7 @@ def check_fit(config: TrainConfig, architecture: ModelConfig, mask_token_id: int
 
 def check_noised_lora(config: TrainConfig) -> None:
     """Raises ConfigError where LoRA at noised positions has no noised copy beside the base's own text."""
-    lora, objective = config.lora, config.objective
+    lora, objective, length = config.lora, config.objective, config.data.length
     gated, drafts = lora.rank > 0 and lora.where == "noised", objective.name == "self_drafting"
     if drafts and not gated:
         raise ConfigError("objective.name self_drafting needs a base that stays as it is, with LoRA at masks alone; "
@@ -271,6 +251,14 @@ def check_noised_lora(config: TrainConfig) -> None:
     if gated and not drafts and (objective.name != "block_diffusion" or objective.clean_attention != "causal"):
         raise ConfigError("lora.where=noised keeps the base's own text beside noised blocks; set objective.name to "
                           "self_drafting, or to block_diffusion with objective.clean_attention causal")
+    starts = (0, *(start for start, _ in objective.block_size_schedule))
+    if gated and any(objective.at_step(start).canonicalize(length).name != objective.name for start in starts):
+        raise ConfigError("lora.where=noised learns nothing from blocks of one token under objective.shift, or from "
+                          f"one block of data.length {length}, which have no clean copy beside the noised one; set "
+                          "objective.block_size and objective.block_size_schedule to sizes between these")
+    if drafts and objective.block_size > length:
+        raise ConfigError(f"objective.block_size {objective.block_size} is more than data.length {length}, so that no "
+                          "row has a full block to draft; set it to at most that")
     if lora.rank and lora.draft_head and not drafts:
         raise ConfigError("lora.draft_head is trained by the objective self_drafting alone; set objective.name to it, "
                           "or lora.draft_head to false")
@@ -281,37 +269,29 @@ def has_host_memory(device: jax.Device) -> bool:
     return any(memory.kind == HOST for memory in device.addressable_memories())
 
 
-def resolve_lora_base(config: TrainConfig, workdir: epath.Path, base: Pretrained, frozen: nnx.State,
-                      resumed: bool) -> LoRABase | None:
-    """Returns the record of a run with LoRA, None without LoRA; checks the base against the record of a resumed run.
+def new_record(config: TrainConfig, base: Pretrained) -> SourceRecord | None:
+    """Returns what a new run records of weights that its checkpoints will not hold; None if they hold all."""
+    def source_of(loaded: Pretrained) -> tuple[str, int | str | None, str]:
+        return absolute_source(base.source), config.model.mask_token, weights_fingerprint(loaded)
+
+    if config.objective.name == "drafter":
+        target, drafter = base.model.target, base.model.drafter
+        return DrafterRecord(*source_of(dataclasses.replace(base, model=target)), drafter.config)
+    if base.model.lora is not None:
+        return LoRABase(*source_of(base), base.model.lora)
+    return ParentRecord(*source_of(base)) if config.objective.teacher.is_needed else None
+
+
+def read_record(config: TrainConfig, workdir: epath.Path) -> SourceRecord | None:
+    """Returns what a run has recorded of weights that its checkpoints do not hold; None if they hold all.
 
     Raises:
-      CheckpointError: the base has changed.
+      CheckpointError: the record is damaged, or there is none of the parent.
     """
-    if base.model.lora is None:
-        return None
-    if not resumed:
-        return LoRABase(base.model.lora, absolute_source(base.source), config.model.mask_token,
-                        base_fingerprint(frozen, base.provenance))
-    record = read_lora_base(workdir)
-    record.check(frozen, base.provenance, workdir)
-    return record
-
-
-def resolve_parent(config: TrainConfig, workdir: epath.Path, base: Pretrained, *, resumed: bool) -> ParentRecord | None:
-    """Returns the record of a run that keeps a copy of its parent, None without one, as with LoRA.
-
-    Raises:
-      CheckpointError: the parent has changed since the run started, or the run does not record it.
-    """
-    if not config.objective.teacher.is_needed or base.model.lora is not None:
-        return None
-    params = nnx.state(base.model)
-    if not resumed:
-        return ParentRecord(absolute_source(base.source), config.model.mask_token,
-                            base_fingerprint(params, base.provenance))
-    record = ParentRecord.read(workdir)
-    record.check(params, base.provenance, workdir)
+    record = LoRABase.read(workdir) or DrafterRecord.read(workdir)
+    if record is None and config.objective.teacher.is_needed and (record := ParentRecord.read(workdir)) is None:
+        raise CheckpointError(f"{workdir} does not record its parent, which objective.teacher needs; set the weights "
+                              "of objective.teacher to 0, or start in a new workdir")
     return record
 
 
@@ -346,65 +326,3 @@ def lost_seconds(workdir: epath.Path, first_step: int) -> float:
 def latest_records(workdir: epath.Path) -> dict[str, dict]:
     """Returns the latest record of each kind."""
     return {record.pop("kind"): record for record in read_records(workdir)}
-
-
-def summary_lines(config: TrainConfig, base: Pretrained, mesh: Mesh, first_step: int, changes: Sequence[str],
-                  damaged: Sequence[str]) -> list[str]:
-    """Returns what the run is, for people; `damaged` says why it does not resume from a later checkpoint."""
-    architecture, data = base.model.config, config.data
-    tokens = data.batch_size * data.length
-    attention = choose_attention(config, architecture, mesh)
-    lines = [
-        f"model      {config.model.source} ({architecture.family}), {count_params(architecture) / 1e6:,.1f}M parameters"
-        f", {config.model.init} weights",
-        f"objective  {_describe_objective(config.objective, base.diffusion.mask_token_id)}",
-        f"batch      {data.batch_size} x {data.length} = {tokens:,} tokens per step"
-        + (f", in {config.optimizer.accumulate_steps} micro-batches" if config.optimizer.accumulate_steps > 1 else ""),
-        f"run        {config.num_steps:,} steps, {config.num_steps * tokens:,} tokens",
-        f"devices    {describe_mesh(mesh)}, {config.model.dtype}, "
-        f"{attention.backend} attention" + (f" ({attention.reason})" if attention.reason else ""),
-    ]
-    if lora := base.model.lora:
-        trained = sum(leaf.size for leaf in jax.tree.leaves(split_trainable(base.model)[1]))
-        tables = "".join(f", all of the {name}" for name in ("embedding", "head") if getattr(lora, name))
-        lines.insert(1, f"lora       rank {lora.rank} on {', '.join(lora.targets)}{tables}: {trained / 1e6:,.2f}M "
-                        f"parameters are trained, frozen matrices are stored in {lora.frozen_dtype}")
-    if config.objective.name == "drafter":
-        trained = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(base.model.drafter)))
-        lines.insert(1, f"drafter    {describe_drafter(base.model.drafter.config, trained, architecture)}")
-    lines += [f"damaged    {remark}, and has been moved to damaged/" for remark in damaged]
-    if first_step:
-        lines.append(f"resumed    from step {first_step:,}")
-    return lines + [f"changed    {change}" for change in changes]
-
-
-def _describe_objective(objective: ObjectiveConfig, mask_token_id: int | None) -> str:
-    if objective.name == "diffusion":
-        attention = (f"annealed over {objective.anneal_steps} steps" if objective.anneal_steps
-                     else "bidirectional from the start")
-        return f"diffusion, mask token {mask_token_id}, attention {attention}{_describe_terms(objective)}"
-    if objective.name == "drafter":
-        losses = {name: getattr(objective.drafts, name) for name in ("cross_entropy", "l1", "confidence", "selector")}
-        weighted = ", ".join(f"{weight:g} {name}" for name, weight in losses.items() if weight)
-        return f"drafter, mask token {mask_token_id}, {objective.drafts.num_anchors} blocks per row, loss {weighted}"
-    if objective.name == "self_drafting":
-        return (f"self_drafting, mask token {mask_token_id}, {objective.block_size - 1} drafts, loss "
-                f"{objective.drafts.cross_entropy:g} cross_entropy, {objective.drafts.l1:g} l1")
-    if objective.name == "block_diffusion":
-        sizes = [size for _, size in objective.block_size_schedule] or [objective.block_size]
-        return (f"block_diffusion, mask token {mask_token_id}, blocks of {' -> '.join(map(str, sizes))} tokens, "
-                f"{objective.clean_attention} attention in clean blocks{_describe_terms(objective)}")
-    return objective.name + _describe_terms(objective)
-
-
-def _describe_terms(objective: ObjectiveConfig) -> str:
-    """Returns what differs from the bound."""
-    teacher, terms = objective.teacher, [f"noise {objective.noise}"] * (objective.noise != "rate")
-    for name, weight, default in (
-            ("cross-entropy of noised tokens", objective.noised_weight, 1.0), ("AR loss", objective.clean_weight, 0.0),
-            ("entropy of right tokens", objective.confidence_weight, 0.0),
-            (f"{teacher.divergence} from the parent", teacher.distribution_weight, 0.0),
-            ("distance from the parent's states", teacher.hidden_weight, 0.0)):
-        if weight != default:
-            terms.append(f"{weight:g} x {name}")
-    return "".join(f", {term}" for term in terms)

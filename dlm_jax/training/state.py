@@ -25,12 +25,8 @@ class Frozen(NamedTuple):
       parent: the values that trained parameters had at first, for `objective.teacher`; else none.
     """
 
-    base: nnx.State
+    base: nnx.State = nnx.State({})
     parent: nnx.State = nnx.State({})
-
-    @classmethod
-    def none(cls) -> Self:
-        return cls(nnx.State({}))
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +45,7 @@ class TrainState:
     params: nnx.State
     opt_state: optax.OptState
     ema: nnx.State | None
-    frozen: Frozen = dataclasses.field(default_factory=Frozen.none)
+    frozen: Frozen = Frozen()
 
     @classmethod
     def create(cls, params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, frozen: Frozen) -> Self:
@@ -64,14 +60,12 @@ class TrainState:
 
 
 def state_layout(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh,
-                 offload: bool = False, frozen: Frozen | None = None) -> TrainState:
+                 offload: bool = False, frozen: Frozen = Frozen()) -> TrainState:
     """Returns the state as shapes with shardings, for compiling, creating and restoring it.
 
     Args:
       offload: the optimizer state is in host memory.
-      frozen: parameters that are not trained; None: there are none.
     """
-    frozen = Frozen.none() if frozen is None else frozen
     shapes = jax.eval_shape(lambda p, f: TrainState.create(p, optimizer, ema, f), params, frozen)
     trained = param_shardings(params, mesh)
     shardings = dataclasses.replace(state_shardings(shapes, mesh), params=trained, ema=trained if ema else None,
@@ -83,24 +77,18 @@ def state_layout(params: nnx.State, optimizer: optax.GradientTransformation, ema
 
 
 def create_state(params: nnx.State, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh,
-                 offload: bool = False, frozen: Frozen | None = None) -> TrainState:
+                 offload: bool = False, frozen: Frozen = Frozen()) -> TrainState:
     """Creates the first state in its shardings. Donates `params` and `frozen`: do not use them afterwards."""
-    shardings = shardings_of(state_layout(params, optimizer, ema, mesh, offload, frozen))
-    frozen = jax.device_put(Frozen.none() if frozen is None else frozen, shardings.frozen)
-    params = jax.device_put(params, shardings.params)
+    layout = state_layout(params, optimizer, ema, mesh, offload, frozen)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     create = jax.jit(lambda p, f: TrainState.create(p, optimizer, ema, f), out_shardings=shardings,
                      donate_argnums=(0, 1))
-    return create(params, frozen)
+    return create(*jax.device_put((params, frozen), (shardings.params, shardings.frozen)))
 
 
 def in_memory(shardings: object, kind: str) -> object:
     """Returns the same shardings in another kind of memory."""
     return jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), shardings)
-
-
-def shardings_of(layout: object) -> object:
-    """Returns the shardings of a tree of shapes."""
-    return jax.tree.map(lambda leaf: leaf.sharding, layout)
 
 
 def parent_params(objective: ObjectiveConfig, params: nnx.State, dtype: str) -> nnx.State:

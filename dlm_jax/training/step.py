@@ -15,7 +15,7 @@ from dlm_jax.diffusion import Batch, DraftSums, LossSums, ObjectiveConfig
 from dlm_jax.matmul import MatmulKind, compiler_options
 from dlm_jax.parallel import num_batch_shards, param_shardings, state_shardings
 from dlm_jax.training.diffusion_loss import DiffusionLoss
-from dlm_jax.training.drafting import DraftLoss, SelfDraftLoss
+from dlm_jax.training.draft_loss import DrafterLoss, SelfDraftLoss
 from dlm_jax.training.optimizer import OptimizerConfig, learning_rate
 from dlm_jax.training.router import RoutedSums
 from dlm_jax.training.state import DEVICE, HOST, Frozen, Metrics, TrainState, in_memory
@@ -84,7 +84,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         }
 
     def update(state: TrainState, grads: nnx.State, metrics: Metrics) -> TrainState:
-        frozen, state = state.frozen, dataclasses.replace(state, frozen=Frozen.none())
+        frozen, state = state.frozen, dataclasses.replace(state, frozen=Frozen())
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -112,11 +112,8 @@ def make_loss(graphdef: nnx.GraphDef, mesh: Mesh, objective: ObjectiveConfig, se
     Args:
       evaluates: there is no dropout, and of drafts it is measured what the target accepts, whatever the loss.
     """
-    if objective.name == "drafter":
-        return DraftLoss(graphdef, mesh, objective.drafts, seed, measure=evaluates)
-    if objective.name == "self_drafting":
-        return SelfDraftLoss(graphdef, mesh, objective, None if evaluates else seed, mask_token_id, measure=evaluates)
-    return DiffusionLoss(graphdef, mesh, objective, seed, mask_token_id, evaluates=evaluates)
+    kinds = {"drafter": DrafterLoss, "self_drafting": SelfDraftLoss}
+    return kinds.get(objective.name, DiffusionLoss)(graphdef, mesh, objective, seed, mask_token_id, evaluates)
 
 
 def _offloaded_step(gradients_and_metrics: Callable, update: Callable, mesh: Mesh) -> Callable:
@@ -161,7 +158,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, objective: ObjectiveCo
     @functools.partial(jax.jit, compiler_options=compiler_options(matmul))
     def eval_step(params: nnx.State, batch: Batch, sample: jax.Array) -> Sums:
         batch = dataclasses.replace(batch, example_index=batch.example_index * num_samples + sample.astype(jnp.uint32))
-        return loss(params, Frozen.none(), batch, jnp.int32(0), num_rows * num_samples)
+        return loss(params, Frozen(), batch, jnp.int32(0), num_rows * num_samples)
 
     return eval_step
 

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.diffusion import Batch, DraftObjective, DraftSums, Guesses, draft_blocks, draft_losses, drafts, sum_chunks
+from dlm_jax.diffusion import Batch, DraftObjective, DraftSums, Guesses, drafts, sum_chunks
 
 LENGTH, DRAFTS, VOCAB = 24, 3, 17
 OBJECTIVE = DraftObjective(num_anchors=6, decay=4.0, cross_entropy=0.1, l1=0.9, confidence=1.0)
+draft_blocks = jax.jit(drafts.draft_blocks, static_argnums=(0, 2), static_argnames="seed")
+draft_losses = jax.jit(drafts.draft_losses, static_argnums=0)
 
 
 def batch_of(rows=4, first=0, noisable=None, segments=None):
@@ -99,7 +101,7 @@ def test_no_gradient_passes_through_what_the_confidence_learns():
     def loss(logits, log_odds):
         return draft_losses(alone, Guesses(logits, log_odds), target, labels, counted).loss
 
-    by_logits, by_log_odds = jax.grad(loss, argnums=(0, 1))(logits, log_odds)
+    by_logits, by_log_odds = jax.jit(jax.grad(loss, argnums=(0, 1)))(logits, log_odds)
     assert not by_logits.any() and (jnp.abs(by_log_odds) > 0).any()
 
 
@@ -120,10 +122,10 @@ def test_selector_learns_where_the_label_is_a_candidate():
     top, candidates = jax.lax.top_k(logits, 4)
     found = draft_losses(DraftObjective(cross_entropy=0.0, selector=1.0, decay=1e9),
                          Guesses(logits, None, candidates, top), None, labels, counted)
-    expected = 0.0
+    expected, log_softmax = 0.0, np.asarray(jax.nn.log_softmax(top))
     for index in np.argwhere(np.asarray(counted)):
         i, where = tuple(index), np.flatnonzero(candidates[tuple(index)] == labels[tuple(index)])
-        expected -= jax.nn.log_softmax(top[i])[where[0]] if len(where) else 0.0
+        expected -= log_softmax[i][where[0]] if len(where) else 0.0
     assert expected > 0
     np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
     assert found.accepted is None

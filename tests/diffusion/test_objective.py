@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.diffusion import Batch, TeacherObjective
+from dlm_jax.diffusion import Batch, DraftObjective, TeacherObjective
 from dlm_jax.diffusion.config import ObjectiveConfig
 from dlm_jax.diffusion.objective import annealing, check_mask_token, loss_weights, noise_batch, time_range
 from dlm_jax.errors import ConfigError
@@ -146,6 +146,11 @@ def test_validation_resets_only_what_shapes_training():
     ({"name": "block_diffusion", "clean_weight": 0.3, "clean_attention": "block_bidirectional"}, "clean_weight"),
     ({"noise": "random_tokens"}, "noise"), ({"name": "autoregressive", "clean_weight": 0.3}, "clean_weight"),
     ({"name": "drafter", "teacher": TeacherObjective(hidden_weight=1.0)}, "teacher"),
+    ({"clean_weight": 0.3, "loss_normalization": "masked_tokens"}, "loss_normalization"),
+    ({"name": "drafter", "drafts": DraftObjective(cross_entropy=0.0)}, "drafts.cross_entropy"),
+    ({"name": "self_drafting", "drafts": DraftObjective(cross_entropy=0.0)}, "drafts.cross_entropy"),
+    ({"name": "self_drafting", "drafts": DraftObjective(confidence=1.0)}, "drafts.confidence"),
+    ({"name": "self_drafting", "block_size": 1}, "block_size"),
     ({"name": "block_diffusion", "noise": "all_masked", "complementary": True}, "noise"),
     ({"noise": "all_masked", "time_curriculum": ((0, 0.0, 0.5),)}, "noise")])
 def test_invalid_settings_are_refused(settings, key):

@@ -1,5 +1,6 @@
 """Runs from end to end: outputs, resuming bit for bit, other meshes, signals, goodput."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,12 +14,14 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from dlm_jax import matmul
 from dlm_jax.checkpoints import load_pretrained
-from dlm_jax.checkpoints.orbax import saved_steps
+from dlm_jax.checkpoints.orbax import named, restore_state, saved_steps
 from dlm_jax.diffusion import ObjectiveConfig
-from dlm_jax.errors import TrainingError
+from dlm_jax.errors import ConfigError, DataError, TrainingError
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.training import read_records, setup, train
 from dlm_jax.training.hooks import PeriodicEval
+from dlm_jax.training.optimizer import make_optimizer
+from dlm_jax.training.state import state_layout
 from dlm_jax.training.step import make_train_step
 from tests.training.conftest import changed, checkpoint_arrays
 
@@ -123,6 +126,35 @@ def test_finished_run(full_run, config, capsys):
     summary = train(config, full_run[0])
     assert summary["step"] == 20 and summary["train"] == full_run[1]["train"]
     assert "has taken its 20 steps" in capsys.readouterr().out
+
+
+def test_change_that_makes_another_run_is_refused(full_run, config):
+    with pytest.raises(ConfigError, match="seed"):
+        train(dataclasses.replace(config, seed=4, num_steps=25), full_run[0])
+
+
+def test_other_text_is_refused(full_run, config, corpus, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(corpus.read_text().replace("a", "b"))
+    shutil.copytree(full_run[0], tmp_path / "run")
+    with pytest.raises(DataError, match="training text"):
+        train(dataclasses.replace(changed(config, "data.train", (str(text),)), num_steps=25), tmp_path / "run")
+
+
+@pytest.mark.parametrize("devices", [2, 1])
+def test_state_is_restored_on_any_number_of_devices(full_run, config, devices):
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    params = nnx.state(load_pretrained(full_run[0]).model)
+    layout = state_layout(params, make_optimizer(config.optimizer, 20), True, mesh)
+    state, progress = restore_state(full_run[0], 20, layout)
+    assert int(state.step) == 20 and progress["metrics"]["steps"] == 0
+    found = {f"{item}/{name}": value for item, tree in (
+        ("params", state.params), ("optimizer", state.opt_state), ("ema", state.ema)) for name, value in
+        named(tree).items()}
+    stored = checkpoint_arrays(full_run[0], 20)
+    assert found.keys() == stored.keys() and all(len(value.devices()) == devices for value in found.values())
+    for name, value in stored.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_workdir_loads_without_optimizer_or_mesh(full_run, config):

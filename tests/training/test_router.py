@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dlm_jax.models import ExpertsConfig
-from tests.training.test_step import MODEL, one_device, train
+from tests.training.steps import one_device
+from tests.training.test_step import MODEL, train
 
 EXPERTS = ExpertsConfig(8, 2)
 
@@ -34,7 +35,7 @@ def test_loss_has_its_term_and_training_balances():
 
 
 def test_micro_batches_have_their_own_balance():
-    one, two = records(0.1)[0], records(0.1, accumulate=2)[0]
+    one, two = records(1.0)[0], records(1.0, accumulate=2, steps=1)[0]
     np.testing.assert_allclose([one[name] for name in ("bound", "router_max_load", "router_unused")],
                                [two[name] for name in ("bound", "router_max_load", "router_unused")], rtol=1e-5)
     assert two["router_balance"] == pytest.approx(one["router_balance"], rel=0.05)

@@ -13,16 +13,15 @@ from dlm_jax.data.loader import Loader
 from dlm_jax.data.rows import Rows
 from dlm_jax.diffusion import ObjectiveConfig, loss_sums, noise_batch, token_nll
 from dlm_jax.models import ModelConfig, Transformer
-from dlm_jax.parallel import make_mesh
 from dlm_jax.training.diffusion_loss import lm_head
+from tests.training.steps import one_device
 
 GPT2 = ModelConfig("gpt2", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
                    mlp_size=64, max_length=24, norm="layer", positions="learned", gated_mlp=False,
                    activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True)
 LLAMA = ModelConfig("llama", vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
                     mlp_size=48, max_length=24)
-MASK, FIRST, SECOND = 60, 9, 11
-MESH = make_mesh(devices=jax.devices()[:1])
+MASK, FIRST, SECOND = 60, 10, 10  # one length: one program
 
 
 def loaded(tokens: np.ndarray, starts: tuple[int, ...] = ()):
@@ -44,7 +43,8 @@ def sums_of(model, objective, batch):
     """The sums of the loss, the cross-entropy of every token [batch, length], and the noisy batch."""
     noisy, mask = noise_batch(objective, batch, jnp.int32(3), seed=0, batch_size=4, mask_token_id=MASK)
     hidden = model.hidden(noisy.tokens, mask, positions=batch.positions)
-    return loss_sums(hidden, *lm_head(model, MESH), noisy), token_nll(hidden, model.unembed, noisy.targets), noisy
+    sums = loss_sums(hidden, *lm_head(model, one_device()), noisy)
+    return sums, token_nll(hidden, model.unembed, noisy.targets), noisy
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])

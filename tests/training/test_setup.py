@@ -1,24 +1,19 @@
-"""Setting a run up: what is refused, dropout in place of the base's, restoring on any devices."""
+"""Setting a run up: what is refused, and dropout in place of the base's."""
 
 import dataclasses
-import shutil
 
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
-from dlm_jax.checkpoints.orbax import named, restore_state
-from dlm_jax.diffusion import DiffusionSpec
-from dlm_jax.errors import ConfigError, DataError
+from dlm_jax.diffusion import DiffusionSpec, ObjectiveConfig
+from dlm_jax.errors import ConfigError
 from dlm_jax.parallel import make_mesh
 from dlm_jax.training import train
-from dlm_jax.training.config import ModelSource
-from dlm_jax.training.optimizer import make_optimizer
-from dlm_jax.training.setup import load_base, with_dropout
-from dlm_jax.training.state import state_layout
-from tests.training.conftest import changed, checkpoint_arrays
+from dlm_jax.training.config import LoRASettings, ModelSource
+from dlm_jax.training.setup import check_noised_lora, load_base, with_dropout
+from tests.training.conftest import changed
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -30,17 +25,28 @@ def test_invalid_runs_are_refused(config, tmp_path, key, value, message):
         train(changed(config, key, value), tmp_path)
 
 
-def test_change_that_makes_another_run_is_refused(full_run, config):
-    with pytest.raises(ConfigError, match="seed"):
-        train(dataclasses.replace(config, seed=4, num_steps=25), full_run[0])
+BLOCKS = ObjectiveConfig("block_diffusion", block_size=8)
+GROWING = dataclasses.replace(BLOCKS, block_size_schedule=((0, 1), (5, 8)))
+NOISED = LoRASettings(2, where="noised")
 
 
-def test_other_text_is_refused(full_run, config, corpus, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text(corpus.read_text().replace("a", "b"))
-    shutil.copytree(full_run[0], tmp_path / "run")
-    with pytest.raises(DataError, match="training text"):
-        train(dataclasses.replace(changed(config, "data.train", (str(text),)), num_steps=25), tmp_path / "run")
+@pytest.mark.parametrize("objective, lora, message", [
+    (ObjectiveConfig(), NOISED, "lora.where"),
+    (dataclasses.replace(BLOCKS, clean_attention="block_bidirectional"), NOISED, "clean_attention"),
+    (GROWING, NOISED, "block_size_schedule"),  # under the shift, blocks of one token have no noised copy
+    (dataclasses.replace(BLOCKS, block_size=16), NOISED, "block_size"),  # nor has a block of the full row a clean one
+    (BLOCKS, dataclasses.replace(NOISED, draft_head=True), "lora.draft_head"),
+    (ObjectiveConfig("self_drafting", block_size=4), LoRASettings(2), "lora.where"),
+    (ObjectiveConfig("self_drafting", block_size=17), NOISED, "block_size")])
+def test_lora_that_would_learn_nothing_is_refused(config, objective, lora, message):
+    with pytest.raises(ConfigError, match=message):
+        check_noised_lora(dataclasses.replace(config, objective=objective, lora=lora))
+
+
+def test_lora_at_noised_positions_of_blocks(config):
+    for objective in (BLOCKS, dataclasses.replace(GROWING, block_size_schedule=((0, 2), (5, 8))),
+                      dataclasses.replace(GROWING, shift=False)):
+        check_noised_lora(dataclasses.replace(config, objective=objective, lora=NOISED))
 
 
 def test_base_without_shift_and_other_dropout(config, pretrained, tmp_path):
@@ -62,19 +68,3 @@ def test_dropout_is_that_of_the_config(config, base, tmp_path):
                       for rate in (None, 0.0))
     assert own.config == with_dropout(given.config, 0.1) != given.config
     assert nnx.graphdef(own) != nnx.graphdef(given)
-
-
-@pytest.mark.parametrize("devices", [2, 1])
-def test_state_is_restored_on_any_number_of_devices(full_run, config, devices):
-    mesh = make_mesh(devices=jax.devices()[:devices])
-    params = nnx.state(load_pretrained(full_run[0]).model)
-    layout = state_layout(params, make_optimizer(config.optimizer, 20), True, mesh)
-    state, progress = restore_state(full_run[0], 20, layout)
-    assert int(state.step) == 20 and progress["metrics"]["steps"] == 0
-    found = {f"{item}/{name}": value for item, tree in (
-        ("params", state.params), ("optimizer", state.opt_state), ("ema", state.ema)) for name, value in
-        named(tree).items()}
-    stored = checkpoint_arrays(full_run[0], 20)
-    assert found.keys() == stored.keys() and all(len(value.devices()) == devices for value in found.values())
-    for name, value in stored.items():
-        np.testing.assert_array_equal(found[name], value)

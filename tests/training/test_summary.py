@@ -5,7 +5,7 @@ import numpy as np
 from dlm_jax.checkpoints import load_pretrained
 from dlm_jax.data.config import DataConfig
 from dlm_jax.data.rows import Rows
-from dlm_jax.training.token_lines import token_lines
+from dlm_jax.training.summary import token_lines
 
 
 def said(base, rows, **data):
