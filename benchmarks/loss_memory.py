@@ -34,7 +34,8 @@ ROWS, LENGTH = 8, 1024
 
 
 def full_loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: NoisyBatch, *,
-                   weights: LossWeights | None = None, teaching: None = None, shift: bool = True) -> LossSums:
+                   weights: LossWeights | None = None, teacher: None = None,
+                   distance: None = None, shift: bool = True) -> LossSums:
     """Computes `loss_sums` from the logits of all positions."""
     logits = jnp.einsum("ble,ve->blv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
     weights, skip = batch.weights if weights is None else weights.noised, int(shift)

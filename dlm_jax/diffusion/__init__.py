@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "corruption": ("Batch", "NoisyBatch", "clean_batch", "complementary_mask", "concat_noisy_and_clean", "corrupt"),
     "drafts": ("DraftBlocks", "DraftSums", "Guesses", "draft_blocks", "draft_losses", "sum_chunks"),
     "fused_loss": ("HeadPlan",),
-    "loss": ("LossSums", "LossWeights", "Teaching", "cross_entropy", "loss_sums", "token_nll", "top1_correct"),
+    "loss": ("LossSums", "LossWeights", "cross_entropy", "loss_sums", "token_nll", "top1_correct"),
     "objective": ("annealing", "block_spec", "check_mask_token", "clean_causal_batch", "loss_weights", "noise_batch"),
     "schedule": ("NoiseSchedule", "anneal_ratio", "block_times", "sample_times"),
     "spec": ("BlockSpec", "DiffusionSpec"),

@@ -77,13 +77,15 @@ class HeadTargets:
       loss_mask: bool; elsewhere nothing is computed, and all results are 0.
       weights: float32, of the cross-entropy in what is minimized.
       confidence_weights: float32, of the entropy where the most likely token is right; None: it does not count.
-      teacher: the parent's states with the weights of the divergence; None: it does not count.
+      divergence_weights: float32, of the divergence from the teacher; None: it does not count.
+      teacher: the parent's states; None without a divergence.
     """
 
     targets: jax.Array
     loss_mask: jax.Array
     weights: jax.Array
     confidence_weights: jax.Array | None = None
+    divergence_weights: jax.Array | None = None
     teacher: TeacherStates | None = None
 
 
@@ -127,7 +129,7 @@ def _total(scores: TokenScores, targets: HeadTargets) -> jax.Array:
     if scores.entropy is not None:
         total += targets.confidence_weights * scores.correct * scores.entropy
     if scores.divergence is not None:
-        total += targets.teacher.weights * scores.divergence.value
+        total += targets.divergence_weights * scores.divergence.value
     return jnp.sum(total)
 
 
@@ -153,8 +155,7 @@ def _compute(hidden: jax.Array, kernel: jax.Array, targets: HeadTargets, plan: H
     states = PartitionSpec(*plan.rows, None)
     specs = jax.tree.map(lambda _: plan.rows, targets)
     if targets.teacher is not None:
-        specs = dataclasses.replace(specs, teacher=dataclasses.replace(specs.teacher, hidden=states,
-                                                                       kernel=plan.kernel))
+        specs = dataclasses.replace(specs, teacher=TeacherStates(states, plan.kernel, targets.teacher.divergence))
     grads = (states, plan.kernel if plan.kernel_gradient else None) if gradients else None
     # Not checked: inside, every sum over devices is explicit, and nothing is differentiated through.
     return jax.shard_map(local, mesh=plan.mesh, in_specs=(states, plan.kernel, specs), out_specs=(plan.rows, grads),
@@ -177,11 +178,12 @@ def _on_device(hidden: jax.Array, kernel: jax.Array, targets: HeadTargets, *, pl
 
     head, shape = gather(kernel), targets.targets.shape
     tokens = ScoredTokens(hidden.reshape(-1, hidden.shape[-1]), *(x if x is None else x.ravel() for x in (
-        targets.targets, targets.loss_mask, targets.weights, targets.confidence_weights)), None)
+        targets.targets, targets.loss_mask, targets.weights, targets.confidence_weights,
+        targets.divergence_weights)), None)
     if (teacher := targets.teacher) is not None:
         tokens = tokens._replace(teacher=ScoredTeacher(
-            teacher.hidden.astype(hidden.dtype).reshape(-1, hidden.shape[-1]), teacher.weights.ravel(),
-            gather(teacher.kernel), teacher.divergence))
+            teacher.hidden.astype(hidden.dtype).reshape(-1, hidden.shape[-1]), gather(teacher.kernel),
+            teacher.divergence))
 
     def reduce(gradient: jax.Array) -> jax.Array:
         if shared:
@@ -202,10 +204,9 @@ def _on_device(hidden: jax.Array, kernel: jax.Array, targets: HeadTargets, *, pl
 
 
 class ScoredTeacher(NamedTuple):
-    """The parent's states [tokens, embed], the weights of the divergence [tokens] and its kind, and its head."""
+    """The parent's states [tokens, embed], its head, and the kind of the divergence."""
 
     hidden: jax.Array
-    weights: jax.Array
     head: "HeadShard"
     divergence: Divergence
 
@@ -218,6 +219,7 @@ class ScoredTokens(NamedTuple):
     loss_mask: jax.Array
     weights: jax.Array
     confidence_weights: jax.Array | None
+    divergence_weights: jax.Array | None
     teacher: ScoredTeacher | None
 
 
@@ -383,7 +385,7 @@ def _dlogits(tokens: ScoredTokens, chunk: jax.Array, logits: jax.Array, teacher_
         weights = _take(tokens.confidence_weights, chunk) * values.correct
         dlogits += weights[:, None] * entropy_dlogits(p, logits, values.logsumexp, values.entropy)
     if (teacher := tokens.teacher) is not None:
-        weights = _take(teacher.weights, chunk)
+        weights = _take(tokens.divergence_weights, chunk)
         dlogits += weights[:, None] * divergence_dlogits(teacher.divergence, p, teacher_logits, values.divergence)
     return soft_cap_gradient(dlogits, logits, softcap)
 

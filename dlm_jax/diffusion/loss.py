@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dlm_jax.diffusion.corruption import NoisyBatch
 from dlm_jax.diffusion.fused_loss import HeadPlan, HeadTargets, head_loss
-from dlm_jax.diffusion.teacher import Divergence, TeacherStates
+from dlm_jax.diffusion.teacher import TeacherStates
 
 Unembed = Callable[[jax.Array], jax.Array]  # hidden states [..., embed] -> float32 logits [..., vocab]
 Measure = Callable[[jax.Array, jax.Array], Any]  # logits and int targets [...] -> a tree of float32 [...]
@@ -90,33 +90,16 @@ class LossWeights:
     distance: jax.Array | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Teaching:
-    """What the parent gives for each position of the model's input, by state: see `teacher.align_states`.
-
-    Attributes:
-      hidden: [batch, length, embed], the input of its head; None if no loss needs its distribution.
-      kernel: of its head.
-      distance: float32 [batch, length], of the model's hidden states from its own, with a gradient; None if no loss
-        needs it.
-      divergence: the kind of `TeacherStates`.
-    """
-
-    hidden: jax.Array | None
-    kernel: jax.Array | None
-    distance: jax.Array | None
-    divergence: Divergence = dataclasses.field(default="kl", metadata={"static": True})
-
-
 def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: NoisyBatch, *,
-              weights: LossWeights | None = None, teaching: Teaching | None = None, shift: bool = True) -> LossSums:
+              weights: LossWeights | None = None, teacher: TeacherStates | None = None,
+              distance: jax.Array | None = None, shift: bool = True) -> LossSums:
     """Scores `hidden` [batch, length, embed] against the batch's targets, where its masks are set.
 
     Args:
       kernel: of the head, [vocab, embed] or [embed, vocab], see `plan`.
       weights: of the terms that are minimized; None: the bound alone.
-      teaching: what the terms that compare with the parent need.
+      teacher: the parent, whose distribution `weights.distribution` compares with.
+      distance: float32 [batch, length], of the model's hidden states from the parent's, for `weights.distance`.
       shift: logits at n - 1 predict token n, the AR alignment; position 0 is then never scored. The clean copy's AR
         loss always has it.
     """
@@ -133,13 +116,10 @@ def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: Noisy
     nll_weights, scored = of_terms.noised, masked
     if clean is not None:
         nll_weights, scored = nll_weights + jnp.where(clean, clean_weights, 0.0), masked | clean
-    teacher = None
-    if of_terms.distribution is not None:
-        teacher = TeacherStates(teaching.hidden, teaching.kernel, of_terms.distribution, teaching.divergence)
-    loss, scores = head_loss(hidden, kernel, HeadTargets(targets, scored, nll_weights, of_terms.confidence, teacher),
-                             plan)
+    loss, scores = head_loss(hidden, kernel, HeadTargets(targets, scored, nll_weights, of_terms.confidence,
+                                                         of_terms.distribution, teacher), plan)
     if of_terms.distance is not None:
-        loss += jnp.sum(of_terms.distance * teaching.distance)
+        loss += jnp.sum(of_terms.distance * distance)
 
     taught = of_terms.distance if of_terms.distribution is None else of_terms.distribution
     taught = None if taught is None else taught > 0
@@ -151,7 +131,7 @@ def loss_sums(hidden: jax.Array, kernel: jax.Array, plan: HeadPlan, batch: Noisy
         loss=loss, weighted_nll=total(bound_weights * scores.nll, masked), nll=total(scores.nll, masked),
         correct=total(scores.correct, masked),
         divergence=total(0.0 if scores.divergence is None else scores.divergence.value, taught),
-        distance=total(0.0 if of_terms.distance is None else jax.lax.stop_gradient(teaching.distance), taught),
+        distance=total(0.0 if of_terms.distance is None else jax.lax.stop_gradient(distance), taught),
         num_taught=total(1.0, taught), num_scored=total(1.0, masked), num_noisable=total(1.0, batch.noisable_mask),
         num_examples=total(1.0, batch.noisable_mask.any(axis=1)), clean_nll=total(scores.nll, clean),
         num_clean=total(1.0, clean))

@@ -26,13 +26,11 @@ class TeacherStates:
     Attributes:
       hidden: [batch, length, embed], the input of the parent's head that predicts what the model's state does.
       kernel: of the parent's head, in the shape and the sharding of the model's.
-      weights: float32 [batch, length], of the divergence at each position.
       divergence: "kl", sum q log(q / p), or "tv", half of sum |p - q|.
     """
 
     hidden: jax.Array
     kernel: jax.Array
-    weights: jax.Array
     divergence: Divergence = dataclasses.field(metadata={"static": True})
 
 

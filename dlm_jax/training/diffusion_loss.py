@@ -20,7 +20,7 @@ from dlm_jax.diffusion import (
     LossSums,
     NoisyBatch,
     ObjectiveConfig,
-    Teaching,
+    TeacherStates,
     align_states,
     annealing,
     clean_causal_batch,
@@ -68,14 +68,14 @@ class DiffusionLoss:
             noisy.tokens, mask, _distance_visitor(objective, noisy, batch, parent.features, model.config.num_layers),
             positions=noisy.positions, noised=noisy.noised, dropout_seeds=seeds)
         head, plan = lm_head(self._model(params, frozen), self.mesh)
-        teaching = None
-        if objective.teacher.is_needed:
+        teacher = None
+        if objective.teacher.distribution_weight:
             length = batch.tokens.shape[1]
             states = hidden[:, -length:] if parent.hidden is None else parent.hidden
             states = align_states(states, hidden.shape[1] // length, shift=objective.shift)
-            teaching = Teaching(states, parent.kernel, distance, objective.teacher.divergence)
-        sums = loss_sums(hidden, head, plan, noisy, weights=loss_weights(objective, noisy), teaching=teaching,
-                         shift=objective.shift)
+            teacher = TeacherStates(states, parent.kernel, objective.teacher.divergence)
+        sums = loss_sums(hidden, head, plan, noisy, weights=loss_weights(objective, noisy), teacher=teacher,
+                         distance=distance, shift=objective.shift)
         if objective.clean_weight and noisy.clean_mask is None:
             clean, causal = clean_causal_batch(batch)
             hidden, _, of_clean = model.hidden_and_visited(clean.tokens, causal, None, positions=clean.positions,

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from dlm_jax.diffusion import HeadPlan, LossWeights, NoisyBatch, Teaching, align_states, hidden_distance, loss_sums
+from dlm_jax.diffusion import (
+    HeadPlan,
+    LossWeights,
+    NoisyBatch,
+    TeacherStates,
+    align_states,
+    hidden_distance,
+    loss_sums,
+)
 
 B, L, D, V = 8, 12, 16, 40
 KEYS = jax.random.split(jax.random.key(0), 8)
@@ -44,10 +52,11 @@ def plain(term, softcap, hidden, table):
 
 
 def fused(term, plan, hidden, table):
-    teaching = Teaching(PARENT, PARENT_TABLE if plan.vocab_axis == 0 else PARENT_TABLE.T, None,
-                        term if term == "tv" else "kl")
+    teacher = None
+    if term in ("kl", "tv"):
+        teacher = TeacherStates(PARENT, PARENT_TABLE if plan.vocab_axis == 0 else PARENT_TABLE.T, term)
     sums = loss_sums(hidden, table if plan.vocab_axis == 0 else table.T, plan, BATCH, weights=weights_of(term),
-                     teaching=teaching)
+                     teacher=teacher)
     return sums.loss, sums
 
 
@@ -84,9 +93,9 @@ def test_on_a_mesh(term, rows, kernel, gradient_bytes):
 
 def test_a_parent_that_agrees_teaches_nothing():
     for term in ("kl", "tv"):
-        teaching = Teaching(HIDDEN, TABLE, None, term)
-        loss, grads = jax.value_and_grad(lambda hidden: loss_sums(
-            hidden, TABLE, HeadPlan(0), BATCH, weights=weights_of(term), teaching=teaching).loss)(HIDDEN)  # noqa: B023
+        loss, grads = jax.jit(jax.value_and_grad(lambda hidden: loss_sums(
+            hidden, TABLE, HeadPlan(0), BATCH, weights=weights_of(term),  # noqa: B023
+            teacher=TeacherStates(HIDDEN, TABLE, term)).loss))(HIDDEN)  # noqa: B023
         np.testing.assert_allclose(loss, 0, atol=1e-4)
         np.testing.assert_allclose(grads, 0, atol=1e-4)
 
@@ -99,7 +108,7 @@ def test_enumerated_divergences():
     weights = LossWeights(jnp.zeros((1, 1)), distribution=jnp.ones((1, 1)))
     value = lambda kind: loss_sums(jnp.log(jnp.array([[[0.25, 0.75]]])), table, HeadPlan(0), batch,  # noqa: E731
                                    weights=weights, shift=False,
-                                   teaching=Teaching(jnp.zeros((1, 1, 2)), table, None, kind)).divergence
+                                   teacher=TeacherStates(jnp.zeros((1, 1, 2)), table, kind)).divergence
     np.testing.assert_allclose(value("kl"), 0.5 * np.log(2) + 0.5 * np.log(2 / 3), rtol=1e-6)
     np.testing.assert_allclose(value("tv"), 0.25, rtol=1e-6)
 
@@ -122,6 +131,6 @@ def test_hidden_distance():
 def test_a_weighted_distance_is_added():
     distance = jax.random.uniform(KEYS[0], (B, L))
     weights = LossWeights(jnp.zeros((B, L)), distance=WEIGHTS)
-    sums = loss_sums(HIDDEN, TABLE, HeadPlan(0), BATCH, weights=weights, teaching=Teaching(None, None, distance))
+    sums = loss_sums(HIDDEN, TABLE, HeadPlan(0), BATCH, weights=weights, distance=distance)
     at_states = jnp.where(BATCH.loss_mask, WEIGHTS, 0)[:, 1:], distance[:, :-1]
     np.testing.assert_allclose(sums.loss, jnp.sum(at_states[0] * at_states[1]), rtol=1e-6)
