@@ -334,7 +334,7 @@ def _with_fitting_tokenizer(loaded: Pretrained) -> Pretrained:
     Many checkpoints lack the row of a special token for padding, which they do not need.
     """
     if loaded.tokenizer is not None:
-        special = special_tokens_of(loaded.tokenizer, len(loaded.tokenizer)).values()
+        special = special_tokens_of(loaded.tokenizer).values()
         largest = max(set(loaded.tokenizer.get_vocab().values()).difference(special), default=0)
         if largest >= (rows := loaded.model.config.vocab_size):
             raise CheckpointError(f"the tokenizer of {loaded.source} has ids up to {largest}, more than the {rows} "

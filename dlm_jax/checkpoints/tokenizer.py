@@ -157,7 +157,7 @@ def _difference(tokenizer: "PreTrainedTokenizerBase", path: Path, encode: Encode
     some = tokens[:: max(len(tokens) // 2000, 1)]
     texts = [*PROBE, *(first + second for first, second in itertools.pairwise(some))]
     pairs = zip(texts, tokenize(tokenizer, texts), encode(texts), strict=True)
-    named = special_tokens_of(tokenizer, len(tokenizer))
+    named = special_tokens_of(tokenizer)
     special = {*tokenizer.all_special_ids, *named.values()} - {tokenizer.unk_token_id}
     return next((text for text, found, expected in pairs if found != expected and special.isdisjoint(expected)), None)
 

@@ -4,12 +4,11 @@ Before a template is rendered, `hide` puts marks in place of such text; `tokeniz
 has written itself. The marks are of noncharacters, which no text should have.
 """
 
-import functools
 import re
 from typing import TYPE_CHECKING, Any
 
 from dlm_jax.data.records import BadRecord
-from dlm_jax.data.tokenization import MARK, marked_backend, special_tokens_of, tokenize
+from dlm_jax.data.tokenization import MARK, marked_backend, remembered, special_tokens_of, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +26,7 @@ def hide(tokenizer: "PreTrainedTokenizerBase", value: Any) -> Any:
     if isinstance(value, str):
         if mark := _MARKS.search(value):
             raise BadRecord(f"the text has U+{ord(mark[0]):X}, which is not a character; remove it")
-        pattern, ids = _special(tokenizer, len(tokenizer))
+        pattern, ids = _special(tokenizer)
         return pattern.sub(lambda match: _TEXT.format(ids[match[0]]), value)
     if isinstance(value, dict):
         return {key: hide(tokenizer, item) for key, item in value.items()}
@@ -50,16 +49,16 @@ def tokenize_rendered(tokenizer: "PreTrainedTokenizerBase", rendered: str) -> li
         return row
     if not tokenizer.is_fast:
         raise BadRecord(f"a message spells out a special token, which {type(tokenizer).__name__} cannot read as text")
-    pattern, ids = _special(tokenizer, len(tokenizer))
-    backend = marked_backend(tokenizer, len(tokenizer), read_marks=True)
+    pattern, ids = _special(tokenizer)
+    backend = marked_backend(tokenizer, read_marks=True)
     text = show(tokenizer, pattern.sub(lambda match: MARK.format(ids[match[0]]), rendered))
     return backend.encode(text, add_special_tokens=False).ids
 
 
-@functools.lru_cache(maxsize=8)
-def _special(tokenizer: "PreTrainedTokenizerBase", size: int) -> tuple[re.Pattern, dict[str, int]]:
-    """Returns a pattern of the special tokens, the longest first, and their ids; `size` renews it when they grow."""
-    ids = special_tokens_of(tokenizer, size)
+@remembered
+def _special(tokenizer: "PreTrainedTokenizerBase") -> tuple[re.Pattern, dict[str, int]]:
+    """Returns a pattern of the special tokens, the longest first, and their ids."""
+    ids = special_tokens_of(tokenizer)
     names = sorted(filter(str.strip, ids), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)"), ids
 

@@ -3,8 +3,8 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dlm_jax.errors import DataError
 
@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 
 
 MARK = "\ufdd0{}\ufdd1"  # spells a special token by its id, in noncharacters, which no text should have
+
+
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of a tokenizer remember its results, until the tokenizer has more tokens."""
+    by_size = functools.lru_cache(maxsize=8)(lambda tokenizer, size, **options: function(tokenizer, **options))
+
+    @functools.wraps(function)
+    def call(tokenizer: "PreTrainedTokenizerBase", **options: Any) -> Any:
+        return by_size(tokenizer, len(tokenizer), **options)
+
+    return call
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *,
@@ -28,7 +39,7 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *,
         return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=not special_tokens,
                          return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     # The backend itself is faster than its wrapper in transformers.
-    backend = _backend(tokenizer, len(tokenizer), special_tokens)
+    backend = _backend(tokenizer, special_tokens=special_tokens)
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
@@ -43,27 +54,24 @@ def is_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
     return text.startswith(tuple(token for token in tokenizer.all_special_tokens if token != tokenizer.mask_token))
 
 
-@functools.lru_cache(maxsize=8)
-def _backend(tokenizer: "PreTrainedTokenizerBase", size: int, special_tokens: bool) -> "Tokenizer":
-    """Returns a copy of the backend that neither truncates nor pads; `size` in the key renews it when it grows."""
+@remembered
+def _backend(tokenizer: "PreTrainedTokenizerBase", *, special_tokens: bool) -> "Tokenizer":
+    """Returns a copy of the backend that neither truncates nor pads."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = not special_tokens
-    if not special_tokens and any(found.id == token for name, token in special_tokens_of(tokenizer, size).items()
+    if not special_tokens and any(found.id == token for name, token in special_tokens_of(tokenizer).items()
                                   for found in backend.model.tokenize(name)):
-        return marked_backend(tokenizer, size)  # the model (Unigram) finds special tokens in text by itself
+        return marked_backend(tokenizer)  # the model (Unigram) finds special tokens in text by itself
     return backend
 
 
-@functools.lru_cache(maxsize=8)
-def special_tokens_of(tokenizer: "PreTrainedTokenizerBase", size: int) -> dict[str, int]:
-    """Returns the ids of the tokens that no text has; `size` in the key renews them when they grow.
-
-    The mask token may be an ordinary token, which texts have.
-    """
+@remembered
+def special_tokens_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Returns the ids of the tokens that no text has. (The mask token may be an ordinary token, which texts have.)"""
     ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     mask = tokenizer.mask_token
     if mask is not None and mask in (tokenizer.backend_tokenizer.get_vocab(False) if tokenizer.is_fast else ()):
@@ -71,12 +79,11 @@ def special_tokens_of(tokenizer: "PreTrainedTokenizerBase", size: int) -> dict[s
     return ids
 
 
-@functools.lru_cache(maxsize=8)
-def marked_backend(tokenizer: "PreTrainedTokenizerBase", size: int, *, read_marks: bool = False) -> "Tokenizer":
+@remembered
+def marked_backend(tokenizer: "PreTrainedTokenizerBase", *, read_marks: bool = False) -> "Tokenizer":
     """Returns a copy of the backend in which special tokens are spelled by their marks, so that no text is one.
 
     Args:
-      size: of the tokenizer; in the key, it renews the copy when it grows.
       read_marks: whether marks in a text are read as the tokens they spell.
     """
     import tokenizers
@@ -84,7 +91,7 @@ def marked_backend(tokenizer: "PreTrainedTokenizerBase", size: int, *, read_mark
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {
         "truncation": None, "padding": None, "post_processor": None}
     model, added = state["model"], state["added_tokens"]
-    marks = {name: MARK.format(token) for name, token in special_tokens_of(tokenizer, size).items()}
+    marks = {name: MARK.format(token) for name, token in special_tokens_of(tokenizer).items()}
     for token in added:
         token["content"] = marks.get(token["content"], token["content"])
     if model.get("unk_token") in marks:
