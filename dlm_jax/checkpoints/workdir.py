@@ -69,8 +69,9 @@ def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrai
             upload(pathlib.Path(folder), model)
     write_json(model / "config.json", config_to_hf(pretrained.model.config, pretrained.hf_config, pretrained.diffusion,
                                                    settings["model.param_dtype"]))
-    for file in {LORA_FILE, DRAFTER_FILE, PARENT_FILE} - {record and record.FILE}:  # of an earlier run
-        (workdir / file).unlink(missing_ok=True)
+    for file in (LORA_FILE, DRAFTER_FILE, PARENT_FILE):
+        if record is None or file != record.FILE:  # of an earlier run
+            (workdir / file).unlink(missing_ok=True)
     if record is not None:
         record.write(workdir)
     write_json(workdir / "config.json", settings)
