@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,14 @@ from dlm_jax.checkpoints import Pretrained, load_pretrained, open_drafter, save_
 from dlm_jax.checkpoints.drafter import DrafterRecord, resolve_drafter
 from dlm_jax.cli.config import build_config, load_recipe
 from dlm_jax.cli.main import main
-from dlm_jax.diffusion import DiffusionSpec
+from dlm_jax.diffusion import DiffusionSpec, ObjectiveConfig
 from dlm_jax.errors import CheckpointError, ConfigError
-from dlm_jax.models import Compute, DraftedModel, ModelConfig, Transformer, abstract_drafter
+from dlm_jax.models import Compute, DraftedModel, ModelConfig, Transformer, abstract_drafter, combine_fingerprints
 from dlm_jax.sampling import SamplingStats
 from dlm_jax.training import train
 from dlm_jax.training.config import TrainConfig
 from dlm_jax.training.drafter_setup import add_drafter, check_losses
+from dlm_jax.training.setup import new_record
 from tests.training.conftest import changed, checkpoint_arrays
 from tests.training.steps import MASK, one_device
 from tests.training.test_draft_loss import DSPARK, OBJECTIVES, TARGET
@@ -38,6 +40,14 @@ def test_a_drafter_begins_with_copies_of_the_last_layers():
     features = jax.random.normal(jax.random.key(0), (1, 3, 2 * 16))
     np.testing.assert_allclose(drafter.fuse(features)[0], jax.vmap(lambda x: x * jax.lax.rsqrt(
         jnp.mean(x * x) + TARGET.norm_eps))(features[0, :, 16:]), rtol=1e-5)
+
+
+def test_a_merged_target_is_recorded_by_what_it_was_merged_from():
+    """Merging rounds differently from device to device, and the run may resume on another."""
+    drafted = types.SimpleNamespace(target=None, drafter=types.SimpleNamespace(config=None))
+    base = Pretrained(drafted, None, DiffusionSpec(MASK), {}, "here", provenance=("base", "lora"))
+    record = new_record(TrainConfig(objective=ObjectiveConfig("drafter")), base)
+    assert record.source == "here" and record.fingerprint == combine_fingerprints("base", "lora")
 
 
 @pytest.fixture(scope="module")
