@@ -50,8 +50,8 @@ def make_generate(model: Network, tokenizer: "PreTrainedTokenizerBase", config: 
     eos_token_ids = () if eos_token_id is None else (eos_token_id,)
 
     def generate(requests: Sequence[GenerationRequest], *, temperature: float, num_steps: int | None) -> list[str]:
-        settings = {"temperature": temperature}
-        if config.policy != "autoregressive":
+        settings: dict[str, float | int] = {"temperature": temperature}
+        if config.policy != "autoregressive" and num_steps is not None:
             settings["num_steps"] = num_steps
         segments = with_fixed_lengths(requests)
         rows, gaps = [], []
