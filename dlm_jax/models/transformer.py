@@ -143,7 +143,8 @@ class Transformer(nnx.Module):
         return self._run(tokens, attention, positions, dropout_seeds, None, noised=noised)[0]
 
     def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array, cache: Cache,
-                      slots: jax.Array | None = None, noised: tuple[int, int] | None = None) -> tuple[jax.Array, Cache]:
+                      slots: jax.Array | None = None, noised: tuple[int, int] | None = None,
+                      rows: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Returns `hidden` of some positions that attend to the cache: int `tokens` [batch, Q] to [batch, Q, embed].
 
         Args:
@@ -152,8 +153,10 @@ class Transformer(nnx.Module):
           cache: the keys and values so far; those of `tokens` are written before attention.
           slots: int [batch, Q], where in the cache, and for the mask, each token is; None: at its position.
           noised: as in `hidden`.
+          rows: int [batch], the row of the cache that each row of tokens belongs to, several of which may be the same;
+            None: the cache has the same rows.
         """
-        return self._run(tokens, attention, positions, None, cache, slots, noised=noised)[:2]
+        return self._run(tokens, attention, positions, None, cache, slots, noised=noised, cache_rows=rows)[:2]
 
     def hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, target_layer_ids: tuple[int, ...], *,
                             positions: jax.Array | None = None, lora: bool = True) -> tuple[jax.Array, jax.Array]:
@@ -198,8 +201,8 @@ class Transformer(nnx.Module):
 
     def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
              dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,
-             noised: tuple[int, int] | None = None, lora: bool = True,
-             visitor: LayerVisitor | None = None) -> tuple[jax.Array, Cache | None, Any, RouterSums | None]:
+             noised: tuple[int, int] | None = None, lora: bool = True, visitor: LayerVisitor | None = None,
+             cache_rows: jax.Array | None = None) -> tuple[jax.Array, Cache | None, Any, RouterSums | None]:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -224,7 +227,8 @@ class Transformer(nnx.Module):
                   layer_input: tuple[jax.Array, jax.Array, nnx.State]) -> tuple[Carry, RouterSums | None]:
             (x, cache, gathered), (index, slides, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
-            layer_cache = None if cache is None else LayerCache(cache, index, slots, read_index)
+            layer_cache = None if cache is None else LayerCache(
+                cache, index, slots, read_index, cache_rows)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
             x, cache, router = nnx.merge(graphdef, params)(x, *types.of_layer(slides), seeds[:3],

@@ -4,6 +4,7 @@ A step is one forward pass and the tokens that it reveals. This is the one place
 """
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import jax
@@ -223,33 +224,54 @@ class BlockStepper(DenoisingStepper):
     def _predict(self, inputs: SamplingInputs, state: SamplingState,
                  here: jax.Array) -> tuple[jax.Array, jax.Array, SamplingState]:
         """Returns the positions of each row's block, the states that predict them, and the state with the new cache."""
-        diffusion, frontier, length = self.spec.diffusion, state.frontier, state.tokens.shape[1]
+        diffusion, frontier, (batch, length) = self.spec.diffusion, state.frontier, state.tokens.shape
         size = diffusion.blocks.size
         start = state.block * size
-        attention = diffusion.blocks.decode_mask(start).with_lengths(inputs.lengths)
 
-        def run(first: int, cache: Cache) -> tuple[jax.Array, Cache]:
-            """Returns the states from `first` positions after each block's start to its end."""
-            at = start[:, None] + jnp.arange(first, size)
-            tokens = jnp.take_along_axis(state.tokens, jnp.clip(at, 0, length - 1), axis=1)
+        def run(first: jax.Array, width: int, cache: Cache, rows: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+            """Returns the states of `width` positions from `first`, int [n], in rows int [n]; None: in each row."""
+            at, mine = first[:, None] + jnp.arange(width), jnp.arange(batch) if rows is None else rows
+            attention = diffusion.blocks.decode_mask(start[mine]).with_lengths(inputs.lengths[mine])
+            tokens = state.tokens[mine[:, None], jnp.clip(at, 0, length - 1)]
             return self.network.cached_hidden(tokens, attention, jnp.where(at < 0, length, at), cache,  # not cached
-                                              noised=(-first, size - first))
+                                              noised=(width - size, width), rows=rows)
 
-        def with_previous_block(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
-            hidden, cache = run(-size, cache)
+        def without(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+            hidden, cache = run(start, size, cache)
+            return hidden, frontier.hidden, cache
+
+        def with_previous_of(count: int, cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+            """Computes the previous block as well, in so many rows: in those that need it first."""
+            rows = jnp.argsort(~frontier.pending, stable=True)[:count]
+            hidden, cache = run(jnp.concatenate([start, start[rows] - size]), size, cache,
+                                jnp.concatenate([jnp.arange(batch), rows]))
+            last = jnp.where(frontier.pending[rows, None], hidden[batch:, -1], frontier.hidden[rows])
+            return hidden[:batch], frontier.hidden.at[rows].set(last), cache
+
+        def with_previous(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+            hidden, cache = run(start - size, 2 * size, cache)
             last = jnp.where(frontier.pending[:, None], hidden[:, size - 1], frontier.hidden)
             return hidden[:, size:], last, cache
 
-        def without(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
-            hidden, cache = run(0, cache)
-            return hidden, frontier.hidden, cache
-
-        hidden, last, cache = jax.lax.cond(frontier.pending.any(), with_previous_block, without, state.cache)
+        counts = self._counts(batch)
+        branches = [without, *(functools.partial(with_previous_of, count) for count in counts), with_previous]
+        hidden, last, cache = jax.lax.switch(jnp.searchsorted(jnp.array([0, *counts]), frontier.pending.sum()),
+                                             branches, state.cache)
         if diffusion.shift:
             hidden = jnp.concatenate([last[:, None], hidden[:, :-1]], axis=1)
         width = min(size, length)
         state = state._replace(cache=cache, frontier=frontier._replace(hidden=last))
         return start[:, None] + jnp.arange(width), hidden[:, :width], state
+
+    def _counts(self, batch: int) -> list[int]:
+        """Returns the numbers of rows, other than none and all, whose previous block a step can compute.
+
+        Rows reach the ends of their blocks at different steps, so that of many rows some do at most steps.
+        """
+        lora, is_spread = self.network.lora, not jax.sharding.get_abstract_mesh().empty
+        if is_spread or (lora is not None and lora.where == "noised"):  # whose positions are the same in all rows
+            return []
+        return [count for count in (batch // 4, batch // 2) if count > 0]
 
 
 @dataclasses.dataclass(frozen=True)
