@@ -295,8 +295,8 @@ def _row_keys(seeds: jax.Array) -> jax.Array:
 
 def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
            key_data: jax.Array, settings: RowSettings, spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState]:
-    stepper = make_stepper(nnx.merge(graphdef, params), spec)
-    return stepper.start(tokens, fixed, lengths, jax.random.wrap_key_data(key_data), settings)
+    inputs = SamplingInputs.of(spec, fixed, lengths, jax.random.wrap_key_data(key_data), settings)
+    return inputs, make_stepper(nnx.merge(graphdef, params), spec).start(tokens, inputs)
 
 
 def _prefill(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: SamplingState, first: jax.Array,

@@ -47,16 +47,18 @@ def make_keys(count, seed=0):
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
 
 
-def run_sampler(network, tokens, fixed, lengths=None, *, keys=None, mask=MASK, shift=True, eos=None, stop=False,
-                drafter_object=None,
-                blocks=None, **config):
-    """Returns a `Sample` of NumPy arrays; `eos` is a token that ends a text, or several."""
+def make_spec(*, mask=MASK, shift=True, eos=None, stop=False, blocks=None, **config):
+    """Returns a `SamplingSpec`; `eos` is a token that ends a text, or several."""
+    ends = () if eos is None else tuple(np.atleast_1d(eos).tolist())
+    return SamplingSpec(SamplerConfig(**config), DiffusionSpec(mask, shift, blocks), ends, stop)
+
+
+def run_sampler(network, tokens, fixed, lengths=None, *, keys=None, **settings):
+    """Returns a `Sample` of NumPy arrays; `settings` are of `make_spec`."""
     tokens = np.asarray(tokens)
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
     keys = make_keys(len(tokens)) if keys is None else keys
-    ends = () if eos is None else tuple(np.atleast_1d(eos).tolist())
-    spec = SamplingSpec(SamplerConfig(**config), DiffusionSpec(mask, shift, blocks), ends, stop, drafter=drafter_object)
-    return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, spec))
+    return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, make_spec(**settings)))
 
 
 def make_batch(policy="confidence", seed=0):
