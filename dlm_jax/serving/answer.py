@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from dlm_jax.evaluation.likelihood import TokenLogProbs, token_log_probs
-from dlm_jax.sampling.text import GAP
+from dlm_jax.sampling.text import GAP, TokenTexts
 from dlm_jax.serving.engine import Engine
 from dlm_jax.serving.jobs import CHAT_TOKENS, Plan, Row, ServedModel, plan_completion
 from dlm_jax.serving.protocol import Answer, CompletionRequest, RequestError, TokenLogProb, Usage
 from dlm_jax.serving.queue import Job, Ticket, Update
 from dlm_jax.serving.steps import RowSteps
-from dlm_jax.serving.text import RowText, TokenTexts, finite
+from dlm_jax.serving.text import RowText, finite
 
 _ROWS_PER_PASS = 8  # of prompts that are scored: other requests wait for no more
 _WARM_TOKENS = (16, 64)  # of the completions that are compiled at the start: the API's default, and the page's

@@ -21,7 +21,7 @@ from dlm_jax.errors import ConfigError, DLMError
 from dlm_jax.pipeline import DiffusionLM
 from dlm_jax.sampling import BUILT_IN_DRAFTERS, GAP, POLICIES, SamplerConfig, SamplingSpec, resolve_settings
 from dlm_jax.sampling.gap_length import infer_gap_lengths
-from dlm_jax.sampling.text import Segment, encode, split_gaps
+from dlm_jax.sampling.text import Segment, TokenTexts, encode, split_gaps
 from dlm_jax.serving.protocol import (
     MAX_PROMPTS,
     MAX_SEED,
@@ -30,7 +30,7 @@ from dlm_jax.serving.protocol import (
     RequestError,
     SamplingRequest,
 )
-from dlm_jax.serving.text import TextFormat, TokenTexts, final_groups
+from dlm_jax.serving.text import TextFormat, final_groups
 
 COMPLETION_TOKENS = 16  # where a completion names no max_tokens, as in OpenAI's API
 CHAT_TOKENS = 128  # where a chat names none, as in `dlm chat`

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dlm_jax import __version__
 from dlm_jax.errors import DLMError, did_you_mean
-from dlm_jax.sampling.trace import BROKEN
+from dlm_jax.sampling.text import BROKEN
 
 MAX_SEED = (1 << 32) - 1
 MAX_CHOICES, MAX_PROMPTS, MAX_STOPS = 16, 64, 16

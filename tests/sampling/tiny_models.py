@@ -16,10 +16,10 @@ _SIZES = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, head_dim
 _KINDS = {
     "llama": dict(num_kv_heads=2, max_length=128),
     "window": dict(num_kv_heads=2, max_length=128, sliding_window=6),
-    "two types": dict(num_kv_heads=2, max_length=128, sliding_window=6, full_attention_layers=(1,),
-                      sliding_rope_theta=100.0, norm="zero_centered_rms", post_norms=True, scale_embeddings=True,
-                      attention_softcap=4.0, logit_softcap=9.0, query_pre_attn_scalar=5.0),
-    "experts": dict(num_kv_heads=2, max_length=128, experts=ExpertsConfig(4, 2)),
+    "two types and experts": dict(num_kv_heads=2, max_length=128, sliding_window=6, full_attention_layers=(1,),
+                                  sliding_rope_theta=100.0, norm="zero_centered_rms", post_norms=True,
+                                  scale_embeddings=True, attention_softcap=4.0, logit_softcap=9.0,
+                                  query_pre_attn_scalar=5.0, experts=ExpertsConfig(4, 2)),
     "gpt2": dict(num_kv_heads=4, max_length=40, norm="layer", positions="learned", gated_mlp=False,
                  activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True),
 }
@@ -27,7 +27,7 @@ _KINDS = {
 
 @functools.cache
 def tiny(kind, **changes):
-    """Returns a random network of one of five kinds, which differ in positions, heads, windows, norms and MLPs."""
+    """Returns a random network of one of four kinds, which differ in positions, heads, windows, norms and MLPs."""
     return random_model(ModelConfig(kind, **_SIZES | _KINDS[kind] | changes))
 
 

@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dlm_jax.sampling.text import GAP, before_end, decode, encode
-from dlm_jax.sampling.trace import BROKEN, Change
+from dlm_jax.sampling.text import BROKEN, GAP, TokenTexts, before_end, decode, encode
+from dlm_jax.sampling.trace import Change
 from dlm_jax.serving.steps import MASK, RowSteps
-from dlm_jax.serving.text import GapText, RowText, TextFormat, TokenTexts, final_groups, overlap
+from dlm_jax.serving.text import GapText, RowText, TextFormat, final_groups, overlap
 from tests.serving.conftest import byte_tokenizer
 
 WORDS = ["▁", "▁a", "▁cat", "s", "at", "é", "。", "▁é", "  ", "!", "▁▁"]
