@@ -9,7 +9,6 @@ A row's tokens do not depend on its slot, on the other rows, or on when they joi
 sizes round differently, which in float32 hardly ever changes a token and in bfloat16 may.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dlm_jax.matmul import jit_model
-from dlm_jax.parallel import num_batch_shards, shard_batch, to_host
+from dlm_jax.parallel import num_batch_shards, shard_batch, to_host, use_mesh
 from dlm_jax.random import example_keys
 from dlm_jax.sampling.sampler import make_stepper
 from dlm_jax.sampling.spec import Network, RowSettings, SamplingInputs, SamplingSpec, SamplingState, pending_mask
@@ -78,7 +77,7 @@ class Programs:
     def __init__(self, network: Network, spec: SamplingSpec, max_rows: int, mesh: Mesh | None = None):
         self.spec, self.mesh = spec, mesh
         self.graphdef, self.params = nnx.split(network)
-        self.shards = 1 if mesh is None else num_batch_shards(mesh)
+        self.shards = num_batch_shards(mesh)
         self.sizes = [self.shards]  # the numbers of slots
         while self.sizes[-1] < max_rows:
             self.sizes.append(min(_GROWTH * self.sizes[-1], -(-max_rows // self.shards) * self.shards))
@@ -93,9 +92,6 @@ class Programs:
         """Whether a row can join others that have begun; a cache that grows stale is refreshed for all at once."""
         return self.spec.config.cache == "none"
 
-    def context(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
     def start(self, rows: Sequence[Row]) -> tuple[SamplingInputs, SamplingState]:
         """Returns rows whose prompts are to be computed, with empty rows up to a number that the mesh can split."""
         number = self.slots_for(len(rows))
@@ -107,28 +103,28 @@ class Programs:
         arrays = (tokens, fixed, lengths, np.asarray(jax.random.key_data(_row_keys(seeds))), settings)
         if self.mesh is not None:
             arrays = jax.tree.map(lambda x: shard_batch(x, self.mesh), arrays)
-        with self.context():
+        with use_mesh(self.mesh):
             return self._start(self.graphdef, self.params, *arrays, spec=self.spec)
 
     def prefill(self, inputs: SamplingInputs, state: SamplingState, first: int, width: int) -> SamplingState:
-        with self.context():
+        with use_mesh(self.mesh):
             return self._prefill(self.graphdef, self.params, inputs, state, np.int32(first), width=width,
                                  spec=self.spec)
 
     def advance(self, inputs: SamplingInputs, state: SamplingState, num_steps: int,
                 stop_early: bool) -> tuple[SamplingState, jax.Array]:
-        with self.context():
+        with use_mesh(self.mesh):
             return self._advance(self.graphdef, self.params, inputs, state, np.int32(num_steps), np.bool_(stop_early),
                                  spec=self.spec)
 
     def insert(self, inputs: SamplingInputs, state: SamplingState, new: tuple[SamplingInputs, SamplingState],
                slots: np.ndarray) -> tuple[SamplingInputs, SamplingState]:
-        with self.context():
+        with use_mesh(self.mesh):
             return self._insert(inputs, state, new, slots)
 
     def select(self, inputs: SamplingInputs, state: SamplingState, index: np.ndarray,
                is_used: np.ndarray) -> tuple[SamplingInputs, SamplingState]:
-        with self.context():
+        with use_mesh(self.mesh):
             return self._select(inputs, state, index, is_used)
 
     def compile(self, row: Row, slots: int) -> None:
@@ -168,11 +164,21 @@ class _Joining:
 
 
 class RunningBatch:
-    """Rows of one width that are sampled together; `owners` are the caller's objects, one per row."""
+    """Rows of one width that are sampled together.
+
+    Attributes:
+      owners: the caller's object of the row in each slot; None where there is no row.
+      time, step_seconds: of the caller: how long each row was computed, and how long a step takes by number of slots.
+    """
 
     def __init__(self, programs: Programs):
-        self.programs = programs
-        self.owners: list[Hashable | None] = []  # one per slot
+        self.programs, self.time = programs, 0.0
+        self.step_seconds: dict[int, float] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all rows."""
+        self.owners: list[Hashable | None] = []
         self._joining: list[_Joining] = []
         self._arrays: tuple[SamplingInputs, SamplingState] | None = None
         self._calls_with_few = 0
@@ -234,7 +240,7 @@ class RunningBatch:
             self._arrays, self.owners = None, []
         else:  # without masked tokens a row needs no steps
             inputs, state = self._arrays
-            with self.programs.context():
+            with use_mesh(self.programs.mesh):
                 self._arrays = inputs, state._replace(masked=state.masked & keep[:, None])
 
     def run(self, num_steps: int, stop_early: bool = False) -> dict[Hashable, View]:

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
+from dlm_jax.sampling.spec import SamplingSpec
 from dlm_jax.sampling.text import BROKEN, GAP, Segment, TokenTexts, text_after
 from dlm_jax.sampling.trace import Change
 from dlm_jax.serving.protocol import TokenLogProb
@@ -57,23 +58,19 @@ class GapText:
         self._known = self._texts.decode(self._tokens[self._start :])
 
 
-def final_groups(gaps: Sequence[int], remask: float, block_size: int | None, block_length: int | None) -> list[int]:
-    """Returns for each position of a gap how many positions must be filled, from the left, before it is final.
+def final_groups(row: Sequence[int], spec: SamplingSpec) -> list[int]:
+    """Returns for each GAP of a row how many of them must be filled, from the left, before it is final.
 
     Without remasking a token stays as it is. With it, a token may be masked again until its block is full: an aligned
     block of a model with blocks, or as `sampling.spec.block_ids` numbers them.
-
-    Args:
-      gaps: positions, in order.
-      block_size: of a model with blocks.
-      block_length: of the sampler; None: the row is one block.
     """
-    if not remask:
+    gaps, block_length = [position for position, token in enumerate(row) if token == GAP], spec.config.block_length
+    if not spec.config.remask:
         return list(range(1, len(gaps) + 1))
     blocks, end, block = [], 0, -1
     for position in gaps:
-        if block_size is not None:
-            block = position // block_size
+        if spec.blocks is not None:
+            block = position // spec.blocks.size
         elif position >= end:
             block, end = block + 1, position + block_length if block_length else gaps[-1] + 1
         blocks.append(block)
