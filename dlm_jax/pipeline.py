@@ -183,8 +183,8 @@ class DiffusionLM:
             stats: a `sampling.SamplingStats`, which counts tokens, forward passes and accepted drafts.
         """
         check_at_least(max_new_tokens, 1, "max_new_tokens")
-        settings = self._settings(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, seed=seed,
-                                  **options)
+        settings = _Settings.make(self.default_sampling, num_steps=num_steps, policy=policy, temperature=temperature,
+                                  top_p=top_p, seed=seed, **options)
         segments = [[prompt, max_new_tokens] for prompt in _as_list(prompts, "prompts")]
         return self._fill(segments, settings, stop_at_eos=True)
 
@@ -197,7 +197,7 @@ class DiffusionLM:
         Args:
           options: the keywords of `generate`, from `num_steps` on.
         """
-        settings = self._settings(**options)
+        settings = _Settings.make(self.default_sampling, **options)
         segments = [split_gaps(text, gap_length) for text in _as_list(texts, "texts")]
         if any(isinstance(segment, range) for text in segments for segment in text):
             encode_text = functools.partial(encode, self.tokenizer, start=self.pretrained.start_token_id)
@@ -216,7 +216,7 @@ class DiffusionLM:
           options: the keywords of `generate`, from `num_steps` on.
         """
         check_at_least(max_new_tokens, 1, "max_new_tokens")
-        settings = self._settings(**options)
+        settings = _Settings.make(self.default_sampling, **options)
         prompt_format = self.prompt_format() if prompt_format is None else prompt_format
         is_conversation = not isinstance(questions, str) and questions and isinstance(questions[0], dict)
         questions = [questions] if is_conversation else _as_list(questions, "questions")
@@ -251,9 +251,6 @@ class DiffusionLM:
         for llama.cpp ("dream") or in DiffuGPT's layout ("diffugpt"), or the adapter of a model loaded with
         `merge=False` ("peft")."""
         save_pretrained(directory, self.pretrained, layout=layout)
-
-    def _settings(self, **options: Any) -> "_Settings":
-        return _Settings.make(self.default_sampling, **options)
 
     def _fill(self, segments: Sequence[Sequence[Segment]], settings: "_Settings", *, stop_at_eos: bool) -> list[str]:
         """Returns texts with their gaps filled."""

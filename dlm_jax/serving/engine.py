@@ -158,9 +158,7 @@ class Engine:
             row, spec = self._prepare(job)
             with self._lock:
                 kind = self._kind(job.model, spec, row)
-            for slots in kind.programs.sizes:
-                kind.programs.compile(row, slots)
-                kind.ready[row.shape] = slots
+            self._compile(kind, row)
             progress(done, len(jobs))
 
     def metrics(self) -> EngineMetrics:
@@ -280,7 +278,7 @@ class Engine:
         kind, shape = ticket.kind, ticket.row.shape
         if shape not in kind.compiling and kind.ready.get(shape) != kind.programs.sizes[-1]:
             kind.compiling.add(shape)
-            self._compiler.submit(self._compile, kind, ticket.row)
+            self._compiler.submit(self._compile_for_queue, kind, ticket.row)
         batch = kind.batches.get(shape[0])
         return self._has_slots(ticket, 0 if batch is None else batch.num_rows) and (batch is None or batch.is_open)
 
@@ -303,17 +301,20 @@ class Engine:
         return together
 
     def _compile(self, kind: Kind, row: Row) -> None:
-        """Compiles the programs that rows of a kind and shape need, few slots first; runs in the compiler's thread."""
-        error, failed = None, []
+        """Compiles the programs that rows of a kind and shape need, few slots first."""
         for slots in kind.programs.sizes:
-            try:
-                kind.programs.compile(row, slots)
-            except Exception as caught:
-                error = caught
-                break
+            kind.programs.compile(row, slots)
             with self._lock:
                 kind.ready[row.shape] = slots
                 self._lock.notify_all()
+
+    def _compile_for_queue(self, kind: Kind, row: Row) -> None:
+        """Does what `_compile` does, in the compiler's thread; if it fails, so do the rows that wait for it."""
+        error, failed = None, []
+        try:
+            self._compile(kind, row)
+        except Exception as caught:
+            error = caught
         with self._lock:
             kind.compiling.remove(row.shape)
             if error is not None:

@@ -12,7 +12,6 @@ from flax import nnx
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import DraftedModel, Drafter, DrafterConfig
-from dlm_jax.sampling import SamplerConfig
 from tests.sampling.enumerated import sample_short_texts
 from tests.sampling.tiny_models import make_batch, run_sampler, tiny
 
@@ -146,13 +145,6 @@ def test_fewer_drafts():
 def test_settings_that_the_drafter_cannot_follow(kind, settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         run(drafted(kind), drafter="given", **settings)
-
-
-@pytest.mark.parametrize("settings", [dict(draft_threshold=0.5), dict(drafter="ngram", draft_threshold=0.5),
-                                      dict(drafter="given", draft_threshold=1.5)])
-def test_config_refuses(settings):
-    with pytest.raises(ConfigError, match="draft_threshold"):
-        SamplerConfig("autoregressive", **settings)
 
 
 def test_a_named_drafter_must_be_given():

@@ -90,7 +90,7 @@ def check_passes(found, lengths, guess_after):
             if at < length:
                 guesses = guess_after(row, at - 1)
         assert steps == expected and accepted.sum() == total
-    assert found.accepted.sum() > 3
+    assert found.accepted.sum() > 0
 
 
 @pytest.mark.parametrize(("kind", "settings"), [

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from dlm_jax import DiffusionLM
-from dlm_jax.errors import ConfigError
-from dlm_jax.sampling import GAP, SamplerConfig, pad_rows
+from dlm_jax.sampling import GAP, pad_rows
 from dlm_jax.sampling.sampler import fill, resolve_spec
 from dlm_jax.sampling.spec import NO_DRAFT, Drafts, RowSettings
 from dlm_jax.sampling.speculative import SpeculativeStepper, look_up, next_position
@@ -87,13 +86,6 @@ def test_look_up_finds_longest_and_last_match():
     expected = [reference_look_up(row, at, 4) for row, at in zip(rows.tolist(), ends.tolist(), strict=True)]
     assert [[token for token in draft if token != NO_DRAFT] for draft in drafts.tolist()] == expected
     assert 50 < sum(map(bool, expected)) < 200
-
-
-@pytest.mark.parametrize("settings", [dict(policy="confidence", drafter="ngram"), dict(policy="autoregressive",
-                                      num_drafts=3), dict(policy="autoregressive", drafter=" ")])
-def test_config_refuses(settings):
-    with pytest.raises(ConfigError, match="draft"):
-        SamplerConfig(**settings)
 
 
 def test_look_up_in_text_that_repeats_itself():

@@ -8,13 +8,14 @@ import subprocess
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.sampling import GAP, Snapshot
 from dlm_jax.sampling.text import TokenTexts
 from dlm_jax.sampling.trace import COLUMNS, LINES, Trace, lay_out, page_content
+from tests.sampling.tiny_models import byte_tokenizer
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 WORDS = [" the", " cat", "</script>", "<b>", " &amp;", " $x_1$", ".", "\n", '"', "\u2028"]
@@ -22,13 +23,7 @@ WORDS = [" the", " cat", "</script>", "<b>", " &amp;", " $x_1$", ".", "\n", '"',
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Returns a tokenizer with a token per byte, some words, and an EOS token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(WORDS)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
+    return byte_tokenizer(WORDS)
 
 
 def encoded(tokenizer, text):

@@ -1,4 +1,4 @@
-"""Tiny transformers with random weights, batches for them, and settings that cover the sampler."""
+"""Tiny transformers with random weights, batches for them, a tokenizer, and settings that cover the sampler."""
 
 import functools
 
@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.models import ExpertsConfig, ModelConfig, abstract_model
@@ -41,6 +43,16 @@ def random_model(config, scale=0.3, lora=None):
         return jnp.asarray(rng.normal(center, spread, leaf.shape), jnp.float32)
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
+
+
+def byte_tokenizer(words=()):
+    """Returns a tokenizer with a token per byte, some words, and an EOS token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(list(words))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
 
 
 def make_keys(count, seed=0):

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from dlm_jax.diffusion import BlockSpec, DiffusionSpec
+from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.random import example_keys
-from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, sample_rows
+from dlm_jax.sampling import GAP, sample_rows
 from dlm_jax.serving.engine import Engine, EngineStopped
 from dlm_jax.serving.queue import Job, QueueFull
-from tests.sampling.tiny_models import EOS, MASK, tiny
+from tests.sampling.tiny_models import EOS, make_spec, tiny
 
 BLOCKS = BlockSpec(4)
 KINDS = {
@@ -47,7 +47,7 @@ class Client:
 
     def submit(self, rows, blocks=None, seed=0, first_index=0, model="m", every_step=False, stop=True, **settings):
         jobs = []
-        spec = SamplingSpec(SamplerConfig(**settings), DiffusionSpec(MASK, blocks=blocks), (EOS,), stop)
+        spec = make_spec(blocks=blocks, eos=EOS, stop=stop, **settings)
         for index, row in enumerate(rows, first_index):
             updates, done = [], threading.Event()
             self.updates.append((list(row), updates))
@@ -92,7 +92,7 @@ def rows_of(count, seed=0, inside=False):
 
 
 def expected_rows(rows, blocks, seed=0, first_index=0, stop=True, network=None, **settings):
-    spec = SamplingSpec(SamplerConfig(**settings), DiffusionSpec(MASK, blocks=blocks), (EOS,), stop)
+    spec = make_spec(blocks=blocks, eos=EOS, stop=stop, **settings)
     keys = example_keys(np.uint32(seed), np.arange(first_index, first_index + len(rows), dtype=np.uint32))
     return [row.tolist() for row in sample_rows(network or tiny("llama"), rows, keys, spec, batch_size=3)]
 
@@ -178,7 +178,7 @@ def test_every_step_has_an_update(engine):
 
 def test_cancelled_row_gets_no_update_and_frees_its_slot(engine, counts):
     client, other, began = Client(engine), Client(engine), threading.Event()
-    spec = SamplingSpec(SamplerConfig("first_hitting"), DiffusionSpec(MASK))
+    spec = make_spec(policy="first_hitting")
     seen = []
 
     def receive(update):
@@ -204,7 +204,7 @@ def test_cancelled_row_gets_no_update_and_frees_its_slot(engine, counts):
 def test_a_request_of_many_rows_does_not_keep_others_waiting(max_batch):
     """A second request gets a slot as soon as a row of the first is done, not after its 24."""
     order = []
-    spec = SamplingSpec(SamplerConfig("first_hitting"), DiffusionSpec(MASK))
+    spec = make_spec(policy="first_hitting")
 
     def job(name, length):
         done = threading.Event()
@@ -306,7 +306,7 @@ def test_stop_finishes_or_refuses():
 
 def test_warm_rows_compile_nothing():
     cold = Engine({"m": language_model()}, max_batch=4)
-    spec = SamplingSpec(SamplerConfig("threshold"), DiffusionSpec(MASK, blocks=BLOCKS), (EOS,), True)
+    spec = make_spec(policy="threshold", blocks=BLOCKS, eos=EOS, stop=True)
     seen = []
     cold.warm_up([Job("m", [1] + [GAP] * 40, spec, print)], lambda *counts: seen.append(counts))
     assert seen == [(0, 1), (1, 1)]
