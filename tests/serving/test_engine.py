@@ -17,6 +17,7 @@ from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, sample_rows
 from dlm_jax.serving.engine import Engine, EngineStopped
 from dlm_jax.serving.queue import Job, QueueFull
+from dlm_jax.serving.running_batch import Programs, RunningBatch
 from tests.sampling.tiny_models import EOS, make_spec, tiny
 
 BLOCKS = BlockSpec(4)
@@ -198,6 +199,25 @@ def test_cancelled_row_gets_no_update_and_frees_its_slot(engine, counts):
     client.submit(rows_of(1), policy="first_hitting")
     client.wait()
     assert len(seen) == number
+
+
+@pytest.mark.parametrize("name", ["stale cache", "ngram"])
+def test_rows_removed_before_they_have_a_slot(name):
+    """Of rows that start together, one leaves before the first step, and the other is as without it."""
+    blocks, settings = KINDS[name]
+    engine, rows = Engine({"m": language_model()}, max_batch=2), rows_of(2)
+    spec = make_spec(blocks=blocks, eos=EOS, stop=True, **settings)
+    prepared = [engine._prepare(Job("m", row, spec, print, example_index=index)) for index, row in enumerate(rows)]
+    batch = RunningBatch(Programs(tiny("llama"), prepared[0][1], 2))
+    batch.add([row for row, _ in prepared], ["first", "second"])
+    batch.remove(["first"])
+    assert batch.all_owners() == ["second"] and batch.num_rows == 1
+    while batch.num_running == 0:
+        batch.prefill()
+    found = batch.run(100)
+    assert list(found) == ["second"] and found["second"].is_done and batch.num_rows == 0
+    view, expected = found["second"], expected_rows(rows, blocks, **settings)[1]
+    assert np.where(view.masked, EOS, view.tokens)[: len(expected)].tolist() == expected
 
 
 @pytest.mark.parametrize("max_batch", [1, 4])
