@@ -1,21 +1,21 @@
-"""A drafter as a user asks for it, the workdir of the run that trains one, and the opener of every kind of drafter.
+"""A drafter as a user asks for it, and the opener of every kind of drafter.
 
-Such a workdir has, beside what every run has, `drafter.json`: the drafter's architecture, and which target it is for.
-Its checkpoints hold the drafter alone.
+The checkpoints of a run that trains one hold the drafter alone; its target is on record: see `workdir.DrafterRecord`.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, locate, split_step
 from dlm_jax.config_fields import check_at_least, check_choices, field
 from dlm_jax.errors import CheckpointError, ConfigError
-from dlm_jax.storage import read_json, write_json
+from dlm_jax.storage import read_json
 
 if TYPE_CHECKING:
     import jax
     from etils import epath
 
+    from dlm_jax.checkpoints.workdir import DrafterRecord
     from dlm_jax.models import Compute, Drafter, DrafterConfig, ModelConfig, Transformer
 
 
@@ -80,56 +80,6 @@ def resolve_drafter(settings: DrafterSettings, target: "ModelConfig", mask_token
                          **{name: getattr(settings, name) for name in sorted(names)})
 
 
-@dataclasses.dataclass(frozen=True)
-class DrafterRecord:
-    """What a run records of its drafter.
-
-    Attributes:
-      target: the source of the target: a directory, a GGUF file, a hub id, or a workdir@step.
-      mask_token: the argument with which the target was loaded.
-      fingerprint: of the target's parameters.
-    """
-
-    config: "DrafterConfig"
-    target: str
-    mask_token: int | str | None
-    fingerprint: str
-
-    def write(self, workdir: "epath.Path") -> None:
-        """Writes the record into a workdir."""
-        write_json(workdir / DRAFTER_FILE, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, workdir: "epath.Path") -> Self | None:
-        """Reads the record of a run; None for a run that trains no drafter.
-
-        Raises:
-          CheckpointError: the file is damaged.
-        """
-        from dlm_jax.models import DrafterConfig, ModelConfig, RopeScaling
-
-        path = workdir / DRAFTER_FILE
-        if not path.exists():
-            return None
-        content = read_json(path)
-        try:
-            config = content.pop("config")
-            layers = config.pop("layers")
-            if layers["rope_scaling"] is not None:
-                layers["rope_scaling"] = RopeScaling(**layers["rope_scaling"])
-            config, layers = ({name: tuple(value) if isinstance(value, list) else value
-                               for name, value in fields.items()} for fields in (config, layers))
-            return cls(DrafterConfig(ModelConfig(**layers), **config), **content)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error!r}; restore it from a copy") from error
-
-    def check(self, fingerprint: str, workdir: "epath.Path") -> None:
-        """Raises CheckpointError if the target has other parameters than when the run started."""
-        if fingerprint != self.fingerprint:
-            raise CheckpointError(f"the model at {self.target} has other weights than when the drafter in {workdir} "
-                                  f"was begun; restore them, or correct the target in {workdir / DRAFTER_FILE}")
-
-
 class StoredDrafter(NamedTuple):
     """A drafter, and the source of the target that it was trained for, None where its files do not say."""
 
@@ -175,10 +125,12 @@ def recorded_target(source: "epath.PathLike") -> str | None:
     if not is_workdir(source):
         locate(str(source), weights=False)
         return None
-    return find_base(_read_record(source).target, split_step(source)[0])
+    return find_base(_read_record(source).source, split_step(source)[0])
 
 
-def _read_record(source: "epath.PathLike") -> DrafterRecord:
+def _read_record(source: "epath.PathLike") -> "DrafterRecord":
+    from dlm_jax.checkpoints.workdir import DrafterRecord
+
     record = DrafterRecord.read(split_step(source)[0])
     if record is None:
         raise CheckpointError(f"{source} is not the workdir of a run that trains a drafter; it has no {DRAFTER_FILE}")
@@ -200,4 +152,4 @@ def _open_run(source: "epath.PathLike", compute: "Compute", param_dtype: str | N
     layout = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
     params: Any = restore_params(workdir, resolve_step(workdir, step), nnx.State({"drafter": layout}))["drafter"]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(param_dtype or stored_dtype)), params)
-    return StoredDrafter(nnx.merge(graphdef, params), find_base(record.target, workdir))
+    return StoredDrafter(nnx.merge(graphdef, params), find_base(record.source, workdir))

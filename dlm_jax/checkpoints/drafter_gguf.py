@@ -61,8 +61,8 @@ def save_drafter_gguf(path: str | Path, drafter: Drafter, target: "Pretrained", 
                               "that exists")
     tensors = named_tensors(drafter)
     if jax.process_index() > 0:  # gathering a tensor takes every process
-        for _, values in tensors.values():
-            values()
+        for tensor in tensors.values():
+            tensor.values()
         return
     import gguf
 

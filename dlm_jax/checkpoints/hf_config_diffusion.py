@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlm_jax.checkpoints import hf_moe
+from dlm_jax.checkpoints.settings import check_implemented, require
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import CheckpointError
 from dlm_jax.storage import read_json
@@ -75,15 +76,15 @@ _LLADA_NAMES = {
     "attention_dropout": "attention_dropout", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id", "use_cache": "use_cache",
 }  # fmt: skip
-# LLaDA's settings that LLaMA's network has built in: the values that say so; the first is the default of LLaDA's class.
-_LLADA_BUILT_IN: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "block_type": ("sequential", ("llama",)), "block_group_size": (1, (1,)), "activation_type": ("swiglu", ("silu",)),
-    "layer_norm_type": ("default", ("rms",)), "layer_norm_with_affine": (True, (True,)),
-    "rope": (False, (True,)), "alibi": (False, (False,)), "attention_layer_norm": (False, (False,)),
-    "input_emb_norm": (False, (False,)), "scale_logits": (False, (False,)), "include_bias": (False, (False,)),
-    "include_qkv_bias": (False, (False, None)), "bias_for_layer_norm": (None, (False, None)),
-    "embedding_dropout": (0.1, (0,)), "residual_dropout": (0.1, (0,)),
+# LLaDA's settings that LLaMA's network has built in: the values that say so, and defaults of LLaDA's class that do not.
+_LLADA_BUILT_IN: dict[str, tuple[Any, ...]] = {
+    "block_type": ("llama",), "block_group_size": (1,), "activation_type": ("silu",), "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,), "rope": (True,), "alibi": (False,), "attention_layer_norm": (False,),
+    "input_emb_norm": (False,), "scale_logits": (False,), "include_bias": (False,), "include_qkv_bias": (False, None),
+    "bias_for_layer_norm": (False, None), "embedding_dropout": (0,), "residual_dropout": (0,),
 }  # fmt: skip
+_LLADA_DEFAULTS = {"block_type": "sequential", "activation_type": "swiglu", "layer_norm_type": "default", "rope": False,
+                   "embedding_dropout": 0.1, "residual_dropout": 0.1}
 
 # Dream's names of reveal policies.
 _DREAM_POLICIES = {"origin": "random", "maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
@@ -171,11 +172,8 @@ def _a2d_block_size(hf: Mapping[str, Any], directory: Path) -> int | None:
                           'bd3lm; add "block_size" to its config.json, 32 for blocks of 32 tokens or null for none')
 
 
-def _llada_to_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
-    for name, (default, allowed) in _LLADA_BUILT_IN.items():
-        if hf.get(name, default) not in allowed:
-            raise CheckpointError(f"config.json of 'llada' has {name} {hf.get(name, default)!r}, which this library "
-                                  f"does not implement; it reads {allowed[0]!r}")
+def _llada_to_llama(hf: dict[str, Any]) -> dict[str, Any]:
+    check_implemented(_LLADA_DEFAULTS | hf, _LLADA_BUILT_IN, "config.json of a LLaDA")
     heads = hf.get("n_kv_heads")
     if heads is None:
         heads = 1 if hf.get("multi_query_attention") else hf.get("n_heads")
@@ -203,14 +201,10 @@ def _dream_sampling(directory: Path) -> dict[str, Any]:
     given = read_json(path) if path.is_file() else {}
     given = {name: value for name, value in given.items() if value is not None}
     for name in ("steps", "temperature", "top_p", "top_k", "eps", "alg_temp"):
-        if isinstance(given.get(name, 0), bool) or not isinstance(given.get(name, 0), int | float):
-            raise CheckpointError(f"{path} must give {name} as a number, not {given[name]!r}")
+        require(given.get(name, 0), name, "a number", path)
     if given.get("alg", "origin") not in _DREAM_POLICIES:
         raise CheckpointError(f"{path} has the alg {given['alg']!r}; known are {', '.join(_DREAM_POLICIES)}")
-    for name, implemented in (("eps", _DREAM_LAST_TIME), ("alg_temp", 0)):
-        if given.get(name, implemented) != implemented:
-            raise CheckpointError(f"{path} sets {name} to {given[name]}, and this library implements {implemented} "
-                                  "alone; remove it")
+    check_implemented(given, {"eps": (_DREAM_LAST_TIME,), "alg_temp": (0,)}, path, "; remove it")
     sampling = dict(_DREAM_SAMPLING, policy=_DREAM_POLICIES[given.get("alg", "origin")],
                     num_steps=given.get("steps", _DREAM_SAMPLING["num_steps"]),
                     temperature=float(given.get("temperature", 0.0)))

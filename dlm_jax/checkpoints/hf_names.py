@@ -6,15 +6,19 @@ axes there, and for a fused tensor the third of its last axis. Layouts read like
 copies nothing.
 """
 
+import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
+from dlm_jax.parallel import to_host
 
 
 class Key(NamedTuple):
@@ -199,6 +203,13 @@ def read_targets(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in known if name in chosen)
 
 
+class Gathered(NamedTuple):
+    """A tensor to be stored: its shape, and what copies it to the host, in which every process takes part."""
+
+    shape: tuple[int, ...]
+    values: Callable[[], np.ndarray]
+
+
 class Slice(NamedTuple):
     """The HF tensor of a slice of a stacked parameter: its name, the slice's shape, and its index in the parameter."""
 
@@ -214,6 +225,34 @@ def layer_tensors(key: Key, shape: tuple[int, ...]) -> list[Slice]:
     stacked = 2 if "{e}" in key.name else 1
     return [Slice(key.name.format(i=index[0], e=index[-1]), shape[stacked:], index)
             for index in np.ndindex(shape[:stacked])]
+
+
+def key_of(keys: Mapping[str, Key], path: tuple[str, ...]) -> Key:
+    """Returns the key of a parameter in a table such as `KEYS["llama"]`."""
+    return keys[".".join(path)]
+
+
+def stored_shapes(keys: Mapping[str, Key], params: nnx.State) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the HF tensors, by name, that hold a model's parameters."""
+    return {name: hf_shape(key, shape) for path, leaf in nnx.to_flat_state(params)
+            for key in [key_of(keys, path)] for name, shape, _ in layer_tensors(key, leaf.shape)}
+
+
+def named_tensors(keys: Mapping[str, Key], params: nnx.State) -> dict[str, Gathered]:
+    """Returns the HF tensors, by name, that hold a model's parameters."""
+    sources: dict[str, list[tuple[Key, jax.Array, tuple[int, ...]]]] = {}
+    for path, leaf in nnx.to_flat_state(params):
+        key = key_of(keys, path)
+        for name, _, index in layer_tensors(key, leaf.shape):
+            sources.setdefault(name, []).append((key, leaf[...], index))
+
+    def gather(name: str) -> np.ndarray:
+        thirds = sorted(sources[name], key=lambda source: source[0].third or 0)
+        arrays = [to_hf(to_host(array[index] if index else array), key) for key, array, index in thirds]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+
+    return {name: Gathered(shape, functools.partial(gather, name))
+            for name, shape in stored_shapes(keys, params).items()}
 
 
 def hf_shape(key: Key, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from dlm_jax.checkpoints.hf_config import (
     blocks_from_record,
@@ -18,13 +18,14 @@ from dlm_jax.checkpoints.hf_config import (
     recorded_sampling,
 )
 from dlm_jax.checkpoints.hf_import import open_tensors, stream_parameters
+from dlm_jax.checkpoints.hf_names import KEYS
 from dlm_jax.checkpoints.hf_tensors import has_model_tensors
 from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
 from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
 from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, locate, split_step
 from dlm_jax.checkpoints.stored import open_stored
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
-from dlm_jax.checkpoints.workdir import LoRABase, read_lora_base, read_run_config
+from dlm_jax.checkpoints.workdir import LoRABase, base_fingerprint, read_run_config
 from dlm_jax.data.tokenization import missing_ids, special_tokens_of, start_token
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError, DataError
@@ -244,7 +245,8 @@ def _load_stored(path: Path, source: str, options: _Options) -> Pretrained:
 
     def read(shapes: nnx.State, shardings: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
         if init == "pretrained":
-            return stream_parameters(tensors, config, shapes, shardings, mask_token_id if is_new else None)
+            return stream_parameters(tensors, KEYS[config.family], shapes, shardings,
+                                     mask_token_id if is_new else None)
         initialize = jax.jit(_initialize, static_argnums=(1, 2, 3), out_shardings=shardings)
         values = initialize(options.seed, config, options.compute, options.param_dtype)
         return nnx.to_flat_state(jax.tree.unflatten(jax.tree.structure(shapes), values))
@@ -279,7 +281,7 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
                           "is fixed; export it first, and start from the export")
     step, config, lora = resolve_step(directory, step), loaded.model.config, loaded.model.lora
     loaded = dataclasses.replace(loaded, source=f"{directory}@{step}")
-    record = read_lora_base(directory)
+    record = LoRABase.read(directory)
     if record is None:
         def read(shapes: nnx.State, shardings: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
             layout = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding),
@@ -291,7 +293,7 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
 
     base = load_lora_base(directory, record, options.compute, options.shardings)
     graphdef, trained, frozen = split_trainable(base.model)
-    record.check(frozen, base.provenance, directory)
+    record.check(base_fingerprint(frozen, base.provenance), directory)
     learned = _check_finite(restore_params(directory, step, jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trained)), loaded.source)
     model = nnx.merge(graphdef, learned, frozen)
@@ -305,7 +307,7 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
         return dataclasses.replace(loaded, model=model, base=record.source)
     model = merge_lora(model, options.param_dtype)
     if lora is not None:
-        model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
+        model = add_lora(model, lora, options.seed, options.param_dtype)
     return dataclasses.replace(loaded, model=model, provenance=(record.fingerprint, fingerprint(learned)))
 
 
@@ -353,7 +355,7 @@ def _load_peft(directory: Path, source: str, base: str | None, options: _Options
     lora = resolve_lora(options.lora, model.config, is_new)
     if lora is not None:
         provenance = (*(provenance or (fingerprint(nnx.state(loaded.model)),)), adapter.digest())
-        model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
+        model = add_lora(model, lora, options.seed, options.param_dtype)
     recorded_id = metadata.get("mask_token_id")
     if recorded_id is not None and options.mask_token is None:
         recorded_id = diffusion.mask_token_id
@@ -395,19 +397,10 @@ def _build_model(config: ModelConfig, lora: LoRAConfig | None, options: _Options
     shardings = options.param_shardings(config, shapes)
     params, provenance = freeze_base(read(shapes, shardings), lora)
     factors = nnx.State({}) if lora is None else init_lora_factors(
-        config, lora, options.seed, options.param_dtype, _replicated(shardings[0]))
+        config, lora, options.seed, options.param_dtype, shardings[0])
     return add_dora_magnitudes(nnx.merge(graphdef, params, factors)), provenance
 
 
 def _initialize(seed: jax.Array, config: ModelConfig, compute: Compute, param_dtype: str) -> list[jax.Array]:
     rngs, dtype = nnx.Rngs(jax.random.key(seed)), jnp.dtype(param_dtype)
     return jax.tree.leaves(nnx.state(Transformer(config, compute=compute, rngs=rngs, param_dtype=dtype)))
-
-
-def _replicated_like(model: Transformer) -> Sharding:
-    return _replicated(model.embed.embedding[...].sharding)
-
-
-def _replicated(sharding: Sharding) -> Sharding:
-    """Returns the sharding with a copy on every device of the same mesh, or on the same device."""
-    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding

@@ -3,7 +3,7 @@
     config.json       the settings of the run, by dotted keys
     model/            HF config.json and tokenizer, from which the model can be described without its base
     adapter.json      for a run with LoRA, whose checkpoints hold only what is trained: see `LoRABase`
-    drafter.json      for a run that trains a drafter, the same: see `drafter.DrafterRecord`
+    drafter.json      for a run that trains a drafter, the same: see `DrafterRecord`
     parent.json       for a run that keeps a copy of its parent as teacher: see `ParentRecord`
     checkpoints/      see `orbax`
     metrics.jsonl     see `training.metrics`
@@ -17,18 +17,18 @@ import os
 import pathlib
 import platform
 import tempfile
+import typing
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 from etils import epath
 from flax import nnx
 
-from dlm_jax.checkpoints.drafter import DrafterRecord
 from dlm_jax.checkpoints.hf_config import config_to_hf
 from dlm_jax.checkpoints.source import DRAFTER_FILE, LORA_FILE, PARENT_FILE
 from dlm_jax.errors import CheckpointError
-from dlm_jax.models import LoRAConfig, combine_fingerprints, fingerprint
+from dlm_jax.models import DrafterConfig, LoRAConfig, combine_fingerprints, fingerprint
 from dlm_jax.storage import is_remote, read_json, upload, write_json
 
 if TYPE_CHECKING:
@@ -36,59 +36,89 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRABase:
-    """The record of a run with LoRA: its LoRA and the base for its checkpoints, which hold only what is trained.
+class ModelRecord:
+    """The record of a model that a run needs and that its checkpoints do not hold; each kind is a file in the workdir.
 
     Attributes:
-      source: of the base: a directory, a GGUF file, a hub id, or a workdir@step.
-      mask_token: the argument with which the base was loaded.
-      fingerprint: `base_fingerprint` of the base.
+      source: a directory, a GGUF file, a hub id, or a workdir@step.
+      mask_token: the argument with which the model was loaded.
+      fingerprint: of its weights.
     """
 
-    lora: LoRAConfig
+    FILE: ClassVar[str]
+    ROLE: ClassVar[str]
+    SOURCE_KEY: ClassVar[str] = "source"  # in the file
     source: str
     mask_token: int | str | None
     fingerprint: str
 
-    def check(self, frozen: nnx.State, provenance: tuple[str, ...], workdir: epath.PathLike) -> None:
-        """Raises CheckpointError if the base has other weights than when the run started."""
-        if base_fingerprint(frozen, provenance) != self.fingerprint:
-            raise CheckpointError(f"the base at {self.source} has other weights than when the LoRA run in {workdir} "
-                                  "started; restore them, or correct the source in "
-                                  f"{epath.Path(workdir) / LORA_FILE}")
+    def write(self, workdir: epath.Path) -> None:
+        """Writes the record into a workdir."""
+        content = dataclasses.asdict(self)
+        write_json(workdir / self.FILE, content | {self.SOURCE_KEY: content.pop("source")})
+
+    @classmethod
+    def read(cls, workdir: epath.Path) -> Self | None:
+        """Reads the record of a run; None for a run without one.
+
+        Raises:
+          CheckpointError: the file is damaged.
+        """
+        path = workdir / cls.FILE
+        if not path.exists():
+            return None
+        content = read_json(path)
+        try:
+            return _from_json(cls, content | {"source": content.pop(cls.SOURCE_KEY)})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error!r}; restore it from a copy") from error
+
+    def check(self, found: str, workdir: epath.PathLike) -> None:
+        """Raises CheckpointError if `found`, the model's fingerprint, is not what it was when the run started."""
+        if found != self.fingerprint:
+            raise CheckpointError(f"the {self.ROLE} at {self.source} has other weights than when the run in {workdir} "
+                                  f"started; restore them, or correct the {self.SOURCE_KEY} in "
+                                  f"{epath.Path(workdir) / self.FILE}")
 
 
 @dataclasses.dataclass(frozen=True)
-class ParentRecord:
-    """The record of a run that trains all parameters beside a copy of its parent, which no checkpoint holds.
+class LoRABase(ModelRecord):
+    """The base of a run with LoRA, and its LoRA."""
 
-    Attributes:
-      source, mask_token: with which the parent was loaded, as in `LoRABase`.
-      fingerprint: `base_fingerprint` of all its parameters.
-    """
+    FILE, ROLE = LORA_FILE, "base"
+    lora: LoRAConfig
 
-    source: str
-    mask_token: int | str | None
-    fingerprint: str
+
+@dataclasses.dataclass(frozen=True)
+class ParentRecord(ModelRecord):
+    """The parent of a run that trains all parameters beside a copy of it."""
+
+    FILE, ROLE = PARENT_FILE, "parent"
 
     @classmethod
     def read(cls, workdir: epath.Path) -> Self:
         """Reads the record; raises CheckpointError where it is missing or damaged."""
-        path = workdir / PARENT_FILE
-        if not path.exists():
+        if (record := super().read(workdir)) is None:
             raise CheckpointError(f"{workdir} does not record its parent, which objective.teacher needs; set the "
                                   "weights of objective.teacher to 0, or start in a new workdir")
-        try:
-            return cls(**read_json(path))
-        except TypeError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; restore it from a copy") from error
+        return record
 
-    def check(self, params: nnx.State, provenance: tuple[str, ...], workdir: epath.PathLike) -> None:
-        """Raises CheckpointError if the parent has other weights than when the run started."""
-        if base_fingerprint(params, provenance) != self.fingerprint:
-            raise CheckpointError(f"the parent at {self.source} has other weights than when the run in {workdir} "
-                                  "started; restore them, or correct the source in "
-                                  f"{epath.Path(workdir) / PARENT_FILE}")
+
+@dataclasses.dataclass(frozen=True)
+class DrafterRecord(ModelRecord):
+    """The target of a run that trains a drafter, and the drafter's architecture."""
+
+    FILE, ROLE, SOURCE_KEY = DRAFTER_FILE, "target", "target"
+    config: DrafterConfig
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    """Inverts `dataclasses.asdict` for a dataclass, or a type that has one among its arguments; lists become tuples."""
+    found = next((item for item in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(item)), None)
+    if found is not None and value is not None:
+        kinds = typing.get_type_hints(found)
+        return found(**{name: _from_json(kinds[name], item) for name, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
 
 
 def base_fingerprint(frozen: nnx.State, provenance: tuple[str, ...]) -> str:
@@ -100,33 +130,9 @@ def base_fingerprint(frozen: nnx.State, provenance: tuple[str, ...]) -> str:
     return combine_fingerprints(*provenance) if provenance else fingerprint(frozen)
 
 
-def read_lora_base(workdir: epath.Path) -> LoRABase | None:
-    """Reads the record of a run with LoRA; None for a run without.
-
-    Raises:
-      CheckpointError: the file is damaged.
-    """
-    path = workdir / LORA_FILE
-    if not path.exists():
-        return None
-    content = read_json(path)
-    try:
-        lora = content.pop("lora")
-        return LoRABase(LoRAConfig(**lora | {"targets": tuple(lora["targets"])}), **content)
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}; restore it from a copy") from error
-
-
 def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrained: "Pretrained",
-                       lora_base: LoRABase | None, drafter: DrafterRecord | None = None,
-                       parent: ParentRecord | None = None) -> None:
-    """Writes everything but checkpoints and metrics, from process 0.
-
-    Args:
-      lora_base: None for a run without LoRA.
-      drafter: None for a run that trains no drafter.
-      parent: None for a run that keeps no copy of its parent.
-    """
+                       *records: ModelRecord | None) -> None:
+    """Writes everything but checkpoints and metrics, from process 0; records of other kinds are removed."""
     if jax.process_index() != 0:
         return
     model = workdir / "model"
@@ -137,18 +143,12 @@ def write_run_metadata(workdir: epath.Path, settings: dict[str, object], pretrai
             upload(pathlib.Path(folder), model)
     write_json(model / "config.json", config_to_hf(pretrained.model.config, pretrained.hf_config, pretrained.diffusion,
                                                    settings["model.param_dtype"]))
-    if lora_base is None:  # of an earlier run
-        (workdir / LORA_FILE).unlink(missing_ok=True)
-    else:
-        write_json(workdir / LORA_FILE, dataclasses.asdict(lora_base))
-    if drafter is None:
-        (workdir / DRAFTER_FILE).unlink(missing_ok=True)
-    else:
-        drafter.write(workdir)
-    if parent is None:
-        (workdir / PARENT_FILE).unlink(missing_ok=True)
-    else:
-        write_json(workdir / PARENT_FILE, dataclasses.asdict(parent))
+    for kind in (LoRABase, ParentRecord, DrafterRecord):
+        record = next((record for record in records if isinstance(record, kind)), None)
+        if record is None:  # of an earlier run
+            (workdir / kind.FILE).unlink(missing_ok=True)
+        else:
+            record.write(workdir)
     write_json(workdir / "config.json", settings)
 
 

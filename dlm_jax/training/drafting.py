@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from dlm_jax.attention import AttentionMask, soft_cap
 from dlm_jax.checkpoints import Pretrained, load_pretrained
-from dlm_jax.checkpoints.drafter import DrafterRecord, resolve_drafter
+from dlm_jax.checkpoints.drafter import resolve_drafter
 from dlm_jax.checkpoints.pretrained import Shardings
 from dlm_jax.checkpoints.source import absolute_source, find_base
+from dlm_jax.checkpoints.workdir import DrafterRecord
 from dlm_jax.diffusion import Batch, DraftObjective, DraftSums, Guesses, draft_blocks, draft_losses, sum_chunks
 from dlm_jax.diffusion.config import ObjectiveConfig
 from dlm_jax.diffusion.corruption import clean_batch, concat_noisy_and_clean
@@ -218,7 +219,7 @@ def load_target(record: DrafterRecord, config: TrainConfig, workdir: epath.Path,
     Raises:
       CheckpointError: it is gone, or has changed.
     """
-    target = load_pretrained(find_base(record.target, workdir), mask_token=record.mask_token, compute=compute,
+    target = load_pretrained(find_base(record.source, workdir), mask_token=record.mask_token, compute=compute,
                              param_dtype=config.drafter.target_dtype, shardings=shardings)
     record.check(fingerprint(nnx.state(target.model)), workdir)
     return target
@@ -287,8 +288,8 @@ def check_losses(objective: DraftObjective, config: DrafterConfig) -> None:
 
 def drafter_record(config: TrainConfig, base: Pretrained) -> DrafterRecord:
     """Returns what a new run records of its drafter and its target."""
-    return DrafterRecord(base.model.drafter.config, absolute_source(base.source), config.model.mask_token,
-                         fingerprint(nnx.state(base.model.target)))
+    return DrafterRecord(absolute_source(base.source), config.model.mask_token,
+                         fingerprint(nnx.state(base.model.target)), base.model.drafter.config)
 
 
 def describe_drafter(config: DrafterConfig, num_params: int, target: ModelConfig) -> str:

@@ -14,16 +14,15 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.attention import AttentionSpec, BackendChoice, choose_backend
 from dlm_jax.checkpoints import Pretrained, load_pretrained
-from dlm_jax.checkpoints.drafter import DrafterRecord
 from dlm_jax.checkpoints.orbax import restore_latest, restore_state
 from dlm_jax.checkpoints.pretrained import load_lora_base
 from dlm_jax.checkpoints.source import absolute_source, find_base
 from dlm_jax.checkpoints.workdir import (
+    DrafterRecord,
     LoRABase,
     ParentRecord,
     base_fingerprint,
     hold_workdir,
-    read_lora_base,
     read_run_config,
     write_run_metadata,
 )
@@ -185,7 +184,7 @@ def load_base(config: TrainConfig, workdir: epath.Path, mesh: Mesh, *, resumed: 
 
     if resumed:
         base = load_pretrained(workdir, init="abstract", compute=compute)
-        if record := read_lora_base(workdir):
+        if record := LoRABase.read(workdir):
             lora_base = load_lora_base(workdir, record, compute, shardings)
             base = dataclasses.replace(base, model=lora_base.model, provenance=lora_base.provenance)
         elif config.objective.teacher.is_needed:
@@ -291,10 +290,10 @@ def resolve_lora_base(config: TrainConfig, workdir: epath.Path, base: Pretrained
     if base.model.lora is None:
         return None
     if not resumed:
-        return LoRABase(base.model.lora, absolute_source(base.source), config.model.mask_token,
-                        base_fingerprint(frozen, base.provenance))
-    record = read_lora_base(workdir)
-    record.check(frozen, base.provenance, workdir)
+        return LoRABase(absolute_source(base.source), config.model.mask_token,
+                        base_fingerprint(frozen, base.provenance), base.model.lora)
+    record = LoRABase.read(workdir)
+    record.check(base_fingerprint(frozen, base.provenance), workdir)
     return record
 
 
@@ -311,7 +310,7 @@ def resolve_parent(config: TrainConfig, workdir: epath.Path, base: Pretrained, *
         return ParentRecord(absolute_source(base.source), config.model.mask_token,
                             base_fingerprint(params, base.provenance))
     record = ParentRecord.read(workdir)
-    record.check(params, base.provenance, workdir)
+    record.check(base_fingerprint(params, base.provenance), workdir)
     return record
 
 

@@ -16,7 +16,7 @@ import transformers
 from flax import nnx
 
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
-from dlm_jax.checkpoints.peft import adapter_config
+from dlm_jax.checkpoints.peft_export import adapter_config
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError, DLMError
 from dlm_jax.models import LoRAConfig, LoRAParam

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained, resolve_lora, save_pretrained
-from dlm_jax.checkpoints.workdir import read_lora_base
+from dlm_jax.checkpoints.workdir import LoRABase
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import fingerprint
 from dlm_jax.models.lora import dequantize, quantize_kernel
@@ -170,7 +170,7 @@ def test_merging_keeps_the_logits(lora_run, pretrained, lora_config):
 def test_lora_run_on_a_lora_run(lora_run, lora_config, tmp_path):
     child = continued(lora_config, f"{lora_run}@2", lora=SMALL_LORA)
     train(child, tmp_path / "child")
-    record = read_lora_base(tmp_path / "child")
+    record = LoRABase.read(tmp_path / "child")
     assert record.source == f"{lora_run}@2" and record.lora.targets == ("q", "k", "v") and record.lora.alpha == 2.0
     stacked, below, last = (load_pretrained(path) for path in (tmp_path / "child", f"{lora_run}@2", lora_run))
     assert_only_attention_differs(stacked, below)

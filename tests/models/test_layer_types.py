@@ -79,8 +79,7 @@ def test_remat_changes_nothing():
 
 
 def test_lora_merges():
-    model = add_lora(build(GEMMA), LoRAConfig(2, 4.0, frozen_dtype="float32"), 0, "float32",
-                     jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    model = add_lora(build(GEMMA), LoRAConfig(2, 4.0, frozen_dtype="float32"), 0, "float32")
     graphdef, factors, rest = nnx.split(model, LoRAFactor, ...)
     model = nnx.merge(graphdef, jax.tree.map(lambda x: x + 0.1, factors), rest)
     merged = merge_lora(model, "float32")

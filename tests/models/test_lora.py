@@ -47,7 +47,7 @@ def build(case, **changes):
     """Returns a base, and the same with LoRA."""
     config, targets = CASES[case]
     lora = dataclasses.replace(LORA, **{"targets": targets} | changes)
-    return build_base(config), add_lora(build_base(config), lora, 0, "float32", ONE_DEVICE)
+    return build_base(config), add_lora(build_base(config), lora, 0, "float32")
 
 
 def with_noise(model, seed=1):
@@ -306,7 +306,7 @@ def test_cpu_products(kind):
 def test_quantized_gradients_match_and_save_no_kernel(kind):
     base, model = build("qwen3", frozen_dtype=kind)
     plain = add_lora(merge_lora(model, "float32"), dataclasses.replace(model.lora, frozen_dtype="float32"), 0,
-                     "float32", ONE_DEVICE)
+                     "float32")
 
     def gradient(model):
         graphdef, trained, frozen = split_trainable(with_noise(model))
