@@ -18,8 +18,8 @@ from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import drafter_card
 from dlm_jax.checkpoints.drafter_config import drafter_to_hf, layout_of, read_drafter_config
 from dlm_jax.checkpoints.hf_import import check_tensors, stream_parameters
-from dlm_jax.checkpoints.hf_names import Gathered, Key
-from dlm_jax.checkpoints.hf_tensors import read_tensors, write_tensors
+from dlm_jax.checkpoints.hf_names import Key
+from dlm_jax.checkpoints.hf_tensors import LazyTensor, fetch, read_tensors, write_tensors
 from dlm_jax.checkpoints.source import locate
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import Compute, DraftedModel, Drafter, Transformer, abstract_drafter
@@ -116,32 +116,27 @@ def save_drafter(directory: epath.PathLike, drafter: Drafter, target: "Pretraine
     tensors = named_tensors(drafter)
     if fits == "dspark":
         tensors |= _copies(target.model)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-
-    def fetch(name: str) -> np.ndarray:
-        return tensors[name].values().astype(jnp.dtype(dtype))
-
     if jax.process_index() > 0:  # gathering a tensor takes every process
-        for name in shapes:
-            fetch(name)
+        for name, tensor in tensors.items():
+            fetch(name, tensor, jnp.dtype(dtype))
         return
     with atomic_directory(directory) as folder:
-        write_tensors(folder, shapes, fetch, jnp.dtype(dtype), max_shard_bytes)
+        write_tensors(folder, tensors, jnp.dtype(dtype), max_shard_bytes)
         write_json(folder / "config.json", hf_config)
         size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(drafter)))
         (folder / "README.md").write_text(drafter_card(drafter.config, fits, target.source, size, dtype))
 
 
-def named_tensors(drafter: Drafter) -> dict[str, Gathered]:
+def named_tensors(drafter: Drafter) -> dict[str, LazyTensor]:
     """Returns every tensor of a drafter by its published name."""
     return hf_names.named_tensors(_KEYS, nnx.state(drafter))
 
 
-def _copies(target: Transformer) -> dict[str, Gathered]:
+def _copies(target: Transformer) -> dict[str, LazyTensor]:
     """Returns the target's embedding and head, [vocab, embed] each, by their names in a drafter's files."""
     tied, kernel, table = target.head is None, target.head_kernel[...], target.embed.embedding
-    return {_EMBEDDING: Gathered(table.shape, lambda: to_host(table[...])),
-            _HEAD: Gathered(table.shape, lambda: to_host(kernel) if tied else to_host(kernel).T)}
+    return {_EMBEDDING: LazyTensor(table.shape, lambda: to_host(table[...])),
+            _HEAD: LazyTensor(table.shape, lambda: to_host(kernel) if tied else to_host(kernel).T)}
 
 
 def _check_copies(stored: dict[str, np.ndarray], target: Transformer, directory: Path) -> None:

@@ -10,16 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import nnx
-from tqdm import tqdm
 
 from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import model_card
 from dlm_jax.checkpoints.engine_layouts import ENGINE_LAYOUTS, engine_config, generation_config, sglang_config
 from dlm_jax.checkpoints.hf_config import config_to_hf
-from dlm_jax.checkpoints.hf_tensors import write_tensors
+from dlm_jax.checkpoints.hf_tensors import fetch, write_tensors
 from dlm_jax.checkpoints.peft_export import check_expressible, save_peft_adapter
 from dlm_jax.checkpoints.pretrained import Pretrained
 from dlm_jax.checkpoints.tokenizer import save_tokenizer
@@ -79,22 +77,12 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
         hf_config["task_specific_params"] = {"text-generation": {"do_sample": True, "max_length": config.max_length}}
         tensors.setdefault(hf_names.HEAD, tensors[hf_names.embedding_name(config.family)])  # stored although tied
         tensors = {hf_names.diffugpt_name(name, config.family): tensor for name, tensor in tensors.items()}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    progress = tqdm(desc="exporting", total=len(shapes), leave=False, disable=None, delay=3)
-
-    def fetch(name: str) -> np.ndarray:
-        progress.update()
-        value = tensors[name].values()
-        if dtype == "float16" and np.abs(value).max() > np.finfo(np.float16).max:
-            raise CheckpointError(f"{name} exceeds the range of float16; export as bfloat16 or float32")
-        return value.astype(jnp.dtype(dtype))
-
     if jax.process_index() > 0:  # gathering a tensor takes every process
-        for name in shapes:
-            fetch(name)
+        for name, tensor in tensors.items():
+            fetch(name, tensor, jnp.dtype(dtype))
         return
-    with progress, atomic_directory(directory) as folder:
-        write_tensors(folder, shapes, fetch, jnp.dtype(dtype), max_shard_bytes)
+    with atomic_directory(directory) as folder:
+        write_tensors(folder, tensors, jnp.dtype(dtype), max_shard_bytes)
         write_json(folder / "config.json", hf_config)
         write_json(folder / "generation_config.json", generation)
         if tokenizer is not None:

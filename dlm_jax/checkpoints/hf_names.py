@@ -9,13 +9,14 @@ copies nothing.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
+from dlm_jax.checkpoints.hf_tensors import LazyTensor
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
 from dlm_jax.parallel import to_host
@@ -203,13 +204,6 @@ def read_targets(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in known if name in chosen)
 
 
-class Gathered(NamedTuple):
-    """A tensor to be stored: its shape, and what copies it to the host, in which every process takes part."""
-
-    shape: tuple[int, ...]
-    values: Callable[[], np.ndarray]
-
-
 class Slice(NamedTuple):
     """The HF tensor of a slice of a stacked parameter: its name, the slice's shape, and its index in the parameter."""
 
@@ -238,8 +232,8 @@ def stored_shapes(keys: Mapping[str, Key], params: nnx.State) -> dict[str, tuple
             for key in [key_of(keys, path)] for name, shape, _ in layer_tensors(key, leaf.shape)}
 
 
-def named_tensors(keys: Mapping[str, Key], params: nnx.State) -> dict[str, Gathered]:
-    """Returns the HF tensors, by name, that hold a model's parameters."""
+def named_tensors(keys: Mapping[str, Key], params: nnx.State) -> dict[str, LazyTensor]:
+    """Returns the HF tensors, by name, that hold a model's parameters; gathering one takes every process."""
     sources: dict[str, list[tuple[Key, jax.Array, tuple[int, ...]]]] = {}
     for path, leaf in nnx.to_flat_state(params):
         key = key_of(keys, path)
@@ -251,7 +245,7 @@ def named_tensors(keys: Mapping[str, Key], params: nnx.State) -> dict[str, Gathe
         arrays = [to_hf(to_host(array[index] if index else array), key) for key, array, index in thirds]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 
-    return {name: Gathered(shape, functools.partial(gather, name))
+    return {name: LazyTensor(shape, functools.partial(gather, name))
             for name, shape in stored_shapes(keys, params).items()}
 
 

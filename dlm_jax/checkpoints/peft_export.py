@@ -1,5 +1,6 @@
 """Writes LoRA beside a base as an adapter in PEFT's format, which `peft` reads."""
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from flax import nnx
 from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import adapter_card
 from dlm_jax.checkpoints.hf_config_diffusion import blocks_to_record
-from dlm_jax.checkpoints.hf_tensors import write_safetensors
+from dlm_jax.checkpoints.hf_tensors import LazyTensor, write_safetensors
 from dlm_jax.checkpoints.peft import CONFIG, MAGNITUDE, PREFIX, TENSORS, host_float32
 from dlm_jax.checkpoints.tokenizer import save_tokenizer
 from dlm_jax.errors import CheckpointError
@@ -45,8 +46,6 @@ def save_peft_adapter(directory: epath.PathLike, pretrained: "Pretrained", *, dt
                               "workdir of a run with LoRA (from Python with merge=False), or choose the layout hf")
     check_expressible(model.lora, "peft")
     tensors = adapter_tensors(model)
-    if dtype == "float16" and max(np.abs(value).max() for value in tensors.values()) > np.finfo(np.float16).max:
-        raise CheckpointError("the adapter exceeds the range of float16; export as bfloat16 or float32")
     if jax.process_index() > 0:
         return
     token = None
@@ -54,9 +53,9 @@ def save_peft_adapter(directory: epath.PathLike, pretrained: "Pretrained", *, dt
         token = pretrained.tokenizer.convert_ids_to_tokens(diffusion.mask_token_id)
     blocks = {"block_size": None} if diffusion.blocks is None else blocks_to_record(diffusion.blocks)
     with atomic_directory(directory, last=CONFIG) as folder:
-        shapes = {name: value.shape for name, value in tensors.items()}
-        write_safetensors(folder / f"{TENSORS}.safetensors", shapes, shapes, lambda name: tensors[name].astype(
-            jnp.dtype(dtype)), jnp.dtype(dtype))
+        write_safetensors(folder / f"{TENSORS}.safetensors", {
+            name: LazyTensor(value.shape, functools.partial(np.asarray, value)) for name, value in tensors.items()},
+            jnp.dtype(dtype))
         write_json(folder / CONFIG, adapter_config(model, pretrained.base))
         write_json(folder / METADATA_FILE, {"mask_token_id": diffusion.mask_token_id, "mask_token": token,
                                             "shift": diffusion.shift, **blocks, "recipe": pretrained.recipe})

@@ -227,17 +227,16 @@ def load_lora_base(workdir: epath.Path, record: LoRABase, compute: Compute, shar
 def _load_stored(path: Path, source: str, options: _Options) -> Pretrained:
     stored, init, mask_token = open_stored(path), options.init, options.mask_token
     hf_config, config, tokenizer = stored.config, config_from_hf(stored.config), stored.tokenizer
-    recorded = recorded_diffusion(hf_config)
-    mask_token_id = recorded.mask_token_id
+    diffusion = recorded_diffusion(hf_config)
+    recorded_id = diffusion.mask_token_id
     if init == "pretrained":
-        tensors, config, mask_token_id = open_tensors(stored.tensors(), config, mask_token_id, tokenizer, path)
-    if mask_token_id is None and mask_token is None and tokenizer is None:
+        tensors, config, recorded_id = open_tensors(stored.tensors(), config, recorded_id, tokenizer, path)
+    if recorded_id is None and mask_token is None and tokenizer is None:
         mask_token = options.default_mask_token
     if init == "abstract" and tokenizer is None and isinstance(mask_token, str):
         mask_token_id, is_new = config.vocab_size, True  # planning needs no tokenizer to look the token up
     else:
-        recorded = dataclasses.replace(recorded, mask_token_id=mask_token_id)
-        mask_token_id, is_new = choose_mask_token(mask_token, mask_token_id, config.vocab_size, tokenizer,
+        mask_token_id, is_new = choose_mask_token(mask_token, recorded_id, config.vocab_size, tokenizer,
                                                   options.default_mask_token)
     if is_new:
         config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
@@ -258,10 +257,10 @@ def _load_stored(path: Path, source: str, options: _Options) -> Pretrained:
         model, provenance = abstract_model(config, options.compute, options.param_dtype, lora), ()
     else:
         model, provenance = _build_model(config, lora, options, read)
-    diffusion = dataclasses.replace(recorded, mask_token_id=mask_token_id,
+    diffusion = dataclasses.replace(diffusion, mask_token_id=mask_token_id,
                                     missing_ids=missing_ids(tokenizer, config.vocab_size))
     return Pretrained(model, tokenizer, diffusion, hf_config, source, stored.recipe,
-                      provenance=provenance, new_mask_token=is_new, recorded_mask_token=recorded.mask_token_id)
+                      provenance=provenance, new_mask_token=is_new, recorded_mask_token=recorded_id)
 
 
 def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any], merge: bool,

@@ -180,6 +180,12 @@ class Initializer:
             return nnx.Param(value, axes=axes)
         return LoRAParam(value, axes=axes) if trained else nnx.Param(value.astype(self.lora.read_dtype), axes=axes)
 
+    def kernel(self, shape: tuple[int, ...], axes: Axes, stddev: float | None) -> tuple[nnx.Param, nnx.Param | None]:
+        """Returns a stacked kernel, and its scales if LoRA quantizes it."""
+        kernel = self.normal(shape, axes, stddev)
+        quantize = self.lora is not None and self.lora.quantized
+        return quantize_kernel(kernel, self.lora.frozen_dtype) if quantize else (kernel, None)
+
     def factor(self, shape: tuple[int, ...], axes: Axes, bound: float) -> LoRAFactor:
         """Returns a LoRA matrix, uniform between -bound and bound."""
         value = jax.random.uniform(self.rngs.params(), shape, self.dtype, -bound, bound)
@@ -221,9 +227,7 @@ class Linear(nnx.Module):
                  bias: bool, init: Initializer, stddev: float | None = None):
         self.num_inputs, self.compute = len(inputs), init.compute
         shape, lora = (num_layers, *inputs, *outputs), init.lora
-        kernel = init.normal(shape, ("layers", *axes), stddev)
-        quantize = lora is not None and lora.quantized
-        self.kernel, self.kernel_scale = quantize_kernel(kernel, lora.frozen_dtype) if quantize else (kernel, None)
+        self.kernel, self.kernel_scale = init.kernel(shape, ("layers", *axes), stddev)
         targeted = lora is not None and name in lora.targets
         self.factors = LoRAFactors(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
         # A bias along the residual stream is replicated: it is added where the stream is.

@@ -62,9 +62,10 @@ def test_dream_and_llada(case, architecture, shift, tmp_path):
     np.testing.assert_allclose(families.logits(loaded.model, families.tokens()), expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3"])
-@pytest.mark.parametrize("kind", [KINDS.F16, KINDS.BF16, KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1, KINDS.Q5_0, KINDS.Q6_K,
-                                  KINDS.Q4_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("kind", "case"), [
+    *((kind, "llama") for kind in (KINDS.F16, KINDS.BF16, KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1, KINDS.Q5_0, KINDS.Q6_K)),
+    *((KINDS.Q4_K, case) for case in ("llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3"))],
+    ids=lambda value: getattr(value, "name", value))
 def test_types_as_transformers_reads_them(kind, case, tmp_path):
     tokens = [f"token{index}" for index in range(97)]  # from which transformers takes the vocabulary of a GPT-2
     gguf_files.write(gguf_files.make(case), path := tmp_path / "x.gguf", kind,
