@@ -6,7 +6,7 @@ says beside it: a model that was trained to do anything else is refused, with th
 
 from typing import TYPE_CHECKING, Any
 
-from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES, dream_generation
+from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError
 
@@ -37,13 +37,6 @@ def engine_config(pretrained: "Pretrained", hf: dict[str, Any], layout: str) -> 
         changed |= {"auto_map": _SDAR_FILES, "block_size": pretrained.diffusion.blocks.size,
                     "fuse_cross_entropy": False}  # which SDAR's own modeling code reads
     return hf | changed
-
-
-def generation_config(pretrained: "Pretrained", layout: str) -> dict[str, Any]:
-    """Returns what an engine's generation_config.json has beside the special tokens."""
-    if layout != "dream":
-        return {}
-    return {"mask_token_id": pretrained.diffusion.mask_token_id, **dream_generation(pretrained.sampling)}
 
 
 def sglang_config(pretrained: "Pretrained") -> str:

@@ -15,8 +15,9 @@ from flax import nnx
 
 from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import model_card
-from dlm_jax.checkpoints.engine_layouts import ENGINE_LAYOUTS, engine_config, generation_config, sglang_config
+from dlm_jax.checkpoints.engine_layouts import ENGINE_LAYOUTS, engine_config, sglang_config
 from dlm_jax.checkpoints.hf_config import config_to_hf
+from dlm_jax.checkpoints.hf_config_diffusion import dream_generation
 from dlm_jax.checkpoints.hf_tensors import fetch, write_tensors
 from dlm_jax.checkpoints.peft_export import check_expressible, save_peft_adapter
 from dlm_jax.checkpoints.pretrained import Pretrained
@@ -69,13 +70,16 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
     generation = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")
                   if hf_config.get(name) is not None}
     if layout in ENGINE_LAYOUTS:
-        hf_config, tokenizer = engine_config(pretrained, hf_config, layout), _with_mask_token(pretrained)
-        generation |= generation_config(pretrained, layout)
-        tensors.setdefault(hf_names.HEAD, tensors[hf_names.embedding_name(config.family)])
+        hf_config = engine_config(pretrained, hf_config, layout)
+    if layout == "dream":
+        generation |= {"mask_token_id": pretrained.diffusion.mask_token_id, **dream_generation(pretrained.sampling)}
     if layout == "diffugpt":
-        tokenizer = _diffugpt_tokenizer(pretrained)
+        _check_diffugpt(pretrained)
         hf_config["task_specific_params"] = {"text-generation": {"do_sample": True, "max_length": config.max_length}}
+    if layout != "hf":
+        tokenizer = _with_mask_token(pretrained)
         tensors.setdefault(hf_names.HEAD, tensors[hf_names.embedding_name(config.family)])  # stored although tied
+    if layout == "diffugpt":
         tensors = {hf_names.diffugpt_name(name, config.family): tensor for name, tensor in tensors.items()}
     if jax.process_index() > 0:  # gathering a tensor takes every process
         for name, tensor in tensors.items():
@@ -99,8 +103,8 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
             (folder / "sglang.yaml").write_text(sglang_config(pretrained))
 
 
-def _diffugpt_tokenizer(pretrained: Pretrained) -> Any:
-    """Returns the tokenizer of the layout diffugpt."""
+def _check_diffugpt(pretrained: Pretrained) -> None:
+    """Raises CheckpointError for a model that the layout diffugpt cannot hold."""
     if pretrained.diffusion.blocks is not None:
         raise CheckpointError(f"{pretrained.source} samples block by block, which the layout diffugpt lacks; "
                               "choose the layout hf")
@@ -109,7 +113,6 @@ def _diffugpt_tokenizer(pretrained: Pretrained) -> Any:
                               f"{pretrained.model.config.family} as plain HF, so use the layout hf")
     if pretrained.diffusion.mask_token_id is None or pretrained.tokenizer is None:
         raise CheckpointError("the layout diffugpt needs a tokenizer and a mask token; this model does not have both")
-    return _with_mask_token(pretrained)
 
 
 def _with_mask_token(pretrained: Pretrained) -> Any:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -234,15 +233,15 @@ def stored_shapes(keys: Mapping[str, Key], params: nnx.State) -> dict[str, tuple
 
 def named_tensors(keys: Mapping[str, Key], params: nnx.State) -> dict[str, LazyTensor]:
     """Returns the HF tensors, by name, that hold a model's parameters; gathering one takes every process."""
-    sources: dict[str, list[tuple[Key, jax.Array, tuple[int, ...]]]] = {}
+    sources: dict[str, list[tuple[Key, nnx.Param, tuple[int, ...]]]] = {}
     for path, leaf in nnx.to_flat_state(params):
         key = key_of(keys, path)
         for name, _, index in layer_tensors(key, leaf.shape):
-            sources.setdefault(name, []).append((key, leaf[...], index))
+            sources.setdefault(name, []).append((key, leaf, index))
 
     def gather(name: str) -> np.ndarray:
         thirds = sorted(sources[name], key=lambda source: source[0].third or 0)
-        arrays = [to_hf(to_host(array[index] if index else array), key) for key, array, index in thirds]
+        arrays = [to_hf(to_host(leaf[...][index] if index else leaf[...]), key) for key, leaf, index in thirds]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 
     return {name: LazyTensor(shape, functools.partial(gather, name))

@@ -151,13 +151,15 @@ def test_paths(tmp_path, monkeypatch):
     assert DiffusionLM.from_pretrained("x.gguf").config.hidden_size == 256
 
 
-def test_import_without_torch(tmp_path):
+def test_import_without_torch(tmp_path, test_data):
+    """Of a GGUF file and of a directory with a tokenizer."""
     gguf_files.write(gguf_files.make("llama"), path := tmp_path / "x.gguf", KINDS.Q4_0)
     program = ("import sys; sys.modules['torch'] = None\n"
                "from dlm_jax.checkpoints import load_pretrained\n"
-               f"print(load_pretrained({str(path)!r}).model.config.family)")
+               f"print(load_pretrained({str(path)!r}).model.config.family)\n"
+               f"print(load_pretrained({str(test_data / 'stories260K_hf')!r}).tokenizer.encode('Once'))")
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", program], capture_output=True, text=True)
-    assert run.stdout == "llama\n" and run.stderr == ""
+    assert run.stdout == "llama\n[1, 403]\n" and run.stderr == ""
 
 
 # ---- Wrong files.

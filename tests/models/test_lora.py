@@ -284,9 +284,9 @@ def test_only_kernels_of_blocks_are_codes(kind):
         assert leaf.dtype == (CODES[kind] if kernel else jnp.bfloat16 if table else jnp.float32), path
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", *CODES])
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
 def test_cpu_products(kind):
-    """Factors and frozen kernels of every kind of storage, beside the default products, both in bfloat16."""
+    """Factors and frozen kernels stored as they are and as codes, beside the default products, both in bfloat16."""
     _, model = build("qwen3", frozen_dtype=kind)
     state = nnx.state(with_noise(model))
 
