@@ -58,11 +58,9 @@ DIFFUSION_FAMILIES = {
                                  sampling=_LOW_CONFIDENCE),
     "rnd1": DiffusionFamily("RND1LM", "qwen3_moe", shift=True, mask_token_id=151669, sampling=_RND1_SAMPLING),
     "sdar_moe": DiffusionFamily("SDARMoeForCausalLM", "qwen3_moe", shift=False, size_key="block_size", size=4),
-    "a2d-qwen3": DiffusionFamily("A2DQwen3LMHeadModel", "qwen3", shift=False),
-    "a2d-qwen2": DiffusionFamily("A2DQwen2LMHeadModel", "qwen2", shift=False),
-    "a2d-llama": DiffusionFamily("A2DLlamaLMHeadModel", "llama", shift=False),
+    **{f"a2d-{name.lower()}": DiffusionFamily(f"A2D{name}LMHeadModel", name.lower(), shift=False, size_key="block_size",
+                                              sampling=_LOW_CONFIDENCE) for name in ("Qwen3", "Qwen2", "Llama")},
 }
-_A2D_BLOCK = 32
 
 # Classes of an autoregressive model's config.json, after the name of its family, and that of DiffuGPT.
 _PLAIN_CLASSES = ("forcausallm", "lmheadmodel", "model", "forconditionalgeneration")
@@ -111,27 +109,24 @@ def rewrite_config(hf: dict[str, Any], directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"config.json has model_type {hf['model_type']!r} and the class {found[0]}, which this "
                               f"library does not implement; of this type it reads {family.architecture}")
     size = hf.get(family.size_key, family.size) if family.size_key else None
-    if (is_a2d := hf["model_type"].startswith("a2d-")):
-        size = _a2d_block_size(hf, directory)
+    if hf["model_type"].startswith("a2d-") and "block_size" not in hf:
+        size = _a2d_block_size(directory)
     blocks = None if size is None else BlockSpec(size, "block_bidirectional")
     if blocks is None and hf.get("use_sliding_window"):
         raise CheckpointError(f"config.json of {hf['model_type']!r} sets use_sliding_window, which its own code "
                               "ignores; set it to false")
     record = {"mask_token_id": hf.get("mask_token_id", family.mask_token_id), "shift": family.shift}
+    sampling = _dream_sampling(directory) if hf["model_type"] == "Dream" else dict(family.sampling)
     if blocks is not None:
         record |= blocks_to_record(blocks)
-    sampling = dict(family.sampling)
-    if is_a2d:
-        sampling = {"policy": "confidence", "num_steps": 128, "temperature": 0.0} if blocks else dict(_LOW_CONFIDENCE)
-    elif hf["model_type"] == "Dream":
-        sampling = _dream_sampling(directory)
+        sampling.pop("block_length", None)
     if sampling:
         record["sampling"] = sampling
     if family.family in hf_moe.FAMILIES:
         hf = hf_moe.from_diffusion(hf)
     kept = _llada_to_llama(hf) if hf["model_type"] == "llada" else {
         name: value for name, value in hf.items()
-        if name not in (family.size_key, "block_size" if is_a2d else None, "attn_implementation", "fuse_cross_entropy")}
+        if name not in (family.size_key, "attn_implementation", "fuse_cross_entropy")}
     return kept | {"model_type": family.family, "dlm_jax": record}
 
 
@@ -161,13 +156,11 @@ def _is_plain_class(name: str, family: str) -> bool:
     return name == _DIFFUGPT_CLASS or name.lower() in [prefix + kind for kind in _PLAIN_CLASSES]
 
 
-def _a2d_block_size(hf: Mapping[str, Any], directory: Path) -> int | None:
-    """Returns the tokens per block of a Tiny-A2D model, None for entire rows: by `block_size`, or else by its name."""
-    if "block_size" in hf:
-        return hf["block_size"]
+def _a2d_block_size(directory: Path) -> int | None:
+    """Returns the tokens per block of a Tiny-A2D model by its name; None for entire rows."""
     for part in reversed(directory.absolute().parts):
         if kind := re.search("mdlm|bd3lm", part.lower()):
-            return _A2D_BLOCK if kind[0] == "bd3lm" else None
+            return 32 if kind[0] == "bd3lm" else None
     raise CheckpointError(f"{directory} does not say whether the model writes in blocks: its name has neither mdlm nor "
                           'bd3lm; add "block_size" to its config.json, 32 for blocks of 32 tokens or null for none')
 

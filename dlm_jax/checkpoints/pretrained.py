@@ -278,23 +278,29 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
     if loaded.new_mask_token:
         raise ConfigError(f"the mask token {loaded.tokenizer.mask_token!r} is new to {directory}, and its vocabulary "
                           "is fixed; export it first, and start from the export")
-    step, config, lora = resolve_step(directory, step), loaded.model.config, loaded.model.lora
+    step = resolve_step(directory, step)
     loaded = dataclasses.replace(loaded, source=f"{directory}@{step}")
-    record = LoRABase.read(directory)
-    if record is None:
-        def read(shapes: nnx.State, shardings: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
-            layout = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding),
-                                  shapes, jax.tree.unflatten(jax.tree.structure(shapes), shardings))
-            return nnx.to_flat_state(_check_finite(restore_params(directory, step, layout), loaded.source))
 
-        model, provenance = _build_model(config, lora, options, read)
-        return dataclasses.replace(loaded, model=model, provenance=provenance)
+    def restore(shapes: nnx.State, shardings: list[Sharding]) -> nnx.State:
+        layout = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                              shapes, jax.tree.unflatten(jax.tree.structure(shapes), shardings))
+        return _check_finite(restore_params(directory, step, layout), loaded.source)
 
-    base = load_lora_base(directory, record, options.compute, options.shardings)
+    if (record := LoRABase.read(directory)) is not None:
+        return _load_lora_run(loaded, directory, record, restore, merge, options)
+    model, provenance = _build_model(loaded.model.config, loaded.model.lora, options,
+                                     lambda *layout: nnx.to_flat_state(restore(*layout)))
+    return dataclasses.replace(loaded, model=model, provenance=provenance)
+
+
+def _load_lora_run(loaded: Pretrained, directory: epath.Path, record: LoRABase,
+                   restore: Callable[[nnx.State, list[Sharding]], nnx.State], merge: bool,
+                   options: _Options) -> Pretrained:
+    """Loads a run with LoRA, of which `loaded` has all but the parameters: merges LoRA, or puts it beside its base."""
+    base, lora = load_lora_base(directory, record, options.compute, options.shardings), loaded.model.lora
     graphdef, trained, frozen = split_trainable(base.model)
     record.check(base_fingerprint(frozen, base.provenance), directory)
-    learned = _check_finite(restore_params(directory, step, jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trained)), loaded.source)
+    learned = restore(trained, [leaf.sharding for leaf in jax.tree.leaves(trained)])
     model = nnx.merge(graphdef, learned, frozen)
     gated = model.lora.where == "noised"  # such products are no part of any kernel
     if gated and lora is not None:

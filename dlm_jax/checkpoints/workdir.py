@@ -55,7 +55,8 @@ class ModelRecord:
     def write(self, workdir: epath.Path) -> None:
         """Writes the record into a workdir."""
         content = dataclasses.asdict(self)
-        write_json(workdir / self.FILE, content | {self.SOURCE_KEY: content.pop("source")})
+        content[self.SOURCE_KEY] = content.pop("source")
+        write_json(workdir / self.FILE, content)
 
     @classmethod
     def read(cls, workdir: epath.Path) -> Self | None:
@@ -69,7 +70,8 @@ class ModelRecord:
             return None
         content = read_json(path)
         try:
-            return _from_json(cls, content | {"source": content.pop(cls.SOURCE_KEY)})
+            content["source"] = content.pop(cls.SOURCE_KEY)
+            return _from_json(cls, content)
         except (TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}; restore it from a copy") from error
 
