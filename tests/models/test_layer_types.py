@@ -1,4 +1,4 @@
-"""Layers with and without a sliding window in one scan: caches, backends, rematerialization, LoRA."""
+"""Layers with and without a sliding window in one scan: caches, backends, rematerialization."""
 
 import dataclasses
 
@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
-from dlm_jax.models import Compute, LoRAConfig, LoRAFactor, ModelConfig, add_lora, merge_lora
+from dlm_jax.models import Compute, ModelConfig
 from dlm_jax.models.layers import Cache
 from tests.attention.conftest import pretend_cudnn  # noqa: F401
 from tests.attention.parity import lowered_cudnn_calls
@@ -75,15 +74,6 @@ def test_remat_changes_nothing():
                          for remat in ("none", "dots", "full"))
     for found in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
-
-
-def test_lora_merges():
-    model = add_lora(build(GEMMA), LoRAConfig(2, 4.0, frozen_dtype="float32"), 0, "float32")
-    graphdef, factors, rest = nnx.split(model, LoRAFactor, ...)
-    model = nnx.merge(graphdef, jax.tree.map(lambda x: x + 0.1, factors), rest)
-    merged = merge_lora(model, "float32")
-    assert jnp.abs(logits(model, TOKENS, CAUSAL) - logits(build(GEMMA), TOKENS, CAUSAL)).max() > 0.01
-    np.testing.assert_allclose(logits(model, TOKENS, CAUSAL), logits(merged, TOKENS, CAUSAL), atol=1e-4)
 
 
 def gradients(config, attention):
