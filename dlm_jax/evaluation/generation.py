@@ -1,6 +1,5 @@
 """Generation for the evaluation: continuations and infills in batches, and greedy checks."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -79,9 +78,8 @@ def make_generate(model: Network, tokenizer: "PreTrainedTokenizerBase", config: 
                     for text in segments]
         undecided = [number for number, text in enumerate(segments) if any(isinstance(x, range) for x in text)]
         if undecided:
-            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-                decided = infer_gap_lengths(model, [segments[number] for number in undecided], encoder,
-                                            diffusion=diffusion, batch_size=batch_size)
+            decided = infer_gap_lengths(model, [segments[number] for number in undecided], encoder,
+                                        diffusion=diffusion, batch_size=batch_size, mesh=mesh)
             for number, text in zip(undecided, decided, strict=True):
                 segments[number] = text
         of_item = dict(zip(items, segments, strict=True))
