@@ -45,6 +45,9 @@ POINTS = {
     "+ hidden": {"teacher": TeacherObjective(hidden_weight=10.0)},
     "+ both": {"teacher": TeacherObjective(distribution_weight=1.0, hidden_weight=10.0)},
     "+ AR 0.3 + both": {"clean_weight": 0.3, "teacher": TeacherObjective(distribution_weight=1.0, hidden_weight=10.0)},
+    "+ AR 0.3 + both + position noise": {
+        "noise": "position", "clean_weight": 0.3,
+        "teacher": TeacherObjective(distribution_weight=1.0, hidden_weight=10.0)},
     "distribution alone": {"noised_weight": 0.0, "teacher": TeacherObjective(distribution_weight=1.0)},
     "+ position noise": {"noise": "position"},
     "+ confidence 0.1": {"confidence_weight": 0.1},

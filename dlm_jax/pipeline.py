@@ -1,6 +1,5 @@
 """DiffusionLM, the public face: a model with its tokenizer, to generate, infill, answer, score and save."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -21,7 +20,7 @@ from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.evaluation import BoundEstimate, bound
 from dlm_jax.matmul import choose_matmul, jit_model, resolve_dtype
 from dlm_jax.models import Compute, DraftedModel, ModelConfig, Transformer, abstract_model
-from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings
+from dlm_jax.parallel import ATTENTION_PARTITION, MeshConfig, make_mesh, param_shardings, use_mesh
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import (
     BUILT_IN_DRAFTERS,
@@ -156,7 +155,7 @@ class DiffusionLM:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise DataError(f"token ids must be in 0 .. {self.config.vocab_size - 1}, the model's vocabulary, "
                             f"got {tokens.min()} .. {tokens.max()}")
-        with self._mesh_context():
+        with use_mesh(self.mesh):
             # A copy: JAX may read the array after the caller has changed it.
             return _logits(*nnx.split(self.model), np.array(tokens, np.int32),
                            AttentionMask.bidirectional() if attention is None else attention)
@@ -184,8 +183,8 @@ class DiffusionLM:
             stats: a `sampling.SamplingStats`, which counts tokens, forward passes and accepted drafts.
         """
         check_at_least(max_new_tokens, 1, "max_new_tokens")
-        settings = self._settings(num_steps=num_steps, policy=policy, temperature=temperature, top_p=top_p, seed=seed,
-                                  **options)
+        settings = _Settings.make(self.default_sampling, num_steps=num_steps, policy=policy, temperature=temperature,
+                                  top_p=top_p, seed=seed, **options)
         segments = [[prompt, max_new_tokens] for prompt in _as_list(prompts, "prompts")]
         return self._fill(segments, settings, stop_at_eos=True)
 
@@ -198,13 +197,12 @@ class DiffusionLM:
         Args:
           options: the keywords of `generate`, from `num_steps` on.
         """
-        settings = self._settings(**options)
+        settings = _Settings.make(self.default_sampling, **options)
         segments = [split_gaps(text, gap_length) for text in _as_list(texts, "texts")]
         if any(isinstance(segment, range) for text in segments for segment in text):
             encode_text = functools.partial(encode, self.tokenizer, start=self.pretrained.start_token_id)
-            with self._mesh_context():
-                segments = infer_gap_lengths(self.model, segments, encode_text, diffusion=self.diffusion,
-                                             batch_size=settings.batch_size)
+            segments = infer_gap_lengths(self.model, segments, encode_text, diffusion=self.diffusion,
+                                         batch_size=settings.batch_size, mesh=self.mesh)
         return self._fill(segments, settings, stop_at_eos=False)
 
     def respond(self, questions: str | Sequence[Prompt], max_new_tokens: int = 128, *,
@@ -218,7 +216,7 @@ class DiffusionLM:
           options: the keywords of `generate`, from `num_steps` on.
         """
         check_at_least(max_new_tokens, 1, "max_new_tokens")
-        settings = self._settings(**options)
+        settings = _Settings.make(self.default_sampling, **options)
         prompt_format = self.prompt_format() if prompt_format is None else prompt_format
         is_conversation = not isinstance(questions, str) and questions and isinstance(questions[0], dict)
         questions = [questions] if is_conversation else _as_list(questions, "questions")
@@ -243,7 +241,7 @@ class DiffusionLM:
                 raise DataError(f"text {number} is empty, so there is nothing to score")
         padded = pad_rows(rows, self.config.max_length)
         padding = np.arange(padded.tokens.shape[1]) >= padded.lengths[:, None]
-        with self._mesh_context():
+        with use_mesh(self.mesh):
             estimate = bound(self.model, padded.tokens, ~padding, diffusion=diffusion, num_samples=num_samples,
                              seed=seed, batch_size=batch_size, segment_ids=padding)
         return list(estimate.rows)
@@ -253,9 +251,6 @@ class DiffusionLM:
         for llama.cpp ("dream") or in DiffuGPT's layout ("diffugpt"), or the adapter of a model loaded with
         `merge=False` ("peft")."""
         save_pretrained(directory, self.pretrained, layout=layout)
-
-    def _settings(self, **options: Any) -> "_Settings":
-        return _Settings.make(self.default_sampling, **options)
 
     def _fill(self, segments: Sequence[Sequence[Segment]], settings: "_Settings", *, stop_at_eos: bool) -> list[str]:
         """Returns texts with their gaps filled."""
@@ -278,9 +273,6 @@ class DiffusionLM:
                            SamplingSpec(settings.config, diffusion, eos_token_ids, stop_at_eos and bool(eos_token_ids)),
                            batch_size=min(settings.batch_size, len(rows)), mesh=self.mesh, on_step=settings.on_step,
                            coarse=coarse, progress=settings.on_step is None, stats=settings.stats)
-
-    def _mesh_context(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)

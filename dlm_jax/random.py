@@ -25,6 +25,16 @@ def example_keys(seed: jax.Array | int, example_index: jax.Array, purpose: int =
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(purpose_key(seed, purpose), example_index)
 
 
+def fold_keys(keys: jax.Array, data: int) -> jax.Array:
+    """Folds one integer into each of `keys` [batch]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def position_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
+    """Folds a row's positions int [batch, n] into its key, of `keys` [batch]: returns keys [batch, n]."""
+    return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(keys, positions)
+
+
 def dropout_seeds(seed: jax.Array | int, example_index: jax.Array) -> jax.Array:
     """Returns the uint32 seeds [batch] from which the dropout of each example is hashed."""
     return counter_hash(seed, DROPOUT, example_index)

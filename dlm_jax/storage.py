@@ -222,8 +222,7 @@ def local_copy(directory: epath.PathLike) -> Path:
     """
     if not is_remote(directory):
         return Path(directory)
-    name = hashlib.sha256(os.fspath(directory).rstrip("/").encode()).hexdigest()[:16]
-    folder = cache_folder() / "copies" / name
+    folder = _copies_of(directory)
     sizes = {path.name: path.stat().length for path in ensure_accessible(directory).iterdir() if path.is_file()}
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name not in sizes or path.suffix == ".json":
@@ -241,9 +240,14 @@ def local_file(path: epath.PathLike) -> Path:
     remote = ensure_accessible(path)
     if not remote.is_file():
         raise CheckpointError(f"there is no file {path}")
-    folder = cache_folder() / "copies" / hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
+    folder = _copies_of(path)
     fetch_files(remote.parent, {remote.name: remote.stat().length}, folder)
     return folder / remote.name
+
+
+def _copies_of(path: epath.PathLike) -> Path:
+    """Returns the folder in the user's cache for copies of a remote file or folder."""
+    return cache_folder() / "copies" / hashlib.sha256(os.fspath(path).rstrip("/").encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

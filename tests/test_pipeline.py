@@ -7,8 +7,6 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import dlm_jax
 from dlm_jax import AttentionMask, DiffusionLM, DLMError
@@ -16,6 +14,7 @@ from dlm_jax.checkpoints import load_pretrained
 from dlm_jax.checkpoints.hf_import import aligned_empty
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.evaluation import bound
+from tests.sampling.tiny_models import byte_tokenizer
 
 STEPS = {"num_steps": 5}
 
@@ -24,12 +23,7 @@ STEPS = {"num_steps": 5}
 def base(tmp_path_factory):
     """Saves a GPT-2 with random weights in HF layout and a token per byte; returns its directory."""
     directory = tmp_path_factory.mktemp("base")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>")
-    tokenizer.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
     config = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96,
               "bos_token_id": 256, "eos_token_id": 256, "initializer_range": 0.4}
     (directory / "config.json").write_text(json.dumps(config))

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,8 +100,7 @@ def model_card(pretrained: "Pretrained", layout: str, dtype: str) -> str:
         facts["tokens per block"] = diffusion.blocks.size
         facts["attention inside a clean block"] = diffusion.blocks.clean_attention
         facts["noise"] = {"mask": "the mask token", "random_tokens": "random tokens"}[diffusion.blocks.noise]
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    sections = [f"# {name}: {kind}", f"| | |\n| --- | --- |\n{table}"]
+    sections = [f"# {name}: {kind}", _table(facts)]
     if is_diffusion:
         is_chat = recipe.get("data.examples.format", "none") != "none"
         commands = "`dlm sample --model=THIS_DIRECTORY`" + " or `dlm chat --model=THIS_DIRECTORY`" * is_chat
@@ -136,10 +136,9 @@ def drafter_card(config: "DrafterConfig", layout: str, target: str, size: int, d
         "features": f"outputs of the target's layers {', '.join(map(str, config.target_layer_ids))}",
         "mask token id": config.mask_token_id,
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     use = (f"With dlm_jax: `dlm sample --model=TARGET --drafter=THIS_DIRECTORY`. The text is {name}'s own; it takes "
            f"fewer passes.\n\n```bash\n" + "\n".join(engine_commands(config, layout)) + "\n```")
-    return _card([f"# Drafter of {name}", f"| | |\n| --- | --- |\n{table}", f"## Use\n\n{use}"],
+    return _card([f"# Drafter of {name}", _table(facts), f"## Use\n\n{use}"],
                  pipeline_tag="text-generation", tags=["speculative-decoding", layout])
 
 
@@ -158,6 +157,10 @@ def engine_commands(config: "DrafterConfig", layout: str, directory: str = "THIS
                         f"--speculative-draft-model-path {directory} --speculative-num-draft-tokens "
                         f"{config.num_drafts + 1}")
     return commands
+
+
+def _table(facts: Mapping[str, object]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())])
 
 
 def _card(sections: list[str], **metadata: object) -> str:

@@ -1,7 +1,6 @@
-"""A drafter as a user asks for it, the workdir of the run that trains one, and the opener of every kind of drafter.
+"""A drafter as a user asks for it, and the opener of every kind of drafter.
 
-Such a workdir has, beside what every run has, `drafter.json`: the drafter's architecture, and which target it is for.
-Its checkpoints hold the drafter alone.
+The checkpoints of a run that trains one hold the drafter alone; its target is on record: see `workdir.DrafterRecord`.
 """
 
 import dataclasses
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     import jax
     from etils import epath
 
+    from dlm_jax.checkpoints.workdir import DrafterRecord
     from dlm_jax.models import Compute, Drafter, DrafterConfig, ModelConfig, Transformer
 
 
@@ -152,7 +152,9 @@ def recorded_target(source: "epath.PathLike") -> str | None:
     return find_base(_read_record(source).source, split_step(source)[0])
 
 
-def _read_record(source: "epath.PathLike") -> DrafterRecord:
+def _read_record(source: "epath.PathLike") -> "DrafterRecord":
+    from dlm_jax.checkpoints.workdir import DrafterRecord
+
     record = DrafterRecord.read(split_step(source)[0])
     if record is None:
         raise CheckpointError(f"{source} is not the workdir of a run that trains a drafter; it has no {DRAFTER_FILE}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm_jax.checkpoints.hf_config import config_from_hf, config_to_hf
+from dlm_jax.checkpoints.settings import check_implemented, require
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import DrafterConfig, ModelConfig, spread_layer_ids
@@ -37,7 +38,6 @@ _CAUSAL = ("is_causal", "causal")  # of all layers; without them, of the layers 
 _SLOTS = ("sample_from_anchor", "shift_label")
 _NESTED = {"block_size", "mask_token_id", "mask_token", "target_layer_ids", "projector_type", *_CAUSAL, *_SLOTS,
            *_NEUTRAL, *(name for names in _HEADS.values() for name in names)}
-_WINDOW = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _NUM_ANCHORS = 512  # a setting of training, without which DeepSpec's class does not load
 
@@ -144,9 +144,7 @@ def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a config.json in one place, with the key "layout"."""
     if "speculators_model_type" in hf:
         hf = _from_speculators(hf)
-    nested = hf.get("dflash_config") or {}
-    if not isinstance(nested, dict):
-        raise CheckpointError(f"config.json must give dflash_config as an object, not {nested!r}")
+    nested = require(hf.get("dflash_config") or {}, "dflash_config", "an object")
     if unknown := sorted(nested.keys() - _NESTED):
         raise CheckpointError(f"config.json sets {', '.join(unknown)} in dflash_config, which this library does not "
                               "implement")
@@ -161,10 +159,7 @@ def _settings(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"config.json names the architecture {architecture!r}, and drafters are of "
                               f"{', '.join(layouts)}")
     settings["layout"] = layout = layouts[architecture]
-    for name, neutral in _NEUTRAL.items():
-        if settings.get(name) not in neutral:
-            raise CheckpointError(f"config.json sets {name} to {settings[name]!r}, which this library does not "
-                                  "implement")
+    check_implemented(settings, _NEUTRAL)
     if settings.get("projector_type") not in (None, layout):
         raise CheckpointError(f"config.json sets projector_type to {settings['projector_type']!r}, and the "
                               f"architecture is {architecture}; use the one that belongs to it")
@@ -187,9 +182,7 @@ def _from_speculators(hf: Mapping[str, Any]) -> dict[str, Any]:
     if layout == "dspark" and "sample_from_anchor" not in hf:
         raise CheckpointError("config.json does not say what the slots predict, as versions of speculators differ in "
                               "it; set sample_from_anchor, true as in DeepSpec, or false")
-    inputs = hf.get("aux_hidden_state_layer_ids")
-    if not isinstance(inputs, list) or not all(isinstance(layer, int) for layer in inputs):
-        raise CheckpointError(f"config.json must give aux_hidden_state_layer_ids as a list, not {inputs!r}")
+    inputs = require(hf.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", "a list of layers")
     same = ("block_size", "mask_token_id", "draft_vocab_size", "target_hidden_size", *_HEADS["dspark"])
     renamed = {name: hf[name] for name in same if name in hf}
     return layers | renamed | {
@@ -244,33 +237,17 @@ def _layers(settings: Mapping[str, Any]) -> tuple[ModelConfig, tuple[int, ...]]:
         found = " and ".join(map(str, sorted(bases))) or "none"
         raise CheckpointError(f"config.json must give one rope_theta, as engines differ in its default and its place; "
                               f"it gives {found}")
-    plain = {name: value for name, value in settings.items() if name not in (*_WINDOW, "tie_word_embeddings")}
-    layers = config_from_hf(plain)
-    window = settings.get("sliding_window") if settings.get("use_sliding_window", False) else None
-    first = settings.get("max_window_layers", 28)
-    kinds = settings.get("layer_types") or [
-        _FULL if window is None or layer < first else _SLIDING for layer in range(layers.num_layers)]
-    if len(kinds) != layers.num_layers or not set(kinds) <= {_FULL, _SLIDING}:
-        raise CheckpointError(f"config.json gives {len(kinds)} layer_types ({', '.join(sorted(set(kinds)))}) for "
-                              f"{layers.num_layers} layers; known are {_FULL} and {_SLIDING}")
-    sliding = tuple(layer for layer, kind in enumerate(kinds) if kind == _SLIDING)
-    if sliding and not isinstance(window, int):
-        raise CheckpointError(f"config.json has layer_types with {_SLIDING} and no window for it (use_sliding_window, "
-                              "sliding_window)")
-    return dataclasses.replace(layers, sliding_window=window if sliding else None), sliding
+    # A window has no default here; drafters have no embedding that could be tied.
+    layers = config_from_hf({"sliding_window": None} | settings | {"tie_word_embeddings": False})
+    return dataclasses.replace(layers, full_attention_layers=()), layers.sliding_layers
 
 
 def _target_layer_ids(settings: Mapping[str, Any], layers: ModelConfig) -> tuple[int, ...]:
     ids = settings.get("target_layer_ids")
     if ids is None and settings["layout"] != "dspark":  # z-lab's code takes as many as the drafter has layers
         return spread_layer_ids(_integer(settings, "num_target_layers"), layers.num_layers)
-    if not isinstance(ids, list) or not all(isinstance(layer, int) for layer in ids):
-        raise CheckpointError(f"config.json must give target_layer_ids as a list of layers, not {ids!r}")
-    return tuple(ids)
+    return tuple(require(ids, "target_layer_ids", "a list of layers"))
 
 
 def _integer(settings: Mapping[str, Any], name: str) -> int:
-    value = settings.get(name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(f"config.json must give {name} as an integer, not {value!r}")
-    return value
+    return require(settings.get(name), name, "an integer")

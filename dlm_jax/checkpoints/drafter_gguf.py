@@ -61,16 +61,17 @@ def save_drafter_gguf(path: str | Path, drafter: Drafter, target: "Pretrained", 
                               "that exists")
     tensors = named_tensors(drafter)
     if jax.process_index() > 0:  # gathering a tensor takes every process
-        for _, values in tensors.values():
-            values()
+        for tensor in tensors.values():
+            tensor.values()
         return
     import gguf
 
     temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
     writer = gguf.GGUFWriter(temporary, "dflash")
     try:
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
         for key, value in settings.items():
-            _add(writer, f"dflash.{key}", value)
+            add[type(value)](f"dflash.{key}", value)
         for field in gguf.GGUFReader(source).fields.values():
             if field.name.startswith("tokenizer.") and field.name != "tokenizer.ggml.mask_token_id":
                 inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
@@ -129,11 +130,6 @@ def _settings(config: DrafterConfig) -> dict[str, Any]:
         names = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
         settings |= {name: getattr(config, name) for name in names}
     return settings
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
-    kinds[type(value)](key, value)
 
 
 def _gguf_name(name: str) -> str:

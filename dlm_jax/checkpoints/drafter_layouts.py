@@ -4,8 +4,6 @@ The layouts are in `drafter_config`. Embedding and head are the target's; where 
 equal to the target's.
 """
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +17,9 @@ from jax.sharding import Sharding
 from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import drafter_card
 from dlm_jax.checkpoints.drafter_config import drafter_to_hf, layout_of, read_drafter_config
-from dlm_jax.checkpoints.hf_import import check_names_and_shapes
+from dlm_jax.checkpoints.hf_import import check_tensors, stream_parameters
 from dlm_jax.checkpoints.hf_names import Key
-from dlm_jax.checkpoints.hf_tensors import read_tensors, write_tensors
+from dlm_jax.checkpoints.hf_tensors import LazyTensor, fetch, read_tensors, write_tensors
 from dlm_jax.checkpoints.source import locate
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.models import Compute, DraftedModel, Drafter, Transformer, abstract_drafter
@@ -56,8 +54,6 @@ _KEYS = {
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _COPIES = (_EMBEDDING, _HEAD)
 
-Tensors = dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]  # shape and values by name
-
 
 def read_drafter(source: str, target: Transformer | None, compute: Compute, param_dtype: str,
                  sharding: Sharding) -> Drafter:
@@ -66,17 +62,17 @@ def read_drafter(source: str, target: Transformer | None, compute: Compute, para
     layout, config, settings = read_drafter_config(directory)
     tensors = {_published_name(name): tensor for name, tensor in read_tensors(directory).items()}
     drafter = abstract_drafter(config, compute, param_dtype)
-    expected = {name: shape for key, leaf in _keys(drafter) for name, shape in _stored_shapes(key, leaf.shape)}
+    graphdef, shapes = nnx.split(drafter)
+    expected = hf_names.stored_shapes(_KEYS, shapes)
     needs_copies = layout == "dspark" and not settings.keys() & {"speculators", "projector_type"}  # DeepSpec's own
     table = (config.layers.vocab_size, config.layers.hidden_size)
     expected |= {name: table for name in _COPIES if needs_copies or name in tensors}
-    check_names_and_shapes(tensors, expected, directory, "drafter")
+    check_tensors(tensors, expected, directory, "drafter")
     if target is not None:
         check_target(drafter, target, source, settings.get("num_target_layers"))
         _check_copies({name: tensors[name] for name in _COPIES if name in tensors}, target, directory)
-    graphdef, state = nnx.split(drafter)
-    values = [_read(tensors, key, leaf, directory, sharding) for key, leaf in _keys(drafter)]
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), values))
+    shardings = [sharding] * len(jax.tree.leaves(shapes))
+    return nnx.merge(graphdef, nnx.from_flat_state(list(stream_parameters(tensors, _KEYS, shapes, shardings))))
 
 
 def check_target(drafter: Drafter, target: Transformer, source: epath.PathLike, num_layers: int | None = None) -> None:
@@ -120,43 +116,33 @@ def save_drafter(directory: epath.PathLike, drafter: Drafter, target: "Pretraine
     tensors = named_tensors(drafter)
     if fits == "dspark":
         tensors |= _copies(target.model)
-    shapes = {name: shape for name, (shape, _) in tensors.items()}
-
-    def fetch(name: str) -> np.ndarray:
-        return tensors[name][1]().astype(jnp.dtype(dtype))
-
     if jax.process_index() > 0:  # gathering a tensor takes every process
-        for name in shapes:
-            fetch(name)
+        for name, tensor in tensors.items():
+            fetch(name, tensor, jnp.dtype(dtype))
         return
     with atomic_directory(directory) as folder:
-        write_tensors(folder, shapes, fetch, jnp.dtype(dtype), max_shard_bytes)
+        write_tensors(folder, tensors, jnp.dtype(dtype), max_shard_bytes)
         write_json(folder / "config.json", hf_config)
         size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(drafter)))
         (folder / "README.md").write_text(drafter_card(drafter.config, fits, target.source, size, dtype))
 
 
-def named_tensors(drafter: Drafter) -> Tensors:
-    """Returns shape and a function that gathers the values of every tensor of a drafter, by its published name."""
-    def gather(key: Key, leaf: nnx.Param, layer: int) -> np.ndarray:
-        value = leaf[...][layer] if "{i}" in key.name else leaf[...]
-        return hf_names.to_hf(to_host(value), key)
-
-    return {name: (shape, functools.partial(gather, key, leaf, layer)) for key, leaf in _keys(drafter)
-            for layer, (name, shape) in enumerate(_stored_shapes(key, leaf.shape))}
+def named_tensors(drafter: Drafter) -> dict[str, LazyTensor]:
+    """Returns every tensor of a drafter by its published name."""
+    return hf_names.named_tensors(_KEYS, nnx.state(drafter))
 
 
-def _copies(target: Transformer) -> Tensors:
-    """Returns the target's embedding and head, [vocab, embed] each, as `named_tensors` does."""
-    tied, kernel, shape = target.head is None, target.head_kernel[...], target.embed.embedding.shape
-    return {_EMBEDDING: (shape, lambda: to_host(target.embed.embedding[...])),
-            _HEAD: (shape, lambda: to_host(kernel) if tied else to_host(kernel).T)}
+def _copies(target: Transformer) -> dict[str, LazyTensor]:
+    """Returns the target's embedding and head, [vocab, embed] each, by their names in a drafter's files."""
+    tied, kernel, table = target.head is None, target.head_kernel[...], target.embed.embedding
+    return {_EMBEDDING: LazyTensor(table.shape, lambda: to_host(table[...])),
+            _HEAD: LazyTensor(table.shape, lambda: to_host(kernel) if tied else to_host(kernel).T)}
 
 
 def _check_copies(stored: dict[str, np.ndarray], target: Transformer, directory: Path) -> None:
     """Refuses copies of embedding and head that differ from the target's, as far as both types tell."""
     for name, tensor in stored.items():
-        table = _copies(target)[name][1]()
+        table = _copies(target)[name].values()
         dtype = min(tensor.dtype, table.dtype, key=lambda dtype: dtype.itemsize)
         rows = 1024  # at a time: they are read from disk
         if not all(np.array_equal(tensor[i : i + rows].astype(dtype), table[i : i + rows].astype(dtype))
@@ -165,26 +151,6 @@ def _check_copies(stored: dict[str, np.ndarray], target: Transformer, directory:
                                   f"its {name} is not the target's; use the target that it was trained for")
 
 
-def _keys(drafter: Drafter) -> list[tuple[Key, nnx.Param]]:
-    """Returns the key of every parameter, in the order of the state's leaves."""
-    return [(_KEYS[".".join(path)], leaf) for path, leaf in nnx.to_flat_state(nnx.state(drafter))]
-
-
-def _stored_shapes(key: Key, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Returns name and shape of the stored tensor of each layer of a parameter, or of the parameter itself."""
-    return [(name, hf_names.hf_shape(key, shape)) for name, shape, _ in hf_names.layer_tensors(key, shape)]
-
-
 def _published_name(name: str) -> str:
     """Returns the name of a tensor without the suffix that transformers gives to the selector's tables."""
     return name.removesuffix(".weight") if name.endswith("_codebook.weight") else name
-
-
-def _read(tensors: dict[str, np.ndarray], key: Key, leaf: nnx.Param, directory: Path, sharding: Sharding) -> jax.Array:
-    parts = [hf_names.from_hf(np.asarray(tensors[name]), key, shape).astype(leaf.dtype)
-             for name, shape, _ in hf_names.layer_tensors(key, leaf.shape)]
-    value = np.stack(parts) if "{i}" in key.name else parts[0]
-    if not np.isfinite(value.astype(np.float32)).all():
-        raise CheckpointError(f"{key.name} in {directory} has numbers that are not finite (NaN or infinity); use "
-                              "another copy of it")
-    return jax.device_put(value, sharding)

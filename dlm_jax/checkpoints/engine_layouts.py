@@ -6,7 +6,8 @@ says beside it: a model that was trained to do anything else is refused, with th
 
 from typing import TYPE_CHECKING, Any
 
-from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES, dream_generation
+from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES
+from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ def engine_config(pretrained: "Pretrained", hf: dict[str, Any], layout: str) -> 
     Raises:
       CheckpointError: an engine would serve another model than this one.
     """
-    problems = _sdar_problems(pretrained) if layout == "sdar" else _dream_problems(pretrained)
-    if problems:
-        raise CheckpointError(f"the layout {layout} cannot hold {pretrained.source}: {'; '.join(problems)}")
+    problems = _network_problems(pretrained, layout) | (
+        _sdar_problems if layout == "sdar" else _dream_problems)(pretrained.diffusion)
+    if found := [problem for problem, is_one in problems.items() if is_one]:
+        raise CheckpointError(f"the layout {layout} cannot hold {pretrained.source}: {'; '.join(found)}")
     model_type = ENGINE_LAYOUTS[layout]
     changed = {"model_type": model_type, "architectures": [DIFFUSION_FAMILIES[model_type].architecture],
                "tie_word_embeddings": False}
@@ -37,21 +39,14 @@ def engine_config(pretrained: "Pretrained", hf: dict[str, Any], layout: str) -> 
     return hf | changed
 
 
-def generation_config(pretrained: "Pretrained", layout: str) -> dict[str, Any]:
-    """Returns what an engine's generation_config.json has beside the special tokens."""
-    if layout != "dream":
-        return {}
-    return {"mask_token_id": pretrained.diffusion.mask_token_id, **dream_generation(pretrained.sampling)}
-
-
 def sglang_config(pretrained: "Pretrained") -> str:
     """Returns the file for SGLang's --dllm-algorithm-config, which takes nothing of this from config.json."""
     return f"block_size: {pretrained.diffusion.blocks.size}\nthreshold: {SDAR_THRESHOLD}\n"
 
 
-def _sdar_problems(pretrained: "Pretrained") -> list[str]:
-    diffusion, blocks = pretrained.diffusion, pretrained.diffusion.blocks
-    found = {
+def _sdar_problems(diffusion: DiffusionSpec) -> dict[str, bool]:
+    blocks = diffusion.blocks
+    return {
         "engines take the id of its mask token for granted, which is "
         f"{SDAR_MASK_TOKEN_ID}, and this model's is {diffusion.mask_token_id} (a new mask token of Qwen3 gets that "
         "id)": diffusion.mask_token_id != SDAR_MASK_TOKEN_ID,
@@ -62,27 +57,23 @@ def _sdar_problems(pretrained: "Pretrained") -> list[str]:
         "engines let a finished block see all of itself; train it with objective.clean_attention=block_bidirectional":
             blocks is not None and blocks.clean_attention != "block_bidirectional",
     }
-    return [*_network_problems(pretrained, "qwen3"), *(problem for problem, is_one in found.items() if is_one)]
 
 
-def _dream_problems(pretrained: "Pretrained") -> list[str]:
-    diffusion = pretrained.diffusion
-    found = {
+def _dream_problems(diffusion: DiffusionSpec) -> dict[str, bool]:
+    return {
         "it has no mask token; name one": diffusion.mask_token_id is None,
         "engines read a token from the position before it, and this model was trained without the shift":
             not diffusion.shift,
         "engines let every position see every other, and this model writes in blocks": diffusion.blocks is not None,
     }
-    return [*_network_problems(pretrained, "qwen2"), *(problem for problem, is_one in found.items() if is_one)]
 
 
-def _network_problems(pretrained: "Pretrained", family: str) -> list[str]:
-    config = pretrained.model.config
-    found = {
+def _network_problems(pretrained: "Pretrained", layout: str) -> dict[str, bool]:
+    config, family = pretrained.model.config, DIFFUSION_FAMILIES[ENGINE_LAYOUTS[layout]].family
+    return {
         f"its network is that of {family}, and this model is a {config.family}": config.family != family,
         f"engines have no sliding window, and this model's is {config.sliding_window}":
             config.sliding_window is not None,
         f"engines have the activation silu, and this model has {config.activation}": config.activation != "silu",
         "engines need its tokenizer, and there is none": pretrained.tokenizer is None,
     }
-    return [problem for problem, is_one in found.items() if is_one]

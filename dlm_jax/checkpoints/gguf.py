@@ -18,6 +18,7 @@ from dlm_jax.checkpoints.gguf_file import GGUFContent, GGUFTensor, check_types, 
 from dlm_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from dlm_jax.checkpoints.hf_config import config_from_hf
 from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES
+from dlm_jax.checkpoints.settings import check_implemented
 from dlm_jax.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 
 class GGUFModel:
-    """A model in a file, opened as `stored.StoredModel` says."""
+    """A model in a file, with the names of `stored.HFDirectory`."""
 
     recipe = None
 
@@ -117,12 +118,10 @@ def read_config(content: GGUFContent) -> dict[str, Any]:
                               f"{', '.join(_KEYS)} (Mistral's files are of llama), so use a model of one of these")
     settings = {key.removeprefix(f"{family}."): value if key.endswith(_WINDOWS) else _one_for_all(path, key, value)
                 for key, value in metadata.items() if key.startswith(f"{family}.")}
-    for name, allowed in _NEUTRAL.items():
-        if family in _DIFFUSION and name == "attention.causal":
-            continue
-        if name in settings and name not in _KEYS[family] and settings[name] not in allowed:
-            raise CheckpointError(f"{path} sets {family}.{name} to {settings[name]!r}, which this library does not "
-                                  "implement; use a model without it")
+    read = {*_KEYS[family], *(["attention.causal"] if family in _DIFFUSION else [])}
+    check_implemented({f"{family}.{name}": value for name, value in settings.items()},
+                      {f"{family}.{name}": allowed for name, allowed in _NEUTRAL.items() if name not in read},
+                      path, "; use a model without it")
     if _EMBEDDING not in tensors:
         raise CheckpointError(f"{path} lacks the tensor {_EMBEDDING}, so it holds no language model")
     config = {name: _decimal(settings[key]) for key, name in _KEYS[family].items() if key in settings}

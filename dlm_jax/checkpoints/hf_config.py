@@ -16,6 +16,7 @@ from dlm_jax.checkpoints.hf_config_diffusion import (
     rewrite_config,
 )
 from dlm_jax.checkpoints.hf_rope import partial_rotary_factor, rope_from_hf, rope_to_hf
+from dlm_jax.checkpoints.settings import check_implemented, require
 from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import ModelConfig
@@ -112,13 +113,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if family not in _ARCHITECTURES:
         raise CheckpointError(f"config.json has model_type {family!r}; supported are "
                               f"{', '.join([*_ARCHITECTURES, *DIFFUSION_FAMILIES])}")
-    for name, allowed in _NEUTRAL.items():
-        if name in hf and hf[name] not in allowed:
-            raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not implement")
-    for names, kinds, expected in ((_FLAGS, bool, "true or false"), (_NUMBERS, int | float, "a number")):
+    check_implemented(hf, _NEUTRAL)
+    for names, kind in ((_FLAGS, "true or false"), (_NUMBERS, "a number")):
         for name in names:
-            if name in hf and (not isinstance(hf[name], kinds) or isinstance(hf[name], bool) != (kinds is bool)):
-                raise CheckpointError(f"config.json must give {name} as {expected}, not {hf[name]!r}")
+            if name in hf:
+                require(hf[name], name, kind)
     for name in _SIZES_OR_NULL:
         if hf.get(name) is not None:
             _size(hf, name)
@@ -221,9 +220,7 @@ def _from_llama(hf: Mapping[str, Any], family: str) -> ModelConfig:
 
 
 def _from_stablelm(hf: Mapping[str, Any]) -> ModelConfig:
-    for name in ("use_parallel_residual", "qk_layernorm"):
-        if hf.get(name, False) is not False:
-            raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not implement")
+    check_implemented(hf, {"use_parallel_residual": (False,), "qk_layernorm": (False,)})
     defaults = {"num_key_value_heads": 32}
     if not any("partial_rotary_factor" in (hf.get(name) or {}) for name in ("rope_scaling", "rope_parameters")):
         defaults["partial_rotary_factor"] = 0.25
@@ -267,10 +264,7 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
 
 
 def _size(hf: Mapping[str, Any], name: str) -> int:
-    value = hf.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json must give {name} as a positive integer, not {value!r}")
-    return value
+    return require(hf.get(name), name, "a positive integer")
 
 
 def _head_dim(hf: Mapping[str, Any], hidden: int, heads: int) -> int:

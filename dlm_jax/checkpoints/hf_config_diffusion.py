@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlm_jax.checkpoints import hf_moe
+from dlm_jax.checkpoints.settings import check_implemented, require
 from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import CheckpointError
 from dlm_jax.storage import read_json
@@ -57,11 +58,9 @@ DIFFUSION_FAMILIES = {
                                  sampling=_LOW_CONFIDENCE),
     "rnd1": DiffusionFamily("RND1LM", "qwen3_moe", shift=True, mask_token_id=151669, sampling=_RND1_SAMPLING),
     "sdar_moe": DiffusionFamily("SDARMoeForCausalLM", "qwen3_moe", shift=False, size_key="block_size", size=4),
-    "a2d-qwen3": DiffusionFamily("A2DQwen3LMHeadModel", "qwen3", shift=False),
-    "a2d-qwen2": DiffusionFamily("A2DQwen2LMHeadModel", "qwen2", shift=False),
-    "a2d-llama": DiffusionFamily("A2DLlamaLMHeadModel", "llama", shift=False),
+    **{f"a2d-{name.lower()}": DiffusionFamily(f"A2D{name}LMHeadModel", name.lower(), shift=False, size_key="block_size",
+                                              sampling=_LOW_CONFIDENCE) for name in ("Qwen3", "Qwen2", "Llama")},
 }
-_A2D_BLOCK = 32
 
 # Classes of an autoregressive model's config.json, after the name of its family, and that of DiffuGPT.
 _PLAIN_CLASSES = ("forcausallm", "lmheadmodel", "model", "forconditionalgeneration")
@@ -75,15 +74,15 @@ _LLADA_NAMES = {
     "attention_dropout": "attention_dropout", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id", "use_cache": "use_cache",
 }  # fmt: skip
-# LLaDA's settings that LLaMA's network has built in: the values that say so; the first is the default of LLaDA's class.
-_LLADA_BUILT_IN: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "block_type": ("sequential", ("llama",)), "block_group_size": (1, (1,)), "activation_type": ("swiglu", ("silu",)),
-    "layer_norm_type": ("default", ("rms",)), "layer_norm_with_affine": (True, (True,)),
-    "rope": (False, (True,)), "alibi": (False, (False,)), "attention_layer_norm": (False, (False,)),
-    "input_emb_norm": (False, (False,)), "scale_logits": (False, (False,)), "include_bias": (False, (False,)),
-    "include_qkv_bias": (False, (False, None)), "bias_for_layer_norm": (None, (False, None)),
-    "embedding_dropout": (0.1, (0,)), "residual_dropout": (0.1, (0,)),
+# LLaDA's settings that LLaMA's network has built in: the values that say so, and defaults of LLaDA's class that do not.
+_LLADA_BUILT_IN: dict[str, tuple[Any, ...]] = {
+    "block_type": ("llama",), "block_group_size": (1,), "activation_type": ("silu",), "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,), "rope": (True,), "alibi": (False,), "attention_layer_norm": (False,),
+    "input_emb_norm": (False,), "scale_logits": (False,), "include_bias": (False,), "include_qkv_bias": (False, None),
+    "bias_for_layer_norm": (False, None), "embedding_dropout": (0,), "residual_dropout": (0,),
 }  # fmt: skip
+_LLADA_DEFAULTS = {"block_type": "sequential", "activation_type": "swiglu", "layer_norm_type": "default", "rope": False,
+                   "embedding_dropout": 0.1, "residual_dropout": 0.1}
 
 # Dream's names of reveal policies.
 _DREAM_POLICIES = {"origin": "random", "maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
@@ -110,27 +109,24 @@ def rewrite_config(hf: dict[str, Any], directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"config.json has model_type {hf['model_type']!r} and the class {found[0]}, which this "
                               f"library does not implement; of this type it reads {family.architecture}")
     size = hf.get(family.size_key, family.size) if family.size_key else None
-    if (is_a2d := hf["model_type"].startswith("a2d-")):
-        size = _a2d_block_size(hf, directory)
+    if hf["model_type"].startswith("a2d-") and "block_size" not in hf:
+        size = _a2d_block_size(directory)
     blocks = None if size is None else BlockSpec(size, "block_bidirectional")
     if blocks is None and hf.get("use_sliding_window"):
         raise CheckpointError(f"config.json of {hf['model_type']!r} sets use_sliding_window, which its own code "
                               "ignores; set it to false")
     record = {"mask_token_id": hf.get("mask_token_id", family.mask_token_id), "shift": family.shift}
+    sampling = _dream_sampling(directory) if hf["model_type"] == "Dream" else dict(family.sampling)
     if blocks is not None:
         record |= blocks_to_record(blocks)
-    sampling = dict(family.sampling)
-    if is_a2d:
-        sampling = {"policy": "confidence", "num_steps": 128, "temperature": 0.0} if blocks else dict(_LOW_CONFIDENCE)
-    elif hf["model_type"] == "Dream":
-        sampling = _dream_sampling(directory)
+        sampling.pop("block_length", None)
     if sampling:
         record["sampling"] = sampling
     if family.family in hf_moe.FAMILIES:
         hf = hf_moe.from_diffusion(hf)
     kept = _llada_to_llama(hf) if hf["model_type"] == "llada" else {
         name: value for name, value in hf.items()
-        if name not in (family.size_key, "block_size" if is_a2d else None, "attn_implementation", "fuse_cross_entropy")}
+        if name not in (family.size_key, "attn_implementation", "fuse_cross_entropy")}
     return kept | {"model_type": family.family, "dlm_jax": record}
 
 
@@ -160,22 +156,17 @@ def _is_plain_class(name: str, family: str) -> bool:
     return name == _DIFFUGPT_CLASS or name.lower() in [prefix + kind for kind in _PLAIN_CLASSES]
 
 
-def _a2d_block_size(hf: Mapping[str, Any], directory: Path) -> int | None:
-    """Returns the tokens per block of a Tiny-A2D model, None for entire rows: by `block_size`, or else by its name."""
-    if "block_size" in hf:
-        return hf["block_size"]
+def _a2d_block_size(directory: Path) -> int | None:
+    """Returns the tokens per block of a Tiny-A2D model by its name; None for entire rows."""
     for part in reversed(directory.absolute().parts):
         if kind := re.search("mdlm|bd3lm", part.lower()):
-            return _A2D_BLOCK if kind[0] == "bd3lm" else None
+            return 32 if kind[0] == "bd3lm" else None
     raise CheckpointError(f"{directory} does not say whether the model writes in blocks: its name has neither mdlm nor "
                           'bd3lm; add "block_size" to its config.json, 32 for blocks of 32 tokens or null for none')
 
 
-def _llada_to_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
-    for name, (default, allowed) in _LLADA_BUILT_IN.items():
-        if hf.get(name, default) not in allowed:
-            raise CheckpointError(f"config.json of 'llada' has {name} {hf.get(name, default)!r}, which this library "
-                                  f"does not implement; it reads {allowed[0]!r}")
+def _llada_to_llama(hf: dict[str, Any]) -> dict[str, Any]:
+    check_implemented(_LLADA_DEFAULTS | hf, _LLADA_BUILT_IN, "config.json of a LLaDA")
     heads = hf.get("n_kv_heads")
     if heads is None:
         heads = 1 if hf.get("multi_query_attention") else hf.get("n_heads")
@@ -203,14 +194,10 @@ def _dream_sampling(directory: Path) -> dict[str, Any]:
     given = read_json(path) if path.is_file() else {}
     given = {name: value for name, value in given.items() if value is not None}
     for name in ("steps", "temperature", "top_p", "top_k", "eps", "alg_temp"):
-        if isinstance(given.get(name, 0), bool) or not isinstance(given.get(name, 0), int | float):
-            raise CheckpointError(f"{path} must give {name} as a number, not {given[name]!r}")
+        require(given.get(name, 0), name, "a number", path)
     if given.get("alg", "origin") not in _DREAM_POLICIES:
         raise CheckpointError(f"{path} has the alg {given['alg']!r}; known are {', '.join(_DREAM_POLICIES)}")
-    for name, implemented in (("eps", _DREAM_LAST_TIME), ("alg_temp", 0)):
-        if given.get(name, implemented) != implemented:
-            raise CheckpointError(f"{path} sets {name} to {given[name]}, and this library implements {implemented} "
-                                  "alone; remove it")
+    check_implemented(given, {"eps": (_DREAM_LAST_TIME,), "alg_temp": (0,)}, path, "; remove it")
     sampling = dict(_DREAM_SAMPLING, policy=_DREAM_POLICIES[given.get("alg", "origin")],
                     num_steps=given.get("steps", _DREAM_SAMPLING["num_steps"]),
                     temperature=float(given.get("temperature", 0.0)))

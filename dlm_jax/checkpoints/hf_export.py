@@ -5,28 +5,25 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import nnx
-from tqdm import tqdm
 
 from dlm_jax.checkpoints import hf_names
 from dlm_jax.checkpoints.card import model_card
-from dlm_jax.checkpoints.engine_layouts import ENGINE_LAYOUTS, engine_config, generation_config, sglang_config
+from dlm_jax.checkpoints.engine_layouts import ENGINE_LAYOUTS, engine_config, sglang_config
 from dlm_jax.checkpoints.hf_config import config_to_hf
-from dlm_jax.checkpoints.hf_tensors import write_tensors
-from dlm_jax.checkpoints.peft import check_expressible, save_peft_adapter
+from dlm_jax.checkpoints.hf_config_diffusion import dream_generation
+from dlm_jax.checkpoints.hf_tensors import fetch, write_tensors
+from dlm_jax.checkpoints.peft_export import check_expressible, save_peft_adapter
 from dlm_jax.checkpoints.pretrained import Pretrained
 from dlm_jax.checkpoints.tokenizer import save_tokenizer
 from dlm_jax.errors import CheckpointError, ConfigError
-from dlm_jax.models import Transformer, merge_lora
-from dlm_jax.parallel import to_host
+from dlm_jax.models import merge_lora
 from dlm_jax.storage import METADATA_FILE, atomic_directory, write_json
 
 LAYOUTS = ("hf", "diffugpt", "peft", *ENGINE_LAYOUTS)
@@ -69,34 +66,27 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
             hf_config[name] = getattr(pretrained, name)
     if tokenizer is not None and "dlm_jax" in hf_config:
         hf_config["dlm_jax"]["start_token_id"] = pretrained.start_token_id
-    tensors = named_tensors(pretrained.model)
+    tensors = hf_names.named_tensors(hf_names.KEYS[config.family], nnx.state(pretrained.model))
     generation = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")
                   if hf_config.get(name) is not None}
     if layout in ENGINE_LAYOUTS:
-        hf_config, tokenizer = engine_config(pretrained, hf_config, layout), _with_mask_token(pretrained)
-        generation |= generation_config(pretrained, layout)
-        tensors.setdefault(hf_names.HEAD, tensors[hf_names.embedding_name(config.family)])
+        hf_config = engine_config(pretrained, hf_config, layout)
+    if layout == "dream":
+        generation |= {"mask_token_id": pretrained.diffusion.mask_token_id, **dream_generation(pretrained.sampling)}
     if layout == "diffugpt":
-        tokenizer = _diffugpt_tokenizer(pretrained)
+        _check_diffugpt(pretrained)
         hf_config["task_specific_params"] = {"text-generation": {"do_sample": True, "max_length": config.max_length}}
+    if layout != "hf":
+        tokenizer = _with_mask_token(pretrained)
         tensors.setdefault(hf_names.HEAD, tensors[hf_names.embedding_name(config.family)])  # stored although tied
+    if layout == "diffugpt":
         tensors = {hf_names.diffugpt_name(name, config.family): tensor for name, tensor in tensors.items()}
-    shapes = {name: shape for name, (shape, _) in tensors.items()}
-    progress = tqdm(desc="exporting", total=len(shapes), leave=False, disable=None, delay=3)
-
-    def fetch(name: str) -> np.ndarray:
-        progress.update()
-        value = tensors[name][1]()
-        if dtype == "float16" and np.abs(value).max() > np.finfo(np.float16).max:
-            raise CheckpointError(f"{name} exceeds the range of float16; export as bfloat16 or float32")
-        return value.astype(jnp.dtype(dtype))
-
     if jax.process_index() > 0:  # gathering a tensor takes every process
-        for name in shapes:
-            fetch(name)
+        for name, tensor in tensors.items():
+            fetch(name, tensor, jnp.dtype(dtype))
         return
-    with progress, atomic_directory(directory) as folder:
-        write_tensors(folder, shapes, fetch, jnp.dtype(dtype), max_shard_bytes)
+    with atomic_directory(directory) as folder:
+        write_tensors(folder, tensors, jnp.dtype(dtype), max_shard_bytes)
         write_json(folder / "config.json", hf_config)
         write_json(folder / "generation_config.json", generation)
         if tokenizer is not None:
@@ -113,24 +103,8 @@ def save_pretrained(directory: epath.PathLike, pretrained: Pretrained, *, layout
             (folder / "sglang.yaml").write_text(sglang_config(pretrained))
 
 
-def named_tensors(model: Transformer) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Returns the shape of every HF tensor by name, and a function that copies it to the host."""
-    sources: dict[str, list[tuple[hf_names.Key, tuple[int, ...], jax.Array, tuple[int, ...]]]] = {}
-    for path, leaf in nnx.to_flat_state(nnx.state(model)):
-        key = hf_names.KEYS[model.config.family][".".join(path)]
-        for name, shape, index in hf_names.layer_tensors(key, leaf.shape):
-            sources.setdefault(name, []).append((key, shape, leaf[...], index))
-
-    def gather(name: str) -> np.ndarray:
-        thirds = sorted(sources[name], key=lambda source: source[0].third or 0)
-        arrays = [hf_names.to_hf(to_host(array[index] if index else array), key) for key, _, array, index in thirds]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
-
-    return {name: (hf_names.hf_shape(*sources[name][0][:2]), lambda name=name: gather(name)) for name in sources}
-
-
-def _diffugpt_tokenizer(pretrained: Pretrained) -> Any:
-    """Returns the tokenizer of the layout diffugpt."""
+def _check_diffugpt(pretrained: Pretrained) -> None:
+    """Raises CheckpointError for a model that the layout diffugpt cannot hold."""
     if pretrained.diffusion.blocks is not None:
         raise CheckpointError(f"{pretrained.source} samples block by block, which the layout diffugpt lacks; "
                               "choose the layout hf")
@@ -139,7 +113,6 @@ def _diffugpt_tokenizer(pretrained: Pretrained) -> Any:
                               f"{pretrained.model.config.family} as plain HF, so use the layout hf")
     if pretrained.diffusion.mask_token_id is None or pretrained.tokenizer is None:
         raise CheckpointError("the layout diffugpt needs a tokenizer and a mask token; this model does not have both")
-    return _with_mask_token(pretrained)
 
 
 def _with_mask_token(pretrained: Pretrained) -> Any:

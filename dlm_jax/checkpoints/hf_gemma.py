@@ -7,6 +7,7 @@ the rest, in both directions. Defaults are those of transformers (`Gemma2Config`
 from collections.abc import Mapping
 from typing import Any
 
+from dlm_jax.checkpoints.settings import require
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import ModelConfig
 
@@ -39,9 +40,7 @@ def text_model(hf: dict[str, Any]) -> dict[str, Any]:
     """
     if hf.get("model_type") != "gemma3":
         return hf
-    text = hf.get("text_config")
-    if not isinstance(text, dict):
-        raise CheckpointError(f"config.json of a gemma3 must give text_config as an object, not {text!r}")
+    text = require(hf.get("text_config"), "text_config", "an object", "config.json of a gemma3")
     outer = {name: hf[name] for name in _OUTER if name in hf}
     return text | outer | {"model_type": "gemma3_text"}
 
@@ -60,9 +59,7 @@ def with_defaults(hf: Mapping[str, Any]) -> dict[str, Any]:
     layers = full["num_hidden_layers"]
     if full.get("layer_types") is None and isinstance(layers, int):
         pattern = full.get("sliding_window_pattern", 6) if family == "gemma3_text" else 2
-        if not isinstance(pattern, int) or pattern < 1:
-            raise CheckpointError(f"config.json must give sliding_window_pattern as a positive integer, not "
-                                  f"{pattern!r}")
+        require(pattern, "sliding_window_pattern", "a positive integer")
         full["layer_types"] = [_SLIDING if (layer + 1) % pattern else _FULL for layer in range(layers)]
     if family == "gemma3_text":
         full |= _two_ropes(full)
@@ -77,9 +74,8 @@ def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """
     caps = {ours: hf[name] for name, ours in _SOFTCAPS.items()}
     for name in ("query_pre_attn_scalar", *_SOFTCAPS):
-        value, optional = hf[name], name in _SOFTCAPS
-        if not (optional and value is None) and (not isinstance(value, int | float) or value <= 0):
-            raise CheckpointError(f"config.json must give {name} as a positive number, not {value!r}")
+        if hf[name] is not None or name not in _SOFTCAPS:
+            require(hf[name], name, "a positive number")
     # A scalar that is the head's dimension changes nothing.
     scalar = hf["query_pre_attn_scalar"]
     found = caps | {"norm": "zero_centered_rms", "post_norms": True, "scale_embeddings": True,

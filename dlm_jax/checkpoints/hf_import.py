@@ -59,22 +59,19 @@ def open_tensors(stored: Mapping[str, "Tensor"], config: ModelConfig, mask_token
             config = dataclasses.replace(config, vocab_size=len(embedding))
         if mask_token_id is None and getattr(tokenizer, "mask_token_id", None) is None:
             mask_token_id = _DIFFUGPT_MASK_IDS.get(config.vocab_size)
-    check_tensors(tensors, config, path)
+    expected = hf_names.stored_shapes(hf_names.KEYS[config.family], nnx.state(abstract_model(config)))
+    check_tensors(tensors, expected, path, f"{config.family} model")
     return tensors, config, mask_token_id
 
 
-def check_tensors(tensors: Mapping[str, "Tensor"], config: ModelConfig, path: Path) -> None:
-    """Raises CheckpointError that names tensors that are missing, unknown, misshaped or not floating point."""
-    expected = {name: hf_names.hf_shape(key, shape)
-                for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(config)))
-                for key in [hf_names.KEYS[config.family][".".join(path)]]
-                for name, shape, _ in hf_names.layer_tensors(key, leaf.shape)}
-    check_names_and_shapes(tensors, expected, path, f"{config.family} model")
+def check_tensors(tensors: Mapping[str, "Tensor"], expected: Mapping[str, tuple[int, ...]], path: Path,
+                  what: str) -> None:
+    """Raises CheckpointError that names tensors that are missing, unknown, misshaped or not floating point.
 
-
-def check_names_and_shapes(tensors: Mapping[str, "Tensor"], expected: Mapping[str, tuple[int, ...]], path: Path,
-                           what: str) -> None:
-    """Raises CheckpointError as `check_tensors` does; `expected` has the shapes by name, `what` names the model."""
+    Args:
+      expected: shapes by name.
+      path, what: the checkpoint and what it should hold, for messages.
+    """
     common = expected.keys() & tensors.keys()
     problems = {
         "lacks": expected.keys() - tensors.keys(),
@@ -91,20 +88,20 @@ def check_names_and_shapes(tensors: Mapping[str, "Tensor"], expected: Mapping[st
                               f"it {'; it '.join(found)}")
 
 
-def stream_parameters(tensors: Mapping[str, "Tensor"], config: ModelConfig, shapes: nnx.State,
-                      shardings: list[Sharding], new_row: int | None) -> Iterator[tuple[tuple, nnx.Param]]:
+def stream_parameters(tensors: Mapping[str, "Tensor"], keys: Mapping[str, hf_names.Key], shapes: nnx.State,
+                      shardings: list[Sharding], new_row: int | None = None) -> Iterator[tuple[tuple, nnx.Param]]:
     """Yields the parameters' paths and sharded arrays, in the dtypes of `shapes`, one parameter in memory at a time.
 
     Args:
-      tensors: from `open_tensors`.
+      tensors: by HF name, as `open_tensors` returns them.
+      keys: of all parameters, as `hf_names.KEYS[family]`.
       shardings: one per parameter.
       new_row: index of a token that the checkpoint does not have; its row becomes the mean of all others.
     """
     flat = nnx.to_flat_state(shapes)
     progress = tqdm(zip(flat, shardings, strict=True), "importing", len(flat), leave=False, disable=None, delay=3)
     for (path, leaf), sharding in progress:
-        key = hf_names.KEYS[config.family][".".join(path)]
-        shards = _read_shards(tensors, key, leaf, new_row, sharding)
+        shards = _read_shards(tensors, hf_names.key_of(keys, path), leaf, new_row, sharding)
         yield path, leaf.replace(jax.make_array_from_callback(
             leaf.shape, sharding, lambda index, leaf=leaf, shards=shards: shards[_bounds(index, leaf.shape)]))
 

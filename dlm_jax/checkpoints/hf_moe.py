@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dlm_jax.checkpoints.settings import check_implemented, require
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import ExpertsConfig, ModelConfig
 
@@ -45,10 +46,7 @@ def from_diffusion(hf: dict[str, Any]) -> dict[str, Any]:
                 if not (name in ("rope_scaling", "sliding_window") and value is False)}
     if hf["model_type"] != "llada_moe":
         return hf
-    for name, allowed in _LLADA_MOE_BUILT_IN.items():
-        if hf.get(name, allowed[0]) not in allowed:
-            raise CheckpointError(f"config.json of a LLaDA-MoE has {name} {hf[name]!r}, which this library does not "
-                                  f"implement; it reads {allowed[0]!r}")
+    check_implemented(hf, _LLADA_MOE_BUILT_IN, "config.json of a LLaDA-MoE")
     if any(kind != 1 for kind in hf.get("moe_layer_freq") or ()):
         raise CheckpointError(f"config.json of a LLaDA-MoE has moe_layer_freq {hf['moe_layer_freq']}, and this library "
                               "reads those with experts in every layer")
@@ -63,15 +61,11 @@ def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       CheckpointError: a setting that this library does not implement, or a value that is none.
     """
-    for name, allowed in _NEUTRAL.items():
-        if name in hf and hf[name] not in allowed:
-            raise CheckpointError(f"config.json sets {name} to {hf[name]!r}, which this library does not implement for "
-                                  "mixtures of experts")
+    check_implemented(hf, _NEUTRAL, "config.json of a mixture of experts")
     given = _DEFAULTS | {name: hf[name] for name in _DEFAULTS if name in hf}
     given["num_experts"] = hf.get("num_local_experts", given["num_experts"])
     for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-        if not isinstance(given[name], int) or isinstance(given[name], bool) or given[name] < 1:
-            raise CheckpointError(f"config.json must give {name} as a positive integer, not {given[name]!r}")
+        require(given[name], name, "a positive integer")
     if given["num_experts_per_tok"] > given["num_experts"]:
         raise CheckpointError(f"config.json sends each token to {given['num_experts_per_tok']} of "
                               f"{given['num_experts']} experts")

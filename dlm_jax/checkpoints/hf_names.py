@@ -6,15 +6,19 @@ axes there, and for a fused tensor the third of its last axis. Layouts read like
 copies nothing.
 """
 
+import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from flax import nnx
 
+from dlm_jax.checkpoints.hf_tensors import LazyTensor
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
+from dlm_jax.parallel import to_host
 
 
 class Key(NamedTuple):
@@ -214,6 +218,34 @@ def layer_tensors(key: Key, shape: tuple[int, ...]) -> list[Slice]:
     stacked = 2 if "{e}" in key.name else 1
     return [Slice(key.name.format(i=index[0], e=index[-1]), shape[stacked:], index)
             for index in np.ndindex(shape[:stacked])]
+
+
+def key_of(keys: Mapping[str, Key], path: tuple[str, ...]) -> Key:
+    """Returns the key of a parameter in a table such as `KEYS["llama"]`."""
+    return keys[".".join(path)]
+
+
+def stored_shapes(keys: Mapping[str, Key], params: nnx.State) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the HF tensors, by name, that hold a model's parameters."""
+    return {name: hf_shape(key, shape) for path, leaf in nnx.to_flat_state(params)
+            for key in [key_of(keys, path)] for name, shape, _ in layer_tensors(key, leaf.shape)}
+
+
+def named_tensors(keys: Mapping[str, Key], params: nnx.State) -> dict[str, LazyTensor]:
+    """Returns the HF tensors, by name, that hold a model's parameters; gathering one takes every process."""
+    sources: dict[str, list[tuple[Key, nnx.Param, tuple[int, ...]]]] = {}
+    for path, leaf in nnx.to_flat_state(params):
+        key = key_of(keys, path)
+        for name, _, index in layer_tensors(key, leaf.shape):
+            sources.setdefault(name, []).append((key, leaf, index))
+
+    def gather(name: str) -> np.ndarray:
+        thirds = sorted(sources[name], key=lambda source: source[0].third or 0)
+        arrays = [to_hf(to_host(leaf[...][index] if index else leaf[...]), key) for key, leaf, index in thirds]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+
+    return {name: LazyTensor(shape, functools.partial(gather, name))
+            for name, shape in stored_shapes(keys, params).items()}
 
 
 def hf_shape(key: Key, shape: tuple[int, ...]) -> tuple[int, ...]:

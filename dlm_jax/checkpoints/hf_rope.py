@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dlm_jax.checkpoints.settings import require
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import RopeScaling
 
@@ -35,8 +36,7 @@ def rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     other = parameters.get("rope_theta", theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(theta, int | float):
-        raise CheckpointError(f"config.json must give rope_theta as a number, not {theta!r}")
+    require(theta, "rope_theta", "a number")
     if scaling and other != theta:
         raise CheckpointError(f"config.json gives rope_theta {other} in rope_parameters, and rope_scaling, which "
                               f"replaces all of it and so makes it {theta}; write the scaling into rope_parameters")
@@ -51,9 +51,8 @@ def rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if _ORIGINAL in hf and _ORIGINAL in required and known[_ORIGINAL] != outer:
         raise CheckpointError(f"config.json gives {_ORIGINAL} as {outer}, and as {known[_ORIGINAL]} in its {kind} RoPE "
                               "scaling; remove the wrong one")
-    if absent := [name for name in required if not _is_number(known.get(name))]:
-        raise CheckpointError(f"config.json asks for {kind} RoPE scaling without a number as {', '.join(absent)}")
-    fields = {field: known[name] for name, field in required.items()}
+    fields = {field: require(known.get(name), f"{name} of its {kind} RoPE scaling", "a number")
+              for name, field in required.items()}
     return theta, RopeScaling(kind, **fields, **(_yarn(rope) if kind == "yarn" else {}))
 
 
@@ -67,8 +66,8 @@ def partial_rotary_factor(hf: Mapping[str, Any]) -> float:
     rope = _rope_object(hf, "rope_scaling") or _rope_object(hf, "rope_parameters")
     value = rope.get(name, hf.get(name))
     value = 1.0 if value is None else value
-    if not _is_number(value) or not 0 < value <= 1:
-        raise CheckpointError(f"config.json must give {name} as a number above 0 and at most 1, not {value!r}")
+    if require(value, name, "a positive number") > 1:
+        raise CheckpointError(f"config.json must give {name} as a number of at most 1, not {value!r}")
     return float(value)
 
 
@@ -86,33 +85,24 @@ def rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of YaRN that have defaults; its scale of attention as transformers infers it."""
     for name in (*_YARN_OPTIONAL, *_YARN_ATTENTION):
-        if rope.get(name) is not None and not _is_number(rope[name]):
-            raise CheckpointError(f"config.json must give {name} of its yarn RoPE scaling as a number, not "
-                                  f"{rope[name]!r}")
-    if not isinstance(rope.get("truncate", True), bool):
-        raise CheckpointError(f"config.json must give truncate of its yarn RoPE scaling as true or false, not "
-                              f"{rope['truncate']!r}")
+        if rope.get(name) is not None:
+            require(rope[name], f"{name} of its yarn RoPE scaling", "a number")
+    truncate = require(rope.get("truncate", True), "truncate of its yarn RoPE scaling", "true or false")
     scale = rope.get("attention_factor")
     if scale is None:
         above, below = (rope.get(name) for name in _YARN_ATTENTION)
         scale = (_yarn_scale(rope["factor"], above) / _yarn_scale(rope["factor"], below) if above and below
                  else _yarn_scale(rope["factor"], 1.0))
     return {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0,
-            "attention_factor": scale, "truncate": rope.get("truncate", True)}
+            "attention_factor": scale, "truncate": truncate}
 
 
 def _yarn_scale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _rope_object(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
-    rope = hf.get(name) or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"config.json must give {name} as an object, not {rope!r}")
+    rope = require(hf.get(name) or {}, name, "an object")
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         raise CheckpointError(f"config.json gives {name} of its own to each kind of layer ({', '.join(nested)}), "
                               "which this library does not implement")

@@ -10,9 +10,11 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from tqdm import tqdm
 
 from dlm_jax.errors import CheckpointError
 
@@ -111,17 +113,29 @@ def _from_torch(tensor: "torch.Tensor") -> np.ndarray:  # noqa: F821
     return tensor.numpy()
 
 
-def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], fetch: Callable[[str], np.ndarray],
-                  dtype: np.dtype, max_shard_bytes: float) -> None:
-    """Writes tensors as one `model.safetensors`, or as shards with an index, fetching one tensor at a time.
+class LazyTensor(NamedTuple):
+    """A tensor to be written: its shape, and what returns its values, which may take every process."""
+
+    shape: tuple[int, ...]
+    values: Callable[[], np.ndarray]
+
+
+def fetch(name: str, tensor: LazyTensor, dtype: np.dtype) -> np.ndarray:
+    """Returns a tensor's values in a dtype; raises CheckpointError, which names it, where they are beyond float16."""
+    values = tensor.values()
+    if dtype == np.float16 and np.abs(values).max() > np.finfo(np.float16).max:
+        raise CheckpointError(f"{name} exceeds the range of float16; export as bfloat16 or float32")
+    return values.astype(dtype)
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, LazyTensor], dtype: np.dtype, max_shard_bytes: float) -> None:
+    """Writes tensors in this order as one `model.safetensors`, or as shards with an index, fetching one at a time.
 
     Args:
-      shapes: shape of every tensor by name, in the order in which they are written.
-      fetch: returns the values of one tensor; called once per tensor, in that order.
       dtype: of the stored tensors.
       max_shard_bytes: largest size of a file, unless a single tensor is larger.
     """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {name: math.prod(tensor.shape) * dtype.itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -130,29 +144,30 @@ def write_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]], fetch:
             filled = 0
         shards[-1].append(name)
         filled += size
-    if len(shards) == 1:
-        write_safetensors(directory / "model.safetensors", shards[0], shapes, fetch, dtype)
-        return
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
-        write_safetensors(directory / file, names, shapes, fetch, dtype)
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    with tqdm(desc="exporting", total=len(tensors), leave=False, disable=None, delay=3) as progress:
+        for file, names in zip(files, shards, strict=True):
+            write_safetensors(directory / file, {name: tensors[name] for name in names}, dtype, progress.update)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_safetensors(path: Path, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]],
-                      fetch: Callable[[str], np.ndarray], dtype: np.dtype) -> None:
-    """Writes the tensors of these names into one file; `shapes` and `fetch` as in `write_tensors`."""
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: np.dtype,
+                      written: Callable[[], object] = lambda: None) -> None:
+    """Writes tensors of a dtype into one file, and calls `written` after each."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name in names:
-        end = offset + math.prod(shapes[name]) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": shapes[name], "data_offsets": [offset, end]}
+    for name, tensor in tensors.items():
+        end = offset + math.prod(tensor.shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": tensor.shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # aligns the tensors
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in names:
-            file.write(np.ascontiguousarray(fetch(name), dtype).view(np.uint8).data)
+        for name, tensor in tensors.items():
+            file.write(np.ascontiguousarray(fetch(name, tensor, dtype)).view(np.uint8).data)
+            written()

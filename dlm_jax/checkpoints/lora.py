@@ -47,8 +47,7 @@ def resolve_lora(lora: "LoRASettings | LoRAConfig | None", config: "ModelConfig"
         return lora
     if lora.rank == 0:
         return None
-    return LoRAConfig(
-        rank=lora.rank, alpha=2.0 * lora.rank if lora.alpha is None else lora.alpha, dropout=lora.dropout,
-        targets=read_targets(lora.targets, config),
-        embedding=new_mask_token if lora.embedding is None else lora.embedding, head=lora.head, rslora=lora.rslora,
-        dora=lora.dora, frozen_dtype=lora.frozen_dtype, where=lora.where, draft_head=lora.draft_head)
+    return LoRAConfig(**dataclasses.asdict(lora) | {
+        "alpha": 2.0 * lora.rank if lora.alpha is None else lora.alpha,
+        "targets": read_targets(lora.targets, config),
+        "embedding": new_mask_token if lora.embedding is None else lora.embedding})

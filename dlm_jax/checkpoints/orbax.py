@@ -130,34 +130,28 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
 
 
-def latest_valid_step(workdir: epath.PathLike) -> tuple[int, list[str]]:
+def restore_latest(workdir: epath.PathLike) -> tuple[int, list[str]]:
     """Returns the latest step with valid checksums, 0 without checkpoints, and the damage of later ones.
+
+    It is the same in all processes. Later checkpoints are moved into `damaged/`.
 
     Raises:
       CheckpointError: all checkpoints are damaged.
     """
-    remarks: list[str] = []
-    for step in reversed(saved_steps(workdir)):
-        found = verify_checksums(checkpoint_directory(workdir) / str(step))
-        if found is None:
-            return step, remarks
-        remarks.append(f"the checkpoint of step {step} is damaged ({found})")
-    if remarks:
-        raise CheckpointError(f"every checkpoint in {checkpoint_directory(workdir)} is damaged: {'; '.join(remarks)}; "
-                              "restore one from a copy, or choose a new workdir")
-    return 0, []
-
-
-def restore_latest(workdir: epath.PathLike) -> tuple[int, list[str]]:
-    """Returns `latest_valid_step`, the same in all processes, and moves later checkpoints into `damaged/`."""
-
     def move_damaged() -> tuple[int, list[str]]:
-        first, remarks = latest_valid_step(workdir)
-        for step in saved_steps(workdir):
-            if step > first:
-                names = (epath.Path(workdir) / "damaged" / f"{step}-{number}" for number in itertools.count(1))
-                move(checkpoint_directory(workdir) / str(step), next(name for name in names if not name.exists()))
-        return first, remarks
+        steps, directory = saved_steps(workdir), checkpoint_directory(workdir)
+        damage: dict[int, str] = {}
+        for step in reversed(steps):
+            if (found := verify_checksums(directory / str(step))) is None:
+                break
+            damage[step] = f"the checkpoint of step {step} is damaged ({found})"
+        if damage and len(damage) == len(steps):
+            raise CheckpointError(f"every checkpoint in {directory} is damaged: {'; '.join(damage.values())}; restore "
+                                  "one from a copy, or choose a new workdir")
+        for step in damage:
+            names = (epath.Path(workdir) / "damaged" / f"{step}-{number}" for number in itertools.count(1))
+            move(directory / str(step), next(name for name in names if not name.exists()))
+        return max(set(steps) - damage.keys(), default=0), list(damage.values())
 
     first, remarks = broadcast_from_process_zero(move_damaged)
     return first, remarks

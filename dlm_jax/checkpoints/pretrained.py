@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from dlm_jax.checkpoints.hf_config import (
     blocks_from_record,
@@ -18,6 +18,7 @@ from dlm_jax.checkpoints.hf_config import (
     recorded_sampling,
 )
 from dlm_jax.checkpoints.hf_import import open_tensors, stream_parameters
+from dlm_jax.checkpoints.hf_names import KEYS
 from dlm_jax.checkpoints.hf_tensors import has_model_tensors
 from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
 from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
@@ -246,17 +247,16 @@ def weights_fingerprint(loaded: Pretrained) -> str:
 def _load_stored(path: Path, source: str, options: _Options) -> Pretrained:
     stored, init, mask_token = open_stored(path), options.init, options.mask_token
     hf_config, config, tokenizer = stored.config, config_from_hf(stored.config), stored.tokenizer
-    recorded = recorded_diffusion(hf_config)
-    mask_token_id = recorded.mask_token_id
+    diffusion = recorded_diffusion(hf_config)
+    recorded_id = diffusion.mask_token_id
     if init == "pretrained":
-        tensors, config, mask_token_id = open_tensors(stored.tensors(), config, mask_token_id, tokenizer, path)
-    if mask_token_id is None and mask_token is None and tokenizer is None:
+        tensors, config, recorded_id = open_tensors(stored.tensors(), config, recorded_id, tokenizer, path)
+    if recorded_id is None and mask_token is None and tokenizer is None:
         mask_token = options.default_mask_token
     if init == "abstract" and tokenizer is None and isinstance(mask_token, str):
         mask_token_id, is_new = config.vocab_size, True  # planning needs no tokenizer to look the token up
     else:
-        recorded = dataclasses.replace(recorded, mask_token_id=mask_token_id)
-        mask_token_id, is_new = choose_mask_token(mask_token, mask_token_id, config.vocab_size, tokenizer,
+        mask_token_id, is_new = choose_mask_token(mask_token, recorded_id, config.vocab_size, tokenizer,
                                                   options.default_mask_token)
     if is_new:
         config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
@@ -264,7 +264,8 @@ def _load_stored(path: Path, source: str, options: _Options) -> Pretrained:
 
     def read(shapes: nnx.State, shardings: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
         if init == "pretrained":
-            return stream_parameters(tensors, config, shapes, shardings, mask_token_id if is_new else None)
+            return stream_parameters(tensors, KEYS[config.family], shapes, shardings,
+                                     mask_token_id if is_new else None)
         initialize = jax.jit(_initialize, static_argnums=(1, 2, 3), out_shardings=shardings)
         values = initialize(options.seed, config, options.compute, options.param_dtype)
         return nnx.to_flat_state(jax.tree.unflatten(jax.tree.structure(shapes), values))
@@ -276,10 +277,10 @@ def _load_stored(path: Path, source: str, options: _Options) -> Pretrained:
         model, provenance = abstract_model(config, options.compute, options.param_dtype, lora), ()
     else:
         model, provenance = _build_model(config, lora, options, read)
-    diffusion = dataclasses.replace(recorded, mask_token_id=mask_token_id,
+    diffusion = dataclasses.replace(diffusion, mask_token_id=mask_token_id,
                                     missing_ids=missing_ids(tokenizer, config.vocab_size))
     return Pretrained(model, tokenizer, diffusion, hf_config, source, stored.recipe,
-                      provenance=provenance, new_mask_token=is_new, recorded_mask_token=recorded.mask_token_id)
+                      provenance=provenance, new_mask_token=is_new, recorded_mask_token=recorded_id)
 
 
 def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any], merge: bool,
@@ -297,22 +298,29 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
     if loaded.new_mask_token:
         raise ConfigError(f"the mask token {loaded.tokenizer.mask_token!r} is new to {directory}, and its vocabulary "
                           "is fixed; export it first, and start from the export")
-    step, config, lora = resolve_step(directory, step), loaded.model.config, loaded.model.lora
+    step = resolve_step(directory, step)
     loaded = dataclasses.replace(loaded, source=f"{directory}@{step}")
-    record = LoRABase.read(directory)
-    if record is None:
-        def read(shapes: nnx.State, shardings: list[Sharding]) -> Iterable[tuple[tuple, nnx.Param]]:
-            layout = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding),
-                                  shapes, jax.tree.unflatten(jax.tree.structure(shapes), shardings))
-            return nnx.to_flat_state(_check_finite(restore_params(directory, step, layout), loaded.source))
 
-        model, provenance = _build_model(config, lora, options, read)
-        return dataclasses.replace(loaded, model=model, provenance=provenance)
+    def restore(shapes: nnx.State, shardings: list[Sharding]) -> nnx.State:
+        layout = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                              shapes, jax.tree.unflatten(jax.tree.structure(shapes), shardings))
+        return _check_finite(restore_params(directory, step, layout), loaded.source)
 
-    base = load_recorded(record, directory, options.compute, recipe["model.param_dtype"], options.shardings)
+    if (record := LoRABase.read(directory)) is not None:
+        return _load_lora_run(loaded, directory, record, restore, merge, options)
+    model, provenance = _build_model(loaded.model.config, loaded.model.lora, options,
+                                     lambda *layout: nnx.to_flat_state(restore(*layout)))
+    return dataclasses.replace(loaded, model=model, provenance=provenance)
+
+
+def _load_lora_run(loaded: Pretrained, directory: epath.Path, record: LoRABase,
+                   restore: Callable[[nnx.State, list[Sharding]], nnx.State], merge: bool,
+                   options: _Options) -> Pretrained:
+    """Loads a run with LoRA, of which `loaded` has all but the parameters: merges LoRA, or puts it beside its base."""
+    base, lora = load_recorded(record, directory, options.compute, loaded.recipe["model.param_dtype"],
+                               options.shardings), loaded.model.lora
     graphdef, trained, frozen = split_trainable(base.model)
-    learned = _check_finite(restore_params(directory, step, jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trained)), loaded.source)
+    learned = restore(trained, [leaf.sharding for leaf in jax.tree.leaves(trained)])
     model = nnx.merge(graphdef, learned, frozen)
     gated = model.lora.where == "noised"  # such products are no part of any kernel
     if gated and lora is not None:
@@ -324,7 +332,7 @@ def _load_workdir(directory: epath.Path, step: str | None, recipe: dict[str, Any
         return dataclasses.replace(loaded, model=model, base=record.source)
     model = merge_lora(model, options.param_dtype)
     if lora is not None:
-        model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
+        model = add_lora(model, lora, options.seed, options.param_dtype)
     return dataclasses.replace(loaded, model=model, provenance=(record.fingerprint, fingerprint(learned)))
 
 
@@ -372,7 +380,7 @@ def _load_peft(directory: Path, source: str, base: str | None, options: _Options
     lora = resolve_lora(options.lora, model.config, is_new)
     if lora is not None:
         provenance = (*(provenance or (fingerprint(nnx.state(loaded.model)),)), adapter.digest())
-        model = add_lora(model, lora, options.seed, options.param_dtype, _replicated_like(model))
+        model = add_lora(model, lora, options.seed, options.param_dtype)
     recorded_id = metadata.get("mask_token_id")
     if recorded_id is not None and options.mask_token is None:
         recorded_id = diffusion.mask_token_id
@@ -414,19 +422,10 @@ def _build_model(config: ModelConfig, lora: LoRAConfig | None, options: _Options
     shardings = options.param_shardings(config, shapes)
     params, provenance = freeze_base(read(shapes, shardings), lora)
     factors = nnx.State({}) if lora is None else init_lora_factors(
-        config, lora, options.seed, options.param_dtype, _replicated(shardings[0]))
+        config, lora, options.seed, options.param_dtype, shardings[0])
     return add_dora_magnitudes(nnx.merge(graphdef, params, factors)), provenance
 
 
 def _initialize(seed: jax.Array, config: ModelConfig, compute: Compute, param_dtype: str) -> list[jax.Array]:
     rngs, dtype = nnx.Rngs(jax.random.key(seed)), jnp.dtype(param_dtype)
     return jax.tree.leaves(nnx.state(Transformer(config, compute=compute, rngs=rngs, param_dtype=dtype)))
-
-
-def _replicated_like(model: Transformer) -> Sharding:
-    return _replicated(model.embed.embedding[...].sharding)
-
-
-def _replicated(sharding: Sharding) -> Sharding:
-    """Returns the sharding with a copy on every device of the same mesh, or on the same device."""
-    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding

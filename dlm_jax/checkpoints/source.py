@@ -16,7 +16,7 @@ from dlm_jax.storage import ensure_accessible, is_remote, local_copy, local_file
 
 LORA_FILE = "adapter.json"  # of a run with LoRA: see `workdir.LoRABase`
 PARENT_FILE = "parent.json"  # of a run that keeps a copy of its parent: see `workdir.ParentRecord`
-DRAFTER_FILE = "drafter.json"  # of a run that trains a drafter: see `drafter.DrafterRecord`
+DRAFTER_FILE = "drafter.json"  # of a run that trains a drafter: see `workdir.DrafterRecord`
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w./-]+\.gguf)")  # a GGUF file in a repository
 _SETTINGS = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
@@ -81,14 +81,13 @@ def find_base(source: str, beside: epath.PathLike) -> str:
 
     If neither exists, returns `source` unchanged: it may be a hub id; otherwise loading it fails with a clear error.
     """
-    named, at, step = source.rpartition("@")
-    directory, step = (named, at + step) if at and not Path(source).is_dir() else (source, "")
-    if is_remote(directory) or _is_here(Path(directory).expanduser()):
+    directory, step = split_step(source)
+    if is_remote(source) or _is_here(directory.expanduser()):
         return source
-    name = Path(directory).name if Path(directory).is_absolute() else directory
+    name = directory.name if directory.is_absolute() else directory
     for folder in (epath.Path(beside), epath.Path(beside).parent):
         if _is_here(folder / name):
-            return f"{folder / name}{step}"
+            return f"{folder / name}" + ("" if step is None else f"@{step}")
     return source
 
 

@@ -4,13 +4,13 @@ Nothing is read before it is used.
 """
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlm_jax.checkpoints.gguf_file import is_gguf
+from dlm_jax.checkpoints.gguf import GGUFModel
+from dlm_jax.checkpoints.gguf_file import GGUFTensor, is_gguf
 from dlm_jax.checkpoints.hf_config import read_config
 from dlm_jax.checkpoints.hf_tensors import read_tensors
 from dlm_jax.checkpoints.tokenizer import load_tokenizer
@@ -19,67 +19,42 @@ from dlm_jax.storage import read_metadata
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-class Tensor(Protocol):
-    """A tensor on disk, which `np.asarray` reads."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __array__(self) -> np.ndarray: ...
-
-    def __len__(self) -> int: ...
-
-
-class StoredModel(Protocol):
-    """What is read of a model; each part raises CheckpointError where it is missing, damaged or not supported."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Its config.json, or the same of what says it otherwise."""
-
-    @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
-        """Its tokenizer; None without one."""
-
-    @property
-    def recipe(self) -> dict[str, Any] | None:
-        """The settings of the run that trained it, by dotted keys; None where unknown."""
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Returns its tensors by their HF names or what `hf_names.canonical` knows instead."""
+Tensor = np.ndarray | GGUFTensor  # on disk; `np.asarray` reads it
 
 
 class HFDirectory:
-    """A checkpoint of transformers, or an export of this library."""
+    """A checkpoint of transformers, or an export of this library.
+
+    Each of its parts raises CheckpointError where it is missing, damaged or not supported.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
+        """Its config.json; for a GGUF file, the same of its metadata."""
         return read_config(self._directory)
 
     @functools.cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """Its tokenizer; None without one."""
         return load_tokenizer(self._directory)
 
     @functools.cached_property
     def recipe(self) -> dict[str, Any] | None:
+        """The settings of the run that trained it, by dotted keys; None where unknown."""
         return read_metadata(self._directory).get("recipe")
 
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns its tensors by their HF names or what `hf_names.canonical` knows instead."""
         return read_tensors(self._directory)
 
 
-def open_stored(path: Path) -> StoredModel:
+def open_stored(path: Path) -> HFDirectory | GGUFModel:
     """Returns the model in a directory or a GGUF file.
 
     Raises:
       CheckpointError: the file is damaged.
     """
-    if is_gguf(path):
-        from dlm_jax.checkpoints.gguf import GGUFModel
-
-        return GGUFModel(path)
-    return HFDirectory(path)
+    return GGUFModel(path) if is_gguf(path) else HFDirectory(path)

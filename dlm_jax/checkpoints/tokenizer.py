@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlm_jax.checkpoints.hf_config_diffusion import DIFFUSION_FAMILIES
 from dlm_jax.data.tokenization import PROBE, id_limit, special_tokens_of, tokenize
@@ -73,8 +73,7 @@ def _load_as_stored(directory: Path, named: "PreTrainedTokenizerBase | None") ->
 
     settings = {} if named is None else {name: token for name, token in named.special_tokens_map.items()
                                          if isinstance(token, str)}
-    config = directory / "tokenizer_config.json"
-    recorded = json.loads(config.read_text()) if config.is_file() else {}
+    recorded = _read_settings(directory / "tokenizer_config.json")
     if not (directory / "tokenizer.json").is_file() and "add_bos_token" not in recorded:
         settings["add_bos_token"] = True  # as LLaMA's tokenizer, whose file is a sentencepiece model
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **settings)
@@ -164,8 +163,9 @@ def _difference(tokenizer: "PreTrainedTokenizerBase", path: Path, encode: Encode
 
 def _plain_class(directory: Path) -> str | None:
     """Returns the class of a tokenizer that needs no search; None for any other."""
-    path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) if path.is_file() and (directory / "tokenizer.json").is_file() else {}
+    settings = {}
+    if (directory / "tokenizer.json").is_file():
+        settings = _read_settings(directory / "tokenizer_config.json")
     recorded, name = settings.get("tokenizer_class") or "", _CLASSES.get(_model_type(directory))
     if recorded == "PreTrainedTokenizerFast":  # what `save_tokenizer` writes
         return None if "auto_map" in settings else recorded
@@ -191,8 +191,11 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 
 def _model_type(directory: Path) -> str | None:
     """Returns the model_type of config.json, None without one."""
-    path = directory / "config.json"
-    return json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    return _read_settings(directory / "config.json").get("model_type")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def choose_mask_token(mask_token: str | int | None, recorded: int | None, vocab_size: int,

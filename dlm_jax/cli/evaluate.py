@@ -168,7 +168,7 @@ def _run_examples(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{arguments.model} has not been fine-tuned on examples, so their prompt format is unknown; "
                           "evaluate it with --tasks or --data")
     autoregressive = arguments.objective == "autoregressive" or lm.pretrained.is_autoregressive
-    sampler = sampler_of(arguments, autoregressive)
+    sampler = sampler_of(arguments, autoregressive, lm.default_sampling)
     prompt_format = dataclasses.replace(lm.prompt_format(), length=recipe["data.length"])
     data = DataConfig(train=tuple(arguments.examples), validation_fraction=0.0, length=prompt_format.length,
                       examples=prompt_format.config)

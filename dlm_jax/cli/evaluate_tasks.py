@@ -6,10 +6,12 @@ results.items.jsonl. Answers are stored while the command runs, so that a stoppe
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dlm_jax.cli.shared import ResumeState, check_at_least_one, load_model, read_mesh, write_result
@@ -57,10 +59,10 @@ def add_task_arguments(parser: argparse._ArgumentGroup) -> None:
 
 
 def add_generation_arguments(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--num_steps", type=int, help="forward passes per generated text (default 64; for the policy "
-                        "threshold as many as needed, and at most one per token)")
+    parser.add_argument("--num_steps", type=int, help="forward passes per generated text (default: the model's own, or "
+                        "64; for the policy threshold as many as needed, and at most one per token)")
     parser.add_argument("--policy", help="which tokens are revealed first, a policy of `dlm sample` "
-                        "(default: confidence)")
+                        "(default: the model's own, as there)")
     parser.add_argument("--threshold", type=float, help="the probability at which the policy threshold reveals "
                         "(default 0.9)")
     parser.add_argument("--block_length", type=int, help="generate blocks of this many tokens from left to right")
@@ -87,11 +89,12 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     generates = any(getattr(task, "generates", task.OUTPUT_TYPE == "generate_until") for task in tasks.tasks.values())
     judged = [name for name, task in tasks.tasks.items() if isinstance(task, OpenEndedTask)]
     _check_tasks(arguments, generates, judged)
-    models = _load_eval_models(arguments, reference)
+    models, sampler = _load_eval_models(arguments, reference)
     judge = models[1][0] if judged and arguments.judge is None else None
     if arguments.judge is not None:
         judge, _ = _load_autoregressive(arguments, arguments.judge, arguments.judge, batch_size=arguments.batch_size)
-    settings = {name: getattr(arguments, name) for name in _SETTINGS} | {"data": tasks.files}
+    settings = {name: getattr(arguments, name) for name in _SETTINGS} | {
+        "data": tasks.files, "sampler": dataclasses.asdict(sampler)}
     with _answers_file(arguments.out, json.loads(json.dumps(settings))) as (known, store):
         found = evaluate(tasks, [model for model, _ in models], reference=reference, limit=arguments.limit,
                          num_steps=arguments.num_steps, judge=judge, seed=arguments.seed,
@@ -117,13 +120,17 @@ def _write(arguments: argparse.Namespace, result: dict[str, Any], records: list[
     write_result(arguments.json, result, table(result))
 
 
-def sampler_of(arguments: argparse.Namespace, autoregressive: bool = False) -> "SamplerConfig":
+def sampler_of(arguments: argparse.Namespace, autoregressive: bool = False,
+               defaults: Mapping[str, Any] = MappingProxyType({})) -> "SamplerConfig":
     """Returns the sampler of the flags, at temperature 0.
+
+    Args:
+      defaults: a diffusion model's own settings, as `DiffusionLM.default_sampling`.
 
     Raises:
       ConfigError: a value is wrong, or a flag is given for an autoregressive model.
     """
-    from dlm_jax.sampling import SamplerConfig
+    from dlm_jax.sampling import SamplerConfig, resolve_settings
 
     if autoregressive:
         for name in _DIFFUSION_FLAGS:
@@ -137,9 +144,10 @@ def sampler_of(arguments: argparse.Namespace, autoregressive: bool = False) -> "
     if arguments.policy == "autoregressive":
         raise ConfigError("--policy=autoregressive is not for diffusion models; use "
                           "--objective=autoregressive")
-    policy = SamplerConfig.policy if arguments.threshold is None else "threshold"
-    return SamplerConfig(arguments.policy or policy, arguments.num_steps, threshold=arguments.threshold,
-                         block_length=arguments.block_length, temperature=0.0)
+    if defaults.get("policy") == "autoregressive":  # such as a model that drafts for itself
+        defaults = {}
+    return resolve_settings({name: getattr(arguments, name) for name in _DIFFUSION_FLAGS} | {"temperature": 0.0},
+                            defaults)
 
 
 def _check(arguments: argparse.Namespace) -> list[str]:
@@ -179,21 +187,22 @@ def _check_tasks(arguments: argparse.Namespace, generates: bool, judged: list[st
                           "out")
 
 
-def _load_eval_models(arguments: argparse.Namespace, reference: bool) -> "list[tuple[EvalModel, DiffusionLM]]":
-    """Returns the model, and its parent if there is one."""
+def _load_eval_models(arguments: argparse.Namespace,
+                      reference: bool) -> "tuple[list[tuple[EvalModel, DiffusionLM]], SamplerConfig]":
+    """Returns the model, and its parent if there is one; and how the model generates."""
     from dlm_jax.evaluation.make_eval_model import make_eval_model
 
     options = {"reference": reference, "mc_estimator": arguments.mc_estimator, "num_samples": arguments.num_masks,
                "seed": arguments.seed, "batch_size": arguments.batch_size}
     lm = load_model(arguments)
     autoregressive = arguments.objective == "autoregressive" or lm.pretrained.is_autoregressive
-    sampler = sampler_of(arguments, autoregressive)
+    sampler = sampler_of(arguments, autoregressive, lm.default_sampling)
     model = make_eval_model(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
                             autoregressive=autoregressive, network=lm.model_with_drafter(sampler.drafter))
-    if arguments.parent is None:
-        return [(model, lm)]
-    return [(model, lm),
-            _load_autoregressive(arguments, arguments.parent, f"{arguments.parent} (parent)", **options)]
+    models = [(model, lm)]
+    if arguments.parent is not None:
+        models.append(_load_autoregressive(arguments, arguments.parent, f"{arguments.parent} (parent)", **options))
+    return models, sampler
 
 
 def _load_autoregressive(arguments: argparse.Namespace, source: str, name: str,

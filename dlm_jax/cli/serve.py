@@ -70,10 +70,9 @@ def serve(arguments: argparse.Namespace, names: list[str], key: str | None, boun
     """Loads the models, compiles what usual requests need, and serves until a signal."""
     import jax
 
-    from dlm_jax.serving.answer import warm_up_jobs
     from dlm_jax.serving.app import AppConfig, Service, is_loopback
     from dlm_jax.serving.engine import Engine
-    from dlm_jax.serving.jobs import ServedModel
+    from dlm_jax.serving.jobs import ServedModel, warm_up_jobs
     from dlm_jax.serving.server import address
     from dlm_jax.serving.server import run as run_server
 

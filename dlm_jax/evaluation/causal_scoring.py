@@ -88,7 +88,7 @@ def token_values(model: Transformer, pairs: Sequence[Pair], measure: Measure, *,
     rows = token_rows(pairs, bos_token_id, longest=config.max_length + 1, max_length=config.max_length)
     trees = _grow_trees(rows, pairs, config)
     packed = _pack(trees, min(_ROW_WIDTH, config.max_length), config)
-    shards = 1 if mesh is None else num_batch_shards(mesh)
+    shards = num_batch_shards(mesh)
     batch_size = -(-batch_size // (_TEXTS_PER_ROW * shards)) * shards
     graphdef, params = nnx.split(model)
 

@@ -1,6 +1,5 @@
 """Generation for the evaluation: continuations and infills in batches, and greedy checks."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -50,8 +49,8 @@ def make_generate(model: Network, tokenizer: "PreTrainedTokenizerBase", config: 
     eos_token_ids = () if eos_token_id is None else (eos_token_id,)
 
     def generate(requests: Sequence[GenerationRequest], *, temperature: float, num_steps: int | None) -> list[str]:
-        settings = {"temperature": temperature}
-        if config.policy != "autoregressive":
+        settings: dict[str, float | int] = {"temperature": temperature}
+        if config.policy != "autoregressive" and num_steps is not None:
             settings["num_steps"] = num_steps
         segments = with_fixed_lengths(requests)
         rows, gaps = [], []
@@ -79,9 +78,8 @@ def make_generate(model: Network, tokenizer: "PreTrainedTokenizerBase", config: 
                     for text in segments]
         undecided = [number for number, text in enumerate(segments) if any(isinstance(x, range) for x in text)]
         if undecided:
-            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-                decided = infer_gap_lengths(model, [segments[number] for number in undecided], encoder,
-                                            diffusion=diffusion, batch_size=batch_size)
+            decided = infer_gap_lengths(model, [segments[number] for number in undecided], encoder,
+                                        diffusion=diffusion, batch_size=batch_size, mesh=mesh)
             for number, text in zip(undecided, decided, strict=True):
                 segments[number] = text
         of_item = dict(zip(items, segments, strict=True))

@@ -256,7 +256,7 @@ def _score(model: Transformer, pairs: Sequence[Pair], samples: Sequence[Sequence
     # Rows of a batch have similar lengths, and similar numbers of tokens for the head.
     passes.sort(key=lambda one: (width[one.pair], one.masked.sum()), reverse=True)
     graphdef, params = nnx.split(model)
-    shards = 1 if mesh is None else num_batch_shards(mesh)
+    shards = num_batch_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
     scores = np.zeros((len(pairs), 2))
 

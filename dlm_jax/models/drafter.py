@@ -30,6 +30,7 @@ from dlm_jax.models.drafter_heads import (
     convolve,
     score_candidates,
 )
+from dlm_jax.models.layer_types import LayerTypes, MaskChoice, Rotation, attend_under
 from dlm_jax.models.layers import (
     MLP,
     Attention,
@@ -147,19 +148,19 @@ class DrafterBlock(nnx.Module):
         self.attention_conv = BlockConvolution(config, init) if has_conv else None
         self.mlp_conv = BlockConvolution(config, init) if has_conv else None
 
-    def __call__(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], text: KeysAndValues, mask: AttentionMask,
+    def __call__(self, x: jax.Array, mask: AttentionMask | MaskChoice, cos_sin: Rotation, text: KeysAndValues,
                  block_size: int) -> jax.Array:
         """Runs a layer.
 
         Args:
           x: [batch, blocks * block_size, embed].
-          text: of the text, [batch, length, kv_heads, head_dim].
           mask: of the kind `AttentionMask.anchored`.
+          text: of the text, [batch, length, kv_heads, head_dim].
         """
         def attend(y: jax.Array) -> jax.Array:
-            return self.attention.out(anchored_attention(
-                self.attention.queries(y, cos_sin), text, self.attention.keys_and_values(y, cos_sin), mask,
-                matmul_kind=self.attention.compute.matmul))
+            queries, block = self.attention.queries(y, cos_sin), self.attention.keys_and_values(y, cos_sin)
+            return self.attention.out(attend_under(mask, lambda mask: anchored_attention(
+                queries, text, block, mask, matmul_kind=self.attention.compute.matmul)))
 
         x = x + _convolved(attend, self.attention_norm(x), self.attention_conv, block_size)
         return x + _convolved(self.mlp, self.mlp_norm(x), self.mlp_conv, block_size)
@@ -220,7 +221,7 @@ class Drafter(nnx.Module):
         positions = jnp.arange(length)[None] if positions is None else positions
         begins = jnp.take_along_axis(jnp.broadcast_to(positions, fused.shape[:2]), anchors, axis=1)
         block_positions = (begins[:, :, None] + jnp.arange(size)).reshape(len(begins), -1)
-        cos_sin = self._rotation(positions)
+        cos_sin = rotary(self.config.layers, positions)
 
         def text(block: DrafterBlock, _: jax.Array) -> KeysAndValues:
             return block.attention.keys_and_values(fused, cos_sin)
@@ -236,7 +237,7 @@ class Drafter(nnx.Module):
           cache: as `empty_cache` makes it.
         """
         graphdef, stacked = split_layers(self.blocks, self.compute)
-        cos_sin = self._rotation(positions)
+        cos_sin = rotary(self.config.layers, positions)
 
         def layer(cache: Cache, layer_input: tuple[jax.Array, nnx.State]) -> tuple[Cache, None]:
             index, params = layer_input
@@ -262,34 +263,29 @@ class Drafter(nnx.Module):
         """Returns a cache for rows of `length`."""
         return Cache.empty(self.config.layers, batch, length, self.compute.dtype)
 
-    def _rotation(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        layers = self.config.layers
-        return rotary(layers, positions)
-
     def _run(self, x: jax.Array, positions: jax.Array, anchors: jax.Array, size: int, text_length: int,
              text: Callable[[DrafterBlock, jax.Array], KeysAndValues], segment_ids: jax.Array | None) -> jax.Array:
         """Runs the layers over blocks of `size` slots; `text` returns a layer's keys and values of the text."""
-        config, cos_sin = self.config, self._rotation(positions)
+        config, cos_sin = self.config, rotary(self.config.layers, positions)
 
         def mask(window: int | None, causal: bool) -> AttentionMask:
             mask = AttentionMask.anchored(text_length, size, anchors, causal=causal).with_window(window)
             return mask if segment_ids is None else mask.with_segments(segment_ids)
 
-        full, sliding = mask(None, config.causal), mask(config.layers.sliding_window, config.sliding_causal)
-        number = config.layers.num_layers
-        is_sliding = jnp.zeros(number, bool).at[jnp.array(config.sliding_layers, jnp.int32)].set(True)
+        slides = [layer in config.sliding_layers for layer in range(config.layers.num_layers)]
+        types = LayerTypes(
+            None if all(slides) else (mask(None, config.causal), cos_sin),
+            (mask(config.layers.sliding_window, config.sliding_causal), cos_sin) if any(slides) else None,
+            jnp.array(slides))
         graphdef, stacked = split_layers(self.blocks, self.compute)
 
         def layer(x: jax.Array, layer_input: tuple[jax.Array, jax.Array, nnx.State]) -> tuple[jax.Array, None]:
             index, slides, params = layer_input
             block = nnx.merge(graphdef, params)
-            run = lambda mask: lambda x: block(x, cos_sin, text(block, index), mask, size)  # noqa: E731
-            if 0 < len(config.sliding_layers) < number:
-                return jax.lax.cond(slides, run(sliding), run(full), x), None
-            return run(sliding if config.sliding_layers else full)(x), None
+            return block(x, *types.of_layer(slides), text(block, index), size), None
 
         x, _ = jax.lax.scan(rematerialize(layer, self.compute.remat), x.astype(self.compute.dtype),
-                            (jnp.arange(number), is_sliding, stacked))
+                            (jnp.arange(len(slides)), types.slides, stacked))
         return self.final_norm(x)
 
     def markov_state(self, batch: tuple[int, ...]) -> jax.Array:

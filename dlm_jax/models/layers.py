@@ -127,15 +127,20 @@ class Cache(NamedTuple):
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def write(self, layer: jax.Array, positions: jax.Array, key: jax.Array, value: jax.Array) -> Self:
-        """Writes keys and values [batch, Q, kv_heads, head_dim] at `positions` [batch, Q]; past the end: dropped."""
-        rows = jnp.arange(key.shape[0])[:, None]
-        return Cache(*(cached.at[layer, rows, positions].set(new.astype(cached.dtype), mode="drop")
+    def write(self, layer: jax.Array, positions: jax.Array, key: jax.Array, value: jax.Array,
+              rows: jax.Array | None = None) -> Self:
+        """Writes keys and values [batch, Q, kv_heads, head_dim] at `positions` [batch, Q]; past the end: dropped.
+
+        `rows`, int [batch], are the cache's rows that they belong to; None: the first, the second and so on.
+        """
+        rows = jnp.arange(key.shape[0]) if rows is None else rows
+        return Cache(*(cached.at[layer, rows[:, None], positions].set(new.astype(cached.dtype), mode="drop")
                        for cached, new in zip(self, (key, value), strict=True)))
 
-    def read(self, layer: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-        """Returns the first keys and values of one layer, [batch, width, kv_heads, head_dim]."""
-        return tuple(jax.lax.dynamic_index_in_dim(x[:, :, :width], layer, keepdims=False) for x in self)
+    def read(self, layer: jax.Array, width: int, rows: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Returns the first keys and values of one layer, [batch, width, kv_heads, head_dim]; `rows` as in `write`."""
+        found = (jax.lax.dynamic_index_in_dim(x[:, :, :width], layer, keepdims=False) for x in self)
+        return tuple(x if rows is None else x[rows] for x in found)
 
     @property
     def read_widths(self) -> list[int]:
@@ -152,6 +157,7 @@ class LayerCache(NamedTuple):
     layer: jax.Array  # the layer's index
     positions: jax.Array  # int [batch, Q], the places of its queries
     read_index: jax.Array  # which of `Cache.read_widths` holds all that they see
+    rows: jax.Array | None = None  # int [batch], the cache's row of each query row; see `Cache.write`
 
 
 class Initializer:
@@ -173,6 +179,12 @@ class Initializer:
         if self.lora is None:
             return nnx.Param(value, axes=axes)
         return LoRAParam(value, axes=axes) if trained else nnx.Param(value.astype(self.lora.read_dtype), axes=axes)
+
+    def kernel(self, shape: tuple[int, ...], axes: Axes, stddev: float | None) -> tuple[nnx.Param, nnx.Param | None]:
+        """Returns a stacked kernel, and its scales if LoRA quantizes it."""
+        kernel = self.normal(shape, axes, stddev)
+        quantize = self.lora is not None and self.lora.quantized
+        return quantize_kernel(kernel, self.lora.frozen_dtype) if quantize else (kernel, None)
 
     def factor(self, shape: tuple[int, ...], axes: Axes, bound: float) -> LoRAFactor:
         """Returns a LoRA matrix, uniform between -bound and bound."""
@@ -215,9 +227,7 @@ class Linear(nnx.Module):
                  bias: bool, init: Initializer, stddev: float | None = None):
         self.num_inputs, self.compute = len(inputs), init.compute
         shape, lora = (num_layers, *inputs, *outputs), init.lora
-        kernel = init.normal(shape, ("layers", *axes), stddev)
-        quantize = lora is not None and lora.quantized
-        self.kernel, self.kernel_scale = quantize_kernel(kernel, lora.frozen_dtype) if quantize else (kernel, None)
+        self.kernel, self.kernel_scale = init.kernel(shape, ("layers", *axes), stddev)
         targeted = lora is not None and name in lora.targets
         self.factors = LoRAFactors(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
         # A bias along the residual stream is replicated: it is added where the stream is.
@@ -261,7 +271,7 @@ class Attention(nnx.Module):
                  layer_cache: LayerCache | None) -> tuple[jax.Array, Cache | None]:
         query, (key, value) = self.queries(x, cos_sin, lora), self.keys_and_values(x, cos_sin, lora)
         if layer_cache is not None:
-            cache = layer_cache.cache.write(layer_cache.layer, layer_cache.positions, key, value)
+            cache = layer_cache.cache.write(layer_cache.layer, layer_cache.positions, key, value, layer_cache.rows)
             layer_cache = layer_cache._replace(cache=cache)
             attended = attend_under(mask, lambda mask: attend_to_cache(query, layer_cache, mask, self.compute.matmul,
                                                                        self.softcap))
@@ -291,10 +301,10 @@ class Attention(nnx.Module):
 def attend_to_cache(query: jax.Array, layer_cache: LayerCache, mask: AttentionMask, matmul_kind: MatmulKind,
                     softcap: float | None = None) -> jax.Array:
     """Returns the attention of `query` [batch, Q, heads, head_dim] to as much of the cache as it sees."""
-    cache, layer, positions, read_index = layer_cache
+    cache, layer, positions, read_index, rows = layer_cache
 
     def attend_to(width: int) -> jax.Array:
-        return xla_attention(query, *cache.read(layer, width), mask, query_positions=positions, softcap=softcap,
+        return xla_attention(query, *cache.read(layer, width, rows), mask, query_positions=positions, softcap=softcap,
                              matmul_kind=matmul_kind)
 
     widths = cache.read_widths

@@ -67,7 +67,7 @@ class LoRAConfig:
     head: bool = False
     rslora: bool = False
     dora: bool = False
-    frozen_dtype: str = "bfloat16"
+    frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "bfloat16"
     where: Literal["all", "noised"] = "all"
     draft_head: bool = False
 
@@ -80,9 +80,6 @@ class LoRAConfig:
         if unknown or not self.targets:
             raise ConfigError(f"lora.targets {','.join(unknown) or '(none)'} are not projections of this model; choose "
                               f"from {', '.join(TARGETS)}")
-        choices = ("float32", "bfloat16", *QUANTIZED)
-        if self.frozen_dtype not in choices:
-            raise ConfigError(f"lora.frozen_dtype must be one of {', '.join(choices)}, got {self.frozen_dtype!r}")
         if self.where == "noised":
             for name in ("dora", "embedding", "head"):
                 if getattr(self, name):

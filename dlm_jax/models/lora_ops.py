@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.drafter import DraftedModel
@@ -64,7 +64,13 @@ def freeze_base(params: Iterable[tuple[tuple, nnx.Param]],
 
 def init_lora_factors(config: ModelConfig, lora: LoRAConfig, seed: int, param_dtype: str,
                       sharding: Sharding) -> nnx.State:
-    """Returns LoRA's initial factors, from `seed` alone, without computing the rest of the model."""
+    """Returns LoRA's initial factors, from `seed` alone, without computing the rest of the model.
+
+    Args:
+      sharding: of any parameter of the model; its devices get a copy of each factor.
+    """
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
     lora = dataclasses.replace(lora, frozen_dtype="float32")  # one program for all dtypes, without quantization
     shapes = split_lora(abstract_model(config, Compute(), param_dtype, lora))[2]
     leaves = _factor_program(config, lora, param_dtype, sharding)(seed)
@@ -81,17 +87,16 @@ def _factor_program(config: ModelConfig, lora: LoRAConfig, param_dtype: str, sha
     return jax.jit(make, out_shardings=sharding)
 
 
-def add_lora(model: Transformer, lora: LoRAConfig, seed: int, param_dtype: str, sharding: Sharding) -> Transformer:
+def add_lora(model: Transformer, lora: LoRAConfig, seed: int, param_dtype: str) -> Transformer:
     """Adds new factors to a model, which still computes the same up to the rounding of `lora.frozen_dtype`.
 
     Args:
       param_dtype: dtype of the trained parameters.
-      sharding: of the factors.
     """
     graphdef, shapes = base_shapes(model.config, model.compute, param_dtype, lora)
     params = ((path, shape.replace(value[...].astype(shape.dtype))) for (path, shape), (_, value) in
               zip(nnx.to_flat_state(shapes), nnx.to_flat_state(nnx.state(model)), strict=True))
-    factors = init_lora_factors(model.config, lora, seed, param_dtype, sharding)
+    factors = init_lora_factors(model.config, lora, seed, param_dtype, model.embed.embedding[...].sharding)
     return add_dora_magnitudes(nnx.merge(graphdef, freeze_base(params, lora)[0], factors))
 
 

@@ -19,7 +19,7 @@ from dlm_jax.attention.partition import Partition, is_split
 from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.grouped import grouped_matmul
 from dlm_jax.models.layers import ACTIVATIONS, Axes, Initializer, residual_stddev
-from dlm_jax.models.lora import full_kernel, quantize_kernel
+from dlm_jax.models.lora import full_kernel
 
 
 class RouterSums(NamedTuple):
@@ -54,9 +54,7 @@ class ExpertKernel(nnx.Module):
     def __init__(self, inputs: int, outputs: int, axes: Axes, config: ModelConfig, init: Initializer,
                  stddev: float | None = None):
         shape = (config.num_layers, config.experts.num_experts, inputs, outputs)
-        kernel = init.normal(shape, ("layers", "expert", *axes), stddev)
-        quantize = init.lora is not None and init.lora.quantized
-        self.kernel, self.kernel_scale = quantize_kernel(kernel, init.lora.frozen_dtype) if quantize else (kernel, None)
+        self.kernel, self.kernel_scale = init.kernel(shape, ("layers", "expert", *axes), stddev)
 
     def __call__(self, dtype: jnp.dtype) -> jax.Array:
         """Returns the matrices of a layer, [experts, inputs, outputs]."""

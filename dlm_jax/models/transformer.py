@@ -65,6 +65,15 @@ class LayerVisitor(NamedTuple):
     visit: Callable[[Any, jax.Array, jax.Array], Any]
 
 
+class _Outputs(NamedTuple):
+    """What all layers put out: the normed state, and what else was asked for."""
+
+    hidden: jax.Array
+    cache: Cache | None
+    gathered: Any
+    router: RouterSums | None
+
+
 class Block(nnx.Module):
     """Pre-norm attention and MLP around a residual stream; holds the stacked parameters of all layers."""
 
@@ -140,10 +149,11 @@ class Transformer(nnx.Module):
         Raises:
           ConfigError: the sequence is longer than the learned positions.
         """
-        return self._run(tokens, attention, positions, dropout_seeds, None, noised=noised)[0]
+        return self._run(tokens, attention, positions, dropout_seeds=dropout_seeds, noised=noised).hidden
 
     def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array, cache: Cache,
-                      slots: jax.Array | None = None, noised: tuple[int, int] | None = None) -> tuple[jax.Array, Cache]:
+                      slots: jax.Array | None = None, noised: tuple[int, int] | None = None,
+                      rows: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Returns `hidden` of some positions that attend to the cache: int `tokens` [batch, Q] to [batch, Q, embed].
 
         Args:
@@ -152,8 +162,11 @@ class Transformer(nnx.Module):
           cache: the keys and values so far; those of `tokens` are written before attention.
           slots: int [batch, Q], where in the cache, and for the mask, each token is; None: at its position.
           noised: as in `hidden`.
+          rows: int [batch], the row of the cache that each row of tokens belongs to, several of which may be the same;
+            None: the cache has the same rows.
         """
-        return self._run(tokens, attention, positions, None, cache, slots, noised=noised)[:2]
+        found = self._run(tokens, attention, positions, cache=cache, slots=slots, noised=noised, cache_rows=rows)
+        return found.hidden, found.cache
 
     def hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, target_layer_ids: tuple[int, ...], *,
                             positions: jax.Array | None = None, lora: bool = True) -> tuple[jax.Array, jax.Array]:
@@ -163,9 +176,8 @@ class Transformer(nnx.Module):
           target_layer_ids: layers from 0 on. A layer's output is the residual stream after it, before any norm.
           lora: whether LoRA acts; else the model computes what its base does.
         """
-        hidden, _, tapped, _ = self._run(tokens, attention, positions, None, None, lora=lora,
-                                         visitor=self._tap(target_layer_ids, tokens))
-        return hidden, _features(tapped)
+        found = self._run(tokens, attention, positions, lora=lora, visitor=self._tap(target_layer_ids, tokens))
+        return found.hidden, _features(found.gathered)
 
     def hidden_and_visited(self, tokens: jax.Array, attention: AttentionMask, visitor: LayerVisitor | None, *,
                            positions: jax.Array | None = None, dropout_seeds: jax.Array | None = None,
@@ -175,17 +187,15 @@ class Transformer(nnx.Module):
         The latter two are None without a visitor, and for a model without experts; of routers they are [layers,
         experts].
         """
-        hidden, _, gathered, router = self._run(tokens, attention, positions, dropout_seeds, None, noised=noised,
-                                                visitor=visitor)
-        return hidden, gathered, router
+        found = self._run(tokens, attention, positions, dropout_seeds=dropout_seeds, noised=noised, visitor=visitor)
+        return found.hidden, found.gathered, found.router
 
     def cached_hidden_and_features(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array,
                                    cache: Cache,
                                    target_layer_ids: tuple[int, ...]) -> tuple[jax.Array, Cache, jax.Array]:
         """Returns `cached_hidden`, and the features of `hidden_and_features`, [batch, Q, taps * embed]."""
-        hidden, cache, tapped, _ = self._run(tokens, attention, positions, None, cache,
-                                             visitor=self._tap(target_layer_ids, tokens))
-        return hidden, cache, _features(tapped)
+        found = self._run(tokens, attention, positions, cache=cache, visitor=self._tap(target_layer_ids, tokens))
+        return found.hidden, found.cache, _features(found.gathered)
 
     def _tap(self, layers: tuple[int, ...], tokens: jax.Array) -> LayerVisitor:
         """Returns the visitor that gathers the outputs of layers, [batch, length, taps + 1, embed]."""
@@ -196,10 +206,10 @@ class Transformer(nnx.Module):
         return LayerVisitor(start, lambda tapped, x, layer: jax.lax.dynamic_update_index_in_dim(
             tapped, x, jnp.asarray(places)[layer], axis=-2))
 
-    def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None,
-             dropout_seeds: jax.Array | None, cache: Cache | None, slots: jax.Array | None = None,
-             noised: tuple[int, int] | None = None, lora: bool = True,
-             visitor: LayerVisitor | None = None) -> tuple[jax.Array, Cache | None, Any, RouterSums | None]:
+    def _run(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array | None, *,
+             dropout_seeds: jax.Array | None = None, cache: Cache | None = None, slots: jax.Array | None = None,
+             noised: tuple[int, int] | None = None, lora: bool = True, visitor: LayerVisitor | None = None,
+             cache_rows: jax.Array | None = None) -> _Outputs:
         config, dtype = self.config, jnp.dtype(self.compute.dtype)
         if self.positions is not None and positions is None and tokens.shape[1] > config.max_length:
             raise ConfigError(f"the sequence has {tokens.shape[1]} tokens, but the model has {config.max_length} "
@@ -224,7 +234,8 @@ class Transformer(nnx.Module):
                   layer_input: tuple[jax.Array, jax.Array, nnx.State]) -> tuple[Carry, RouterSums | None]:
             (x, cache, gathered), (index, slides, params) = carry, layer_input
             x = checkpoint_name(x, "layer input")
-            layer_cache = None if cache is None else LayerCache(cache, index, slots, read_index)
+            layer_cache = None if cache is None else LayerCache(
+                cache, index, slots, read_index, cache_rows)
             seeds = (None,) * 4 if dropout_seeds is None else tuple(
                 counter_hash(dropout_seeds, index, site) for site in range(4))
             x, cache, router = nnx.merge(graphdef, params)(x, *types.of_layer(slides), seeds[:3],
@@ -235,7 +246,7 @@ class Transformer(nnx.Module):
 
         layers, carry = (jnp.arange(config.num_layers), types.slides, stacked), (x, cache, visitor and visitor.start)
         (x, cache, gathered), router = jax.lax.scan(rematerialize(layer, self.compute.remat), carry, layers)
-        return self.final_norm(x), cache, gathered, router
+        return _Outputs(self.final_norm(x), cache, gathered, router)
 
     def _rotation(self, positions: jax.Array, slides: bool) -> tuple[jax.Array, jax.Array] | None:
         """Returns RoPE's rotation in layers with a sliding window of their own base, or in others."""

@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "mesh": ("describe_mesh", "make_mesh"),
     "sharding": ("ATTENTION_PARTITION", "RULES", "all_gather_embeddings", "array_sharding", "is_param",
                  "make_global_batch", "num_batch_shards", "param_shardings", "partition_spec", "shard_batch",
-                 "state_shardings", "to_host"),
+                 "state_shardings", "to_host", "use_mesh"),
     "config": ("AXES", "MeshConfig", "mesh_sizes"),
 })

@@ -4,6 +4,7 @@ Parameters name their logical axes in `.axes`; optimizer state has the same meta
 parameter tree. Nothing else in the library knows which axis is split how.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -134,9 +135,14 @@ def array_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(RULES[axis] for axis in axes)))
 
 
-def num_batch_shards(mesh: Mesh) -> int:
-    """Returns the number of shards of a batch."""
-    return _axes_size(BATCH_AXES, mesh)
+def num_batch_shards(mesh: Mesh | None) -> int:
+    """Returns the number of shards of a batch; 1 without a mesh."""
+    return 1 if mesh is None else _axes_size(BATCH_AXES, mesh)
+
+
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Returns `jax.set_mesh`; without a mesh, a context that changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def _axes_size(mesh_axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:

@@ -24,7 +24,7 @@ from dlm_jax.lazy import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, {
     "batching": ("SamplingStats", "sample_rows"),
-    "config": ("BUILT_IN_DRAFTERS", "POLICIES", "SamplerConfig", "resolve_settings", "sampler_config"),
+    "config": ("BUILT_IN_DRAFTERS", "POLICIES", "SamplerConfig", "resolve_settings"),
     "sampler": ("Sample", "sample", "stream"),
     "spec": ("SamplingSpec",),
     "text": ("GAP", "PaddedBatch", "bucket", "pad_rows"),

@@ -1,6 +1,5 @@
 """Samples any number of rows, of any lengths, in batches of one size."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dlm_jax.parallel import num_batch_shards, shard_batch, to_host
+from dlm_jax.parallel import num_batch_shards, shard_batch, to_host, use_mesh
 from dlm_jax.sampling.sampler import Sample, sample, stream
 from dlm_jax.sampling.spec import Network, SamplingSpec, find_gaps
 from dlm_jax.sampling.text import GAP, bucket, pad_rows
@@ -97,7 +96,7 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
     # Rows of a batch have the same width, which is the program's shape, and similar numbers of gaps, hence of steps.
     order = sorted(range(len(rows)), key=lambda i: (bucket(len(rows[i]), model.config.max_length, coarse=coarse),
                                                     sum(token == GAP for token in rows[i])))
-    shards = 1 if mesh is None else num_batch_shards(mesh)
+    shards = num_batch_shards(mesh)
     size = -(-batch_size // shards) * shards
     filled: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
     disable = None if progress and len(rows) > size else True  # None: shown on a terminal only
@@ -109,7 +108,7 @@ def sample_rows(model: Network, rows: Sequence[Sequence[int]], keys: jax.Array, 
             arrays = [shard_batch(np.asarray(x), mesh) for x in arrays]
         arrays[-1] = jax.random.wrap_key_data(arrays[-1])
         began = time.perf_counter()
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with use_mesh(mesh):
             if on_step is None:
                 result = sample(model, *arrays, spec)
             else:
@@ -133,5 +132,4 @@ def _sample_with_callback(model: Network, arrays: list[jax.Array], spec: Samplin
     for step, state in enumerate(stream(model, *arrays, spec)):
         tokens, masked, confidence = (np.asarray(x)[:number] for x in (state.tokens, state.masked, state.confidence))
         on_step(Snapshot(step, rows[:number], np.asarray(arrays[2])[:number], tokens, masked, confidence))
-    gaps = find_gaps(arrays[1], arrays[2])
-    return Sample(state.tokens, state.confidence, state.steps, (gaps & ~state.masked).sum(axis=1), state.accepted)
+    return Sample.of(state, find_gaps(*arrays[1:3]))

@@ -205,9 +205,11 @@ def resolve_settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> S
     that the policy does not have are left out.
 
     Raises:
-      ConfigError: as in `sampler_config`.
+      ConfigError: a name is not a setting, or a value is refused.
     """
-    sampler_config(**dict.fromkeys(set(given).difference(_NAMES)))
+    for name in (*given, *defaults):
+        if name not in _NAMES:
+            raise ConfigError(f"there is no sampling setting {name!r}; the settings are {', '.join(_NAMES)}")
     given = {name: value for name, value in given.items() if value is not None}
     policy = given.get("policy")
     if policy is None:
@@ -215,16 +217,4 @@ def resolve_settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> S
         policy = "autoregressive" if given.get("drafter", "none") != "none" else implied
     omitted = _NOT_OF_POLICY.get(policy, ("threshold", "drafter"))
     kept = {name: value for name, value in defaults.items() if name not in omitted}
-    return sampler_config(**kept | given | {"policy": policy})
-
-
-def sampler_config(**settings: Any) -> SamplerConfig:
-    """Returns a `SamplerConfig` from keywords.
-
-    Raises:
-      ConfigError: a keyword is not a setting, or a value is refused.
-    """
-    for name in settings:
-        if name not in _NAMES:
-            raise ConfigError(f"there is no sampling setting {name!r}; the settings are {', '.join(_NAMES)}")
-    return SamplerConfig(**settings)
+    return SamplerConfig(**kept | given | {"policy": policy})

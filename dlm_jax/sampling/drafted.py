@@ -14,11 +14,10 @@ import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
-from dlm_jax.models import Cache
-from dlm_jax.models.drafter import DraftedModel
-from dlm_jax.sampling.spec import RowSettings, SamplingInputs, SamplingState
-from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, choose_drafts, last_token_and
-from dlm_jax.sampling.steppers import initial_state, window_tokens
+from dlm_jax.models import DraftedModel
+from dlm_jax.sampling.spec import Drafts, SamplingInputs, SamplingState
+from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, last_token_and, next_position, token_before
+from dlm_jax.sampling.steppers import window_tokens
 from dlm_jax.sampling.tokens import process_logits, seen_tokens
 
 
@@ -37,34 +36,27 @@ class DraftedStepper(SpeculativeStepper):
         number = self.num_drafts
         return (number,) if self.spec.config.draft_threshold is None else (0, -(-number // 2), number)
 
-    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, jnp.zeros_like(lengths))
-        cache = Cache.empty(self.network.config, *tokens.shape, self.network.compute.dtype)
-        return inputs, state._replace(cache=cache, drafter_cache=self.model.drafter.empty_cache(*tokens.shape),
-                                      accepted=jnp.zeros((len(tokens), self.num_drafts), jnp.int32))
+    def start(self, tokens: jax.Array, inputs: SamplingInputs) -> SamplingState:
+        return super().start(tokens, inputs)._replace(drafter_cache=self.model.drafter.empty_cache(*tokens.shape))
 
     def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
         given, positions = window_tokens(state.tokens, first, width)
         _, cache, features = self.network.cached_hidden_and_features(given, AttentionMask.causal(), positions,
                                                                      state.cache, self._taps)
-        anchor = jnp.argmax(state.masked, axis=1)[:, None] - 1
+        anchor = next_position(state)[:, None] - 1
         return self._read_features(features, positions, positions < anchor, state._replace(cache=cache))
 
-    def guess(self, inputs: SamplingInputs, state: SamplingState,
-              at: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        spec, drafter, number = self.spec, self.model.drafter, self.num_drafts
-        anchor = jnp.maximum(at - 1, 0)[:, None]
-        slots = number + drafter.config.first_slot  # fewer than a full block, if fewer drafts are wanted
-        last = jnp.take_along_axis(state.tokens, anchor, axis=1)
-        hidden = drafter.cached_hidden(self.model.block_embeddings(last, slots), anchor + jnp.arange(slots),
+    def guess(self, inputs: SamplingInputs, state: SamplingState) -> Drafts:
+        spec, drafter, at = self.spec, self.model.drafter, next_position(state)
+        slots = self.num_drafts + drafter.config.first_slot  # fewer than a full block, if fewer drafts are wanted
+        block = self.model.block_embeddings(token_before(state.tokens, at)[:, None], slots)
+        hidden = drafter.cached_hidden(block, jnp.maximum(at - 1, 0)[:, None] + jnp.arange(slots),
                                        state.drafter_cache)[:, drafter.config.first_slot :]
         logits = self.network.unembed(hidden)
         if drafter.markov is None and drafter.selector is None:
-            seen = None
-            if inputs.settings.repetition_penalty is not None:
-                seen = seen_tokens(self.network.config.vocab_size, inputs, state, None)
-            return jnp.argmax(process_logits(logits, spec, inputs.settings, seen), axis=-1).astype(jnp.int32), None
+            seen = seen_tokens(self.network.config.vocab_size, inputs, state)
+            logits = process_logits(logits, spec, inputs.settings, seen)
+            return Drafts(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
         rows = jnp.arange(len(at))[:, None]
 
         def next_draft(previous: jax.Array, markov_state: jax.Array, slot: tuple[jax.Array, jax.Array]) -> NextDraft:
@@ -83,15 +75,13 @@ class DraftedStepper(SpeculativeStepper):
             return NextDraft(logits, markov_state, goes_on)
 
         slots = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(logits, 0, 1)
-        return choose_drafts(next_draft, slots, drafter.markov_state((len(at),)), last[:, 0], at, self.network, spec,
-                             inputs, state)
+        return self.draft_in_turn(next_draft, slots, drafter.markov_state((len(at),)), at, inputs, state)
 
-    def check(self, drafts: jax.Array, probs: jax.Array | None, at: jax.Array, unfinished: jax.Array,
-              inputs: SamplingInputs, state: SamplingState) -> SamplingState:
-        given, window = last_token_and(drafts, at, state.tokens)
+    def check(self, drafts: Drafts, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
+        given, window = last_token_and(drafts, state)
         hidden, cache, features = self.network.cached_hidden_and_features(
             given, AttentionMask.causal(), window - 1, state.cache, self._taps)
-        state, kept = self.verify(hidden, drafts, at, unfinished, inputs, state, probs)
+        state, kept = self.verify(hidden, drafts, inputs, state)
         # The tokens read by this pass that stay: the last one, and the accepted drafts.
         stay = jnp.arange(given.shape[1]) < kept[:, None]
         return self._read_features(features, window - 1, stay, state._replace(cache=cache))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dlm_jax.attention import AttentionMask
@@ -22,6 +23,7 @@ from dlm_jax.diffusion import DiffusionSpec, token_nll
 from dlm_jax.errors import DataError
 from dlm_jax.matmul import jit_model
 from dlm_jax.models import Transformer
+from dlm_jax.parallel import use_mesh
 from dlm_jax.random import example_keys
 from dlm_jax.sampling.config import SamplerConfig
 from dlm_jax.sampling.sampler import sample
@@ -45,7 +47,8 @@ class Gap(NamedTuple):
 
 
 def infer_gap_lengths(model: Transformer, texts: Sequence[Sequence[Segment]], encode: Encode, *,
-                      diffusion: DiffusionSpec, batch_size: int = 16) -> list[list[Segment]]:
+                      diffusion: DiffusionSpec, batch_size: int = 16,
+                      mesh: Mesh | None = None) -> list[list[Segment]]:
     """Returns `texts` with each range replaced by its best length, or by its middle where no text follows the gap.
 
     The gaps of a text are inferred from left to right; meanwhile the later ones have the middle of their ranges.
@@ -54,6 +57,7 @@ def infer_gap_lengths(model: Transformer, texts: Sequence[Sequence[Segment]], en
       texts: each as `text.split_gaps` returns it.
       encode: `text.encode` for a tokenizer.
       batch_size: rows per forward pass; it does not change the result.
+      mesh: the devices that hold the model.
 
     Raises:
       DataError: with its gaps at their longest a text exceeds the model.
@@ -70,7 +74,8 @@ def infer_gap_lengths(model: Transformer, texts: Sequence[Sequence[Segment]], en
             row, positions = encode([_middle(segment) if isinstance(segment, range) else segment for segment in text])
             at = positions[index // 2]
             gaps.append(Gap(row[: at.start], row[at.stop :], text[index]))
-        scores = continuation_scores(model, gaps, diffusion=diffusion, batch_size=batch_size)
+        with use_mesh(mesh):
+            scores = continuation_scores(model, gaps, diffusion=diffusion, batch_size=batch_size)
         for (text, index), gap, score in zip(unknown, gaps, scores, strict=True):
             follows = any(token != GAP for token in gap.after)
             text[index] = gap.lengths[int(score.argmax())] if follows else _middle(gap.lengths)

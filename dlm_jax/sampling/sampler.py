@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax import nnx
 
 from dlm_jax.errors import ConfigError
 from dlm_jax.matmul import jit_model
-from dlm_jax.models.drafter import DraftedModel
+from dlm_jax.models import DraftedModel
 from dlm_jax.sampling.config import BUILT_IN_DRAFTERS
 from dlm_jax.sampling.drafted import DraftedStepper, check_drafter
 from dlm_jax.sampling.self_drafting import SelfDraftingStepper, check_drafts_itself
@@ -25,7 +25,7 @@ from dlm_jax.sampling.spec import (
     find_gaps,
     pending_mask,
 )
-from dlm_jax.sampling.speculative import NgramDrafter, SpeculativeStepper
+from dlm_jax.sampling.speculative import SpeculativeStepper
 from dlm_jax.sampling.steppers import AutoregressiveStepper, BlockStepper, DenoisingStepper, Stepper
 from dlm_jax.sampling.text import bucket
 
@@ -49,6 +49,11 @@ class Sample(NamedTuple):
     num_sampled: jax.Array
     accepted: jax.Array | None = None
 
+    @classmethod
+    def of(cls, state: SamplingState, gaps: jax.Array) -> Self:
+        """Returns the sample of a final state."""
+        return cls(state.tokens, state.confidence, state.steps, (gaps & ~state.masked).sum(axis=1), state.accepted)
+
 
 def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
            spec: SamplingSpec) -> Sample:
@@ -66,18 +71,14 @@ def sample(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Arr
       ConfigError: the policy cannot fill these gaps: one token per step in too few steps; no mask token; or, for
         autoregressive decoding and models with blocks, text after a gap or a model without the shift.
     """
-    settings = RowSettings.of(spec.config, len(tokens))
-    spec = resolve_spec(model, spec, fixed, lengths)
-    return _sample(*nnx.split(model), *_as_inputs(tokens, fixed, lengths), keys, settings, spec)
+    return _sample(*_arguments(model, tokens, fixed, lengths, keys, spec))
 
 
 def stream(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
            spec: SamplingSpec) -> Iterator[SamplingState]:
     """Does what `sample` does, one compiled step at a time: yields the state before the first step and after each."""
-    settings = RowSettings.of(spec.config, len(tokens))
-    spec = resolve_spec(model, spec, fixed, lengths)
-    graphdef, params = nnx.split(model)
-    inputs, state, more = _start(graphdef, params, *_as_inputs(tokens, fixed, lengths), keys, settings, spec)
+    graphdef, params, *arrays, spec = _arguments(model, tokens, fixed, lengths, keys, spec)
+    inputs, state, more = _start(graphdef, params, *arrays, spec)
     yield state
     while more:
         state, more = _step(graphdef, params, inputs, state, spec)
@@ -91,12 +92,12 @@ def make_stepper(network: Network, spec: SamplingSpec) -> Stepper:
             return DraftedStepper(network.target, spec, network)
         if spec.config.drafter == "self":
             return SelfDraftingStepper(network, spec)
-        return (AutoregressiveStepper if spec.drafter is None else SpeculativeStepper)(network, spec)
-    return (DenoisingStepper if spec.diffusion.blocks is None else BlockStepper)(network, spec)
+        return (SpeculativeStepper if spec.config.drafter == "ngram" else AutoregressiveStepper)(network, spec)
+    return (DenoisingStepper if spec.blocks is None else BlockStepper)(network, spec)
 
 
 def resolve_spec(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array) -> SamplingSpec:
-    """Checks that the policy can fill the gaps; returns the spec of the program, with prompt width and drafter.
+    """Checks that the policy can fill the gaps; returns the spec of the program, with the prompt's width.
 
     Raises:
       ConfigError: as in `sample`.
@@ -133,11 +134,7 @@ def resolve_spec(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths
         if inside:
             raise ConfigError("a model with blocks does not see text after a gap; continue a text with it, or fill "
                               "gaps with a model trained on entire rows")
-    drafter = spec.drafter
-    if drafter is None and config.drafter == "ngram":
-        drafter = NgramDrafter() if config.num_drafts is None else NgramDrafter(config.num_drafts)
-    return dataclasses.replace(spec, config=config.structure, drafter=drafter,
-                               prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
+    return dataclasses.replace(spec, config=config.structure, prompt_width=bucket(prompt, fixed.shape[1], coarse=True))
 
 
 @jax.jit
@@ -148,12 +145,14 @@ def _measure(fixed: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array
     return gaps.sum(axis=1).max(), given.max(), (gaps & (jnp.arange(fixed.shape[1]) < given[:, None])).any()
 
 
-def _as_inputs(tokens: jax.Array, fixed: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
-    """Converts to the compiled types. NumPy arrays are copied: JAX may read them after the caller has changed them."""
+def _arguments(model: Network, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+               spec: SamplingSpec) -> tuple[Any, ...]:
+    """Returns the arguments of `_sample`, checked. NumPy arrays are copied: the caller may change them later."""
     def convert(x: jax.Array, dtype: type) -> jax.Array:
         return x.astype(dtype) if isinstance(x, jax.Array) else np.array(x, dtype)
 
-    return convert(tokens, np.int32), convert(fixed, bool), convert(lengths, np.int32)
+    return (*nnx.split(model), convert(tokens, np.int32), convert(fixed, bool), convert(lengths, np.int32), keys,
+            RowSettings.of(spec.config, len(tokens)), resolve_spec(model, spec, fixed, lengths))
 
 
 def _final_tokens(spec: SamplingSpec, state: SamplingState) -> jax.Array:
@@ -161,25 +160,34 @@ def _final_tokens(spec: SamplingSpec, state: SamplingState) -> jax.Array:
     return jnp.where(state.masked, spec.eos_token_ids[0], state.tokens) if spec.stop_at_eos else state.tokens
 
 
+def fill(stepper: Stepper, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+         settings: RowSettings) -> Sample:
+    """Takes steps until nothing is pending."""
+    spec = stepper.spec
+    inputs, state = _begin(stepper, tokens, fixed, lengths, keys, settings)
+    state = jax.lax.while_loop(lambda state: pending_mask(spec, inputs, state).any(),
+                               functools.partial(stepper.advance, inputs), state)
+    return Sample.of(state._replace(tokens=_final_tokens(spec, state)), inputs.gaps)
+
+
+def _begin(stepper: Stepper, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+           settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
+    inputs = SamplingInputs.of(stepper.spec, fixed, lengths, keys, settings)
+    state = stepper.start(tokens, inputs)
+    return inputs, stepper.prefill(inputs, state, jnp.int32(0), stepper.spec.prompt_width)
+
+
 @functools.partial(jit_model, static_argnames=("graphdef", "spec"))
 def _sample(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
             keys: jax.Array, settings: RowSettings, spec: SamplingSpec) -> Sample:
-    stepper = make_stepper(nnx.merge(graphdef, params), spec)
-    inputs, state = stepper.start(tokens, fixed, lengths, keys, settings)
-    state = stepper.prefill(inputs, state, jnp.int32(0), spec.prompt_width)
-    state = jax.lax.while_loop(lambda state: pending_mask(spec, inputs, state).any(),
-                               functools.partial(stepper.advance, inputs), state)
-    return Sample(_final_tokens(spec, state), state.confidence, state.steps, (inputs.gaps & ~state.masked).sum(axis=1),
-                  state.accepted)
+    return fill(make_stepper(nnx.merge(graphdef, params), spec), tokens, fixed, lengths, keys, settings)
 
 
 # Unused parameters are kept so that the state is on their devices, as it is after a step: `_step` compiles once.
 @functools.partial(jit_model, static_argnames=("graphdef", "spec"), keep_unused=True)
 def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
            settings: RowSettings, spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState, jax.Array]:
-    stepper = make_stepper(nnx.merge(graphdef, params), spec)
-    inputs, state = stepper.start(tokens, fixed, lengths, keys, settings)
-    state = stepper.prefill(inputs, state, jnp.int32(0), spec.prompt_width)
+    inputs, state = _begin(make_stepper(nnx.merge(graphdef, params), spec), tokens, fixed, lengths, keys, settings)
     return inputs, state, pending_mask(spec, inputs, state).any()
 
 

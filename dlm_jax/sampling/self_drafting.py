@@ -7,8 +7,6 @@ model's clean attention, from left to right; with LoRA at noised positions alone
 arXiv 2507.11851).
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -16,15 +14,15 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
+from dlm_jax.random import fold_keys, position_keys
 from dlm_jax.sampling.config import SamplerConfig
-from dlm_jax.sampling.spec import NO_DRAFT, RowSettings, SamplingInputs, SamplingState, pending_mask
-from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, choose_drafts, last_token_and
+from dlm_jax.sampling.spec import NO_DRAFT, Drafts, SamplingInputs, SamplingState
+from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, last_token_and, next_position
 from dlm_jax.sampling.tokens import process_logits
 
 _NOISE_KEYS = 8  # noise has other random numbers than drafts and tokens
 
 
-@dataclasses.dataclass(frozen=True)
 class SelfDraftingStepper(SpeculativeStepper):
     """Speculative decoding by a model with blocks that guesses for itself, in the pass that checks its last guesses."""
 
@@ -32,23 +30,21 @@ class SelfDraftingStepper(SpeculativeStepper):
     def num_drafts(self) -> int:
         return self.spec.config.num_drafts or self.spec.diffusion.blocks.size - 1
 
-    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = super().start(tokens, fixed, lengths, keys, settings)
+    def start(self, tokens: jax.Array, inputs: SamplingInputs) -> SamplingState:
+        state = super().start(tokens, inputs)
         groups = (self.num_drafts + 1) * self.spec.diffusion.blocks.size
         room = ((0, 0), (0, 0), (0, groups), (0, 0), (0, 0))  # [layers, batch, length, kv_heads, head_dim]
         cache = jax.tree.map(lambda x: jnp.pad(x, room), state.cache)
         drafts = jnp.full((len(tokens), self.num_drafts), NO_DRAFT)
-        is_sampled = self.network.draft_head is not None and settings.temperature is not None
+        is_sampled = self.network.draft_head is not None and inputs.settings.temperature is not None
         probs = jnp.zeros((*drafts.shape, self.network.config.vocab_size)) if is_sampled else None
-        return inputs, state._replace(cache=cache, drafts=drafts, draft_probs=probs)
+        return state._replace(cache=cache, drafts=Drafts(drafts, probs))
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         spec, (batch, length) = self.spec, state.tokens.shape
         number, size = self.num_drafts + 1, spec.diffusion.blocks.size
-        unfinished = pending_mask(spec, inputs, state).any(axis=1)
-        at = jnp.argmax(state.masked, axis=1)
-        given, window = last_token_and(state.drafts, at, state.tokens)
+        at = next_position(state)
+        given, window = last_token_and(state.drafts, state)
         places = (window[:, :, None] + jnp.arange(size)).reshape(batch, -1)
         noise = self._noise(places, inputs.keys)
         slots = jnp.where(window <= length, window - 1, length + number * size)  # past the row's end: not cached
@@ -58,36 +54,32 @@ class SelfDraftingStepper(SpeculativeStepper):
             jnp.concatenate([window - 1, places], axis=1), state.cache, jnp.concatenate([slots, scratch], axis=1),
             noised=(number, number * (1 + size)))
         checked, guessing = hidden[:, :number], hidden[:, number:].reshape(batch, number, size, -1)
-        state, kept = self.verify(checked, state.drafts, at, unfinished, inputs, state, state.draft_probs)
+        state, kept = self.verify(checked, state.drafts, inputs, state)
         kept = jnp.maximum(kept, 1)
         block = jnp.take_along_axis(guessing, kept[:, None, None, None] - 1, axis=1)[:, 0, : self.num_drafts]
-        drafts, probs = self._draft(block, at + kept, inputs, state)
-        return state._replace(cache=cache, drafts=drafts, draft_probs=probs)
+        return state._replace(cache=cache, drafts=self._draft(block, at + kept, inputs, state))
 
     def _noise(self, places: jax.Array, keys: jax.Array) -> jax.Array:
         """Returns what stands at unknown tokens, int32 [batch, n]; random tokens are a function of key and place."""
         if self.spec.diffusion.blocks.noise == "mask":
             return jnp.full(places.shape, self.spec.diffusion.mask_token_id)
 
-        def token(key: jax.Array, place: jax.Array) -> jax.Array:
-            return jax.random.randint(jax.random.fold_in(key, place), (), 0, self.network.config.vocab_size, jnp.int32)
+        def token(key: jax.Array) -> jax.Array:
+            return jax.random.randint(key, (), 0, self.network.config.vocab_size, jnp.int32)
 
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE_KEYS)
-        return jax.vmap(jax.vmap(token, (None, 0)))(keys, places)
+        return jax.vmap(jax.vmap(token))(position_keys(fold_keys(keys, _NOISE_KEYS), places))
 
-    def _draft(self, block: jax.Array, at: jax.Array, inputs: SamplingInputs,
-               state: SamplingState) -> tuple[jax.Array, jax.Array | None]:
-        """Returns drafts, as `guess` does, of masks' states [batch, num_drafts, embed], from position `at` [batch]."""
+    def _draft(self, block: jax.Array, at: jax.Array, inputs: SamplingInputs, state: SamplingState) -> Drafts:
+        """Returns drafts for the positions from `at` [batch] on, of masks' states [batch, num_drafts, embed]."""
         network, spec = self.network, self.spec
         if network.draft_head is None:
             logits = process_logits(network.unembed(block), spec, inputs.settings, None)
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
+            return Drafts(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
 
         def next_draft(previous: jax.Array, carry: None, hidden: jax.Array) -> NextDraft:
             return NextDraft(network.unembed(network.correct_drafts(hidden, previous)), carry)
 
-        last = jnp.take_along_axis(state.tokens, jnp.minimum(at, state.tokens.shape[1])[:, None] - 1, axis=1)[:, 0]
-        return choose_drafts(next_draft, jnp.swapaxes(block, 0, 1), None, last, at, network, spec, inputs, state)
+        return self.draft_in_turn(next_draft, jnp.swapaxes(block, 0, 1), None, at, inputs, state)
 
 
 def check_drafts_itself(config: SamplerConfig, diffusion: DiffusionSpec, model: ModelConfig) -> None:

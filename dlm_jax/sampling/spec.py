@@ -1,36 +1,19 @@
 """What a sampling run is given and carries, and the step schedule: which step reveals how many tokens."""
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax.attention import AttentionMask
-from dlm_jax.diffusion import DiffusionSpec
-from dlm_jax.models import Cache, ModelConfig
+from dlm_jax.diffusion import BlockSpec, DiffusionSpec
+from dlm_jax.models import Cache, DraftedModel, Transformer
 from dlm_jax.sampling.config import SamplerConfig
 
-if TYPE_CHECKING:
-    from dlm_jax.sampling.speculative import Drafter
-
+Network = Transformer | DraftedModel  # what is sampled: a model, or one with a trained drafter
 NO_DRAFT = -1  # where a drafter guesses nothing
 _LAST_TIME = 1e-3  # at which the step schedule "dream" ends
-
-
-class Network(Protocol):
-    """The methods of a model that sampling calls; the model is also a Flax NNX module."""
-
-    config: ModelConfig
-
-    def hidden(self, tokens: jax.Array, attention: AttentionMask) -> jax.Array: ...
-
-    def cached_hidden(self, tokens: jax.Array, attention: AttentionMask, positions: jax.Array, cache: Cache,
-                      slots: jax.Array | None = None,
-                      noised: tuple[int, int] | None = None) -> tuple[jax.Array, Cache]: ...
-
-    def unembed(self, hidden: jax.Array) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +27,6 @@ class SamplingSpec:
       stop_at_eos: whether positions after a sampled end of text stay unfilled.
       prompt_width: room for the longest prompt of the batch, for autoregressive decoding and models with blocks;
         `sample` and `stream` fill it in.
-      drafter: guesses tokens for autoregressive decoding; None: the one that `config` names, if any.
     """
 
     config: SamplerConfig
@@ -52,7 +34,11 @@ class SamplingSpec:
     eos_token_ids: tuple[int, ...] = ()
     stop_at_eos: bool = False
     prompt_width: int = 0
-    drafter: "Drafter | None" = None
+
+    @property
+    def blocks(self) -> BlockSpec | None:
+        """The blocks that are denoised one after another; None for entire rows and for autoregressive decoding."""
+        return None if self.config.policy == "autoregressive" else self.diffusion.blocks
 
 
 class RowSettings(NamedTuple):
@@ -89,10 +75,21 @@ class SamplingInputs(NamedTuple):
     """What does not change while a batch is sampled."""
 
     gaps: jax.Array  # bool [batch, length], True where a token is to be sampled
-    block_ids: jax.Array  # int32 [batch, length], the block of each gap
+    block_ids: jax.Array  # int32 [batch, length], the block of each gap: see `block_ids`; or of the model's blocks
     lengths: jax.Array  # int32 [batch]; later positions are padding
     keys: jax.Array  # random keys [batch]
     settings: RowSettings
+
+    @classmethod
+    def of(cls, spec: SamplingSpec, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
+           settings: RowSettings) -> Self:
+        """Returns the inputs of a batch; arguments are as in `sampler.sample`."""
+        gaps = find_gaps(fixed, lengths)
+        if spec.blocks is None:
+            ids = block_ids(gaps, spec.config.block_length)
+        else:
+            ids = jnp.broadcast_to(jnp.arange(gaps.shape[1]) // spec.blocks.size, gaps.shape)
+        return cls(gaps, ids, lengths, keys, settings)
 
 
 class DecodeFrontier(NamedTuple):
@@ -100,6 +97,16 @@ class DecodeFrontier(NamedTuple):
 
     hidden: jax.Array  # [batch, embed], the state of the last clean token, which predicts the first of the block
     pending: jax.Array  # bool [batch], whether the previous block is full and its keys and values are not yet cached
+
+
+class Drafts(NamedTuple):
+    """Guesses of the next tokens of each row, from its first position without a token on."""
+
+    tokens: jax.Array  # int32 [batch, num_drafts], or `NO_DRAFT`
+    probs: jax.Array | None  # float32 [batch, num_drafts, vocab], what they are samples of; None: they are certain
+
+    def first(self, number: int) -> Self:
+        return Drafts(self.tokens[:, :number], None if self.probs is None else self.probs[:, :number])
 
 
 class SamplingState(NamedTuple):
@@ -113,8 +120,7 @@ class SamplingState(NamedTuple):
     steps_in_block: jax.Array  # int32, steps since that block started; shape as `block`
     cache: Cache | None
     frontier: DecodeFrontier | None = None  # for models with blocks
-    drafts: jax.Array | None = None  # int32 [batch, num_drafts], what the model itself guesses to come next
-    draft_probs: jax.Array | None = None  # float32 [batch, num_drafts, vocab], what these are samples of, if they are
+    drafts: Drafts | None = None  # what the model itself guesses
     drafter_cache: Cache | None = None  # the drafter's keys and values of the text before the last token
     accepted: jax.Array | None = None  # int32 [batch, num_drafts], passes that accepted each draft of a window
 

@@ -4,24 +4,21 @@ A step is one forward pass and the tokens that it reveals. This is the one place
 """
 
 import dataclasses
-from typing import Protocol
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
-from dlm_jax.models import Cache
+from dlm_jax.models import Cache, Transformer
+from dlm_jax.random import fold_keys, position_keys
 from dlm_jax.sampling.config import POLICIES
 from dlm_jax.sampling.spec import (
     DecodeFrontier,
-    Network,
-    RowSettings,
     SamplingInputs,
     SamplingSpec,
     SamplingState,
-    block_ids,
     block_steps,
-    find_gaps,
     next_reveal,
     pending_mask,
     planned_step,
@@ -31,53 +28,57 @@ from dlm_jax.sampling.tokens import sample_tokens
 _PREFIX_WIDTHS = 4  # compiled widths of what follows a cached prefix
 
 
-class Stepper(Protocol):
-    """How a kind of model or policy fills gaps."""
+@dataclasses.dataclass(frozen=True)
+class Stepper:
+    """How a kind of model or policy fills gaps: each kind has its own `advance`."""
 
-    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
-        """Returns the state with every gap masked, for `prefill`.
+    network: Transformer
+    spec: SamplingSpec
 
-        Arguments are as in `sampler.sample`; `settings` has each row's numbers.
-        """
+    def start(self, tokens: jax.Array, inputs: SamplingInputs) -> SamplingState:
+        """Returns the state with every gap of `tokens` [batch, length] masked, for `prefill`."""
+        # Causal attention never sees a masked token.
+        mask_token_id = 0 if self.spec.config.policy == "autoregressive" else self.spec.diffusion.mask_token_id
+        zeros = jnp.zeros_like(inputs.lengths)
+        return SamplingState(
+            jnp.where(inputs.gaps, mask_token_id, tokens), masked=inputs.gaps, confidence=jnp.zeros(tokens.shape),
+            steps=zeros, block=zeros, steps_in_block=zeros, cache=None)
 
     def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
         """Returns the state after the given tokens from `first` to `first` + `width` are in the cache.
 
         It is called for all given tokens before the first gap, from left to right, and may see tokens after them.
         """
+        return state
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         """Returns the state after one forward pass of the batch."""
+        raise NotImplementedError
+
+    def empty_cache(self, tokens: jax.Array, copies: int = 1) -> Cache:
+        """Returns room for the keys and values of `tokens` [batch, length], several times over with `copies`."""
+        batch, length = tokens.shape
+        return Cache.empty(self.network.config, copies * batch, length, self.network.compute.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class DenoisingStepper:
+class DenoisingStepper(Stepper):
     """Denoises entire rows, each in a block of its own.
 
-    With a cache that grows stale all rows are in the same block, since they refresh it together.
+    With a cache that grows stale all rows are in the same block, since they refresh it together. Without one, every
+    step computes the entire row, so that there is nothing to prefill.
     """
 
-    network: Network
-    spec: SamplingSpec
-
-    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
-        config, cache = self.spec.config, None
-        block = jnp.zeros_like(lengths) if config.cache == "none" else jnp.int32(0)
-        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, block)
-        if config.cache != "none":
-            rows = len(tokens) if settings.cfg_scale is None else 2 * len(tokens)
-            cache = Cache.empty(self.network.config, rows, tokens.shape[1], self.network.compute.dtype)
-        return inputs._replace(block_ids=block_ids(inputs.gaps, config.block_length)), state._replace(cache=cache)
-
-    def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
-        return state  # every step computes the entire row
+    def start(self, tokens: jax.Array, inputs: SamplingInputs) -> SamplingState:
+        state = super().start(tokens, inputs)
+        if self.spec.config.cache == "none":
+            return state
+        cache = self.empty_cache(tokens, copies=1 if inputs.settings.cfg_scale is None else 2)
+        return state._replace(cache=cache, block=jnp.int32(0), steps_in_block=jnp.int32(0))
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         spec, config, policy = self.spec, self.spec.config, POLICIES[self.spec.config.policy]
         settings, length = inputs.settings, state.tokens.shape[1]
-        plan_keys, step_keys = _fold(inputs.keys, 0), _fold(inputs.keys, 1)
+        plan_keys, step_keys = fold_keys(inputs.keys, 0), fold_keys(inputs.keys, 1)
         step_keys = jax.vmap(jax.random.fold_in)(step_keys, state.steps)
 
         here = inputs.gaps & (inputs.block_ids == state.block.reshape(-1, 1))
@@ -87,8 +88,8 @@ class DenoisingStepper:
         if settings.remask is not None:
             may_remask = unfinished & (state.steps_in_block + 1 < jnp.minimum(steps, number))
             remask = here & ~state.masked & may_remask[:, None]
-            remask &= _uniform(_fold(step_keys, 0), jnp.broadcast_to(jnp.arange(length), here.shape)) < (
-                settings.remask[:, None])
+            positions = jnp.broadcast_to(jnp.arange(length), here.shape)
+            remask &= _uniform(fold_keys(step_keys, 0), positions) < settings.remask[:, None]
             state = state._replace(tokens=jnp.where(remask, spec.diffusion.mask_token_id, state.tokens),
                                    masked=state.masked | remask)
             active = here & pending_mask(spec, inputs, state)
@@ -103,7 +104,7 @@ class DenoisingStepper:
 
         def sample_at(positions: jax.Array) -> tuple[jax.Array, ...]:
             """Returns tokens, log-probabilities and scores, defined where `positions` is True."""
-            return sample_tokens(self.network, spec, hidden, positions, window, inputs, state, _fold(step_keys, 1))
+            return sample_tokens(self.network, spec, hidden, positions, window, inputs, state, fold_keys(step_keys, 1))
 
         if policy.independent:
             step = planned_step(config, _uniform(plan_keys, window), steps[:, None])
@@ -112,7 +113,7 @@ class DenoisingStepper:
             chosen = active & (step == step.min(axis=1, keepdims=True))
             tokens, confidence, _ = sample_at(chosen)
         elif policy.score is None:
-            chosen = _highest(_uniform(_fold(step_keys, 2), window), active, count)
+            chosen = _highest(_uniform(fold_keys(step_keys, 2), window), active, count)
             tokens, confidence, _ = sample_at(chosen)
         else:
             tokens, confidence, score = sample_at(active)
@@ -131,7 +132,8 @@ class DenoisingStepper:
 
     def _current_block(self, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
         """Returns each row's first block that is not full, int32 [batch]; with a stale cache the first of any row."""
-        first = _first_pending_block(self.spec, inputs, state)
+        pending = pending_mask(self.spec, inputs, state)
+        first = jnp.where(pending, inputs.block_ids, pending.shape[1]).min(axis=1)
         return first if self.spec.config.cache == "none" else first.min()
 
     def _predict(self, inputs: SamplingInputs, state: SamplingState,
@@ -196,14 +198,11 @@ class BlockStepper(DenoisingStepper):
     values are computed together with the first step of the next. Each row is in a block of its own.
     """
 
-    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
-        size, config, dtype = self.spec.diffusion.blocks.size, self.network.config, self.network.compute.dtype
-        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, jnp.zeros_like(lengths))
-        inputs = inputs._replace(block_ids=jnp.broadcast_to(jnp.arange(tokens.shape[1]) // size, tokens.shape))
-        frontier = DecodeFrontier(jnp.zeros((len(tokens), config.hidden_size), dtype), jnp.zeros(len(tokens), bool))
-        return inputs, state._replace(block=self._current_block(inputs, state), frontier=frontier,
-                                      cache=Cache.empty(config, *tokens.shape, dtype))
+    def start(self, tokens: jax.Array, inputs: SamplingInputs) -> SamplingState:
+        state, cache = super().start(tokens, inputs), self.empty_cache(tokens)
+        hidden = jnp.zeros((len(tokens), self.network.config.hidden_size), self.network.compute.dtype)
+        return state._replace(block=self._current_block(inputs, state), cache=cache,
+                              frontier=DecodeFrontier(hidden, jnp.zeros(len(tokens), bool)))
 
     def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
         blocks = self.spec.diffusion.blocks
@@ -223,47 +222,61 @@ class BlockStepper(DenoisingStepper):
     def _predict(self, inputs: SamplingInputs, state: SamplingState,
                  here: jax.Array) -> tuple[jax.Array, jax.Array, SamplingState]:
         """Returns the positions of each row's block, the states that predict them, and the state with the new cache."""
-        diffusion, frontier, length = self.spec.diffusion, state.frontier, state.tokens.shape[1]
+        diffusion, frontier, (batch, length) = self.spec.diffusion, state.frontier, state.tokens.shape
         size = diffusion.blocks.size
         start = state.block * size
-        attention = diffusion.blocks.decode_mask(start).with_lengths(inputs.lengths)
 
-        def run(first: int, cache: Cache) -> tuple[jax.Array, Cache]:
-            """Returns the states from `first` positions after each block's start to its end."""
-            at = start[:, None] + jnp.arange(first, size)
-            tokens = jnp.take_along_axis(state.tokens, jnp.clip(at, 0, length - 1), axis=1)
+        def run(first: jax.Array, width: int, cache: Cache, rows: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+            """Returns the states of `width` positions from `first`, int [n], in rows int [n]; None: in each row."""
+            at, mine = first[:, None] + jnp.arange(width), jnp.arange(batch) if rows is None else rows
+            attention = diffusion.blocks.decode_mask(start[mine]).with_lengths(inputs.lengths[mine])
+            tokens = state.tokens[mine[:, None], jnp.clip(at, 0, length - 1)]
             return self.network.cached_hidden(tokens, attention, jnp.where(at < 0, length, at), cache,  # not cached
-                                              noised=(-first, size - first))
+                                              noised=(width - size, width), rows=rows)
 
-        def with_previous_block(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
-            hidden, cache = run(-size, cache)
+        def without(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+            hidden, cache = run(start, size, cache)
+            return hidden, frontier.hidden, cache
+
+        def with_previous_of(count: int, cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+            """Computes the previous block as well, in so many rows: in those that need it first."""
+            rows = jnp.argsort(~frontier.pending, stable=True)[:count]
+            hidden, cache = run(jnp.concatenate([start, start[rows] - size]), size, cache,
+                                jnp.concatenate([jnp.arange(batch), rows]))
+            last = jnp.where(frontier.pending[rows, None], hidden[batch:, -1], frontier.hidden[rows])
+            return hidden[:batch], frontier.hidden.at[rows].set(last), cache
+
+        def with_previous(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
+            hidden, cache = run(start - size, 2 * size, cache)
             last = jnp.where(frontier.pending[:, None], hidden[:, size - 1], frontier.hidden)
             return hidden[:, size:], last, cache
 
-        def without(cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
-            hidden, cache = run(0, cache)
-            return hidden, frontier.hidden, cache
-
-        hidden, last, cache = jax.lax.cond(frontier.pending.any(), with_previous_block, without, state.cache)
+        counts = self._counts(batch)
+        branches = [without, *(functools.partial(with_previous_of, count) for count in counts), with_previous]
+        hidden, last, cache = jax.lax.switch(jnp.searchsorted(jnp.array([0, *counts]), frontier.pending.sum()),
+                                             branches, state.cache)
         if diffusion.shift:
             hidden = jnp.concatenate([last[:, None], hidden[:, :-1]], axis=1)
         width = min(size, length)
         state = state._replace(cache=cache, frontier=frontier._replace(hidden=last))
         return start[:, None] + jnp.arange(width), hidden[:, :width], state
 
+    def _counts(self, batch: int) -> list[int]:
+        """Returns the numbers of rows, other than none and all, whose previous block a step can compute.
 
-@dataclasses.dataclass(frozen=True)
-class AutoregressiveStepper:
+        Rows reach the ends of their blocks at different steps, so that of many rows some do at most steps.
+        """
+        lora, is_spread = self.network.lora, not jax.sharding.get_abstract_mesh().empty
+        if is_spread or (lora is not None and lora.where == "noised"):  # whose positions are the same in all rows
+            return []
+        return [count for count in (batch // 4, batch // 2) if count > 0]
+
+
+class AutoregressiveStepper(Stepper):
     """Decodes from left to right with cached keys and values, as AR parents do: the baseline of every comparison."""
 
-    network: Network
-    spec: SamplingSpec
-
-    def start(self, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-              keys: jax.Array, settings: RowSettings) -> tuple[SamplingInputs, SamplingState]:
-        inputs, state = initial_state(self.spec, tokens, fixed, lengths, keys, settings, jnp.zeros_like(lengths))
-        cache = Cache.empty(self.network.config, *tokens.shape, self.network.compute.dtype)
-        return inputs, state._replace(cache=cache)
+    def start(self, tokens: jax.Array, inputs: SamplingInputs) -> SamplingState:
+        return super().start(tokens, inputs)._replace(cache=self.empty_cache(tokens))
 
     def prefill(self, inputs: SamplingInputs, state: SamplingState, first: jax.Array, width: int) -> SamplingState:
         given, positions = window_tokens(state.tokens, first, width)
@@ -280,18 +293,6 @@ class AutoregressiveStepper:
                                               inputs.keys)
         here = unfinished[:, None] & (jnp.arange(state.tokens.shape[1]) == at)
         return reveal(state, here, tokens, confidence, unfinished)._replace(cache=cache)
-
-
-def initial_state(spec: SamplingSpec, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array, keys: jax.Array,
-                  settings: RowSettings, block: jax.Array) -> tuple[SamplingInputs, SamplingState]:
-    """Returns the state with every gap masked, and all gaps in block 0; `block` also has the count of steps' shape."""
-    gaps, mask_token_id = find_gaps(fixed, lengths), spec.diffusion.mask_token_id
-    if spec.config.policy == "autoregressive":
-        mask_token_id = 0  # causal attention never sees it
-    state = SamplingState(
-        jnp.where(gaps, mask_token_id, tokens), masked=gaps, confidence=jnp.zeros(gaps.shape),
-        steps=jnp.zeros(len(gaps), jnp.int32), block=block, steps_in_block=jnp.zeros_like(block), cache=None)
-    return SamplingInputs(gaps, jnp.zeros(gaps.shape, jnp.int32), lengths, keys, settings), state
 
 
 def window_tokens(tokens: jax.Array, first: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
@@ -313,21 +314,12 @@ def reveal(state: SamplingState, where: jax.Array, tokens: jax.Array, confidence
         steps_in_block=state.steps_in_block + 1)
 
 
-def _first_pending_block(spec: SamplingSpec, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
-    pending = pending_mask(spec, inputs, state)
-    return jnp.where(pending, inputs.block_ids, pending.shape[1]).min(axis=1)
-
-
 def _highest(score: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
     """Returns the `count` [batch] highest of the `active` scores [batch, length], bool; of equals the leftmost."""
     order = jnp.lexsort((-score, ~active), axis=1)  # active ones first, the best of them first
     return active & (jnp.argsort(order, axis=1) < count[:, None])
 
 
-def _fold(keys: jax.Array, site: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, site)
-
-
 def _uniform(keys: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns uniform [0, 1) numbers [batch, n], a function of the row's key and the position int [batch, n] alone."""
-    return jax.vmap(jax.vmap(jax.random.uniform))(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, positions))
+    return jax.vmap(jax.vmap(jax.random.uniform))(position_keys(keys, positions))

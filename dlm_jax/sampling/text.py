@@ -1,9 +1,10 @@
-"""Text with gaps to rows of tokens and back, and rows to padded arrays.
+"""Text with gaps to rows of tokens and back, rows to padded arrays, and what tokens add to a text.
 
 What the user wrote comes back character for character.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Collection, Sequence
@@ -21,7 +22,10 @@ GAP = -1  # a token that is still to be sampled
 # Given text, or the number of tokens in a gap, or the numbers it may have; text and gaps alternate, text first.
 Segment = str | int | range
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # how an incomplete character decodes
 _BUCKET = 32
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_MAX_CHARACTER_TOKENS = 8
 _MASK_PATTERN = re.compile(r"<mask(?::(\d+)(?:-(\d+))?)?>")
 
 
@@ -87,14 +91,79 @@ def decode(tokenizer: "PreTrainedTokenizerBase", segments: Sequence[Segment], ga
         tokens = before_end(filled[gap.start : gap.stop], stop_token_ids)
         before, after = (tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                          for row in (filled[: gap.start], filled[: gap.start] + tokens))
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
-        text[2 * number + 1] = after[same:].removeprefix(" " if segments[2 * number].endswith(" ") else "")
+        added = text_after(after, before)
+        text[2 * number + 1] = added.removeprefix(" ") if segments[2 * number].endswith(" ") else added
     return "".join(text)
+
+
+def text_after(text: str, start: str) -> str:
+    """Returns what follows in `text` after its common prefix with `start`."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, start, strict=False))
+    return text.removeprefix(start) if text.startswith(start) else text[sum(1 for _ in same) :]
 
 
 def before_end(tokens: Sequence[int], stop_token_ids: Collection[int]) -> list[int]:
     """Returns the tokens before the first of `stop_token_ids`; all of them where there is none."""
     return [int(token) for token in itertools.takewhile(lambda token: token not in stop_token_ids, tokens)]
+
+
+class TokenTexts:
+    """What tokens add to a text; each is computed once."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.tokenizer = tokenizer
+        self._before, = tokenize(tokenizer, ["a"])
+        self._known = self.decode(self._before)
+        self.text = functools.cache(self._text)
+        self.is_special = frozenset(tokenizer.all_special_ids).__contains__
+        self.is_byte = functools.cache(self._is_byte)
+        self.is_anchor = functools.cache(self._is_anchor)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens, as `decode` does."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def added(self, tokens: Sequence[int]) -> str:
+        """Returns what tokens add to an earlier text."""
+        return text_after(self.decode([*self._before, *tokens]), self._known)
+
+    def joined(self, tokens: Sequence[int]) -> list[tuple[int, int, str]]:
+        """Returns the characters that several tokens of a row spell: first position, number of tokens, character."""
+        found, position = [], 0
+        while position < len(tokens):
+            count = 1
+            if tokens[position] != GAP and BROKEN in self.text(tokens[position]):
+                end = position + _MAX_CHARACTER_TOKENS
+                count, text = self._first_character(before_end(tokens[position:end], (GAP,)))
+                if count > 1:
+                    found.append((position, count, text))
+            position += count
+        return found
+
+    def _first_character(self, tokens: Sequence[int]) -> tuple[int, str]:
+        """Returns the fewest of the first tokens that decode to complete characters, and their text; 1 if none do."""
+        for count in range(2, len(tokens) + 1):
+            text = self.added(tokens[:count])
+            if BROKEN not in text:
+                return count, text
+        return 1, ""
+
+    def _text(self, token: int) -> str:
+        """Returns what a token adds, the space before a word included; the name of a special token."""
+        if self.is_special(token):
+            return self.tokenizer.convert_ids_to_tokens(token)
+        return self.added([token]) or f"<{token}>"
+
+    def _is_byte(self, token: int) -> bool:
+        """Returns whether a token is a byte, which SentencePiece decodes together with the bytes around it.
+
+        Special tokens between them make no difference.
+        """
+        return _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or "") is not None
+
+    def _is_anchor(self, token: int) -> bool:
+        """Returns whether the text after this token does not depend on the tokens before it."""
+        return not self.is_byte(token) and BROKEN not in (text := self.decode([token])) and bool(text.strip())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlm_jax.models import Transformer
+from dlm_jax.random import position_keys
 from dlm_jax.sampling.config import POLICIES, SamplerConfig, log_prob
-from dlm_jax.sampling.spec import NO_DRAFT, Network, RowSettings, SamplingInputs, SamplingSpec, SamplingState
+from dlm_jax.sampling.spec import NO_DRAFT, Drafts, RowSettings, SamplingInputs, SamplingSpec, SamplingState
 
 _HEAD_ROWS = 8  # with fewer rows the head's product takes as long as reading its kernel
 _CDF_BLOCK = 256  # tokens per block of the two-level inversion
 
 
-def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, active: jax.Array, positions: jax.Array,
+def sample_tokens(network: Transformer, spec: SamplingSpec, hidden: jax.Array, active: jax.Array, positions: jax.Array,
                   inputs: SamplingInputs, state: SamplingState, keys: jax.Array,
-                  drafts: jax.Array | None = None,
-                  draft_probs: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+                  drafts: Drafts | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples a token at each `active` position.
 
     Args:
@@ -28,11 +29,9 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
       positions: int32 [batch, width], places in the row; with the row's key they determine the random numbers.
       inputs, state: the rows, for the repetition penalty.
       keys: random keys [batch].
-      drafts: int32 [batch, width - 1], a token at each of the positions but the last, which later ones count as tokens
-        that the row has, for the repetition penalty; None: there are none.
-      draft_probs: float32 [batch, width - 1, vocab], the distributions that the drafts are samples of. The token is
-        then the draft wherever that leaves its distribution as it is, see `accept_or_resample`. None: the token does
-        not depend on the draft.
+      drafts: guesses at all of the positions but the last, which later ones count as tokens that the row has, for the
+        repetition penalty. Where the drafts are samples, the token is the draft wherever that leaves its distribution
+        as it is, see `accept_or_resample`; it does not depend on certain ones. None: there are none.
 
     Returns:
       Tokens int32, their log-probabilities and the policy's scores float32, all [batch, width], defined where `active`.
@@ -43,9 +42,7 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
     rows = jnp.arange(batch)[:, None]
     order = jnp.argsort(~active, axis=1, stable=True)  # active ones first
     order = jnp.pad(order, ((0, 0), (0, -width % size)), constant_values=width)
-    seen = None
-    if inputs.settings.repetition_penalty is not None:
-        seen = seen_tokens(network.config.vocab_size, inputs, state, drafts)
+    seen = seen_tokens(network.config.vocab_size, inputs, state, None if drafts is None else drafts.tokens)
 
     def fill_slice(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         start, *filled = carry
@@ -55,15 +52,14 @@ def sample_tokens(network: Network, spec: SamplingSpec, hidden: jax.Array, activ
         logits = network.unembed(jnp.take_along_axis(hidden, index[:, :, None], axis=1))
         seen_here = seen if drafts is None or seen is None else jnp.take_along_axis(seen, read[:, :, None], axis=1)
         logits = process_logits(logits, spec, inputs.settings, seen_here)
-        position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
-            keys, jnp.take_along_axis(positions, read, axis=1))
-        if draft_probs is None:
-            token = sample_token(logits, position_keys, inputs.settings)
+        token_keys = position_keys(keys, jnp.take_along_axis(positions, read, axis=1))
+        if drafts is None or drafts.probs is None:
+            token = sample_token(logits, token_keys, inputs.settings)
         else:
             at_draft = jnp.minimum(read, width - 2)
-            draft = jnp.where(read < width - 1, jnp.take_along_axis(drafts, at_draft, axis=1), NO_DRAFT)
-            probs = jnp.take_along_axis(draft_probs, at_draft[:, :, None], axis=1)
-            token = accept_or_resample(logits, draft, probs, position_keys, inputs.settings)
+            draft = jnp.where(read < width - 1, jnp.take_along_axis(drafts.tokens, at_draft, axis=1), NO_DRAFT)
+            probs = jnp.take_along_axis(drafts.probs, at_draft[:, :, None], axis=1)
+            token = accept_or_resample(logits, draft, probs, token_keys, inputs.settings)
         confidence = log_prob(logits, token)
         scores = confidence if score in (None, log_prob) else score(logits, token)
         return start + size, *(x.at[rows, at].set(y, mode="drop")
@@ -230,8 +226,14 @@ def invert_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     return jnp.argmax(edges > uniform * edges.max()).astype(jnp.int32)
 
 
-def seen_tokens(vocab: int, inputs: SamplingInputs, state: SamplingState, drafts: jax.Array | None) -> jax.Array:
-    """Returns which tokens each row has, bool [batch, 1, vocab]; with drafts before it, [batch, width, vocab]."""
+def seen_tokens(vocab: int, inputs: SamplingInputs, state: SamplingState,
+                drafts: jax.Array | None = None) -> jax.Array | None:
+    """Returns which tokens each row has, bool [batch, 1, vocab]; with drafts before it, [batch, width, vocab].
+
+    It is None without a repetition penalty, which alone needs it.
+    """
+    if inputs.settings.repetition_penalty is None:
+        return None
     batch, length = state.tokens.shape
     padding = jnp.arange(length) >= inputs.lengths[:, None]
     tokens = jnp.where(state.masked | padding, vocab, state.tokens)

@@ -1,7 +1,6 @@
 """What sampling did at each step: recorded while it runs, saved as a page that plays it or as a picture."""
 
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.sampling.text import GAP, decode
+from dlm_jax.sampling.text import GAP, TokenTexts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,9 +144,6 @@ def check_path(path: str | os.PathLike) -> None:
 
 # The page: the template `trace.html` with the histories as JSON.
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # how an incomplete character decodes
-_MAX_CHARACTER_TOKENS = 8
-
 
 def render_page(histories: Sequence[History], tokenizer: "PreTrainedTokenizerBase", caption: str) -> str:
     """Returns the page as HTML."""
@@ -166,55 +162,16 @@ def page_content(histories: Sequence[History], tokenizer: "PreTrainedTokenizerBa
     ids = sorted({token for history in histories for token in
                   [*history.start.tolist(), *(change.token for change in history.changes)]} - {GAP})
     index = {GAP: -1, **{token: i for i, token in enumerate(ids)}}
-    texts = token_texts(tokenizer, ids)
-    samples = []
+    texts, samples = TokenTexts(tokenizer), []
     for history in histories:
         steps: list[list[int]] = [[] for _ in range(history.num_steps)]
         for step, position, token, log_prob in history.changes:
             steps[step - 1] += [position, index[token], round(min(-100 * log_prob, 9999))]
         final = history.at(history.num_steps)[0].tolist()
-        samples.append({"first": int(final[0] in tokenizer.all_special_ids),
-                        "end": history.end(tokenizer.eos_token_id),
+        samples.append({"first": int(texts.is_special(final[0])), "end": history.end(tokenizer.eos_token_id),
                         "start": [index[token] for token in history.start.tolist()], "steps": steps,
-                        "joined": joined_characters(tokenizer, final, dict(zip(ids, texts, strict=True)))})
-    return {"caption": caption, "texts": texts, "samples": samples}
-
-
-def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
-    """Returns what each token adds to a text, the space before a word included; the name of a special token."""
-    special = set(tokenizer.all_special_ids)
-    return [tokenizer.convert_ids_to_tokens(token) if token in special else
-            _added_text(tokenizer, [token]) or f"<{token}>" for token in ids]
-
-
-def joined_characters(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int],
-                      texts: dict[int, str]) -> list[tuple[int, int, str]]:
-    """Returns the characters of several tokens: first position, number of tokens, and the character."""
-    found, position = [], 0
-    while position < len(tokens):
-        count, text = 1, texts.get(tokens[position], "")
-        if BROKEN in text:
-            count, text = _first_character(tokenizer, list(itertools.takewhile(
-                lambda token: token != GAP, tokens[position : position + _MAX_CHARACTER_TOKENS])))
-        if count > 1:
-            found.append((position, count, text))
-        position += count
-    return found
-
-
-def _first_character(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> tuple[int, str]:
-    """Returns the fewest of the first tokens that decode to complete characters, and their text; 1 if none do."""
-    for count in range(2, len(tokens) + 1):
-        text = _added_text(tokenizer, tokens[:count])
-        if BROKEN not in text:
-            return count, text
-    return 1, ""
-
-
-def _added_text(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[int]) -> str:
-    """Returns the text that tokens add to an earlier text."""
-    before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return decode(tokenizer, ["", len(tokens)], [range(len(before), len(before) + len(tokens))], [*before, *tokens])
+                        "joined": texts.joined(final)})
+    return {"caption": caption, "texts": [texts.text(token) for token in ids], "samples": samples}
 
 
 # The picture: the text at a few of its steps, one below the other, colored by confidence. Lengths in inches.
@@ -237,9 +194,10 @@ def draw_picture(path: str | os.PathLike, history: History, tokenizer: "PreTrain
     steps = sorted({round(x) for x in np.linspace(0, history.num_steps, NUM_FRAMES)})
     frames = [history.at(step) for step in steps]
     ids = sorted({int(token) for tokens, _ in frames for token in tokens} - {GAP})
-    texts = dict(zip(ids, map(show_line_breaks, token_texts(tokenizer, ids)), strict=True)) | {GAP: "  "}
+    of_token = TokenTexts(tokenizer)
+    texts = {GAP: "  ", **{token: show_line_breaks(of_token.text(token)) for token in ids}}
     final = frames[-1][0]
-    shown = range(int(final[0] in tokenizer.all_special_ids), min(history.end(tokenizer.eos_token_id) + 1, len(final)))
+    shown = range(int(of_token.is_special(int(final[0]))), min(history.end(tokenizer.eos_token_id) + 1, len(final)))
     widths = [max(len(texts[int(tokens[i])].strip()) for tokens, _ in frames) or 1 for i in shown]
     places = lay_out([texts[int(final[i])] for i in shown], widths)
     frame_height = _LINE * (1 + max((line for line, _ in places), default=0))

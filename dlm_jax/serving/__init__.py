@@ -2,7 +2,7 @@
 
     server, app      signals; routes, limits, streams of events, metrics; page.html is the playground
       | protocol     requests and responses as OpenAI defines them
-      | jobs         a request to rows of tokens
+      | jobs         a request to choices: rows of tokens, and how their text is read
       | answer       its updates to a response: text (the final text from the left), steps (every forward pass)
     engine           a thread that runs the rows of all requests
       | queue        what waits, and which row starts next

@@ -2,23 +2,22 @@
 
 import asyncio
 import contextlib
-import dataclasses
+import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import jax
-
 from dlm_jax.evaluation.likelihood import TokenLogProbs, token_log_probs
-from dlm_jax.sampling.text import GAP
+from dlm_jax.parallel import use_mesh
+from dlm_jax.sampling.text import TokenTexts
 from dlm_jax.serving.engine import Engine
-from dlm_jax.serving.jobs import CHAT_TOKENS, Plan, Row, ServedModel, plan_completion
-from dlm_jax.serving.protocol import Answer, CompletionRequest, RequestError, TokenLogProb, Usage
+from dlm_jax.serving.jobs import Choice, Plan, ServedModel
+from dlm_jax.serving.protocol import Answer, ChatRequest, CompletionRequest, RequestError, TokenLogProb, Usage
 from dlm_jax.serving.queue import Job, Ticket, Update
 from dlm_jax.serving.steps import RowSteps
-from dlm_jax.serving.text import RowText, TokenTexts, finite
+from dlm_jax.serving.text import RowText, finite
 
 _ROWS_PER_PASS = 8  # of prompts that are scored: other requests wait for no more
-_WARM_TOKENS = (16, 64)  # of the completions that are compiled at the start: the API's default, and the page's
 _NUM_TOP = 5  # as many as a request may ask for, so that one program serves all
 
 
@@ -26,21 +25,22 @@ class Run:
     """The rows of one request, from the engine's acceptance to the complete answer. For one event loop.
 
     Args:
-      echo: the log-probabilities of each row's prompt, or None.
-      top: whether `top_logprobs` has the token that was chosen; the others' are not known of a row that is sampled.
-      steps: whether chunks carry every forward pass.
-      lists_gaps: whether a choice has the text of each gap.
+      echo: the log-probabilities of each choice's prompt, or None.
     """
 
-    def __init__(self, answer: Answer, model: ServedModel, plan: Plan, echo: Sequence[list[TokenLogProb] | None], *,
-                 shows_log_probs: bool, top: bool, steps: bool, include_usage: bool, lists_gaps: bool):
-        self._answer, self._model, self._plan, self._echo = answer, model, plan, echo
-        self._shows_log_probs, self._lists_gaps, self.include_usage = shows_log_probs, lists_gaps, include_usage
-        self._texts = [RowText(row.tokens, row.text_format, model.texts, top=top) for row in plan.rows]
+    def __init__(self, model: ServedModel, request: CompletionRequest | ChatRequest, plan: Plan,
+                 echo: Sequence[list[TokenLogProb] | None]):
+        self._model, self.request, self._plan, self._echo = model, request, plan, echo
+        self._answer = Answer(f"{'chatcmpl' if request.is_chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()),
+                              model.name, plan.seed, request.is_chat)
+        self._lists_gaps = not request.is_chat and bool(request.infill)
+        # Of `top_logprobs` a sampled row has the token that was chosen; the others' are not known.
+        self._texts = [RowText(choice.tokens, choice.text_format, model.texts, top=request.num_top > 0)
+                       for choice in plan.choices]
         self._log_probs: list[list[TokenLogProb]] = [list(given or ()) for given in echo]
-        self._steps = [RowSteps(row.index, row.tokens, model.texts, ends=row.text_format.ends,
-                                first=row.text_format.gaps[0].start if answer.is_chat else 0)
-                       for row in plan.rows] if steps else None
+        self._steps = [RowSteps(choice.index, choice.tokens, model.texts, ends=choice.text_format.ends,
+                                first=choice.text_format.gaps[0].start if request.is_chat else 0)
+                       for choice in plan.choices] if request.stream_steps else None
         self._tickets: list[Ticket] = []
         self._is_cancelled = False
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
@@ -56,8 +56,9 @@ class Run:
         """
         plan = self._plan
         if not self.is_complete:  # all rows have gaps, or none has
-            jobs = [Job(model=self._model.name, row=row.tokens, spec=plan.spec, seed=plan.seed, example_index=row.index,
-                        on_update=self._receiver(row.index), every_step=self._steps is not None) for row in plan.rows]
+            jobs = [Job(model=self._model.name, row=choice.tokens, spec=plan.spec, seed=plan.seed,
+                        example_index=choice.index, on_update=self._receiver(choice.index),
+                        every_step=self._steps is not None) for choice in plan.choices]
             self._tickets = engine.submit(jobs)
             if self._is_cancelled:  # the client has left in the meantime
                 self.cancel()
@@ -88,7 +89,7 @@ class Run:
         fields = {} if self._steps is None else {"step": self._steps[index].update(update.changes, update.step)}
         if not (delta.text or delta.log_probs or text.finish_reason or fields):
             return []
-        log_probs = delta.log_probs if self._shows_log_probs else None
+        log_probs = delta.log_probs if self.request.shows_log_probs else None
         choice = self._answer.delta(index, delta.text, text.finish_reason, log_probs)
         if text.finish_reason and self._lists_gaps:
             choice["gaps"] = text.gap_texts
@@ -97,13 +98,14 @@ class Run:
     def first_chunks(self) -> list[dict[str, Any]]:
         """Returns the chunks before the first update: the role, an echo, the text before a gap, and step 0."""
         chunks = []
-        for row, text, echo in zip(self._plan.rows, self._texts, self._echo, strict=True):
-            fields = {} if self._steps is None else {"step": self._steps[row.index].start()}
-            first = row.echo + text.text
-            if self._answer.is_chat or first or echo or text.finish_reason or fields:
-                log_probs = (echo or []) if self._shows_log_probs and not self._answer.is_chat else None
-                choice = self._answer.delta(row.index, first, text.finish_reason, log_probs, is_first=True)
-                chunks.append(self._chunk([choice], **fields))
+        is_chat = self.request.is_chat
+        for choice, text, echo in zip(self._plan.choices, self._texts, self._echo, strict=True):
+            fields = {} if self._steps is None else {"step": self._steps[choice.index].start()}
+            first = choice.echo + text.text
+            if is_chat or first or echo or text.finish_reason or fields:
+                log_probs = (echo or []) if self.request.shows_log_probs and not is_chat else None
+                delta = self._answer.delta(choice.index, first, text.finish_reason, log_probs, is_first=True)
+                chunks.append(self._chunk([delta], **fields))
         return chunks
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -112,9 +114,10 @@ class Run:
     def body(self) -> dict[str, Any]:
         """Returns the complete answer."""
         choices = [self._answer.choice(
-            row.index, row.echo + text.text, text.finish_reason, log_probs if self._shows_log_probs else None,
+            choice.index, choice.echo + text.text, text.finish_reason,
+            log_probs if self.request.shows_log_probs else None,
             **{"gaps": text.gap_texts} if self._lists_gaps else {})
-            for row, text, log_probs in zip(self._plan.rows, self._texts, self._log_probs, strict=True)]
+            for choice, text, log_probs in zip(self._plan.choices, self._texts, self._log_probs, strict=True)]
         return self._answer.body(choices, stream=False, usage=self.usage.body())
 
     @property
@@ -123,7 +126,7 @@ class Run:
                      sum(text.num_passes for text in self._texts))
 
     def _chunk(self, choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
-        if self.include_usage:
+        if self.request.include_usage:
             fields["usage"] = None
         return self._answer.body(choices, stream=True, **fields)
 
@@ -135,31 +138,9 @@ class Run:
         return receive
 
 
-def warm_up_jobs(model: ServedModel) -> list[Job]:
-    """Returns rows like those of requests that name no settings: completions, infills and chats of usual lengths.
-
-    What is not like them is compiled when it first comes.
-    """
-    def job(given: int, new: int, **changes: Any) -> Job:
-        given = min(given, model.max_length // 2)
-        new = min(new, model.max_length - given)
-        request = CompletionRequest(model=model.name, prompt=[[model.pretrained.start_token_id] * given],
-                                    max_tokens=min(new, model.max_tokens or new))
-        plan = plan_completion(model, request)
-        return Job(model=model.name, row=plan.rows[0].tokens, spec=dataclasses.replace(plan.spec, **changes),
-                   on_update=lambda update: None)
-
-    jobs = [job(16, new) for new in _WARM_TOKENS]
-    if model.has_mask_token and model.pretrained.diffusion.blocks is None:
-        jobs += [job(16, new, stop_at_eos=False) for new in _WARM_TOKENS]
-    if model.prompt_format is not None:
-        jobs.append(job(48, CHAT_TOKENS, eos_token_ids=model.prompt_format.end_token_ids, stop_at_eos=True))
-    return jobs
-
-
 async def prompt_log_probs(engine: Engine, model: ServedModel, plan: Plan, num_top: int,
                            wait: Callable[[Awaitable[Any]], Awaitable[Any]]) -> list[list[TokenLogProb]]:
-    """Returns the log-probabilities of each row's prompt under causal attention.
+    """Returns the log-probabilities of each choice's prompt under causal attention.
 
     Args:
       wait: waits for a result as long as the request may.
@@ -171,31 +152,23 @@ async def prompt_log_probs(engine: Engine, model: ServedModel, plan: Plan, num_t
         raise RequestError("a prompt has logprobs where each token is predicted from those before it, and the policy "
                            f"{plan.spec.config.policy} does not do so; set policy to autoregressive, or omit echo",
                            param="echo")
-    rows = plan.rows[:: len(plan.rows) // plan.num_prompts]
     found: list[list[TokenLogProb]] = []
-    for start in range(0, len(rows), _ROWS_PER_PASS):
-        batch = rows[start : start + _ROWS_PER_PASS]
-        scores = await wait(asyncio.wrap_future(engine.call(
-            lambda batch=batch: score_rows(model, [_given(row) for row in batch]))))
-        found += [_entries(model.texts, row, score, num_top) for row, score in zip(batch, scores, strict=True)]
-    return [found[number * plan.num_prompts // len(plan.rows)] for number in range(len(plan.rows))]
+    for start in range(0, len(plan.prompts), _ROWS_PER_PASS):
+        batch = plan.prompts[start : start + _ROWS_PER_PASS]
+        scores = await wait(asyncio.wrap_future(engine.call(lambda batch=batch: _score(model, batch))))
+        found += [_entries(model.texts, choice, score, num_top) for choice, score in zip(batch, scores, strict=True)]
+    return [found[number // plan.per_prompt] for number in range(len(plan.choices))]
 
 
-def score_rows(model: ServedModel, rows: Sequence[Sequence[int]]) -> list[TokenLogProbs]:
-    """Returns the log-probabilities of rows, on the model's devices."""
-    lm = model.lm
-    with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
-        return token_log_probs(lm.model, rows, _NUM_TOP)
+def _score(model: ServedModel, batch: Sequence[Choice]) -> list[TokenLogProbs]:
+    with use_mesh(model.lm.mesh):
+        return token_log_probs(model.lm.model, [choice.given for choice in batch], _NUM_TOP)
 
 
-def _given(row: Row) -> list[int]:
-    return [token for token in row.tokens if token != GAP]
-
-
-def _entries(texts: TokenTexts, row: Row, scores: TokenLogProbs, num_top: int) -> list[TokenLogProb]:
+def _entries(texts: TokenTexts, choice: Choice, scores: TokenLogProbs, num_top: int) -> list[TokenLogProb]:
     """Returns the entries of a prompt's own tokens, the first of them without a value."""
-    entries, offset, first = [], 0, row.num_given - len(row.prompt)
-    for number, token in enumerate(row.prompt):
+    entries, offset, first = [], 0, len(choice.given) - len(choice.prompt)
+    for number, token in enumerate(choice.prompt):
         text, at = texts.text(token), first + number
         top = tuple((texts.text(int(other)), finite(value)) for other, value in zip(
             scores.top_tokens[at, :num_top], scores.top_log_probs[at, :num_top], strict=True))

@@ -16,7 +16,6 @@ import logging
 import pathlib
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
@@ -34,14 +33,7 @@ from dlm_jax.serving.answer import Run, prompt_log_probs
 from dlm_jax.serving.engine import Engine, EngineStopped
 from dlm_jax.serving.jobs import Plan, ServedModel, infer_lengths, plan_chat, plan_completion, unknown_lengths
 from dlm_jax.serving.metrics import ServerMetrics
-from dlm_jax.serving.protocol import (
-    Answer,
-    ChatRequest,
-    CompletionRequest,
-    RequestError,
-    SamplingRequest,
-    parse_request,
-)
+from dlm_jax.serving.protocol import ChatRequest, CompletionRequest, RequestError, SamplingRequest, parse_request
 from dlm_jax.serving.queue import QueueFull
 
 _CLIENT_GONE = 499  # nobody reads the answer: a status for the metrics
@@ -160,8 +152,8 @@ class Service:
         if self.stopping:
             raise RequestError("the server is stopping; ask another, or again when it is back", 503)
         deadline = _Deadline(self._config.time_limit)
-        run, stream = await _unless_client_leaves(request, self._start(body, kind, plan, deadline))
-        if stream:
+        run = await _unless_client_leaves(request, self._start(body, kind, plan, deadline))
+        if run.request.stream:
             return _Stream(run, self._chunks(run, deadline), self._config.send_seconds)
         try:
             return await _unless_client_leaves(request, self._whole(run, deadline))
@@ -169,31 +161,24 @@ class Service:
             run.cancel()
 
     async def _start(self, body: bytes, kind: type[SamplingRequest], plan_request: Callable[[ServedModel, Any], Plan],
-                     deadline: "_Deadline") -> tuple[Run, bool]:
-        """Returns the request as jobs that the engine has accepted, and whether its answer is a stream."""
+                     deadline: "_Deadline") -> Run:
+        """Returns the request as jobs that the engine has accepted."""
         asked = await run_in_threadpool(parse_request, body, kind)
         model = self._model(asked.model)
         async with self._encoding:
             plan = await run_in_threadpool(plan_request, model, asked)
         if unknown_lengths(plan):
             plan = await deadline.wait(asyncio.wrap_future(self._engine.call(lambda: infer_lengths(model, plan))))
-        is_chat = kind is ChatRequest
-        shows_log_probs = bool(asked.logprobs) if is_chat else asked.logprobs is not None  # completions may ask for 0
-        num_top = asked.top_logprobs if is_chat else asked.logprobs
-        echo = [None] * len(plan.rows)
-        if not is_chat and asked.echo and shows_log_probs:
-            echo = await prompt_log_probs(self._engine, model, plan, asked.logprobs, deadline.wait)
-        answer = Answer(f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()), model.name,
-                        plan.seed, is_chat)
-        run = Run(answer, model, plan, echo, shows_log_probs=shows_log_probs, top=bool(num_top),
-                  steps=bool(asked.stream_steps), include_usage=asked.include_usage,
-                  lists_gaps=not is_chat and bool(asked.infill))
+        echo = [None] * len(plan.choices)
+        if not asked.is_chat and asked.echo and asked.shows_log_probs:
+            echo = await prompt_log_probs(self._engine, model, plan, asked.num_top, deadline.wait)
+        run = Run(model, asked, plan, echo)
         try:  # in another thread, as the check of a row may wait for the device
             await deadline.wait(run_in_threadpool(run.submit, self._engine))
         except BaseException:
             run.cancel()
             raise
-        return run, bool(asked.stream)
+        return run
 
     async def _read(self, request: Request) -> bytes:
         """Returns the body; refuses one that is too large, too slow or not declared as JSON."""
@@ -241,7 +226,7 @@ class Service:
                 for chunk in chunks:
                     yield _event(chunk)
             self.metrics.count_usage(run.usage)
-            if run.include_usage:
+            if run.request.include_usage:
                 yield _event(run.usage_chunk())
         except RequestError as error:
             yield _event(error.body)

@@ -66,9 +66,7 @@ class Kind:
     programs: Programs
     ready: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)  # compiled slots, by shape of a row
     compiling: set[tuple[int, int]] = dataclasses.field(default_factory=set)
-    batches: dict[int, RunningBatch] = dataclasses.field(default_factory=dict)
-    time: dict[int, float] = dataclasses.field(default_factory=dict)  # seconds that each row has had, by width
-    step_seconds: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)  # by width and slots
+    batches: dict[int, RunningBatch] = dataclasses.field(default_factory=dict)  # by width
     last_used: int = 0
 
 
@@ -128,15 +126,14 @@ class Engine:
         """
         rows = [self._prepare(job) for job in jobs]
         with self._lock:
-            if self._is_stopping:
-                raise EngineStopped("the server is stopping; send the request again later")
+            self._check_running()
             try:
                 self._queue.check_room(len(jobs))
             except QueueFull:
                 self._counts["refused"] += len(jobs)
                 raise
-            tickets = [Ticket(job, row, self._kind(job.model, spec, drafter, row))
-                       for job, (row, spec, drafter) in zip(jobs, rows, strict=True)]
+            tickets = [Ticket(job, row, self._kind(job.model, spec, row))
+                       for job, (row, spec) in zip(jobs, rows, strict=True)]
             self._queue.put(tickets)
             self._lock.notify_all()
         return tickets
@@ -145,8 +142,7 @@ class Engine:
         """Runs a function between steps in the engine's thread, for instance one that scores a text."""
         future: concurrent.futures.Future[Result] = concurrent.futures.Future()
         with self._lock:
-            if self._is_stopping:
-                raise EngineStopped("the server is stopping; send the request again later")
+            self._check_running()
             self._calls.append((function, future))
             self._lock.notify_all()
         return future
@@ -159,28 +155,29 @@ class Engine:
         """
         progress(0, len(jobs))
         for done, job in enumerate(jobs, 1):
-            row, spec, drafter = self._prepare(job)
+            row, spec = self._prepare(job)
             with self._lock:
-                kind = self._kind(job.model, spec, drafter, row)
-            for slots in kind.programs.sizes:
-                kind.programs.compile(row, slots)
-                kind.ready[row.shape] = slots
+                kind = self._kind(job.model, spec, row)
+            self._compile(kind, row)
             progress(done, len(jobs))
 
     def metrics(self) -> EngineMetrics:
         """Returns counts of rows, tokens and forward passes."""
         with self._lock:
-            batches = [batch for kind in self._kinds.values() for batch in kind.batches.values()]
+            running, names = self._running(), ("completed", "cancelled", "failed", "refused", "tokens", "passes")
             return EngineMetrics(
-                len(self._queue), sum(batch.num_rows for batch in batches),
-                sum(len(batch.owners) for batch in batches), len(self._kinds),
-                *(self._counts[name] for name in ("completed", "cancelled", "failed", "refused", "tokens", "passes")),
-                self._busy_seconds)
+                queued=len(self._queue), active=sum(batch.num_rows for batch in running),
+                slots=sum(len(batch.owners) for batch in running), kinds=len(self._kinds),
+                busy_seconds=self._busy_seconds, **{name: self._counts[name] for name in names})
+
+    def _check_running(self) -> None:
+        if self._is_stopping:
+            raise EngineStopped("the server is stopping; send the request again later")
 
     # ---- What a job needs.
 
-    def _prepare(self, job: Job) -> tuple[Row, SamplingSpec, str]:
-        """Returns the padded row, the spec of its programs, and the name of its drafter."""
+    def _prepare(self, job: Job) -> tuple[Row, SamplingSpec]:
+        """Returns the padded row and the spec of its programs."""
         lm, tokens = self.models[job.model], np.asarray(job.row, np.int32)
         limit = lm.config.max_length
         if not 2 <= len(tokens) <= limit:
@@ -195,17 +192,17 @@ class Engine:
         spec = resolve_spec(lm.model_with_drafter(config.drafter), job.spec, fixed[None],
                             np.array([len(tokens)], np.int32))
         settings = _with_neutral_numbers(RowSettings.of(config, 1), lm.config.vocab_size)
-        has_prompt = config.policy == "autoregressive" or spec.diffusion.blocks is not None
+        has_prompt = config.policy == "autoregressive" or spec.blocks is not None
         row = Row(np.where(fixed, padded, 0), fixed, len(tokens), job.seed, job.example_index, settings,
                   int(np.argmin(fixed)) if has_prompt else 0)
         structure = spec.config
         if structure.num_steps is not None:  # in the program it is only a hint; the row has the number itself
             structure = dataclasses.replace(structure, num_steps=1 << (structure.num_steps.bit_length() - 1))
-        return row, dataclasses.replace(spec, config=structure, prompt_width=0), config.drafter
+        return row, dataclasses.replace(spec, config=structure, prompt_width=0)
 
-    def _kind(self, model: str, spec: SamplingSpec, drafter: str, row: Row) -> Kind:
+    def _kind(self, model: str, spec: SamplingSpec, row: Row) -> Kind:
         """Returns the kind of a row; forgets the programs of the kind that has not been used for longest."""
-        key = model, spec, drafter, tuple(number is None for number in row.settings)
+        key = model, spec, tuple(number is None for number in row.settings)
         if key not in self._kinds:
             while len(self._kinds) >= _MOST_KINDS:
                 unused = [key for key, kind in self._kinds.items() if not self._is_used(kind)]
@@ -213,8 +210,8 @@ class Engine:
                     break
                 del self._kinds[min(unused, key=lambda key: self._kinds[key].last_used)]
             lm = self.models[model]
-            programs = Programs(lm.model_with_drafter(drafter), spec, self.max_batch, lm.mesh)
-            self._kinds[key] = Kind(programs)
+            network = lm.model_with_drafter(spec.config.drafter)
+            self._kinds[key] = Kind(Programs(network, spec, self.max_batch, lm.mesh))
         self._kinds[key].last_used = next(self._numbers)
         return self._kinds[key]
 
@@ -245,17 +242,15 @@ class Engine:
     def _has_work(self) -> bool:
         return len(self._queue) > 0 or bool(self._running())
 
-    def _running(self) -> list[tuple[Kind, int]]:
+    def _running(self) -> list[RunningBatch]:
         # Copies, as other threads add kinds.
-        return [(kind, width) for kind in list(self._kinds.values()) for width, batch in list(kind.batches.items())
-                if batch.num_rows]
+        return [batch for kind in list(self._kinds.values()) for batch in list(kind.batches.values()) if batch.num_rows]
 
     def _remove_cancelled(self) -> None:
         with self._lock:
             cancelled = self._queue.take_all(lambda ticket: ticket.is_cancelled)
         self._end(cancelled, "cancelled")
-        for kind, width in self._running():
-            batch = kind.batches[width]
+        for batch in self._running():
             owners = [ticket for ticket in batch.all_owners() if ticket.is_cancelled]
             if owners:
                 batch.remove(owners)
@@ -263,16 +258,16 @@ class Engine:
 
     def _admit(self) -> None:
         """Moves rows from the queue into batches while there is room."""
-        while (room := self.max_batch - sum(kind.batches[width].num_rows for kind, width in self._running())) > 0:
+        while (room := self.max_batch - sum(batch.num_rows for batch in self._running())) > 0:
             with self._lock:
                 ticket = self._queue.take_next(self._can_start)
                 if ticket is None:
                     return
-                kind, width = ticket.kind, len(ticket.row.tokens)
-                batch = kind.batches.setdefault(width, RunningBatch(kind.programs))
+                kind = ticket.kind
+                batch = kind.batches.setdefault(len(ticket.row.tokens), RunningBatch(kind.programs))
                 together = [ticket] if kind.programs.joins_midway else self._take_like(ticket, room)
                 if batch.num_rows == 0:  # it has had no time, but may not claim all that others had before it came
-                    kind.time[width] = min((one.time[other] for one, other in self._running()), default=0.0)
+                    batch.time = min((other.time for other in self._running()), default=0.0)
             try:
                 batch.add([one.row for one in together], together)
             except Exception as error:
@@ -283,7 +278,7 @@ class Engine:
         kind, shape = ticket.kind, ticket.row.shape
         if shape not in kind.compiling and kind.ready.get(shape) != kind.programs.sizes[-1]:
             kind.compiling.add(shape)
-            self._compiler.submit(self._compile, kind, ticket.row)
+            self._compiler.submit(self._compile_for_queue, kind, ticket.row)
         batch = kind.batches.get(shape[0])
         return self._has_slots(ticket, 0 if batch is None else batch.num_rows) and (batch is None or batch.is_open)
 
@@ -306,17 +301,20 @@ class Engine:
         return together
 
     def _compile(self, kind: Kind, row: Row) -> None:
-        """Compiles the programs that rows of a kind and shape need, few slots first; runs in the compiler's thread."""
-        error, failed = None, []
+        """Compiles the programs that rows of a kind and shape need, few slots first."""
         for slots in kind.programs.sizes:
-            try:
-                kind.programs.compile(row, slots)
-            except Exception as caught:
-                error = caught
-                break
+            kind.programs.compile(row, slots)
             with self._lock:
                 kind.ready[row.shape] = slots
                 self._lock.notify_all()
+
+    def _compile_for_queue(self, kind: Kind, row: Row) -> None:
+        """Does what `_compile` does, in the compiler's thread; if it fails, so do the rows that wait for it."""
+        error, failed = None, []
+        try:
+            self._compile(kind, row)
+        except Exception as caught:
+            error = caught
         with self._lock:
             kind.compiling.remove(row.shape)
             if error is not None:
@@ -332,18 +330,18 @@ class Engine:
         running = self._running()
         if not running:
             return False
-        kind, width = min(running, key=lambda one: one[0].time[one[1]])
-        batch, began = kind.batches[width], time.perf_counter()
+        batch, began = min(running, key=lambda batch: batch.time), time.perf_counter()
         number = batch.num_rows
         try:
             batch.prefill()
-            views = self._run(kind, width) if batch.num_running else {}
+            views = self._run(batch) if batch.num_running else {}
         except Exception as error:
-            kind.batches[width] = RunningBatch(kind.programs)
-            self._fail(batch.all_owners(), error)
+            failed = batch.all_owners()
+            batch.clear()
+            self._fail(failed, error)
             return True
         seconds = time.perf_counter() - began
-        kind.time[width] += seconds / number
+        batch.time += seconds / number
         self._busy_seconds += seconds
         for ticket, view in views.items():
             self._counts["tokens"] += int(ticket.view.masked.sum()) - int(view.masked.sum())
@@ -352,11 +350,10 @@ class Engine:
         self._end([ticket for ticket, view in views.items() if view.is_done], "completed")
         return True
 
-    def _run(self, kind: Kind, width: int) -> dict[Ticket, View]:
+    def _run(self, batch: RunningBatch) -> dict[Ticket, View]:
         """Runs a batch for a few steps."""
-        batch, slots = kind.batches[width], len(kind.batches[width].owners)
-        seconds_per_step = kind.step_seconds.get((width, slots), _SECONDS_PER_RUN)
-        steps = int(np.clip(_SECONDS_PER_RUN / seconds_per_step, 1, _MOST_STEPS))
+        slots = len(batch.owners)
+        steps = int(np.clip(_SECONDS_PER_RUN / batch.step_seconds.get(slots, _SECONDS_PER_RUN), 1, _MOST_STEPS))
         tickets = [ticket for ticket in batch.owners if ticket is not None]
         if any(ticket.job.every_step or ticket.view.steps == 0 for ticket in tickets):  # a first token comes at once
             steps = 1
@@ -364,7 +361,7 @@ class Engine:
         began = time.perf_counter()
         views = batch.run(steps, stop_early=len(self._queue) > 0 or batch.num_rows > batch.num_running)
         taken = max(view.steps - before[ticket] for ticket, view in views.items())
-        kind.step_seconds[width, slots] = (time.perf_counter() - began) / max(taken, 1)
+        batch.step_seconds[slots] = (time.perf_counter() - began) / max(taken, 1)
         self._counts["passes"] += taken
         return views
 
@@ -388,7 +385,7 @@ class Engine:
         with self._lock:
             tickets = self._queue.take_all(lambda ticket: True)
             calls, self._calls = list(self._calls), collections.deque()
-        tickets += [ticket for kind, width in self._running() for ticket in kind.batches[width].all_owners()]
+        tickets += [ticket for batch in self._running() for ticket in batch.all_owners()]
         for _, future in calls:
             future.set_exception(EngineStopped(message))
         for ticket in tickets:

@@ -12,8 +12,6 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, Self
 
-import jax
-
 from dlm_jax.checkpoints import Pretrained
 from dlm_jax.data.prompts import PromptFormat
 from dlm_jax.data.tokenization import tokenize_prompt
@@ -21,7 +19,7 @@ from dlm_jax.errors import ConfigError, DLMError
 from dlm_jax.pipeline import DiffusionLM
 from dlm_jax.sampling import BUILT_IN_DRAFTERS, GAP, POLICIES, SamplerConfig, SamplingSpec, resolve_settings
 from dlm_jax.sampling.gap_length import infer_gap_lengths
-from dlm_jax.sampling.text import Segment, encode, split_gaps
+from dlm_jax.sampling.text import Segment, TokenTexts, encode, split_gaps
 from dlm_jax.serving.protocol import (
     MAX_PROMPTS,
     MAX_SEED,
@@ -30,11 +28,13 @@ from dlm_jax.serving.protocol import (
     RequestError,
     SamplingRequest,
 )
-from dlm_jax.serving.text import TextFormat, TokenTexts, final_groups
+from dlm_jax.serving.queue import Job
+from dlm_jax.serving.text import TextFormat, final_groups
 
 COMPLETION_TOKENS = 16  # where a completion names no max_tokens, as in OpenAI's API
 CHAT_TOKENS = 128  # where a chat names none, as in `dlm chat`
 GAP_TOKENS = 16  # in a plain <mask>, as in `dlm sample`
+_WARM_TOKENS = (16, 64)  # of the completions that are compiled at the start: the API's default, and the page's
 MAX_GAP_LENGTHS = 64  # lengths that are tried for the gaps of a request whose length is not given
 _SAMPLER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplerConfig))
 
@@ -80,6 +80,10 @@ class ServedModel:
         """More than any row has, so that a longer text is refused without being tokenized."""
         return self.max_length * max(map(len, self.lm.tokenizer.get_vocab()))
 
+    def encode(self, text: Sequence[Segment]) -> tuple[list[int], list[range]]:
+        """Returns the tokens of a text with gaps, and the gaps' positions, as `sampling.text.encode` does."""
+        return encode(self.lm.tokenizer, text, self.pretrained.start_token_id)
+
     @property
     def has_mask_token(self) -> bool:
         return self.pretrained.diffusion.mask_token_id is not None
@@ -108,8 +112,8 @@ class ServedModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One choice of an answer.
+class Choice:
+    """One choice of an answer: a row to fill, and how its text is read.
 
     Attributes:
       tokens: GAP where a token is to be sampled; none where the request asks for 0 tokens.
@@ -124,30 +128,35 @@ class Row:
     echo: str = ""
 
     @property
-    def num_given(self) -> int:
-        return sum(token != GAP for token in self.tokens)
+    def given(self) -> list[int]:
+        return [token for token in self.tokens if token != GAP]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a request asks of the engine: rows, and how all of them are sampled.
+    """What a request asks of the engine: choices, and how all of them are sampled.
 
     Attributes:
-      num_prompts: rows of one prompt follow each other.
+      per_prompt: the number of choices of each prompt; they follow each other.
     """
 
-    rows: list[Row]
+    choices: list[Choice]
     spec: SamplingSpec
     seed: int
-    num_prompts: int
+    per_prompt: int = 1
+
+    @property
+    def prompts(self) -> list[Choice]:
+        """The first choice of each prompt."""
+        return self.choices[:: self.per_prompt]
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(row.num_given for row in self.rows[:: len(self.rows) // self.num_prompts])
+        return sum(len(choice.given) for choice in self.prompts)
 
 
 def plan_completion(model: ServedModel, request: CompletionRequest) -> Plan:
-    """Returns the rows of a completion: choice p * n + j is sample j of prompt p.
+    """Returns the choices of a completion: choice p * n + j is sample j of prompt p.
 
     Gaps of unknown length are not inferred here: see `unknown_lengths`.
 
@@ -159,7 +168,8 @@ def plan_completion(model: ServedModel, request: CompletionRequest) -> Plan:
     _check_choices(len(prompts), request)
     for text in (*prompts, request.suffix or ""):
         _check_size(model, text)
-    config, spec = _spec(model, request, _ends(model), stop_at_end=stop_at_end)
+    end = model.pretrained.eos_token_id
+    spec = _spec(model, request, () if end is None else (end,), stop_at_end=stop_at_end)
     if request.infill:
         texts = [_split(model, prompt, request.gap_length or GAP_TOKENS) for prompt in prompts]
     else:
@@ -171,33 +181,33 @@ def plan_completion(model: ServedModel, request: CompletionRequest) -> Plan:
             raise RequestError("a suffix needs max_tokens of at least 1, the length of the gap before it",
                                param="max_tokens")
     encoded = [_encode(model, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    rows = []
+    choices = []
     for prompt, text, (tokens, gaps) in zip(prompts, texts, encoded, strict=True):
         _check_length(model, tokens)
-        if (model.pretrained.diffusion.blocks is not None and config.policy != "autoregressive"
-                and gaps and any(token != GAP for token in tokens[gaps[0].start :])):
+        if spec.blocks is not None and gaps and any(token != GAP for token in tokens[gaps[0].start :]):
             raise RequestError(f"the model {model.name!r} writes block by block and does not see text after a gap; "
                                "continue a text with it, or choose a model trained on entire rows", param="prompt")
         echo = "" if not request.echo else prompt if isinstance(prompt, str) else model.texts.decode(prompt)
         own = tokens[: gaps[0].start] if gaps else tokens
         if request.echo and isinstance(prompt, str):  # without a start token that the text does not have
-            own = own[len(own) - len(tokenize_prompt(model.lm.tokenizer, _given(text))) :]
+            given = text[0].removesuffix(" ") if len(text) > 1 else text[0]  # as `encode` reads it
+            own = own[len(own) - len(tokenize_prompt(model.lm.tokenizer, given)) :]
         text_format = TextFormat(
             text, gaps, spec.eos_token_ids if stop_at_end else (), "length" if stop_at_end else "stop", request.stop,
-            shows_given=bool(request.infill), shows_end=True, offset=len(echo), needed=_needed(tokens, config, spec))
-        rows += [Row(len(rows) + j, tokens, text_format, own, echo) for j in range(request.num_choices)]
-    return Plan(rows, spec, _seed(request), len(prompts))
+            shows_given=bool(request.infill), shows_end=True, offset=len(echo), needed=final_groups(tokens, spec))
+        choices += [Choice(len(choices) + j, tokens, text_format, own, echo) for j in range(request.num_choices)]
+    return Plan(choices, spec, _seed(request), request.num_choices)
 
 
 def plan_chat(model: ServedModel, request: ChatRequest) -> Plan:
-    """Returns the rows of a chat; errors as of `plan_completion`."""
+    """Returns the choices of a chat; errors as of `plan_completion`."""
     prompt_format = model.prompt_format
     if prompt_format is None:
         raise RequestError(f"the model {model.name!r} answers no conversations: it records no prompt format, and its "
                            "tokenizer has no chat template; use /v1/completions", param="model")
     _check_choices(1, request)
     _check_size(model, "".join(message.content for message in request.messages))
-    config, spec = _spec(model, request, prompt_format.end_token_ids, stop_at_end=True)
+    spec = _spec(model, request, prompt_format.end_token_ids, stop_at_end=True)
     messages = [{"role": "system" if message.role == "developer" else message.role, "content": message.content}
                 for message in request.messages]
     if prompt_format.config.format != "messages":
@@ -211,35 +221,55 @@ def plan_chat(model: ServedModel, request: ChatRequest) -> Plan:
     new = _new_tokens(model, asked, max(min(CHAT_TOKENS, room), 1))
     _check_length(model, tokens := [*prompt, *[GAP] * new])
     text_format = TextFormat(["", new], [range(len(prompt), len(tokens))], spec.eos_token_ids, "length", request.stop,
-                             is_response=True, end_text=prompt_format.end_text, needed=_needed(tokens, config, spec))
-    return Plan([Row(index, tokens, text_format, prompt) for index in range(request.num_choices)], spec,
-                _seed(request), 1)
+                             is_response=True, end_text=prompt_format.end_text, needed=final_groups(tokens, spec))
+    choices = [Choice(index, tokens, text_format, prompt) for index in range(request.num_choices)]
+    return Plan(choices, spec, _seed(request), request.num_choices)
 
 
 def unknown_lengths(plan: Plan) -> bool:
     """Returns whether a gap's length is not given, so that `infer_lengths` must be called."""
-    return any(isinstance(segment, range) for row in plan.rows for segment in row.text_format.segments)
+    return any(isinstance(segment, range) for choice in plan.prompts for segment in choice.text_format.segments)
 
 
 def infer_lengths(model: ServedModel, plan: Plan) -> Plan:
     """Returns the plan with every gap's length, as `DiffusionLM.infill` infers it; runs the model."""
-    lm, per_prompt = model.lm, len(plan.rows) // plan.num_prompts
-    encode_text = functools.partial(encode, lm.tokenizer, start=lm.pretrained.start_token_id)
-    with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
-        texts = infer_gap_lengths(lm.model, [row.text_format.segments for row in plan.rows[::per_prompt]], encode_text,
-                                  diffusion=lm.diffusion)
-    rows = []
-    for number, row in enumerate(plan.rows):
-        text = texts[number // per_prompt]
-        tokens, gaps = encode_text(text)
-        text_format = dataclasses.replace(row.text_format, segments=text, gaps=gaps,
-                                          needed=_needed(tokens, plan.spec.config, plan.spec))
-        rows.append(dataclasses.replace(row, tokens=tokens, text_format=text_format))
-    return dataclasses.replace(plan, rows=rows)
+    lm = model.lm
+    texts = infer_gap_lengths(lm.model, [choice.text_format.segments for choice in plan.prompts], model.encode,
+                              diffusion=lm.diffusion, mesh=lm.mesh)
+    choices = []
+    for number, choice in enumerate(plan.choices):
+        text = texts[number // plan.per_prompt]
+        tokens, gaps = model.encode(text)
+        text_format = dataclasses.replace(choice.text_format, segments=text, gaps=gaps,
+                                          needed=final_groups(tokens, plan.spec))
+        choices.append(dataclasses.replace(choice, tokens=tokens, text_format=text_format))
+    return dataclasses.replace(plan, choices=choices)
+
+
+def warm_up_jobs(model: ServedModel) -> list[Job]:
+    """Returns rows like those of requests that name no settings: completions, infills and chats of usual lengths.
+
+    What is not like them is compiled when it first comes.
+    """
+    def job(given: int, new: int, **changes: Any) -> Job:
+        given = min(given, model.max_length // 2)
+        new = min(new, model.max_length - given)
+        request = CompletionRequest(model=model.name, prompt=[[model.pretrained.start_token_id] * given],
+                                    max_tokens=min(new, model.max_tokens or new))
+        plan = plan_completion(model, request)
+        return Job(model=model.name, row=plan.choices[0].tokens, spec=dataclasses.replace(plan.spec, **changes),
+                   on_update=lambda update: None)
+
+    jobs = [job(16, new) for new in _WARM_TOKENS]
+    if model.has_mask_token and model.pretrained.diffusion.blocks is None:
+        jobs += [job(16, new, stop_at_eos=False) for new in _WARM_TOKENS]
+    if model.prompt_format is not None:
+        jobs.append(job(48, CHAT_TOKENS, eos_token_ids=model.prompt_format.end_token_ids, stop_at_eos=True))
+    return jobs
 
 
 def _spec(model: ServedModel, request: SamplingRequest, ends: tuple[int, ...], *,
-          stop_at_end: bool) -> tuple[SamplerConfig, SamplingSpec]:
+          stop_at_end: bool) -> SamplingSpec:
     config = sampler_settings(model, request)
     if config.policy != "autoregressive" and not model.has_mask_token:
         raise RequestError(f"the model {model.name!r} has no mask token, which the policy {config.policy} needs; "
@@ -247,8 +277,7 @@ def _spec(model: ServedModel, request: SamplingRequest, ends: tuple[int, ...], *
     if config.policy == "autoregressive" and (getattr(request, "suffix", None) or getattr(request, "infill", None)):
         raise RequestError("autoregressive decoding does not see text after a gap; choose another policy, or a model "
                            "that has one", param="policy")
-    diffusion = model.pretrained.diffusion
-    return config, SamplingSpec(config, diffusion, ends, stop_at_end and bool(ends))
+    return SamplingSpec(config, model.pretrained.diffusion, ends, stop_at_end and bool(ends))
 
 
 def sampler_settings(model: ServedModel, request: SamplingRequest) -> SamplerConfig:
@@ -263,11 +292,6 @@ def sampler_settings(model: ServedModel, request: SamplingRequest) -> SamplerCon
     except ConfigError as error:
         named = [name for name in _SAMPLER_FIELDS if name in str(error).split()]
         raise RequestError(str(error), param=named[0] if named else None) from error
-
-
-def _ends(model: ServedModel) -> tuple[int, ...]:
-    end = model.pretrained.eos_token_id
-    return () if end is None else (end,)
 
 
 def _seed(request: SamplingRequest) -> int:
@@ -323,26 +347,11 @@ def _split(model: ServedModel, text: str, gap_length: int) -> list[Segment]:
 
 
 def _encode(model: ServedModel, prompt: str | list[int], text: list[Segment]) -> tuple[list[int], list[range]]:
-    tokenizer, start = model.lm.tokenizer, model.pretrained.start_token_id
     if isinstance(prompt, str):
-        return encode(tokenizer, text, start)
+        return model.encode(text)
     vocab_size = model.lm.config.vocab_size
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise RequestError(f"token ids must be in 0 .. {vocab_size - 1}, the vocabulary of the model {model.name!r}",
                            param="prompt")
-    (_, *tokens), gaps = encode(tokenizer, text, start)  # the ids are in place of the start token
+    (_, *tokens), gaps = model.encode(text)  # the ids are in place of the start token
     return [*prompt, *tokens], [range(gap.start + len(prompt) - 1, gap.stop + len(prompt) - 1) for gap in gaps]
-
-
-def _given(text: Sequence[Segment]) -> str:
-    """Returns the text before the first gap as `encode` reads it."""
-    return text[0].removesuffix(" ") if len(text) > 1 else text[0]
-
-
-def _needed(tokens: Sequence[int], config: SamplerConfig, spec: SamplingSpec) -> list[int]:
-    blocks = spec.diffusion.blocks
-    return final_groups([position for position, token in enumerate(tokens) if token == GAP], config.remask,
-                        None if blocks is None or config.policy == "autoregressive" else blocks.size,
-                        config.block_length)
-
-

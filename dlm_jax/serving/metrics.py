@@ -55,7 +55,7 @@ class ServerMetrics:
             if scope["type"] != "http":
                 await app(scope, receive, send)
                 return
-            path = next((known for known in _PATHS if scope["path"] == known), "other")
+            path = scope["path"] if scope["path"] in _PATHS else "other"
             status, began = "none", time.perf_counter()
 
             async def observed_send(message: Message) -> None:

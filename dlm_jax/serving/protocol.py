@@ -6,13 +6,13 @@ supported unless they hold the value that changes nothing.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dlm_jax import __version__
 from dlm_jax.errors import DLMError, did_you_mean
-from dlm_jax.sampling.trace import BROKEN
+from dlm_jax.sampling.text import BROKEN
 
 MAX_SEED = (1 << 32) - 1
 MAX_CHOICES, MAX_PROMPTS, MAX_STOPS = 16, 64, 16
@@ -141,6 +141,8 @@ class SamplingRequest(_Model):
             raise ValueError(f"{name} is for a stream; set stream to true, or omit it")
         return self
 
+    is_chat: ClassVar[bool] = False
+
     @property
     def num_choices(self) -> int:
         return self.n or 1
@@ -160,6 +162,14 @@ class CompletionRequest(SamplingRequest):
     echo: bool | None = None
     infill: bool | None = None
     gap_length: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def shows_log_probs(self) -> bool:
+        return self.logprobs is not None  # 0 asks for those of the text alone
+
+    @property
+    def num_top(self) -> int:
+        return self.logprobs or 0
 
     @model_validator(mode="after")
     def _check_infill(self) -> Self:
@@ -183,6 +193,15 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    is_chat: ClassVar[bool] = True
+
+    @property
+    def shows_log_probs(self) -> bool:
+        return bool(self.logprobs)
+
+    @property
+    def num_top(self) -> int:
+        return self.top_logprobs or 0
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:

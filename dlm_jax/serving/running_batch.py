@@ -9,7 +9,6 @@ A row's tokens do not depend on its slot, on the other rows, or on when they joi
 sizes round differently, which in float32 hardly ever changes a token and in bfloat16 may.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -21,11 +20,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dlm_jax.matmul import jit_model
-from dlm_jax.parallel import num_batch_shards, shard_batch, to_host
+from dlm_jax.parallel import num_batch_shards, shard_batch, to_host, use_mesh
 from dlm_jax.random import example_keys
 from dlm_jax.sampling.sampler import make_stepper
 from dlm_jax.sampling.spec import Network, RowSettings, SamplingInputs, SamplingSpec, SamplingState, pending_mask
 
+Rows = tuple[SamplingInputs, SamplingState]  # on the device
 _CHUNKS = (32, 128)  # tokens of a prompt that are computed at a time
 _GROWTH = 8  # from a number of slots to the next: more rows cost little, and each number needs a program
 _SHRINK_AFTER = 8  # calls of `run` with fewer rows than need so many slots, until these are dropped
@@ -78,14 +78,14 @@ class Programs:
     def __init__(self, network: Network, spec: SamplingSpec, max_rows: int, mesh: Mesh | None = None):
         self.spec, self.mesh = spec, mesh
         self.graphdef, self.params = nnx.split(network)
-        self.shards = 1 if mesh is None else num_batch_shards(mesh)
+        self.shards = num_batch_shards(mesh)
         self.sizes = [self.shards]  # the numbers of slots
         while self.sizes[-1] < max_rows:
             self.sizes.append(min(_GROWTH * self.sizes[-1], -(-max_rows // self.shards) * self.shards))
         self._start = jit_model(_start, static_argnames=("graphdef", "spec"))
         self._prefill = jit_model(_prefill, static_argnames=("graphdef", "width", "spec"), donate_argnames=("state",))
         self._advance = jit_model(_advance, static_argnames=("graphdef", "spec"), donate_argnames=("state",))
-        self._insert = jax.jit(_insert, donate_argnums=(0, 1))
+        self._insert = jax.jit(_insert, donate_argnums=0)
         self._select = jax.jit(_select)
 
     @property
@@ -93,10 +93,7 @@ class Programs:
         """Whether a row can join others that have begun; a cache that grows stale is refreshed for all at once."""
         return self.spec.config.cache == "none"
 
-    def context(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-    def start(self, rows: Sequence[Row]) -> tuple[SamplingInputs, SamplingState]:
+    def start(self, rows: Sequence[Row]) -> Rows:
         """Returns rows whose prompts are to be computed, with empty rows up to a number that the mesh can split."""
         number = self.slots_for(len(rows))
         rows = [*rows, *[_empty_row(rows[0])] * (number - len(rows))]
@@ -107,48 +104,50 @@ class Programs:
         arrays = (tokens, fixed, lengths, np.asarray(jax.random.key_data(_row_keys(seeds))), settings)
         if self.mesh is not None:
             arrays = jax.tree.map(lambda x: shard_batch(x, self.mesh), arrays)
-        with self.context():
+        with use_mesh(self.mesh):
             return self._start(self.graphdef, self.params, *arrays, spec=self.spec)
 
-    def prefill(self, inputs: SamplingInputs, state: SamplingState, first: int, width: int) -> SamplingState:
-        with self.context():
-            return self._prefill(self.graphdef, self.params, inputs, state, np.int32(first), width=width,
-                                 spec=self.spec)
+    def prefill(self, rows: Rows, first: int, width: int) -> Rows:
+        with use_mesh(self.mesh):
+            state = self._prefill(self.graphdef, self.params, *rows, np.int32(first), width=width, spec=self.spec)
+        return rows[0], state
 
-    def advance(self, inputs: SamplingInputs, state: SamplingState, num_steps: int,
-                stop_early: bool) -> tuple[SamplingState, jax.Array]:
-        with self.context():
-            return self._advance(self.graphdef, self.params, inputs, state, np.int32(num_steps), np.bool_(stop_early),
-                                 spec=self.spec)
+    def advance(self, rows: Rows, num_steps: int, stop_early: bool) -> tuple[Rows, jax.Array]:
+        with use_mesh(self.mesh):
+            state, is_done = self._advance(self.graphdef, self.params, *rows, np.int32(num_steps), np.bool_(stop_early),
+                                           spec=self.spec)
+        return (rows[0], state), is_done
 
-    def insert(self, inputs: SamplingInputs, state: SamplingState, new: tuple[SamplingInputs, SamplingState],
-               slots: np.ndarray) -> tuple[SamplingInputs, SamplingState]:
-        with self.context():
-            return self._insert(inputs, state, new, slots)
+    def insert(self, rows: Rows, new: Rows, slots: np.ndarray) -> Rows:
+        with use_mesh(self.mesh):
+            return self._insert(rows, new, slots)
 
-    def select(self, inputs: SamplingInputs, state: SamplingState, index: np.ndarray,
-               is_used: np.ndarray) -> tuple[SamplingInputs, SamplingState]:
-        with self.context():
-            return self._select(inputs, state, index, is_used)
+    def select(self, rows: Rows, index: np.ndarray, is_used: np.ndarray) -> Rows:
+        with use_mesh(self.mesh):
+            return self._select(rows, index, is_used)
+
+    def empty(self, rows: Rows, keep: np.ndarray) -> Rows:
+        """Returns rows of which those that are not in `keep`, bool [rows], need no steps: nothing of them is masked."""
+        inputs, state = rows
+        with use_mesh(self.mesh):
+            return inputs, state._replace(masked=state.masked & keep[:, None])
 
     def compile(self, row: Row, slots: int) -> None:
         """Compiles what rows like this one need in so many slots, by running it on copies of the row."""
         if not self.joins_midway:
-            inputs, state = self.start([row] * slots)
-            jax.block_until_ready(self.advance(inputs, state, 1, False))
+            jax.block_until_ready(self.advance(self.start([row] * slots), 1, False))
             return
-        new, (inputs, state) = self.start([row]), self.start([row])
+        new, rows = self.start([row]), self.start([row])
         if row.chunk:
-            state = self.prefill(inputs, state, 0, row.chunk)
+            rows = self.prefill(rows, 0, row.chunk)
         for size in self.sizes[: self.sizes.index(slots)]:  # from fewer slots, and back
-            inputs, state = self._resized(*self._resized(inputs, state, size), slots)
-            self._resized(inputs, state, size)
-        inputs, state = self.insert(inputs, state, new, np.full(self.shards, slots, np.int32))  # nowhere
-        jax.block_until_ready(self.advance(inputs, state, 1, False))
+            rows = self._resized(self._resized(rows, size), slots)
+            self._resized(rows, size)
+        rows = self.insert(rows, new, np.full(self.shards, slots, np.int32))  # nowhere
+        jax.block_until_ready(self.advance(rows, 1, False))
 
-    def _resized(self, inputs: SamplingInputs, state: SamplingState,
-                 slots: int) -> tuple[SamplingInputs, SamplingState]:
-        return self.select(inputs, state, np.zeros(slots, np.int32), np.ones(slots, bool))
+    def _resized(self, rows: Rows, slots: int) -> Rows:
+        return self.select(rows, np.zeros(slots, np.int32), np.ones(slots, bool))
 
     def slots_for(self, number: int) -> int:
         """Returns the slots for a number of rows."""
@@ -157,30 +156,39 @@ class Programs:
 
 @dataclasses.dataclass
 class _Joining:
-    """Rows that start together, and how much of their prompts is computed."""
+    """Rows that start together, and how much of their prompts is computed; None is the owner of a removed one."""
 
-    owners: list[Hashable]
-    inputs: SamplingInputs
-    state: SamplingState
+    owners: list[Hashable | None]
+    rows: Rows
     chunk: int
     num_given: int
     done: int = 0
 
 
 class RunningBatch:
-    """Rows of one width that are sampled together; `owners` are the caller's objects, one per row."""
+    """Rows of one width that are sampled together.
+
+    Attributes:
+      owners: the caller's object of the row in each slot; None where there is no row.
+      time, step_seconds: of the caller: how long each row was computed, and how long a step takes by number of slots.
+    """
 
     def __init__(self, programs: Programs):
-        self.programs = programs
-        self.owners: list[Hashable | None] = []  # one per slot
+        self.programs, self.time = programs, 0.0
+        self.step_seconds: dict[int, float] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all rows."""
+        self.owners: list[Hashable | None] = []
         self._joining: list[_Joining] = []
-        self._arrays: tuple[SamplingInputs, SamplingState] | None = None
+        self._rows: Rows | None = None
         self._calls_with_few = 0
 
     @property
     def num_rows(self) -> int:
         """Rows that have a slot or will get one."""
-        return self.num_running + sum(len(joining.owners) for joining in self._joining)
+        return len(self.all_owners())
 
     @property
     def num_running(self) -> int:
@@ -194,8 +202,8 @@ class RunningBatch:
 
     def add(self, rows: Sequence[Row], owners: Sequence[Hashable]) -> None:
         """Adds rows, which `prefill` gives a slot each."""
-        self._joining.append(_Joining(list(owners), *self.programs.start(rows), rows[0].chunk,
-                                      max(row.num_given for row in rows)))
+        num_given = max(row.num_given for row in rows)
+        self._joining.append(_Joining(list(owners), self.programs.start(rows), rows[0].chunk, num_given))
 
     def prefill(self) -> None:
         """Computes the next chunk of a prompt; gives the rows slots where it was the last."""
@@ -203,39 +211,43 @@ class RunningBatch:
             return
         joining = self._joining[0]
         if joining.done < joining.num_given:
-            joining.state = self.programs.prefill(joining.inputs, joining.state, joining.done, joining.chunk)
+            joining.rows = self.programs.prefill(joining.rows, joining.done, joining.chunk)
             joining.done += joining.chunk
         if joining.done >= joining.num_given:
             self._joining.pop(0)
-            self._insert((joining.inputs, joining.state), joining.owners)
+            self._insert(joining.rows, joining.owners)
 
-    def _insert(self, new: tuple[SamplingInputs, SamplingState], owners: Sequence[Hashable]) -> None:
+    def _insert(self, new: Rows, owners: Sequence[Hashable | None]) -> None:
         """Puts rows into free slots, of which there are more if need be."""
+        any_removed = any(owner is None for owner in owners)
+        owners = [*owners, *[None] * (len(new[1].steps) - len(owners))]  # empty rows fill up what the mesh splits
+        keep = np.array([owner is not None for owner in owners])
         if self.num_running == 0:
-            self._arrays = new
-            self.owners = [*owners, *[None] * (len(new[1].steps) - len(owners))]
+            self._rows, self.owners = self.programs.empty(new, keep) if any_removed else new, owners
             return
-        if (total := self.programs.slots_for(self.num_running + len(owners))) > len(self.owners):
+        if (total := self.programs.slots_for(self.num_running + int(keep.sum()))) > len(self.owners):
             self._resize(total)
         free = [slot for slot, owner in enumerate(self.owners) if owner is None]
-        # Empty rows, which fill up what the mesh splits, go nowhere.
-        slots = np.full(len(new[1].steps), len(self.owners), np.int32)
-        slots[: len(owners)] = free[: len(owners)]
-        self._arrays = self.programs.insert(*self._arrays, new, slots)
-        for slot, owner in zip(free, owners, strict=False):
-            self.owners[slot] = owner
+        slots = np.full(len(owners), len(self.owners), np.int32)  # rows without an owner go nowhere
+        slots[keep] = free[: keep.sum()]
+        self._rows = self.programs.insert(self._rows, new, slots)
+        for slot, owner in zip(slots.tolist(), owners, strict=True):
+            if owner is not None:
+                self.owners[slot] = owner
 
     def remove(self, owners: Sequence[Hashable]) -> None:
         """Frees the slots of rows, finished or not, and forgets those that have none yet."""
-        self._joining = [joining for joining in self._joining if not set(joining.owners) <= set(owners)]
-        keep = np.array([owner is not None and owner not in owners for owner in self.owners])
-        self.owners = [owner if kept else None for owner, kept in zip(self.owners, keep, strict=True)]
+        def left(old: Sequence[Hashable | None]) -> list[Hashable | None]:
+            return [None if owner in owners else owner for owner in old]
+
+        for joining in self._joining:
+            joining.owners = left(joining.owners)
+        self._joining = [joining for joining in self._joining if any(owner is not None for owner in joining.owners)]
+        self.owners = left(self.owners)
         if self.num_running == 0:
-            self._arrays, self.owners = None, []
-        else:  # without masked tokens a row needs no steps
-            inputs, state = self._arrays
-            with self.programs.context():
-                self._arrays = inputs, state._replace(masked=state.masked & keep[:, None])
+            self._rows, self.owners = None, []
+        else:
+            self._rows = self.programs.empty(self._rows, np.array([owner is not None for owner in self.owners]))
 
     def run(self, num_steps: int, stop_early: bool = False) -> dict[Hashable, View]:
         """Runs at most `num_steps` steps, fewer if all rows are done; returns what every row has then.
@@ -249,9 +261,8 @@ class RunningBatch:
         self._calls_with_few = self._calls_with_few + 1 if fewer < len(self.owners) else 0
         if self._calls_with_few > _SHRINK_AFTER and self.programs.joins_midway:
             self._resize(fewer)
-        inputs, state = self._arrays
-        state, is_done = self.programs.advance(inputs, state, num_steps, stop_early)
-        self._arrays = inputs, state
+        self._rows, is_done = self.programs.advance(self._rows, num_steps, stop_early)
+        state = self._rows[1]
         # Copies: the next call overwrites the state.
         arrays = [np.array(to_host(x)) for x in (state.tokens, state.masked, state.confidence, state.steps, is_done)]
         views = {owner: View(*(x[slot] for x in arrays[:3]), int(arrays[3][slot]), bool(arrays[4][slot]))
@@ -259,20 +270,20 @@ class RunningBatch:
         if any(view.is_done for view in views.values()):  # their gaps are full: nothing has to be removed
             self.owners = [None if owner is None or views[owner].is_done else owner for owner in self.owners]
             if self.num_running == 0:
-                self._arrays, self.owners = None, []
+                self._rows, self.owners = None, []
         return views
 
     def all_owners(self) -> list[Hashable]:
         """Returns the owners of all rows, with and without slots."""
-        running = [owner for owner in self.owners if owner is not None]
-        return running + [owner for joining in self._joining for owner in joining.owners]
+        groups = self.owners, *(joining.owners for joining in self._joining)
+        return [owner for group in groups for owner in group if owner is not None]
 
     def _resize(self, slots: int) -> None:
         """Moves the rows that have owners to the front of a batch with so many slots."""
         kept = [slot for slot, owner in enumerate(self.owners) if owner is not None]
         index = np.zeros(slots, np.int32)
         index[: len(kept)] = kept
-        self._arrays = self.programs.select(*self._arrays, index, np.arange(slots) < len(kept))
+        self._rows = self.programs.select(self._rows, index, np.arange(slots) < len(kept))
         self.owners = [*(self.owners[slot] for slot in kept), *[None] * (slots - len(kept))]
         self._calls_with_few = 0
 
@@ -294,9 +305,9 @@ def _row_keys(seeds: jax.Array) -> jax.Array:
 
 
 def _start(graphdef: Any, params: nnx.State, tokens: jax.Array, fixed: jax.Array, lengths: jax.Array,
-           key_data: jax.Array, settings: RowSettings, spec: SamplingSpec) -> tuple[SamplingInputs, SamplingState]:
-    stepper = make_stepper(nnx.merge(graphdef, params), spec)
-    return stepper.start(tokens, fixed, lengths, jax.random.wrap_key_data(key_data), settings)
+           key_data: jax.Array, settings: RowSettings, spec: SamplingSpec) -> Rows:
+    inputs = SamplingInputs.of(spec, fixed, lengths, jax.random.wrap_key_data(key_data), settings)
+    return inputs, make_stepper(nnx.merge(graphdef, params), spec).start(tokens, inputs)
 
 
 def _prefill(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: SamplingState, first: jax.Array,
@@ -326,25 +337,23 @@ def _advance(graphdef: Any, params: nnx.State, inputs: SamplingInputs, state: Sa
     return state, done
 
 
-def _insert(inputs: SamplingInputs, state: SamplingState, new: tuple[SamplingInputs, SamplingState],
-            slots: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+def _insert(rows: Rows, new: Rows, slots: jax.Array) -> Rows:
     """Writes the rows of `new` to `slots` int32 [number]; past the end: dropped."""
     def write(axis: int, old: jax.Array, new: jax.Array) -> jax.Array:
         index = (slice(None),) * axis + (slots,)
         return old.at[index].set(new, mode="drop")
 
-    return _map_rows(write, (inputs, state), new)
+    return _map_rows(write, rows, new)
 
 
-def _select(inputs: SamplingInputs, state: SamplingState, index: jax.Array,
-            is_used: jax.Array) -> tuple[SamplingInputs, SamplingState]:
+def _select(rows: Rows, index: jax.Array, is_used: jax.Array) -> Rows:
     """Returns the rows `index` int32 [slots]; those that are not `is_used`, bool [slots], have no gaps."""
-    inputs, state = _map_rows(lambda axis, x: jnp.take(x, index, axis=axis), (inputs, state))
+    inputs, state = _map_rows(lambda axis, x: jnp.take(x, index, axis=axis), rows)
     return (inputs._replace(gaps=inputs.gaps & is_used[:, None]),
             state._replace(masked=state.masked & is_used[:, None]))
 
 
-def _map_rows(function: Callable[..., jax.Array], *trees: tuple[SamplingInputs, SamplingState]) -> Any:
+def _map_rows(function: Callable[..., jax.Array], *trees: Rows) -> Rows:
     """Maps `function(axis, *leaves)` over arrays, of which `axis` counts rows; scalars stay as in the first tree."""
     def visit(path: tuple, *leaves: jax.Array) -> jax.Array:
         in_cache = any(getattr(key, "name", None) in ("cache", "drafter_cache") for key in path)

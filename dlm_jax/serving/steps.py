@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from dlm_jax.sampling.text import GAP
+from dlm_jax.sampling.text import GAP, TokenTexts
 from dlm_jax.sampling.trace import Change
-from dlm_jax.serving.text import TokenTexts, finite
+from dlm_jax.serving.text import finite
 
 MASK = "\N{LIGHT SHADE}"
 

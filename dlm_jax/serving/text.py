@@ -10,61 +10,14 @@ depend on how the row was computed.
 """
 
 import dataclasses
-import functools
 import itertools
-import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from dlm_jax.data.tokenization import tokenize
-from dlm_jax.sampling.text import GAP, Segment
-from dlm_jax.sampling.trace import BROKEN, Change, joined_characters, token_texts
+from dlm_jax.sampling.spec import SamplingSpec
+from dlm_jax.sampling.text import BROKEN, GAP, Segment, TokenTexts, text_after
+from dlm_jax.sampling.trace import Change
 from dlm_jax.serving.protocol import TokenLogProb
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-
-
-class TokenTexts:
-    """What tokens add to a text; each is computed once."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self.tokenizer = tokenizer
-        self._before, = tokenize(tokenizer, ["a"])
-        self._known = self.decode(self._before)
-        self.text = functools.cache(self._text)
-        self.is_special = frozenset(tokenizer.all_special_ids).__contains__
-        self.is_byte = functools.cache(self._is_byte)
-        self.is_anchor = functools.cache(self._is_anchor)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens, as `sampling.text.decode` does."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def added(self, tokens: Sequence[int]) -> str:
-        """Returns what tokens add to an earlier text."""
-        return self.decode([*self._before, *tokens]).removeprefix(self._known)
-
-    def joined(self, tokens: Sequence[int]) -> list[tuple[int, int, str]]:
-        """Returns the characters that several tokens of a row spell: first position, number of tokens, character."""
-        return joined_characters(self.tokenizer, tokens, {token: self.text(token) for token in tokens if token != GAP})
-
-    def _text(self, token: int) -> str:
-        """Returns what a token adds to an earlier text; the name of a special token."""
-        return token_texts(self.tokenizer, [token])[0]
-
-    def _is_byte(self, token: int) -> bool:
-        """Returns whether a token is a byte, which SentencePiece decodes together with the bytes around it.
-
-        Special tokens between them make no difference.
-        """
-        return _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or "") is not None
-
-    def _is_anchor(self, token: int) -> bool:
-        """Returns whether the text after this token does not depend on the tokens before it."""
-        return not self.is_byte(token) and BROKEN not in (text := self.decode([token])) and bool(text.strip())
 
 
 class GapText:
@@ -84,7 +37,7 @@ class GapText:
         """Returns the text that is certain with this token, and was not before."""
         self._tokens.append(token)
         text = self._texts.decode(self._tokens[self._start :])
-        self._rest = text[_common(text, self._known) :]
+        self._rest = text_after(text, self._known)
         self._in_bytes = self._texts.is_byte(token) or (self._in_bytes and self._texts.is_special(token))
         if text.endswith(BROKEN) or self._in_bytes:
             return ""
@@ -105,30 +58,19 @@ class GapText:
         self._known = self._texts.decode(self._tokens[self._start :])
 
 
-def _common(one: str, other: str) -> int:
-    """Returns the length of the common prefix."""
-    if one.startswith(other):
-        return len(other)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def final_groups(gaps: Sequence[int], remask: float, block_size: int | None, block_length: int | None) -> list[int]:
-    """Returns for each position of a gap how many positions must be filled, from the left, before it is final.
+def final_groups(row: Sequence[int], spec: SamplingSpec) -> list[int]:
+    """Returns for each GAP of a row how many of them must be filled, from the left, before it is final.
 
     Without remasking a token stays as it is. With it, a token may be masked again until its block is full: an aligned
     block of a model with blocks, or as `sampling.spec.block_ids` numbers them.
-
-    Args:
-      gaps: positions, in order.
-      block_size: of a model with blocks.
-      block_length: of the sampler; None: the row is one block.
     """
-    if not remask:
+    gaps, block_length = [position for position, token in enumerate(row) if token == GAP], spec.config.block_length
+    if not spec.config.remask:
         return list(range(1, len(gaps) + 1))
     blocks, end, block = [], 0, -1
     for position in gaps:
-        if block_size is not None:
-            block = position // block_size
+        if spec.blocks is not None:
+            block = position // spec.blocks.size
         elif position >= end:
             block, end = block + 1, position + block_length if block_length else gaps[-1] + 1
         blocks.append(block)

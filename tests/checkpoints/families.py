@@ -127,15 +127,16 @@ def _logits(graphdef: nnx.GraphDef, params: nnx.State, inputs: np.ndarray, atten
     return nnx.merge(graphdef, params)(inputs, attention)
 
 
-def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], object],
+            file: str = "model.safetensors") -> None:
     """Applies `change` to the tensors of a checkpoint."""
-    path = directory / "model.safetensors"
+    path = directory / file
     state = safetensors.torch.load_file(path)
     change(state)
     safetensors.torch.save_file(state, path)
 
 
-def set_config(directory: Path, **settings: object) -> None:
-    """Changes settings in a checkpoint's config.json."""
-    path = directory / "config.json"
+def set_config(directory: Path, file: str = "config.json", **settings: object) -> None:
+    """Changes settings in a checkpoint's config.json, or in another of its files."""
+    path = directory / file
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))

@@ -88,14 +88,15 @@ def origin_steps(folder: Path, steps: int) -> np.ndarray:
     """Returns the step in which the library's own sampler reveals each token, int [1, length]."""
     import jax.numpy as jnp
 
+    from dlm_jax.random import fold_keys
     from dlm_jax.sampling import SamplerConfig
     from dlm_jax.sampling.spec import planned_step
-    from dlm_jax.sampling.steppers import _fold, _uniform
+    from dlm_jax.sampling.steppers import _uniform
     from tests.sampling.tiny_models import make_keys
 
     positions = jnp.arange(files.PROMPT + files.NEW)[None]
     config = SamplerConfig("random", steps, step_schedule="dream")
-    return np.asarray(planned_step(config, _uniform(_fold(make_keys(1), 0), positions), jnp.array([[steps]])))
+    return np.asarray(planned_step(config, _uniform(fold_keys(make_keys(1), 0), positions), jnp.array([[steps]])))
 
 
 def run_llada(folder: Path, code: Path, generate: Path) -> dict[str, np.ndarray]:

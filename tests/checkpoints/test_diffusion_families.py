@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from scipy.special import log_softmax
 
 from dlm_jax import DiffusionLM
 from dlm_jax.attention import AttentionMask
@@ -97,6 +99,65 @@ def test_tiny_a2d(case, tmp_path):
     assert config["model_type"] == case
 
 
+def block_logits(model, tokens, size):
+    """Logits of a model of transformers whose tokens see all of their block and of earlier ones."""
+    at = torch.arange(tokens.shape[1])
+    bias = torch.where(at // size <= at[:, None] // size, 0.0, -torch.inf)[None, None]
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long(), attention_mask=bias).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    """A Fast-dLLM v2, its directory, and the model of transformers that has its network."""
+    folder = tmp_path_factory.mktemp("fast")
+    model = families.save("qwen2", folder)
+    families.set_config(folder, model_type="Fast_dLLM_Qwen", architectures=["Fast_dLLM_QwenForCausalLM"], bd_size=8,
+                        mask_token_id=files.MASK)
+    return load_pretrained(folder), folder, model
+
+
+def test_fast_dllm(fast, tmp_path):
+    pretrained, folder, model = fast
+    assert pretrained.diffusion == DiffusionSpec(files.MASK, True, BlockSpec(8, "block_bidirectional"))
+    tokens, mask = families.tokens(length=20), pretrained.diffusion.blocks.prefill_mask()
+    found = families.logits(pretrained.model, tokens, mask)
+    np.testing.assert_allclose(found, block_logits(model, tokens, 8), atol=1e-4)
+    save_pretrained(tmp_path / "out", pretrained)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "qwen2" and not {"bd_size", "auto_map"} & config.keys()
+    again = load_pretrained(tmp_path / "out")
+    assert again.diffusion == pretrained.diffusion
+    np.testing.assert_array_equal(families.logits(again.model, tokens, mask), found)
+    config = json.loads((folder / "config.json").read_text())  # its defaults
+    shutil.copytree(folder, tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(
+        {name: value for name, value in config.items() if name not in ("bd_size", "mask_token_id")}))
+    with pytest.raises(CheckpointError, match="151665"):
+        load_pretrained(tmp_path / "plain")
+    assert load_pretrained(tmp_path / "plain", mask_token=files.MASK).diffusion.blocks.size == 32
+
+
+def test_samples_of_fast_dllm(fast):
+    """Greedy by confidence, one token per step, against the torch model without a cache."""
+    pretrained, _, model = fast
+    size, given, length = 8, 6, 20
+    tokens, fixed = families.tokens(batch=1, length=length), np.arange(length)[None] < given
+    found = run_sampler(pretrained.model, tokens, fixed, mask=files.MASK, shift=True, temperature=0.0,
+                        blocks=pretrained.diffusion.blocks, policy="confidence", num_steps=999).tokens
+    seen = np.where(fixed, tokens, files.MASK)
+    for begin in range(given // size * size, length, size):
+        end = min(begin + size, length)
+        while (seen[0, begin:end] == files.MASK).any():
+            logits = np.roll(block_logits(model, seen[:, :end], size)[0], 1, axis=0)
+            logits[:, files.MASK] = -np.inf
+            logp = log_softmax(logits, axis=-1)
+            best = np.where(seen[0, :end] == files.MASK, logp.max(axis=-1), -np.inf)
+            at = int(best[begin:].argmax()) + begin
+            seen[0, at] = logp[at].argmax()
+    np.testing.assert_array_equal(found, seen)
+
+
 def test_default_settings_of_dream_and_llada(loaded, tmp_path):
     assert loaded["dream"].sampling == dict(policy="random", num_steps=512, step_schedule="dream", temperature=0.0)
     assert loaded["llada"].sampling == dict(policy="confidence", num_steps=128, block_length=32, temperature=0.0)
@@ -183,6 +244,12 @@ def test_generation_config_of_dream_is_checked(settings, named, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=named):
         read_config(tmp_path)
+
+
+def test_invalid_block_size_is_refused(tmp_path):
+    files.write("sdar", tmp_path, block_size=0)
+    with pytest.raises(ConfigError, match="block"):
+        load_pretrained(tmp_path)
 
 
 def test_unknown_tensors_of_llada_are_named(tmp_path):

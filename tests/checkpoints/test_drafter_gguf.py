@@ -1,10 +1,8 @@
 """A drafter's GGUF file: the tensors and metadata that llama.cpp asks for (`benchmarks/drafter_gguf.py` runs it)."""
 
 import dataclasses
-import functools
 
 import gguf
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +14,7 @@ from dlm_jax.cli.main import main
 from dlm_jax.errors import CheckpointError
 from dlm_jax.models import Drafter, DrafterConfig
 from tests.checkpoints import families, gguf_files
+from tests.random_models import random_model
 
 DFLASH = dict(sample_from_anchor=False)
 DSPARK = dict(sample_from_anchor=True, markov_rank=8, confidence_head=True)
@@ -43,9 +42,8 @@ def config_of(target, layer_changes=None, **changes):
     return DrafterConfig(layers, **dict(target_layer_ids=(0, 2), block_size=4, mask_token_id=96) | changes)
 
 
-@functools.cache
 def drafter_of(config):
-    return jax.jit(lambda: Drafter(config, rngs=nnx.Rngs(1)))()
+    return random_model(lambda: Drafter(config, rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize("changes", [DFLASH, DSPARK, DFLASH2], ids=["dflash", "dspark", "dflash2"])

@@ -62,9 +62,10 @@ def test_dream_and_llada(case, architecture, shift, tmp_path):
     np.testing.assert_allclose(families.logits(loaded.model, families.tokens()), expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3"])
-@pytest.mark.parametrize("kind", [KINDS.F16, KINDS.BF16, KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1, KINDS.Q5_0, KINDS.Q6_K,
-                                  KINDS.Q4_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("kind", "case"), [
+    *((kind, "llama") for kind in (KINDS.F16, KINDS.BF16, KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1, KINDS.Q5_0, KINDS.Q6_K)),
+    *((KINDS.Q4_K, case) for case in ("llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3"))],
+    ids=lambda value: getattr(value, "name", value))
 def test_types_as_transformers_reads_them(kind, case, tmp_path):
     tokens = [f"token{index}" for index in range(97)]  # from which transformers takes the vocabulary of a GPT-2
     gguf_files.write(gguf_files.make(case), path := tmp_path / "x.gguf", kind,
@@ -150,13 +151,15 @@ def test_paths(tmp_path, monkeypatch):
     assert DiffusionLM.from_pretrained("x.gguf").config.hidden_size == 256
 
 
-def test_import_without_torch(tmp_path):
+def test_import_without_torch(tmp_path, test_data):
+    """Of a GGUF file and of a directory with a tokenizer."""
     gguf_files.write(gguf_files.make("llama"), path := tmp_path / "x.gguf", KINDS.Q4_0)
     program = ("import sys; sys.modules['torch'] = None\n"
                "from dlm_jax.checkpoints import load_pretrained\n"
-               f"print(load_pretrained({str(path)!r}).model.config.family)")
+               f"print(load_pretrained({str(path)!r}).model.config.family)\n"
+               f"print(load_pretrained({str(test_data / 'stories260K_hf')!r}).tokenizer.encode('Once'))")
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", program], capture_output=True, text=True)
-    assert run.stdout == "llama\n" and run.stderr == ""
+    assert run.stdout == "llama\n[1, 403]\n" and run.stderr == ""
 
 
 # ---- Wrong files.

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Tokenizer
 
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
@@ -30,6 +31,15 @@ def gpt2(test_data):
             "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.merges": merges,
             "tokenizer.ggml.bos_token_id": 50256, "tokenizer.ggml.eos_token_id": 50258,
             "tokenizer.chat_template": TEMPLATE}
+
+
+@pytest.fixture
+def small():
+    """The same with a vocabulary of bytes and one special token."""
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": [*sorted(ByteLevel.alphabet()), "<s>"],
+            "tokenizer.ggml.token_type": [1] * 256 + [3], "tokenizer.ggml.merges": [],
+            "tokenizer.ggml.bos_token_id": 256, "tokenizer.ggml.eos_token_id": 256}
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +97,20 @@ def test_special_tokens(gpt2, tmp_path):
     ("tekken", "in 12 HelloWorld a/\n", ["in", " ", "1", "2", " Hello", "World", " a", "/\n"]),
     ("deepseek-coder", "in 12\n你好 +x", ["in", " ", "1", "2", "\n", "你好", " +", "x"]),
 ])
-def test_pre_tokenizers_split(pre, text, words, gpt2, tmp_path):
-    backend = build(gpt2, tmp_path, pre=pre).backend_tokenizer
+def test_pre_tokenizers_split(pre, text, words, small, tmp_path):
+    backend = build(small, tmp_path, pre=pre).backend_tokenizer
     assert [text[slice(*span)] for _, span in backend.pre_tokenizer.pre_tokenize_str(text)] == words
 
 
-def test_bos_by_default_of_the_pre_tokenizer(gpt2, tmp_path):
-    assert {name for name in PRE_TOKENIZERS if adds_bos(build(gpt2, tmp_path, pre=name))} >= {"llama-bpe", "tekken"}
-    assert not adds_bos(build(gpt2, tmp_path, pre="llama-bpe", add_bos_token=False))
+def test_bos_by_default_of_the_pre_tokenizer(small, tmp_path):
+    assert {name for name in PRE_TOKENIZERS if adds_bos(build(small, tmp_path, pre=name))} >= {"llama-bpe", "tekken"}
+    assert not adds_bos(build(small, tmp_path, pre="llama-bpe", add_bos_token=False))
 
 
-def test_characters_are_composed_for_qwen2(gpt2, tmp_path):
-    composed, apart = tokenize(build(gpt2, tmp_path, pre="qwen2"), ["\u00c0", "A\u0300"])
+def test_characters_are_composed_for_qwen2(small, tmp_path):
+    composed, apart = tokenize(build(small, tmp_path, pre="qwen2"), ["\u00c0", "A\u0300"])
     assert composed == apart
-    composed, apart = tokenize(build(gpt2, tmp_path, pre="smollm"), ["\u00c0", "A\u0300"])
+    composed, apart = tokenize(build(small, tmp_path, pre="smollm"), ["\u00c0", "A\u0300"])
     assert composed != apart
 
 
@@ -157,7 +167,7 @@ def test_saved_tokenizer_is_read_as_it_is(llama2, tmp_path):
     ({"eos_token_id": 99_999}, "99999"),
     ({"model": "llama", "merges": None}, "scores"),
 ])
-def test_what_cannot_be_read_is_refused(changes, mentions, gpt2, tmp_path):
+def test_what_cannot_be_read_is_refused(changes, mentions, small, tmp_path):
     with pytest.raises(CheckpointError, match=mentions):
-        build(gpt2, tmp_path / "x.gguf", **changes)
-    assert build(gpt2, tmp_path, model="none") is None
+        build(small, tmp_path / "x.gguf", **changes)
+    assert build(small, tmp_path, model="none") is None

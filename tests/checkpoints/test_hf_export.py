@@ -26,15 +26,15 @@ def stories(test_data):
     return load_pretrained(test_data / "stories260K_hf", mask_token="<|mask|>")
 
 
-@pytest.fixture
-def gpt2(tmp_path, test_data):
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, test_data):
     """A tiny GPT-2 with the real GPT-2 tokenizer and a new mask token."""
-    model = families.make("gpt2")
+    folder, model = tmp_path_factory.mktemp("gpt2"), families.make("gpt2")
     model.resize_token_embeddings(50257)
-    model.save_pretrained(tmp_path / "base")
-    shutil.copy(test_data / "gpt2_bpe" / "encoder.json", tmp_path / "base" / "vocab.json")
-    shutil.copy(test_data / "gpt2_bpe" / "vocab.bpe", tmp_path / "base" / "merges.txt")
-    return load_pretrained(tmp_path / "base", mask_token="<|mask|>")
+    model.save_pretrained(folder)
+    shutil.copy(test_data / "gpt2_bpe" / "encoder.json", folder / "vocab.json")
+    shutil.copy(test_data / "gpt2_bpe" / "vocab.bpe", folder / "merges.txt")
+    return load_pretrained(folder, mask_token="<|mask|>")
 
 
 def assert_same_model(a, b):
@@ -130,7 +130,7 @@ def test_diffugpt_layout(gpt2, tmp_path):
 
 
 def test_diffugpt_layout_tokenizers(gpt2, tmp_path):
-    existing = load_pretrained(tmp_path / "base", mask_token=10541)
+    existing = load_pretrained(gpt2.source, mask_token=10541)
     save_pretrained(tmp_path / "out", existing, layout="diffugpt")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").mask_token_id == 10541
     assert existing.tokenizer.mask_token is None

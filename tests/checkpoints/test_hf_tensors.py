@@ -8,7 +8,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from dlm_jax.checkpoints.hf_tensors import read_tensors, write_tensors
+from dlm_jax.checkpoints.hf_tensors import LazyTensor, read_tensors, write_tensors
 from dlm_jax.errors import CheckpointError
 
 RANDOM = np.random.default_rng(0)
@@ -16,8 +16,8 @@ TENSORS = {f"tensor.{i}": RANDOM.normal(size=(3 + i, 5)).astype(np.float32) for 
 
 
 def write(directory, dtype=np.float32, max_shard_bytes=math.inf):
-    shapes = {name: tensor.shape for name, tensor in TENSORS.items()}
-    write_tensors(directory, shapes, TENSORS.__getitem__, np.dtype(dtype), max_shard_bytes)
+    tensors = {name: LazyTensor(tensor.shape, tensor.copy) for name, tensor in TENSORS.items()}
+    write_tensors(directory, tensors, np.dtype(dtype), max_shard_bytes)
 
 
 def assert_equal(found, dtype=np.float32):

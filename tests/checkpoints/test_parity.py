@@ -13,8 +13,7 @@ from flax import nnx
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
-from dlm_jax.checkpoints.hf_export import named_tensors
-from dlm_jax.checkpoints.hf_names import diffugpt_name
+from dlm_jax.checkpoints.hf_names import KEYS, diffugpt_name, named_tensors
 from dlm_jax.diffusion import HeadPlan, NoisyBatch, loss_sums, token_nll
 from tests.checkpoints import families
 
@@ -41,7 +40,7 @@ def test_logits_gradients_and_round_trip(case, tmp_path):
     assert abs(float(loss) - output.loss.item()) < 1e-5
 
     expected = families.by_expert({name: parameter.grad for name, parameter in reference.named_parameters()})
-    found = named_tensors(nnx.merge(graphdef, gradients))
+    found = named_tensors(KEYS[loaded.model.config.family], gradients)
     assert found.keys() == expected.keys()
     for name, (_, gradient) in found.items():
         error = np.abs(gradient() - expected[name].numpy()).max() / np.abs(expected[name].numpy()).max()
@@ -86,8 +85,9 @@ def test_reference_goldens(case, test_data):
     np.testing.assert_allclose(value, golden["reference_loss"], rtol=1e-5)
 
     expected = json.loads((test_data / "reference_cases" / f"{case}_grad_norms.json").read_text())
-    found = {diffugpt_name(name, pretrained.model.config.family): float(np.linalg.norm(gradient()))
-             for name, (_, gradient) in named_tensors(nnx.merge(graphdef, gradients)).items()}
+    family = pretrained.model.config.family
+    found = {diffugpt_name(name, family): float(np.linalg.norm(gradient()))
+             for name, (_, gradient) in named_tensors(KEYS[family], gradients).items()}
     assert found.keys() == expected.keys()
     for name in found:
         assert found[name] == pytest.approx(expected[name], rel=1e-3), name

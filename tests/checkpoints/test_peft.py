@@ -1,7 +1,6 @@
 """Adapters against `peft` itself, in both directions, and refusals."""
 
 import dataclasses
-import json
 import re
 import shutil
 
@@ -16,7 +15,7 @@ import transformers
 from flax import nnx
 
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
-from dlm_jax.checkpoints.peft import adapter_config
+from dlm_jax.checkpoints.peft_export import adapter_config
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError, DLMError
 from dlm_jax.models import LoRAConfig, LoRAParam
@@ -26,7 +25,7 @@ from tests.checkpoints import families
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
     "`is_gradient_checkpointing` is deprecated", "fan_in_fan_out is set to False",
     "Model has `tie_word_embeddings=True`")]
-TOKENS = families.tokens()
+TOKENS, TENSORS = families.tokens(), "adapter_model.safetensors"
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
     "gpt2": dict(r=5, lora_alpha=7, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True),
@@ -124,13 +123,15 @@ def test_diffullama_adapter_layout(tmp_path):
     """As diffusionfamily/diffullama-gsm: layers under `denoise_model`, the embedding outside."""
     expected = save_with_peft("llama1", tmp_path, r=4, lora_alpha=8, target_modules=LLAMA_TARGETS,
                       modules_to_save=["embed_tokens"])
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    stored = {name.replace("base_model.model.model.embed_tokens", "base_model.model.embed_tokens").replace(
-        "base_model.model.model.", "base_model.model.denoise_model."): tensor for name, tensor in tensors.items()}
-    assert {"base_model.model.embed_tokens.weight",
-            "base_model.model.denoise_model.layers.1.mlp.gate_proj.lora_B.weight"} < set(stored)
-    safetensors.torch.save_file(stored, path)
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace("base_model.model.model.embed_tokens", "base_model.model.embed_tokens").replace(
+                "base_model.model.model.", "base_model.model.denoise_model.")] = tensors.pop(name)
+        assert {"base_model.model.embed_tokens.weight",
+                "base_model.model.denoise_model.layers.1.mlp.gate_proj.lora_B.weight"} < set(tensors)
+
+    families.rewrite(tmp_path / "adapter", rename, TENSORS)
     np.testing.assert_allclose(logits(load_pretrained(tmp_path / "adapter")), expected, atol=1e-4)
 
 
@@ -139,8 +140,7 @@ def test_base_is_found(tmp_path, monkeypatch):
     adapter = tmp_path / "a" / "adapter"
 
     def rename(base):
-        path = adapter / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+        families.set_config(adapter, "adapter_config.json", base_model_name_or_path=base)
 
     rename("base")
     np.testing.assert_allclose(logits(load_pretrained(adapter)), expected, atol=1e-4)
@@ -228,13 +228,9 @@ def spoil(name, value):
 def test_unfit_settings_and_tensors_are_refused_by_name(adapter, change, message, tmp_path):
     shutil.copytree(adapter, tmp_path / "adapter")
     if isinstance(change, dict):
-        path = tmp_path / "adapter" / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        families.set_config(tmp_path / "adapter", "adapter_config.json", **change)
     else:
-        path = tmp_path / "adapter" / "adapter_model.safetensors"
-        tensors = safetensors.torch.load_file(path)
-        change(tensors)
-        safetensors.torch.save_file(tensors, path)
+        families.rewrite(tmp_path / "adapter", change, TENSORS)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_pretrained(tmp_path / "adapter")
     assert "\n" not in str(caught.value)
@@ -262,7 +258,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     _, pretrained = make_lora("llama1", tmp_path)
     for _ in range(2):
         save_pretrained(tmp_path / "adapter", pretrained, layout="peft", dtype="bfloat16")
-    tensors = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "adapter" / TENSORS)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16} and len(tensors) == 2 * 2 * 7
     with pytest.raises(CheckpointError, match="base"):
         save_pretrained(tmp_path / "base", pretrained, layout="peft")

@@ -102,12 +102,10 @@ def test_quantized_base(kind, lora_config, pretrained, tmp_path):
     factors = beside.model.blocks.mlp.up.factors
     product = 2.0 * np.stack([x @ y for x, y in zip(factors.a[...], factors.b[...], strict=True)])
     np.testing.assert_allclose(merged.model.blocks.mlp.up.kernel[...], exact + product, atol=1e-6)
-    path = tmp_path / "once" / "adapter.json"
-    record = json.loads(path.read_text())
     kernel = base.model.blocks.mlp.up.kernel
     kernel[...] = kernel[...].at[1, 3, 2].multiply(1.01)  # which may well be the same code
     save_pretrained(tmp_path / "other", base)
-    path.write_text(json.dumps(record | {"source": str(tmp_path / "other")}))
+    families.set_config(tmp_path / "once", "adapter.json", source=str(tmp_path / "other"))
     with pytest.raises(CheckpointError, match="other weights"):
         load_pretrained(tmp_path / "once")
 
@@ -211,10 +209,8 @@ def test_new_mask_token_trains_the_embedding(lora_config, tmp_path):
 def test_moved_base_is_found_and_changed_base_refused(lora_run, lora_config, pretrained, tmp_path):
     shutil.copytree(lora_run, tmp_path / "run")
     shutil.copytree(pretrained, tmp_path / pretrained.name)
-    path = tmp_path / "run" / "adapter.json"
-    record = json.loads(path.read_text())
-    assert record["source"] == str(pretrained)
-    path.write_text(json.dumps(record | {"source": f"/not/here/{pretrained.name}"}))
+    assert LoRABase.read(tmp_path / "run").source == str(pretrained)
+    families.set_config(tmp_path / "run", "adapter.json", source=f"/not/here/{pretrained.name}")
     moved, expected = load_pretrained(tmp_path / "run"), load_pretrained(lora_run)
     np.testing.assert_array_equal(logits(moved), logits(expected))
     other = load_pretrained(pretrained)
@@ -229,7 +225,7 @@ def test_moved_base_is_found_and_changed_base_refused(lora_run, lora_config, pre
     shutil.rmtree(tmp_path / pretrained.name)
     with pytest.raises(CheckpointError, match="/not/here"):
         load_pretrained(tmp_path / "run")
-    path.write_text("{")
+    (tmp_path / "run" / "adapter.json").write_text("{")
     with pytest.raises(CheckpointError, match="adapter.json"):
         load_pretrained(tmp_path / "run")
 

@@ -1,5 +1,6 @@
 """`dlm evaluate --tasks`: a table of two models from local files, a resumed run, and refusals."""
 
+import argparse
 import json
 import pathlib
 import sys
@@ -7,8 +8,10 @@ import sys
 import pytest
 import yaml
 
+from dlm_jax.cli.evaluate_tasks import sampler_of
 from dlm_jax.cli.main import main
 from dlm_jax.evaluation.code_eval import Sandbox
+from dlm_jax.sampling import SamplerConfig
 
 TASK_ROWS = {
     "piqa/valid.jsonl": [{"goal": f"The {animal} sat", "sol1": "on the mat", "sol2": "and saw Tom", "label": n % 2}
@@ -36,6 +39,21 @@ def data_dir(tmp_path_factory):
 def evaluate(capsys, *argv):
     status = main(["evaluate", *map(str, argv)])
     return status, *capsys.readouterr()
+
+
+def test_a_model_generates_by_its_own_settings():
+    arguments = argparse.Namespace(policy=None, num_steps=None, threshold=None, block_length=None, drafter=None)
+    own = {"policy": "entropy", "num_steps": 512, "temperature": 0.2, "top_p": 0.95}
+    assert sampler_of(arguments, False, own) == SamplerConfig("entropy", 512, temperature=0.0, top_p=0.95)
+    arguments.num_steps, arguments.block_length = 8, 4
+    assert sampler_of(arguments, False, own) == SamplerConfig("entropy", 8, block_length=4, temperature=0.0, top_p=0.95)
+    arguments.num_steps, arguments.threshold = None, 0.7
+    found = sampler_of(arguments, False, own)
+    assert (found.policy, found.threshold, found.block_length) == ("threshold", 0.7, 4)
+    arguments.threshold = None
+    assert sampler_of(arguments, False, {"policy": "autoregressive"}).policy == "confidence"  # it drafts for itself
+    arguments.block_length = None
+    assert sampler_of(arguments, True, own) == SamplerConfig("autoregressive", temperature=0.0)
 
 
 def test_table_with_parent(capsys, model, data_dir, tmp_path):

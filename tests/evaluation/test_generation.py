@@ -15,6 +15,7 @@ from dlm_jax.evaluation.eval_model import GenerationRequest, Pair
 from dlm_jax.evaluation.generation import make_generate, make_is_greedy
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import SamplerConfig
+from dlm_jax.sampling.batching import SamplingStats
 from tests.evaluation.full_logits import log_probabilities
 from tests.sampling.tiny_models import EOS, MASK, run_sampler, tiny
 
@@ -55,6 +56,18 @@ def test_generation_is_independent_of_other_requests(tokenizer):
     keys = example_keys(3, jnp.array([1], jnp.uint32))
     expected = run_sampler(tiny("gpt2"), row, fixed, keys=keys, eos=EOS, policy="confidence", **settings).tokens[0, 2:5]
     assert together[1] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_number_of_steps_is_the_samplers_unless_given(tokenizer):
+    stats = SamplingStats()
+    generate = make_generate(tiny("gpt2"), tokenizer, SamplerConfig(num_steps=3), diffusion=DiffusionSpec(MASK),
+                             bos_token_id=BOS, eos_token_id=None, stats=stats)
+    request = [GenerationRequest(text_of([1, 2]), "", range(6, 7))]
+    passes = [0]
+    for num_steps in (None, 2):
+        generate(request, temperature=0.0, num_steps=num_steps)
+        passes.append(stats.passes)
+    assert np.diff(passes).tolist() == [3, 2]
 
 
 @pytest.mark.parametrize("policy", ["confidence", "autoregressive"])

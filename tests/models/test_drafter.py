@@ -16,8 +16,10 @@ from dlm_jax.models import (
     DrafterConfig,
     ModelConfig,
     Transformer,
+    abstract_model,
     spread_layer_ids,
 )
+from tests.random_models import random_model
 
 TARGET = ModelConfig("llama", vocab_size=61, hidden_size=32, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=8,
                      mlp_size=48, max_length=64)
@@ -26,7 +28,7 @@ DFLASH = DrafterConfig(LAYERS, target_layer_ids=(1, 2, 4), block_size=4, mask_to
 DSPARK = dataclasses.replace(DFLASH, sample_from_anchor=True, markov_rank=8, confidence_head=True)
 DFLASH2 = dataclasses.replace(DFLASH, conv_kernel_size=2, selector_rank=8, selector_top_k=5)
 SLIDING = dataclasses.replace(DFLASH, sliding_layers=(0, 2))
-KINDS = {"dflash": DFLASH, "dspark": DSPARK, "dflash2": DFLASH2, "sliding": SLIDING,
+KINDS = {"dflash": DFLASH, "dflash2": DFLASH2, "sliding": SLIDING,
          "causal": dataclasses.replace(DFLASH, causal=True, sliding_layers=(0, 1, 2), sliding_causal=False)}
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (2, 24)))
 ANCHORS = jnp.array([[3, 10, 17], [1, 2, 20]])
@@ -35,66 +37,57 @@ ANCHORS = jnp.array([[3, 10, 17], [1, 2, 20]])
 @functools.cache
 def build(config):
     """Returns a model whose every parameter is random, so that no part of it is the identity."""
-    @jax.jit
-    def make():
-        model = DraftedModel(Transformer(TARGET, rngs=nnx.Rngs(0)), Drafter(config, rngs=nnx.Rngs(1)))
-        leaves, treedef = jax.tree.flatten(nnx.state(model.drafter))
-        leaves = [x + 0.3 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
-        nnx.update(model.drafter, jax.tree.unflatten(treedef, leaves))
-        return model
-
-    return make()
+    return DraftedModel(random_model(lambda: Transformer(TARGET, rngs=nnx.Rngs(0))),
+                        random_model(lambda: Drafter(config, rngs=nnx.Rngs(0)), stddev=0.3, seed=1))
 
 
 @jax.jit
-def block_states(model, tokens, anchors, features=None):
-    """Returns [batch, A, B, embed] of the training forward; `features` in place of the target's own."""
-    own = model.target.hidden_and_features(tokens, AttentionMask.causal(), model.drafter.config.target_layer_ids)[1]
-    fused = model.drafter.fuse(own if features is None else features)
+def features_of(target, tokens):
+    return target.hidden_and_features(tokens, AttentionMask.causal(), DFLASH.target_layer_ids)[1]
+
+
+@jax.jit
+def block_states(model, features, tokens, anchors):
+    """Returns [batch, A, B, embed] of the training forward."""
     embeddings = model.block_embeddings(jnp.take_along_axis(tokens, anchors, axis=1))
-    return model.drafter.hidden(fused, embeddings, anchors).reshape(*anchors.shape, -1, TARGET.hidden_size)
+    hidden = model.drafter.hidden(model.drafter.fuse(features), embeddings, anchors)
+    return hidden.reshape(*anchors.shape, -1, TARGET.hidden_size)
+
+
+@jax.jit
+def decode(model, features, tokens, anchors):
+    """Returns the states of one block per row, after the text before it was read in two pieces; the cache is longer."""
+    drafter, length = model.drafter, 30
+    cache = jax.tree.map(lambda x: x + 7.0, drafter.empty_cache(2, length))  # what was never written must not be seen
+    for part in (slice(0, 2), slice(2, 24)):
+        positions = jnp.broadcast_to(jnp.arange(24)[part], tokens[:, part].shape)
+        known = jnp.where(positions < anchors[:, None], positions, length)  # past the end: not written
+        cache = drafter.extend_cache(drafter.fuse(features[:, part]), known, cache)
+    embeddings = model.block_embeddings(jnp.take_along_axis(tokens, anchors[:, None], axis=1))
+    return drafter.cached_hidden(embeddings, anchors[:, None] + jnp.arange(4), cache)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_of_an_anchor_is_decoding_there(kind):
     model = build(KINDS[kind])
-    expected = block_states(model, TOKENS, ANCHORS)
-
-    @jax.jit
-    def decode(model, tokens, anchors):
-        """Runs the target up to each row's anchor, in two passes, and then the drafter; the cache is longer."""
-        drafter, length, causal = model.drafter, 30, AttentionMask.causal()
-        ids = drafter.config.target_layer_ids
-        target_cache = Cache.empty(TARGET, 2, length, "float32")
-        cache = drafter.empty_cache(2, length)
-        cache = jax.tree.map(lambda x: x + 7.0, cache)  # what was never written must not be seen
-        for part in (slice(0, 2), slice(2, 24)):
-            positions = jnp.broadcast_to(jnp.arange(24)[part], tokens[:, part].shape)
-            _, target_cache, features = model.target.cached_hidden_and_features(
-                tokens[:, part], causal, positions, target_cache, ids)
-            known = jnp.where(positions < anchors[:, None], positions, length)  # past the end: not written
-            cache = drafter.extend_cache(drafter.fuse(features), known, cache)
-        embeddings = model.block_embeddings(jnp.take_along_axis(tokens, anchors[:, None], axis=1))
-        return drafter.cached_hidden(embeddings, anchors[:, None] + jnp.arange(4), cache)
-
+    features = features_of(model.target, TOKENS)
+    expected = block_states(model, features, TOKENS, ANCHORS)
     for i in range(ANCHORS.shape[1]):
-        np.testing.assert_allclose(decode(model, TOKENS, ANCHORS[:, i]), expected[:, i], atol=1e-4)
+        np.testing.assert_allclose(decode(model, features, TOKENS, ANCHORS[:, i]), expected[:, i], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_sees_what_is_before_its_anchor_and_itself(kind):
     model, config = build(KINDS[kind]), KINDS[kind]
-    expected = block_states(model, TOKENS, ANCHORS)
-    changed = TOKENS.at[:, 11:].add(1) % 60
-    found = block_states(model, changed, ANCHORS)
+    features, changed = features_of(model.target, TOKENS), TOKENS.at[:, 11:].add(1) % 60
+    expected = block_states(model, features, TOKENS, ANCHORS)
+    found = block_states(model, features_of(model.target, changed), changed, ANCHORS)
     same = np.asarray(ANCHORS) <= 10
     np.testing.assert_array_equal(found[same], expected[same])  # tokens after the anchor, and the other blocks
     assert (jnp.abs(found - expected)[~same].max(axis=(-1, -2)) > 1e-3).all()
 
-    features = jax.jit(lambda m: m.target.hidden_and_features(TOKENS, AttentionMask.causal(),
-                                                              config.target_layer_ids)[1])(model)
-    moved = lambda at: jnp.abs(block_states(model, TOKENS, ANCHORS, features.at[:, at].add(1.0))  # noqa: E731
-                               - block_states(model, TOKENS, ANCHORS, features)).max(axis=(-1, -2))
+    moved = lambda at: jnp.abs(block_states(model, features.at[:, at].add(1.0), TOKENS, ANCHORS)  # noqa: E731
+                               - expected).max(axis=(-1, -2))
     far = len(config.sliding_layers) < 3  # position 10 is outside the window of the blocks at 17 and 20
     assert (moved(10) > 0).tolist() == [[False, False, far]] * 2
     assert (moved(9) > 0).tolist() == [[False, True, far], [False, False, far]]
@@ -129,18 +122,27 @@ def test_within_a_block_attention_is_bidirectional_or_causal():
 
 
 def test_features_are_what_layers_put_out():
-    model = build(DFLASH).target
-    causal = AttentionMask.causal()
-    hidden, features = jax.jit(lambda m: m.hidden_and_features(TOKENS, causal, (0, 3, 4)))(model)
+    model, causal, ids = build(DFLASH).target, AttentionMask.causal(), DFLASH.target_layer_ids
+    hidden, features = jax.jit(lambda m: m.hidden_and_features(TOKENS, causal, ids))(model)
     np.testing.assert_array_equal(hidden, jax.jit(lambda m: m.hidden(TOKENS, causal))(model))
-    for place, layer in enumerate((0, 3, 4)):
-        cut = jax.jit(lambda: Transformer(dataclasses.replace(TARGET, num_layers=1), rngs=nnx.Rngs(0)))()
+    for place, layer in ((0, 1), (2, 4)):
+        cut = nnx.clone(model)
         cut.config = dataclasses.replace(TARGET, num_layers=layer + 1)
-        cut.embed = model.embed
         cut.blocks = jax.tree.map(lambda x, n=layer + 1: x[:n], model.blocks)
         cut.final_norm = lambda x: x
-        expected = cut.hidden(TOKENS, causal)
+        expected = jax.jit(lambda m=cut: m.hidden(TOKENS, causal))()
         np.testing.assert_allclose(features[..., 32 * place : 32 * (place + 1)], expected, atol=1e-5)
+
+    @jax.jit
+    def in_two_pieces(model):
+        cache, found = Cache.empty(TARGET, 2, 30, "float32"), []
+        for part in (slice(0, 2), slice(2, 24)):
+            positions = jnp.broadcast_to(jnp.arange(24)[part], TOKENS[:, part].shape)
+            _, cache, piece = model.cached_hidden_and_features(TOKENS[:, part], causal, positions, cache, ids)
+            found.append(piece)
+        return jnp.concatenate(found, axis=1)
+
+    np.testing.assert_allclose(in_two_pieces(model), features, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_layers, expected", [
@@ -179,9 +181,9 @@ def test_markov_heads(kind):
 def test_what_does_not_fit_is_refused():
     drafter = build(DFLASH).drafter
     with pytest.raises(ConfigError, match="vocab_size"):
-        DraftedModel(Transformer(dataclasses.replace(TARGET, vocab_size=62), rngs=nnx.Rngs(0)), drafter)
+        DraftedModel(abstract_model(dataclasses.replace(TARGET, vocab_size=62)), drafter)
     with pytest.raises(ConfigError, match="layer 4"):
-        DraftedModel(Transformer(dataclasses.replace(TARGET, num_layers=5), rngs=nnx.Rngs(0)), drafter)
+        DraftedModel(abstract_model(dataclasses.replace(TARGET, num_layers=5)), drafter)
     for change in (dict(target_layer_ids=(2, 1)), dict(block_size=1), dict(mask_token_id=61),
                    dict(sliding_layers=(3,)), dict(markov_head="other")):
         with pytest.raises(ConfigError):

@@ -12,9 +12,10 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import Cache, ModelConfig, RopeScaling, Transformer
 from dlm_jax.models.layers import frequencies, rotary, rotate, rotation
+from tests.random_models import random_model
 
 LENGTH, WIDTH = 20, 8
-SIZES = dict(vocab_size=61, hidden_size=32, num_heads=4, head_dim=8, mlp_size=48, initializer_range=0.3)
+SIZES = dict(vocab_size=61, hidden_size=32, num_heads=4, head_dim=8, mlp_size=48)
 KINDS = {
     "llama": dict(num_kv_heads=2, max_length=64, qk_norm=True),
     "window": dict(num_kv_heads=2, max_length=64, sliding_window=5),
@@ -29,7 +30,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @functools.cache
 def model(kind, num_layers=2):
     config = ModelConfig(kind, num_layers=num_layers, **SIZES | KINDS[kind])
-    return jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+    return random_model(lambda: Transformer(config, rngs=nnx.Rngs(0)), stddev=0.3)
 
 
 @jax.jit

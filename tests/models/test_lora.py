@@ -47,7 +47,7 @@ def build(case, **changes):
     """Returns a base, and the same with LoRA."""
     config, targets = CASES[case]
     lora = dataclasses.replace(LORA, **{"targets": targets} | changes)
-    return build_base(config), add_lora(build_base(config), lora, 0, "float32", ONE_DEVICE)
+    return build_base(config), add_lora(build_base(config), lora, 0, "float32")
 
 
 def with_noise(model, seed=1):
@@ -284,9 +284,9 @@ def test_only_kernels_of_blocks_are_codes(kind):
         assert leaf.dtype == (CODES[kind] if kernel else jnp.bfloat16 if table else jnp.float32), path
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", *CODES])
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
 def test_cpu_products(kind):
-    """Factors and frozen kernels of every kind of storage, beside the default products, both in bfloat16."""
+    """Factors and frozen kernels stored as they are and as codes, beside the default products, both in bfloat16."""
     _, model = build("qwen3", frozen_dtype=kind)
     state = nnx.state(with_noise(model))
 
@@ -294,8 +294,8 @@ def test_cpu_products(kind):
         compute = Compute("bfloat16", matmul=matmul)
         graphdef = nnx.graphdef(abstract_model(model.config, compute, "float32", model.lora))
         graphdef, trained, frozen = split_trainable(nnx.merge(graphdef, state))
-        loss = lambda trained: jnp.mean(  # noqa: E731
-            nnx.merge(graphdef, trained, frozen).hidden(TOKENS, AttentionMask.causal()).astype(jnp.float32) ** 3)
+        loss = lambda trained: jnp.mean(nnx.merge(graphdef, trained, frozen).hidden(  # noqa: E731
+            TOKENS, AttentionMask.causal()).astype(jnp.float32) * jnp.cos(jnp.arange(32.0)))
         return jax.tree.leaves(jax.jit(jax.grad(loss))(trained))
 
     for fast, default in zip(gradients("cpu_bfloat16"), gradients("default"), strict=True):
@@ -306,7 +306,7 @@ def test_cpu_products(kind):
 def test_quantized_gradients_match_and_save_no_kernel(kind):
     base, model = build("qwen3", frozen_dtype=kind)
     plain = add_lora(merge_lora(model, "float32"), dataclasses.replace(model.lora, frozen_dtype="float32"), 0,
-                     "float32", ONE_DEVICE)
+                     "float32")
 
     def gradient(model):
         graphdef, trained, frozen = split_trainable(with_noise(model))

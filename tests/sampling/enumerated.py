@@ -11,6 +11,9 @@ import numpy as np
 from flax import nnx
 from scipy import stats
 
+from dlm_jax.attention import AttentionMask
+from tests.sampling.tiny_models import make_keys, run_sampler
+
 _OFFSET = 1.5  # of all logits: some are positive and some are not
 
 
@@ -192,16 +195,23 @@ def assert_follows(law, samples):
     assert stats.chisquare(observed[keep], expected[keep], sum_check=False).pvalue > 1e-4
 
 
-def law_of_texts(logits, texts, settings):
-    """Returns the probabilities of texts written from left to right.
+def sample_short_texts(network, base, rows=6000, **settings):
+    """Returns a sample of texts of three tokens out of five after a start, tested against the exact law of `base`.
 
     Args:
-      logits: [texts, n, vocab], of the last n tokens of each text, which are all continuations of one start.
-      settings: of `truncated`.
+      network: what is sampled from left to right; its mask token is 5.
+      base: the model whose law the texts must have.
+      settings: of `run_sampler`; temperature, top-k and top-p also of the law.
     """
-    logits = np.asarray(logits, np.float64)
-    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    p = np.apply_along_axis(truncated, -1, p / p.sum(axis=-1, keepdims=True), **settings)
-    law = np.prod(np.take_along_axis(p, texts[:, -logits.shape[1] :, None], axis=-1)[..., 0], axis=-1)
+    tokens, fixed = np.tile([1, 3, 0, 0, 0], (rows, 1)), np.tile(np.arange(5) < 2, (rows, 1))
+    found = run_sampler(network, tokens, fixed, policy="autoregressive", mask=5, keys=make_keys(rows, seed=3),
+                        **settings)
+    texts = np.array([[1, 3, *text] for text in itertools.product(range(5), repeat=3)])
+    logits = jax.jit(lambda model, tokens: model(tokens, AttentionMask.causal()))(base, jnp.asarray(texts))
+    p = np.exp(np.asarray(logits, np.float64)[:, 1:4, :5])
+    choice = {name: settings[name] for name in ("temperature", "top_k", "top_p") if name in settings}
+    p = np.apply_along_axis(truncated, -1, p / p.sum(axis=-1, keepdims=True), **choice)
+    law = np.prod(np.take_along_axis(p, texts[:, 2:, None], axis=-1)[..., 0], axis=-1)
     np.testing.assert_allclose(law.sum(), 1, atol=1e-6)
-    return law
+    assert_follows(dict(zip(map(tuple, texts[:, 2:].tolist()), law, strict=True)), found.tokens[:, 2:])
+    return found

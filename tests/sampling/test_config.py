@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.errors import ConfigError
-from dlm_jax.sampling import POLICIES, SamplerConfig, sampler_config
+from dlm_jax.sampling import POLICIES, SamplerConfig, resolve_settings
 from dlm_jax.sampling.config import log_prob, margin, negative_entropy
 
 NAN, INF = float("nan"), float("inf")
@@ -34,6 +34,10 @@ SCORES = (log_prob, margin, negative_entropy)
     (dict(policy="threshold", step_schedule="cosine"), "step_schedule.*threshold.*num_steps"),
     (dict(cache="prefix"), "cache.*block_length"),
     (dict(block_length=8, cache_refresh_interval=2), "cache_refresh_interval.*cache"),
+    (dict(policy="confidence", drafter="ngram"), "drafter.*confidence"),
+    *[(dict(policy="autoregressive", **drafting), "draft") for drafting in (
+        dict(num_drafts=3), dict(drafter="ngram", num_drafts=0), dict(drafter=" "), dict(draft_threshold=0.5),
+        dict(drafter="ngram", draft_threshold=0.5), dict(drafter="given", draft_threshold=1.5))],
     *[(dict(policy="autoregressive") | {name: value}, name)
       for name, value in dict(num_steps=8, step_schedule="cosine", block_length=4, threshold=0.5, remask=0.1,
                               cfg_scale=1.0, cache="dual", cache_refresh_interval=2).items()],
@@ -46,8 +50,8 @@ def test_refused_settings(settings, key):
 
 def test_unknown_setting_is_named():
     with pytest.raises(ConfigError, match="top_q.*num_steps"):
-        sampler_config(policy="random", top_q=0.9)
-    assert sampler_config(top_p=0.9) == SamplerConfig(top_p=0.9)
+        resolve_settings({"policy": "random", "top_q": 0.9}, {})
+    assert resolve_settings({"top_p": 0.9}, {}) == SamplerConfig(top_p=0.9)
 
 
 def test_defaults_and_limits():

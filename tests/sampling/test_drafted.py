@@ -1,9 +1,7 @@
 """Trained drafters: the target's own text from drafters of every kind, whatever they guess."""
 
-import collections
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +12,8 @@ from flax import nnx
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import DraftedModel, Drafter, DrafterConfig
-from dlm_jax.sampling import SamplerConfig
-from tests.sampling.enumerated import law_of_texts
-from tests.sampling.test_tokens import check_law
-from tests.sampling.tiny_models import make_batch, make_keys, run_sampler, tiny
+from tests.sampling.enumerated import sample_short_texts
+from tests.sampling.tiny_models import make_batch, run_sampler, tiny
 
 DFLASH = dict(block_size=4, sample_from_anchor=False)
 KINDS = {
@@ -27,9 +23,6 @@ KINDS = {
     "rnn": dict(block_size=3, sample_from_anchor=True, markov_rank=4, markov_head="rnn"),
     "dflash2": DFLASH | dict(conv_kernel_size=2, selector_rank=4, selector_top_k=4, conv_group_size=8),
 }
-CHAINS = [kind for kind in KINDS if kind != "dflash"]  # drafters that see the token before each guess
-
-
 VOCAB = 5  # the last is the mask
 
 
@@ -68,12 +61,10 @@ def test_greedy_text_is_the_targets(kind):
 
 
 def test_certain_drafts_leave_sampled_text_as_it_is():
-    for target, settings in (("gpt2", dict(temperature=1.0, top_p=0.9)),
-                             ("window", dict(temperature=0.7, repetition_penalty=1.2))):
-        model = drafted("dflash", target)
-        plain, found = run(model.target, **settings), run(model, **settings)
-        np.testing.assert_array_equal(found.tokens, plain.tokens)
-        assert found.accepted.sum() > 3
+    model, settings = drafted("dflash", "window"), dict(temperature=0.7, top_p=0.9, repetition_penalty=1.2)
+    plain, found = run(model.target, **settings), run(model, **settings)
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+    assert found.accepted.sum() > 3
 
 
 @jax.jit
@@ -124,32 +115,22 @@ def test_cached_drafts_are_those_of_the_training_forward(kind):
 @pytest.mark.parametrize(("kind", "settings"), [
     ("dflash", dict(temperature=0.8)), ("dspark", dict(temperature=0.7, top_p=0.8)), ("rnn", dict(top_k=3)),
     ("dflash2", dict(temperature=1.5))], ids=str)
-def test_law_of_short_texts_is_the_targets(kind, settings):
-    """Counts of all texts of three tokens, in a batch whose rows accept different numbers, against the exact law."""
-    model, rows, valid, start = drafted(kind, vocab_size=6), 6000, 5, [1, 3]
-    tokens = np.tile([*start, 0, 0, 0], (rows, 1))
-    found = run_sampler(model, tokens, np.arange(5) < 2 + np.zeros((rows, 1)), policy="autoregressive", mask=5,
-                        keys=make_keys(rows, seed=3), **settings)
-    texts = np.array([[*start, *text] for text in itertools.product(range(valid), repeat=3)])
-    logits, _ = _block(model, jnp.asarray(texts), jnp.ones((len(texts), 1), int))
-    law = law_of_texts(logits[:, 1:4, :valid], texts, settings)
-    common = law >= 5 / rows  # the rest is one cell
-    number = {tuple(text): i for i, text in enumerate(texts[common, 2:].tolist())}
-    cells = np.array([number.get(tuple(text), len(number)) for text in found.tokens[:, 2:].tolist()])
-    rare = law[~common].sum()
-    check_law(cells, np.append(law[common], rare) if rare else law[common])
-    assert len(collections.Counter(found.steps.tolist())) > 1
-    assert found.accepted.sum() > 0.1 * rows
+def test_law_of_short_texts_is_the_targets(kind, settings, optimized_program):
+    """In a batch whose rows accept different numbers."""
+    model = drafted(kind, vocab_size=6)
+    found = sample_short_texts(model, model.target, **settings)
+    assert len(set(found.steps.tolist())) > 1
+    assert found.accepted.sum() > 0.1 * len(found.steps)
 
 
 def test_threshold_checks_fewer_drafts():
     model, number = drafted("dspark"), []
     plain = run(model)
-    for threshold in (1e-6, 0.5, 1.0):
+    for threshold in (0.5, 1.0):
         found = run(model, drafter="given", draft_threshold=threshold)
         np.testing.assert_array_equal(found.tokens, plain.tokens)
         number.append(int(found.accepted.sum()))
-    assert number[0] == plain.accepted.sum() > number[1] > number[2] == 0
+    assert plain.accepted.sum() > number[0] > number[1] == 0
 
 
 def test_fewer_drafts():
@@ -164,13 +145,6 @@ def test_fewer_drafts():
 def test_settings_that_the_drafter_cannot_follow(kind, settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         run(drafted(kind), drafter="given", **settings)
-
-
-@pytest.mark.parametrize("settings", [dict(draft_threshold=0.5), dict(drafter="ngram", draft_threshold=0.5),
-                                      dict(drafter="given", draft_threshold=1.5)])
-def test_config_refuses(settings):
-    with pytest.raises(ConfigError, match="draft_threshold"):
-        SamplerConfig("autoregressive", **settings)
 
 
 def test_a_named_drafter_must_be_given():

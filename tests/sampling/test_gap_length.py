@@ -10,7 +10,7 @@ import pytest
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError, DataError
-from dlm_jax.sampling import GAP
+from dlm_jax.sampling import GAP, pad_rows
 from dlm_jax.sampling.gap_length import Gap, continuation_scores, infer_gap_lengths
 from tests.sampling.enumerated import LogitsModel
 from tests.sampling.tiny_models import MASK, run_sampler, tiny
@@ -19,27 +19,27 @@ BOS, CYCLE = 3, DiffusionSpec(4)
 
 
 @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def log_probabilities(model, tokens):
-    return jax.nn.log_softmax(model(tokens, AttentionMask.bidirectional()))
+def log_probabilities(model, tokens, lengths):
+    return jax.nn.log_softmax(model(tokens, AttentionMask.bidirectional().with_lengths(lengths)))
 
 
 def test_scores_follow_chain_rule():
     model, before, after = tiny("llama"), [1, 17, 5], [30, GAP, 8, 41, 2]
     gap = Gap(before, after, range(1, 3))
     found, = continuation_scores(model, [gap], diffusion=DiffusionSpec(MASK))
-    for length, score in zip(gap.lengths, found, strict=True):
-        row = np.array([[*before, *[GAP] * length, *after]])
-        filled = run_sampler(model, row, row != GAP, policy="confidence", temperature=0.0).tokens
-        scored = 3 + length + np.array([0, 2, 3, 4])  # the given tokens of `after`
-        total = 0.0
-        for n, position in enumerate(scored):
-            seen = filled.copy()  # a copy: JAX may not yet have read the previous one
-            seen[0, scored[n:]] = MASK
-            total += log_probabilities(model, jnp.array(seen))[0, position - 1, filled[0, position]]
-        np.testing.assert_allclose(score, total, rtol=1e-5)
+    rows = pad_rows([[*before, *[GAP] * length, *after] for length in gap.lengths], 128)
+    filled = run_sampler(model, rows.tokens, rows.fixed, rows.lengths, policy="confidence", temperature=0.0).tokens
+    total, scored = np.zeros(2), 3 + np.array(gap.lengths)[:, None] + [0, 2, 3, 4]  # the given tokens of `after`
+    for n, positions in enumerate(scored.T):
+        seen = filled.copy()  # a copy: JAX may not yet have read the previous one
+        np.put_along_axis(seen, scored[:, n:], MASK, axis=1)
+        log_p = log_probabilities(model, jnp.array(seen), rows.lengths)
+        total += log_p[np.arange(2), positions - 1, filled[np.arange(2), positions]]
+    np.testing.assert_allclose(found, total, rtol=1e-5)
 
 
-def cycle_model(max_length=32):
+@functools.cache
+def cycle_model():
     """Returns a model of the language 0, 1, 2, 0, 1, 2, ..., which depends on the nearest given token on the left."""
 
     def logits(tokens):
@@ -52,7 +52,7 @@ def cycle_model(max_length=32):
         return 5 * jax.nn.one_hot(expected, 5) / (1 + 0.05 * (positions - left))[..., None]
 
     model = LogitsModel(logits, vocab=5)
-    object.__setattr__(model.config, "max_length", max_length)
+    object.__setattr__(model.config, "max_length", 32)
     return model
 
 
@@ -79,7 +79,7 @@ def test_fitting_length_is_found():
 
 def test_middle_without_text_after_gap():
     texts = [["ab", range(2, 7), ""], ["ab", range(2, 6), "", range(1, 2), ""]]
-    inferred = infer_gap_lengths(cycle_model(), texts, encode, diffusion=CYCLE)
+    inferred = infer_gap_lengths(cycle_model(), texts, encode, diffusion=CYCLE, batch_size=3)
     assert inferred == [["ab", 4, ""], ["ab", 3, "", 1, ""]]
 
 

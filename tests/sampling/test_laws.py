@@ -9,7 +9,6 @@ import pytest
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.models import ModelConfig
-from dlm_jax.sampling import sampler
 from tests.sampling.enumerated import JointDistribution, LogitsModel, ReferenceSampler, assert_follows, truncated
 from tests.sampling.tiny_models import random_model, run_sampler
 
@@ -18,14 +17,7 @@ THREE, FOUR = JointDistribution(vocab=3, length=3), JointDistribution(vocab=2, l
 LEFT = np.cos(np.pi / 2 * np.arange(3) / 3)  # masked before each of 3 steps of the cosine schedule
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _optimized_program():
-    """With so many rows, optimizing the program costs less than running it unoptimized."""
-    program = jax.jit(sampler._sample.__wrapped__, static_argnames=("graphdef", "spec"),
-                      compiler_options={"xla_backend_optimization_level": 1})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "_sample", program)
-        yield
+pytestmark = pytest.mark.usefixtures("optimized_program")
 
 
 def everywhere(joint, *numbers):

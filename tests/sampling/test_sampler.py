@@ -18,7 +18,7 @@ from dlm_jax.errors import ConfigError
 from dlm_jax.sampling import GAP, POLICIES, SamplerConfig, SamplingSpec, pad_rows, sample, sampler, stream
 from dlm_jax.sampling.spec import RowSettings
 from tests.sampling.enumerated import LogitsModel
-from tests.sampling.tiny_models import EOS, MASK, SETTINGS, is_gap, make_batch, make_keys, run_sampler, tiny
+from tests.sampling.tiny_models import EOS, MASK, SETTINGS, is_gap, make_batch, make_keys, make_spec, run_sampler, tiny
 
 VOCAB, LENGTH = 31, 24  # of the LogitsModels here, whose mask token is the last of the vocabulary
 
@@ -228,7 +228,7 @@ def test_arrays_may_change_after_the_call():
     def start():
         tokens, fixed = aligned_empty((4, 64), np.int32), aligned_empty((4, 64), np.bool_)
         tokens[:], fixed[:] = 7, np.arange(64) < 20
-        spec = SamplingSpec(SamplerConfig("confidence", num_steps=2, temperature=0.0), DiffusionSpec(MASK))
+        spec = make_spec(policy="confidence", num_steps=2, temperature=0.0)
         return tokens, fixed, sample(tiny("llama"), tokens, fixed, np.full(4, 64), make_keys(4), spec)
 
     expected = np.asarray(start()[-1].tokens)
@@ -247,10 +247,7 @@ def compute_logits(model, tokens, attention):
 
 def stream_states(kind, settings):
     """Returns the states of `stream` as NumPy arrays."""
-    settings = dict(settings)
-    ends, stop = (settings.pop("eos"),) if "eos" in settings else (), settings.pop("stop", False)
-    spec = SamplingSpec(SamplerConfig(**settings), DiffusionSpec(MASK), ends, stop)
-    states = stream(tiny(kind), *make_batch(settings["policy"]), make_keys(4), spec)
+    states = stream(tiny(kind), *make_batch(settings["policy"]), make_keys(4), make_spec(**settings))
     return [jax.tree.map(np.asarray, state._replace(cache=None)) for state in states]
 
 

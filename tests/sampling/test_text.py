@@ -1,22 +1,17 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer
 
 from dlm_jax.checkpoints.tokenizer import load_tokenizer
 from dlm_jax.errors import DataError
 from dlm_jax.sampling import GAP, bucket, pad_rows
 from dlm_jax.sampling.text import decode, encode, split_gaps
+from tests.sampling.tiny_models import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer():
-    """Returns a tokenizer with a token per byte and an EOS token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
+    return byte_tokenizer()
 
 
 def fill(tokenizer, row, gaps, text):

@@ -8,12 +8,14 @@ import subprocess
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.sampling import GAP, Snapshot
-from dlm_jax.sampling.trace import COLUMNS, LINES, Trace, joined_characters, lay_out, page_content, token_texts
+from dlm_jax.sampling.text import TokenTexts
+from dlm_jax.sampling.trace import COLUMNS, LINES, Trace, lay_out, page_content
+from tests.sampling.tiny_models import byte_tokenizer
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 WORDS = [" the", " cat", "</script>", "<b>", " &amp;", " $x_1$", ".", "\n", '"', "\u2028"]
@@ -21,13 +23,7 @@ WORDS = [" the", " cat", "</script>", "<b>", " &amp;", " $x_1$", ".", "\n", '"',
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Returns a tokenizer with a token per byte, some words, and an EOS token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(WORDS)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
+    return byte_tokenizer(WORDS)
 
 
 def encoded(tokenizer, text):
@@ -121,7 +117,7 @@ def test_page_is_complete_escaped_and_small(tokenizer, tmp_path):
     parser.feed(page)
     assert tags.count("script") == 2 and "b" not in tags
     assert "default-src 'none'" in page
-    content = payload(page)
+    content, texts = payload(page), TokenTexts(tokenizer)
     assert content["caption"] == "</script><script>alert(1)</script> & <b>"
     for history, sample in zip(trace.histories, content["samples"], strict=True):
         shown = list(sample["start"])
@@ -129,25 +125,25 @@ def test_page_is_complete_escaped_and_small(tokenizer, tmp_path):
             for position, token in zip(changes[::3], changes[1::3], strict=True):
                 shown[position] = token
         final, _ = history.at(history.num_steps)
-        assert [content["texts"][token] for token in shown] == token_texts(tokenizer, final.tolist())
+        assert [content["texts"][token] for token in shown] == [texts.text(token) for token in final.tolist()]
         assert sample["first"] == 1
 
 
 def test_token_texts(tokenizer):
-    assert token_texts(tokenizer, [*encoded(tokenizer, " cat.\n"), tokenizer.eos_token_id]) == [
-        " cat", ".", "\n", "<end>"]
+    tokens = [*encoded(tokenizer, " cat.\n"), tokenizer.eos_token_id]
+    assert [*map(TokenTexts(tokenizer).text, tokens)] == [" cat", ".", "\n", "<end>"]
     pieces = Tokenizer(models.WordLevel({"▁the": 0, "a": 1, "?": 2}, unk_token="?"))
     pieces.decoder = decoders.Metaspace()
-    assert token_texts(PreTrainedTokenizerFast(tokenizer_object=pieces), [0, 1]) == [" the", "a"]
+    assert [*map(TokenTexts(PreTrainedTokenizerFast(tokenizer_object=pieces)).text, [0, 1])] == [" the", "a"]
 
 
 def test_characters_of_several_tokens_are_joined(tokenizer):
     tokens = encoded(tokenizer, "né 🏠")
     broken = tokens[1]
-    texts = dict(zip(tokens, token_texts(tokenizer, tokens), strict=True))
-    assert joined_characters(tokenizer, tokens, texts) == [(1, 2, "é"), (4, 4, "🏠")]
+    texts = TokenTexts(tokenizer)
+    assert texts.joined(tokens) == [(1, 2, "é"), (4, 4, "🏠")]
     interrupted = [broken, *tokens[1:], GAP, *tokens[4:6]]
-    assert joined_characters(tokenizer, interrupted, texts) == [(1, 2, "é"), (4, 4, "🏠")]
+    assert texts.joined(interrupted) == [(1, 2, "é"), (4, 4, "🏠")]
     sample = page_content(revealed(tokens, [True] * len(tokens)).histories, tokenizer, "")["samples"][0]
     assert sample["joined"] == [(1, 2, "é"), (4, 4, "🏠")]
 

@@ -1,4 +1,4 @@
-"""Tiny transformers with random weights, batches for them, and settings that cover the sampler."""
+"""Tiny transformers with random weights, batches for them, a tokenizer, and settings that cover the sampler."""
 
 import functools
 
@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.models import ExpertsConfig, ModelConfig, abstract_model
@@ -16,10 +18,10 @@ _SIZES = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, head_dim
 _KINDS = {
     "llama": dict(num_kv_heads=2, max_length=128),
     "window": dict(num_kv_heads=2, max_length=128, sliding_window=6),
-    "two types": dict(num_kv_heads=2, max_length=128, sliding_window=6, full_attention_layers=(1,),
-                      sliding_rope_theta=100.0, norm="zero_centered_rms", post_norms=True, scale_embeddings=True,
-                      attention_softcap=4.0, logit_softcap=9.0, query_pre_attn_scalar=5.0),
-    "experts": dict(num_kv_heads=2, max_length=128, experts=ExpertsConfig(4, 2)),
+    "two types and experts": dict(num_kv_heads=2, max_length=128, sliding_window=6, full_attention_layers=(1,),
+                                  sliding_rope_theta=100.0, norm="zero_centered_rms", post_norms=True,
+                                  scale_embeddings=True, attention_softcap=4.0, logit_softcap=9.0,
+                                  query_pre_attn_scalar=5.0, experts=ExpertsConfig(4, 2)),
     "gpt2": dict(num_kv_heads=4, max_length=40, norm="layer", positions="learned", gated_mlp=False,
                  activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True),
 }
@@ -27,7 +29,7 @@ _KINDS = {
 
 @functools.cache
 def tiny(kind, **changes):
-    """Returns a random network of one of five kinds, which differ in positions, heads, windows, norms and MLPs."""
+    """Returns a random network of one of four kinds, which differ in positions, heads, windows, norms and MLPs."""
     return random_model(ModelConfig(kind, **_SIZES | _KINDS[kind] | changes))
 
 
@@ -43,20 +45,32 @@ def random_model(config, scale=0.3, lora=None):
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
 
 
+def byte_tokenizer(words=()):
+    """Returns a tokenizer with a token per byte, some words, and an EOS token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(list(words))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>")
+
+
 def make_keys(count, seed=0):
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
 
 
-def run_sampler(network, tokens, fixed, lengths=None, *, keys=None, mask=MASK, shift=True, eos=None, stop=False,
-                drafter_object=None,
-                blocks=None, **config):
-    """Returns a `Sample` of NumPy arrays; `eos` is a token that ends a text, or several."""
+def make_spec(*, mask=MASK, shift=True, eos=None, stop=False, blocks=None, **config):
+    """Returns a `SamplingSpec`; `eos` is a token that ends a text, or several."""
+    ends = () if eos is None else tuple(np.atleast_1d(eos).tolist())
+    return SamplingSpec(SamplerConfig(**config), DiffusionSpec(mask, shift, blocks), ends, stop)
+
+
+def run_sampler(network, tokens, fixed, lengths=None, *, keys=None, **settings):
+    """Returns a `Sample` of NumPy arrays; `settings` are of `make_spec`."""
     tokens = np.asarray(tokens)
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
     keys = make_keys(len(tokens)) if keys is None else keys
-    ends = () if eos is None else tuple(np.atleast_1d(eos).tolist())
-    spec = SamplingSpec(SamplerConfig(**config), DiffusionSpec(mask, shift, blocks), ends, stop, drafter=drafter_object)
-    return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, spec))
+    return jax.tree.map(np.asarray, sample(network, tokens, fixed, lengths, keys, make_spec(**settings)))
 
 
 def make_batch(policy="confidence", seed=0):

@@ -5,8 +5,7 @@ import pytest
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.data.tokenization import tokenize
-from dlm_jax.serving.answer import warm_up_jobs
-from dlm_jax.serving.jobs import ServedModel, plan_completion
+from dlm_jax.serving.jobs import ServedModel, plan_completion, warm_up_jobs
 from dlm_jax.serving.protocol import CompletionRequest
 from dlm_jax.serving.queue import Job
 from tests.serving.conftest import STEPS
@@ -187,7 +186,7 @@ def test_warm_up_covers_requests_without_settings(engine, lms):
                  plan_completion(model, CompletionRequest(model=name, prompt=prompt, max_tokens=64))]
         if name == "full":
             plans.append(plan_completion(model, CompletionRequest(model=name, prompt="a <mask> the", infill=True)))
-        usual = [Job(name, plan.rows[0].tokens, plan.spec, lambda update: None) for plan in plans]
-        found, warm = (({(row.shape, spec) for row, spec, _ in map(engine._prepare, jobs)})
+        usual = [Job(name, plan.choices[0].tokens, plan.spec, lambda update: None) for plan in plans]
+        found, warm = (({(row.shape, spec) for row, spec in map(engine._prepare, jobs)})
                        for jobs in (usual, warm_up_jobs(model)))
         assert found <= warm, name

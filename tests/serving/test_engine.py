@@ -1,5 +1,6 @@
 """The engine: its texts are those of `sample`, whoever else is served; rows join, leave, fail and wait in order."""
 
+import contextlib
 import functools
 import threading
 import time
@@ -9,14 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from dlm_jax.diffusion import BlockSpec, DiffusionSpec
+from dlm_jax.diffusion import BlockSpec
 from dlm_jax.errors import ConfigError, DataError
 from dlm_jax.parallel import MeshConfig, make_mesh
 from dlm_jax.random import example_keys
-from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, sample_rows
+from dlm_jax.sampling import GAP, sample_rows
 from dlm_jax.serving.engine import Engine, EngineStopped
 from dlm_jax.serving.queue import Job, QueueFull
-from tests.sampling.tiny_models import EOS, MASK, tiny
+from dlm_jax.serving.running_batch import Programs, RunningBatch
+from tests.sampling.tiny_models import EOS, make_spec, tiny
 
 BLOCKS = BlockSpec(4)
 KINDS = {
@@ -46,7 +48,7 @@ class Client:
 
     def submit(self, rows, blocks=None, seed=0, first_index=0, model="m", every_step=False, stop=True, **settings):
         jobs = []
-        spec = SamplingSpec(SamplerConfig(**settings), DiffusionSpec(MASK, blocks=blocks), (EOS,), stop)
+        spec = make_spec(blocks=blocks, eos=EOS, stop=stop, **settings)
         for index, row in enumerate(rows, first_index):
             updates, done = [], threading.Event()
             self.updates.append((list(row), updates))
@@ -80,10 +82,10 @@ class Client:
 
 
 def rows_of(count, seed=0, inside=False):
-    """Returns rows of different lengths, with gaps at the end or also in the middle."""
+    """Returns rows of different lengths up to 32, one program's, with gaps at the end or also in the middle."""
     rng, rows = np.random.default_rng(seed), []
     for _ in range(count):
-        row = rng.integers(0, EOS, rng.integers(1, 12)).tolist() + [GAP] * int(rng.integers(3, 24))
+        row = rng.integers(0, EOS, rng.integers(1, 12)).tolist() + [GAP] * int(rng.integers(3, 18))
         if inside:
             row += rng.integers(0, EOS, 4).tolist()
         rows.append(row)
@@ -91,7 +93,7 @@ def rows_of(count, seed=0, inside=False):
 
 
 def expected_rows(rows, blocks, seed=0, first_index=0, stop=True, network=None, **settings):
-    spec = SamplingSpec(SamplerConfig(**settings), DiffusionSpec(MASK, blocks=blocks), (EOS,), stop)
+    spec = make_spec(blocks=blocks, eos=EOS, stop=stop, **settings)
     keys = example_keys(np.uint32(seed), np.arange(first_index, first_index + len(rows), dtype=np.uint32))
     return [row.tolist() for row in sample_rows(network or tiny("llama"), rows, keys, spec, batch_size=3)]
 
@@ -100,16 +102,30 @@ def filled(rows):
     return [[EOS if token == GAP else token for token in row] for row in rows]
 
 
-@pytest.fixture
-def engine():
-    engine = Engine({"m": language_model()}, max_batch=4, max_queue=40)
+@contextlib.contextmanager
+def running(models=None, **settings):
+    engine = Engine(models or {"m": language_model()}, **settings)
     engine.start()
     yield engine
     engine.stop(drain=False)
 
 
+@pytest.fixture(scope="module")
+def engine():
+    """One engine for most tests, which share its compiled programs."""
+    with running(max_batch=4, max_queue=40) as engine:
+        yield engine
+
+
+@pytest.fixture
+def counts(engine):
+    """Returns a function that gives the engine's counts since the start of the test."""
+    before = engine.metrics()
+    return lambda name: getattr(engine.metrics(), name) - getattr(before, name)
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_texts_are_those_of_sample(name, engine):
+def test_texts_are_those_of_sample(name, engine, counts):
     """Seven rows in at most four slots, so that rows join others that have begun, of three requests."""
     blocks, settings = KINDS[name]
     inside = blocks is None and settings["policy"] != "autoregressive"
@@ -118,32 +134,29 @@ def test_texts_are_those_of_sample(name, engine):
     client.submit(rows[3:4], blocks, seed=5, first_index=3, every_step=True, stop=not inside, **settings)
     client.submit(rows[4:], blocks, seed=5, first_index=4, stop=not inside, **settings)
     assert filled(client.wait()) == expected_rows(rows, blocks, seed=5, stop=not inside, **settings)
-    metrics = engine.metrics()
-    assert metrics.completed == 7 and metrics.active == metrics.queued == 0 and metrics.kinds == 1
+    assert counts("completed") == 7 and engine.metrics().active == engine.metrics().queued == 0 and counts("kinds") <= 1
 
 
 @pytest.mark.parametrize("name", ["block model", "autoregressive"])
 def test_long_prompts_are_computed_in_chunks_between_steps(name):
     """Of two rows that run and two with long prompts, all end as they should, and the first two go on meanwhile."""
     blocks, settings = KINDS[name]
-    lm = language_model(max_length=512)
-    engine, rng = Engine({"m": lm}, max_batch=4), np.random.default_rng(0)
-    engine.start()
-    shapes = ((3, 300), (2, 260), (257, 9), (340, 6))
+    rng, shapes = np.random.default_rng(0), ((3, 200), (2, 180), (140, 9), (190, 6))
     rows = [rng.integers(0, EOS, given).tolist() + [GAP] * gaps for given, gaps in shapes]
-    short, long = Client(engine), Client(engine)
-    tickets = short.submit(rows[:2], blocks, every_step=True, stop=False, **settings)
-    while not short.updates[0][1]:
-        time.sleep(0.01)
-    long.submit(rows[2:], blocks, first_index=2, stop=False, **settings)
-    network = tiny("llama", max_length=512)
-    assert long.wait() == expected_rows(rows, blocks, stop=False, network=network, **settings)[2:]
-    for ticket in tickets:
-        ticket.cancel()
-    engine.stop()
+    with running({"m": language_model(max_length=256)}, max_batch=4) as engine:
+        short, long = Client(engine), Client(engine)
+        tickets = short.submit(rows[:2], blocks, every_step=True, stop=False, **settings)
+        while not short.updates[0][1]:
+            time.sleep(0.01)
+        long.submit(rows[2:], blocks, first_index=2, stop=False, **settings)
+        expected = expected_rows(rows[2:], blocks, first_index=2, stop=False, network=tiny("llama", max_length=256),
+                                 **settings)
+        assert long.wait() == expected
+        for ticket in tickets:
+            ticket.cancel()
 
 
-def test_rows_with_other_numbers_share_a_batch(engine):
+def test_rows_with_other_numbers_share_a_batch(engine, counts):
     rows, client = rows_of(6), Client(engine)
     numbers = [dict(temperature=0.0), dict(temperature=0.7), dict(top_p=0.8), dict(top_k=5),
                dict(threshold=0.1), dict(threshold=0.6, top_p=0.5)]
@@ -152,7 +165,7 @@ def test_rows_with_other_numbers_share_a_batch(engine):
     found = filled(client.wait())
     assert found == [expected_rows([row], BLOCKS, policy="threshold", **settings)[0]
                      for row, settings in zip(rows, numbers, strict=True)]
-    assert engine.metrics().kinds == 1
+    assert counts("kinds") <= 1
 
 
 def test_every_step_has_an_update(engine):
@@ -164,9 +177,9 @@ def test_every_step_has_an_update(engine):
     assert [len(update.changes) for update in updates] == [1] * 12
 
 
-def test_cancelled_row_gets_no_update_and_frees_its_slot(engine):
+def test_cancelled_row_gets_no_update_and_frees_its_slot(engine, counts):
     client, other, began = Client(engine), Client(engine), threading.Event()
-    spec = SamplingSpec(SamplerConfig("first_hitting"), DiffusionSpec(MASK))
+    spec = make_spec(policy="first_hitting")
     seen = []
 
     def receive(update):
@@ -181,20 +194,37 @@ def test_cancelled_row_gets_no_update_and_frees_its_slot(engine):
     other.submit([[1, 2, GAP, GAP]], policy="first_hitting")
     client.submit(rows_of(2), policy="first_hitting")
     other.wait(), client.wait()
-    assert not any(update.is_last for update in seen) and engine.metrics().cancelled == 4
+    assert not any(update.is_last for update in seen) and counts("cancelled") == 4
     number = len(seen)
     client.submit(rows_of(1), policy="first_hitting")
     client.wait()
     assert len(seen) == number
 
 
+@pytest.mark.parametrize("name", ["stale cache", "ngram"])
+def test_rows_removed_before_they_have_a_slot(name):
+    """Of rows that start together, one leaves before the first step, and the other is as without it."""
+    blocks, settings = KINDS[name]
+    engine, rows = Engine({"m": language_model()}, max_batch=2), rows_of(2)
+    spec = make_spec(blocks=blocks, eos=EOS, stop=True, **settings)
+    prepared = [engine._prepare(Job("m", row, spec, print, example_index=index)) for index, row in enumerate(rows)]
+    batch = RunningBatch(Programs(tiny("llama"), prepared[0][1], 2))
+    batch.add([row for row, _ in prepared], ["first", "second"])
+    batch.remove(["first"])
+    assert batch.all_owners() == ["second"] and batch.num_rows == 1
+    while batch.num_running == 0:
+        batch.prefill()
+    found = batch.run(100)
+    assert list(found) == ["second"] and found["second"].is_done and batch.num_rows == 0
+    view, expected = found["second"], expected_rows(rows, blocks, **settings)[1]
+    assert np.where(view.masked, EOS, view.tokens)[: len(expected)].tolist() == expected
+
+
 @pytest.mark.parametrize("max_batch", [1, 4])
 def test_a_request_of_many_rows_does_not_keep_others_waiting(max_batch):
     """A second request gets a slot as soon as a row of the first is done, not after its 24."""
-    engine = Engine({"m": language_model()}, max_batch=max_batch)
-    engine.start()
-    order, client = [], Client(engine)
-    spec = SamplingSpec(SamplerConfig("first_hitting"), DiffusionSpec(MASK))
+    order = []
+    spec = make_spec(policy="first_hitting")
 
     def job(name, length):
         done = threading.Event()
@@ -205,23 +235,24 @@ def test_a_request_of_many_rows_does_not_keep_others_waiting(max_batch):
                 done.set()
         return Job("m", [1] + [GAP] * length, spec, receive), done
 
-    client.submit(rows_of(4), policy="first_hitting")  # compiles
-    client.wait()
-    many = [job("many", 40) for _ in range(24)]
-    few = [job("few", 20) for _ in range(2)]
-    engine.submit([one for one, _ in many])
-    engine.submit([one for one, _ in few])
-    for _, done in many + few:
-        assert done.wait(120)
+    with running(max_batch=max_batch) as engine:
+        client = Client(engine)
+        client.submit(rows_of(4), policy="first_hitting")  # compiles
+        client.wait()
+        many = [job("many", 40) for _ in range(24)]
+        few = [job("few", 20) for _ in range(2)]
+        engine.submit([one for one, _ in many])
+        engine.submit([one for one, _ in few])
+        for _, done in many + few:
+            assert done.wait(120)
     assert max(index for index, name in enumerate(order) if name == "few") < 12
-    engine.stop()
 
 
-def test_full_queue_takes_all_rows_of_a_request_or_none(engine):
+def test_full_queue_takes_all_rows_of_a_request_or_none(engine, counts):
     client = Client(engine)
     with pytest.raises(QueueFull):
         client.submit(rows_of(41), policy="first_hitting")
-    assert engine.metrics().refused == 41
+    assert counts("refused") == 41
     again = Client(engine)
     again.submit(rows_of(40), policy="first_hitting")
     again.wait()
@@ -231,17 +262,17 @@ def test_full_queue_takes_all_rows_of_a_request_or_none(engine):
     ([1] * 5, dict(), DataError), ([GAP] * 5, dict(), DataError), ([1, *[GAP] * 128], dict(), DataError),
     ([1, GAP, 2], dict(policy="autoregressive"), ConfigError),
     ([1, *[GAP] * 9], dict(policy="first_hitting", num_steps=3), ConfigError)])
-def test_what_cannot_be_sampled_is_refused_at_once(row, settings, error, engine):
+def test_what_cannot_be_sampled_is_refused_at_once(row, settings, error, engine, counts):
     with pytest.raises(error):
         Client(engine).submit([row], **settings)
-    assert engine.metrics().kinds == 0
+    assert counts("kinds") == 0
 
 
-def test_failure_ends_its_rows_and_nothing_else(engine, monkeypatch, caplog):
+def test_failure_ends_its_rows_and_nothing_else(engine, counts, monkeypatch):
     from dlm_jax.serving import running_batch
 
     client, failed = Client(engine), Client(engine)
-    client.submit([[1] + [GAP] * 12], policy="confidence", num_steps=4)
+    client.submit([[1] + [GAP] * 12], policy="first_hitting")
     client.wait()
     add, calls = running_batch.RunningBatch.add, []
 
@@ -252,23 +283,24 @@ def test_failure_ends_its_rows_and_nothing_else(engine, monkeypatch, caplog):
         return add(self, *args)
 
     monkeypatch.setattr(running_batch.RunningBatch, "add", fail_once)
-    failed.submit([[1] + [GAP] * 12], policy="confidence", num_steps=4)
+    failed.submit([[1] + [GAP] * 12], policy="first_hitting")
     failed._done[0].wait(60)
     assert failed.updates[0][1][-1].error
-    client.submit([[1] + [GAP] * 12], policy="confidence", num_steps=4)
+    client.submit([[1] + [GAP] * 12], policy="first_hitting")
     client.wait()
-    assert engine.metrics().failed == 1
+    assert counts("failed") == 1
 
 
-def test_kinds_that_are_not_used_are_forgotten(monkeypatch, engine):
+def test_kinds_that_are_not_used_are_forgotten(monkeypatch):
     from dlm_jax.serving import engine as module
 
-    monkeypatch.setattr(module, "_MOST_KINDS", 2)
-    for policy in ("first_hitting", "threshold", "random", "confidence"):
-        client = Client(engine)
-        client.submit([[1, GAP, GAP]], policy=policy)
-        client.wait()
-        assert engine.metrics().kinds <= 2
+    monkeypatch.setattr(module, "_MOST_KINDS", 1)
+    with running(max_batch=1) as engine:
+        for policy in ("first_hitting", "threshold"):
+            client = Client(engine)
+            client.submit([[1, GAP, GAP]], policy=policy)
+            client.wait()
+            assert engine.metrics().kinds == 1
 
 
 def test_calls_run_between_steps(engine):
@@ -279,7 +311,7 @@ def test_calls_run_between_steps(engine):
 
 def test_stop_finishes_or_refuses():
     for drain in (True, False):
-        engine = Engine({"m": language_model()}, max_batch=2)
+        engine = Engine({"m": language_model()}, max_batch=1)
         engine.start()
         client = Client(engine)
         client.submit([[1] + [GAP] * 100] * 3, policy="first_hitting", every_step=True)
@@ -292,9 +324,9 @@ def test_stop_finishes_or_refuses():
             engine.call(int)
 
 
-def test_warm_rows_compile_nothing(engine):
+def test_warm_rows_compile_nothing():
     cold = Engine({"m": language_model()}, max_batch=4)
-    spec = SamplingSpec(SamplerConfig("threshold"), DiffusionSpec(MASK, blocks=BLOCKS), (EOS,), True)
+    spec = make_spec(policy="threshold", blocks=BLOCKS, eos=EOS, stop=True)
     seen = []
     cold.warm_up([Job("m", [1] + [GAP] * 40, spec, print)], lambda *counts: seen.append(counts))
     assert seen == [(0, 1), (1, 1)]
@@ -318,10 +350,8 @@ def programs(engine):
 
 def test_mesh_of_eight_devices_gives_the_same_texts():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    engine = Engine({"m": types.SimpleNamespace(**vars(language_model()) | {"mesh": mesh})}, max_batch=12)
-    engine.start()
-    rows, client = rows_of(12), Client(engine)
-    client.submit(rows[:5], BLOCKS, policy="threshold")
-    client.submit(rows[5:], BLOCKS, first_index=5, policy="threshold")
-    assert filled(client.wait()) == expected_rows(rows, BLOCKS, policy="threshold")
-    engine.stop()
+    with running({"m": types.SimpleNamespace(**vars(language_model()) | {"mesh": mesh})}, max_batch=8) as engine:
+        rows, client = rows_of(12), Client(engine)
+        client.submit(rows[:5], BLOCKS, policy="threshold")
+        client.submit(rows[5:], BLOCKS, first_index=5, policy="threshold")
+        assert filled(client.wait()) == expected_rows(rows, BLOCKS, policy="threshold")

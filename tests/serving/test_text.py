@@ -7,10 +7,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dlm_jax.sampling.text import GAP, before_end, decode, encode
-from dlm_jax.sampling.trace import BROKEN, Change
+from dlm_jax.diffusion import BlockSpec, DiffusionSpec
+from dlm_jax.sampling import SamplerConfig, SamplingSpec
+from dlm_jax.sampling.text import BROKEN, GAP, TokenTexts, before_end, decode, encode
+from dlm_jax.sampling.trace import Change
 from dlm_jax.serving.steps import MASK, RowSteps
-from dlm_jax.serving.text import GapText, RowText, TextFormat, TokenTexts, final_groups, overlap
+from dlm_jax.serving.text import GapText, RowText, TextFormat, final_groups, overlap
 from tests.serving.conftest import byte_tokenizer
 
 WORDS = ["▁", "▁a", "▁cat", "s", "at", "é", "。", "▁é", "  ", "!", "▁▁"]
@@ -69,8 +71,8 @@ def random_changes(rng: np.random.Generator, row: list[int], filled: list[int], 
     return changes
 
 
-def one_by_one(positions) -> list[int]:
-    return final_groups(list(positions), 0.0, None, None)
+def groups(row: list[int], remask: float = 0.0, blocks: BlockSpec | None = None, **settings) -> list[int]:
+    return final_groups(row, SamplingSpec(SamplerConfig(remask=remask, **settings), DiffusionSpec(None, blocks=blocks)))
 
 
 def run_stream(reader: RowText, changes: list[Change], rng: np.random.Generator) -> list[str]:
@@ -115,7 +117,7 @@ def test_deltas_add_up_to_the_text(kind, remask):
         row = [*filled[:start], *[GAP] * (20 - start)]
         gap, ends = range(start, 20), rng.choice([True, False])
         text_format = TextFormat(["", len(gap)], [gap], (end,) if ends else (),
-                                 needed=final_groups(list(gap), 0.3 if remask else 0.0, None, None))
+                                 needed=groups(row, 0.3 if remask else 0.0))
         reader = RowText(row, text_format, texts)
         deltas = run_stream(reader, random_changes(rng, row, filled, remask), rng)
         tokens = before_end(filled[start:], text_format.ends)
@@ -138,7 +140,7 @@ def test_stop_strings(kind):
         stops = tuple({stop for stop in (whole[at : at + 3], whole[at + 1 : at + 2], "zz") if stop})
         readers = []
         for _ in range(2):
-            reader = RowText(row, TextFormat(["", 23], [gap], stops=stops, needed=one_by_one(gap)), texts)
+            reader = RowText(row, TextFormat(["", 23], [gap], stops=stops, needed=groups(row)), texts)
             deltas = run_stream(reader, random_changes(rng, row, filled), rng)
             assert "".join(deltas) == reader.text
             readers.append(reader)
@@ -162,7 +164,7 @@ def test_response_without_space_and_end_text():
             gap = range(1, len(filled))
             row = [0, *[GAP] * len(gap)]
             reader = RowText(row, TextFormat(["", len(gap)], [gap], is_response=True, end_text=end,
-                                             needed=one_by_one(gap)), texts)
+                                             needed=groups(row)), texts)
             deltas = run_stream(reader, random_changes(rng, row, filled), rng)
             assert "".join(deltas) == reader.text == content.rstrip().removesuffix(end).strip()
 
@@ -173,8 +175,8 @@ def test_text_with_gaps():
     row, gaps = encode(texts.tokenizer, segments, 0)
     for _ in range(30):
         filled = [token if token != GAP else int(rng.integers(1, len(texts.tokenizer))) for token in row]
-        needed = one_by_one([i for gap in gaps for i in gap])
-        reader = RowText(row, TextFormat(segments, gaps, shows_given=True, full_reason="stop", needed=needed), texts)
+        text_format = TextFormat(segments, gaps, shows_given=True, full_reason="stop", needed=groups(row))
+        reader = RowText(row, text_format, texts)
         first = reader.text
         assert first == "Zoë  "
         deltas = run_stream(reader, random_changes(rng, row, filled), rng)
@@ -192,7 +194,7 @@ def test_log_probs_cover_the_text():
             gap = range(1, len(filled))
             row = [0, *[GAP] * len(gap)]
             reader = RowText(row, TextFormat(["", len(gap)], [gap], stops=stops, offset=7, shows_end=True,
-                                             needed=one_by_one(gap)), texts, top=True)
+                                             needed=groups(row)), texts, top=True)
             changes, entries = random_changes(rng, row, filled), []
             for step in range(1, changes[-1].step + 1):
                 update = [change for change in changes if change.step == step]
@@ -207,10 +209,12 @@ def test_log_probs_cover_the_text():
 
 
 def test_remasked_tokens_wait_for_their_block():
-    assert final_groups([1, 2, 3, 4, 5], 0.0, None, None) == [1, 2, 3, 4, 5]
-    assert final_groups([1, 2, 3, 4, 5], 0.5, None, None) == [5, 5, 5, 5, 5]
-    assert final_groups([2, 3, 4, 5, 9], 0.5, 4, None) == [2, 2, 4, 4, 5]  # aligned blocks: 0-3, 4-7, 8-11
-    assert final_groups([2, 3, 7, 8, 9], 0.5, None, 4) == [2, 2, 5, 5, 5]  # from the first gap that no block has
+    row = [0, *[GAP] * 5]
+    assert groups(row) == [1, 2, 3, 4, 5] and groups(row, 0.5) == [5, 5, 5, 5, 5]
+    aligned = [0, 0, GAP, GAP, GAP, GAP, 0, 0, 0, GAP]  # in blocks 0-3, 4-7, 8-11
+    assert groups(aligned, 0.5, BlockSpec(4)) == [2, 2, 4, 4, 5]
+    spread = [0, 0, GAP, GAP, 0, 0, 0, GAP, GAP, GAP]  # in blocks from the first gap that no block has
+    assert groups(spread, 0.5, block_length=4) == [2, 2, 5, 5, 5]
 
 
 def test_steps_show_every_token():

@@ -26,8 +26,7 @@ LORA = LoRAConfig(rank=3, alpha=6.0, dropout=0.1, targets=("q", "out", "up", "do
 @functools.cache
 def split_model(lora, compute=Compute()):
     """The graph, and the trained and frozen parameters on the host."""
-    model = add_lora(Transformer(MODEL, rngs=nnx.Rngs(0), compute=compute), lora, 0, "float32",
-                     jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    model = add_lora(Transformer(MODEL, rngs=nnx.Rngs(0), compute=compute), lora, 0, "float32")
     graphdef, params, frozen = split_trainable(model)
     return graphdef, jax.device_get(params), jax.device_get(frozen)
 
