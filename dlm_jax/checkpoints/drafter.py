@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import jax
     from etils import epath
 
-    from dlm_jax.checkpoints.workdir import DrafterRecord
     from dlm_jax.models import Compute, Drafter, DrafterConfig, ModelConfig, Transformer
 
 
@@ -152,9 +151,7 @@ def recorded_target(source: "epath.PathLike") -> str | None:
     return find_base(_read_record(source).source, split_step(source)[0])
 
 
-def _read_record(source: "epath.PathLike") -> "DrafterRecord":
-    from dlm_jax.checkpoints.workdir import DrafterRecord
-
+def _read_record(source: "epath.PathLike") -> DrafterRecord:
     record = DrafterRecord.read(split_step(source)[0])
     if record is None:
         raise CheckpointError(f"{source} is not the workdir of a run that trains a drafter; it has no {DRAFTER_FILE}")
