@@ -1,7 +1,7 @@
 """From a base model and a corpus to a trained model.
 
 `setup` opens a run, `loop` takes its steps (`step` on a `state`, `optimizer`), which minimize `diffusion_loss` or what
-is in `drafting`. `hooks` do everything else (validation, samples, checkpoints, a profile), `metrics` measures and
+is in `draft_loss`. `hooks` do everything else (validation, samples, checkpoints, a profile), `metrics` measures and
 reports, and `flops` counts what a step computes.
 """
 
