@@ -4,9 +4,9 @@ The checkpoints of a run that trains one hold the drafter alone; its target is o
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dlm_jax.checkpoints.source import DRAFTER_FILE, SourceRecord, find_base, is_workdir, locate, split_step
+from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, locate, split_step
 from dlm_jax.config_fields import check_at_least, check_choices, field
 from dlm_jax.errors import CheckpointError, ConfigError
 from dlm_jax.storage import read_json
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import jax
     from etils import epath
 
+    from dlm_jax.checkpoints.workdir import DrafterRecord
     from dlm_jax.models import Compute, Drafter, DrafterConfig, ModelConfig, Transformer
 
 
@@ -79,30 +80,6 @@ def resolve_drafter(settings: DrafterSettings, target: "ModelConfig", mask_token
                          **{name: getattr(settings, name) for name in sorted(names)})
 
 
-@dataclasses.dataclass(frozen=True)
-class DrafterRecord(SourceRecord):
-    """The target of a run that trains a drafter, and the drafter's architecture."""
-
-    FILE, ROLE = DRAFTER_FILE, "target"
-    config: "DrafterConfig"
-
-    def to_json(self) -> dict[str, Any]:
-        content = dataclasses.asdict(self)
-        return {"target": content.pop("source"), **content}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        from dlm_jax.models import DrafterConfig, ModelConfig, RopeScaling
-
-        config = content.pop("config")
-        layers = config.pop("layers")
-        if layers["rope_scaling"] is not None:
-            layers["rope_scaling"] = RopeScaling(**layers["rope_scaling"])
-        config, layers = ({name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-                          for fields in (config, layers))
-        return cls(content.pop("target"), **content, config=DrafterConfig(ModelConfig(**layers), **config))
-
-
 class StoredDrafter(NamedTuple):
     """A drafter, and the source of the target that it was trained for, None where its files do not say."""
 
@@ -151,7 +128,9 @@ def recorded_target(source: "epath.PathLike") -> str | None:
     return find_base(_read_record(source).source, split_step(source)[0])
 
 
-def _read_record(source: "epath.PathLike") -> DrafterRecord:
+def _read_record(source: "epath.PathLike") -> "DrafterRecord":
+    from dlm_jax.checkpoints.workdir import DrafterRecord
+
     record = DrafterRecord.read(split_step(source)[0])
     if record is None:
         raise CheckpointError(f"{source} is not the workdir of a run that trains a drafter; it has no {DRAFTER_FILE}")

@@ -22,10 +22,10 @@ from dlm_jax.checkpoints.hf_names import KEYS
 from dlm_jax.checkpoints.hf_tensors import has_model_tensors
 from dlm_jax.checkpoints.lora import LoRASettings, resolve_lora
 from dlm_jax.checkpoints.peft import is_peft_adapter, merge_peft_adapter, read_peft_adapter
-from dlm_jax.checkpoints.source import DRAFTER_FILE, SourceRecord, find_base, is_workdir, locate, split_step
+from dlm_jax.checkpoints.source import DRAFTER_FILE, find_base, is_workdir, locate, split_step
 from dlm_jax.checkpoints.stored import open_stored
 from dlm_jax.checkpoints.tokenizer import choose_mask_token, load_tokenizer
-from dlm_jax.checkpoints.workdir import LoRABase, read_run_config
+from dlm_jax.checkpoints.workdir import LoRABase, ModelRecord, read_run_config
 from dlm_jax.data.tokenization import missing_ids, special_tokens_of, start_token
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import CheckpointError, ConfigError, DataError
@@ -218,7 +218,7 @@ def load_pretrained(source: epath.PathLike, *, mask_token: str | int | None = No
     return _with_fitting_tokenizer(_load_stored(directory, str(source), options))
 
 
-def load_recorded(record: SourceRecord, workdir: epath.Path, compute: Compute, param_dtype: str,
+def load_recorded(record: ModelRecord, workdir: epath.Path, compute: Compute, param_dtype: str,
                   shardings: Shardings | None) -> Pretrained:
     """Loads the weights that a run records; a base of LoRA with new LoRA parameters beside it.
 
@@ -317,8 +317,8 @@ def _load_lora_run(loaded: Pretrained, directory: epath.Path, record: LoRABase,
                    restore: Callable[[nnx.State, list[Sharding]], nnx.State], merge: bool,
                    options: _Options) -> Pretrained:
     """Loads a run with LoRA, of which `loaded` has all but the parameters: merges LoRA, or puts it beside its base."""
-    base, lora = load_recorded(record, directory, options.compute, loaded.recipe["model.param_dtype"],
-                               options.shardings), loaded.model.lora
+    lora, param_dtype = loaded.model.lora, loaded.recipe["model.param_dtype"]
+    base = load_recorded(record, directory, options.compute, param_dtype, options.shardings)
     graphdef, trained, frozen = split_trainable(base.model)
     learned = restore(trained, [leaf.sharding for leaf in jax.tree.leaves(trained)])
     model = nnx.merge(graphdef, learned, frozen)

@@ -3,16 +3,15 @@
 Nothing here reads weights or imports JAX, so that a wrong path is refused at once.
 """
 
-import dataclasses
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 from etils import epath
 
 from dlm_jax.checkpoints.gguf_file import is_gguf, read_gguf
 from dlm_jax.errors import CheckpointError, did_you_mean
-from dlm_jax.storage import ensure_accessible, is_remote, local_copy, local_file, read_json, read_metadata, write_json
+from dlm_jax.storage import ensure_accessible, is_remote, local_copy, local_file, read_json, read_metadata
 
 LORA_FILE = "adapter.json"  # of a run with LoRA: see `workdir.LoRABase`
 PARENT_FILE = "parent.json"  # of a run that keeps a copy of its parent: see `workdir.ParentRecord`
@@ -174,56 +173,6 @@ def _download(repository: str, patterns: list[str], path: Path, ignore_patterns:
     except (OSError, errors.HfHubHTTPError) as error:
         raise CheckpointError(f"{repository} is not a directory here{_similar(path)}, and the Hugging Face hub cannot "
                               "be reached to fetch it; check the network, or give the path of a local copy") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceRecord:
-    """What a run records, in a file of its workdir, of weights that it needs and that its checkpoints do not hold.
-
-    Attributes:
-      source: of the weights: a directory, a GGUF file, a hub id, or a workdir@step.
-      mask_token: the argument with which they were loaded.
-      fingerprint: of the weights; see `pretrained.weights_fingerprint`.
-    """
-
-    FILE: ClassVar[str]
-    ROLE: ClassVar[str]  # what the weights are to the run, for messages
-    source: str
-    mask_token: int | str | None
-    fingerprint: str
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        return cls(**content)
-
-    @classmethod
-    def read(cls, workdir: epath.PathLike) -> Self | None:
-        """Reads the record of a run; None for a run without one.
-
-        Raises:
-          CheckpointError: the file is damaged.
-        """
-        path = epath.Path(workdir) / cls.FILE
-        if not path.exists():
-            return None
-        content = read_json(path)
-        try:
-            return cls.from_json(content)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error!r}; restore it from a copy") from error
-
-    def write(self, workdir: epath.Path) -> None:
-        write_json(workdir / self.FILE, self.to_json())
-
-    def check(self, fingerprint: str, workdir: epath.PathLike) -> None:
-        """Raises CheckpointError unless the weights have the same fingerprint as when the run started."""
-        if fingerprint != self.fingerprint:
-            raise CheckpointError(f"the {self.ROLE} at {self.source} has other weights than when the run in {workdir} "
-                                  "started; restore them, or correct the source in "
-                                  f"{epath.Path(workdir) / self.FILE}")
 
 
 def settings_folder(source: str) -> Path:

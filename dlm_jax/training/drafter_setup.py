@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dlm_jax.checkpoints import Pretrained
-from dlm_jax.checkpoints.drafter import DrafterRecord, resolve_drafter
+from dlm_jax.checkpoints.drafter import resolve_drafter
+from dlm_jax.checkpoints.workdir import DrafterRecord
 from dlm_jax.diffusion import DraftObjective
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import DraftedModel, Drafter, DrafterConfig, Transformer, abstract_drafter

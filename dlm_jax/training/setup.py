@@ -14,11 +14,18 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dlm_jax.attention import AttentionSpec, BackendChoice, choose_backend
 from dlm_jax.checkpoints import Pretrained, load_pretrained
-from dlm_jax.checkpoints.drafter import DrafterRecord
 from dlm_jax.checkpoints.orbax import restore_latest, restore_state
 from dlm_jax.checkpoints.pretrained import load_recorded, weights_fingerprint
-from dlm_jax.checkpoints.source import SourceRecord, absolute_source
-from dlm_jax.checkpoints.workdir import LoRABase, ParentRecord, hold_workdir, read_run_config, write_run_metadata
+from dlm_jax.checkpoints.source import absolute_source
+from dlm_jax.checkpoints.workdir import (
+    DrafterRecord,
+    LoRABase,
+    ModelRecord,
+    ParentRecord,
+    hold_workdir,
+    read_run_config,
+    write_run_metadata,
+)
 from dlm_jax.data.chat_template import ChatTemplate
 from dlm_jax.data.corpus import load_rows
 from dlm_jax.data.loader import Loader
@@ -269,7 +276,7 @@ def has_host_memory(device: jax.Device) -> bool:
     return any(memory.kind == HOST for memory in device.addressable_memories())
 
 
-def new_record(config: TrainConfig, base: Pretrained) -> SourceRecord | None:
+def new_record(config: TrainConfig, base: Pretrained) -> ModelRecord | None:
     """Returns what a new run records of weights that its checkpoints will not hold; None if they hold all."""
     def source_of(loaded: Pretrained) -> tuple[str, int | str | None, str]:
         return absolute_source(base.source), config.model.mask_token, weights_fingerprint(loaded)
@@ -282,7 +289,7 @@ def new_record(config: TrainConfig, base: Pretrained) -> SourceRecord | None:
     return ParentRecord(*source_of(base)) if config.objective.teacher.is_needed else None
 
 
-def read_record(config: TrainConfig, workdir: epath.Path) -> SourceRecord | None:
+def read_record(config: TrainConfig, workdir: epath.Path) -> ModelRecord | None:
     """Returns what a run has recorded of weights that its checkpoints do not hold; None if they hold all.
 
     Raises:

@@ -12,7 +12,8 @@ from flax import nnx
 
 from dlm_jax import DiffusionLM
 from dlm_jax.checkpoints import Pretrained, load_pretrained, open_drafter, save_pretrained
-from dlm_jax.checkpoints.drafter import DrafterRecord, resolve_drafter
+from dlm_jax.checkpoints.drafter import resolve_drafter
+from dlm_jax.checkpoints.workdir import DrafterRecord
 from dlm_jax.cli.config import build_config, load_recipe
 from dlm_jax.cli.main import main
 from dlm_jax.diffusion import DiffusionSpec, ObjectiveConfig
