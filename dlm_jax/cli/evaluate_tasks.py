@@ -196,7 +196,7 @@ def _load_eval_models(arguments: argparse.Namespace,
                "seed": arguments.seed, "batch_size": arguments.batch_size}
     lm = load_model(arguments)
     autoregressive = arguments.objective == "autoregressive" or lm.pretrained.is_autoregressive
-    sampler = sampler_of(arguments, autoregressive, lm.default_sampling)
+    sampler = sampler_of(arguments, autoregressive, {} if reference else lm.default_sampling)
     model = make_eval_model(lm.pretrained, str(arguments.model), mesh=lm.mesh, **options, sampler=sampler,
                             autoregressive=autoregressive, network=lm.model_with_drafter(sampler.drafter))
     models = [(model, lm)]

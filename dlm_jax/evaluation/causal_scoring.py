@@ -64,8 +64,13 @@ def causal_accuracy(model: Transformer, *, bos_token_id: int | None = None, batc
     """Returns a `MaskedAccuracy` of an autoregressive model; arguments as in `autoregressive_score`."""
     values = functools.partial(token_values, model, measure=top1_correct, bos_token_id=bos_token_id,
                                batch_size=batch_size, mesh=mesh)
-    return lambda pairs, masked: np.array([correct[mask].mean() for correct, mask in zip(
-        values(pairs), masked, strict=True)])
+
+    def accuracy(pairs: Sequence[Pair], masked: Sequence[np.ndarray]) -> np.ndarray:
+        different = list(dict.fromkeys(pairs))  # what is masked does not change what the model predicts
+        correct = dict(zip(different, values(different), strict=True))
+        return np.array([correct[pair][mask].mean() for pair, mask in zip(pairs, masked, strict=True)])
+
+    return accuracy
 
 
 def _nll_and_correct(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -87,7 +92,7 @@ def token_values(model: Transformer, pairs: Sequence[Pair], measure: Measure, *,
     # The model does not see the last token, which is only predicted.
     rows = token_rows(pairs, bos_token_id, longest=config.max_length + 1, max_length=config.max_length)
     trees = _grow_trees(rows, pairs, config)
-    packed = _pack(trees, min(_ROW_WIDTH, config.max_length), config)
+    packed = _pack(trees, config.max_length)
     shards = num_batch_shards(mesh)
     batch_size = -(-batch_size // (_TEXTS_PER_ROW * shards)) * shards
     graphdef, params = nnx.split(model)
@@ -100,8 +105,7 @@ def token_values(model: Transformer, pairs: Sequence[Pair], measure: Measure, *,
         values = jax.tree.map(np.asarray, values)
         for number, row in enumerate(batch):
             for place, tree in row.trees:
-                for branch, here in _branch_places(place, tree):
-                    scored = slice(here.stop - len(branch.next_tokens), here.stop)
+                for branch, _, scored in _branch_places(place, tree):
                     found[branch.pair] = jax.tree.map(lambda x, at=(number, scored): x[at], values)
     return found
 
@@ -168,13 +172,13 @@ class _Row:
         self.used += tree.size
 
 
-def _pack(trees: Sequence[_Tree], width: int, config: ModelConfig) -> list[_Row]:
+def _pack(trees: Sequence[_Tree], max_length: int) -> list[_Row]:
     """Returns rows that hold all trees, the widest first: each tree, from the largest on, goes where there is room."""
     rows: list[_Row] = []
     for tree in sorted(trees, key=lambda tree: -tree.size):
         row = next((row for row in rows if row.used + tree.size <= row.width), None)
         if row is None:
-            row = _Row(max(width, pad_width(tree.size, config.max_length)))
+            row = _Row(max(min(_ROW_WIDTH, max_length), pad_width(tree.size, max_length)))
             rows.append(row)
         row.add(tree)
     return rows
@@ -209,21 +213,20 @@ def _arrays(rows: Sequence[_Row], batch_size: int) -> _Arrays:
             arrays.segment_ids[number, place : place + tree.size] = segment
             here = slice(place, place + len(tree.start))
             arrays.tokens[number, here], arrays.positions[number, here] = tree.start, np.arange(len(tree.start))
-            for index, (branch, here) in enumerate(_branch_places(place, tree), 1):
-                length = len(branch.tokens)
+            for index, (branch, here, scored) in enumerate(_branch_places(place, tree), 1):
                 arrays.tokens[number, here], arrays.branch_ids[number, here] = branch.tokens, index
-                arrays.positions[number, here] = len(tree.start) + np.arange(length)
-                scored = slice(here.stop - len(branch.next_tokens), here.stop)
+                arrays.positions[number, here] = len(tree.start) + np.arange(len(branch.tokens))
                 arrays.targets[number, scored], arrays.scored[number, scored] = branch.next_tokens, True
     return arrays
 
 
-def _branch_places(place: int, tree: _Tree) -> Iterator[tuple[_Branch, slice]]:
-    """Yields the branches of a tree at `place`, and where in the row each is."""
+def _branch_places(place: int, tree: _Tree) -> Iterator[tuple[_Branch, slice, slice]]:
+    """Yields the branches of a tree at `place`, where in the row each is, and where what predicts scored tokens is."""
     place += len(tree.start)
     for branch in tree.branches:
-        yield branch, slice(place, place + len(branch.tokens))
-        place += len(branch.tokens)
+        end = place + len(branch.tokens)
+        yield branch, slice(place, end), slice(end - len(branch.next_tokens), end)
+        place = end
 
 
 @functools.partial(jit_model, static_argnames=("graphdef", "measure"))

@@ -303,7 +303,7 @@ def pad_width(length: int, max_length: int) -> int:
 def round_batch(rows: int, batch_size: int, shards: int) -> int:
     """Returns the rows of a batch in quarters of the largest: few shapes, little padding, a multiple of `shards`."""
     quarter = -(-batch_size // (4 * shards)) * shards
-    return -(-rows // quarter) * quarter
+    return min(-(-rows // quarter) * quarter, batch_size)
 
 
 def one_ahead(run: Callable[[T], Any], batches: Iterable[T]) -> Iterator[tuple[T, Any]]:

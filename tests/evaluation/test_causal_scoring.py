@@ -111,7 +111,7 @@ def test_rows_are_full():
     config, rng = tiny("llama").config, np.random.default_rng(0)
     pairs = [Pair(tuple(rng.integers(0, 61, rng.integers(2, 12))), (1, 2), number) for number in range(400)]
     trees = _grow_trees(token_rows(pairs, BOS, longest=40, max_length=40), pairs, config)
-    rows = _pack(trees, 40, config)
+    rows = _pack(trees, 40)
     assert sorted(id(tree) for row in rows for _, tree in row.trees) == sorted(map(id, trees))
     assert all(row.used <= row.width for row in rows)
     assert sum(row.used for row in rows) > 0.97 * sum(row.width for row in rows)
