@@ -10,6 +10,11 @@ from dlm_jax.config_fields import check_at_least, check_choices, check_range, fi
 from dlm_jax.errors import ConfigError
 
 ObjectiveName = Literal["diffusion", "block_diffusion", "autoregressive", "drafter", "self_drafting"]
+# What only the objectives that noise texts have. Autoregression passes over the second kind, so that `objective.name`
+# alone makes the parent's run of a recipe.
+_NOISE_TERMS = ("noise", "clean_weight", "confidence_weight")
+_NOISE_SETTINGS = ("noised_weight", "teacher", "schedule", "power", "loss_normalization", "weight", "half_life",
+                   "min_time", "time_curriculum", "anneal_steps", "share_annealed_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +122,10 @@ class ObjectiveConfig:
         for name in ("noised_weight", "clean_weight", "confidence_weight"):
             check_range(getattr(self, name), 0, math.inf, f"objective.{name}", open_high=True)
         self._check_terms()
+        for name, key, needed in (("half_life", "noise", "position"), ("power", "schedule", "polynomial")):
+            if (value := getattr(self, name)) != _default(name) and getattr(self, key) != needed:
+                raise ConfigError(f"objective.{name} {value} needs objective.{key} {needed}, got {getattr(self, key)}; "
+                                  f"set that too, or remove objective.{name}")
         if self.name == "autoregressive" and not self.shift:
             raise ConfigError("objective.shift must be true for the autoregressive objective, which predicts the next "
                               "token")
@@ -152,11 +161,8 @@ class ObjectiveConfig:
                 raise ConfigError("objective.noised_weight, objective.clean_weight and objective.teacher are all 0, so "
                                   "that nothing is learned; set one of them")
             return
-        default = ObjectiveConfig.__dataclass_fields__
-        names = ["noise", "clean_weight", "confidence_weight"]
-        names += ["noised_weight", "teacher"] if self.trains_drafts else []
-        for name in names:
-            if (value := getattr(self, name)) != default[name].default:
+        for name in (*_NOISE_TERMS, *(_NOISE_SETTINGS if self.trains_drafts else ())):
+            if (value := getattr(self, name)) != _default(name):
                 raise ConfigError(f"objective.{name} is for the objectives diffusion and block_diffusion, and "
                                   f"objective.name is {self.name}, got {value}")
 
@@ -207,10 +213,10 @@ class ObjectiveConfig:
 
         Every field that is not named here, a new one too, holds for validation as well.
         """
-        noise = "rate" if self.noise == "position" else self.noise
-        return dataclasses.replace(self, time_curriculum=(), anneal_steps=0, share_annealed_mask=False,
-                                   block_size_schedule=(), complementary=False, noise=noise, weight="elbo",
-                                   noised_weight=1.0, confidence_weight=0.0, teacher=TeacherObjective())
+        names = ("time_curriculum", "anneal_steps", "share_annealed_mask", "block_size_schedule", "complementary",
+                 "weight", "noised_weight", "confidence_weight", "teacher")
+        names += ("noise", "half_life") if self.noise == "position" else ()
+        return dataclasses.replace(self, **{name: _default(name) for name in names})
 
     def canonicalize(self, length: int) -> Self:
         """Returns the same objective for rows of `length` by its simplest name.
@@ -222,8 +228,9 @@ class ObjectiveConfig:
         plain = dataclasses.replace(self, complementary=False, block_size_schedule=(), block_size=1,
                                     clean_attention="causal")
         if self.block_size == 1 and self.shift:
-            return dataclasses.replace(plain, name="autoregressive", noise="rate", clean_weight=0.0,
-                                       noised_weight=self.noised_weight + self.clean_weight, confidence_weight=0.0)
+            return dataclasses.replace(plain, name="autoregressive", noise="rate", half_life=_default("half_life"),
+                                       clean_weight=0.0, noised_weight=self.noised_weight + self.clean_weight,
+                                       confidence_weight=0.0)
         one_block = self.block_size >= length and not self.complementary
         return dataclasses.replace(plain, name="diffusion") if one_block else self
 
@@ -245,6 +252,9 @@ class OpenObjective(ObjectiveConfig):
     clean_attention: Literal["causal", "block_bidirectional"] | None = open_field(ObjectiveConfig, "clean_attention")
 
     def __post_init__(self) -> None:
+        if self.name == "drafter" and self.block_size is not None:
+            raise ConfigError(f"objective.block_size is {self.block_size}, and the blocks of a drafter have "
+                              "drafter.block_size; set that instead")
         blocks = self.block_size_schedule or self.complementary or self.clean_attention
         self.settle({"name": "block_diffusion"} if blocks else {})  # checks what is stated
 
@@ -257,6 +267,10 @@ class OpenObjective(ObjectiveConfig):
         if self.block_size_schedule:
             recorded = {**recorded, "block_size": self.block_size_schedule[-1][1]}
         return settle(self, ObjectiveConfig, recorded)
+
+
+def _default(name: str) -> Any:
+    return ObjectiveConfig.__dataclass_fields__[name].default
 
 
 def _check_starts(stages: tuple[tuple, ...], key: str) -> None:

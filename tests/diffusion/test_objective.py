@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.diffusion import Batch, DraftObjective, TeacherObjective
-from dlm_jax.diffusion.config import ObjectiveConfig
+from dlm_jax.diffusion.config import ObjectiveConfig, OpenObjective
 from dlm_jax.diffusion.objective import annealing, check_mask_token, loss_weights, noise_batch, time_range
 from dlm_jax.errors import ConfigError
 
@@ -151,11 +151,25 @@ def test_validation_resets_only_what_shapes_training():
     ({"name": "self_drafting", "drafts": DraftObjective(cross_entropy=0.0)}, "drafts.cross_entropy"),
     ({"name": "self_drafting", "drafts": DraftObjective(confidence=1.0)}, "drafts.confidence"),
     ({"name": "self_drafting", "block_size": 1}, "block_size"),
+    ({"name": "self_drafting", "loss_normalization": "per_example"}, "loss_normalization"),
+    ({"name": "drafter", "schedule": "cosine"}, "schedule"), ({"name": "drafter", "weight": "uniform"}, "weight"),
+    ({"name": "self_drafting", "time_curriculum": ((0, 0.0, 0.5),)}, "time_curriculum"),
+    ({"half_life": 0.5}, "half_life"), ({"schedule": "cosine", "power": 3.0}, "power"),
     ({"name": "block_diffusion", "noise": "all_masked", "complementary": True}, "noise"),
     ({"noise": "all_masked", "time_curriculum": ((0, 0.0, 0.5),)}, "noise")])
 def test_invalid_settings_are_refused(settings, key):
     with pytest.raises(ConfigError, match=f"objective.{key}"):
         ObjectiveConfig(**settings)
+
+
+def test_noise_by_position_is_scored_as_noise_by_rate():
+    config = ObjectiveConfig(name="block_diffusion", block_size=1, noise="position", half_life=0.5)
+    assert config.for_validation().noise == config.canonicalize(8).noise == "rate"
+
+
+def test_a_drafters_blocks_are_its_own():
+    with pytest.raises(ConfigError, match=r"drafter\.block_size"):
+        OpenObjective(name="drafter", block_size=4)
 
 
 @pytest.mark.parametrize("settings, key", [
