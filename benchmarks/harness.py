@@ -49,9 +49,14 @@ def parser(doc: str, **numbers: float) -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace, *omit: str) -> dict[str, object]:
-    """Returns the arguments as JSON holds them, paths as text."""
-    return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(args).items()
-            if name not in omit}
+    """Returns the arguments as JSON holds them: paths as text, of absolute ones the last part."""
+    def plain(value: object) -> object:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        is_absolute = isinstance(value, str | pathlib.Path) and pathlib.PurePath(value).is_absolute()
+        return pathlib.PurePath(value).name if is_absolute else str(value) if isinstance(value, pathlib.Path) else value
+
+    return {name: plain(value) for name, value in vars(args).items() if name not in omit}
 
 
 def time_in_turns(runs: Mapping[str, Callable[[int], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
