@@ -5,6 +5,7 @@ blocks one of XLA's threads per device, and without NPROC there are only as many
 time would wait forever for threads that the other holds.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -46,6 +47,13 @@ def test_data() -> pathlib.Path:
     if not os.environ.get("DLM_TEST_DATA"):
         pytest.skip("DLM_TEST_DATA is not set: it names the folder of real data")
     return pathlib.Path(os.environ["DLM_TEST_DATA"]).resolve()
+
+
+def pytest_collection_finish():
+    """Spares the collector of garbage the millions of objects that stay; tracing makes many more that go by count."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_sessionfinish(session):
