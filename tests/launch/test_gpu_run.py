@@ -48,16 +48,20 @@ def test_restarts_by_exit_code(host, codes, starts, code):
     assert "dlm train: no text" in done.stderr
 
 
-def reset_sigint():
+@pytest.fixture
+def sigint():
     """A shell cannot trap a signal that was ignored when it started, as SIGINT is where tests run in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("sigint")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signal_reaches_the_training_and_does_not_restart_it(host, number, code):
     command = ["bash", str(host.checkout / "launch/gpu_run.sh"), *LOCAL, "--config.num_steps=200"]
     with subprocess.Popen(command, env=host.environment(**host.gpus), text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, preexec_fn=reset_sigint) as running:
+                          stderr=subprocess.PIPE) as running:
         while "step 3" not in running.stdout.readline():
             pass
         running.send_signal(number)
