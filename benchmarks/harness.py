@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -162,9 +163,20 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def write_results(name: str, content: dict[str, object], *packages: str) -> None:
-    """Writes `content`, with device, Python and versions of `packages`, to results/NAME.json."""
-    write_json(name, content | {"device": jax.devices()[0].device_kind, "python": platform.python_version(),
-                                "versions": versions(*packages)})
+    """Writes `content`, with device, processor, Python and versions of `packages`, to results/NAME.json."""
+    write_json(name, content | {"device": jax.devices()[0].device_kind, "processor": processor(),
+                                "python": platform.python_version(), "versions": versions(*packages)})
+
+
+def processor() -> str:
+    """Returns the CPU's name and its units for bfloat16, as Linux gives them."""
+    try:
+        first = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return platform.processor()
+    found = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in first.splitlines() if ":" in line)
+    units = [unit for unit in ("amx_bf16", "avx512_bf16") if unit in found.get("flags", "").split()]
+    return ", ".join([found.get("model name", platform.machine()), *units])
 
 
 def write_json(name: str, content: object) -> None:
