@@ -78,6 +78,16 @@ def test_types_as_transformers_reads_them(kind, case, tmp_path):
     assert_same_logits(path, read_by_transformers(path))
 
 
+def test_quantized_experts(tmp_path):
+    """transformers does not read how wide they are."""
+    gguf_files.write(model := gguf_files.make("qwen3-moe"), path := tmp_path / "x.gguf", KINDS.Q8_0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            codes = gguf.quantize(parameter.detach().numpy(), KINDS.Q8_0)
+            parameter.data = torch.from_numpy(gguf.dequantize(codes, KINDS.Q8_0))
+    assert_same_logits(path, model)
+
+
 def test_head_with_the_bytes_of_the_embedding_is_tied(tmp_path):
     model = gguf_files.make("gpt2")
     embedding = model.get_input_embeddings().weight.detach().numpy()
