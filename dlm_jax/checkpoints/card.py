@@ -60,8 +60,11 @@ llama.cpp converts this directory as a Dream model, and samples it:
 ```bash
 python convert_hf_to_gguf.py THIS_DIRECTORY --outfile model.gguf
 llama-diffusion-cli -m model.gguf -p "Once upon a time" -ub 512 --diffusion-algorithm 4 --diffusion-eps 0.001 \\
-    --diffusion-steps 64 --temp 0
+    --diffusion-steps 64 --temp 0.2
 ```
+
+It puts the prompt into the tokenizer's chat template, or into ChatML where there is none, and `-ub` is the length of
+prompt and answer. With `--temp 0` it samples at temperature 1.
 """,
 }
 _USE_BLOCKS = """\

@@ -1,8 +1,9 @@
 """A GGUF file as a stored model: its metadata as a config.json, its tensors by HF's names.
 
-llama.cpp's converter renames tensors, transposes GPT-2's kernels, and reorders the rows of LLaMA's queries and keys for
-its own layout of RoPE. All of this is undone here, tensor by tensor, when it is read. What the metadata ask for is
-expressed as HF would, so that `hf_config` decides what is computed and what is refused; the rest is refused here.
+llama.cpp's converter renames tensors, transposes GPT-2's kernels, joins the experts of a layer, and reorders the rows
+of LLaMA's queries and keys for its own layout of RoPE. All of this is undone here, tensor by tensor, when it is read.
+What the metadata ask for is expressed as HF would, so that `hf_config` decides what is computed and what is refused;
+the rest is refused here.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlm_jax.checkpoints import hf_gemma
+from dlm_jax.checkpoints import hf_gemma, hf_moe
 from dlm_jax.checkpoints.gguf_file import GGUFContent, GGUFTensor, check_types, read_gguf
 from dlm_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from dlm_jax.checkpoints.hf_config import config_from_hf
@@ -40,11 +41,20 @@ _GEMMA_KEYS = _LLAMA_KEYS | {
     "attention.sliding_window": "sliding_window", "rope.freq_base_swa": "rope_local_base_freq",
     "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
 }  # fmt: skip
+_MOE_KEYS = _LLAMA_KEYS | {
+    "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}  # fmt: skip
 _KEYS = {"llama": _LLAMA_KEYS, "qwen2": _LLAMA_KEYS, "qwen3": _LLAMA_KEYS, "gpt2": _GPT2_KEYS, "gemma2": _GEMMA_KEYS,
-         "gemma3": _GEMMA_KEYS, "dream": _LLAMA_KEYS, "llada": _LLAMA_KEYS}
+         "gemma3": _GEMMA_KEYS, "dream": _LLAMA_KEYS, "llada": _LLAMA_KEYS, "qwen3moe": _MOE_KEYS, "rnd1": _MOE_KEYS,
+         "llada-moe": _MOE_KEYS}
 # HF's model_type where it is not the architecture's name.
-_FAMILIES = {"gemma3": "gemma3_text", "dream": "qwen2", "llada": "llama"}
-_DIFFUSION = {"dream": DIFFUSION_FAMILIES["Dream"], "llada": DIFFUSION_FAMILIES["llada"]}
+_FAMILIES = {"gemma3": "gemma3_text", "dream": "qwen2", "llada": "llama", "qwen3moe": "qwen3_moe", "rnd1": "qwen3_moe",
+             "llada-moe": "qwen3_moe"}
+_DIFFUSION = {"dream": DIFFUSION_FAMILIES["Dream"], "llada": DIFFUSION_FAMILIES["llada"],
+              "rnd1": DIFFUSION_FAMILIES["rnd1"], "llada-moe": DIFFUSION_FAMILIES["llada_moe"]}
+# Whether the weights of a token's experts add up to 1, which llama.cpp has in its code, not in the file.
+_NORMALIZES = {"qwen3moe": True, "rnd1": True, "llada-moe": False}
 
 _WINDOWS = "attention.sliding_window_pattern"  # of each layer, or one of how many has none
 # Layers of those Gemmas whose scores are divided by the root of width / heads, of which files say nothing. llama.cpp
@@ -57,7 +67,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (0.0,), "attention.max_alibi_bias": (0.0,), "attention.scale": (0.0,),
     "attention.temperature_scale": (0.0, 1.0), "attn_logit_softcapping": (0.0,), "final_logit_softcapping": (0.0,),
     "logit_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0),
-    "use_parallel_residual": (False,), "pooling_type": (0,),
+    "use_parallel_residual": (False,), "pooling_type": (0,), "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,), "expert_weights_scale": (0.0, 1.0), "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
 }  # fmt: skip
 
 _LLAMA_NAMES = {
@@ -76,7 +88,10 @@ _GPT2_NAMES = {
     "output": "lm_head", "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
     "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
 }  # fmt: skip
-_NAMES = {"gpt2": _GPT2_NAMES, "gemma2": _GEMMA_NAMES, "gemma3_text": _GEMMA_NAMES}
+_MOE_NAMES = _LLAMA_NAMES | {"ffn_gate_inp": "mlp.gate"}
+_NAMES = {"gpt2": _GPT2_NAMES, "gemma2": _GEMMA_NAMES, "gemma3_text": _GEMMA_NAMES, "qwen3_moe": _MOE_NAMES}
+# The matrices of all experts of a layer, one after another.
+_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
 _ROPE_FACTORS = "rope_freqs.weight"  # by how much each frequency is divided
@@ -131,6 +146,8 @@ def read_config(content: GGUFContent) -> dict[str, Any]:
         config |= _llama_settings(path, config["model_type"], settings, config, tensors)
     if family in _GEMMA_27B_LAYERS:
         config |= _gemma_settings(family, settings, config)
+    if family in _NORMALIZES:
+        config["norm_topk_prob"] = _NORMALIZES[family]
     if family in _DIFFUSION:
         config["dlm_jax"] = {
             "mask_token_id": metadata.get("tokenizer.ggml.mask_token_id", _DIFFUSION[family].mask_token_id),
@@ -161,11 +178,14 @@ def named_tensors(content: GGUFContent, config: dict[str, Any]) -> dict[str, GGU
         if name == _ROPE_FACTORS or (name == _HEAD and config["tie_word_embeddings"]):
             continue
         found = _TENSOR.fullmatch(name)
-        if found is None or found["part"] not in names:
+        if found is None or not (found["part"] in names or _is_joined(found["part"], tensor, family)):
             unknown.append(name)
             continue
         layers = "transformer.h" if family == "gpt2" else "model.layers"
         prefix = "" if found["layer"] is None else f"{layers}.{found['layer']}."
+        if found["part"] not in names:
+            tensors |= _split_experts(tensor, f"{prefix}mlp.experts", _EXPERTS[found["part"]])
+            continue
         tensors[f"{prefix}{names[found['part']]}.{found['kind']}"] = _as_hf(tensor, found["part"], family, config)
     if unknown:
         raise CheckpointError(f"{content.path} has tensors that a {family} here does not have: "
@@ -185,6 +205,16 @@ def _as_hf(tensor: GGUFTensor, part: str, family: str, config: dict[str, Any]) -
     if part.endswith("norm") and family in hf_gemma.FAMILIES:  # a file has what is multiplied, HF that less 1
         return dataclasses.replace(tensor, convert=lambda scale: scale - 1)
     return tensor
+
+
+def _is_joined(part: str, tensor: GGUFTensor, family: str) -> bool:
+    return family in hf_moe.FAMILIES and part in _EXPERTS and len(tensor.shape) == 3
+
+
+def _split_experts(tensor: GGUFTensor, prefix: str, name: str) -> dict[str, GGUFTensor]:
+    """Returns the matrix of each expert by its HF name."""
+    return {f"{prefix}.{expert}.{name}.weight": dataclasses.replace(tensor, shape=tensor.shape[1:], stored=stored)
+            for expert, stored in enumerate(tensor.stored)}
 
 
 def _split_rotary(rows: np.ndarray, heads: int) -> np.ndarray:

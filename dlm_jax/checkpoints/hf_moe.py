@@ -19,6 +19,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+# Of RND1: what its own repository calls the class, and llama.cpp's converter, which goes by the published config.json.
+_RND1_CLASSES = ("RND1LM", "RND1")
+# What its class of config.json sets, where a file says nothing.
+_RND1_DEFAULTS = {"norm_topk_prob": True}
 # Of LLaDA-MoE: the values that its network is read with. Its code ignores norm_topk_prob.
 _LLADA_MOE_BUILT_IN: dict[str, tuple[Any, ...]] = {
     "qk_layernorm": (True,), "moe_router_score_function": ("softmax", None), "routed_scaling_factor": (1, None),
@@ -32,7 +36,7 @@ def with_own_type(hf: dict[str, Any]) -> dict[str, Any]:
     name = (hf.get("architectures") or [None])[0]
     if hf.get("model_type") in ("llada", "lladamoe") and (name == "LLaDAMoEModelLM" or "num_experts" in hf):
         return hf | {"model_type": "llada_moe"}
-    return hf | {"model_type": "rnd1"} if name == "RND1LM" else hf
+    return hf | {"model_type": "rnd1", "architectures": ["RND1LM"]} if name in _RND1_CLASSES else hf
 
 
 def from_diffusion(hf: dict[str, Any]) -> dict[str, Any]:
@@ -42,8 +46,9 @@ def from_diffusion(hf: dict[str, Any]) -> dict[str, Any]:
       CheckpointError: a LLaDA-MoE with a setting that this library does not implement.
     """
     if hf["model_type"] == "rnd1":  # it writes false where there is none
-        return {name: value for name, value in hf.items()
-                if not (name in ("rope_scaling", "sliding_window") and value is False)}
+        base = _RND1_DEFAULTS if "rope_parameters" in hf else _RND1_DEFAULTS | {"rope_theta": 1e6}
+        return base | {name: value for name, value in hf.items()
+                       if not (name in ("rope_scaling", "sliding_window") and value is False)}
     if hf["model_type"] != "llada_moe":
         return hf
     check_implemented(hf, _LLADA_MOE_BUILT_IN, "config.json of a LLaDA-MoE")

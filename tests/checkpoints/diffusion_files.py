@@ -1,4 +1,4 @@
-"""Tiny Dream, LLaDA, SDAR and Tiny-A2D models as their authors publish them: config.json, names, random weights.
+"""Tiny diffusion models of other projects as their authors publish them: config.json, names, random weights.
 
 The weights follow from the names, so that whoever writes these files again has the same ones. The mask token has no
 probability, as in a trained model: one channel of the residual stream is constant, and its row of the head reads it.
@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-VOCAB, MASK, PROMPT, NEW = 97, 96, 6, 24
+VOCAB, MASK, PROMPT, NEW, EXPERTS = 97, 96, 6, 24, 6
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
               vocab_size=VOCAB, max_position_embeddings=64, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000.0,
               tie_word_embeddings=False, attention_dropout=0.0, bos_token_id=1, eos_token_id=2)  # fmt: skip
 _QWEN2 = _SIZES | dict(rope_scaling=None, use_sliding_window=False, sliding_window=None, max_window_layers=2)
 _QWEN3 = _QWEN2 | dict(head_dim=16, attention_bias=False)
+_EXPERTS = dict(num_experts=EXPERTS, num_experts_per_tok=3, router_aux_loss_coef=0.001, output_router_logits=False)
+_QWEN3_MOE = _QWEN3 | _EXPERTS | dict(moe_intermediate_size=20, norm_topk_prob=True, decoder_sparse_step=1,
+                                      mlp_only_layers=[])
 
 CONFIGS = {
     "dream": _QWEN2 | dict(
@@ -40,6 +43,23 @@ CONFIGS = {
         skip_checkpoint=False, use_cache=False, use_deepep=False, torch_dtype="float32",
         auto_map={"AutoConfig": "configuration_sdar.SDARConfig", "AutoModel": "modeling_sdar.SDARModel",
                   "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"}),
+    "sdar_moe": _QWEN3_MOE | dict(
+        model_type="sdar_moe", architectures=["SDARMoeForCausalLM"], block_size=4, mask_token_id=MASK, use_cache=False,
+        auto_map={"AutoConfig": "configuration_sdar_moe.SDARMoeConfig",
+                  "AutoModelForCausalLM": "modeling_sdar_moe.SDARMoeForCausalLM"}),
+    "rnd1": _QWEN3_MOE | dict(
+        model_type="rnd1", architectures=["RND1"], mask_token_id=MASK, pad_token_id=0, moe_backend="hf",
+        num_diffusion_steps=256, is_causal=False, use_cache=False, rope_scaling=False, sliding_window=False,
+        auto_map={"AutoConfig": "configuration_rnd.RND1Config", "AutoModel": "modeling_rnd.RND1Model",
+                  "AutoModelForMaskedLM": "modeling_rnd.RND1LM"}),
+    "llada_moe": _SIZES | _EXPERTS | dict(
+        model_type="llada", architectures=["LLaDAMoEModelLM"], mask_token_id=MASK, pad_token_id=0,
+        expert_intermediate_size=20, dense_intermediate_size=48, shared_expert_intermediate_size=None,
+        moe_layer_freq=[1, 1], moe_router_enable_expert_bias=False, moe_router_score_function="softmax",
+        norm_topk_prob=None, routed_scaling_factor=1, router_num_group=None, router_topk_group=None, clip_qkv=None,
+        qk_layernorm=True, attention_bias=False, partial_rotary_factor=1, rope_scaling=None, use_cache=False,
+        auto_map={"AutoConfig": "configuration_lladamoe.LLaDAConfig",
+                  "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM"}),
     "a2d-qwen3": _QWEN3 | dict(model_type="a2d-qwen3", architectures=["A2DQwen3LMHeadModel"]),
     "a2d-qwen2": _QWEN2 | dict(model_type="a2d-qwen2", architectures=["A2DQwen2LMHeadModel"]),
     "a2d-llama": _SIZES | dict(model_type="a2d-llama", architectures=["A2DLlamaLMHeadModel"], attention_bias=False,
@@ -71,6 +91,11 @@ def published_shapes(family: str) -> dict[str, tuple[int, ...]]:
     layer = {"input_layernorm": (width,), "post_attention_layernorm": (width,), "self_attn.q_proj": (heads, width),
              "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width), "self_attn.o_proj": (width, heads),
              "mlp.gate_proj": (mlp, width), "mlp.up_proj": (mlp, width), "mlp.down_proj": (width, mlp)}
+    if "num_experts" in config:
+        del layer["mlp.gate_proj"], layer["mlp.up_proj"], layer["mlp.down_proj"]
+        layer |= {"mlp.gate": (EXPERTS, width)} | {
+            f"mlp.experts.{e}.{name}": (width, 20) if name == "down_proj" else (20, width)
+            for e in range(EXPERTS) for name in ("gate_proj", "up_proj", "down_proj")}
     is_qwen2 = family in ("dream", "a2d-qwen2")
     if not is_qwen2 and family != "a2d-llama":
         layer |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}

@@ -26,6 +26,8 @@ CASES = {
     "mistral": ("Mistral", _SIZES | dict(sliding_window=None, head_dim=64)),
     "qwen2": ("Qwen2", _SIZES | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen3": ("Qwen3", _SIZES | dict(head_dim=128, tie_word_embeddings=True)),
+    "qwen3-moe": ("Qwen3Moe", _SIZES | dict(head_dim=64, num_experts=6, num_experts_per_tok=3, norm_topk_prob=True,
+                                            moe_intermediate_size=64)),
     "gemma2": ("Gemma2", _SIZES | _GEMMA),
     "gemma2-caps": ("Gemma2", _SIZES | _GEMMA | dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)),
     "gemma3": ("Gemma3Text", _SIZES | _GEMMA | dict(num_hidden_layers=7)),
@@ -34,11 +36,12 @@ CASES = {
 }
 
 
-def make(case: str) -> torch.nn.Module:
+def make(case: str, **changes: object) -> torch.nn.Module:
     """A random model without dropout, whose norms and biases are not what they are initialized to."""
     name, settings = CASES[case]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**settings)).eval()
+    config = getattr(transformers, f"{name}Config")(**settings | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             scale = parameter.ndim == 1 and key.endswith("weight")
@@ -49,7 +52,7 @@ def make(case: str) -> torch.nn.Module:
 def architecture(model: torch.nn.Module) -> str:
     """What the converter writes as a model's architecture: Mistral is a LLaMA to llama.cpp."""
     family = model.config.model_type
-    return {"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family)
+    return {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(family, family)
 
 
 def write(model: torch.nn.Module, path: Path, kind: KINDS = KINDS.F32, *, metadata: dict[str, Any] | None = None,
@@ -113,6 +116,9 @@ def _llama_settings(config: Any) -> dict[str, Any]:
         "attention.key_length": head_dim, "attention.value_length": head_dim, "rope.dimension_count": head_dim,
         "vocab_size": config.vocab_size,
     }  # fmt: skip
+    if hasattr(config, "moe_intermediate_size"):
+        settings |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok,
+                     "expert_feed_forward_length": config.moe_intermediate_size}
     if config.model_type.startswith("gemma"):
         settings |= {"attention.sliding_window": config.sliding_window}
         settings |= {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
@@ -135,6 +141,7 @@ _NAMES = {
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate.": "ffn_gate_inp.", "mlp.experts.down_proj": "ffn_down_exps.weight",
     "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
     "transformer.h.": "blk.", "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv",
     "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
@@ -157,6 +164,10 @@ def _named_arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
             array = _interleave(array, config.num_key_value_heads)
         for old, new in names.items():
             name = name.replace(old, new)
+        if name.endswith(joined := "mlp.experts.gate_up_proj"):
+            for part, matrices in zip(("gate", "up"), np.split(array, 2, axis=1), strict=True):
+                arrays[name.replace(joined, f"ffn_{part}_exps.weight")] = matrices
+            continue
         arrays[name] = array
     return arrays
 

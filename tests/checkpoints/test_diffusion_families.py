@@ -28,7 +28,8 @@ from tests.sampling.tiny_models import make_keys, run_sampler
 GOLDENS = np.load(Path(__file__).with_name("diffusion_goldens.npz"))
 BLOCKS = BlockSpec(4, "block_bidirectional")
 SPECS = {"dream": DiffusionSpec(files.MASK, True), "llada": DiffusionSpec(files.MASK, False),
-         "sdar": DiffusionSpec(files.MASK, False, BLOCKS)}
+         "sdar": DiffusionSpec(files.MASK, False, BLOCKS), "llada_moe": DiffusionSpec(files.MASK, False),
+         "rnd1": DiffusionSpec(files.MASK, True), "sdar_moe": DiffusionSpec(files.MASK, False, BLOCKS)}
 # The settings that give the text of each golden.
 TEXTS = {
     "dream/entropy": dict(policy="entropy", num_steps=10, step_schedule="dream"),
@@ -41,6 +42,11 @@ TEXTS = {
     "llada/entire": dict(policy="confidence", num_steps=5),
     "sdar/static": dict(policy="confidence", num_steps=999),
     "sdar/dynamic": dict(policy="threshold", threshold=0.2),
+    "llada_moe/blocks": dict(policy="confidence", num_steps=24, block_length=8),
+    "rnd1/even": dict(policy="entropy", num_steps=8),
+    "rnd1/many": dict(policy="entropy", num_steps=64),
+    "sdar_moe/static": dict(policy="confidence", num_steps=999),
+    "sdar_moe/dynamic": dict(policy="threshold", threshold=0.2),
 }
 
 
@@ -91,8 +97,11 @@ def test_tiny_a2d(case, tmp_path):
     tokens = files.noisy_tokens()
     with torch.no_grad():
         expected = model(torch.from_numpy(tokens), attention_mask=torch.zeros(2, 1, 24, 24)).logits.numpy()
-    np.testing.assert_allclose(families.logits(entire.model, tokens, AttentionMask.bidirectional()), expected,
-                               atol=1e-4)
+    found = families.logits(entire.model, tokens, AttentionMask.bidirectional())
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, GOLDENS[f"{case}/logits"], atol=1e-4)
+    mask = BlockSpec(8, "block_bidirectional").prefill_mask()
+    np.testing.assert_allclose(families.logits(blocks.model, tokens, mask), GOLDENS[f"{case}/block_logits"], atol=1e-4)
     files.write(case, tmp_path / "other")
     with pytest.raises(CheckpointError, match="block_size"):
         load_pretrained(tmp_path / "other")
@@ -200,7 +209,7 @@ def test_exports_keep_what_they_are(loaded, tmp_path):
         assert (again.model.config, again.diffusion) == (pretrained.model.config, pretrained.diffusion)
         content = json.loads((tmp_path / family / "config.json").read_text())
         assert not {"d_model", "n_heads", "auto_map", "attn_implementation"} & content.keys()
-        assert content["model_type"] in ("qwen2", "llama", "qwen3")
+        assert content["model_type"] in ("qwen2", "llama", "qwen3", "qwen3_moe")
 
 
 def test_dream_reveals_nothing_in_its_first_steps(loaded):

@@ -86,7 +86,8 @@ def test_dream_layout(qwen2, tmp_path):
                 tie_word_embeddings=False).items() <= config.items()
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert dict(alg="maskgit_plus", steps=64, eps=1e-3, mask_token_id=96, eos_token_id=2).items() <= generation.items()
-    assert "convert_hf_to_gguf.py" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "convert_hf_to_gguf.py" in card and "--temp 0.2\n" in card  # at 0 llama-diffusion-cli samples at 1
     again = load_pretrained(tmp_path / "out")
     assert (again.model.config, again.diffusion) == (qwen2.model.config, qwen2.diffusion)
     assert again.sampling == dict(policy="confidence", num_steps=64, step_schedule="dream", temperature=1.0)

@@ -48,17 +48,20 @@ def test_logits_are_those_of_the_original(case, tmp_path):
     assert load_pretrained(path).model.config.family == ("llama" if case == "mistral" else model.config.model_type)
 
 
-@pytest.mark.parametrize(("case", "architecture", "shift"), [("qwen2", "dream", None), ("llama", "llada", False)])
-def test_dream_and_llada(case, architecture, shift, tmp_path):
+@pytest.mark.parametrize(("case", "changes", "architecture", "shift"), [
+    ("qwen2", {}, "dream", None), ("llama", {}, "llada", False), ("qwen3-moe", {}, "rnd1", None),
+    ("qwen3-moe", {"norm_topk_prob": False}, "llada-moe", False)])
+def test_diffusion_models(case, changes, architecture, shift, tmp_path):
     """Files of llama.cpp's diffusion models: their networks, mask token and shift, and their authors' settings."""
-    model = gguf_files.make(case)
+    model = gguf_files.make(case, **changes)
     expected = families.torch_logits(model, families.tokens())
     model.config.model_type = architecture
     gguf_files.write(model, path := tmp_path / "x.gguf", metadata={
         f"{architecture}.attention.causal": False, "tokenizer.ggml.mask_token_id": 96, "diffusion.shift_logits": shift})
     loaded = load_pretrained(path)
-    assert loaded.diffusion == DiffusionSpec(96, shift is None) and loaded.model.config.family == case
-    assert loaded.sampling["temperature"] == 0 and loaded.sampling["num_steps"] in (128, 512)
+    assert loaded.diffusion == DiffusionSpec(96, shift is None)
+    assert loaded.model.config.family == case.replace("-", "_")
+    assert loaded.sampling["temperature"] == 0 and loaded.sampling["num_steps"] in (128, 256, 512)
     np.testing.assert_allclose(families.logits(loaded.model, families.tokens()), expected, atol=2e-4, rtol=1e-4)
 
 
@@ -73,6 +76,16 @@ def test_types_as_transformers_reads_them(kind, case, tmp_path):
     stored = read_gguf(path).tensors["blk.0.ffn_up.weight"]
     assert stored.kind == kind
     assert_same_logits(path, read_by_transformers(path))
+
+
+def test_quantized_experts(tmp_path):
+    """transformers does not read how wide they are."""
+    gguf_files.write(model := gguf_files.make("qwen3-moe"), path := tmp_path / "x.gguf", KINDS.Q8_0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            codes = gguf.quantize(parameter.detach().numpy(), KINDS.Q8_0)
+            parameter.data = torch.from_numpy(gguf.dequantize(codes, KINDS.Q8_0))
+    assert_same_logits(path, model)
 
 
 def test_head_with_the_bytes_of_the_embedding_is_tied(tmp_path):
@@ -181,6 +194,22 @@ def test_import_without_torch(tmp_path, test_data):
 ])
 def test_what_is_not_computed_is_refused(metadata, tensors, mentions, tmp_path):
     gguf_files.write(gguf_files.make("llama"), path := tmp_path / "x.gguf", metadata=metadata, tensors=tensors)
+    with pytest.raises(CheckpointError, match=mentions) as error:
+        load_pretrained(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("metadata", "tensors", "mentions"), [
+    ({"qwen3moe.expert_shared_count": 1}, {}, r"expert_shared_count"),
+    ({"qwen3moe.expert_gating_func": 2}, {}, r"expert_gating_func"),
+    ({"qwen3moe.expert_used_count": 7}, {}, "7 of 6 experts"),
+    ({"qwen3moe.expert_count": 5}, {}, r"mlp\.experts\.5"),
+    ({}, {"blk.1.ffn_up_exps.weight": None}, r"model\.layers\.1\.mlp\.experts\.0\.up_proj\.weight"),
+    ({}, {"blk.1.ffn_up_exps.weight": np.ones((64, 256))}, r"blk\.1\.ffn_up_exps\.weight"),
+    ({}, {"blk.0.ffn_up_exps.bias": np.ones((6, 64))}, r"blk\.0\.ffn_up_exps\.bias"),
+])
+def test_experts_that_are_not_computed_are_refused(metadata, tensors, mentions, tmp_path):
+    gguf_files.write(gguf_files.make("qwen3-moe"), path := tmp_path / "x.gguf", metadata=metadata, tensors=tensors)
     with pytest.raises(CheckpointError, match=mentions) as error:
         load_pretrained(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)

@@ -56,6 +56,7 @@ DIFFUSION = {
     "LLaDA-MoE": ("qwen3-moe", LLADA_MOE, False, None),
     "RND1": ("qwen3-moe-norm", RND1, True, None),
     "RND1 by its class": ("qwen3-moe-norm", RND1 | {"model_type": "qwen3_moe"}, True, None),
+    "RND1 by llama.cpp's name": ("qwen3-moe-norm", RND1 | {"architectures": ["RND1"]}, True, None),
     "SDAR-MoE": ("qwen3-moe-norm", SDAR_MOE, False, BlockSpec(4, "block_bidirectional")),
 }
 
@@ -82,6 +83,12 @@ def test_diffusion_models_with_experts(name, tmp_path):
     assert load_pretrained(tmp_path / "out").diffusion == loaded.diffusion
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     np.testing.assert_allclose(logits_under(exported, inputs, mask), expected, atol=1e-5)
+
+
+def test_what_a_config_of_rnd1_omits_is_as_in_its_class(tmp_path):
+    tmp_path.joinpath("config.json").write_text(json.dumps(QWEN3_MOE | RND1 | {"mask_token_id": MASK}))
+    config = load_pretrained(tmp_path, init="abstract").model.config
+    assert config.experts.norm_topk_prob and config.rope_theta == 1e6
 
 
 @pytest.mark.parametrize(("settings", "named"), [
