@@ -62,15 +62,22 @@ class Peer(HFLM):
 
 
 def compare_logits(lm: DiffusionLM, model: torch.nn.Module, texts: Sequence[str]) -> dict[str, float]:
-    """Returns the largest difference of two logits, and the largest logit, over the texts."""
-    difference = largest = 0.0
-    for text in texts:
-        ids = np.array([lm.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    """Returns the largest differences of logits: from PyTorch's, and of both from PyTorch's in float64."""
+    start = lm.pretrained.start_token_id
+    rows = [np.array([[start, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]]) for text in texts]
+
+    def logits_of(model: torch.nn.Module) -> list[np.ndarray]:
         with torch.inference_mode():
-            theirs = model(torch.tensor(ids)).logits.numpy()
-        difference = max(difference, np.abs(np.asarray(lm.logits(ids, AttentionMask.causal())) - theirs).max())
-        largest = max(largest, np.abs(theirs).max())
-    return {"texts": len(texts), "largest difference": float(difference), "largest logit": float(largest)}
+            return [model(torch.tensor(row)).logits.numpy() for row in rows]
+
+    def difference(some: list[np.ndarray], others: list[np.ndarray]) -> float:
+        return float(max(np.abs(one - other).max() for one, other in zip(some, others, strict=True)))
+
+    ours = [np.asarray(lm.logits(row, AttentionMask.causal())) for row in rows]
+    theirs, exact = logits_of(model), logits_of(copy.deepcopy(model).double())
+    return {"texts": len(texts), "largest difference": difference(ours, theirs),
+            "from float64": difference(ours, exact), "PyTorch from float64": difference(theirs, exact),
+            "largest logit": float(max(np.abs(logits).max() for logits in exact))}
 
 
 def compare_greedy(lm: DiffusionLM, model: torch.nn.Module) -> dict[str, object]:
@@ -144,8 +151,9 @@ def main() -> None:
         print(tasks[-1], flush=True)
     texts.append("\n".join(texts))  # longer than a sliding window
     logits, greedy = compare_logits(lm, model, texts), compare_greedy(lm, model)
-    print(f"logits: they differ by at most {logits['largest difference']:.1e} (the largest is "
-          f"{logits['largest logit']:.1f}) on {logits['texts']} texts\n"
+    print(f"logits: they differ by at most {logits['largest difference']:.1e}, from PyTorch in float64 by "
+          f"{logits['from float64']:.1e} and {logits['PyTorch from float64']:.1e} (the largest is "
+          f"{logits['largest logit']:.1f}), on {logits['texts']} texts\n"
           f"greedy text: equal for {greedy['equal']} of {greedy['prompts']} prompts, {NEW_TOKENS} tokens each\n")
     print(harness.table_head(*tasks[0]))
     for task in tasks:
