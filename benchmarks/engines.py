@@ -12,8 +12,9 @@ llama-diffusion-cli are of the same llama.cpp, whose source is in the source pac
 random:
 
 1. Each family's own code computes the logits of a model of two layers as its authors publish it, beside this library.
-2. A Qwen3 with SDAR's vocabulary is exported in the layout `sdar`. SDAR's modeling code loads it; logits, and the text
-   of SDAR's generate.py at temperature 0.
+2. A Qwen3 and a Qwen3-MoE with SDAR's vocabulary are exported in the layout `sdar`. The modeling code of SDAR and
+   SDAR-MoE loads them; logits, and the text of SDAR's generate.py at temperature 0. AutoConfig of OLD and of the
+   installed transformers reads their config.json.
 3. A Qwen2 is exported in the layout `dream`, a Qwen3-MoE for transformers, and more with what RND1, LLaDA-MoE and LLaDA
    have in config.json, all with the tokenizer of --model. llama.cpp's converter makes GGUF files; logits in llama.cpp,
    and in this library from the file.
@@ -63,12 +64,20 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from tests.checkpoints import make_diffusion_goldens as own
-folder, code, given, output = map(Path, sys.argv[1:])
+folder, code, given, output = map(Path, sys.argv[2:])
 given = np.load(given)
 with torch.inference_mode():
-    model = own.load_sdar(folder, code / "SDAR/training/model/SDAR-4B-Chat")
+    load = {"sdar": own.load_sdar, "sdar_moe": own.load_sdar_moe}[sys.argv[1]]
+    model = load(folder, code / own.RUNS[sys.argv[1]][1])
     np.savez(output, **own.sdar_results(model, code / "SDAR/generate.py", given["tokens"], given["prompt"],
                                         int(given["mask"])))
+"""
+_CONFIG = """
+import json, os, sys
+os.environ["HF_MODULES_CACHE"] = sys.argv[2]
+import transformers
+config = transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+print("RESULT" + json.dumps([transformers.__version__, config.rope_theta, config.rope_scaling]))
 """
 # Special buffers for matrices (AMX) are off: where a kernel does not allow them, llama.cpp dies.
 _LLAMA_CPP = """
@@ -178,15 +187,17 @@ def sdar_tokenizer() -> object:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
-def sdar_export(code: pathlib.Path, old: str, root: pathlib.Path) -> dict[str, object]:
-    config = SIZES | {"model_type": "qwen3", "hidden_size": 64, "head_dim": 24, "vocab_size": 151936,
-                      "rope_theta": 1e6, "tie_word_embeddings": True}
+def sdar_export(name: str, code: pathlib.Path, old: str, root: pathlib.Path) -> dict[str, object]:
+    """Returns how an export as `sdar` or `sdar_moe` differs in SDAR's own code."""
+    experts = EXPERTS | {"norm_topk_prob": True} if name == "sdar_moe" else {}
+    config = SIZES | experts | {"model_type": name.replace("sdar", "qwen3"), "hidden_size": 64, "head_dim": 24,
+                                "vocab_size": 151936, "rope_theta": 1e6, "tie_word_embeddings": True}
     pretrained = random_model(root / "base", config, sdar_tokenizer())
     lm = DiffusionLM(dataclasses.replace(pretrained, diffusion=DiffusionSpec(SDAR_MASK, False, SDAR_BLOCKS)))
     lm.save_pretrained(root / "sdar", layout="sdar")
     tokens, prompt = masked_rows(SDAR_MASK, SDAR_MASK), np.random.default_rng(1).integers(3, SDAR_MASK, 6)
     np.savez(root / "given.npz", tokens=tokens, prompt=prompt, mask=SDAR_MASK)
-    run([sys.executable, "-c", _SDAR, root / "sdar", code, root / "given.npz", root / "sdar.npz"], old)
+    run([sys.executable, "-c", _SDAR, name, root / "sdar", code, root / "given.npz", root / "sdar.npz"], old)
     theirs = np.load(root / "sdar.npz")
     result = compare(lm.logits(tokens, attention=SDAR_BLOCKS.prefill_mask()), theirs["logits"])
     for rule, settings in SDAR_RULES.items():
@@ -196,9 +207,16 @@ def sdar_export(code: pathlib.Path, old: str, root: pathlib.Path) -> dict[str, o
         spec = SamplingSpec(SamplerConfig(temperature=0.0, **settings), lm.pretrained.diffusion)
         ours = sample(lm.model, text, fixed, length, example_keys(0, np.arange(1, dtype=np.uint32)), spec).tokens
         result[rule] = {"new_tokens": int((~fixed).sum()), "equal": bool((np.asarray(ours) == theirs[rule]).all())}
-    print(harness.table_head("export `sdar`, SDAR's code", "largest logit", "largest difference",
+    result["auto_config"] = {}
+    for path in dict.fromkeys((old, "")):
+        printed = run([sys.executable, "-c", _CONFIG, root / "sdar", root / "modules"], *([path] if path else []))
+        version, theta, scaling = json.loads(printed.rpartition("RESULT")[2])
+        result["auto_config"][version] = {"rope_theta": theta, "rope_scaling": scaling}
+    print(harness.table_head("export, SDAR's code", "largest logit", "largest difference",
                              *(f"text by {rule}" for rule in SDAR_RULES)))
-    print(harness.row("", *cells(result), *("equal" if result[rule]["equal"] else "different" for rule in SDAR_RULES)))
+    texts = ("equal" if result[rule]["equal"] else "different" for rule in SDAR_RULES)
+    print(harness.row(name, *cells(result), *texts))
+    print(f"\nAutoConfig of transformers: {result['auto_config']}")
     return result
 
 
@@ -295,7 +313,7 @@ def measure(args: argparse.Namespace, root: pathlib.Path, results: dict[str, obj
     if args.code:
         code = args.code.absolute()
         results["own_code"] = own_code(code, {args.old: OLD, args.new: NEW}, root / "own")
-        results["sdar_export"] = sdar_export(code, args.old, root / "export")
+        results["sdar_export"] = {name: sdar_export(name, code, args.old, root / name) for name in ("sdar", "sdar_moe")}
     if args.llama_cpp:
         tokenizer = load_pretrained(args.model, init="abstract").tokenizer
         results["gguf"] = gguf_files(tokenizer, args.converter.absolute(), args.llama_cpp, root / "gguf")

@@ -28,3 +28,9 @@ class SDARConfig(PretrainedConfig):
         self.max_window_layers, self.block_size, self.mask_token_id = max_window_layers, block_size, mask_token_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
         self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+
+
+class SDARMoeConfig(SDARConfig):
+    """Those settings and the ones of Qwen3-MoE's experts, which are kept as they are."""
+
+    model_type = "sdar_moe"

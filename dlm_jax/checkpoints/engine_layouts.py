@@ -13,11 +13,12 @@ from dlm_jax.errors import CheckpointError
 if TYPE_CHECKING:
     from dlm_jax.checkpoints.pretrained import Pretrained
 
-ENGINE_LAYOUTS = {"sdar": "sdar", "dream": "Dream"}  # model_type of each
+# The model_type that each has for each family of networks.
+ENGINE_LAYOUTS = {"sdar": {"qwen3": "sdar", "qwen3_moe": "sdar_moe"}, "dream": {"qwen2": "Dream"}}
 SDAR_MASK_TOKEN_ID = 151669
 SDAR_THRESHOLD = 0.9  # of a revealed token's probability, as the library's own default
 
-_SDAR_FILES = {"AutoConfig": "configuration_sdar.SDARConfig"}
+_SDAR_CLASSES = {"sdar": "configuration_sdar.SDARConfig", "sdar_moe": "configuration_sdar.SDARMoeConfig"}
 
 
 def engine_config(pretrained: "Pretrained", hf: dict[str, Any], layout: str) -> dict[str, Any]:
@@ -30,11 +31,12 @@ def engine_config(pretrained: "Pretrained", hf: dict[str, Any], layout: str) -> 
         _sdar_problems if layout == "sdar" else _dream_problems)(pretrained.diffusion)
     if found := [problem for problem, is_one in problems.items() if is_one]:
         raise CheckpointError(f"the layout {layout} cannot hold {pretrained.source}: {'; '.join(found)}")
-    model_type = ENGINE_LAYOUTS[layout]
+    model_type = ENGINE_LAYOUTS[layout][pretrained.model.config.family]
     changed = {"model_type": model_type, "architectures": [DIFFUSION_FAMILIES[model_type].architecture],
                "tie_word_embeddings": False}
     if layout == "sdar":
-        changed |= {"auto_map": _SDAR_FILES, "block_size": pretrained.diffusion.blocks.size,
+        changed |= {"auto_map": {"AutoConfig": _SDAR_CLASSES[model_type]},
+                    "block_size": pretrained.diffusion.blocks.size,
                     "fuse_cross_entropy": False}  # which SDAR's own modeling code reads
     return hf | changed
 
@@ -69,9 +71,10 @@ def _dream_problems(diffusion: DiffusionSpec) -> dict[str, bool]:
 
 
 def _network_problems(pretrained: "Pretrained", layout: str) -> dict[str, bool]:
-    config, family = pretrained.model.config, DIFFUSION_FAMILIES[ENGINE_LAYOUTS[layout]].family
+    config, families = pretrained.model.config, ENGINE_LAYOUTS[layout]
     return {
-        f"its network is that of {family}, and this model is a {config.family}": config.family != family,
+        f"its network is that of {' or '.join(families)}, and this model is a {config.family}":
+            config.family not in families,
         f"engines have no sliding window, and this model's is {config.sliding_window}":
             config.sliding_window is not None,
         f"engines have the activation silu, and this model has {config.activation}": config.activation != "silu",

@@ -169,6 +169,11 @@ def block_mask(tokens: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def run_sdar_moe(folder: Path, code: Path, generate: Path) -> dict[str, np.ndarray]:
+    return sdar_results(load_sdar_moe(folder, code), generate, files.noisy_tokens(), files.prompt(), files.MASK)
+
+
+def load_sdar_moe(folder: Path, code: Path) -> torch.nn.Module:
+    """Loads an SDAR-MoE by its own modeling code, without flash-attn."""
     replace_flash_attention("sdar_moe_code", code)
     if not (code / "configuration_sdar_moe.py").exists():
         stand_in = types.ModuleType("sdar_moe_code.configuration_sdar_moe")
@@ -183,7 +188,7 @@ def run_sdar_moe(folder: Path, code: Path, generate: Path) -> dict[str, np.ndarr
         return found[0] if isinstance(found, tuple) else found
 
     model.forward = first
-    return sdar_results(model, generate, files.noisy_tokens(), files.prompt(), files.MASK)
+    return model
 
 
 def run_sdar(folder: Path, code: Path, generate: Path) -> dict[str, np.ndarray]:

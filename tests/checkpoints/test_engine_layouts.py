@@ -11,7 +11,7 @@ from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dlm_jax.checkpoints import load_pretrained, save_pretrained
-from dlm_jax.checkpoints.configuration_sdar import SDARConfig
+from dlm_jax.checkpoints.configuration_sdar import SDARConfig, SDARMoeConfig
 from dlm_jax.checkpoints.hf_tensors import read_tensors
 from dlm_jax.diffusion import BlockSpec, DiffusionSpec
 from dlm_jax.errors import CheckpointError
@@ -22,13 +22,22 @@ SDAR = DiffusionSpec(MASK, False, BlockSpec(4, "block_bidirectional"))
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
              intermediate_size=24, max_position_embeddings=64, bos_token_id=None, eos_token_id=151643,
              pad_token_id=None, tie_word_embeddings=True)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, norm_topk_prob=True)
 
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory):
+    return make_qwen3(tmp_path_factory.mktemp("qwen3"), transformers.Qwen3Config)
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe(tmp_path_factory):
+    return make_qwen3(tmp_path_factory.mktemp("qwen3_moe"), transformers.Qwen3MoeConfig, **EXPERTS)
+
+
+def make_qwen3(folder, config_class, **settings):
     """A tiny tied Qwen3 with as many rows as the real one, and a tokenizer whose ids end where the real one's do."""
-    folder = tmp_path_factory.mktemp("qwen3")
-    config = transformers.Qwen3Config(vocab_size=151936, **SIZES, rope_parameters=dict(
+    config = config_class(vocab_size=151936, **SIZES, **settings, rope_parameters=dict(
         rope_type="default", rope_theta=1e6))
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     write_tokenizer(folder, {"a": 0, "b": 1, "<|endoftext|>": 151643, "</think>": MASK - 1})
@@ -77,6 +86,19 @@ def test_sdar_layout(qwen3, tmp_path):
     assert again.diffusion == dataclasses.replace(qwen3.diffusion, missing_ids=again.diffusion.missing_ids)
     assert again.tokenizer.mask_token_id == MASK
     assert_same_network(again, qwen3)
+
+
+def test_sdar_layout_of_experts(qwen3_moe, tmp_path):
+    save_pretrained(tmp_path, qwen3_moe, layout="sdar", dtype="float32")
+    read = SDARMoeConfig.from_pretrained(tmp_path)
+    assert (read.model_type, read.architectures) == ("sdar_moe", ["SDARMoeForCausalLM"])
+    assert read.auto_map == {"AutoConfig": "configuration_sdar.SDARMoeConfig"}
+    assert EXPERTS.items() <= read.to_dict().items() and (read.rope_theta, read.mask_token_id) == (1e6, MASK)
+    assert transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).num_experts == 4
+    assert "model.layers.0.mlp.experts.3.down_proj.weight" in read_tensors(tmp_path)
+    again = load_pretrained(tmp_path)
+    assert again.diffusion == dataclasses.replace(qwen3_moe.diffusion, missing_ids=again.diffusion.missing_ids)
+    assert_same_network(again, qwen3_moe)
 
 
 def test_dream_layout(qwen2, tmp_path):
