@@ -113,15 +113,16 @@ def self_drafting(lm: DiffusionLM, args: argparse.Namespace) -> dict[str, object
     return {"tokens_per_pass": stats.tokens_per_pass, "acceptance": list(map(float, stats.acceptance))}
 
 
-def tasks(workdir: pathlib.Path, args: argparse.Namespace) -> dict[str, float]:
-    """Returns the accuracy of a model and its parent, in percent."""
+def tasks(workdir: pathlib.Path, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Returns the accuracies of a model and its parent, in percent."""
     out = workdir / "tasks.json"
     if not out.exists() and dlm(["evaluate", f"--model={workdir}", f"--parent={args.base}", f"--out={out}",
                                  f"--tasks={','.join(TASKS)}", f"--data_dir={args.data_dir}", f"--limit={args.limit}",
                                  "--batch_size=32"]):
         raise SystemExit(1)
     found = json.loads(out.read_text())["tasks"]
-    return {task: list(next(iter(found[task]["metrics"].values()))["models"].values()) for task in found}
+    return {task: [100 * accuracy["mean"] for accuracy in found[task]["metrics"]["acc"]["models"].values()]
+            for task in found}
 
 
 def measure(args: argparse.Namespace, structure: str, point: str, seed: int, judge: DiffusionLM) -> dict:
