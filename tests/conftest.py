@@ -50,7 +50,7 @@ def test_data() -> pathlib.Path:
 
 
 def pytest_collection_finish():
-    """Spares the collector of garbage the millions of objects that stay; tracing makes many more that go by count."""
+    """Keeps the garbage collector from visiting, again and again, the millions of objects that stay."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
