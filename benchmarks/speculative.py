@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--data_dir", type=pathlib.Path, required=True)
     parser.add_argument("--drafters", nargs="+", default=["ngram"], help="ngram, self, or trained ones")
     parser.add_argument("--draft_threshold", type=float, help="of trained drafters with a confidence head")
+    parser.add_argument("--draft_vocab_size", type=int, help="of drafters but ngram")
+    parser.add_argument("--num_drafts", type=int, help="of drafters but ngram")
     parser.add_argument("--kinds", nargs="+", default=["stories", "wikitext", "GSM8K", "HumanEval"])
     parser.add_argument("--dtype", default="float32", help="default %(default)s")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--name", default="speculative", help="of the results file, default %(default)s")
     args: argparse.Namespace = parser.parse_args()
     lm, results = DiffusionLM.from_pretrained(args.model, dtype=args.dtype), []
+    names_of_drafts = "num_drafts", "draft_vocab_size", "draft_threshold"  # the last needs a trained drafter
     print(harness.table_head("prompts", "batch", "temperature", "drafter", "tokens per pass", "accepted by position",
                              "tokens per second", "ratio", "equal texts"), flush=True)
     prompts = read_prompts(args.data_dir, args.prompts)
@@ -91,8 +94,9 @@ def main() -> None:
             for temperature in args.temperatures:
                 configs = {"none": SamplerConfig("autoregressive", temperature=temperature)}
                 for drafter in args.drafters:
-                    threshold = None if drafter in ("ngram", "self") else args.draft_threshold
-                    configs[drafter] = dataclasses.replace(configs["none"], drafter=drafter, draft_threshold=threshold)
+                    names = {"ngram": (), "self": names_of_drafts[:2]}.get(drafter, names_of_drafts)
+                    configs[drafter] = dataclasses.replace(configs["none"], drafter=drafter,
+                                                           **{name: getattr(args, name) for name in names})
                 found = compare(lm, prompts[kind], batch_size, args.new_tokens, configs, args.repeats)
                 for drafter, one in found.items():
                     name = pathlib.PurePath(drafter).name

@@ -15,6 +15,9 @@ def get_config():
     config.objective.name = "self_drafting"
     config.objective.block_size = 4
     config.objective.anneal_steps = 0
+    config.objective.drafts.cross_entropy = 0.0
+    config.objective.drafts.kl = 0.5
+    config.objective.drafts.l1 = 0.5
     config.lora.rank = 32
     config.lora.where = "noised"
     config.lora.draft_head = True

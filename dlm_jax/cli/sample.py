@@ -96,6 +96,8 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     drafts.add_argument("--num_drafts", type=int, help="tokens guessed at a time (default: 8, or a full block)")
     drafts.add_argument("--draft_threshold", type=float, help="the confidence below which a trained drafter's guess is "
                         "not checked (default: all are)")
+    drafts.add_argument("--draft_vocab_size", type=int, help="guess among the first tokens of the vocabulary alone, "
+                        "which is faster where the vocabulary is a large part of the model (default: all)")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--cache", help="keys and values kept while a block is filled: none, prefix (those before it) "
                        "or dual (also those after it); faster, not exact (default: none)")

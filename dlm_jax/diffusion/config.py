@@ -17,15 +17,19 @@ _NOISE_SETTINGS = ("noised_weight", "teacher", "schedule", "power", "loss_normal
                    "min_time", "time_curriculum", "anneal_steps", "share_annealed_mask")
 
 
+DRAFT_LOSSES = "cross_entropy", "kl", "l1", "confidence", "selector"
+
+
 @dataclasses.dataclass(frozen=True)
 class DraftObjective:
-    """Anchors and losses of the objective `drafter`; each loss is multiplied by the number of its name."""
+    """Anchors of the objective `drafter`, and factors of its losses, `DRAFT_LOSSES`."""
 
     num_anchors: int = field(512, "blocks per row, at places drawn anew at each step; a row of packed documents needs "
                              "as many for each of them")
     decay: float = field(4.0, "the k-th guess of a block, from 0 on, has the weight exp(-k / decay)")
     adaptive: bool = field(False, "weights by the number of guesses that still have to be accepted instead (D-PACE)")
     cross_entropy: float = field(1.0, "cross-entropy of the text's own token")
+    kl: float = field(0.0, "sum q log(q / p), of the target's q and the drafter's p")
     l1: float = field(0.0, "sum of the absolute differences from the target's probabilities")
     confidence: float = field(0.0, "binary cross-entropy of the confidence head, against the share that the target "
                               "accepts")
@@ -34,8 +38,13 @@ class DraftObjective:
     def __post_init__(self) -> None:
         check_at_least(self.num_anchors, 1, "objective.drafts.num_anchors")
         check_range(self.decay, 0, math.inf, "objective.drafts.decay", open_low=True)
-        for name in ("cross_entropy", "l1", "confidence", "selector"):
+        for name in DRAFT_LOSSES:
             check_at_least(getattr(self, name), 0, f"objective.drafts.{name}")
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether a loss needs the target's distribution."""
+        return self.kl > 0 or self.l1 > 0 or self.confidence > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +177,9 @@ class ObjectiveConfig:
 
     def _check_drafts(self) -> None:
         drafts, default = self.drafts, DraftObjective()
-        if drafts.cross_entropy == drafts.l1 == 0:
-            raise ConfigError("objective.drafts.cross_entropy and objective.drafts.l1 are both 0, so that nothing is "
-                              "learned; set one of them")
+        if drafts.cross_entropy == drafts.kl == drafts.l1 == 0:
+            raise ConfigError("objective.drafts.cross_entropy, objective.drafts.kl and objective.drafts.l1 are all 0, "
+                              "so that nothing is learned; set one of them")
         if self.name == "drafter":
             return
         if self.block_size < 2 or not self.shift:

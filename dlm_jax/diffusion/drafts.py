@@ -152,9 +152,9 @@ def draft_losses(objective: DraftObjective, guesses: Guesses, target_logits: jax
     """Returns the losses of blocks of guesses.
 
     With p of the drafter and q of the target, a guess adds to the loss its weight times the sum of: cross-entropy of
-    the label; L1, sum |p - q|, which is twice the share of guesses that the target rejects; the confidence's binary
-    cross-entropy against the share it accepts, 1 - L1 / 2, through which no gradient flows to p; and the selector's
-    cross-entropy where the label is among the candidates. Each is times its factor of `objective`.
+    the label; KL, sum q log(q / p); L1, sum |p - q|, which is twice the share of guesses that the target rejects; the
+    confidence's binary cross-entropy against the share it accepts, 1 - L1 / 2, through which no gradient flows to p;
+    and the selector's cross-entropy where the label is among the candidates. Each is times its factor of `objective`.
 
     Args:
       target_logits: float32 [..., D, vocab]; None if nothing needs the target's distribution.
@@ -168,9 +168,12 @@ def draft_losses(objective: DraftObjective, guesses: Guesses, target_logits: jax
     losses += objective.cross_entropy * nll
     of_target = (None,) * 5
     if target_logits is not None:
-        target = _distribution(target_logits).probs
+        target, _, target_logsumexp = _distribution(target_logits)
         l1 = jnp.sum(jnp.abs(drafter.probs - target), axis=-1)
         losses += objective.l1 * l1
+        if objective.kl:
+            log_ratio = jnp.sum(target * (target_logits - guesses.logits), axis=-1)
+            losses += objective.kl * (log_ratio + (drafter.logsumexp - target_logsumexp)[..., 0])
         if guesses.confidence is not None:
             accepted = jax.lax.stop_gradient(1.0 - l1 / 2)
             log_odds = guesses.confidence

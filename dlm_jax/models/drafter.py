@@ -36,6 +36,7 @@ from dlm_jax.models.layers import (
     Attention,
     Cache,
     Initializer,
+    LMHead,
     Norm,
     rematerialize,
     rotary,
@@ -292,16 +293,18 @@ class Drafter(nnx.Module):
         """Returns the Markov head's state before the first slot, [*batch, rank]."""
         return jnp.zeros((*batch, self.config.markov_rank), self.compute.dtype)
 
-    def markov_bias(self, previous: jax.Array, hidden: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def markov_bias(self, previous: jax.Array, hidden: jax.Array, state: jax.Array,
+                    lm_head: LMHead | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns what the Markov head adds to a slot's logits, float32 [batch, vocab], and its next state.
 
         Args:
           previous: int [batch], the token before the one that the slot guesses; for the first slot the anchor.
           hidden: [batch, embed], of the slot.
           state: [batch, rank], from `markov_state` or the slot before.
+          lm_head: of the Markov head, if only the first tokens of the vocabulary are asked for.
         """
         mixed, state = self.markov.step(previous, hidden, state)
-        return self.markov.unembed(mixed), state
+        return (lm_head or self.markov.lm_head())(mixed), state
 
     def confidence(self, previous: jax.Array, hidden: jax.Array) -> jax.Array:
         """Returns the log odds, float32 [...], that the target accepts a slot's guess, if it accepts those before it.

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dlm_jax.matmul import MatmulKind, dense, matmul
-from dlm_jax.models.layers import Axes, Initializer, Linear
+from dlm_jax.matmul import MatmulKind, dense
+from dlm_jax.models.layers import Axes, Initializer, Linear, LMHead
 
 if TYPE_CHECKING:
     from dlm_jax.models.drafter import DrafterConfig
@@ -86,9 +86,12 @@ class MarkovHead(nnx.Module):
 
     def unembed(self, mixed: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocab] of what `step` returns, [..., rank]."""
-        rows = mixed.reshape(-1, mixed.shape[-1])
-        logits = matmul(rows, self.next[...].astype(mixed.dtype), self.matmul, transpose_b=True)
-        return logits.reshape(*mixed.shape[:-1], -1)
+        return self.lm_head()(mixed)
+
+    def lm_head(self, vocab_size: int | None = None) -> LMHead:
+        """Returns what `unembed` applies; with `vocab_size` that of the first tokens of the vocabulary alone."""
+        head = LMHead(self.next[...], True, self.matmul)
+        return head if vocab_size is None else head.first(vocab_size)
 
 
 class CandidateSelector(nnx.Module):

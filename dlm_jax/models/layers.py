@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dlm_jax.attention import AttentionMask, attend, xla_attention
+from dlm_jax.attention import AttentionMask, attend, soft_cap, xla_attention
 from dlm_jax.errors import ConfigError
-from dlm_jax.matmul import DEFAULT, MatmulKind, add_bias, dense
+from dlm_jax.matmul import DEFAULT, MatmulKind, add_bias, dense, matmul
 from dlm_jax.models.config import Compute, ModelConfig, RopeScaling
 from dlm_jax.models.layer_types import MaskChoice, attend_under
 from dlm_jax.models.lora import (
@@ -337,6 +337,35 @@ class MLP(nnx.Module):
         if self.compute.remat == "none":  # only the inputs of the activation are saved: recomputing it is cheaper
             down = jax.checkpoint(down, prevent_cse=False)
         return down(gate, up, self.down)
+
+
+class LMHead(NamedTuple):
+    """What makes logits of hidden states.
+
+    Attributes:
+      kernel: [vocab, embed] if `tied`, as an embedding is, else [embed, vocab].
+      softcap: bound of the logits, see `soft_cap`; None: there is none.
+    """
+
+    kernel: jax.Array
+    tied: bool
+    matmul: MatmulKind
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.kernel.shape[0 if self.tied else 1]
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits [..., vocab] of hidden states [..., embed]."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = matmul(rows, self.kernel.astype(hidden.dtype), self.matmul, transpose_b=self.tied)
+        return soft_cap(logits, self.softcap).reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    def first(self, vocab_size: int) -> Self:
+        """Returns the head of the first tokens of the vocabulary."""
+        kernel = self.kernel[:vocab_size] if self.tied else self.kernel[:, :vocab_size]
+        return self._replace(kernel=kernel)
 
 
 def split_layers(blocks: nnx.Module, compute: Compute) -> tuple[nnx.GraphDef, nnx.State]:

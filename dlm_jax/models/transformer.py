@@ -11,9 +11,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dlm_jax.attention import AttentionMask, soft_cap
+from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
-from dlm_jax.matmul import matmul
 from dlm_jax.models.config import Compute, ModelConfig
 from dlm_jax.models.layer_types import LayerTypes, MaskChoice
 from dlm_jax.models.layers import (
@@ -22,6 +21,7 @@ from dlm_jax.models.layers import (
     Cache,
     Initializer,
     LayerCache,
+    LMHead,
     Norm,
     rematerialize,
     rotary,
@@ -270,10 +270,12 @@ class Transformer(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocab] of hidden states [..., embed]."""
-        kernel = self.head_kernel[...].astype(hidden.dtype)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = matmul(rows, kernel, self.compute.matmul, transpose_b=self.head is None)
-        return soft_cap(logits, self.config.logit_softcap).reshape(*hidden.shape[:-1], logits.shape[-1])
+        return self.lm_head()(hidden)
+
+    def lm_head(self, vocab_size: int | None = None) -> LMHead:
+        """Returns what `unembed` applies; with `vocab_size` that of the first tokens of the vocabulary alone."""
+        head = LMHead(self.head_kernel[...], self.head is None, self.compute.matmul, self.config.logit_softcap)
+        return head if vocab_size is None else head.first(vocab_size)
 
     def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:
         """Returns float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""

@@ -126,7 +126,7 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
 def _drafter_flops(config: TrainConfig, architecture: ModelConfig) -> Flops:
     drafts, drafter = config.objective.drafts, resolve_drafter(config.drafter, architecture, 0)
     found = drafter_flops(architecture, drafter, config.data.batch_size, config.data.length, drafts.num_anchors,
-                          reads_target=drafts.l1 > 0 or drafts.confidence > 0)
+                          reads_target=drafts.reads_target)
     slots = config.data.batch_size * min(drafts.num_anchors, config.data.length) * drafter.block_size
     again = 2 * count_params(drafter.layers, "blocks") * slots * (config.model.remat in ("full", "offload"))
     return Flops(sum(found), sum(found) + again, found.target)

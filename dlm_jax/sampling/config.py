@@ -104,6 +104,8 @@ class SamplerConfig:
       num_drafts: tokens that the drafter guesses at a time; None: 8 with "ngram", else a full block.
       draft_threshold: the confidence below which a trained drafter's guess, and all after it, are not checked; None:
         all are.
+      draft_vocab_size: guesses are among as many tokens, the first of the vocabulary, which are its most frequent ones
+        in most tokenizers (FR-Spec, arXiv 2502.14856); None: among all. The text has the same distribution.
 
     Raises:
       ConfigError: a setting is out of range or does not go with the policy.
@@ -126,12 +128,13 @@ class SamplerConfig:
     drafter: str = "none"
     num_drafts: int | None = None
     draft_threshold: float | None = None
+    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         check_choices(self)
-        for name in ("num_steps", "block_length", "top_k", "cache_refresh_interval", "num_drafts"):
+        for name in ("num_steps", "block_length", "top_k", "cache_refresh_interval", "num_drafts", "draft_vocab_size"):
             if getattr(self, name) is not None:
                 check_at_least(getattr(self, name), 1, name)
         for name in ("top_p", "threshold", "draft_threshold"):
@@ -149,13 +152,15 @@ class SamplerConfig:
         elif self.drafter != "none":
             raise ConfigError(f"a drafter guesses for autoregressive decoding, and the policy is {self.policy}; choose "
                               "autoregressive, or drafter=none")
-        for name in ("num_drafts", "draft_threshold"):
+        for name in ("num_drafts", "draft_threshold", "draft_vocab_size"):
             if getattr(self, name) is not None and self.drafter == "none":
                 raise ConfigError(f"{name} is for a drafter, and there is none; name one, or remove {name}")
         if not self.drafter.strip():
             raise ConfigError("drafter is empty; give ngram, self, the place of a trained drafter, or none")
         if self.draft_threshold is not None and self.drafter in BUILT_IN_DRAFTERS:
             raise ConfigError(f"draft_threshold is for a trained drafter, and this one is {self.drafter}; remove it")
+        if self.draft_vocab_size is not None and self.drafter == "ngram":
+            raise ConfigError("draft_vocab_size is for a model that drafts, and this drafter is ngram; remove it")
         if self.threshold is not None and self.policy != "threshold":
             raise ConfigError(f"threshold belongs to the policy threshold, and the policy is {self.policy}")
         if self.remask and self.policy == "random":

@@ -8,6 +8,7 @@ distribution either way.
 """
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,39 @@ import jax.numpy as jnp
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import DraftedModel
-from dlm_jax.sampling.spec import Drafts, SamplingInputs, SamplingState
-from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, last_token_and, next_position, token_before
+from dlm_jax.models.layers import LMHead
+from dlm_jax.sampling.config import SamplerConfig
+from dlm_jax.sampling.spec import Drafts, SamplingInputs, SamplingSpec, SamplingState
+from dlm_jax.sampling.speculative import (
+    NextDraft,
+    SpeculativeStepper,
+    check_draft_vocab,
+    last_token_and,
+    next_position,
+    token_before,
+)
 from dlm_jax.sampling.steppers import window_tokens
 from dlm_jax.sampling.tokens import process_logits, seen_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftedStepper(SpeculativeStepper):
-    """Speculative decoding of a target, `network`, with the drafter of `model`, which has both."""
+    """Speculative decoding of a target, `network`, with the drafter of `model`, which has both.
+
+    Attributes:
+      lm_head, markov_head: what makes the drafter's logits; with `draft_vocab_size` of the first tokens alone.
+    """
 
     model: DraftedModel
+    lm_head: LMHead
+    markov_head: LMHead | None
+
+    @classmethod
+    def of(cls, model: DraftedModel, spec: SamplingSpec) -> Self:
+        """Returns the stepper for a model. Called outside the loop, it copies parts of the heads once."""
+        size, markov = spec.config.draft_vocab_size, model.drafter.markov
+        return cls(model.target, spec, model, model.target.lm_head(size),
+                   None if markov is None else markov.lm_head(size))
 
     @property
     def num_drafts(self) -> int:
@@ -52,7 +75,7 @@ class DraftedStepper(SpeculativeStepper):
         block = self.model.block_embeddings(token_before(state.tokens, at)[:, None], slots)
         hidden = drafter.cached_hidden(block, jnp.maximum(at - 1, 0)[:, None] + jnp.arange(slots),
                                        state.drafter_cache)[:, drafter.config.first_slot :]
-        logits = self.network.unembed(hidden)
+        logits = self.lm_head(hidden)
         if drafter.markov is None and drafter.selector is None:
             seen = seen_tokens(self.network.config.vocab_size, inputs, state)
             logits = process_logits(logits, spec, inputs.settings, seen)
@@ -63,11 +86,11 @@ class DraftedStepper(SpeculativeStepper):
             hidden, logits = slot
             goes_on = None
             if drafter.markov is not None:
-                bias, markov_state = drafter.markov_bias(previous, hidden, markov_state)
+                bias, markov_state = drafter.markov_bias(previous, hidden, markov_state, self.markov_head)
                 logits = logits + bias
             if drafter.selector is not None:
                 top, candidates = jax.lax.top_k(process_logits(logits[:, None], spec, inputs.settings, None)[:, 0],
-                                                drafter.config.selector_top_k)
+                                                min(drafter.config.selector_top_k, logits.shape[-1]))
                 scores = drafter.select(previous, hidden, candidates, top)
                 logits = jnp.full_like(logits, -jnp.inf).at[rows, candidates].set(scores)
             if spec.config.draft_threshold is not None:
@@ -99,10 +122,12 @@ class DraftedStepper(SpeculativeStepper):
                                                                  state.drafter_cache))
 
 
-def check_drafter(num_drafts: int | None, draft_threshold: float | None, model: DraftedModel) -> None:
+def check_drafter(config: SamplerConfig, model: DraftedModel) -> None:
     """Raises ConfigError where settings of the drafter do not fit it."""
-    config = model.drafter.config
-    if num_drafts is not None and num_drafts > config.num_drafts:
-        raise ConfigError(f"this drafter guesses at most {config.num_drafts} tokens, got num_drafts {num_drafts}")
-    if draft_threshold is not None and not config.confidence_head:
+    drafter = model.drafter.config
+    if config.num_drafts is not None and config.num_drafts > drafter.num_drafts:
+        raise ConfigError(f"this drafter guesses at most {drafter.num_drafts} tokens, got num_drafts "
+                          f"{config.num_drafts}")
+    check_draft_vocab(config, model.target.config)
+    if config.draft_threshold is not None and not drafter.confidence_head:
         raise ConfigError("draft_threshold needs a drafter with a confidence head, which this one lacks; remove it")

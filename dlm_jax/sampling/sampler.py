@@ -89,9 +89,9 @@ def make_stepper(network: Network, spec: SamplingSpec) -> Stepper:
     """Returns the stepper for the policy and the model."""
     if spec.config.policy == "autoregressive":
         if isinstance(network, DraftedModel):
-            return DraftedStepper(network.target, spec, network)
+            return DraftedStepper.of(network, spec)
         if spec.config.drafter == "self":
-            return SelfDraftingStepper(network, spec)
+            return SelfDraftingStepper(network, spec, network.lm_head(spec.config.draft_vocab_size))
         return (SpeculativeStepper if spec.config.drafter == "ngram" else AutoregressiveStepper)(network, spec)
     return (DenoisingStepper if spec.blocks is None else BlockStepper)(network, spec)
 
@@ -114,7 +114,7 @@ def resolve_spec(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths
         if inside:
             raise ConfigError("autoregressive decoding cannot fill a gap with text after it; choose another policy")
         if isinstance(network, DraftedModel):
-            check_drafter(config.num_drafts, config.draft_threshold, network)
+            check_drafter(config, network)
         elif config.drafter == "self":
             check_drafts_itself(config, diffusion, network.config)
         elif config.drafter not in BUILT_IN_DRAFTERS:

@@ -7,6 +7,8 @@ model's clean attention, from left to right; with LoRA at noised positions alone
 arXiv 2507.11851).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -14,17 +16,31 @@ from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
 from dlm_jax.models import ModelConfig
+from dlm_jax.models.layers import LMHead
 from dlm_jax.random import fold_keys, position_keys
 from dlm_jax.sampling.config import SamplerConfig
 from dlm_jax.sampling.spec import NO_DRAFT, Drafts, SamplingInputs, SamplingState
-from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, last_token_and, next_position
+from dlm_jax.sampling.speculative import (
+    NextDraft,
+    SpeculativeStepper,
+    check_draft_vocab,
+    last_token_and,
+    next_position,
+)
 from dlm_jax.sampling.tokens import process_logits
 
 _NOISE_KEYS = 8  # noise has other random numbers than drafts and tokens
 
 
+@dataclasses.dataclass(frozen=True)
 class SelfDraftingStepper(SpeculativeStepper):
-    """Speculative decoding by a model with blocks that guesses for itself, in the pass that checks its last guesses."""
+    """Speculative decoding by a model with blocks that guesses for itself, in the pass that checks its last guesses.
+
+    Attributes:
+      lm_head: what makes the drafts' logits; with `draft_vocab_size` of the first tokens alone.
+    """
+
+    lm_head: LMHead
 
     @property
     def num_drafts(self) -> int:
@@ -37,7 +53,7 @@ class SelfDraftingStepper(SpeculativeStepper):
         cache = jax.tree.map(lambda x: jnp.pad(x, room), state.cache)
         drafts = jnp.full((len(tokens), self.num_drafts), NO_DRAFT)
         is_sampled = self.network.draft_head is not None and inputs.settings.temperature is not None
-        probs = jnp.zeros((*drafts.shape, self.network.config.vocab_size)) if is_sampled else None
+        probs = jnp.zeros((*drafts.shape, self.lm_head.vocab_size)) if is_sampled else None
         return state._replace(cache=cache, drafts=Drafts(drafts, probs))
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
@@ -73,11 +89,11 @@ class SelfDraftingStepper(SpeculativeStepper):
         """Returns drafts for the positions from `at` [batch] on, of masks' states [batch, num_drafts, embed]."""
         network, spec = self.network, self.spec
         if network.draft_head is None:
-            logits = process_logits(network.unembed(block), spec, inputs.settings, None)
+            logits = process_logits(self.lm_head(block), spec, inputs.settings, None)
             return Drafts(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
 
         def next_draft(previous: jax.Array, carry: None, hidden: jax.Array) -> NextDraft:
-            return NextDraft(network.unembed(network.correct_drafts(hidden, previous)), carry)
+            return NextDraft(self.lm_head(network.correct_drafts(hidden, previous)), carry)
 
         return self.draft_in_turn(next_draft, jnp.swapaxes(block, 0, 1), None, at, inputs, state)
 
@@ -93,3 +109,4 @@ def check_drafts_itself(config: SamplerConfig, diffusion: DiffusionSpec, model: 
     if config.num_drafts is not None and config.num_drafts >= blocks.size:
         raise ConfigError(f"num_drafts is at most {blocks.size - 1} with drafter=self, the rest of a block of "
                           f"{blocks.size} tokens, got {config.num_drafts}")
+    check_draft_vocab(config, model)

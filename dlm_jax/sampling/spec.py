@@ -103,7 +103,8 @@ class Drafts(NamedTuple):
     """Guesses of the next tokens of each row, from its first position without a token on."""
 
     tokens: jax.Array  # int32 [batch, num_drafts], or `NO_DRAFT`
-    probs: jax.Array | None  # float32 [batch, num_drafts, vocab], what they are samples of; None: they are certain
+    # float32 [batch, num_drafts, vocab or draft_vocab_size], what they are samples of; None: they are certain
+    probs: jax.Array | None
 
     def first(self, number: int) -> Self:
         return Drafts(self.tokens[:, :number], None if self.probs is None else self.probs[:, :number])

@@ -21,7 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.errors import ConfigError
+from dlm_jax.models import ModelConfig
 from dlm_jax.random import fold_keys
+from dlm_jax.sampling.config import SamplerConfig
 from dlm_jax.sampling.spec import NO_DRAFT, Drafts, SamplingInputs, SamplingState, pending_mask
 from dlm_jax.sampling.steppers import AutoregressiveStepper, reveal
 from dlm_jax.sampling.tokens import categorical, process_logits, sample_tokens, seen_tokens, token_probs
@@ -184,6 +187,13 @@ def last_token_and(drafts: Drafts, state: SamplingState) -> tuple[jax.Array, jax
     at = next_position(state)
     given = jnp.concatenate([token_before(state.tokens, at)[:, None], jnp.maximum(drafts.tokens, 0)], axis=1)
     return given, at[:, None] + jnp.arange(given.shape[1])
+
+
+def check_draft_vocab(config: SamplerConfig, model: ModelConfig) -> None:
+    """Raises ConfigError where more tokens are asked for than the vocabulary has."""
+    if config.draft_vocab_size is not None and config.draft_vocab_size > model.vocab_size:
+        raise ConfigError(f"draft_vocab_size {config.draft_vocab_size} is more than the {model.vocab_size} tokens of "
+                          "the vocabulary; lower or remove it")
 
 
 def _all_before(right: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ def process_logits(logits: jax.Array, spec: SamplingSpec, settings: RowSettings,
     Tokens are sampled and scored by the result.
 
     Args:
-      logits: float32 [batch, n, vocab]; twice the batch with guidance.
+      logits: float32 [batch, n, vocab]; twice the batch with guidance; or of the first tokens of the vocabulary.
       seen: bool [batch, n or 1, vocab], tokens that the row already has; None without repetition penalty.
     """
     diffusion = spec.diffusion
@@ -100,7 +100,7 @@ def process_logits(logits: jax.Array, spec: SamplingSpec, settings: RowSettings,
         conditional, unconditional = jnp.split(logits, 2)
         logits = unconditional + (1 + _per_row(settings.cfg_scale)) * (conditional - unconditional)
     if seen is not None:
-        penalty = _per_row(settings.repetition_penalty)
+        penalty, seen = _per_row(settings.repetition_penalty), seen[:, :, : logits.shape[-1]]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     if spec.eos_token_ids and settings.eos_penalty is not None:
         logits = logits.at[:, :, jnp.array(spec.eos_token_ids)].add(-_per_row(settings.eos_penalty))
@@ -108,7 +108,7 @@ def process_logits(logits: jax.Array, spec: SamplingSpec, settings: RowSettings,
     for ids in diffusion.missing_ids:
         excluded[ids.start : ids.stop] = True
     if diffusion.mask_token_id is not None:
-        excluded[diffusion.mask_token_id] = True
+        excluded[diffusion.mask_token_id :][:1] = True
     return jnp.where(excluded, -jnp.inf, logits) if excluded.any() else logits
 
 
@@ -172,9 +172,10 @@ def accept_or_resample(logits: jax.Array, drafts: jax.Array, draft_probs: jax.Ar
     Args:
       logits: float32 [batch, n, vocab], of p.
       drafts: int32 [batch, n]; `NO_DRAFT`: there is none, and the result is a sample of p.
-      draft_probs: float32 [batch, n, vocab], q.
+      draft_probs: float32 [batch, n, vocab], q; or of the first tokens of the vocabulary, if no other is drafted.
       keys: random keys [batch, n].
     """
+    draft_probs = jnp.pad(draft_probs, ((0, 0), (0, 0), (0, logits.shape[-1] - draft_probs.shape[-1])))
     return jax.vmap(jax.vmap(_accept_or_resample))(token_probs(logits, settings), drafts, draft_probs, keys)
 
 

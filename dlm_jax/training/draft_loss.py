@@ -60,8 +60,7 @@ class DraftLoss(abc.ABC):
 
     @property
     def _needs_target(self) -> bool:
-        drafts = self.objective.drafts
-        return self.evaluates or drafts.l1 > 0 or drafts.confidence > 0
+        return self.evaluates or self.objective.drafts.reads_target
 
     def _model(self, params: nnx.State, frozen: Frozen) -> DraftedModel | Transformer:
         """Returns the model, with embedding tables that every device has, to look tokens up."""

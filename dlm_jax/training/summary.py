@@ -15,7 +15,7 @@ from dlm_jax.checkpoints.tokenizer import compared_file
 from dlm_jax.data.config import DataConfig
 from dlm_jax.data.rows import RowSource
 from dlm_jax.data.tokenization import start_token
-from dlm_jax.diffusion import ObjectiveConfig
+from dlm_jax.diffusion.config import DRAFT_LOSSES, ObjectiveConfig
 from dlm_jax.models import DrafterConfig, ModelConfig, split_trainable
 from dlm_jax.parallel import describe_mesh
 from dlm_jax.training.config import TrainConfig
@@ -68,7 +68,7 @@ def _describe_objective(objective: ObjectiveConfig, mask_token_id: int | None) -
         case "self_drafting":
             facts.append(f"{objective.block_size - 1} drafts")
     if objective.trains_drafts:
-        losses = {name: getattr(objective.drafts, name) for name in ("cross_entropy", "l1", "confidence", "selector")}
+        losses = {name: getattr(objective.drafts, name) for name in DRAFT_LOSSES}
         facts.append("loss " + ", ".join(f"{weight:g} {name}" for name, weight in losses.items() if weight))
     return ", ".join(facts + _other_terms(objective))
 

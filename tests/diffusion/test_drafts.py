@@ -9,7 +9,7 @@ import pytest
 from dlm_jax.diffusion import Batch, DraftObjective, DraftSums, Guesses, drafts, sum_chunks
 
 LENGTH, DRAFTS, VOCAB = 24, 3, 17
-OBJECTIVE = DraftObjective(num_anchors=6, decay=4.0, cross_entropy=0.1, l1=0.9, confidence=1.0)
+OBJECTIVE = DraftObjective(num_anchors=6, decay=4.0, cross_entropy=0.1, kl=0.4, l1=0.9, confidence=1.0)
 draft_blocks = jax.jit(drafts.draft_blocks, static_argnums=(0, 2), static_argnames="seed")
 draft_losses = jax.jit(drafts.draft_losses, static_argnums=0)
 
@@ -86,7 +86,8 @@ def test_losses_are_the_published_ones():
         c = 1 / (1 + np.exp(-float(log_odds[i])))
         accepted = 1 - l1 / 2
         bce = -(accepted * np.log(c) + (1 - accepted) * np.log(1 - c))
-        loss += w * (-0.1 * np.log(p[i][labels[i]]) + 0.9 * l1 + bce)
+        kl = (q[i] * np.log(q[i] / p[i])).sum()
+        loss += w * (-0.1 * np.log(p[i][labels[i]]) + 0.4 * kl + 0.9 * l1 + bce)
         weight, shared = weight + w, shared + np.minimum(p[i], q[i]).sum()
     np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
     np.testing.assert_allclose(found.weight, weight, rtol=1e-5)

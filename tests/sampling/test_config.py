@@ -37,7 +37,8 @@ SCORES = (log_prob, margin, negative_entropy)
     (dict(policy="confidence", drafter="ngram"), "drafter.*confidence"),
     *[(dict(policy="autoregressive", **drafting), "draft") for drafting in (
         dict(num_drafts=3), dict(drafter="ngram", num_drafts=0), dict(drafter=" "), dict(draft_threshold=0.5),
-        dict(drafter="ngram", draft_threshold=0.5), dict(drafter="given", draft_threshold=1.5))],
+        dict(drafter="ngram", draft_threshold=0.5), dict(drafter="ngram", draft_vocab_size=8),
+        dict(draft_vocab_size=8), dict(drafter="given", draft_threshold=1.5))],
     *[(dict(policy="autoregressive") | {name: value}, name)
       for name, value in dict(num_steps=8, step_schedule="cosine", block_length=4, threshold=0.5, remask=0.1,
                               cfg_scale=1.0, cache="dual", cache_refresh_interval=2).items()],

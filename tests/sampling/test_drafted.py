@@ -114,7 +114,9 @@ def test_cached_drafts_are_those_of_the_training_forward(kind):
 
 @pytest.mark.parametrize(("kind", "settings"), [
     ("dflash", dict(temperature=0.8)), ("dspark", dict(temperature=0.7, top_p=0.8)), ("rnn", dict(top_k=3)),
-    ("dflash2", dict(temperature=1.5))], ids=str)
+    ("dflash2", dict(temperature=1.5)),
+    ("dspark", dict(drafter="given", draft_vocab_size=3)), ("dflash2", dict(drafter="given", draft_vocab_size=3))],
+    ids=str)
 def test_law_of_short_texts_is_the_targets(kind, settings, optimized_program):
     """In a batch whose rows accept different numbers."""
     model = drafted(kind, vocab_size=6)
@@ -133,6 +135,17 @@ def test_threshold_checks_fewer_drafts():
     assert plain.accepted.sum() > number[0] > number[1] == 0
 
 
+@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+def test_drafts_of_the_first_tokens_alone(kind):
+    model = drafted(kind)
+    for settings in (dict(repetition_penalty=1.3), dict()):
+        found = run(model, drafter="given", draft_vocab_size=2, **settings)
+        np.testing.assert_array_equal(found.tokens, run(model, **settings).tokens)
+    assert found.accepted.sum() > 0
+    others = run(model, drafter="given", draft_vocab_size=VOCAB)
+    np.testing.assert_array_equal(others.accepted, run(model).accepted)
+
+
 def test_fewer_drafts():
     model = drafted("dflash")
     full, one = run(model), run(model, drafter="given", num_drafts=1)
@@ -141,7 +154,8 @@ def test_fewer_drafts():
 
 
 @pytest.mark.parametrize(("kind", "settings"), [("dflash", dict(num_drafts=4)), ("dflash", dict(draft_threshold=0.5)),
-                                                ("dspark", dict(num_drafts=4))])
+                                                ("dspark", dict(num_drafts=4)),
+                                                ("dspark", dict(draft_vocab_size=VOCAB + 1))])
 def test_settings_that_the_drafter_cannot_follow(kind, settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         run(drafted(kind), drafter="given", **settings)

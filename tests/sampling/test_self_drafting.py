@@ -95,10 +95,11 @@ def check_passes(found, lengths, guess_after):
 
 @pytest.mark.parametrize(("kind", "settings"), [
     ("llama", dict(blocks=None)), ("llama", dict(blocks=BlockSpec(1))), ("window", dict(blocks=BlockSpec(4))),
-    ("llama", dict(blocks=BlockSpec(4, "block_bidirectional"))), ("llama", dict(blocks=BlockSpec(4), num_drafts=4))])
+    ("llama", dict(blocks=BlockSpec(4, "block_bidirectional"))), ("llama", dict(blocks=BlockSpec(4), num_drafts=4)),
+    ("llama", dict(blocks=BlockSpec(4), draft_vocab_size=10**6))])
 def test_own_guesses_need_causal_blocks(kind, settings):
     tokens, fixed, lengths = make_batch("autoregressive")
-    with pytest.raises(ConfigError, match="drafter=self"):
+    with pytest.raises(ConfigError, match="drafter=self|draft_vocab_size"):
         run_sampler(tiny(kind), tokens, fixed, lengths, policy="autoregressive", drafter="self", **settings)
 
 
@@ -120,10 +121,12 @@ def test_gated_model_without_drafts_is_its_base():
     np.testing.assert_array_equal(found[0].confidence, found[1].confidence)  # bit for bit
 
 
-def test_law_of_short_texts_is_the_bases(optimized_program):
+@pytest.mark.parametrize("draft_vocab_size", [None, 4])
+def test_law_of_short_texts_is_the_bases(draft_vocab_size, optimized_program):
     """Sampled drafts, of a head that sees the token before each, in rows that accept different numbers."""
     base = tiny("llama", vocab_size=6)
-    found = sample_short_texts(gated(base), base, drafter="self", blocks=BlockSpec(4), temperature=0.7, top_p=0.8)
+    found = sample_short_texts(gated(base), base, drafter="self", blocks=BlockSpec(4), temperature=0.7, top_p=0.8,
+                               draft_vocab_size=draft_vocab_size)
     assert len(set(found.steps.tolist())) > 1
     assert found.accepted.sum() > 0.05 * len(found.steps)
 
