@@ -133,6 +133,7 @@ class SamplingRequest(_Model):
     drafter: Literal["none", "ngram", "self", "default"] | None = None
     num_drafts: int | None = None
     draft_threshold: float | None = None
+    draft_vocab_size: int | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
