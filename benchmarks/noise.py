@@ -51,8 +51,8 @@ def stratified(key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     return sample_times(seed, 0, jnp.arange(rows), rows, low=LOW), jax.random.split(second, rows)
 
 
-DRAWS = {"the reference": (reference, "noisable_mask"), "the reference, its own loss": (reference, "masked"),
-         "independent times": (independent, "noisable_mask"), "stratified times (ours)": (stratified, "noisable_mask")}
+DRAWS = {"the reference": (reference, "all_tokens"), "the reference, its own loss": (reference, "masked_tokens"),
+         "independent times": (independent, "all_tokens"), "stratified times (ours)": (stratified, "all_tokens")}
 
 
 def of_loss(lm: DiffusionLM, tokens: np.ndarray, num_draws: int) -> dict[str, dict[str, float]]:
