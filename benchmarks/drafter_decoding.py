@@ -51,7 +51,7 @@ def main() -> None:
     kind, number = "dspark" if drafter.config.sample_from_anchor else "dflash", drafter.config.num_drafts
     start = lm.tokenizer.convert_ids_to_tokens(lm.pretrained.start_token_id)
     results = {}
-    print(harness.table_head("prompts", "equal texts", "accepted here", "accepted in llama.cpp", "tokens per pass here"))
+    print(harness.table_head("prompts", "equal texts", "accepted", "accepted in llama.cpp", "tokens per pass"))
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "drafter.gguf"
         save_drafter_gguf(file, drafter, lm.pretrained)

@@ -1,6 +1,5 @@
 """Trained drafters: the target's own text from drafters of every kind, whatever they guess."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,8 +9,9 @@ import pytest
 from flax import nnx
 
 from dlm_jax.attention import AttentionMask
+from dlm_jax.checkpoints.drafter import DrafterSettings, resolve_drafter
 from dlm_jax.errors import ConfigError
-from dlm_jax.models import DraftedModel, Drafter, DrafterConfig
+from dlm_jax.models import DraftedModel, Drafter
 from tests.sampling.enumerated import sample_short_texts
 from tests.sampling.tiny_models import make_batch, run_sampler, tiny
 
@@ -30,10 +30,8 @@ VOCAB = 5  # the last is the mask
 def drafted(kind, target_kind="llama", vocab_size=VOCAB):
     """Returns a random target with the first of many random drafters that guesses right now and then."""
     target = tiny(target_kind, num_layers=4, vocab_size=vocab_size)
-    layers = dataclasses.replace(target.config, family="qwen3", num_layers=1, num_kv_heads=2, norm="rms",
-                                 positions="rope", gated_mlp=True, activation="silu", qk_norm=True, qkv_bias=False,
-                                 out_bias=False, mlp_bias=False, sliding_window=None)
-    config = DrafterConfig(layers, target_layer_ids=(1, 2), mask_token_id=vocab_size - 1, **KINDS[kind])
+    settings = DrafterSettings(num_layers=1, target_layer_ids=(1, 2), **KINDS[kind])
+    config = resolve_drafter(settings, target.config, mask_token_id=vocab_size - 1)
     drafter, noise = jax.jit(lambda: Drafter(config, rngs=nnx.Rngs(1)))(), np.random.default_rng(0)
     model, first = DraftedModel(target, drafter), nnx.state(drafter)
     for _ in range(100):
@@ -50,9 +48,10 @@ def run(model, temperature=0.0, mask=VOCAB - 1, **settings):
                        temperature=temperature, **settings)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_greedy_text_is_the_targets(kind):
-    model, settings = drafted(kind), dict(repetition_penalty=1.3, eos=1, stop=True)
+@pytest.mark.parametrize(("kind", "target"), [
+    *((kind, "llama") for kind in KINDS), ("dspark", "two types and experts")])
+def test_greedy_text_is_the_targets(kind, target):
+    model, settings = drafted(kind, target), dict(repetition_penalty=1.3, eos=1, stop=True)
     plain, found = run(model.target, **settings), run(model, **settings)
     np.testing.assert_array_equal(found.tokens, plain.tokens)
     np.testing.assert_allclose(found.confidence, plain.confidence, atol=2e-4)
