@@ -84,11 +84,11 @@ class TrainStep:
                  start: int = 0, matmul: str = "default"):
         from dlm_jax.parallel import MeshConfig, make_mesh
         from dlm_jax.training.optimizer import make_optimizer
-        from dlm_jax.training.state import create_state
+        from dlm_jax.training.state import Frozen, create_state
         from dlm_jax.training.step import make_train_step
 
         mesh, rule = make_mesh(MeshConfig(), jax.devices()[:1]), make_optimizer(optimizer, 10**6)
-        state = create_state(params, rule, False, mesh, frozen=frozen)
+        state = create_state(params, rule, False, mesh, frozen=frozen or Frozen())
         self.state, self._tokens = dataclasses.replace(state, step=state.step + start), tokens
         self._step = make_train_step(graphdef, rule, mesh, objective=objective, config=optimizer, num_steps=10**6,
                                      seed=0, mask_token_id=mask_token_id, matmul=matmul)

@@ -17,10 +17,14 @@ import statistics
 import harness
 import jax
 import numpy as np
+from flax import nnx
 
 from dlm_jax import DiffusionLM
+from dlm_jax.models import DraftedModel, Transformer
 from dlm_jax.random import example_keys
 from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, SamplingStats, pad_rows, sample
+
+_NO_HEADS = ", no heads"
 
 
 def read_prompts(data_dir: pathlib.Path, number: int) -> dict[str, list[str]]:
@@ -36,11 +40,23 @@ def read_prompts(data_dir: pathlib.Path, number: int) -> dict[str, list[str]]:
     return {kind: found[:number] for kind, found in prompts.items()}
 
 
+def without_heads(model: Transformer | DraftedModel) -> Transformer | DraftedModel:
+    """Returns a model whose drafts do not depend on each other: it makes the most likely ones."""
+    model = nnx.merge(*nnx.split(model))
+    if isinstance(model, DraftedModel):
+        model.drafter.markov = model.drafter.selector = None
+    else:
+        model.draft_head = None
+    return model
+
+
 def compare(lm: DiffusionLM, prompts: list[str], batch_size: int, new_tokens: int, configs: dict[str, SamplerConfig],
             repeats: int) -> dict[str, dict]:
-    """Returns what each way of decoding needs for batches of the prompts; "plain" is the first."""
+    """Returns what each way of decoding needs for batches of the prompts; plain decoding is the first."""
     ids = [lm.tokenizer(prompt, add_special_tokens=False)["input_ids"][-96:] for prompt in prompts]
     rows = [[lm.pretrained.start_token_id or row[0], *row, *[GAP] * new_tokens] for row in ids]
+    models = {name: lm.model_with_drafter(config.drafter) for name, config in configs.items()}
+    models |= {name: without_heads(model) for name, model in models.items() if name.endswith(_NO_HEADS)}
     seconds, stats = dict.fromkeys(configs, 0.0), {name: SamplingStats() for name in configs}
     passes, equal = dict.fromkeys(configs, 0), dict.fromkeys(configs, 0)
     for start in range(0, len(rows) - batch_size + 1, batch_size):
@@ -50,7 +66,7 @@ def compare(lm: DiffusionLM, prompts: list[str], batch_size: int, new_tokens: in
 
         def run(_: int, name: str, batch=batch, keys=keys, found=found) -> None:
             spec = SamplingSpec(configs[name], lm.pretrained.diffusion)
-            model = lm.model_with_drafter(configs[name].drafter)
+            model = models[name]
             found[name] = jax.block_until_ready(sample(model, batch.tokens, batch.fixed, batch.lengths, keys, spec))
 
         times = harness.time_in_turns({name: lambda n, name=name: run(n, name) for name in configs}, repeats,
@@ -78,6 +94,8 @@ def main() -> None:
     parser.add_argument("--draft_threshold", type=float, help="of trained drafters with a confidence head")
     parser.add_argument("--draft_vocab_size", type=int, help="of drafters but ngram")
     parser.add_argument("--num_drafts", type=int, help="of drafters but ngram")
+    parser.add_argument("--without_heads", action="store_true", help="drafters also without what makes their drafts "
+                        "depend on each other")
     parser.add_argument("--kinds", nargs="+", default=["stories", "wikitext", "GSM8K", "HumanEval"])
     parser.add_argument("--dtype", default="float32", help="default %(default)s")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
@@ -97,6 +115,8 @@ def main() -> None:
                     names = {"ngram": (), "self": names_of_drafts[:2]}.get(drafter, names_of_drafts)
                     configs[drafter] = dataclasses.replace(configs["none"], drafter=drafter,
                                                            **{name: getattr(args, name) for name in names})
+                    if args.without_heads and drafter != "ngram":
+                        configs[drafter + _NO_HEADS] = configs[drafter]
                 found = compare(lm, prompts[kind], batch_size, args.new_tokens, configs, args.repeats)
                 for drafter, one in found.items():
                     name = pathlib.PurePath(drafter).name
