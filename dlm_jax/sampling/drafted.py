@@ -19,14 +19,7 @@ from dlm_jax.models import DraftedModel
 from dlm_jax.models.layers import LMHead
 from dlm_jax.sampling.config import SamplerConfig
 from dlm_jax.sampling.spec import Drafts, SamplingInputs, SamplingSpec, SamplingState
-from dlm_jax.sampling.speculative import (
-    NextDraft,
-    SpeculativeStepper,
-    check_draft_vocab,
-    last_token_and,
-    next_position,
-    token_before,
-)
+from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, last_token_and, next_position, token_before
 from dlm_jax.sampling.steppers import window_tokens
 from dlm_jax.sampling.tokens import process_logits, seen_tokens
 
@@ -128,6 +121,5 @@ def check_drafter(config: SamplerConfig, model: DraftedModel) -> None:
     if config.num_drafts is not None and config.num_drafts > drafter.num_drafts:
         raise ConfigError(f"this drafter guesses at most {drafter.num_drafts} tokens, got num_drafts "
                           f"{config.num_drafts}")
-    check_draft_vocab(config, model.target.config)
     if config.draft_threshold is not None and not drafter.confidence_head:
         raise ConfigError("draft_threshold needs a drafter with a confidence head, which this one lacks; remove it")

@@ -25,7 +25,7 @@ from dlm_jax.sampling.spec import (
     find_gaps,
     pending_mask,
 )
-from dlm_jax.sampling.speculative import SpeculativeStepper
+from dlm_jax.sampling.speculative import SpeculativeStepper, check_draft_vocab
 from dlm_jax.sampling.steppers import AutoregressiveStepper, BlockStepper, DenoisingStepper, Stepper
 from dlm_jax.sampling.text import bucket
 
@@ -120,6 +120,7 @@ def resolve_spec(network: Network, spec: SamplingSpec, fixed: jax.Array, lengths
         elif config.drafter not in BUILT_IN_DRAFTERS:
             raise ConfigError(f"drafter must be {', '.join(BUILT_IN_DRAFTERS)}, or the model a DraftedModel, got "
                               f"{config.drafter!r}")
+        check_draft_vocab(spec, network.config.vocab_size)
     elif diffusion.mask_token_id is None:
         raise ConfigError(f"the policy {config.policy} needs a mask token; name one, or choose autoregressive")
     elif diffusion.blocks is None:

@@ -20,13 +20,7 @@ from dlm_jax.models.layers import LMHead
 from dlm_jax.random import fold_keys, position_keys
 from dlm_jax.sampling.config import SamplerConfig
 from dlm_jax.sampling.spec import NO_DRAFT, Drafts, SamplingInputs, SamplingState
-from dlm_jax.sampling.speculative import (
-    NextDraft,
-    SpeculativeStepper,
-    check_draft_vocab,
-    last_token_and,
-    next_position,
-)
+from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, last_token_and, next_position
 from dlm_jax.sampling.tokens import process_logits
 
 _NOISE_KEYS = 8  # noise has other random numbers than drafts and tokens
@@ -109,4 +103,3 @@ def check_drafts_itself(config: SamplerConfig, diffusion: DiffusionSpec, model: 
     if config.num_drafts is not None and config.num_drafts >= blocks.size:
         raise ConfigError(f"num_drafts is at most {blocks.size - 1} with drafter=self, the rest of a block of "
                           f"{blocks.size} tokens, got {config.num_drafts}")
-    check_draft_vocab(config, model)

@@ -14,6 +14,7 @@ distribution.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,10 +23,8 @@ import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
-from dlm_jax.models import ModelConfig
 from dlm_jax.random import fold_keys
-from dlm_jax.sampling.config import SamplerConfig
-from dlm_jax.sampling.spec import NO_DRAFT, Drafts, SamplingInputs, SamplingState, pending_mask
+from dlm_jax.sampling.spec import NO_DRAFT, Drafts, SamplingInputs, SamplingSpec, SamplingState, pending_mask
 from dlm_jax.sampling.steppers import AutoregressiveStepper, reveal
 from dlm_jax.sampling.tokens import categorical, process_logits, sample_tokens, seen_tokens, token_probs
 
@@ -189,11 +188,18 @@ def last_token_and(drafts: Drafts, state: SamplingState) -> tuple[jax.Array, jax
     return given, at[:, None] + jnp.arange(given.shape[1])
 
 
-def check_draft_vocab(config: SamplerConfig, model: ModelConfig) -> None:
-    """Raises ConfigError where more tokens are asked for than the vocabulary has."""
-    if config.draft_vocab_size is not None and config.draft_vocab_size > model.vocab_size:
-        raise ConfigError(f"draft_vocab_size {config.draft_vocab_size} is more than the {model.vocab_size} tokens of "
-                          "the vocabulary; lower or remove it")
+def check_draft_vocab(spec: SamplingSpec, vocab_size: int) -> None:
+    """Raises ConfigError where the drafts' part of the vocabulary is larger than all of it, or has no text."""
+    size = spec.config.draft_vocab_size
+    if size is None:
+        return
+    if size > vocab_size:
+        raise ConfigError(f"draft_vocab_size {size} is more than the {vocab_size} tokens of the vocabulary; lower or "
+                          "remove it")
+    without_text = {spec.diffusion.mask_token_id, *spec.eos_token_ids, *itertools.chain(*spec.diffusion.missing_ids)}
+    if without_text.issuperset(range(size)):
+        raise ConfigError(f"draft_vocab_size {size} leaves no token to guess: the first of the vocabulary are the mask "
+                          "token, ends of texts, or ids that no token has; raise it")
 
 
 def _all_before(right: jax.Array) -> jax.Array:

@@ -154,7 +154,8 @@ def test_fewer_drafts():
 
 @pytest.mark.parametrize(("kind", "settings"), [("dflash", dict(num_drafts=4)), ("dflash", dict(draft_threshold=0.5)),
                                                 ("dspark", dict(num_drafts=4)),
-                                                ("dspark", dict(draft_vocab_size=VOCAB + 1))])
+                                                ("dspark", dict(draft_vocab_size=VOCAB + 1)),
+                                                ("dflash", dict(draft_vocab_size=2, eos=(0, 1)))])
 def test_settings_that_the_drafter_cannot_follow(kind, settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         run(drafted(kind), drafter="given", **settings)
