@@ -139,6 +139,15 @@ def _run(name: str, command: ModuleType, arguments: argparse.Namespace) -> int:
             reason = f"{error.filename} cannot be used ({error.strerror}); name another path, or mend this one"
         print(f"dlm {name}: {reason}", file=sys.stderr)
         return EXIT_FAILURE
+    except RuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):  # what JAX raises where an array does not fit
+            raise
+        found = re.search(r"allocating (\d+) bytes", str(error))
+        asked = f" for {int(found[1]) / 2**30:.1f} GiB at once" if found else ""
+        remedy = "--config.data.batch_size, or raise --config.optimizer.accumulate_steps" if name == "train" else (
+            "the number of texts at a time, such as --batch_size")
+        print(f"dlm {name}: the device has no memory left{asked}; lower {remedy}", file=sys.stderr)
+        return EXIT_FAILURE
 
 
 def in_flags(message: str, flags: Mapping[str, str]) -> str:

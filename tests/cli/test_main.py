@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import dlm_jax
@@ -103,6 +104,23 @@ def test_exit_statuses(capsys, monkeypatch, tmp_path):
 
         monkeypatch.setattr("dlm_jax.cli.export.run", fail)
         assert run(capsys, "export", f"--model={tmp_path}", "--output=y") == (status, "", says)
+
+
+def test_no_memory_left(capsys, monkeypatch):
+    """What JAX raises where an array does not fit is one sentence; its other errors are not ours to hide."""
+    argv = ["sample", "--model=stories", "--prompt=Once"]
+    for message in ("RESOURCE_EXHAUSTED: Out of memory allocating 29056413856 bytes.", "INTERNAL: a bug"):
+        def fail(arguments: object, message: str = message) -> None:
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(sample, "run", fail)
+        if message.startswith("INTERNAL"):
+            with pytest.raises(jax.errors.JaxRuntimeError):
+                main(argv)
+        else:
+            assert main(argv) == 1
+            error = capsys.readouterr().err
+            assert "27.1 GiB" in error and "--batch_size" in error and error.count("\n") == 1
 
 
 def test_override_spellings(capsys):
