@@ -8,7 +8,7 @@ file, in float32 if texts are to be equal: llama.cpp rounds the activations that
 drafter is a run or a directory, which is written as a GGUF file for llama.cpp. DIR has what benchmarks/speculative.py
 reads. Both sides begin with the token of position 0, and write at temperature 0 in float32.
 
-llama.cpp counts the drafts of all passes, this library those that were checked, which at the end of a text are fewer.
+llama.cpp writes a few tokens past the limit, and counts the drafts accepted there, which this library does not.
 Prints a table, and writes benchmarks/results/drafter_decoding.json.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
                 ours, = lm.generate(prompt, args.new_tokens, policy="autoregressive", temperature=0.0,
                                     drafter=args.drafter, stats=stats)
                 ours = ours[len(prompt) :].strip()
-                equal += text.startswith(ours) or ours.startswith(text)
+                equal += text.startswith(ours) and bool(ours) == bool(text)
                 drafted, accepted = drafted + counts[0], accepted + counts[1]
             share = sum(stats.accepted) / (stats.passes * number)
             results[name] = {"texts": len(prompts), "equal_texts": equal, "acceptance": share,

@@ -103,7 +103,6 @@ def main() -> None:
     parser.add_argument("--name", default="speculative", help="of the results file, default %(default)s")
     args: argparse.Namespace = parser.parse_args()
     lm, results = DiffusionLM.from_pretrained(args.model, dtype=args.dtype), []
-    names_of_drafts = "num_drafts", "draft_vocab_size", "draft_threshold"  # the last needs a trained drafter
     print(harness.table_head("prompts", "batch", "temperature", "drafter", "tokens per pass", "accepted by position",
                              "tokens per second", "ratio", "equal texts"), flush=True)
     prompts = read_prompts(args.data_dir, args.prompts)
@@ -112,7 +111,8 @@ def main() -> None:
             for temperature in args.temperatures:
                 configs = {"none": SamplerConfig("autoregressive", temperature=temperature)}
                 for drafter in args.drafters:
-                    names = {"ngram": (), "self": names_of_drafts[:2]}.get(drafter, names_of_drafts)
+                    names = () if drafter == "ngram" else ("num_drafts", "draft_vocab_size")
+                    names += ("draft_threshold",) if drafter not in ("ngram", "self") else ()
                     configs[drafter] = dataclasses.replace(configs["none"], drafter=drafter,
                                                            **{name: getattr(args, name) for name in names})
                     if args.without_heads and drafter != "ngram":

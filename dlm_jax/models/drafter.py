@@ -304,7 +304,7 @@ class Drafter(nnx.Module):
           lm_head: of the Markov head, if only the first tokens of the vocabulary are asked for.
         """
         mixed, state = self.markov.step(previous, hidden, state)
-        return (lm_head or self.markov.lm_head())(mixed), state
+        return (lm_head or self.markov.lm_head)(mixed), state
 
     def confidence(self, previous: jax.Array, hidden: jax.Array) -> jax.Array:
         """Returns the log odds, float32 [...], that the target accepts a slot's guess, if it accepts those before it.

@@ -86,12 +86,12 @@ class MarkovHead(nnx.Module):
 
     def unembed(self, mixed: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocab] of what `step` returns, [..., rank]."""
-        return self.lm_head()(mixed)
+        return self.lm_head(mixed)
 
-    def lm_head(self, vocab_size: int | None = None) -> LMHead:
-        """Returns what `unembed` applies; with `vocab_size` that of the first tokens of the vocabulary alone."""
-        head = LMHead(self.next[...], True, self.matmul)
-        return head if vocab_size is None else head.first(vocab_size)
+    @property
+    def lm_head(self) -> LMHead:
+        """What `unembed` applies."""
+        return LMHead(self.next[...], True, self.matmul)
 
 
 class CandidateSelector(nnx.Module):

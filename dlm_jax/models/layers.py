@@ -362,8 +362,10 @@ class LMHead(NamedTuple):
         logits = matmul(rows, self.kernel.astype(hidden.dtype), self.matmul, transpose_b=self.tied)
         return soft_cap(logits, self.softcap).reshape(*hidden.shape[:-1], logits.shape[-1])
 
-    def first(self, vocab_size: int) -> Self:
-        """Returns the head of the first tokens of the vocabulary."""
+    def first(self, vocab_size: int | None) -> Self:
+        """Returns the head of the first tokens of the vocabulary; None: of all."""
+        if vocab_size is None:
+            return self
         kernel = self.kernel[:vocab_size] if self.tied else self.kernel[:, :vocab_size]
         return self._replace(kernel=kernel)
 

@@ -270,12 +270,12 @@ class Transformer(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocab] of hidden states [..., embed]."""
-        return self.lm_head()(hidden)
+        return self.lm_head(hidden)
 
-    def lm_head(self, vocab_size: int | None = None) -> LMHead:
-        """Returns what `unembed` applies; with `vocab_size` that of the first tokens of the vocabulary alone."""
-        head = LMHead(self.head_kernel[...], self.head is None, self.compute.matmul, self.config.logit_softcap)
-        return head if vocab_size is None else head.first(vocab_size)
+    @property
+    def lm_head(self) -> LMHead:
+        """What `unembed` applies."""
+        return LMHead(self.head_kernel[...], self.head is None, self.compute.matmul, self.config.logit_softcap)
 
     def __call__(self, tokens: jax.Array, attention: AttentionMask, *, positions: jax.Array | None = None) -> jax.Array:
         """Returns float32 logits [batch, length, vocab] without dropout; arguments as in `hidden`."""

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from dlm_jax.attention import AttentionMask
 from dlm_jax.errors import ConfigError
-from dlm_jax.models import DraftedModel
-from dlm_jax.models.layers import LMHead
+from dlm_jax.models import DraftedModel, LMHead
 from dlm_jax.sampling.config import SamplerConfig
 from dlm_jax.sampling.spec import Drafts, SamplingInputs, SamplingSpec, SamplingState
 from dlm_jax.sampling.speculative import NextDraft, SpeculativeStepper, last_token_and, next_position, token_before
@@ -40,8 +39,8 @@ class DraftedStepper(SpeculativeStepper):
     def of(cls, model: DraftedModel, spec: SamplingSpec) -> Self:
         """Returns the stepper for a model. Called outside the loop, it copies parts of the heads once."""
         size, markov = spec.config.draft_vocab_size, model.drafter.markov
-        return cls(model.target, spec, model, model.target.lm_head(size),
-                   None if markov is None else markov.lm_head(size))
+        return cls(model.target, spec, model, model.target.lm_head.first(size),
+                   None if markov is None else markov.lm_head.first(size))
 
     @property
     def num_drafts(self) -> int:

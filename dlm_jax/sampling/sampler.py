@@ -91,7 +91,7 @@ def make_stepper(network: Network, spec: SamplingSpec) -> Stepper:
         if isinstance(network, DraftedModel):
             return DraftedStepper.of(network, spec)
         if spec.config.drafter == "self":
-            return SelfDraftingStepper(network, spec, network.lm_head(spec.config.draft_vocab_size))
+            return SelfDraftingStepper(network, spec, network.lm_head.first(spec.config.draft_vocab_size))
         return (SpeculativeStepper if spec.config.drafter == "ngram" else AutoregressiveStepper)(network, spec)
     return (DenoisingStepper if spec.blocks is None else BlockStepper)(network, spec)
 

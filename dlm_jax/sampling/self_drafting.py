@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import DiffusionSpec
 from dlm_jax.errors import ConfigError
-from dlm_jax.models import ModelConfig
-from dlm_jax.models.layers import LMHead
+from dlm_jax.models import LMHead, ModelConfig
 from dlm_jax.random import fold_keys, position_keys
 from dlm_jax.sampling.config import SamplerConfig
 from dlm_jax.sampling.spec import NO_DRAFT, Drafts, SamplingInputs, SamplingState

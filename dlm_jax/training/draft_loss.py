@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dlm_jax.attention import AttentionMask, soft_cap
+from dlm_jax.attention import AttentionMask
 from dlm_jax.diffusion import Batch, DraftObjective, DraftSums, Guesses, draft_blocks, draft_losses, sum_chunks
 from dlm_jax.diffusion.config import ObjectiveConfig
 from dlm_jax.diffusion.corruption import clean_batch, concat_noisy_and_clean
 from dlm_jax.diffusion.objective import attention_mask
-from dlm_jax.matmul import MatmulKind, matmul
-from dlm_jax.models import DraftedModel, Transformer
+from dlm_jax.matmul import MatmulKind
+from dlm_jax.models import DraftedModel, LMHead, Transformer
 from dlm_jax.models.drafter_heads import score_candidates
 from dlm_jax.parallel import all_gather_embeddings, array_sharding
 from dlm_jax.random import dropout_seeds
@@ -170,18 +170,14 @@ class _ChunkPlan(NamedTuple):
 def _chunk_sums(plan: _ChunkPlan, tables: dict[str, jax.Array], moving: dict[str, jax.Array], head: jax.Array,
                 fixed: dict[str, jax.Array]) -> DraftSums:
     """Returns the losses of a few blocks of each row; the only place where there are logits."""
-    def logits_of(states: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
-        rows = states.reshape(-1, states.shape[-1])
-        logits = matmul(rows, kernel.astype(rows.dtype), plan.matmul, transpose_b=transposed)
-        return logits.reshape(*states.shape[:-1], -1)
-
-    logits = soft_cap(logits_of(moving["hidden"], head, plan.tied), plan.softcap)
+    lm_head = LMHead(head, plan.tied, plan.matmul, plan.softcap)
+    logits = lm_head(moving["hidden"])
     if "markov" in tables:
-        logits += logits_of(moving["markov"], tables["markov"], True)
+        logits += LMHead(tables["markov"], True, plan.matmul)(moving["markov"])
     candidates = scores = None
     if "selector" in tables:
         top, candidates = jax.lax.top_k(logits, plan.top_k)
         scores = score_candidates(moving["selector"], tables["selector"], candidates, top)
-    target = soft_cap(logits_of(fixed["target"], head, plan.tied), plan.softcap) if "target" in fixed else None
+    target = lm_head(fixed["target"]) if "target" in fixed else None
     guesses = Guesses(logits, moving.get("confidence"), candidates, scores)
     return draft_losses(plan.objective, guesses, target, fixed["labels"], fixed["counted"])
