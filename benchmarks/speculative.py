@@ -5,6 +5,10 @@
 DIR has the folders tinystories, wikitext2, gsm8k and humaneval_infilling. All take turns, and their texts are compared.
 They are the same, but where float rounding decides between two tokens, and where drafts are sampled: then they are
 other texts of the same distribution, unless the temperature is 0.
+
+With --profile (on a CPU) it traces the first batch of each kind of prompt, and prints the milliseconds per pass by
+part: `draft` (the drafter, and the choice of its guesses), `verify` (head and token choice of the model), and `rest`
+(the model's pass over the guesses, and the prompt's).
 """
 
 import argparse
@@ -13,18 +17,24 @@ import gzip
 import json
 import pathlib
 import statistics
+import tempfile
 
 import harness
 import jax
 import numpy as np
 from flax import nnx
+from step_profile import scope_seconds
 
 from dlm_jax import DiffusionLM
+from dlm_jax.matmul import compiler_options
 from dlm_jax.models import DraftedModel, Transformer
 from dlm_jax.random import example_keys
-from dlm_jax.sampling import GAP, SamplerConfig, SamplingSpec, SamplingStats, pad_rows, sample
+from dlm_jax.sampling import GAP, PaddedBatch, SamplerConfig, SamplingSpec, SamplingStats, pad_rows, sample
+from dlm_jax.sampling.sampler import fill, make_stepper, resolve_spec
+from dlm_jax.sampling.spec import RowSettings
 
 _NO_HEADS = ", no heads"
+PARTS = "draft", "verify", "rest"
 
 
 def read_prompts(data_dir: pathlib.Path, number: int) -> dict[str, list[str]]:
@@ -51,14 +61,18 @@ def without_heads(model: Transformer | DraftedModel) -> Transformer | DraftedMod
 
 
 def compare(lm: DiffusionLM, prompts: list[str], batch_size: int, new_tokens: int, configs: dict[str, SamplerConfig],
-            repeats: int) -> dict[str, dict]:
-    """Returns what each way of decoding needs for batches of the prompts; plain decoding is the first."""
+            repeats: int, profile: bool) -> dict[str, dict]:
+    """Returns what each way of decoding needs for batches of the prompts; plain decoding is the first.
+
+    Args:
+      profile: whether to measure the parts of the first batch.
+    """
     ids = [lm.tokenizer(prompt, add_special_tokens=False)["input_ids"][-96:] for prompt in prompts]
     rows = [[lm.pretrained.start_token_id or row[0], *row, *[GAP] * new_tokens] for row in ids]
     models = {name: lm.model_with_drafter(config.drafter) for name, config in configs.items()}
     models |= {name: without_heads(model) for name, model in models.items() if name.endswith(_NO_HEADS)}
     seconds, stats = dict.fromkeys(configs, 0.0), {name: SamplingStats() for name in configs}
-    passes, equal = dict.fromkeys(configs, 0), dict.fromkeys(configs, 0)
+    passes, equal, milliseconds = dict.fromkeys(configs, 0), dict.fromkeys(configs, 0), {}
     for start in range(0, len(rows) - batch_size + 1, batch_size):
         batch = pad_rows(rows[start : start + batch_size], 256)
         keys = example_keys(0, np.arange(start, start + batch_size, dtype=np.uint32))
@@ -71,6 +85,10 @@ def compare(lm: DiffusionLM, prompts: list[str], batch_size: int, new_tokens: in
 
         times = harness.time_in_turns({name: lambda n, name=name: run(n, name) for name in configs}, repeats,
                                       warmup=1 if start == 0 else 0)
+        if profile and start == 0:
+            milliseconds = {name: {"milliseconds per pass": parts(
+                models[name], batch, keys, SamplingSpec(config, lm.pretrained.diffusion))} for name, config in
+                configs.items()}
         plain = np.asarray(next(iter(found.values())).tokens)
         for name, result in found.items():
             seconds[name] += statistics.median(times[name])
@@ -83,7 +101,26 @@ def compare(lm: DiffusionLM, prompts: list[str], batch_size: int, new_tokens: in
     return {name: {"tokens per pass": stats[name].tokens_per_pass, "acceptance": stats[name].acceptance,
                    "batch passes": passes[name], "tokens per second": per_second[name],
                    "ratio": per_second[name] / next(iter(per_second.values())), "equal texts": equal[name],
-                   "texts": stats[name].texts} for name in configs}
+                   "texts": stats[name].texts} | milliseconds.get(name, {}) for name in configs}
+
+
+def parts(model: Transformer | DraftedModel, batch: PaddedBatch, keys: jax.Array, spec: SamplingSpec) -> dict:
+    """Returns the milliseconds per pass of each part of the decoding of a batch."""
+    spec = resolve_spec(model, spec, batch.fixed, batch.lengths)
+
+    def decode(graphdef: object, params: object, *arrays: object) -> object:
+        return fill(make_stepper(nnx.merge(graphdef, params), spec), *arrays)
+
+    arguments = (*nnx.split(model), batch.tokens, batch.fixed, batch.lengths, keys,
+                 RowSettings.of(spec.config, len(batch.tokens)))
+    options = compiler_options(getattr(model, "target", model).compute.matmul)
+    program = jax.jit(decode, static_argnames="graphdef", compiler_options=options).lower(*arguments).compile()
+    found = jax.block_until_ready(program(*arguments[1:]))
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = scope_seconds(lambda: jax.block_until_ready(program(*arguments[1:])), program.as_text(), folder,
+                                PARTS[:-1])
+    passes = int(np.max(found.steps))
+    return {part: 1e3 * spent / passes for part, spent in seconds.items()}
 
 
 def main() -> None:
@@ -100,11 +137,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="default %(default)s")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
+    parser.add_argument("--profile", action="store_true", help="also the milliseconds of each part of a pass")
     parser.add_argument("--name", default="speculative", help="of the results file, default %(default)s")
     args: argparse.Namespace = parser.parse_args()
     lm, results = DiffusionLM.from_pretrained(args.model, dtype=args.dtype), []
+    parts_head = [f"ms of {part}" for part in PARTS] if args.profile else []
     print(harness.table_head("prompts", "batch", "temperature", "drafter", "tokens per pass", "accepted by position",
-                             "tokens per second", "ratio", "equal texts"), flush=True)
+                             "tokens per second", "ratio", "equal texts", *parts_head), flush=True)
     prompts = read_prompts(args.data_dir, args.prompts)
     for kind in args.kinds:
         for batch_size in args.batch_sizes:
@@ -117,7 +156,8 @@ def main() -> None:
                                                            **{name: getattr(args, name) for name in names})
                     if args.without_heads and drafter != "ngram":
                         configs[drafter + _NO_HEADS] = configs[drafter]
-                found = compare(lm, prompts[kind], batch_size, args.new_tokens, configs, args.repeats)
+                found = compare(lm, prompts[kind], batch_size, args.new_tokens, configs, args.repeats,
+                                args.profile)
                 for drafter, one in found.items():
                     name = pathlib.PurePath(drafter).name
                     results.append({"prompts": kind, "batch": batch_size, "temperature": temperature, "drafter": name,
@@ -125,7 +165,9 @@ def main() -> None:
                     accepted = " ".join(f"{share:.2f}" for share in one["acceptance"])
                     print(harness.row(kind, batch_size, temperature, name, f"{one['tokens per pass']:.2f}", accepted,
                                       f"{one['tokens per second']:.1f}", f"{one['ratio']:.2f}",
-                                      f"{one['equal texts']} of {one['texts']}"), flush=True)
+                                      f"{one['equal texts']} of {one['texts']}",
+                                      *(f"{one['milliseconds per pass'][part]:.1f}" for part in PARTS
+                                        if args.profile)), flush=True)
     harness.write_results(f"{args.name}-{harness.device_name()}", {
         "settings": harness.settings(args, "model", "data_dir", "drafters", "name"), "model": args.model.name,
         "results": results}, "jax")

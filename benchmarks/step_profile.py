@@ -1,15 +1,15 @@
-"""Where a compiled step spends its time on a CPU, by the source lines of its instructions.
+"""Where a compiled program spends its time on a CPU, by the source lines or the named scopes of its instructions.
 
 `train_step.py --profile=DIR` prints the seconds per step of each component, with separate columns for matrix products
 and the rest and separate rows for forward and backward, and the rate of the products next to that of one large product
-alone.
+alone. `speculative.py --profile` prints the shares of drafts, checks and token choice.
 """
 
-import collections
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,16 +70,10 @@ def dimensions(line: str) -> list[int]:
 def profile(run: Callable[[], None], compiled_text: str, folder: str, steps: int = 3) -> None:
     """Traces `steps` calls of `run` into `folder` and prints the table."""
     program = Program(compiled_text)
-    with jax.profiler.trace(folder):
-        for _ in range(steps):
-            run()
-    trace = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    events = [(event.start_ns, event.end_ns, event.name)
-              for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines
-              for event in line.events if event.name in program.lines and "while" not in event.name
-              and "hlo_op" in dict(event.stats)]
-    seconds, flops = collections.Counter(), collections.Counter()
-    for (part, product), spent in wall_time(events, program).items():
+    events = trace(run, program.lines, folder, steps)
+    seconds, flops = Counter(), Counter()
+    kinds = {name: (program.part(name), program.flops(name) > 0) for _, _, name in events}
+    for (part, product), spent in wall_time(events, kinds, lambda kind: kind[1]).items():
         seconds[part, product] += spent / steps
     for _, _, name in events:
         flops[program.part(name)] += program.flops(name) / steps
@@ -94,26 +88,55 @@ def profile(run: Callable[[], None], compiled_text: str, folder: str, steps: int
           f"GFLOP/s; one product of 2048 x 2048 x 2048 runs at {best_rate() / 1e9:.0f} GFLOP/s")
 
 
-def wall_time(events: list[tuple[float, float, str]], program: Program) -> dict[tuple[str, bool], float]:
-    """Returns seconds by (component, matrix product or not); instructions that run at the same time share that time.
+def scope_seconds(run: Callable[[], None], compiled_text: str, folder: str, scopes: Sequence[str],
+                  steps: int = 3) -> dict[str, float]:
+    """Returns the seconds per call of `run` in each of the `jax.named_scope`s, the innermost, and in the rest."""
+    lines = dict(re.findall(r'^\s*(?:ROOT )?%([\w.\-]+) = .*op_name="([^"]*)"', compiled_text, re.M))
+    names = dict.fromkeys(re.findall(r"^\s*(?:ROOT )?%([\w.\-]+) = ", compiled_text, re.M), "") | lines
+
+    def scope(name: str) -> str:
+        return next((part for part in reversed(names[name].split("/")) if part in scopes), "rest")
+
+    events = trace(run, names, folder, steps)
+    spent = wall_time(events, {name: scope(name) for _, _, name in events}, lambda _: True)
+    return {part: spent[part] / steps for part in (*scopes, "rest")}
+
+
+def trace(run: Callable[[], None], names: Container[str], folder: str, steps: int) -> list[tuple[float, float, str]]:
+    """Traces `steps` calls of `run` into `folder`; returns start and end, in nanoseconds, of the instructions `names`.
+
+    Loops and branches are left out: their bodies' instructions are there.
+    """
+    with jax.profiler.trace(folder):
+        for _ in range(steps):
+            run()
+    path = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    return [(event.start_ns, event.end_ns, event.name)
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes for line in plane.lines
+            for event in line.events if event.name in names and not re.match("while|cond|call", event.name)
+            and "hlo_op" in dict(event.stats)]
+
+
+def wall_time(events: Sequence[tuple[float, float, str]], kinds: Mapping[str, Hashable],
+              runs_on: Callable[[Hashable], bool]) -> Counter:
+    """Returns seconds by kind of instruction; those that run at the same time share that time.
 
     XLA's own threads return from some products immediately, and Eigen computes on: time without an instruction counts
-    towards the product that started last.
+    towards the one that started last and whose kind `runs_on`.
     """
-    kind = {name: (program.part(name), program.flops(name) > 0) for _, _, name in events}
     edges = sorted([(begin, 1, name) for begin, _, name in events] + [(end, -1, name) for _, end, name in events])
-    running: collections.Counter[str] = collections.Counter()
-    spent: collections.Counter[tuple[str, bool]] = collections.Counter()
-    before, latest = edges[0][0], ("rest", False)
+    running: Counter[str] = Counter()
+    spent: Counter = Counter()
+    before, latest = edges[0][0], None
     for moment, change, name in edges:
         active = +running
         for other, times in active.items():
-            spent[kind[other]] += (moment - before) * 1e-9 * times / active.total()
-        if not active:
+            spent[kinds[other]] += (moment - before) * 1e-9 * times / active.total()
+        if not active and latest is not None:
             spent[latest] += (moment - before) * 1e-9
         running[name] += change
-        if change > 0 and kind[name][1]:
-            latest = kind[name]
+        if change > 0 and runs_on(kinds[name]):
+            latest = kinds[name]
         before = moment
     return spent
 

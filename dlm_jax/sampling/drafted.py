@@ -105,6 +105,7 @@ class DraftedStepper(SpeculativeStepper):
     def _taps(self) -> tuple[int, ...]:
         return self.model.drafter.config.target_layer_ids
 
+    @jax.named_scope("draft")
     def _read_features(self, features: jax.Array, positions: jax.Array, stay: jax.Array,
                        state: SamplingState) -> SamplingState:
         """Returns the state in which the drafter has read the features of the positions that `stay`."""

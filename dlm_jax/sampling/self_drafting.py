@@ -78,6 +78,7 @@ class SelfDraftingStepper(SpeculativeStepper):
 
         return jax.vmap(jax.vmap(token))(position_keys(fold_keys(keys, _NOISE_KEYS), places))
 
+    @jax.named_scope("draft")
     def _draft(self, block: jax.Array, at: jax.Array, inputs: SamplingInputs, state: SamplingState) -> Drafts:
         """Returns drafts for the positions from `at` [batch] on, of masks' states [batch, num_drafts, embed]."""
         network, spec = self.network, self.spec

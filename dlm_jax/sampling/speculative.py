@@ -62,7 +62,8 @@ class SpeculativeStepper(AutoregressiveStepper):
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
         unfinished = pending_mask(self.spec, inputs, state).any(axis=1)
-        drafts = self.guess(inputs, state)
+        with jax.named_scope("draft"):  # for profiles
+            drafts = self.guess(inputs, state)
         drafts = drafts._replace(tokens=jnp.where(unfinished[:, None], drafts.tokens, NO_DRAFT))
         branches = [functools.partial(self.check, drafts.first(width), inputs) for width in self.widths]
         number = _all_before(drafts.tokens != NO_DRAFT)[:, 1:].sum(axis=1).max()
@@ -78,6 +79,7 @@ class SpeculativeStepper(AutoregressiveStepper):
         hidden, cache = self.network.cached_hidden(given, AttentionMask.causal(), window - 1, state.cache)
         return self.verify(hidden, drafts, inputs, state)[0]._replace(cache=cache)
 
+    @jax.named_scope("verify")
     def verify(self, hidden: jax.Array, drafts: Drafts, inputs: SamplingInputs,
                state: SamplingState) -> tuple[SamplingState, jax.Array]:
         """Samples at each draft and after the last, and reveals what follows from the tokens before it.

@@ -137,7 +137,7 @@ def sample_token(logits: jax.Array, keys: jax.Array, settings: RowSettings) -> j
 def token_weights(logits: jax.Array, settings: RowSettings) -> jax.Array:
     """Returns what tokens are sampled in proportion to, float32 [batch, n, vocab], for temperatures above 0."""
     temperature = _per_row(jnp.where(settings.temperature > 0, settings.temperature, 1))
-    weights = jax.nn.softmax((logits - logits.max(axis=-1, keepdims=True)) / temperature)  # no overflow near 0
+    weights = jnp.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)  # the largest is 1
     keep = jax.vmap(jax.vmap(keep_largest), in_axes=(0, 0, 0))
     if settings.top_k is not None:
         targets = jnp.broadcast_to(settings.top_k[:, None], weights.shape[:2]).astype(jnp.float32)
