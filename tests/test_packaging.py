@@ -14,6 +14,7 @@ import dlm_jax
 
 ROOT = pathlib.Path(dlm_jax.__file__).parents[1]
 MODULES = sorted((ROOT / "dlm_jax").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 # Packages whose import name differs from the name to install.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
 SERVING = {"prometheus_client", "pydantic", "sse_starlette", "starlette", "uvicorn"}
@@ -82,3 +83,18 @@ def test_tests_mirror_the_packages():
 @pytest.mark.parametrize("script", [*sorted(path.name for path in (ROOT / "launch").glob("*.sh")), "../.ci/run"])
 def test_scripts_parse(script):
     assert subprocess.run(["bash", "-n", ROOT / "launch" / script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_benchmark_finds_what_it_imports_and_prints_its_usage(path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(path.parent)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("dlm_jax", "tests", "harness"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+    if "__main__" in path.read_text():
+        monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+        assert end.value.code == 0 and "usage" in capsys.readouterr().out
