@@ -39,7 +39,7 @@ from dlm_jax.training.state import Frozen, parent_params
 
 # The bound alone with more tokens: 4 x is the full budget; the others are what a step with all terms takes in blocks
 # (1.18) and in full diffusion (2.18), and so runs of equal time.
-BUDGETS = {"bound, 1.2 x tokens": 1.2, "bound, 2.2 x tokens": 2.2, "bound, 4 x tokens": 4}
+BUDGETS = {f"bound, {times:g} x tokens": times for times in (1.2, 2.2, 4)}
 POINTS = {
     "bound": {},
     "+ AR 0.3": {"clean_weight": 0.3},

@@ -2,7 +2,7 @@
 
 `train_step.py --profile=DIR` prints the seconds per step of each component, with separate columns for matrix products
 and the rest and separate rows for forward and backward, and the rate of the products next to that of one large product
-alone. `speculative.py --profile` prints the shares of drafts, checks and token choice.
+alone. `speculative.py --profile` prints the milliseconds of drafts, token choice and the rest of a pass.
 """
 
 import pathlib
@@ -31,7 +31,7 @@ class Program:
         self.locations = {i: number("file_name_id", line) for i, line in tables["FileLocations"].items()}
         self.frames = {i: (number("file_location_id", line), number("parent_frame_id", line) - 1)  # 1: none
                        for i, line in tables["StackFrames"].items()}
-        self.lines = dict(re.findall(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*)$", text, re.M))
+        self.lines = instructions(text)
         self.bodies = dict(re.findall(r"^%([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
 
     def part(self, name: str) -> str:
@@ -63,6 +63,11 @@ class Program:
         return total
 
 
+def instructions(text: str) -> dict[str, str]:
+    """Returns what a program's text says of each instruction, by name."""
+    return dict(re.findall(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*)$", text, re.M))
+
+
 def dimensions(line: str) -> list[int]:
     return [int(size) for size in SHAPE.search(line)[1].split(",") if size]
 
@@ -91,13 +96,13 @@ def profile(run: Callable[[], None], compiled_text: str, folder: str, steps: int
 def scope_seconds(run: Callable[[], None], compiled_text: str, folder: str, scopes: Sequence[str],
                   steps: int = 3) -> dict[str, float]:
     """Returns the seconds per call of `run` in each of the `jax.named_scope`s, the innermost, and in the rest."""
-    lines = dict(re.findall(r'^\s*(?:ROOT )?%([\w.\-]+) = .*op_name="([^"]*)"', compiled_text, re.M))
-    names = dict.fromkeys(re.findall(r"^\s*(?:ROOT )?%([\w.\-]+) = ", compiled_text, re.M), "") | lines
+    lines = instructions(compiled_text)
 
     def scope(name: str) -> str:
-        return next((part for part in reversed(names[name].split("/")) if part in scopes), "rest")
+        found = re.search(r'op_name="([^"]*)"', lines[name])
+        return next((part for part in reversed(found[1].split("/") if found else []) if part in scopes), "rest")
 
-    events = trace(run, names, folder, steps)
+    events = trace(run, lines, folder, steps)
     spent = wall_time(events, {name: scope(name) for _, _, name in events}, lambda _: True)
     return {part: spent[part] / steps for part in (*scopes, "rest")}
 
