@@ -39,11 +39,12 @@ class MaskSpec:
     """The static fields of a mask, known when a program is compiled, and its rule.
 
     "block_diffusion" covers `views` noisy copies of a text followed by a clean one, each of `text_length` positions.
-    The clean copy is causal, or bidirectional within each block with `bidirectional_clean`.
+    The clean copy is causal, or bidirectional within each block with `bidirectional_clean`; a noised block is
+    bidirectional, or with `causal_blocks` causal.
 
     "drafts" covers a text of `text_length` positions, which is causal, and after it groups of `block_size` positions.
-    The positions of a group see each other, and the text that the group continues: `causal_before` tokens of it for the
-    first group, and one more for each group after that.
+    The positions of a group see each other, with `causal_blocks` no later one, and the text that the group continues:
+    `causal_before` tokens of it for the first group, and one more for each group after that.
 
     "anchored" covers a text of `text_length` positions, which asks nothing, and after it blocks of `block_size`
     positions. A block sees itself and the text before its anchor, the place where it begins in the text; with
@@ -84,14 +85,16 @@ class MaskSpec:
                 # Masks are combined with & and |, never == or where: Mosaic cannot lower those on bool tiles. So blocks
                 # are numbered through all copies.
                 count = -(-self.text_length // self.block_size)
-                allowed = (q_copy * count + q_block == k_copy * count + k_block) & ~k_clean
+                own = (q_copy * count + q_block == k_copy * count + k_block) & ~k_clean
+                allowed = own & (k <= q) if self.causal_blocks else own
                 before = k_block <= q_block if self.bidirectional_clean else k <= q
                 allowed |= k_clean & ((~q_clean & (k_block < q_block)) | (q_clean & before))
             case "drafts":
                 q_group, k_group = ((x - self.text_length) // self.block_size for x in (q, k))
                 q_text, k_text = q < self.text_length, k < self.text_length
                 continued = k < params.causal_before + q_group
-                allowed = (q_text & (k <= q)) | (~q_text & ((k_text & continued) | (~k_text & (k_group == q_group))))
+                own = (k_group == q_group) & (k <= q) if self.causal_blocks else k_group == q_group
+                allowed = (q_text & (k <= q)) | (~q_text & ((k_text & continued) | (~k_text & own)))
             case "anchored":
                 k_text, own = k < self.text_length, self.anchored_block(k) == self.anchored_block(q)
                 own = own & (k <= q) if self.causal_blocks else own
@@ -173,14 +176,17 @@ class MaskSpec:
         same_copy = (q_first <= k_last) & (k_first <= q_last)
         q_noised, k_clean = q_first < self.views, k_last == self.views
         meet = (k_block.low <= q_block.high) & (q_block.low <= k_block.high)
-        some = (same_copy & q_noised & (k_first < self.views) & meet) | (
+        within, all_within = jnp.bool_(True), jnp.bool_(True)  # of a noised block
+        if self.causal_blocks:
+            within, all_within = k.low <= q.high, k.high <= q.low
+        some = (same_copy & q_noised & (k_first < self.views) & meet & within) | (
             q_noised & k_clean & (k_block.low < q_block.high))
         before = k_block.low <= q_block.high if self.bidirectional_clean else k.low <= q.high
         some |= (q_last == self.views) & k_clean & before
         one_block = (q_block.low == q_block.high) & (k_block.low == k_block.high) & (q_block.low == k_block.low)
         before = k_block.high <= q_block.low if self.bidirectional_clean else k.high <= q.low
         every = q_single & k_single & jnp.where(k_clean, jnp.where(q_noised, k_block.high < q_block.low, before),
-                                                (q_first == k_first) & one_block)
+                                                (q_first == k_first) & one_block & all_within)
         return some, every, q, k
 
 
@@ -240,20 +246,20 @@ class AttentionMask:
 
     @classmethod
     def block_diffusion(cls, block_size: int, text_length: int, views: int = 1, *,
-                        bidirectional_clean: bool = False) -> Self:
+                        bidirectional_clean: bool = False, causal_blocks: bool = False) -> Self:
         """Returns the mask of `views` noisy copies of a text followed by a clean one, `text_length` positions each.
 
         A noised block of `block_size` positions sees itself and the clean copy of every earlier block (block diffusion,
         arXiv 2503.09573). The clean copy is causal like the AR parent (NBDiff, arXiv 2512.06776), or with
-        `bidirectional_clean` also bidirectional within each block (block diffusion's own). Blocks are counted from the
-        start of the text; the last one may be shorter.
+        `bidirectional_clean` also bidirectional within each block (block diffusion's own). With `causal_blocks` a noised
+        token sees no later one of its block. Blocks are counted from the start of the text; the last one may be shorter.
         """
         check_at_least(block_size, 1, "block_size")
         return cls(MaskSpec("block_diffusion", block_size, text_length=text_length, views=views,
-                            bidirectional_clean=bidirectional_clean))
+                            bidirectional_clean=bidirectional_clean, causal_blocks=causal_blocks))
 
     @classmethod
-    def drafts(cls, text_length: int, group_size: int, start: jax.Array) -> Self:
+    def drafts(cls, text_length: int, group_size: int, start: jax.Array, *, causal: bool = False) -> Self:
         """Returns the mask of a causal text of `text_length` positions, and of groups of drafts after it.
 
         Group j sees itself and the first `start` + j positions of the text, which it continues; nothing sees a group
@@ -261,9 +267,10 @@ class AttentionMask:
 
         Args:
           start: int [batch].
+          causal: within its group a query sees no later position.
         """
         check_at_least(group_size, 1, "group_size")
-        return cls(MaskSpec("drafts", group_size, text_length=text_length),
+        return cls(MaskSpec("drafts", group_size, text_length=text_length, causal_blocks=causal),
                    causal_before=jnp.asarray(start, jnp.int32))
 
     @classmethod

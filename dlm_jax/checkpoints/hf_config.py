@@ -89,7 +89,8 @@ def blocks_from_record(record: Mapping[str, Any]) -> BlockSpec | None:
     size = record.get("block_size")
     if size is None:
         return None
-    return BlockSpec(size, record.get("clean_attention", "causal"), record.get("noise", "mask"))
+    return BlockSpec(size, record.get("clean_attention", "causal"), record.get("noise", "mask"),
+                     record.get("noised_attention", "bidirectional"))
 
 
 def recorded_sampling(hf: Mapping[str, Any], diffusion: DiffusionSpec) -> dict[str, Any]:

@@ -147,8 +147,9 @@ def check_plain(hf: Mapping[str, Any]) -> None:
 
 def blocks_to_record(blocks: BlockSpec) -> dict[str, Any]:
     """Returns blocks as entries of a JSON object."""
-    noise = {} if blocks.noise == "mask" else {"noise": blocks.noise}
-    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention} | noise
+    others = {name: getattr(blocks, name) for name, default in (("noise", "mask"), ("noised_attention", "bidirectional"))
+              if getattr(blocks, name) != default}
+    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention} | others
 
 
 def _is_plain_class(name: str, family: str) -> bool:

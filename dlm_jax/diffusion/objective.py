@@ -84,7 +84,8 @@ def block_spec(config: ObjectiveConfig) -> BlockSpec | None:
     """Returns the blocks that the trained model writes in; None: it sees the full row."""
     has_blocks = config.name in ("block_diffusion", "self_drafting")
     noise = "random_tokens" if config.noise == "random_tokens" else "mask"
-    return BlockSpec(config.block_size, config.clean_attention, noise) if has_blocks else None
+    noised_attention = "causal" if config.name == "self_drafting" else "bidirectional"
+    return BlockSpec(config.block_size, config.clean_attention, noise, noised_attention) if has_blocks else None
 
 
 def annealing(config: ObjectiveConfig, step: jax.Array | int) -> jax.Array:

@@ -21,14 +21,17 @@ class BlockSpec:
         arXiv 2510.06303; Fast-dLLM v2, arXiv 2509.26328). Either way a clean block attends to all clean ones before it.
       noise: what stands for tokens that are not known yet: the mask token, or random tokens (Uno). With the latter the
         model only drafts what its clean attention then checks.
+      noised_attention: how the tokens of a block that is being written attend to each other. "causal": a draft does not
+        depend on how many are made after it.
 
     Raises:
-      ConfigError: the size is less than 1, or `clean_attention` is neither of the two.
+      ConfigError: the size is less than 1, or a field is none of its choices.
     """
 
     size: int
     clean_attention: Literal["causal", "block_bidirectional"] = "causal"
     noise: Literal["mask", "random_tokens"] = "mask"
+    noised_attention: Literal["bidirectional", "causal"] = "bidirectional"
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int):  # as a config.json may have it
@@ -43,7 +46,8 @@ class BlockSpec:
     def training_mask(self, text_length: int, views: int = 1) -> AttentionMask:
         """Returns the mask for `views` noisy copies of a text followed by a clean one, `text_length` positions each."""
         return AttentionMask.block_diffusion(self.size, text_length, views,
-                                             bidirectional_clean=self._bidirectional)
+                                             bidirectional_clean=self._bidirectional,
+                                             causal_blocks=self.noised_attention == "causal")
 
     def prefill_mask(self) -> AttentionMask:
         """Returns the mask for clean text, up to the end of its last full block."""
@@ -51,6 +55,8 @@ class BlockSpec:
 
     def decode_mask(self, start: jax.Array) -> AttentionMask:
         """Returns the mask for rows that are clean before `start`, int [batch], where the current block begins."""
+        if self.noised_attention == "causal" and not self._bidirectional:
+            return AttentionMask.causal()
         return AttentionMask.block_causal(self.size, None if self._bidirectional else start)
 
 

@@ -5,6 +5,9 @@ from those, which sees the text up to that token. Of the block that follows the 
 made: the most likely tokens, or with a `DraftHead`, which sees the token before each, samples. The text is that of the
 model's clean attention, from left to right; with LoRA at noised positions alone it is the text of the base (Apple,
 arXiv 2507.11851).
+
+A pass reads (drafts + 1) x (1 + masks of a block) tokens. A model whose masks see no later one needs only as many as
+there are drafts; one that learned from full blocks gets full blocks.
 """
 
 import dataclasses
@@ -39,9 +42,15 @@ class SelfDraftingStepper(SpeculativeStepper):
     def num_drafts(self) -> int:
         return self.spec.config.num_drafts or self.spec.diffusion.blocks.size - 1
 
+    @property
+    def _group_size(self) -> int:
+        """The masks after each token that may turn out to be the last."""
+        blocks = self.spec.diffusion.blocks
+        return self.num_drafts if blocks.noised_attention == "causal" else blocks.size
+
     def start(self, tokens: jax.Array, inputs: SamplingInputs) -> SamplingState:
         state = super().start(tokens, inputs)
-        groups = (self.num_drafts + 1) * self.spec.diffusion.blocks.size
+        groups = (self.num_drafts + 1) * self._group_size
         room = ((0, 0), (0, 0), (0, groups), (0, 0), (0, 0))  # [layers, batch, length, kv_heads, head_dim]
         cache = jax.tree.map(lambda x: jnp.pad(x, room), state.cache)
         drafts = jnp.full((len(tokens), self.num_drafts), NO_DRAFT)
@@ -50,8 +59,8 @@ class SelfDraftingStepper(SpeculativeStepper):
         return state._replace(cache=cache, drafts=Drafts(drafts, probs))
 
     def advance(self, inputs: SamplingInputs, state: SamplingState) -> SamplingState:
-        spec, (batch, length) = self.spec, state.tokens.shape
-        number, size = self.num_drafts + 1, spec.diffusion.blocks.size
+        blocks, (batch, length) = self.spec.diffusion.blocks, state.tokens.shape
+        number, size = self.num_drafts + 1, self._group_size
         at = next_position(state)
         given, window = last_token_and(state.drafts, state)
         places = (window[:, :, None] + jnp.arange(size)).reshape(batch, -1)
@@ -59,7 +68,8 @@ class SelfDraftingStepper(SpeculativeStepper):
         slots = jnp.where(window <= length, window - 1, length + number * size)  # past the row's end: not cached
         scratch = jnp.broadcast_to(length + jnp.arange(number * size), noise.shape)
         hidden, cache = self.network.cached_hidden(
-            jnp.concatenate([given, noise], axis=1), AttentionMask.drafts(length, size, at),
+            jnp.concatenate([given, noise], axis=1),
+            AttentionMask.drafts(length, size, at, causal=blocks.noised_attention == "causal"),
             jnp.concatenate([window - 1, places], axis=1), state.cache, jnp.concatenate([slots, scratch], axis=1),
             noised=(number, number * (1 + size)))
         checked, guessing = hidden[:, :number], hidden[:, number:].reshape(batch, number, size, -1)

@@ -44,6 +44,7 @@ BLOCK_MASKS = {
     "two views, segments": AttentionMask.block_diffusion(5, TEXT, 2).with_segments(TEXT_SEGMENTS),
     "narrowed": AttentionMask.block_diffusion(4, TEXT, bidirectional_clean=True).with_window(3).with_segments(
         TEXT_SEGMENTS),
+    "causal blocks": AttentionMask.block_diffusion(4, TEXT, 2, causal_blocks=True).with_segments(TEXT_SEGMENTS),
     "one block": AttentionMask.block_diffusion(TEXT, TEXT),
     "block longer than the text": AttentionMask.block_diffusion(64, TEXT, 2).with_window(6),
 }

@@ -142,13 +142,15 @@ def test_ratio_and_seed_may_be_traced():
 
 
 @pytest.mark.parametrize("bidirectional_clean", [False, True])
+@pytest.mark.parametrize("causal_blocks", [False, True])
 @pytest.mark.parametrize("size, views", [(1, 1), (4, 2), (9, 1), (20, 2)])
-def test_block_diffusion(size, views, bidirectional_clean):
+def test_block_diffusion(size, views, bidirectional_clean, causal_blocks):
     n = 9
-    mask = AttentionMask.block_diffusion(size, n, views, bidirectional_clean=bidirectional_clean)
+    mask = AttentionMask.block_diffusion(size, n, views, bidirectional_clean=bidirectional_clean,
+                                         causal_blocks=causal_blocks)
     (q_copy, k_copy), (q, k) = np.divmod(np.indices([n * (views + 1)] * 2), n)
     of_clean = k // size <= q // size if bidirectional_clean else k <= q
-    own_block = (q_copy == k_copy) & (q // size == k // size)
+    own_block = (q_copy == k_copy) & (q // size == k // size) & ((k <= q) | (not causal_blocks))
     expected = np.where(k_copy < views, own_block, np.where(q_copy == views, of_clean, k // size < q // size))
     np.testing.assert_array_equal(square(mask, n * (views + 1))[0], expected)
 
@@ -168,6 +170,7 @@ def test_window_of_block_diffusion_is_within_the_text():
     MaskSpec("causal", segments=True, branches=True),
     MaskSpec("block_diffusion", block_size=12, text_length=32, views=1),
     MaskSpec("block_diffusion", block_size=9, window=28, text_length=28, views=1),
+    MaskSpec("block_diffusion", block_size=12, text_length=28, views=1, causal_blocks=True),
     MaskSpec("block_diffusion", block_size=9, text_length=28, views=1, bidirectional_clean=True),
     MaskSpec("block_diffusion", block_size=9, lengths=True, text_length=28, views=1, bidirectional_clean=True),
 ], ids=str)
@@ -199,9 +202,10 @@ def test_tile_coverage_bounds_the_rule(spec):
     assert seen == {(False, False), (True, False), (True, True)}
 
 
-def test_drafts_continue_longer_and_longer_texts():
+@pytest.mark.parametrize("causal", [False, True])
+def test_drafts_continue_longer_and_longer_texts(causal):
     """Groups of 2 after a text of 5, of which the two examples have 2 and 4 tokens: 0-4 is text, 5-6 a group, 7-8..."""
-    mask = AttentionMask.drafts(5, 2, jnp.array([2, 4]))
+    mask = AttentionMask.drafts(5, 2, jnp.array([2, 4]), causal=causal)
     allowed = mask.allowed(jnp.arange(9), jnp.arange(9))
     for start, found in zip((2, 4), allowed, strict=True):
         expected = np.tri(9, dtype=bool)
@@ -209,6 +213,7 @@ def test_drafts_continue_longer_and_longer_texts():
             seen = np.zeros(9, bool)
             seen[: min(start + group, 5)] = seen[5 + 2 * group : 7 + 2 * group] = True
             expected[5 + 2 * group : 7 + 2 * group] = seen
+            expected[5 + 2 * group, 6 + 2 * group] &= not causal
         np.testing.assert_array_equal(found, expected)
 
 

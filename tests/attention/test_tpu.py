@@ -26,6 +26,7 @@ def assert_parity(tensors, mask, tolerance=1e-5, **options):
 KERNEL_MASKS = {name: MASKS[name] for name in (
     "causal", "causal, branches", "bidirectional", "block causal", "annealed, narrowed")} | {
     "blocks, two views": AttentionMask.block_diffusion(6, 15, views=2),
+    "causal blocks": AttentionMask.block_diffusion(6, 23, causal_blocks=True),
     "blocks, bidirectional, narrowed": AttentionMask.block_diffusion(4, 23, bidirectional_clean=True).with_window(
         9).with_segments(SEGMENTS[:, :23]),
 }
@@ -151,8 +152,7 @@ def test_compiles_for_a_tpu_without_a_square(tpu_mesh):
     assert compiled.memory_analysis().peak_memory_in_bytes < 4 * length**2  # the float32 square of one head
 
 
-@pytest.mark.parametrize("name", [*sorted(set(MASKS) - {"matrix"}), "blocks, two views",
-                                  "blocks, bidirectional, narrowed"])
+@pytest.mark.parametrize("name", sorted({*MASKS, *KERNEL_MASKS} - {"matrix"}))
 def test_every_mask_compiles_for_a_tpu(tpu_mesh, name):
     def loss(query, key, value):
         return jnp.sum(tpu_attention(query, key, value, (MASKS | KERNEL_MASKS)[name]).astype(jnp.float32))

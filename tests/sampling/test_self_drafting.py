@@ -131,14 +131,16 @@ def test_law_of_short_texts_is_the_bases(draft_vocab_size, optimized_program):
     assert found.accepted.sum() > 0.05 * len(found.steps)
 
 
-def guess_in_turn(network, row, start, size):
-    """Returns the drafts after the token at `start`, each given the one before, without a cache."""
+def guess_in_turn(network, row, start, blocks, number):
+    """Returns the drafts after the token at `start`, each given the one before, of a full block, without a cache."""
+    size = blocks.size
     tokens, places = np.append(row, np.full(size, MASK))[None], np.append(np.arange(40), start + np.arange(size))[None]
     queries, keys = np.arange(40 + size)[:, None], np.arange(40 + size)
-    allowed = np.where(queries < 40, keys <= queries, (keys < start) | (keys >= 40))
+    own = (keys >= 40) & ((keys <= queries) | (blocks.noised_attention == "bidirectional"))
+    allowed = np.where(queries < 40, keys <= queries, (keys < start) | own)
     states = np.array(_states(network, tokens, places, allowed))[:, 40:]
     found, last = [], row[start]
-    for slot in range(min(size - 1, 39 - start)):
+    for slot in range(min(number, 39 - start)):
         logits = np.array(_corrected(network, states[:, slot], jnp.array([last])))[0]
         logits[MASK] = -np.inf
         last = int(logits.argmax())
@@ -156,9 +158,12 @@ def _corrected(network, state, last):
     return network.unembed(network.correct_drafts(state, last))
 
 
-def test_gated_drafts_are_those_of_training():
-    network, size = gated(tiny("llama", vocab_size=61, num_layers=1)), 4
+@pytest.mark.parametrize("num_drafts", [3, 2])
+@pytest.mark.parametrize("noised_attention", ["bidirectional", "causal"])
+def test_gated_drafts_are_those_of_training(noised_attention, num_drafts):
+    """Masks that see no later one need no full block: the drafts are those of full ones nevertheless."""
+    network, blocks = gated(tiny("llama", vocab_size=61, num_layers=1)), BlockSpec(4, noised_attention=noised_attention)
     tokens, fixed, lengths = make_batch("autoregressive")
     found = run_sampler(network, tokens, fixed, lengths, policy="autoregressive", temperature=0.0,
-                        blocks=BlockSpec(size), drafter="self")
-    check_passes(found, lengths, lambda row, start: guess_in_turn(network, row, start, size))
+                        blocks=blocks, drafter="self", num_drafts=num_drafts)
+    check_passes(found, lengths, lambda row, start: guess_in_turn(network, row, start, blocks, num_drafts))
