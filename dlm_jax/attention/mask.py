@@ -251,8 +251,9 @@ class AttentionMask:
 
         A noised block of `block_size` positions sees itself and the clean copy of every earlier block (block diffusion,
         arXiv 2503.09573). The clean copy is causal like the AR parent (NBDiff, arXiv 2512.06776), or with
-        `bidirectional_clean` also bidirectional within each block (block diffusion's own). With `causal_blocks` a noised
-        token sees no later one of its block. Blocks are counted from the start of the text; the last one may be shorter.
+        `bidirectional_clean` also bidirectional within each block (block diffusion's own). With `causal_blocks` a
+        noised token sees no later one of its block. Blocks are counted from the start of the text; the last one may be
+        shorter.
         """
         check_at_least(block_size, 1, "block_size")
         return cls(MaskSpec("block_diffusion", block_size, text_length=text_length, views=views,

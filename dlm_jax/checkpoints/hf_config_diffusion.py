@@ -147,9 +147,11 @@ def check_plain(hf: Mapping[str, Any]) -> None:
 
 def blocks_to_record(blocks: BlockSpec) -> dict[str, Any]:
     """Returns blocks as entries of a JSON object."""
-    others = {name: getattr(blocks, name) for name, default in (("noise", "mask"), ("noised_attention", "bidirectional"))
-              if getattr(blocks, name) != default}
-    return {"block_size": blocks.size, "clean_attention": blocks.clean_attention} | others
+    record = {"block_size": blocks.size, "clean_attention": blocks.clean_attention}
+    for name, default in (("noise", "mask"), ("noised_attention", "bidirectional")):
+        if (value := getattr(blocks, name)) != default:
+            record[name] = value
+    return record
 
 
 def _is_plain_class(name: str, family: str) -> bool:
