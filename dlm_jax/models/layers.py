@@ -28,6 +28,7 @@ from dlm_jax.models.lora import (
     LoRAParam,
     dense_quantized,
     full_kernel,
+    project_frozen,
     quantize_kernel,
 )
 
@@ -227,6 +228,7 @@ class Linear(nnx.Module):
                  bias: bool, init: Initializer, stddev: float | None = None):
         self.num_inputs, self.compute = len(inputs), init.compute
         shape, lora = (num_layers, *inputs, *outputs), init.lora
+        self.learns_at_noised = lora is not None and lora.where == "noised"
         self.kernel, self.kernel_scale = init.kernel(shape, ("layers", *axes), stddev)
         targeted = lora is not None and name in lora.targets
         self.factors = LoRAFactors(name, shape, ("layers", *axes), self.num_inputs, lora, init) if targeted else None
@@ -237,10 +239,14 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, lora: LoRAInputs = LoRAInputs()) -> jax.Array:
         """Projects `x` [batch, length, *inputs] to [batch, length, *outputs]."""
         if self.kernel_scale is None:
-            y = dense(x, self.kernel[...].astype(x.dtype), self.num_inputs, self.compute.matmul)
+            project = functools.partial(dense, num_inputs=self.num_inputs, kind=self.compute.matmul)
+            arrays = (self.kernel[...].astype(x.dtype),)
         else:
-            y = dense_quantized(x, self.kernel[...], self.kernel_scale[...], self.num_inputs, self.compute.matmul,
-                                remat=self.compute.remat == "none")
+            project = functools.partial(dense_quantized, num_inputs=self.num_inputs, kind=self.compute.matmul,
+                                        remat=self.compute.remat == "none")
+            arrays = self.kernel[...], self.kernel_scale[...]
+        y = project_frozen(project, x, arrays, lora.noised) if self.learns_at_noised and lora.noised else project(
+            x, *arrays)
         if self.factors is not None and lora.enabled:
             y = self.factors(x, y, lora)
             if self.factors.magnitude is not None:

@@ -15,6 +15,7 @@ are on the same device wherever the number of blocks divides.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
@@ -180,6 +181,30 @@ class DraftHead(nnx.Module):
         hidden = dense(state, self.from_state[...].astype(dtype), 1, self.matmul) + dense(
             token.astype(dtype), self.from_token[...].astype(dtype), 1, self.matmul)
         return state + dense(jax.nn.silu(hidden), self.down[...].astype(dtype), 1, self.matmul)
+
+
+def project_frozen(project: Callable[..., jax.Array], x: jax.Array, arrays: tuple[jax.Array, ...],
+                   noised: tuple[int, int]) -> jax.Array:
+    """Computes `project(x, *arrays)` of frozen arrays, with the gradient of the positions from noised[0] to noised[1].
+
+    With `where="noised"` no clean position depends on what is trained, so that its gradient is zero and not computed.
+
+    Args:
+      project: linear in `x` [batch, length, *inputs], position by position.
+    """
+    (first, last), shape, dtype = noised, x.shape, x.dtype
+
+    @jax.custom_vjp
+    def run(x: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+        return project(x, *arrays)
+
+    def backward(arrays: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, None]:
+        noised_part = jnp.zeros((shape[0], last - first, *shape[2:]), dtype)  # its value does not matter
+        (dx,) = jax.vjp(lambda part: project(part, *arrays), noised_part)[1](g[:, first:last])
+        return jnp.pad(dx, ((0, 0), (first, shape[1] - last), *[(0, 0)] * (len(shape) - 2))), None
+
+    run.defvjp(lambda x, arrays: (run(x, arrays), arrays), backward)
+    return run(x, arrays)
 
 
 def output_norms(kernel: jax.Array, num_inputs: int) -> jax.Array:

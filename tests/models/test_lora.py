@@ -24,6 +24,7 @@ from dlm_jax.models import (
     fingerprint,
     freeze_base,
     init_lora_factors,
+    layers,
     merge_lora,
     split_lora,
     split_trainable,
@@ -364,6 +365,30 @@ def test_noised_lora_leaves_clean_positions_alone():
     assert jnp.abs(mixed[:, 5:] - of_base[:, 5:]).max() > 0.01
     everywhere = hidden(gated, TOKENS, causal, noised=(0, TOKENS.shape[1]))
     np.testing.assert_allclose(everywhere, hidden(plain, TOKENS, causal), atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen_dtype", ["float32", "int8"])
+def test_gradient_of_noised_lora_needs_no_clean_positions(frozen_dtype, monkeypatch):
+    """The same gradient as by plain differentiation, which also computes those of clean positions."""
+    _, plain = build("qwen3", frozen_dtype=frozen_dtype)
+    gated = abstract_model(plain.config, lora=dataclasses.replace(plain.lora, where="noised"))
+    graphdef, factors, rest = nnx.split(nnx.merge(nnx.graphdef(gated), nnx.state(with_noise(plain))), LoRAParam, ...)
+    length = TOKENS.shape[1] // 2
+
+    def loss(factors, rest):
+        states = nnx.merge(graphdef, factors, rest).hidden(
+            TOKENS[:, : 2 * length], AttentionMask.block_diffusion(2, length), noised=(0, length))
+        return jnp.sum(jnp.sin(states))
+
+    def gradient():
+        compiled = jax.jit(lambda *arguments: jax.grad(loss)(*arguments)).lower(factors, rest).compile()
+        return compiled(factors, rest), compiled.cost_analysis()["flops"]
+
+    found, flops = gradient()
+    monkeypatch.setattr(layers, "project_frozen", lambda project, x, arrays, noised: project(x, *arrays))
+    expected, all_flops = gradient()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+    assert flops < all_flops
 
 
 @pytest.mark.parametrize("settings", [dict(where="noised", dora=True), dict(where="noised", embedding=True),
