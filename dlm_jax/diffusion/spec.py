@@ -22,10 +22,10 @@ class BlockSpec:
       noise: what stands for tokens that are not known yet: the mask token, or random tokens (Uno). With the latter the
         model only drafts what its clean attention then checks.
       noised_attention: how the tokens of a block that is being written attend to each other. "causal": a draft does not
-        depend on how many are made after it.
+        depend on how many are made after it. Only beside a causal `clean_attention`.
 
     Raises:
-      ConfigError: the size is less than 1, or a field is none of its choices.
+      ConfigError: the size is less than 1, or the kinds of attention do not go together.
     """
 
     size: int
@@ -38,6 +38,9 @@ class BlockSpec:
             raise ConfigError(f"blocks.size must be an integer, got {self.size!r}")
         check_at_least(self.size, 1, "blocks.size")
         check_choices(self, "blocks")
+        if self._bidirectional and self.noised_attention == "causal":
+            raise ConfigError("blocks.noised_attention causal needs blocks.clean_attention causal, got "
+                              f"{self.clean_attention}")
 
     @property
     def _bidirectional(self) -> bool:
@@ -55,7 +58,7 @@ class BlockSpec:
 
     def decode_mask(self, start: jax.Array) -> AttentionMask:
         """Returns the mask for rows that are clean before `start`, int [batch], where the current block begins."""
-        if self.noised_attention == "causal" and not self._bidirectional:
+        if self.noised_attention == "causal":
             return AttentionMask.causal()
         return AttentionMask.block_causal(self.size, None if self._bidirectional else start)
 

@@ -111,10 +111,11 @@ def step_flops(config: TrainConfig, architecture: ModelConfig, attention: str,
     if config.objective.name == "drafter":
         return _drafter_flops(config, architecture)
     lora, scored = resolve_lora(config.lora, architecture, new_mask_token), tokens * scored_share(config.objective)
+    noised = tokens * config.objective.num_views
     tokens *= config.objective.forward_multiplier(length)
     if config.objective.clean_weight:
         scored += config.data.batch_size * length
-    model = train_flops(architecture, tokens, scored, length, lora)
+    model = train_flops(architecture, tokens, scored, length, lora, noised)
     forward = 2 * count_active(architecture) * tokens
     product = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim * length * tokens
     block_forward = forward + 2 * product

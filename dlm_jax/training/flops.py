@@ -43,20 +43,24 @@ def _count(state: nnx.State) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
 
-def train_flops(config: ModelConfig, tokens: float, scored: float, length: int,
-                lora: LoRAConfig | None = None) -> float:
+def train_flops(config: ModelConfig, tokens: float, scored: float, length: int, lora: LoRAConfig | None = None,
+                noised: float = 0.0) -> float:
     """Returns the FLOPs of a forward and a backward pass over `tokens` tokens in rows of `length`.
 
     6 x (parameters of the blocks that a token uses) x tokens, for their matrix products;
     + 12 x layers x heads x head_dim x length x tokens, for attention over the full square (no causal half);
     + 6 x hidden x vocabulary x `scored`, for the head, needed only where a token is scored.
     Recomputation (remat, chunked loss) does not count. With LoRA, frozen matrices count 4 instead of 6, as they have no
-    gradient of their own, and the factors are added.
+    gradient of their own, and the factors are added; at noised positions alone, clean ones have no backward pass.
+
+    Args:
+      noised: how many of the tokens are of noised copies.
     """
-    frozen, head = (6, 6) if lora is None else (4, 6 if lora.head or (lora.embedding and config.tie_embeddings) else 4)
-    blocks = frozen * count_active(config) * tokens
+    learning = noised if lora is not None and lora.where == "noised" else tokens
+    blocks, head = count_active(config) * (2 * tokens + (4 if lora is None else 2) * learning), 6
     if lora is not None:
-        blocks += 6 * _count_lora(config, lora) * tokens
+        blocks += 6 * _count_lora(config, lora) * learning
+        head = 6 if lora.head or (lora.embedding and config.tie_embeddings) else 4
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
     return blocks + attention + head * config.hidden_size * config.vocab_size * scored
 

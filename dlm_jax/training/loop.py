@@ -125,7 +125,8 @@ def _throughput(run: Run, step: int) -> dict[str, float]:
             model, objective = run.base.model, run.config.objective.at_step(step - 1)
             passes = objective.forward_multiplier(data.length)
             scored = interval["scored"] + (tokens if objective.clean_weight else 0)
-            flops = train_flops(model.config, tokens * passes, scored, data.length, model.lora)
+            flops = train_flops(model.config, tokens * passes, scored, data.length, model.lora,
+                                tokens * objective.num_views)
             flops += teacher_flops(model.config, objective, tokens, interval["scored"], data.length, model.lora)
             values["mfu"] = flops / seconds / (peak * run.mesh.size)
     memory = peak_memory_gib()

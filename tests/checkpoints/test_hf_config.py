@@ -213,7 +213,9 @@ def test_export_keeps_other_keys_of_the_base():
 
 
 @pytest.mark.parametrize("diffusion", [
-    DiffusionSpec(None), DiffusionSpec(3, shift=False), DiffusionSpec(3, blocks=BlockSpec(4, "block_bidirectional"))])
+    DiffusionSpec(None), DiffusionSpec(3, shift=False), DiffusionSpec(3, blocks=BlockSpec(4, "block_bidirectional")),
+    DiffusionSpec(3, blocks=BlockSpec(4, noise="random_tokens")),
+    DiffusionSpec(3, blocks=BlockSpec(4, noised_attention="causal"))])
 def test_diffusion_is_recorded(diffusion):
     assert recorded_diffusion(config_to_hf(config_from_hf(GPT2), GPT2, diffusion, "float32")) == diffusion
 

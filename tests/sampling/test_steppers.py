@@ -124,12 +124,12 @@ def uncached_log_probs(tokens, kind, shift, blocks):
     return jax.nn.log_softmax(tiny(kind).unembed(noisy).at[:, :, MASK].set(-jnp.inf))
 
 
-@pytest.mark.parametrize("kind, shift, clean", [
-    ("llama", True, "causal"), ("gpt2", False, "causal"), ("window", True, "block_bidirectional"),
-    ("llama", False, "block_bidirectional")])
-def test_block_cache_is_exact(kind, shift, clean):
+@pytest.mark.parametrize("kind, shift, blocks", [
+    ("llama", True, BlockSpec(SIZE)), ("gpt2", False, BlockSpec(SIZE)),
+    ("window", True, BlockSpec(SIZE, "block_bidirectional")), ("llama", False, BlockSpec(SIZE, "block_bidirectional")),
+    ("llama", True, BlockSpec(SIZE, noised_attention="causal"))])
+def test_block_cache_is_exact(kind, shift, blocks):
     """At every step, the revealed tokens and their log-probabilities are those of a pass without cache."""
-    blocks = BlockSpec(SIZE, clean)
     states = stream_states(block_spec(shift=shift, blocks=blocks, temperature=0.0, num_steps=20), kind)
     for before, after in itertools.pairwise(states):
         expected = np.asarray(uncached_log_probs(before.tokens, kind, shift, blocks))

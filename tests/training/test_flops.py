@@ -1,6 +1,7 @@
 import pytest
 
 from dlm_jax.models import LoRAConfig, ModelConfig
+from dlm_jax.training.flops import _count_lora as count_lora
 from dlm_jax.training.flops import count_params, peak_flops, train_flops
 
 GPT2 = ModelConfig("gpt2", 50257, 768, 12, 12, 12, 64, 3072, 1024, norm="layer", positions="learned", gated_mlp=False,
@@ -20,6 +21,13 @@ def test_gpt2_parameters_and_flops():
 def test_lora_saves_a_third_of_the_flops():
     full, lora = (train_flops(LLAMA_7B, 1e6, 5e5, 2048, lora=one) for one in (None, LoRAConfig(rank=16, alpha=32.0)))
     assert 0.65 < lora / full < 0.75
+
+
+def test_clean_copy_beside_noised_lora_has_no_backward_pass():
+    everywhere, noised = (train_flops(LLAMA_7B, 2e6, 1e6, 2048, LoRAConfig(rank=16, alpha=32.0, where=where), 1e6)
+                          for where in ("all", "noised"))
+    factors = 6 * count_lora(LLAMA_7B, LoRAConfig(rank=16, alpha=32.0))
+    assert everywhere - noised == pytest.approx((2 * count_params(LLAMA_7B, "blocks") + factors) * 1e6)
 
 
 @pytest.mark.parametrize("kind, peak", [
