@@ -120,7 +120,7 @@ def tasks(workdir: pathlib.Path, args: argparse.Namespace) -> dict[str, list[flo
     out = workdir / "tasks.json"
     if not out.exists() and dlm(["evaluate", f"--model={workdir}", f"--parent={args.base}", f"--out={out}",
                                  f"--tasks={','.join(TASKS)}", f"--data_dir={args.data_dir}", f"--limit={args.limit}",
-                                 "--batch_size=32"]):
+                                 f"--num_masks={args.num_masks}", "--batch_size=32"]):
         raise SystemExit(1)
     found = json.loads(out.read_text())["tasks"]
     return {task: [100 * accuracy["mean"] for accuracy in found[task]["metrics"]["acc"]["models"].values()]
@@ -194,7 +194,7 @@ def print_tables(runs: dict[str, dict[str, list[dict]]], times: dict[str, dict[s
 
 def main() -> None:
     parser = harness.parser(__doc__, seeds=3, tokens=256_000, batch_size=8, length=128, learning_rate=1.5e-3,
-                            validation_rows=64, num_samples=32, repeats=10, limit=100)
+                            validation_rows=64, num_samples=32, repeats=10, limit=100, num_masks=16)
     parser.add_argument("--base", required=True, help="the AR base model: a directory, a GGUF file or a hub id")
     parser.add_argument("--data", nargs="+", required=True, help="paths or globs of text")
     parser.add_argument("--validation", nargs="+", required=True, help="paths of held-out text")
