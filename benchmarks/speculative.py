@@ -130,7 +130,8 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="+", default=["ngram"], help="ngram, self, or trained ones")
     parser.add_argument("--draft_threshold", type=float, help="of trained drafters with a confidence head")
     parser.add_argument("--draft_vocab_size", type=int, help="of drafters but ngram")
-    parser.add_argument("--num_drafts", type=int, help="of drafters but ngram")
+    parser.add_argument("--num_drafts", type=int, nargs="+", default=[None],
+                        help="of drafters but ngram; of several numbers each takes its turn")
     parser.add_argument("--without_heads", action="store_true", help="drafters also without what makes their drafts "
                         "depend on each other")
     parser.add_argument("--kinds", nargs="+", default=["stories", "wikitext", "GSM8K", "HumanEval"])
@@ -150,12 +151,17 @@ def main() -> None:
             for temperature in args.temperatures:
                 configs = {"none": SamplerConfig("autoregressive", temperature=temperature)}
                 for drafter in args.drafters:
-                    names = () if drafter == "ngram" else ("num_drafts", "draft_vocab_size")
-                    names += ("draft_threshold",) if drafter not in ("ngram", "self") else ()
-                    configs[drafter] = dataclasses.replace(configs["none"], drafter=drafter,
-                                                           **{name: getattr(args, name) for name in names})
-                    if args.without_heads and drafter != "ngram":
-                        configs[drafter + _NO_HEADS] = configs[drafter]
+                    if drafter == "ngram":
+                        configs[drafter] = dataclasses.replace(configs["none"], drafter=drafter)
+                        continue
+                    threshold = {} if drafter == "self" else {"draft_threshold": args.draft_threshold}
+                    for number in args.num_drafts:
+                        name = drafter if number is None else f"{drafter}, {number} drafts"
+                        configs[name] = dataclasses.replace(
+                            configs["none"], drafter=drafter, num_drafts=number,
+                            draft_vocab_size=args.draft_vocab_size, **threshold)
+                        if args.without_heads:
+                            configs[name + _NO_HEADS] = configs[name]
                 found = compare(lm, prompts[kind], batch_size, args.new_tokens, configs, args.repeats,
                                 args.profile)
                 for drafter, one in found.items():
