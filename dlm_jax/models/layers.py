@@ -245,8 +245,10 @@ class Linear(nnx.Module):
             project = functools.partial(dense_quantized, num_inputs=self.num_inputs, kind=self.compute.matmul,
                                         remat=self.compute.remat == "none")
             arrays = self.kernel[...], self.kernel_scale[...]
-        y = project_frozen(project, x, arrays, lora.noised) if self.learns_at_noised and lora.noised else project(
-            x, *arrays)
+        if self.learns_at_noised and lora.noised:
+            y = project_frozen(project, x, arrays, lora.noised)
+        else:
+            y = project(x, *arrays)
         if self.factors is not None and lora.enabled:
             y = self.factors(x, y, lora)
             if self.factors.magnitude is not None:
