@@ -86,18 +86,18 @@ class MaskSpec:
                 # are numbered through all copies.
                 count = -(-self.text_length // self.block_size)
                 own = (q_copy * count + q_block == k_copy * count + k_block) & ~k_clean
-                allowed = own & (k <= q) if self.causal_blocks else own
+                allowed = self._within_block(own, q, k)
                 before = k_block <= q_block if self.bidirectional_clean else k <= q
                 allowed |= k_clean & ((~q_clean & (k_block < q_block)) | (q_clean & before))
             case "drafts":
                 q_group, k_group = ((x - self.text_length) // self.block_size for x in (q, k))
                 q_text, k_text = q < self.text_length, k < self.text_length
                 continued = k < params.causal_before + q_group
-                own = (k_group == q_group) & (k <= q) if self.causal_blocks else k_group == q_group
+                own = self._within_block(k_group == q_group, q, k)
                 allowed = (q_text & (k <= q)) | (~q_text & ((k_text & continued) | (~k_text & own)))
             case "anchored":
-                k_text, own = k < self.text_length, self.anchored_block(k) == self.anchored_block(q)
-                own = own & (k <= q) if self.causal_blocks else own
+                k_text = k < self.text_length
+                own = self._within_block(self.anchored_block(k) == self.anchored_block(q), q, k)
                 allowed = (q >= self.text_length) & ((k_text & (k < query_anchors)) | (~k_text & own))
                 q = query_anchors + (q - self.text_length) % self.block_size
                 k = jnp.where(k_text, k, query_anchors + (k - self.text_length) % self.block_size)
@@ -151,6 +151,10 @@ class MaskSpec:
             every &= index.high < params.length
         return some, every
 
+    def _within_block(self, same: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
+        """Returns whether a query sees a key where both are in the `same` noised block."""
+        return same & (k <= q) if self.causal_blocks else same
+
     def _block_end(self, q: jax.Array, params: MaskParams) -> jax.Array:
         """Returns the last key that a "block_causal" query sees; it never decreases as `q` grows."""
         return jnp.where(q < params.causal_before, q, q // self.block_size * self.block_size + self.block_size - 1)
@@ -176,17 +180,16 @@ class MaskSpec:
         same_copy = (q_first <= k_last) & (k_first <= q_last)
         q_noised, k_clean = q_first < self.views, k_last == self.views
         meet = (k_block.low <= q_block.high) & (q_block.low <= k_block.high)
-        within, all_within = jnp.bool_(True), jnp.bool_(True)  # of a noised block
+        one_block = (q_block.low == q_block.high) & (k_block.low == k_block.high) & (q_block.low == k_block.low)
         if self.causal_blocks:
-            within, all_within = k.low <= q.high, k.high <= q.low
-        some = (same_copy & q_noised & (k_first < self.views) & meet & within) | (
+            meet, one_block = meet & (k.low <= q.high), one_block & (k.high <= q.low)
+        some = (same_copy & q_noised & (k_first < self.views) & meet) | (
             q_noised & k_clean & (k_block.low < q_block.high))
         before = k_block.low <= q_block.high if self.bidirectional_clean else k.low <= q.high
         some |= (q_last == self.views) & k_clean & before
-        one_block = (q_block.low == q_block.high) & (k_block.low == k_block.high) & (q_block.low == k_block.low)
         before = k_block.high <= q_block.low if self.bidirectional_clean else k.high <= q.low
         every = q_single & k_single & jnp.where(k_clean, jnp.where(q_noised, k_block.high < q_block.low, before),
-                                                (q_first == k_first) & one_block & all_within)
+                                                (q_first == k_first) & one_block)
         return some, every, q, k
 
 
