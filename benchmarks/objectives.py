@@ -6,7 +6,8 @@
 adapts the base at `--tokens` by each point of the objective, and by the bound alone with more tokens, up to four times
 as many, for full diffusion and for blocks. Rows and their order are the same for each seed. It measures the
 held-out bound, the AR loss of the adapted model itself, the perplexity of its samples under the parent, for blocks the
-tokens per pass when its causal half checks what it drafts (drafter=self), and with --data_dir HellaSwag and LAMBADA.
+tokens per pass when its causal half checks what it drafts (drafter=self), and with --data_dir HellaSwag and LAMBADA by
+the bound and by the AR loss of the adapted model.
 It times a step of each point, in turns. It writes benchmarks/results/objectives-NAME.json and prints the tables. Runs
 that are done are not repeated; one that was cut short resumes.
 """
@@ -20,13 +21,15 @@ import statistics
 
 import harness
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from dlm_jax import DiffusionLM
 from dlm_jax.cli.main import main as dlm
 from dlm_jax.data.config import DataConfig
 from dlm_jax.data.corpus import load_rows
-from dlm_jax.diffusion import ObjectiveConfig, TeacherObjective
+from dlm_jax.diffusion import Batch, ObjectiveConfig, TeacherObjective, noise_batch, token_nll
 from dlm_jax.evaluation import autoregressive_nll
 from dlm_jax.models import split_trainable
 from dlm_jax.random import example_keys
@@ -58,6 +61,8 @@ POINTS = {
 }
 STRUCTURES = {"full diffusion": 0, "blocks of 4": 4, "blocks of 16": 16}
 TASKS = ("hellaswag", "lambada_openai")
+CONTEXTS = ("all before it, none after", "not all before it, none after", "a token after it")
+METRICS = (("hellaswag", "acc"), ("lambada_openai", "acc"), ("lambada_openai", "perplexity"))
 
 
 def objective_of(structure: str, point: str, num_steps: int) -> ObjectiveConfig:
@@ -83,12 +88,47 @@ def configure(args: argparse.Namespace, structure: str, point: str, seed: int) -
         log=LogConfig(every=max(1, num_steps // 20), tensorboard=False))
 
 
-def own_ar_loss(lm: DiffusionLM, config: TrainConfig) -> float:
-    """Returns the AR loss of a model on the held-out rows, nats per token: what it still knows of its parent."""
+def held_out_rows(lm: DiffusionLM, config: TrainConfig) -> np.ndarray:
+    """Returns the rows that a run's bound is measured on, int32 [num_rows, length]."""
     _, rows = load_rows(config.data, lm.tokenizer, vocab_size=lm.model.config.vocab_size,
                         cache_dir=config.data.cache_dir)
-    tokens = rows[np.arange(min(len(rows), config.validation.num_rows))].tokens.astype(np.int32)
+    return rows[np.arange(min(len(rows), config.validation.num_rows))].tokens.astype(np.int32)
+
+
+def own_ar_loss(lm: DiffusionLM, config: TrainConfig) -> float:
+    """Returns the AR loss of a model on the held-out rows, nats per token: what it still knows of its parent."""
+    tokens = held_out_rows(lm, config)
     return autoregressive_nll(lm.model, tokens, np.ones(tokens.shape, bool)).nats_per_token
+
+
+def bound_by_context(lm: DiffusionLM, config: TrainConfig, num_samples: int = 16) -> dict[str, float]:
+    """Returns the parts of a block model's bound, nats per token, by what a masked token sees of its own block.
+
+    Of what comes before the token it sees all, as the parent does, or not all; or it sees a token after it, which the
+    parent does not.
+    """
+    tokens = held_out_rows(lm, config)
+    noisable = np.broadcast_to(np.arange(tokens.shape[1]) > 0, tokens.shape)
+    blocks, (graphdef, params) = lm.diffusion.blocks, nnx.split(lm.model)
+    objective = ObjectiveConfig(name="block_diffusion", block_size=blocks.size, clean_attention=blocks.clean_attention)
+
+    @jax.jit
+    def sums(params: nnx.State, sample: jax.Array) -> list[jax.Array]:
+        (rows, length), model = tokens.shape, nnx.merge(graphdef, params)
+        batch = Batch(jnp.asarray(tokens), jnp.asarray(noisable), sample * rows + jnp.arange(rows, dtype=jnp.uint32))
+        noisy, mask = noise_batch(objective, batch, sample, seed=0, batch_size=rows,
+                                  mask_token_id=lm.diffusion.mask_token_id)
+        hidden = model.hidden(noisy.tokens, mask, positions=noisy.positions, noised=noisy.noised)
+        nll = noisy.weights * token_nll(hidden, model.unembed, noisy.targets, noisy.loss_mask)
+        masked = (noisy.tokens != noisy.targets)[:, :length].reshape(rows, -1, blocks.size)
+        gap = jnp.cumsum(masked, axis=2) > masked
+        later = jnp.cumsum(~masked[:, :, ::-1], axis=2)[:, :, ::-1] > ~masked
+        of_noised, of_clean = nll[:, :length].reshape(masked.shape), nll[:, length:]  # the clean copy: firsts of blocks
+        return [of_noised.sum(where=~gap & ~later) + of_clean.sum(), of_noised.sum(where=gap & ~later),
+                of_noised.sum(where=later)]
+
+    samples = [sums(params, jnp.uint32(sample)) for sample in range(num_samples)]
+    return dict(zip(CONTEXTS, (np.sum(samples, axis=0) / (num_samples * noisable.sum())).tolist(), strict=True))
 
 
 def sampled_perplexity(lm: DiffusionLM, judge: DiffusionLM, args: argparse.Namespace) -> dict[str, float]:
@@ -115,16 +155,21 @@ def self_drafting(lm: DiffusionLM, args: argparse.Namespace) -> dict[str, object
     return {"tokens_per_pass": stats.tokens_per_pass, "acceptance": list(map(float, stats.acceptance))}
 
 
-def tasks(workdir: pathlib.Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Returns the accuracies of a model and its parent, in percent."""
-    out = workdir / "tasks.json"
-    if not out.exists() and dlm(["evaluate", f"--model={workdir}", f"--parent={args.base}", f"--out={out}",
-                                 f"--tasks={','.join(TASKS)}", f"--data_dir={args.data_dir}", f"--limit={args.limit}",
-                                 f"--num_masks={args.num_masks}", "--batch_size=32"]):
-        raise SystemExit(1)
-    found = json.loads(out.read_text())["tasks"]
-    return {task: [100 * accuracy["mean"] for accuracy in found[task]["metrics"]["acc"]["models"].values()]
-            for task in found}
+def tasks(workdir: pathlib.Path, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Returns the results of a model, by its bound and by its own AR loss, and of its parent: two of each metric."""
+    results = {}
+    for objective in ("diffusion", "autoregressive"):
+        out = workdir / f"tasks-{objective}.json"
+        if not out.exists() and dlm(["evaluate", f"--model={workdir}", f"--parent={args.base}", f"--out={out}",
+                                     f"--tasks={','.join(TASKS)}", f"--data_dir={args.data_dir}",
+                                     f"--limit={args.limit}", f"--num_masks={args.num_masks}",
+                                     f"--objective={objective}", f"--dtype={args.dtype}", "--batch_size=32"]):
+            raise SystemExit(1)
+        found = json.loads(out.read_text())["tasks"]
+        results[objective] = {
+            f"{task} {name}": [model["mean"] for model in found[task]["metrics"][name]["models"].values()]
+            for task, name in METRICS}
+    return results
 
 
 def measure(args: argparse.Namespace, structure: str, point: str, seed: int, judge: DiffusionLM) -> dict:
@@ -140,7 +185,7 @@ def measure(args: argparse.Namespace, structure: str, point: str, seed: int, jud
         lm = DiffusionLM.from_pretrained(workdir)
         found |= {"ar_loss": own_ar_loss(lm, config)} | sampled_perplexity(lm, judge, args)
         if STRUCTURES[structure]:
-            found |= self_drafting(lm, args)
+            found |= self_drafting(lm, args) | {"bound_by_context": bound_by_context(lm, config)}
         write_json(path, found)
     if args.data_dir and "tasks" not in found:
         found["tasks"] = tasks(workdir, args)
@@ -185,11 +230,39 @@ def print_tables(runs: dict[str, dict[str, list[dict]]], times: dict[str, dict[s
                                  *tokens_per_pass, "time of a step"))
         for point, seeds in points.items():
             values = functools.partial(lambda name, seeds: [run[name] for run in seeds], seeds=seeds)
-            paired = [a["bound"] - b["bound"] for a, b in zip(seeds, points["bound"], strict=False)]
-            print(harness.row(point, mean_and_error(values("bound")), mean_and_error(paired),
+            paired = [a["bound"] - b["bound"] for a, b in zip(seeds, points.get("bound", ()), strict=False)]
+            print(harness.row(point, mean_and_error(values("bound")), mean_and_error(paired) if paired else "",
                               mean_and_error(values("ar_loss")), mean_and_error(values("perplexity")),
                               *([mean_and_error(values("tokens_per_pass"))] if tokens_per_pass else []),
                               f"{times[structure][point]:.2f}" if point in times.get(structure, {}) else ""))
+        print_contexts(points)
+        print_tasks(points)
+
+
+def print_contexts(points: dict[str, list[dict]]) -> None:
+    """Prints the parts of the bound as differences from the bound's alone, of the seeds that both have."""
+    parts = {point: [run["bound_by_context"] for run in seeds if "bound_by_context" in run]
+             for point, seeds in points.items()}
+    if parts.get("bound"):
+        print("\n" + harness.table_head("difference of the bound where a token sees", *CONTEXTS))
+        for point, seeds in parts.items():
+            if seeds and point != "bound":
+                print(harness.row(point, *(mean_and_error([a[name] - b[name] for a, b in
+                                                           zip(seeds, parts["bound"], strict=False)])
+                                           for name in CONTEXTS)))
+
+
+def print_tasks(points: dict[str, list[dict]]) -> None:
+    """Prints the tasks of the first seed, by the bound and by the AR loss, and of the parent."""
+    found = {point: seeds[0]["tasks"] for point, seeds in points.items() if "tasks" in seeds[0]}
+    names = [f"{task} {name}" for task, name in METRICS]
+    if found:
+        print("\n" + harness.table_head("objective", *(f"{name}, by the bound / by the AR loss" for name in names)))
+        for point, results in found.items():
+            print(harness.row(point, *(" / ".join(f"{result[name][0]:.4g}" for result in results.values())
+                                       for name in names)))
+        results = next(iter(found.values()))["diffusion"]
+        print(harness.row("the parent", *(f"{results[name][1]:.4g}" for name in names)))
 
 
 def main() -> None:
