@@ -49,6 +49,7 @@ POINTS = {
     "+ distribution": {"teacher": TeacherObjective(distribution_weight=1.0)},
     "+ hidden": {"teacher": TeacherObjective(hidden_weight=10.0)},
     "+ both": {"teacher": TeacherObjective(distribution_weight=1.0, hidden_weight=10.0)},
+    "+ AR 0.3 + hidden": {"clean_weight": 0.3, "teacher": TeacherObjective(hidden_weight=10.0)},
     "+ AR 0.3 + both": {"clean_weight": 0.3, "teacher": TeacherObjective(distribution_weight=1.0, hidden_weight=10.0)},
     "+ AR 0.3 + both + position noise": {
         "noise": "position", "clean_weight": 0.3,
@@ -255,8 +256,8 @@ def print_contexts(points: dict[str, list[dict]]) -> None:
 def print_tasks(points: dict[str, list[dict]]) -> None:
     """Prints the tasks of the first seed, by the bound and by the AR loss, and of the parent."""
     found = {point: seeds[0]["tasks"] for point, seeds in points.items() if "tasks" in seeds[0]}
-    names = [f"{task} {name}" for task, name in METRICS]
     if found:
+        names = list(next(iter(found.values()))["diffusion"])
         print("\n" + harness.table_head("objective", *(f"{name}, by the bound / by the AR loss" for name in names)))
         for point, results in found.items():
             print(harness.row(point, *(" / ".join(f"{result[name][0]:.4g}" for result in results.values())

@@ -26,7 +26,8 @@ def count_params(config: ModelConfig, submodule: str | None = None) -> int:
 
 
 @functools.cache
-def _count_lora(config: ModelConfig, lora: LoRAConfig) -> int:
+def count_lora(config: ModelConfig, lora: LoRAConfig) -> int:
+    """Returns the number of parameters of LoRA's factors."""
     return _count(nnx.state(abstract_model(config, lora=lora), LoRAFactor))
 
 
@@ -59,7 +60,7 @@ def train_flops(config: ModelConfig, tokens: float, scored: float, length: int, 
     learning = noised if lora is not None and lora.where == "noised" else tokens
     blocks, head = count_active(config) * (2 * tokens + (4 if lora is None else 2) * learning), 6
     if lora is not None:
-        blocks += 6 * _count_lora(config, lora) * learning
+        blocks += 6 * count_lora(config, lora) * learning
         head = 6 if lora.head or (lora.embedding and config.tie_embeddings) else 4
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length * tokens
     return blocks + attention + head * config.hidden_size * config.vocab_size * scored

@@ -1,8 +1,7 @@
 import pytest
 
 from dlm_jax.models import LoRAConfig, ModelConfig
-from dlm_jax.training.flops import _count_lora as count_lora
-from dlm_jax.training.flops import count_params, peak_flops, train_flops
+from dlm_jax.training.flops import count_lora, count_params, peak_flops, train_flops
 
 GPT2 = ModelConfig("gpt2", 50257, 768, 12, 12, 12, 64, 3072, 1024, norm="layer", positions="learned", gated_mlp=False,
                    qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True)
