@@ -4,11 +4,11 @@
         --validation assets/stories-text/heldout.jsonl
 
 adapts the base at `--tokens` by each point of the objective, and by the bound alone with more tokens, up to four times
-as many, for full diffusion and for blocks. Rows and their order are the same for each seed. It measures the
-held-out bound, the AR loss of the adapted model itself, the perplexity of its samples under the parent, for blocks the
-tokens per pass when its causal half checks what it drafts (drafter=self), and with --data_dir HellaSwag and LAMBADA by
-the bound and by the AR loss of the adapted model.
-It times a step of each point, in turns. It writes benchmarks/results/objectives-NAME.json and prints the tables. Runs
+as many, for full diffusion and for blocks. Rows and their order are the same for each seed. It measures the held-out
+bound, the AR loss of the adapted model itself and the perplexity of its samples under the parent; for blocks the tokens
+per pass when its causal half checks what it drafts (drafter=self), and the bound in parts, by what a masked token sees;
+and with --data_dir HellaSwag and LAMBADA by the bound and by the AR loss of the adapted model. It times a step of each
+point, in turns. It writes benchmarks/results/objectives-NAME.json and prints the tables. Runs
 that are done are not repeated; one that was cut short resumes.
 """
 
@@ -106,7 +106,7 @@ def bound_by_context(lm: DiffusionLM, config: TrainConfig, num_samples: int = 16
     """Returns the parts of a block model's bound, nats per token, by what a masked token sees of its own block.
 
     Of what comes before the token it sees all, as the parent does, or not all; or it sees a token after it, which the
-    parent does not.
+    parent does not. The masks are the training's, by rate, not those of the held-out bound.
     """
     tokens = held_out_rows(lm, config)
     noisable = np.broadcast_to(np.arange(tokens.shape[1]) > 0, tokens.shape)
